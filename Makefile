@@ -1,0 +1,48 @@
+# The two commands of the README are `make demo` and `make test`; the rest serves development.
+PYTHON ?= python3
+# The CPU build runs everywhere. For a GPU: make TORCH='torch>=2.11' test
+TORCH ?= torch==2.13.0
+VENV ?= .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+NATIVE := setup.py pyproject.toml $(wildcard csrc/*.* csrc/*/*.*)
+
+.PHONY: env demo test fuzz lint format bench clean
+
+env: $(READY)
+
+# Editable install: the extension is rebuilt when anything it is made of changes.
+$(READY): $(NATIVE)
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade "setuptools>=77" wheel ninja numpy "$(TORCH)"
+	$(BIN)/python -m pip install --quiet --no-build-isolation --editable ".[dev]"
+	touch $@
+
+demo: $(READY)
+	$(BIN)/python -m fastlstm
+	$(BIN)/python -m fastlstm.tutorials daily_series --plots demo
+	@echo "The plot is in demo/"
+
+test: $(READY)
+	$(BIN)/python -m pytest
+
+# Bounded here for CI; FASTLSTM_FUZZ_COUNT=1000 make fuzz is the full run.
+fuzz: $(READY)
+	FASTLSTM_FUZZ_COUNT=$${FASTLSTM_FUZZ_COUNT:-200} $(BIN)/python -m pytest -m fuzz -s
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run --Werror $$(git ls-files '*.cpp' '*.h' '*.cu' '*.cuh')
+	$(BIN)/mypy
+
+format: $(READY)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $$(git ls-files '*.cpp' '*.h' '*.cu' '*.cuh')
+
+bench: $(READY)
+	$(BIN)/python -m benchmarks --suite cpu
+
+clean:
+	rm -rf $(VENV) build fastlstm/*.so demo

@@ -1,0 +1,13 @@
+"""The implementations of the contract in fastlstm/ops/schema.py, best first. A new one is a module and a line here.
+
+Each has NAME and supports(call) -> None or the reason why not, and defines the ops fastlstm::<NAME>_layer and
+fastlstm::<NAME>_layer_backward when imported.
+"""
+
+from __future__ import annotations
+
+from types import ModuleType
+
+from . import eager, native
+
+BACKENDS: dict[str, ModuleType] = {module.NAME: module for module in (native, eager)}

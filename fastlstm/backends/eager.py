@@ -1,0 +1,218 @@
+"""The `eager` backend: explicit forward and backward of a layer in PyTorch ops, for any device. Always there.
+
+One input GEMM for all steps before the loop and one GEMM each for dx, dW_ih, dW_hh and dW_hr after it, with no
+autograd graph per step. Backward, from the gradients of h_t and c_t (gates' pre-activations a, activated i, f, g, o):
+  dc += dh * o * (1 - tanh(c)^2)
+  da_i = dc g i(1-i)    da_f = dc c_{t-1} f(1-f)    da_g = dc i (1-g^2)    da_o = dh tanh(c) o(1-o)
+  dh_{t-1} = da W_hh    dc_{t-1} = dc f
+(tests/test_gradients.py checks them against autograd through fastlstm/reference.py.)
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..ops import register
+from ..ops.schema import DirectionWeights, LayerCall, LayerShape, split_weights
+
+NAME = "eager"
+
+
+def supports(call: LayerCall) -> str | None:
+    """None when this backend can run `call`, else why not."""
+    return None
+
+
+def _compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    # fp32 state and accumulation: in bf16 c stops taking in small updates after ~200 steps.
+    return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
+
+
+class _Steps:
+    """What lengths and reset_mask mean for one direction; every mask is [T, B, 1], or None where all is ordinary."""
+
+    def __init__(self, T: int, lengths: Tensor | None, reset_mask: Tensor | None, reverse: bool) -> None:
+        self.order = list(reversed(range(T))) if reverse else list(range(T))
+        self.valid: Tensor | None = None  # the row has this step
+        self.fresh: Tensor | None = None  # the step starts from zero state
+        self.first: Tensor | None = None  # the step starts from h0, c0
+        if lengths is not None:
+            self.valid = (torch.arange(T, device=lengths.device)[:, None] < lengths).unsqueeze(-1)
+        if reset_mask is not None:
+            fresh = reset_mask.unsqueeze(-1)
+            if reverse:  # step t-1 is entered anew where step t, if the row has it, is flagged
+                fresh = fresh if self.valid is None else fresh & self.valid
+                fresh = torch.cat([fresh[1:], torch.zeros_like(fresh[:1])])
+            self.fresh = fresh
+        if self.valid is not None and reverse:
+            self.first = self.valid & torch.cat([~self.valid[1:], torch.ones_like(self.valid[:1])])
+
+    def only_valid(self, x: Tensor) -> Tensor:
+        """x with zeros for padding, which may hold NaN: 0 * NaN would enter dW_ih."""
+        return x if self.valid is None else x.masked_fill(~self.valid, 0)
+
+    def entering(self, states: Tensor, initial: Tensor, reverse: bool) -> Tensor:
+        """The state [T, B, n] that enters each valid step, from the state each step left behind."""
+        before = torch.cat([states[1:], initial[None]] if reverse else [initial[None], states[:-1]])
+        if self.first is not None:
+            before = torch.where(self.first, initial, before)
+        return before if self.fresh is None else before.masked_fill(self.fresh, 0)
+
+
+def _initial(x: Tensor, state: Tensor | None, d: int, features: int, dtype: torch.dtype) -> Tensor:
+    return x.new_zeros(x.shape[1], features, dtype=dtype) if state is None else state[d].to(dtype)
+
+
+def forward(x, h0, c0, weights, lengths, reset_mask, keep_cells, keep_reserve):
+    """Kernel of fastlstm::eager_layer (fastlstm/ops/schema.py)."""
+    shape, dtype = LayerShape.of(weights), _compute_dtype(x.dtype)
+    results = []
+    for d, w in enumerate(split_weights(weights)):
+        steps = _Steps(x.shape[0], lengths, reset_mask, reverse=d == 1)
+        h = _initial(x, h0, d, shape.P, dtype)
+        c = _initial(x, c0, d, shape.H, dtype)
+        results.append(_forward_direction(steps.only_valid(x).to(dtype), h, c, w, steps))
+    y, h_n, c_n, cells, gates = zip(*results, strict=True)
+
+    def joined(parts: list[Tensor]) -> Tensor:
+        return torch.cat([p.to(x.dtype) for p in parts], dim=-1)
+
+    none = x.new_empty(0)
+    return (
+        joined(y),
+        torch.stack(h_n).to(x.dtype),
+        torch.stack(c_n).to(x.dtype),
+        joined(cells) if keep_cells or keep_reserve else none,
+        torch.stack(gates).to(x.dtype) if keep_reserve else none,
+    )
+
+
+def _forward_direction(
+    x: Tensor, h: Tensor, c: Tensor, w: DirectionWeights, steps: _Steps
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """y [T, B, P], h_n [B, P], c_n [B, H], cells [T, B, H] and activated gates [T, B, 4H]."""
+    T, B, _ = x.shape
+    H = c.shape[1]
+    bias = None if w.bias_ih is None or w.bias_hh is None else w.bias_ih.to(x.dtype) + w.bias_hh.to(x.dtype)
+    gates = torch.nn.functional.linear(x, w.ih.to(x.dtype), bias)  # [T, B, 4H]
+    w_hh_t = w.hh.to(x.dtype).t()
+    w_hr_t = None if w.hr is None else w.hr.to(x.dtype).t()
+    y, cells = x.new_zeros(T, B, h.shape[1]), x.new_zeros(T, B, H)
+    for t in steps.order:
+        if steps.fresh is not None:
+            h, c = h.masked_fill(steps.fresh[t], 0), c.masked_fill(steps.fresh[t], 0)
+        a = torch.addmm(gates[t], h, w_hh_t)
+        gates[t] = a.sigmoid()
+        gates[t, :, 2 * H : 3 * H] = a[:, 2 * H : 3 * H].tanh()
+        i, f, g, o = gates[t].chunk(4, dim=1)
+        c_next = f * c + i * g
+        h_next = o * c_next.tanh()
+        if w_hr_t is not None:
+            h_next = h_next @ w_hr_t
+        if steps.valid is None:
+            h, c = h_next, c_next
+            y[t], cells[t] = h, c
+        else:
+            valid = steps.valid[t]
+            h, c = torch.where(valid, h_next, h), torch.where(valid, c_next, c)
+            y[t], cells[t] = h.masked_fill(~valid, 0), c.masked_fill(~valid, 0)
+    return y, h, c, cells, gates
+
+
+def backward(dy, dh_n, dc_n, dcells, x, h0, c0, weights, lengths, reset_mask, y, cells, reserve, needs):
+    """Kernel of fastlstm::eager_layer_backward."""
+    shape, dtype = LayerShape.of(weights), _compute_dtype(x.dtype)
+    P, H, n = shape.P, shape.H, shape.per_direction
+    dx, dh0, dc0, dweights = [], [], [], []
+    for d, w in enumerate(split_weights(weights)):
+        steps = _Steps(x.shape[0], lengths, reset_mask, reverse=d == 1)
+        h_enter = steps.entering(
+            y[..., d * P : (d + 1) * P].to(dtype), _initial(x, h0, d, P, dtype), reverse=d == 1
+        )
+        c = cells[..., d * H : (d + 1) * H].to(dtype)
+        c_enter = steps.entering(c, _initial(x, c0, d, H, dtype), reverse=d == 1)
+        dgates, dh, dc, dr = _backward_direction(
+            None if dy is None else dy[..., d * P : (d + 1) * P].to(dtype),
+            None if dcells is None else dcells[..., d * H : (d + 1) * H].to(dtype),
+            _initial(x, dh_n, d, P, dtype),
+            _initial(x, dc_n, d, H, dtype),
+            c,
+            c_enter,
+            reserve[d].to(dtype),
+            w,
+            steps,
+        )
+        rows = dgates.flatten(0, 1)  # [T*B, 4H]
+        if needs[0]:
+            dx.append(rows @ w.ih.to(dtype))
+        dh0.append(dh)
+        dc0.append(dc)
+        need = needs[3 + d * n : 3 + (d + 1) * n]
+        dw = [rows.t() @ steps.only_valid(x).flatten(0, 1).to(dtype) if need[0] else None]
+        dw.append(rows.t() @ h_enter.flatten(0, 1) if need[1] else None)
+        if shape.bias:
+            db = rows.sum(0) if need[2] or need[3] else None
+            # The two bias gradients are equal but must not be one tensor.
+            dw += [db if need[2] else None, db.clone() if need[3] and db is not None else None]
+        if shape.proj:
+            hidden = (reserve[d, ..., 3 * H :].to(dtype) * c.tanh()).flatten(0, 1)  # h before the projection
+            dw.append(dr.flatten(0, 1).t() @ hidden if need[-1] else None)
+        dweights += [x.new_empty(0) if g is None else g.to(x.dtype) for g in dw]
+    none = x.new_empty(0)
+    return (
+        sum(dx[1:], dx[0]).view_as(x).to(x.dtype) if needs[0] else none,
+        torch.stack(dh0).to(x.dtype) if needs[1] else none,
+        torch.stack(dc0).to(x.dtype) if needs[2] else none,
+        dweights,
+    )
+
+
+def _backward_direction(
+    dy: Tensor | None,
+    dcells: Tensor | None,
+    dh: Tensor,
+    dc: Tensor,
+    c: Tensor,
+    c_enter: Tensor,
+    gates: Tensor,
+    w: DirectionWeights,
+    steps: _Steps,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of the pre-activations [T, B, 4H], of h0 [B, P] and c0 [B, H], and of y in full [T, B, P]."""
+    w_hh = w.hh.to(gates.dtype)
+    w_hr = None if w.hr is None else w.hr.to(gates.dtype)
+    dgates = torch.empty_like(gates)
+    dr = gates.new_zeros(*gates.shape[:2], dh.shape[1])
+    for t in reversed(steps.order):
+        i, f, g, o = gates[t].chunk(4, dim=1)
+        dh_t = dh if dy is None else dh + dy[t]
+        dc_t = dc if dcells is None else dc + dcells[t]
+        if w_hr is not None:
+            dr[t] = dh_t if steps.valid is None else dh_t.masked_fill(~steps.valid[t], 0)
+        dh_full = dh_t if w_hr is None else dh_t @ w_hr
+        tanh_c = c[t].tanh()
+        dc_t = dc_t + dh_full * o * (1 - tanh_c * tanh_c)
+        torch.cat(
+            [
+                dc_t * g * i * (1 - i),
+                dc_t * c_enter[t] * f * (1 - f),
+                dc_t * i * (1 - g * g),
+                dh_full * tanh_c * o * (1 - o),
+            ],
+            dim=1,
+            out=dgates[t],
+        )
+        dc_t = dc_t * f
+        if steps.valid is not None:
+            dgates[t].masked_fill_(~steps.valid[t], 0)
+        dh_t = dgates[t] @ w_hh
+        if steps.fresh is not None:
+            dh_t, dc_t = dh_t.masked_fill(steps.fresh[t], 0), dc_t.masked_fill(steps.fresh[t], 0)
+        if steps.valid is not None:  # a row passes a step it does not have untouched
+            dh_t, dc_t = torch.where(steps.valid[t], dh_t, dh), torch.where(steps.valid[t], dc_t, dc)
+        dh, dc = dh_t, dc_t
+    return dgates, dh, dc, dr
+
+
+register.define(NAME, forward, backward)

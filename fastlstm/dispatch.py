@@ -1,0 +1,127 @@
+"""Which backend runs a call, and why: `layer` runs one, `use_backend` names one, `choices` tells.
+
+The choice rests on device, dtype and sizes of the weights, never on T or B, so that torch.compile does not specialise.
+"""
+
+from __future__ import annotations
+
+import os
+from types import TracebackType
+
+import torch
+from torch import Tensor
+
+from . import reference
+from .backends import BACKENDS
+from .ops.schema import LayerCall, LayerShape
+
+NAMES = ("auto", *BACKENDS, "reference")
+
+_requested = os.environ.get("FASTLSTM_BACKEND", "auto")
+
+
+class use_backend:  # noqa: N801 - reads as a function, and is one that can be undone
+    """Run every later call on the backend `name`; in a `with` statement, until the block ends.
+
+    Args:
+        name: "auto" (the best that can run each call), "native", "eager" or "reference".
+
+    Raises:
+        ValueError: for an unknown name. A named backend that cannot run a call raises RuntimeError with the reason
+            when called; only "auto" falls back.
+    """
+
+    def __init__(self, name: str) -> None:
+        global _requested
+        _check_name(name, "backend")
+        self._previous = _requested
+        _requested = name
+
+    def __enter__(self) -> use_backend:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        global _requested
+        _requested = self._previous
+
+
+def _check_name(name: str, what: str) -> None:
+    if name not in NAMES:
+        raise ValueError(f"{what} must be one of {', '.join(NAMES)}, got {name!r}")
+
+
+def _supports(name: str, call: LayerCall) -> str | None:
+    return None if name == "reference" else BACKENDS[name].supports(call)
+
+
+def select(call: LayerCall) -> str:
+    """The name of the backend that runs `call`."""
+    if _requested == "auto":
+        for name, backend in BACKENDS.items():
+            if backend.supports(call) is None:
+                return name
+    _check_name(_requested, "FASTLSTM_BACKEND")
+    reason = _supports(_requested, call)
+    if reason is not None:
+        raise RuntimeError(f"backend {_requested!r} cannot run this call: {reason}")
+    return _requested
+
+
+def choices(call: LayerCall) -> dict[str, str]:
+    """For every backend, in order of preference: "runs", or why it does not run `call`."""
+    try:
+        chosen, refusal = select(call), ""
+    except RuntimeError as error:
+        chosen, refusal = "", str(error)
+    told = {}
+    for name in NAMES[1:]:
+        reason = _supports(name, call)
+        if name == chosen:
+            told[name] = "runs"
+        elif reason is not None:
+            told[name] = reason
+        elif refusal or _requested != "auto":
+            told[name] = f"can run it, but backend {_requested!r} was asked for"
+        else:
+            told[name] = f"can run it, but {chosen!r} is preferred"
+    return told
+
+
+def describe(x: Tensor, weights: list[Tensor], lengths: Tensor | None, reset_mask: Tensor | None) -> LayerCall:
+    """What `select` needs to know of a call."""
+    return LayerCall(
+        x.device, x.dtype, weights[0].shape[1], LayerShape.of(weights), lengths is not None, reset_mask is not None
+    )
+
+
+def _transforming() -> bool:
+    """Whether torch.func or forward-mode AD is at work, which only plain PyTorch ops serve."""
+    if torch.compiler.is_compiling():
+        return False
+    return torch._C._functorch.maybe_current_level() is not None or torch.autograd.forward_ad._current_level >= 0
+
+
+def layer(
+    x: Tensor,
+    h0: Tensor | None,
+    c0: Tensor | None,
+    weights: list[Tensor],
+    lengths: Tensor | None,
+    reset_mask: Tensor | None,
+    keep_cells: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """y, h_n, c_n and cells of one layer (fastlstm/ops/schema.py), on the backend chosen for it."""
+    name = select(describe(x, weights, lengths, reset_mask))
+    if name == "reference" or _transforming():
+        return reference.layer(x, h0, c0, weights, lengths, reset_mask)
+    keep_reserve = torch.is_grad_enabled() and (
+        x.requires_grad
+        or any(w.requires_grad for w in weights)
+        or (h0 is not None and h0.requires_grad)
+        or (c0 is not None and c0.requires_grad)
+    )
+    op = getattr(torch.ops.fastlstm, f"{name}_layer")
+    y, h_n, c_n, cells, _ = op(x, h0, c0, weights, lengths, reset_mask, keep_cells, keep_reserve)
+    return y, h_n, c_n, cells

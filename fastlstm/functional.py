@@ -1,0 +1,262 @@
+"""The stateless forms: `lstm` (layers, dropout between them, directions) and `lstm_cell`, on top of dispatch.layer.
+
+Their positional arguments are those of the functions behind torch.nn.LSTM and torch.nn.LSTMCell.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .dispatch import layer
+from .ops.schema import LayerShape, split_weights
+
+States = tuple[Tensor, Tensor]
+
+
+def lstm(
+    input: Tensor,
+    hx: States | None,
+    weights: Sequence[Tensor],
+    bias: bool,
+    num_layers: int,
+    dropout: float,
+    training: bool,
+    bidirectional: bool,
+    batch_first: bool,
+    *,
+    lengths: Tensor | Sequence[int] | None = None,
+    reset_mask: Tensor | None = None,
+    return_cell_states: bool = False,
+) -> tuple[Tensor, ...]:
+    """A stack of LSTM layers over a padded batch (torch.nn.LSTM's equations; its documentation is the source).
+
+    T steps, B rows, I features, H hidden units, P = proj_size or H, D = 2 if bidirectional else 1, L = num_layers.
+
+    Args:
+        input: [T, B, I], or [B, T, I] with batch_first.
+        hx: h_0 [L*D, B, P] and c_0 [L*D, B, H], never batch-first; None for zeros.
+        weights: for each layer and direction weight_ih [4H, I], weight_hh [4H, P], then bias_ih and bias_hh [4H] if
+            `bias`, then weight_hr [P, H] with projection; gates in the order i, f, g, o.
+        dropout: probability that an element between layers is zeroed, in training, one mask per element and step.
+        lengths: B integers in [0, T], any order: row b has lengths[b] steps. Outputs past them are zero, the final
+            states are those of each row's last step, the reverse direction starts there, and no gradient passes.
+        reset_mask: bool [T, B], or [B, T] with batch_first. True at t says that step t begins a new sequence in that
+            row: neither state nor gradient crosses from t-1 to t, in any layer and either direction.
+        return_cell_states: whether to give the last layer's c of every step as well.
+
+    Returns:
+        output [T, B, D*P] ([B, T, D*P] with batch_first), h_n [L*D, B, P], c_n [L*D, B, H], and with
+        return_cell_states the cell states [T, B, D*H] ([B, T, D*H]).
+
+    Raises:
+        RuntimeError: T = 0, or sizes, dtypes or devices that do not fit together.
+        ValueError, TypeError: lengths or reset_mask of a wrong shape, range or type.
+    """
+    x = input.transpose(0, 1) if batch_first else input
+    T, B = x.shape[:2]
+    if T == 0:
+        raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
+    if lengths is not None:
+        lengths = check_lengths(lengths, x)
+    if reset_mask is not None:
+        reset_mask = check_reset_mask(reset_mask, x, batch_first)
+    weights = list(weights)
+    if torch._C._is_any_autocast_enabled() and torch.is_autocast_enabled(x.device.type):
+        x, hx, weights = _cast_for_autocast(x, hx, weights)
+        with torch.autocast(x.device.type, enabled=False):
+            results = _layers(
+                x, hx, weights, bias, num_layers, dropout, training, bidirectional, lengths, reset_mask, return_cell_states
+            )
+    else:
+        results = _layers(
+            x, hx, weights, bias, num_layers, dropout, training, bidirectional, lengths, reset_mask, return_cell_states
+        )
+    y, h_n, c_n, cells = results
+    if batch_first:
+        y = y.transpose(0, 1)
+    if not return_cell_states:
+        return y, h_n, c_n
+    return y, h_n, c_n, cells.transpose(0, 1) if batch_first else cells
+
+
+def _layers(
+    x: Tensor,
+    hx: States | None,
+    weights: list[Tensor],
+    bias: bool,
+    num_layers: int,
+    dropout: float,
+    training: bool,
+    bidirectional: bool,
+    lengths: Tensor | None,
+    reset_mask: Tensor | None,
+    return_cell_states: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    D = 2 if bidirectional else 1
+    n = len(weights) // num_layers
+    if hx is not None:
+        _check_states(x, hx)
+    h_n, c_n = [], []
+    for k in range(num_layers):
+        w = weights[k * n : (k + 1) * n]
+        h0 = c0 = None
+        if hx is not None:
+            h0, c0 = hx if num_layers == 1 else (hx[0][k * D : (k + 1) * D], hx[1][k * D : (k + 1) * D])
+        last = k == num_layers - 1
+        check_layer(x, h0, c0, w, bias, D)
+        x, h, c, cells = layer(x, h0, c0, w, lengths, reset_mask, return_cell_states and last)
+        if not last and training and dropout > 0:
+            x = torch.nn.functional.dropout(x, dropout)
+        h_n.append(h)
+        c_n.append(c)
+    if num_layers == 1:
+        return x, h_n[0], c_n[0], cells
+    return x, torch.cat(h_n), torch.cat(c_n), cells
+
+
+def lstm_cell(
+    input: Tensor,
+    hx: States | None,
+    weight_ih: Tensor,
+    weight_hh: Tensor,
+    bias_ih: Tensor | None = None,
+    bias_hh: Tensor | None = None,
+) -> States:
+    """One step of torch.nn.LSTMCell: (h, c), each [B, H], from input [B, I] and hx = (h, c) or None for zeros.
+
+    weight_ih is [4H, I], weight_hh [4H, H], the biases [4H] or None; gates in the order i, f, g, o.
+
+    Raises:
+        RuntimeError: sizes, dtypes or devices that do not fit together, in torch.nn.LSTMCell's words.
+    """
+    weights = [weight_ih, weight_hh]
+    if bias_ih is not None and bias_hh is not None:
+        weights += [bias_ih, bias_hh]
+    if torch._C._is_any_autocast_enabled() and torch.is_autocast_enabled(input.device.type):
+        input, hx, weights = _cast_for_autocast(input, hx, weights)
+    _check_cell(input, hx, weights)
+    h0, c0 = (None, None) if hx is None else (hx[0].unsqueeze(0), hx[1].unsqueeze(0))
+    _, h, c, _ = layer(input.unsqueeze(0), h0, c0, weights, None, None, False)
+    return h.squeeze(0), c.squeeze(0)
+
+
+def _cast_for_autocast(
+    x: Tensor, hx: States | None, weights: list[Tensor]
+) -> tuple[Tensor, States | None, list[Tensor]]:
+    """float32 becomes the autocast dtype, as for the oneDNN and cuDNN layers behind nn.LSTM; float64 stays."""
+    dtype = torch.get_autocast_dtype(x.device.type)
+
+    def cast(t: Tensor) -> Tensor:
+        return t.to(dtype) if t.is_floating_point() and t.dtype != torch.float64 else t
+
+    return cast(x), None if hx is None else (cast(hx[0]), cast(hx[1])), [cast(w) for w in weights]
+
+
+def _check_states(x: Tensor, hx: States) -> None:
+    if len(hx) != 2:
+        raise RuntimeError("lstm expects two hidden states")
+    for state in hx:
+        if state.device != x.device:
+            raise RuntimeError(
+                "Input and hidden tensors are not at the same device, found input tensor at "
+                f"{x.device} and hidden tensor at {state.device}"
+            )
+        if state.dtype != x.dtype:
+            raise RuntimeError(
+                f"Input and hidden tensors must have the same dtype, got {x.dtype} and {state.dtype}"
+            )
+
+
+def check_layer(x: Tensor, h0: Tensor | None, c0: Tensor | None, weights: list[Tensor], bias: bool, D: int) -> None:
+    """Raise RuntimeError unless the tensors of one layer fit together (fastlstm/ops/schema.py)."""
+    shape = LayerShape.of(weights)
+    if shape.bias != bias or shape.D != D or len(weights) != D * shape.per_direction:
+        raise RuntimeError(
+            f"a layer with bias={bias} and {D} direction(s) takes {D * (2 + 2 * bias + shape.proj)} weights, "
+            f"got {len(weights)} of shapes {[list(w.shape) for w in weights]}"
+        )
+    device, dtype = x.device, x.dtype
+    for w in weights:
+        if w.device != device:
+            raise RuntimeError(
+                "Input and parameter tensors are not at the same device, found input tensor at "
+                f"{device} and parameter tensor at {w.device}"
+            )
+        if w.dtype != dtype:
+            raise RuntimeError(f"Input and parameter tensors must have the same dtype, got {dtype} and {w.dtype}")
+    H, P, features = shape.H, shape.P, x.shape[2]
+    for direction in split_weights(weights):
+        _check_shape("weight_ih", "[4H, I]", direction.ih, (4 * H, features))
+        _check_shape("weight_hh", "[4H, P]", direction.hh, (4 * H, P))
+        if direction.bias_ih is not None and direction.bias_hh is not None:
+            _check_shape("bias_ih", "[4H]", direction.bias_ih, (4 * H,))
+            _check_shape("bias_hh", "[4H]", direction.bias_hh, (4 * H,))
+        if direction.hr is not None:
+            _check_shape("weight_hr", "[P, H]", direction.hr, (P, H))
+    if h0 is not None and c0 is not None:
+        _check_shape("hx[0]", "[D, B, P]", h0, (D, x.shape[1], P))
+        _check_shape("hx[1]", "[D, B, H]", c0, (D, x.shape[1], H))
+
+
+def _check_shape(name: str, sizes: str, tensor: Tensor, expected: tuple[int, ...]) -> None:
+    if tensor.shape != expected:
+        raise RuntimeError(f"{name} must be {sizes} = {list(expected)}, got {list(tensor.shape)}")
+
+
+def _check_cell(x: Tensor, hx: States | None, weights: list[Tensor]) -> None:
+    features, H = weights[0].shape[1], weights[1].shape[1]
+    if x.shape[1] != features:
+        raise RuntimeError(f"input has inconsistent input_size: got {x.shape[1]} expected {features}")
+    if hx is not None:
+        if len(hx) != 2:
+            raise RuntimeError("lstm_cell expects two hidden states")
+        for k, state in enumerate(hx):
+            if state.shape[0] != x.shape[0]:
+                raise RuntimeError(
+                    f"Input batch size {x.shape[0]} doesn't match hidden{k} batch size {state.shape[0]}"
+                )
+            if state.shape[1] != H:
+                raise RuntimeError(
+                    f"hidden{k} has inconsistent hidden_size: got {state.shape[1]}, expected {H}"
+                )
+        _check_states(x, hx)
+    check_layer(x.unsqueeze(0), None, None, weights, len(weights) == 4, 1)
+
+
+def check_lengths(lengths: Tensor | Sequence[int], x: Tensor) -> Tensor:
+    """lengths as int64 on x's device, for x [T, B, I]; see `lstm` for what they mean and what is raised."""
+    T, B = x.shape[:2]
+    if not isinstance(lengths, Tensor):
+        lengths = torch.as_tensor(lengths)
+        if lengths.numel() == 0:
+            lengths = lengths.long()
+    if lengths.dtype not in (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8):
+        raise TypeError(f"lengths must be integers, got {lengths.dtype}")
+    if lengths.shape != (B,):
+        raise ValueError(f"lengths must be [B] = [{B}], got {list(lengths.shape)}")
+    if lengths.device.type == "cpu" and not torch.compiler.is_compiling() and B > 0:
+        low, high = torch.aminmax(lengths)
+        if low < 0 or high > T:
+            row = int(lengths.argmin() if low < 0 else lengths.argmax())
+            raise ValueError(f"lengths must lie in [0, T={T}], got {int(lengths[row])} in row {row}")
+    elif lengths.device.type != "meta" and B > 0:
+        # No host synchronisation and no data-dependent branch in a graph.
+        torch._assert_async(((lengths >= 0) & (lengths <= T)).all(), "lengths must lie in [0, T]")
+    return lengths.to(device=x.device, dtype=torch.int64, non_blocking=True)
+
+
+def check_reset_mask(reset_mask: Tensor, x: Tensor, batch_first: bool) -> Tensor:
+    """reset_mask as bool [T, B], for x [T, B, I]; see `lstm` for what it means and what is raised."""
+    T, B = x.shape[:2]
+    if not isinstance(reset_mask, Tensor) or reset_mask.dtype != torch.bool:
+        got = reset_mask.dtype if isinstance(reset_mask, Tensor) else type(reset_mask).__name__
+        raise TypeError(f"reset_mask must be a tensor of torch.bool, got {got}")
+    names, expected = ("[B, T]", (B, T)) if batch_first else ("[T, B]", (T, B))
+    if reset_mask.shape != expected:
+        raise ValueError(f"reset_mask must be {names} = {list(expected)}, got {list(reset_mask.shape)}")
+    if reset_mask.device != x.device:
+        raise ValueError(f"reset_mask must be on the input's device {x.device}, got {reset_mask.device}")
+    return reset_mask.t() if batch_first else reset_mask

@@ -1,0 +1,217 @@
+"""fastlstm.LSTM and fastlstm.LSTMCell: torch.nn.LSTM's and torch.nn.LSTMCell's surface on fastlstm's kernels.
+
+Parameters, initial values, state_dict, pickling and argument checks are torch's own code, inherited or called, so that
+they are equal by construction. Both classes derive from torch's base classes and not from nn.LSTM itself, because
+torch.compile refuses every instance of nn.LSTM.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
+
+from . import functional
+from .functional import States
+from .ragged import PackedLayout
+
+# patch_torch() may put fastlstm's classes in their place later.
+TorchLSTM = nn.LSTM
+TorchLSTMCell = nn.LSTMCell
+
+
+class LSTM(nn.RNNBase):
+    """Drop-in replacement of torch.nn.LSTM.
+
+    Constructor, attributes, parameters, state_dict, results and errors are those of torch.nn.LSTM; see its
+    documentation. `forward` takes three more keyword arguments.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__("LSTM", *args, **kwargs)
+
+    get_expected_cell_size = TorchLSTM.get_expected_cell_size
+    check_forward_args = TorchLSTM.check_forward_args
+    permute_hidden = TorchLSTM.permute_hidden
+
+    def flatten_parameters(self) -> None:
+        """Does nothing: the weights are read where they lie, at every call."""
+
+    def current_weights(self) -> list[Tensor]:
+        """The weights as they are now, in the order of `_flat_weights_names`.
+
+        Looked up at every call: parametrizations, pruning, functional_call, FSDP and plain assignment replace them.
+        """
+        own = self._parameters
+        weights = []
+        for name in self._flat_weights_names:
+            weight = own.get(name)
+            weights.append(getattr(self, name) if weight is None else weight)
+        return weights
+
+    def forward(  # type: ignore[override]
+        self,
+        input: Tensor | PackedSequence,
+        hx: States | None = None,
+        *,
+        lengths: Tensor | Sequence[int] | None = None,
+        reset_mask: Tensor | None = None,
+        return_cell_states: bool = False,
+    ) -> tuple[Any, ...]:
+        """Run the layers; `input` and `hx` as in torch.nn.LSTM. Sizes: functional.lstm.
+
+        Args:
+            input: [T, B, I], or [B, T, I] with batch_first, or [T, I] unbatched, or a PackedSequence.
+            hx: (h_0, c_0), or None for zeros.
+            lengths: the number of valid steps of each row of a padded batch, in any order, zeros allowed: equal to
+                pack_padded_sequence -> nn.LSTM -> pad_packed_sequence(total_length=T). A scalar when unbatched.
+            reset_mask: bool, [T, B] or [B, T] as input is ([T] unbatched). True at t: step t begins a new sequence.
+            return_cell_states: give a third result, c of every step of the last layer, shaped like the output with H
+                features a direction.
+
+        Returns:
+            (output, (h_n, c_n)), or (output, (h_n, c_n), cell_states) with return_cell_states.
+
+        Raises:
+            what torch.nn.LSTM raises for input and hx; for the rest see functional.lstm.
+        """
+        weights = self.current_weights()
+        if isinstance(input, PackedSequence):
+            return self._forward_packed(input, hx, weights, lengths, reset_mask, return_cell_states)
+        if input.dim() not in (2, 3):
+            raise ValueError(f"LSTM: Expected input to be 2D or 3D, got {input.dim()}D instead")
+        batched = input.dim() == 3
+        batch_dim = 0 if self.batch_first else 1
+        if not batched:
+            input = input.unsqueeze(batch_dim)
+            lengths = None if lengths is None else torch.as_tensor(lengths).unsqueeze(0)
+            reset_mask = reset_mask.unsqueeze(batch_dim) if isinstance(reset_mask, Tensor) else reset_mask
+        if hx is not None:
+            hx = self._batched_states(hx, batched)
+        self._check(input, hx, weights, input.size(batch_dim))
+        output, h_n, c_n, *cells = self._run(
+            input, hx, weights, self.batch_first, lengths, reset_mask, return_cell_states
+        )
+        if not batched:
+            output, h_n, c_n = output.squeeze(batch_dim), h_n.squeeze(1), c_n.squeeze(1)
+            cells = [c.squeeze(batch_dim) for c in cells]
+        return (output, (h_n, c_n), *cells)
+
+    def _run(
+        self,
+        input: Tensor,
+        hx: States | None,
+        weights: list[Tensor],
+        batch_first: bool,
+        lengths: Tensor | Sequence[int] | None,
+        reset_mask: Tensor | None,
+        return_cell_states: bool,
+    ) -> tuple[Tensor, ...]:
+        return functional.lstm(
+            input,
+            hx,
+            weights,
+            self.bias,
+            self.num_layers,
+            self.dropout,
+            self.training,
+            self.bidirectional,
+            batch_first,
+            lengths=lengths,
+            reset_mask=reset_mask,
+            return_cell_states=return_cell_states,
+        )
+
+    @staticmethod
+    def _batched_states(hx: States, batched: bool) -> States:
+        """hx with a batch dimension, after nn.LSTM's check of its number of dimensions."""
+        h, c, *_ = hx
+        dims = 3 if batched else 2
+        if h.dim() != dims or c.dim() != dims:
+            kind, name = ("batched", "3-D") if batched else ("unbatched", "2-D")
+            raise RuntimeError(
+                f"For {kind} {name} input, hx and cx should also be {name} but got ({h.dim()}-D, {c.dim()}-D) tensors"
+            )
+        return hx if batched else (h.unsqueeze(1), c.unsqueeze(1))
+
+    def _check(self, input: Tensor, hx: States | None, weights: list[Tensor], B: int) -> None:
+        """nn.LSTM's checks of sizes and dtype, in its own code when one of them fails."""
+        states = self.num_layers * (2 if self.bidirectional else 1)
+        fits = input.size(2) == self.input_size and input.dtype == weights[0].dtype
+        if fits and hx is not None:
+            P = self.proj_size or self.hidden_size
+            fits = hx[0].shape == (states, B, P) and hx[1].shape == (states, B, self.hidden_size)
+        if not fits:
+            self._update_flat_weights()
+            if hx is None:
+                self.check_input(input, None)
+            else:
+                self.check_forward_args(input, hx, None)
+
+    def _forward_packed(
+        self,
+        input: PackedSequence,
+        hx: States | None,
+        weights: list[Tensor],
+        lengths: Tensor | Sequence[int] | None,
+        reset_mask: Tensor | None,
+        return_cell_states: bool,
+    ) -> tuple[Any, ...]:
+        for name, value in (("lengths", lengths), ("reset_mask", reset_mask)):
+            if value is not None:
+                raise ValueError(f"{name} must be None with a PackedSequence, got {type(value).__name__}")
+        data, batch_sizes, sorted_indices, unsorted_indices = input
+        self._update_flat_weights()
+        self.check_input(data, batch_sizes)
+        if hx is not None:
+            hx = self._batched_states(hx, batched=True)
+            self.check_hidden_size(
+                hx[0], self.get_expected_hidden_size(data, batch_sizes), "Expected hidden[0] size {}, got {}"
+            )
+            self.check_hidden_size(
+                hx[1], self.get_expected_cell_size(data, batch_sizes), "Expected hidden[1] size {}, got {}"
+            )
+            hx = self.permute_hidden(hx, sorted_indices)
+        layout = PackedLayout.of(batch_sizes, data.device)
+        output, h_n, c_n, *cells = self._run(
+            layout.pad(data), hx, weights, False, layout.lengths, None, return_cell_states
+        )
+        packed = [
+            PackedSequence(layout.pack(padded), batch_sizes, sorted_indices, unsorted_indices)
+            for padded in (output, *cells)
+        ]
+        return (packed[0], self.permute_hidden((h_n, c_n), unsorted_indices), *packed[1:])
+
+
+class LSTMCell(nn.RNNCellBase):
+    """Drop-in replacement of torch.nn.LSTMCell; see its documentation for arguments, shapes and errors."""
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        bias: bool = True,
+        device: Any = None,
+        dtype: Any = None,
+    ) -> None:
+        super().__init__(input_size, hidden_size, bias, num_chunks=4, device=device, dtype=dtype)
+
+    def forward(self, input: Tensor, hx: States | None = None) -> States:
+        """(h, c), each [B, H] or [H], from input [B, I] or [I] and hx = (h, c) likewise, or None for zeros."""
+        if input.dim() not in (1, 2):
+            raise ValueError(f"LSTMCell: Expected input to be 1D or 2D, got {input.dim()}D instead")
+        if hx is not None:
+            for k, state in enumerate(hx):
+                if state.dim() not in (1, 2):
+                    raise ValueError(f"LSTMCell: Expected hx[{k}] to be 1D or 2D, got {state.dim()}D instead")
+            if not isinstance(hx, (tuple, list)):
+                raise TypeError(f"lstm_cell(): argument 'hx' (position 2) must be tuple of Tensors, not {type(hx).__name__}")
+        batched = input.dim() == 2
+        if not batched:
+            input = input.unsqueeze(0)
+            hx = None if hx is None else (hx[0].unsqueeze(0), hx[1].unsqueeze(0))
+        h, c = functional.lstm_cell(input, hx, self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh)
+        return (h, c) if batched else (h.squeeze(0), c.squeeze(0))

@@ -1,0 +1,1 @@
+"""The contract (`schema`) and its registration with PyTorch (`register`)."""

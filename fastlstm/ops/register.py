@@ -1,0 +1,125 @@
+"""Makes a backend's two kernels PyTorch ops: schema, fake kernels and autograd formula, stated once for all backends.
+
+`define(backend)` declares `fastlstm::<backend>_layer` and its backward. A backend written in Python hands its kernels
+over; the native one registers its own from C++, its autograd node included (csrc/autograd.cpp), because a node in C++
+costs a third of one in Python and call overhead decides tiny sequences.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import reference
+from .schema import BACKWARD, FORWARD, backward_outputs, forward_outputs
+
+LIBRARY = torch.library.Library("fastlstm", "DEF")
+
+Gradients = tuple["Tensor | None", "Tensor | None", "Tensor | None", "list[Tensor | None]"]
+
+
+def define(backend: str, forward: Callable[..., Any] | None = None, backward: Callable[..., Any] | None = None) -> None:
+    """Declare `backend`'s ops; `forward` and `backward` are its kernels if they are written in Python."""
+    layer, layer_backward = f"{backend}_layer", f"{backend}_layer_backward"
+    for name, schema, fake in ((layer, FORWARD, _fake_forward), (layer_backward, BACKWARD, _fake_backward)):
+        LIBRARY.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
+        torch.library.register_fake(f"fastlstm::{name}", fake, lib=LIBRARY)
+    if forward is not None and backward is not None:
+        LIBRARY.impl(layer, forward, "CompositeExplicitAutograd")
+        LIBRARY.impl(layer_backward, backward, "CompositeExplicitAutograd")
+        op = getattr(torch.ops.fastlstm, layer_backward).default
+        torch.library.register_autograd(
+            f"fastlstm::{layer}",
+            lambda ctx, *grads: _autograd_backward(op, ctx, *grads),
+            setup_context=_setup_context,
+            lib=LIBRARY,
+        )
+
+
+def _fake_forward(x, h0, c0, weights, lengths, reset_mask, keep_cells, keep_reserve):
+    return forward_outputs(x, weights, keep_cells, keep_reserve)
+
+
+def _fake_backward(
+    dy, dh_n, dc_n, dcells, x, h0, c0, weights, lengths, reset_mask, y, cells, reserve, needs
+):  # one argument for each of the schema's
+    return backward_outputs(x, weights, needs)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    x, h0, c0, weights, lengths, reset_mask, keep_cells, _ = inputs
+    y, _, _, cells, reserve = output
+    ctx.save_for_backward(x, h0, c0, lengths, reset_mask, y, cells, reserve, *weights)
+    # Else an unused reserve would arrive in backward as a T*B*4H buffer of zeros.
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(*([reserve] if keep_cells else [cells, reserve]))
+
+
+def _autograd_backward(op: Callable[..., Any], ctx: Any, dy, dh_n, dc_n, dcells, _) -> tuple[Any, ...]:
+    x, h0, c0, lengths, reset_mask, y, cells, reserve, *weights = ctx.saved_tensors
+    need_x, need_h0, need_c0, need_weights = ctx.needs_input_grad[:4]
+    needs = [need_x, need_h0, need_c0, *need_weights]
+    if torch.is_grad_enabled():
+        grads = differentiable_backward(dy, dh_n, dc_n, dcells, x, h0, c0, weights, lengths, reset_mask, needs)
+    else:
+        dx, dh0, dc0, dw = op(
+            dy, dh_n, dc_n, dcells, x, h0, c0, weights, lengths, reset_mask, y, cells, reserve, needs
+        )
+        flat = [g if need else None for g, need in zip([dx, dh0, dc0, *dw], needs, strict=True)]
+        grads = (*flat[:3], flat[3:])
+    return (*grads, None, None, None, None)
+
+
+def differentiable_backward(
+    dy: Tensor | None,
+    dh_n: Tensor | None,
+    dc_n: Tensor | None,
+    dcells: Tensor | None,
+    x: Tensor,
+    h0: Tensor | None,
+    c0: Tensor | None,
+    weights: list[Tensor],
+    lengths: Tensor | None,
+    reset_mask: Tensor | None,
+    needs: list[bool],
+) -> Gradients:
+    """Backward for `create_graph=True`: the reference's gradients, themselves differentiable to any order."""
+    inputs = [x, h0, c0, *weights]
+    # Views, so that a tensor given in two roles gets its own gradient for each.
+    x, h0, c0, *weights = [None if t is None else t.view_as(t) for t in inputs]  # type: ignore[misc]
+    wanted = [t for t, need in zip([x, h0, c0, *weights], needs, strict=True) if need]
+    outputs = reference.layer(x, h0, c0, weights, lengths, reset_mask)
+    pairs = [
+        (out, grad)
+        for out, grad in zip(outputs, (dy, dh_n, dc_n, dcells), strict=True)
+        if grad is not None and out.requires_grad
+    ]
+    outs, grads = [p[0] for p in pairs], [p[1] for p in pairs]
+    found = iter(torch.autograd.grad(outs, wanted, grads, create_graph=True, allow_unused=True))
+    flat = [next(found) if need else None for need in needs]
+    return flat[0], flat[1], flat[2], flat[3:]
+
+
+def _differentiable_backward_op(dy, dh_n, dc_n, dcells, x, h0, c0, weights, lengths, reset_mask, needs):
+    """The same for the autograd node in C++, where every result is a tensor; zeros stand for None."""
+    inputs = [x, h0, c0, *weights]
+    dx, dh0, dc0, dw = differentiable_backward(
+        dy, dh_n, dc_n, dcells, x, h0, c0, weights, lengths, reset_mask, needs
+    )
+    found = [dx, dh0, dc0, *dw]
+    flat = [
+        x.new_empty(0) if not need else torch.zeros_like(t) if grad is None else grad
+        for grad, need, t in zip(found, needs, inputs, strict=True)
+    ]
+    return flat[0], flat[1], flat[2], flat[3:]
+
+
+LIBRARY.define(
+    "differentiable_backward(Tensor? dy, Tensor? dh_n, Tensor? dc_n, Tensor? dcells, Tensor x, Tensor? h0, "
+    "Tensor? c0, Tensor[] weights, Tensor? lengths, Tensor? reset_mask, bool[] needs) "
+    "-> (Tensor, Tensor, Tensor, Tensor[])"
+)
+LIBRARY.impl("differentiable_backward", _differentiable_backward_op, "CompositeImplicitAutograd")

@@ -1,0 +1,132 @@
+"""The contract every backend implements: one LSTM layer over a whole sequence, all its directions.
+
+Two ops per backend, `fastlstm::<backend>_layer` and `fastlstm::<backend>_layer_backward`, share the schemas below.
+
+Sizes: T steps, B rows, I input features, H hidden units, P features of h (proj_size, or H without projection),
+D directions (1, or 2 with the reverse direction second). Gates in the order i, f, g, o, as torch.nn.LSTM stores them.
+
+Forward takes
+  x           [T, B, I]
+  h0, c0      [D, B, P], [D, B, H], or None for zeros
+  weights     per direction weight_ih [4H, I], weight_hh [4H, P], bias_ih [4H] and bias_hh [4H] unless bias-free,
+              weight_hr [P, H] with projection only; the reverse direction's after the forward one's
+  lengths     [B] int64 on x's device, or None. Row b has lengths[b] valid steps, 0 allowed. Past them x is never read
+              into a result, so it may hold anything, NaN included.
+  reset_mask  [T, B] bool on x's device, or None. True at t: step t begins a new sequence in that row.
+  keep_cells, keep_reserve   whether `cells`, and what backward reads (reserve and cells), are wanted
+and gives
+  y           [T, B, D*P]   zero at and past a row's length
+  h_n, c_n    [D, B, P], [D, B, H]   the state after the last step each direction takes; h0, c0 for length 0
+  cells       [T, B, D*H]   c of every step, zero past the length; [0] unless wanted
+  reserve     [D, T, B, 4H] in a layout private to the backend; [0] unless wanted. Holds the activated gates.
+
+Backward takes the gradients of y, h_n, c_n and cells (None is zero), forward's arguments and results, and `needs`,
+one flag for each of x, h0, c0, *weights. It gives their gradients, [0] where not needed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+FORWARD = (
+    "(Tensor x, Tensor? h0, Tensor? c0, Tensor[] weights, Tensor? lengths, Tensor? reset_mask, "
+    "bool keep_cells, bool keep_reserve) -> (Tensor y, Tensor h_n, Tensor c_n, Tensor cells, Tensor reserve)"
+)
+BACKWARD = (
+    "(Tensor? dy, Tensor? dh_n, Tensor? dc_n, Tensor? dcells, Tensor x, Tensor? h0, Tensor? c0, Tensor[] weights, "
+    "Tensor? lengths, Tensor? reset_mask, Tensor y, Tensor cells, Tensor reserve, bool[] needs) "
+    "-> (Tensor dx, Tensor dh0, Tensor dc0, Tensor[] dweights)"
+)
+
+
+@dataclass(frozen=True)
+class DirectionWeights:
+    """The weights of one direction, as torch.nn.LSTM stores them."""
+
+    ih: Tensor  # [4H, I]
+    hh: Tensor  # [4H, P]
+    bias_ih: Tensor | None  # [4H]
+    bias_hh: Tensor | None  # [4H]
+    hr: Tensor | None  # [P, H]
+
+
+@dataclass(frozen=True)
+class LayerShape:
+    """The sizes of a layer, read off its weights."""
+
+    H: int
+    P: int
+    D: int
+    bias: bool
+
+    @property
+    def proj(self) -> bool:
+        return self.P != self.H
+
+    @property
+    def per_direction(self) -> int:
+        return 2 + 2 * self.bias + self.proj
+
+    @classmethod
+    def of(cls, weights: list[Tensor]) -> LayerShape:
+        H, P = weights[0].shape[0] // 4, weights[1].shape[1]
+        bias = len(weights) > 2 and weights[2].dim() == 1
+        return cls(H, P, len(weights) // (2 + 2 * bias + (P != H)), bias)
+
+
+@dataclass(frozen=True)
+class LayerCall:
+    """What a backend may base `supports` on. T and B are absent: a choice never depends on them."""
+
+    device: torch.device
+    dtype: torch.dtype
+    I: int  # noqa: E741
+    shape: LayerShape
+    lengths: bool
+    reset_mask: bool
+
+
+def split_weights(weights: list[Tensor]) -> list[DirectionWeights]:
+    """The flat list of the schema, one entry per direction."""
+    shape = LayerShape.of(weights)
+    n = shape.per_direction
+    out = []
+    for d in range(shape.D):
+        group = weights[d * n : (d + 1) * n]
+        bias_ih, bias_hh = group[2:4] if shape.bias else (None, None)
+        out.append(DirectionWeights(group[0], group[1], bias_ih, bias_hh, group[-1] if shape.proj else None))
+    return out
+
+
+def forward_outputs(
+    x: Tensor, weights: list[Tensor], keep_cells: bool, keep_reserve: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Uninitialised y, h_n, c_n, cells and reserve of the contract's shapes: the fake kernel, and a backend's start."""
+    s = LayerShape.of(weights)
+    T, B = x.shape[:2]
+    return (
+        x.new_empty(T, B, s.D * s.P),
+        x.new_empty(s.D, B, s.P),
+        x.new_empty(s.D, B, s.H),
+        x.new_empty((T, B, s.D * s.H) if keep_cells or keep_reserve else (0,)),
+        x.new_empty((s.D, T, B, 4 * s.H) if keep_reserve else (0,)),
+    )
+
+
+def backward_outputs(x: Tensor, weights: list[Tensor], needs: list[bool]) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
+    """Uninitialised gradients of the contract's shapes, [0] where not needed: the fake kernel of backward."""
+    s = LayerShape.of(weights)
+    B = x.shape[1]
+
+    def wanted(i: int, shape: torch.Size | tuple[int, ...]) -> Tensor:
+        return x.new_empty(shape if needs[i] else (0,))
+
+    return (
+        wanted(0, x.shape),
+        wanted(1, (s.D, B, s.P)),
+        wanted(2, (s.D, B, s.H)),
+        [wanted(3 + k, w.shape) for k, w in enumerate(weights)],
+    )

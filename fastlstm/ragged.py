@@ -1,0 +1,38 @@
+"""PackedSequence data to a padded batch with lengths and back: `PackedLayout`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class PackedLayout:
+    """Where the N = sum(lengths) packed rows lie in a padded batch of T steps and B rows (longest row first)."""
+
+    T: int
+    B: int
+    lengths: Tensor  # [B] int64, on the CPU as batch_sizes is
+    positions: Tensor  # [N] int64, on the data's device: t * B + b of each packed row
+
+    @classmethod
+    def of(cls, batch_sizes: Tensor, device: torch.device) -> PackedLayout:
+        """The layout of a PackedSequence's batch_sizes [T] (rows that have step t)."""
+        T, B = batch_sizes.shape[0], int(batch_sizes[0])
+        # batch_sizes falls with t, so row b's length is the number of steps with more than b rows.
+        lengths = torch.searchsorted(-batch_sizes, -torch.arange(B))
+        starts = torch.cumsum(batch_sizes, 0) - batch_sizes
+        shift = torch.arange(T) * B - starts  # from packed row to padded row, per step
+        positions = torch.arange(int(batch_sizes.sum())) + torch.repeat_interleave(shift, batch_sizes)
+        return cls(T, B, lengths, positions.to(device, non_blocking=True))
+
+    def pad(self, data: Tensor) -> Tensor:
+        """[N, n] to [T, B, n], zeros in the padding."""
+        padded = data.new_zeros(self.T * self.B, data.shape[1])
+        return padded.index_copy(0, self.positions, data).view(self.T, self.B, -1)
+
+    def pack(self, padded: Tensor) -> Tensor:
+        """[T, B, n] to [N, n]."""
+        return padded.flatten(0, 1).index_select(0, self.positions)

@@ -1,0 +1,84 @@
+"""The textbook LSTM layer as a loop over time in plain PyTorch ops: `layer`. Read this file first.
+
+Slow on purpose. Autograd does its backward, so every transform of PyTorch (double backward, vmap, jvp, ...) works on
+it, and in float64 it is the truth the tests measure every backend against. It takes and gives what
+fastlstm/ops/schema.py says, and imports torch alone so that it shares no mistake with what it judges.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+
+
+def cell(gates: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
+    """(h, c) after one step from the pre-activations [B, 4H] and c [B, H].
+
+    Hochreiter & Schmidhuber 1997 with the forget gate of Gers et al. 2000, in torch.nn.LSTM's conventions:
+    c_t = f * c_{t-1} + i * g and h_t = o * tanh(c_t), where i, f, o = sigmoid and g = tanh of their pre-activations.
+    """
+    i, f, g, o = gates.chunk(4, dim=-1)
+    c = f.sigmoid() * c + i.sigmoid() * g.tanh()
+    return o.sigmoid() * c.tanh(), c
+
+
+def direction(
+    x: Tensor,
+    h0: Tensor,
+    c0: Tensor,
+    weights: list[Tensor],
+    lengths: Tensor | None,
+    reset_mask: Tensor | None,
+    reverse: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """One direction: y [T, B, P], h_n [B, P], c_n [B, H], cells [T, B, H] from x [T, B, I], h0 [B, P], c0 [B, H]."""
+    w_ih, w_hh, *rest = weights
+    b_ih, b_hh = rest[:2] if len(rest) >= 2 else (None, None)
+    w_hr = rest[-1] if len(rest) in (1, 3) else None
+    T = x.shape[0]
+    h, c = h0, c0
+    ys: list[Tensor] = [h0] * T
+    cells: list[Tensor] = [c0] * T
+    for t in reversed(range(T)) if reverse else range(T):
+        # Step t begins anew when flagged itself (forward), or when its successor in time is (reverse).
+        begins = t + 1 if reverse else t
+        if reset_mask is not None and begins < T:
+            new = reset_mask[begins]
+            if lengths is not None:
+                new = new & (begins < lengths)
+            h, c = h.masked_fill(new[:, None], 0), c.masked_fill(new[:, None], 0)
+        h_next, c_next = cell(linear(x[t], w_ih, b_ih) + linear(h, w_hh, b_hh), c)
+        if w_hr is not None:
+            h_next = linear(h_next, w_hr)
+        if lengths is None:
+            h, c = h_next, c_next
+            ys[t], cells[t] = h, c
+        else:
+            valid = (t < lengths)[:, None]
+            h, c = torch.where(valid, h_next, h), torch.where(valid, c_next, c)
+            ys[t], cells[t] = h.masked_fill(~valid, 0), c.masked_fill(~valid, 0)
+    return torch.stack(ys), h, c, torch.stack(cells)
+
+
+def layer(
+    x: Tensor,
+    h0: Tensor | None,
+    c0: Tensor | None,
+    weights: list[Tensor],
+    lengths: Tensor | None = None,
+    reset_mask: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """All directions of one layer: y [T, B, D*P], h_n [D, B, P], c_n [D, B, H], cells [T, B, D*H]."""
+    if lengths is not None:  # padding may hold NaN, and 0 * NaN would enter the weights' gradients
+        x = x.masked_fill((torch.arange(x.shape[0], device=x.device)[:, None] >= lengths)[..., None], 0)
+    H, P = weights[0].shape[0] // 4, weights[1].shape[1]
+    has_bias = len(weights) > 2 and weights[2].dim() == 1
+    n = 2 + 2 * has_bias + (P != H)
+    results = []
+    for d in range(len(weights) // n):
+        h = x.new_zeros(x.shape[1], P) if h0 is None else h0[d]
+        c = x.new_zeros(x.shape[1], H) if c0 is None else c0[d]
+        results.append(direction(x, h, c, weights[d * n : (d + 1) * n], lengths, reset_mask, reverse=d == 1))
+    y, h_n, c_n, cells = zip(*results, strict=True)
+    return torch.cat(y, dim=-1), torch.stack(h_n), torch.stack(c_n), torch.cat(cells, dim=-1)

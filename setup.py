@@ -1,0 +1,98 @@
+"""Builds fastlstm._C from csrc/ where that is possible, and installs pure Python where it is not.
+
+FASTLSTM_BUILD chooses: "auto" (default: what the machine allows, said once), "python" (no extension), "cpu", "cuda"
+(either of these fails if it cannot be built). CUDA needs nvcc and a CUDA build of torch, but no GPU;
+TORCH_CUDA_ARCH_LIST is respected.
+"""
+
+import os
+import shutil
+import sys
+from pathlib import Path
+
+from setuptools import setup
+
+ROOT = Path(__file__).parent
+CHOICES = ("auto", "python", "cpu", "cuda")
+
+
+def why_no_extension() -> str:
+    """Why the extension cannot be built here, "" if it can."""
+    try:
+        import torch  # noqa: F401
+    except ImportError:
+        return "torch is not importable at build time (pip install torch, then --no-build-isolation)"
+    compiler = os.environ.get("CXX", "c++")
+    if shutil.which(compiler.split()[0]) is None:
+        return f"there is no C++ compiler ({compiler})"
+    return ""
+
+
+def why_no_cuda() -> str:
+    """Why its CUDA part cannot be built here, "" if it can."""
+    import torch
+    from torch.utils.cpp_extension import CUDA_HOME
+
+    if torch.version.cuda is None:
+        return f"torch {torch.__version__} is not a CUDA build"
+    if CUDA_HOME is None or not Path(CUDA_HOME, "bin", "nvcc").exists():
+        return f"nvcc was not found (CUDA_HOME={CUDA_HOME})"
+    return ""
+
+
+def extensions(choice: str):
+    """(ext_modules, cmdclass) for FASTLSTM_BUILD=choice."""
+    if choice not in CHOICES:
+        sys.exit(f"FASTLSTM_BUILD must be one of {', '.join(CHOICES)}, got {choice!r}")
+    if choice == "python":
+        return [], {}
+    reason = why_no_extension()
+    if reason:
+        if choice != "auto":
+            sys.exit(f"FASTLSTM_BUILD={choice}: {reason}")
+        print(f"fastlstm: installing as pure Python, because {reason}", file=sys.stderr)
+        return [], {}
+
+    from torch.utils.cpp_extension import BuildExtension, CppExtension, CUDAExtension
+
+    cuda = choice == "cuda"
+    if choice in ("auto", "cuda"):
+        reason = why_no_cuda()
+        if reason and cuda:
+            sys.exit(f"FASTLSTM_BUILD=cuda: {reason}")
+        cuda = not reason and any((ROOT / "csrc" / "cuda").glob("*.cu"))
+
+    sources = [*(ROOT / "csrc").glob("*.cpp"), *(ROOT / "csrc" / "cpu").glob("*.cpp")]
+    # No fast-math: NaN and inf must travel as in nn.LSTM. Contraction lets a*b+c become one FMA.
+    cxx = ["-O3", "-fopenmp", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math", "-Wall"]
+    link = ["-fopenmp"]
+    kind, flags = CppExtension, {"cxx": cxx}
+    if cuda:
+        sources += [*(ROOT / "csrc" / "cuda").glob("*.cpp"), *(ROOT / "csrc" / "cuda").glob("*.cu")]
+        kind, flags = CUDAExtension, {"cxx": [*cxx, "-DFASTLSTM_CUDA"], "nvcc": ["-O3", "-lineinfo"]}
+    extension = kind(
+        "fastlstm._C",
+        sorted(str(source.relative_to(ROOT)) for source in sources),
+        include_dirs=[str(ROOT / "csrc")],
+        depends=sorted(str(header.relative_to(ROOT)) for header in (ROOT / "csrc").rglob("*.h")),
+        extra_compile_args=flags,
+        extra_link_args=link,
+    )
+
+    class Build(BuildExtension):
+        """Without FASTLSTM_BUILD=cpu|cuda a failed build leaves a pure-Python install, and says so."""
+
+        def run(self) -> None:
+            try:
+                super().run()
+            except Exception as error:
+                if choice != "auto":
+                    raise
+                print(f"fastlstm: installing as pure Python, because the build failed: {error}", file=sys.stderr)
+                self.extensions = []
+
+    return [extension], {"build_ext": Build}
+
+
+ext_modules, cmdclass = extensions(os.environ.get("FASTLSTM_BUILD", "auto"))
+setup(ext_modules=ext_modules, cmdclass=cmdclass)
