@@ -64,7 +64,7 @@ def extensions(choice: str):
 
     sources = [*(ROOT / "csrc").glob("*.cpp"), *(ROOT / "csrc" / "cpu").glob("*.cpp")]
     # No fast-math: NaN and inf must travel as in nn.LSTM. Contraction lets a*b+c become one FMA.
-    cxx = ["-O3", "-fopenmp", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math", "-Wall"]
+    cxx = ["-O3", "-g0", "-fopenmp", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math", "-Wall"]
     link = ["-fopenmp"]
     kind, flags = CppExtension, {"cxx": cxx}
     if cuda:

@@ -1,0 +1,110 @@
+// The autograd node of fastlstm::native_layer, for every device. The same formula as fastlstm/ops/register.py gives the
+// backends written in Python; in C++ it costs a third, and call overhead decides tiny sequences.
+#include <torch/csrc/autograd/custom_function.h>
+#include <torch/library.h>
+
+#include "contract.h"
+
+namespace fastlstm {
+namespace {
+
+using torch::autograd::AutogradContext;
+using torch::autograd::variable_list;
+
+using DifferentiableBackward = LayerGradients(const OptionalTensor& dy, const OptionalTensor& dh_n,
+                                              const OptionalTensor& dc_n, const OptionalTensor& dcells,
+                                              const at::Tensor& x, const OptionalTensor& h0, const OptionalTensor& c0,
+                                              at::TensorList weights, const OptionalTensor& lengths,
+                                              const OptionalTensor& reset_mask, c10::List<bool> needs);
+
+template <class F>
+const c10::TypedOperatorHandle<F> find(const char* name) {
+  return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<F>();
+}
+
+LayerResults below_autograd(const at::Tensor& x, const OptionalTensor& h0, const OptionalTensor& c0,
+                            at::TensorList weights, const OptionalTensor& lengths, const OptionalTensor& reset_mask,
+                            bool keep_cells, bool keep_reserve) {
+  static const auto op = find<LayerForward>("fastlstm::native_layer");
+  at::AutoDispatchBelowADInplaceOrView guard;
+  return op.call(x, h0, c0, weights, lengths, reset_mask, keep_cells, keep_reserve);
+}
+
+OptionalTensor optional(const at::Tensor& t) { return t.defined() ? OptionalTensor(t) : std::nullopt; }
+
+class LayerFunction : public torch::autograd::Function<LayerFunction> {
+ public:
+  static variable_list forward(AutogradContext* ctx, const at::Tensor& x, const OptionalTensor& h0,
+                               const OptionalTensor& c0, at::TensorList weights, const OptionalTensor& lengths,
+                               const OptionalTensor& reset_mask, bool keep_cells) {
+    auto [y, h_n, c_n, cells, reserve] = below_autograd(x, h0, c0, weights, lengths, reset_mask, keep_cells, true);
+    variable_list saved = {x,
+                           h0.value_or(at::Tensor()),
+                           c0.value_or(at::Tensor()),
+                           lengths.value_or(at::Tensor()),
+                           reset_mask.value_or(at::Tensor()),
+                           y,
+                           cells,
+                           reserve};
+    saved.insert(saved.end(), weights.begin(), weights.end());
+    ctx->save_for_backward(std::move(saved));
+    // Else an unused reserve would arrive in backward as a T*B*4H buffer of zeros.
+    ctx->set_materialize_grads(false);
+    variable_list constants = {reserve};
+    if (!keep_cells) constants.push_back(cells);
+    ctx->mark_non_differentiable(constants);
+    return {y, h_n, c_n, cells, reserve};
+  }
+
+  static variable_list backward(AutogradContext* ctx, variable_list grads) {
+    variable_list saved = ctx->get_saved_variables();
+    const auto [dy, dh_n, dc_n, dcells] =
+        std::make_tuple(optional(grads[0]), optional(grads[1]), optional(grads[2]), optional(grads[3]));
+    const at::Tensor x = saved[0];
+    const OptionalTensor h0 = optional(saved[1]), c0 = optional(saved[2]);
+    const OptionalTensor lengths = optional(saved[3]), reset_mask = optional(saved[4]);
+    const at::TensorList weights = at::TensorList(saved).slice(8);
+    // Edges exist for the tensors that were given only.
+    size_t edge = 0;
+    c10::List<bool> needs;
+    needs.reserve(3 + weights.size());
+    needs.push_back(ctx->needs_input_grad(edge++));
+    needs.push_back(h0 && ctx->needs_input_grad(edge));
+    edge += h0.has_value();
+    needs.push_back(c0 && ctx->needs_input_grad(edge));
+    edge += c0.has_value();
+    for (size_t k = 0; k < weights.size(); ++k) needs.push_back(ctx->needs_input_grad(edge++));
+
+    LayerGradients found;
+    if (at::GradMode::is_enabled()) {
+      static const auto op = find<DifferentiableBackward>("fastlstm::differentiable_backward");
+      found = op.call(dy, dh_n, dc_n, dcells, x, h0, c0, weights, lengths, reset_mask, needs);
+    } else {
+      static const auto op = find<LayerBackward>("fastlstm::native_layer_backward");
+      at::AutoDispatchBelowADInplaceOrView guard;
+      found = op.call(dy, dh_n, dc_n, dcells, x, h0, c0, weights, lengths, reset_mask, saved[5], saved[6], saved[7],
+                      needs);
+    }
+    auto& [dx, dh0, dc0, dweights] = found;
+    // One gradient for each tensor of forward's arguments, an absent optional included, and each other argument.
+    variable_list out = {needs[0] ? dx : at::Tensor(), needs[1] ? dh0 : at::Tensor(), needs[2] ? dc0 : at::Tensor()};
+    for (size_t k = 0; k < weights.size(); ++k) out.push_back(needs[3 + k] ? dweights[k] : at::Tensor());
+    out.resize(out.size() + 3);  // lengths, reset_mask, keep_cells
+    return out;
+  }
+};
+
+LayerResults layer(const at::Tensor& x, const OptionalTensor& h0, const OptionalTensor& c0, at::TensorList weights,
+                   const OptionalTensor& lengths, const OptionalTensor& reset_mask, bool keep_cells,
+                   bool keep_reserve) {
+  if (!keep_reserve || !at::GradMode::is_enabled())
+    return below_autograd(x, h0, c0, weights, lengths, reset_mask, keep_cells, keep_reserve);
+  variable_list out = LayerFunction::apply(x, h0, c0, weights, lengths, reset_mask, keep_cells);
+  return {out[0], out[1], out[2], out[3], out[4]};
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(fastlstm, Autograd, m) { m.impl("native_layer", layer); }
+
+}  // namespace fastlstm

@@ -1,0 +1,157 @@
+// Backward of one direction over the whole sequence: per step the cell's gradients, then dh_{t-1} = dgates W_hh.
+// dx, dW and db are products over all rows after the loop and are not made here.
+#pragma once
+
+#include "cpu/forward.h"
+
+namespace fastlstm::FASTLSTM_ISA {
+
+template <class T>
+int64_t padded_columns(int64_t N) {
+  return (N + kPanel<T> - 1) / kPanel<T> * kPanel<T>;
+}
+
+template <class T>
+int64_t columns_packed_size(int64_t K, int64_t N) {
+  return padded_columns<T>(N) * K;
+}
+
+template <class T>
+void pack_columns(const T* b, int64_t K, int64_t N, int64_t row_stride, int64_t column_stride, T* packed) {
+  constexpr int64_t W2 = kPanel<T>;
+  for (int64_t n0 = 0; n0 < N; n0 += W2) {
+    const int64_t n = std::min(W2, N - n0);
+    T* panel = packed + n0 * K;
+    for (int64_t k = 0; k < K; ++k) {
+      const T* row = b + k * row_stride + n0 * column_stride;
+      T* out = panel + k * W2;
+      for (int64_t j = 0; j < n; ++j) out[j] = row[j * column_stride];
+      for (int64_t j = n; j < W2; ++j) out[j] = 0;
+    }
+  }
+}
+
+template <class T>
+int64_t backward_scratch(int64_t H, int64_t P) {
+  return P == H ? 0 : kRowGroup * padded_columns<T>(H);  // gradients of h before the projection, for a row group
+}
+
+// c[rows, columns n_begin..n_end) = a[rows, K] times packed panels; c has room for whole panels.
+template <class T>
+void product_packed(int64_t rows, int64_t K, const T* a, int64_t lda, const T* packed, int64_t n_begin, int64_t n_end,
+                    T* c, int64_t ldc) {
+  constexpr int64_t W2 = kPanel<T>;
+  if (rows <= 2) {
+    for (int64_t n = n_begin; n < n_end; n += W2)
+      tile_rows<T, 2, 2>(static_cast<int>(rows), K, a, lda, packed + n * K, W2, c + n, ldc, false);
+    return;
+  }
+  const int64_t depth = rows <= kTileRows ? K : kDepth;
+  for (int64_t n = n_begin; n < n_end; n += W2)
+    for (int64_t k = 0; k < K; k += depth)
+      for_row_tiles(rows, [&](int64_t m, int M) {
+        tile_rows<T, 2>(M, std::min(depth, K - k), a + m * lda + k, lda, packed + n * K + k * W2, W2,
+                        c + m * ldc + n, ldc, k > 0);
+      });
+}
+
+// The same from B [K, N] as stored, for so few rows and steps that packing would not pay.
+template <class T>
+void product_direct(int64_t rows, int64_t K, const T* a, int64_t lda, const T* b, int64_t N, int64_t n_begin,
+                    int64_t n_end, T* c, int64_t ldc) {
+  constexpr int64_t W = kWidth<T>;
+  for (int64_t r = 0; r < rows; ++r) {
+    int64_t n = n_begin;
+    for (; n + 8 * W <= n_end; n += 8 * W) tile<T, 1, 8>(K, a + r * lda, lda, b + n, N, c + r * ldc + n, ldc, false);
+    for (; n + W <= n_end; n += W) tile<T, 1, 1>(K, a + r * lda, lda, b + n, N, c + r * ldc + n, ldc, false);
+    if (n < n_end) {
+      const int part = static_cast<int>(n_end - n);
+      Vec<T> acc = {};
+      for (int64_t k = 0; k < K; ++k) acc += a[r * lda + k] * load_part(b + k * N + n, part);
+      store_part(c + r * ldc + n, acc, part);
+    }
+  }
+}
+
+// The cell's gradients for units [u0, u0 + n) of sorted row r at step t; dh points at the gradient of h_t before any
+// projection, without dy unless `dy` is null.
+template <class T>
+FASTLSTM_INLINE void cell_gradients(const BackwardArgs<T>& a, int64_t t, int64_t r, int64_t row, const T* c_enter,
+                                    const T* dh, const T* dy, int64_t u0, int n) {
+  const int64_t H = a.H;
+  const bool full = n == kWidth<T>;
+  auto get = [&](const T* p) { return full ? load(p) : load_part(p, n); };
+  auto put = [&](T* p, Vec<T> v) { full ? store(p, v) : store_part(p, v, n); };
+  const int64_t packed_row = a.rows.offset_at(t) + r;
+  const T* g = a.gates + packed_row * 4 * H + u0;
+  T* dg = a.dgates + packed_row * 4 * H + u0;
+  T* dc_state = a.dc + r * H + u0;
+  Vec<T> dh_t = get(dh + u0);
+  if (dy) dh_t += get(dy + u0);
+  Vec<T> dc = get(dc_state);
+  if (a.dcells) dc += get(a.dcells + row * a.dcells_stride + u0);
+  const Vec<T> c_prev = c_enter ? get(c_enter + u0) : Vec<T>{};
+  const Vec<T> tanh_c = Activation<T>::tanh(get(a.cells + row * a.cells_stride + u0));
+  const Gates<Vec<T>> gate = {get(g), get(g + H), get(g + 2 * H), get(g + 3 * H)};
+  const Gates<Vec<T>> d = cell_backward(gate, c_prev, tanh_c, dh_t, dc);
+  put(dg, d.i);
+  put(dg + H, d.f);
+  put(dg + 2 * H, d.g);
+  put(dg + 3 * H, d.o);
+  put(dc_state, c_enter ? dc : Vec<T>{});
+}
+
+template <class T>
+void backward(const BackwardArgs<T>& a, const Member& me) {
+  constexpr int64_t W = kWidth<T>;
+  const int64_t steps = a.rows.T, B = a.rows.B, H = a.H, P = a.P, ld = padded_columns<T>(P);
+  T* hidden = a.scratch + me.index * backward_scratch<T>(H, P);  // [kRowGroup, padded H]
+  const int64_t ld_hidden = padded_columns<T>(H);
+  for (int64_t s = steps - 1; s >= 0; --s) {
+    const int64_t t = a.reverse ? steps - 1 - s : s;
+    const int64_t before = s == 0 ? -1 : (a.reverse ? t + 1 : t - 1);  // the step whose state entered this one
+    const int64_t held = before < 0 ? 0 : a.rows.count_at(before);      // rows that have it; the others began here
+    const int64_t offset = a.rows.offset_at(t);
+    const int64_t end = std::min(me.row_end, a.rows.count_at(t));
+    for (int64_t r0 = me.row_begin; r0 < end; r0 += kRowGroup) {
+      const int64_t r1 = std::min(end, r0 + kRowGroup);
+      if (a.w_hr) {
+        for (int64_t r = r0; r < r1; ++r) {
+          T* dr = a.dr + (offset + r) * P;
+          std::copy(a.dh + r * ld, a.dh + r * ld + P, dr);
+          if (a.dy) {
+            const T* dy = a.dy + (t * B + a.rows.batch_row_at(r)) * a.dy_stride;
+            for (int64_t p = 0; p < P; ++p) dr[p] += dy[p];
+          }
+        }
+        product_packed(r1 - r0, P, a.dr + (offset + r0) * P, P, a.w_hr, 0, H, hidden, ld_hidden);
+      }
+      for (int64_t r = r0; r < r1; ++r) {
+        const int64_t b = a.rows.batch_row_at(r), row = t * B + b;
+        const T* c_enter = a.rows.fresh_at(t, r) ? nullptr
+                           : r < held            ? a.cells + (before * B + b) * a.cells_stride
+                                                 : a.c0 + r * H;
+        const T* dh = a.w_hr ? hidden + (r - r0) * ld_hidden : a.dh + r * ld;
+        const T* dy = a.w_hr || !a.dy ? nullptr : a.dy + row * a.dy_stride;
+        int64_t u = me.unit_begin;
+        for (; u + W <= me.unit_end; u += W) cell_gradients(a, t, r, row, c_enter, dh, dy, u, W);
+        if (u < me.unit_end) cell_gradients(a, t, r, row, c_enter, dh, dy, u, static_cast<int>(me.unit_end - u));
+      }
+    }
+    if (me.barrier) me.barrier->wait();
+    // Without projection a member owns the same columns of h as units; with it, it owns whole rows.
+    const int64_t n_begin = a.w_hr ? 0 : me.unit_begin, n_end = a.w_hr ? P : me.unit_end;
+    for (int64_t r0 = me.row_begin; r0 < end; r0 += kRowGroup) {
+      const int64_t rows = std::min(end - r0, kRowGroup);
+      const T* dg = a.dgates + (offset + r0) * 4 * H;
+      if (a.packed)
+        product_packed(rows, 4 * H, dg, 4 * H, a.packed, n_begin, n_end, a.dh + r0 * ld, ld);
+      else
+        product_direct(rows, 4 * H, dg, 4 * H, a.w_hh, P, n_begin, n_end, a.dh + r0 * ld, ld);
+      for (int64_t r = r0; r < r0 + rows; ++r)
+        if (a.rows.fresh_at(t, r)) std::fill(a.dh + r * ld + n_begin, a.dh + r * ld + n_end, T(0));
+    }
+  }
+}
+
+}  // namespace fastlstm::FASTLSTM_ISA

@@ -1,0 +1,70 @@
+// Register tiles of C (+)= A B on one core, for the products inside the time loop, and the packing of B.
+//
+// A panel is kPanel = 2 vectors of columns of B, stored [K][kPanel]: one panel then streams from the cache at two vector
+// loads for every 2*M multiply-adds of a tile of M rows.
+#pragma once
+
+#include <algorithm>
+
+#include "cpu/vec.h"
+
+namespace fastlstm::FASTLSTM_ISA {
+
+// Rows of a tile: rows x 2 accumulators, 2 columns of B and one broadcast fill the registers (16, or 32 with AVX-512
+// and on aarch64).
+#if FASTLSTM_VECTOR_BYTES == 64 || defined(__aarch64__)
+constexpr int kTileRows = 12;
+#else
+constexpr int kTileRows = 6;
+#endif
+template <class T>
+constexpr int kPanel = 2 * kWidth<T>;
+
+// c[m][n] (+)= sum over k of a[m][k] b[k][n], for M rows and NV vectors of columns, row strides lda, ldb, ldc.
+template <class T, int M, int NV>
+FASTLSTM_INLINE void tile(int64_t K, const T* a, int64_t lda, const T* b, int64_t ldb, T* c, int64_t ldc, bool add) {
+  constexpr int W = kWidth<T>;
+  Vec<T> acc[M][NV];
+#pragma GCC unroll 16
+  for (int m = 0; m < M; ++m)
+#pragma GCC unroll 8
+    for (int n = 0; n < NV; ++n) acc[m][n] = add ? load(c + m * ldc + n * W) : Vec<T>{};
+  for (int64_t k = 0; k < K; ++k) {
+    Vec<T> bk[NV];
+#pragma GCC unroll 8
+    for (int n = 0; n < NV; ++n) bk[n] = load(b + k * ldb + n * W);
+#pragma GCC unroll 16
+    for (int m = 0; m < M; ++m) {
+      const T am = a[m * lda + k];
+#pragma GCC unroll 8
+      for (int n = 0; n < NV; ++n) acc[m][n] += am * bk[n];
+    }
+  }
+#pragma GCC unroll 16
+  for (int m = 0; m < M; ++m)
+#pragma GCC unroll 8
+    for (int n = 0; n < NV; ++n) store(c + m * ldc + n * W, acc[m][n]);
+}
+
+// The same for any number of rows up to kTileRows.
+template <class T, int NV, int M = kTileRows>
+FASTLSTM_INLINE void tile_rows(int rows, int64_t K, const T* a, int64_t lda, const T* b, int64_t ldb, T* c,
+                               int64_t ldc, bool add) {
+  if constexpr (M > 0) {
+    if (rows == M) return tile<T, M, NV>(K, a, lda, b, ldb, c, ldc, add);
+    tile_rows<T, NV, M - 1>(rows, K, a, lda, b, ldb, c, ldc, add);
+  }
+}
+
+// Calls f(first row, rows) over `rows` in near-equal tiles of at most kTileRows: 4+4 rather than 6+2, since a tile of few
+// rows waits for the latency of its few accumulators.
+template <class F>
+FASTLSTM_INLINE void for_row_tiles(int64_t rows, F&& f) {
+  const int64_t tiles = (rows + kTileRows - 1) / kTileRows;
+  for (int64_t k = 0; k < tiles; ++k) {
+    const int64_t begin = rows * k / tiles;
+    f(begin, static_cast<int>(rows * (k + 1) / tiles - begin));
+  }
+}
+
+}  // namespace fastlstm::FASTLSTM_ISA

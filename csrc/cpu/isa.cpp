@@ -1,0 +1,71 @@
+// Chooses the kernels at run time: an installed wheel must run on a machine older than the one that built it.
+#include <cstdlib>
+#include <cstring>
+
+#include "cpu/sequence.h"
+
+namespace fastlstm {
+
+#define FASTLSTM_DECLARE(isa)          \
+  namespace isa {                      \
+  template <class T>                   \
+  const Kernels<T>& table();           \
+  extern template const Kernels<float>& table<float>();   \
+  extern template const Kernels<double>& table<double>(); \
+  }
+FASTLSTM_DECLARE(baseline)
+#if defined(__x86_64__)
+FASTLSTM_DECLARE(avx2)
+FASTLSTM_DECLARE(avx512)
+#endif
+#undef FASTLSTM_DECLARE
+
+namespace {
+
+enum class Isa { kBaseline, kAvx2, kAvx512 };
+
+Isa choose() {
+#if defined(__x86_64__)
+  // torch's own variable, so that one setting lowers both.
+  const char* wish = std::getenv("ATEN_CPU_CAPABILITY");
+  if (wish && std::strcmp(wish, "default") == 0) return Isa::kBaseline;
+  const bool no_avx512 = wish && std::strcmp(wish, "avx2") == 0;
+  __builtin_cpu_init();
+  if (!no_avx512 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
+    return Isa::kAvx512;
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return Isa::kAvx2;
+#endif
+  return Isa::kBaseline;
+}
+
+Isa chosen() {
+  static const Isa isa = choose();
+  return isa;
+}
+
+}  // namespace
+
+const char* isa_name() {
+  switch (chosen()) {
+    case Isa::kAvx512:
+      return "avx512";
+    case Isa::kAvx2:
+      return "avx2";
+    default:
+      return "baseline";
+  }
+}
+
+template <class T>
+const Kernels<T>& kernels() {
+#if defined(__x86_64__)
+  if (chosen() == Isa::kAvx512) return avx512::table<T>();
+  if (chosen() == Isa::kAvx2) return avx2::table<T>();
+#endif
+  return baseline::table<T>();
+}
+template const Kernels<float>& kernels<float>();
+template const Kernels<double>& kernels<double>();
+
+}  // namespace fastlstm

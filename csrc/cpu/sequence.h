@@ -1,0 +1,127 @@
+// The CPU kernels as the binding sees them: one direction of one layer over the whole sequence. No torch, no ISA.
+//
+// Rows. Ragged batches are run as PackedSequence stores them: rows sorted by falling length, step t holding the first
+// count[t] of them at packed rows offset[t] ... of every [N, .] array. A dense batch has count B and offset t * B.
+// Sizes: T steps, B rows, N = sum of lengths, H units, P features of h (H without projection). Gates i, f, g, o.
+#pragma once
+
+#include <atomic>
+#include <cstdint>
+#include <thread>
+
+namespace fastlstm {
+
+struct Rows {
+  int64_t T, B;
+  const int64_t* count;      // [T]  rows that have step t, or null: B
+  const int64_t* offset;     // [T]  first packed row of step t, or null: t * B
+  const int64_t* batch_row;  // [B]  row of the caller's batch a sorted row is, or null: itself
+  const uint8_t* fresh;      // [N]  nonzero: this direction enters the step with zero state; or null
+
+  int64_t count_at(int64_t t) const { return count ? count[t] : B; }
+  int64_t offset_at(int64_t t) const { return offset ? offset[t] : t * B; }
+  int64_t batch_row_at(int64_t r) const { return batch_row ? batch_row[r] : r; }
+  bool fresh_at(int64_t t, int64_t r) const { return fresh && fresh[offset_at(t) + r]; }
+};
+
+template <class T>
+struct ForwardArgs {
+  Rows rows;
+  int64_t H, P;
+  bool reverse;
+  int64_t first, steps;  // which steps of the direction's own order this call runs (inference goes in chunks)
+  T* gates;              // [N, 4H] from step `first` on: x W_ih^T + biases; becomes the activated gates if keep_gates
+  bool keep_gates;
+  const T* w_hh;    // [4H, P]  as torch.nn.LSTM stores it
+  const T* packed;  // w_hh by pack_forward, or null: run from w_hh itself
+  const T* w_hr;    // pack_columns of weight_hr^T [H, P], or null without projection
+  T* h;             // [2, B, P]  state, sorted rows; step s of the order reads h[s % 2] and writes h[(s + 1) % 2]
+  T* c;             // [B, H]     state
+  T* y;             // [T, B, .]  out, row t * B + b at y + row * y_stride
+  T* cells;         // likewise with cells_stride, or null
+  int64_t y_stride, cells_stride;
+  T* scratch;  // per member, forward_scratch(H, P) elements
+};
+
+template <class T>
+struct BackwardArgs {
+  Rows rows;
+  int64_t H, P;
+  bool reverse;
+  const T* gates;   // [N, 4H]  activated
+  const T* cells;   // [T, B, .] c of every step
+  const T* c0;      // [B, H] sorted rows
+  const T* dy;      // [T, B, .] or null
+  const T* dcells;  // [T, B, .] or null
+  int64_t cells_stride, dy_stride, dcells_stride;
+  const T* w_hh;    // [4H, P]
+  const T* packed;  // pack_columns of w_hh, or null: run from w_hh itself
+  const T* w_hr;    // pack_columns of weight_hr [P, H], or null without projection
+  T* dgates;        // [N, 4H]  out, gradients of the pre-activations
+  T* dr;            // [N, P]   out with projection, gradients of h in full
+  T* dh;            // [B, padded P]  in: of h_n, out: of h0; sorted rows
+  T* dc;            // [B, H]         in: of c_n, out: of c0
+  T* scratch;       // per member, backward_scratch(H, P) elements
+};
+
+// A barrier for threads that all run: spins briefly, since a step lasts microseconds, then yields.
+class Barrier {
+ public:
+  explicit Barrier(int members) : members_(members) {}
+  void wait() {
+    const int phase = phase_.load(std::memory_order_relaxed);
+    if (arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 == members_) {
+      arrived_.store(0, std::memory_order_relaxed);
+      phase_.store(phase + 1, std::memory_order_release);
+      return;
+    }
+    for (int spins = 0; phase_.load(std::memory_order_acquire) == phase; ++spins) {
+      if (spins < 4000) {
+#if defined(__x86_64__)
+        __builtin_ia32_pause();
+#endif
+      } else {
+        std::this_thread::yield();
+      }
+    }
+  }
+
+ private:
+  const int members_;
+  alignas(64) std::atomic<int> arrived_{0};
+  alignas(64) std::atomic<int> phase_{0};
+};
+
+// One thread's part of a direction: sorted rows [row_begin, row_end) and units [unit_begin, unit_end). Members that
+// share rows split the units, and meet at the barrier in every step; otherwise barrier is null.
+struct Member {
+  int64_t row_begin, row_end;
+  int64_t unit_begin, unit_end;  // multiples of unit_block, or H at the end
+  int index;                     // which scratch is mine
+  Barrier* barrier;
+};
+
+// One ISA's kernels for T = float or double.
+template <class T>
+struct Kernels {
+  int64_t unit_block;  // units are split among members in multiples of this
+  int64_t (*forward_packed_size)(int64_t H, int64_t P);
+  void (*pack_forward)(const T* w_hh, int64_t H, int64_t P, T* packed);
+  // B [K, N] with row and column strides into panels: columns_packed_size(K, N) elements.
+  int64_t (*columns_packed_size)(int64_t K, int64_t N);
+  void (*pack_columns)(const T* b, int64_t K, int64_t N, int64_t row_stride, int64_t column_stride, T* packed);
+  int64_t (*padded_columns)(int64_t N);
+  int64_t (*forward_scratch)(int64_t H, int64_t P);
+  int64_t (*backward_scratch)(int64_t H, int64_t P);
+  void (*forward)(const ForwardArgs<T>&, const Member&);
+  void (*backward)(const BackwardArgs<T>&, const Member&);
+  void (*sigmoid)(const T* x, T* y, int64_t n);
+  void (*tanh)(const T* x, T* y, int64_t n);
+};
+
+// The best ISA that this CPU has and ATEN_CPU_CAPABILITY ("default", "avx2", "avx512") allows.
+const char* isa_name();
+template <class T>
+const Kernels<T>& kernels();
+
+}  // namespace fastlstm

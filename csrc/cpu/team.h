@@ -1,0 +1,103 @@
+// How many threads work on a layer and on which part each: Plan, and running it.
+#pragma once
+
+#include <ATen/Parallel.h>
+#include <omp.h>
+
+#include <algorithm>
+#include <vector>
+
+#include "cpu/sequence.h"
+
+namespace fastlstm {
+
+// The threads of a layer: per direction a number of members that split either the rows (and never meet) or the units
+// (and meet at a barrier in every step).
+struct Plan {
+  int64_t D;
+  int members = 1;           // per direction
+  bool concurrent = false;   // directions on threads of their own
+  bool split_units = false;
+
+  int threads() const { return members * (concurrent ? static_cast<int>(D) : 1); }
+};
+
+// From the sizes of a layer; `rows` is the mean number of rows a step has, `size` that of an element.
+inline Plan make_plan(int64_t D, int64_t T, double rows, int64_t H, int64_t P, int64_t size, int64_t unit_block) {
+  // A step's multiply-adds; a fork and join cost about what 1e5 of them take, a barrier 1e4.
+  const double step = rows * 4 * H * (P + 16);
+  Plan plan{D};
+  const int available = at::in_parallel_region() ? 1 : at::get_num_threads();
+  if (available == 1 || step * T * D < 4e5) return plan;
+  plan.concurrent = D == 2;
+  const int most = available / (plan.concurrent ? 2 : 1);
+  if (most <= 1) return plan;
+  const double weights = 4.0 * H * P * size;
+  // Splitting rows reads all weights in every thread: fine while they stay in its L2 and the rows fill a tile each.
+  const bool rows_fit = rows / most >= (weights <= (1 << 20) ? 3 : 24);
+  if (P != H || rows_fit) {
+    plan.members = static_cast<int>(std::max(1.0, std::min<double>(most, rows)));
+    return plan;
+  }
+  if (step >= 6e4) {
+    plan.members = static_cast<int>(std::min<int64_t>(most, std::max<int64_t>(1, H / unit_block)));
+    plan.split_units = plan.members > 1;
+  }
+  return plan;
+}
+
+// Sorted row at which member k of n begins, so that all have about the same number of steps.
+inline int64_t row_boundary(const Rows& rows, int64_t N, int k, int n) {
+  if (k == 0) return 0;
+  if (k == n) return rows.B;
+  if (!rows.count) return rows.B * k / n;
+  int64_t covered = 0, row = 0;  // row r has as many steps as steps have more than r rows
+  int64_t t = rows.T;
+  for (; row < rows.B && covered * n < N * k; ++row) {
+    while (t > 0 && rows.count[t - 1] <= row) --t;
+    covered += t;
+  }
+  return row;
+}
+
+// Runs body(direction, member) for every part of the plan, each on a thread of its own.
+template <class F>
+void run_plan(const Plan& plan, const std::vector<Rows>& rows, int64_t N, int64_t H, int64_t unit_block, F&& body) {
+  const auto member = [&](int64_t d, int k, int n, bool units, Barrier* barrier, int index) {
+    Member me{0, rows[d].B, 0, H, index, nullptr};
+    if (units) {
+      const int64_t blocks = (H + unit_block - 1) / unit_block;
+      me.unit_begin = blocks * k / n * unit_block;
+      me.unit_end = std::min(H, blocks * (k + 1) / n * unit_block);
+      me.barrier = barrier;
+    } else {
+      me.row_begin = row_boundary(rows[d], N, k, n);
+      me.row_end = row_boundary(rows[d], N, k + 1, n);
+    }
+    body(d, me);
+  };
+  const auto serial = [&] {
+    for (int64_t d = 0; d < plan.D; ++d) member(d, 0, 1, false, nullptr, 0);
+  };
+  const int threads = plan.threads();
+  if (threads == 1) return serial();
+  Barrier first(plan.members), second(plan.members);
+#pragma omp parallel num_threads(threads)
+  {
+    // A runtime that grants fewer threads must not leave a barrier waiting for the others.
+    if (omp_get_num_threads() != threads) {
+#pragma omp single
+      serial();
+    } else {
+      const int index = omp_get_thread_num(), k = index % plan.members;
+      if (plan.concurrent) {
+        const int64_t d = index / plan.members;
+        member(d, k, plan.members, plan.split_units, d == 0 ? &first : &second, index);
+      } else {
+        for (int64_t d = 0; d < plan.D; ++d) member(d, k, plan.members, plan.split_units, &first, index);
+      }
+    }
+  }
+}
+
+}  // namespace fastlstm

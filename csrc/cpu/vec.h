@@ -1,0 +1,138 @@
+// Vectors of one ISA and the activation functions on them. Included once by each isa_*.cpp, which first sets
+//   FASTLSTM_ISA           the namespace, so that the same code compiled for several ISAs never merges at link time
+//   FASTLSTM_VECTOR_BYTES  the register width
+// GCC and Clang vector extensions only, so that one source serves x86-64 and aarch64.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#include "cell.h"
+
+#define FASTLSTM_INLINE inline __attribute__((always_inline))
+
+namespace fastlstm::FASTLSTM_ISA {
+
+template <class T>
+struct VecOf;
+template <>
+struct VecOf<float> {
+  typedef float type __attribute__((vector_size(FASTLSTM_VECTOR_BYTES)));
+  typedef int32_t bits __attribute__((vector_size(FASTLSTM_VECTOR_BYTES)));
+};
+template <>
+struct VecOf<double> {
+  typedef double type __attribute__((vector_size(FASTLSTM_VECTOR_BYTES)));
+  typedef int64_t bits __attribute__((vector_size(FASTLSTM_VECTOR_BYTES)));
+};
+template <class T>
+using Vec = typename VecOf<T>::type;
+template <class T>
+using Bits = typename VecOf<T>::bits;
+template <class T>
+constexpr int kWidth = FASTLSTM_VECTOR_BYTES / sizeof(T);
+
+template <class T>
+FASTLSTM_INLINE Vec<T> load(const T* p) {
+  Vec<T> v;
+  std::memcpy(&v, p, sizeof(v));
+  return v;
+}
+template <class T>
+FASTLSTM_INLINE void store(T* p, Vec<T> v) {
+  std::memcpy(p, &v, sizeof(v));
+}
+// The first `n` elements only; the rest read as zero.
+template <class T>
+FASTLSTM_INLINE Vec<T> load_part(const T* p, int n) {
+  Vec<T> v = {};
+  std::memcpy(&v, p, n * sizeof(T));
+  return v;
+}
+template <class T>
+FASTLSTM_INLINE void store_part(T* p, Vec<T> v, int n) {
+  std::memcpy(p, &v, n * sizeof(T));
+}
+template <class T>
+FASTLSTM_INLINE Vec<T> splat(T x) {
+  return Vec<T>{} + x;
+}
+template <class T>
+FASTLSTM_INLINE T sum(Vec<T> v) {
+  T total = 0;
+  for (int k = 0; k < kWidth<T>; ++k) total += v[k];
+  return total;
+}
+
+// Per type: exp's argument limits, 2^n through the exponent field, ln 2 in two parts, and q of
+//   expm1(r) = r + r^2 q(r),  |r| <= ln(2)/2,
+// a Chebyshev fit whose error is below 0.2 ulp of expm1(r), highest power first.
+template <class T>
+struct ExpConstants;
+template <>
+struct ExpConstants<float> {
+  static constexpr float kMax = 88.0f, kMin = -87.0f;  // 2^n stays normal
+  static constexpr float kRound = 12582912.0f;         // 1.5 * 2^23: adding it rounds to an integer
+  static constexpr float kLog2e = 1.44269504f, kLn2Hi = 0.693359375f, kLn2Lo = -2.12194440e-4f;
+  static constexpr int kMantissa = 23, kBias = 127;
+  static constexpr float kQ[] = {1.39261837e-3f, 8.36317905e-3f, 4.16665546e-2f, 1.66665770e-1f, 0.5f};
+};
+template <>
+struct ExpConstants<double> {
+  static constexpr double kMax = 709.0, kMin = -708.0;
+  static constexpr double kRound = 6755399441055744.0;  // 1.5 * 2^52
+  static constexpr double kLog2e = 1.442695040888963407, kLn2Hi = 6.93147180369123816490e-01,
+                          kLn2Lo = 1.90821492927058781614e-10;
+  static constexpr int kMantissa = 52, kBias = 1023;
+  static constexpr double kQ[] = {2.0914686968086877e-9, 2.5105217004720745e-8, 2.7557273643110295e-7,
+                                  2.7557255400206424e-6, 2.4801587325547742e-5, 1.9841269874820625e-4,
+                                  1.3888888888883749e-3, 8.3333333333261351e-3, 4.1666666666666670e-2,
+                                  1.6666666666666671e-1, 0.5};
+};
+
+// x = n ln 2 + r: scale = 2^n and p = expm1(r). NaN passes through p.
+template <class T>
+FASTLSTM_INLINE void reduce_exp(Vec<T> x, Vec<T>& scale, Vec<T>& p) {
+  using C = ExpConstants<T>;
+  const Vec<T> shifted = x * C::kLog2e + C::kRound;
+  const Vec<T> n = shifted - C::kRound;
+  const Vec<T> r = (x - n * C::kLn2Hi) - n * C::kLn2Lo;
+  Vec<T> q = splat<T>(C::kQ[0]);
+  for (unsigned k = 1; k < sizeof(C::kQ) / sizeof(T); ++k) q = q * r + C::kQ[k];
+  p = r + (r * r) * q;
+  Bits<T> i;
+  std::memcpy(&i, &shifted, sizeof(i));
+  // The low bits of `shifted` hold n; what its own exponent adds is shifted out.
+  const Bits<T> s = (i + C::kBias) << C::kMantissa;
+  std::memcpy(&scale, &s, sizeof(scale));
+}
+
+// The activations; max error and range as tested by tests/test_activations.py: float 2 ulp, double 2 ulp, for every
+// finite argument, down to results of 1.2e-38 (float) and 3e-308 (double), below which sigmoid stays at about that.
+template <class T>
+struct Activation {
+  using V = Vec<T>;
+  // 1 / (1 + exp(-x))
+  static FASTLSTM_INLINE V sigmoid(V x) {
+    using C = ExpConstants<T>;
+    V z = -x;
+    z = z > C::kMax ? splat<T>(C::kMax) : z;  // comparisons are false for NaN, which so survives
+    z = z < C::kMin ? splat<T>(C::kMin) : z;
+    V scale, p;
+    reduce_exp<T>(z, scale, p);
+    return T(1) / (T(1) + (scale + scale * p));
+  }
+  // expm1(2x) / (expm1(2x) + 2): no cancellation near 0
+  static FASTLSTM_INLINE V tanh(V x) {
+    constexpr T kLimit = sizeof(T) == 4 ? 10 : 20;  // tanh is 1 to the last bit from 9.02 and 19.07 on
+    V z = x + x;
+    z = z > 2 * kLimit ? splat<T>(2 * kLimit) : z;
+    z = z < -2 * kLimit ? splat<T>(-2 * kLimit) : z;
+    V scale, p;
+    reduce_exp<T>(z, scale, p);
+    const V em1 = scale * p + (scale - T(1));
+    return em1 / (em1 + T(2));
+  }
+};
+
+}  // namespace fastlstm::FASTLSTM_ISA

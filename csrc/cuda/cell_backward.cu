@@ -1,0 +1,92 @@
+// Backward: the cell of one step, its projection, the gradient of h0, and rows for the weights' gradients of
+// ragged batches. What a thread does is in step.h.
+#include "cuda/launch.cuh"
+
+namespace fastlstm::cuda {
+namespace {
+
+template <class T>
+struct Backward {
+  template <int V>
+  static __device__ __forceinline__ void run(const BackwardStep<T>& s, int d, int64_t b, int64_t j) {
+    backward_element<T, V>(s, d, b, j);
+  }
+};
+
+template <class T>
+struct Projected {
+  template <int V>
+  static __device__ __forceinline__ void run(const ProjectedGradient<T>& s, int d, int64_t b, int64_t k) {
+    projected_gradient_element<T, V>(s, d, b, k);
+  }
+};
+
+template <class T>
+struct Initial {
+  template <int V>
+  static __device__ __forceinline__ void run(const InitialGradient<T>& s, int d, int64_t b, int64_t k) {
+    initial_gradient_element<T, V>(s, d, b, k);
+  }
+};
+
+template <class T>
+struct Ragged {
+  template <int V>
+  static __device__ __forceinline__ void run(const RaggedRows<T>& s, int first, int64_t b, int64_t k) {
+    for (int64_t r = first; r < s.count; r += gridDim.z) ragged_row_element<T, V>(s, r, b, k);
+  }
+};
+
+template <int V, class T>
+bool gradient_fits(const HiddenGradient<T>& s) {
+  return fits<V>(s.P, s.dh_n, s.dh, s.carry) && (!s.dy || (fits<V>(s.dy_t, s.dy) && s.dy_b % V == 0));
+}
+
+}  // namespace
+
+template <class T>
+cudaError_t launch_cell_step_bwd(const BackwardStep<T>& s, cudaStream_t stream) {
+  constexpr int V = kWidth<T>;
+  const bool wide = fits<V>(s.H, s.dhidden, s.gates, s.cells, s.c0, s.dc_n, s.dc, s.dgates, s.hidden) &&
+                    (!s.dcells || (fits<V>(s.dcells_t, s.dcells) && s.dcells_b % V == 0)) &&
+                    (s.dhidden || gradient_fits<V>(s.gradient));
+  const Extent extent = {s.H, s.steps.B, s.D};
+  return wide ? launch<Backward<T>, V>(s, extent, stream) : launch<Backward<T>, 1>(s, extent, stream);
+}
+
+template <class T>
+cudaError_t launch_projection_step_bwd(const ProjectedGradient<T>& s, cudaStream_t stream) {
+  constexpr int V = kWidth<T>;
+  const bool wide = gradient_fits<V>(s.gradient) && fits<V>(s.gradient.P, s.dprojected);
+  const Extent extent = {s.gradient.P, s.steps.B, s.D};
+  return wide ? launch<Projected<T>, V>(s, extent, stream) : launch<Projected<T>, 1>(s, extent, stream);
+}
+
+template <class T>
+cudaError_t launch_initial_state_bwd(const InitialGradient<T>& s, cudaStream_t stream) {
+  constexpr int V = kWidth<T>;
+  const bool wide = gradient_fits<V>(s.gradient) && fits<V>(s.gradient.P, s.dh0);
+  const Extent extent = {s.gradient.P, s.steps.B, s.D};
+  return wide ? launch<Initial<T>, V>(s, extent, stream) : launch<Initial<T>, 1>(s, extent, stream);
+}
+
+template <class T>
+cudaError_t launch_ragged_rows(const RaggedRows<T>& s, cudaStream_t stream) {
+  constexpr int V = kWidth<T>;
+  const bool wide = fits<V>(s.n, s.initial, s.out) && fits<V>(s.source_t, s.source) && s.source_b % V == 0;
+  const Extent extent = {s.n, s.steps.B, static_cast<int>(s.count < 1024 ? s.count : 1024)};
+  return wide ? launch<Ragged<T>, V>(s, extent, stream) : launch<Ragged<T>, 1>(s, extent, stream);
+}
+
+#define INSTANTIATE(T)                                                                           \
+  template cudaError_t launch_cell_step_bwd<T>(const BackwardStep<T>&, cudaStream_t);            \
+  template cudaError_t launch_projection_step_bwd<T>(const ProjectedGradient<T>&, cudaStream_t); \
+  template cudaError_t launch_initial_state_bwd<T>(const InitialGradient<T>&, cudaStream_t);     \
+  template cudaError_t launch_ragged_rows<T>(const RaggedRows<T>&, cudaStream_t);
+INSTANTIATE(float)
+INSTANTIATE(double)
+INSTANTIATE(__half)
+INSTANTIATE(__nv_bfloat16)
+#undef INSTANTIATE
+
+}  // namespace fastlstm::cuda

@@ -1,0 +1,59 @@
+// Forward: the cell of one step, and with projection the taking in of the projected h. What a thread does is
+// in step.h.
+#include "cuda/launch.cuh"
+
+namespace fastlstm::cuda {
+namespace {
+
+template <class T>
+struct Forward {
+  template <int V>
+  static __device__ __forceinline__ void run(const ForwardStep<T>& s, int d, int64_t b, int64_t j) {
+    forward_element<T, V>(s, d, b, j);
+  }
+};
+
+template <class T>
+struct Projected {
+  template <int V>
+  static __device__ __forceinline__ void run(const ProjectedStep<T>& s, int d, int64_t b, int64_t k) {
+    projected_element<T, V>(s, d, b, k);
+  }
+};
+
+template <int V, class T>
+bool state_fits(const HiddenState<T>& s) {
+  return fits<V>(s.P, s.h0, s.h, s.y, s.h_n);
+}
+
+}  // namespace
+
+template <class T>
+cudaError_t launch_cell_step_fwd(const ForwardStep<T>& s, cudaStream_t stream) {
+  constexpr int V = kWidth<T>;
+  const bool wide =
+      fits<V>(s.H, s.gates_x, s.gates_h, s.bias_ih[0], s.bias_ih[1], s.bias_hh[0], s.bias_hh[1]) &&
+      fits<V>(s.H, s.c0, s.c, s.c_n, s.cells, s.gates, s.hidden) && (s.hidden || state_fits<V>(s.state));
+  const Extent extent = {s.H, s.steps.B, s.D};
+  return wide ? launch<Forward<T>, V>(s, extent, stream) : launch<Forward<T>, 1>(s, extent, stream);
+}
+
+template <class T>
+cudaError_t launch_projection_step_fwd(const ProjectedStep<T>& s, cudaStream_t stream) {
+  constexpr int V = kWidth<T>;
+  const Extent extent = {s.state.P, s.steps.B, s.D};
+  return fits<V>(s.state.P, s.projected) && state_fits<V>(s.state)
+             ? launch<Projected<T>, V>(s, extent, stream)
+             : launch<Projected<T>, 1>(s, extent, stream);
+}
+
+#define INSTANTIATE(T)                                                               \
+  template cudaError_t launch_cell_step_fwd<T>(const ForwardStep<T>&, cudaStream_t); \
+  template cudaError_t launch_projection_step_fwd<T>(const ProjectedStep<T>&, cudaStream_t);
+INSTANTIATE(float)
+INSTANTIATE(double)
+INSTANTIATE(__half)
+INSTANTIATE(__nv_bfloat16)
+#undef INSTANTIATE
+
+}  // namespace fastlstm::cuda

@@ -1,0 +1,162 @@
+// The CUDA kernels that run between the matrix products of one LSTM layer. No torch header here or in any .cu
+// file.
+//
+// Sizes: T steps, B rows, H units, P features of h (H without projection), D directions (1, or 2 with the
+// reverse one second). Gates i, f, g, o. Every launcher serves all directions at once; an array [2] has one
+// entry per direction. All pointers are device memory of the caller, dense and row-major in the shape given
+// unless strides stand beside them. T is the tensors' type: float, double, __half or __nv_bfloat16. Acc<T>,
+// the type of sums and of the carried state, is float, and double for double: in bf16 c stops taking in small
+// updates after some 200 steps.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include <cstdint>
+
+struct __half;         // whole in cuda_fp16.h
+struct __nv_bfloat16;  // whole in cuda_bf16.h
+
+namespace fastlstm::cuda {
+
+template <class T>
+struct Accumulation {
+  using type = float;
+};
+template <>
+struct Accumulation<double> {
+  using type = double;
+};
+template <class T>
+using Acc = typename Accumulation<T>::type;
+
+// Which steps each row has, and at which of them a new sequence begins.
+struct Steps {
+  int64_t T, B;
+  const int64_t* lengths;  // [B]     or null: every row has T steps
+  const bool* reset_mask;  // [T, B]  or null
+};
+
+// Where h_t goes, and where the h that a row carries past a step it lacks comes from.
+template <class T>
+struct HiddenState {
+  int64_t P;
+  const T* h0;  // [D, B, P]     read at the first step; null: zeros
+  T* h;    // [D, B, P]     the h that enters the next step, updated in place; not touched at the last step
+  T* y;    // [T, B, D*P]   out
+  T* h_n;  // [D, B, P]     out at the last step, null before
+};
+
+// One step forward: from the pre-activations to c_t and h_t.
+template <class T>
+struct ForwardStep {
+  Steps steps;
+  int64_t H;
+  int D;
+  bool first;
+  int64_t t[2];           // the step each direction takes
+  const Acc<T>* gates_x;  // [D, slots, B, 4H]  x W_ih^T for some steps; slot[d] is that of t[d]
+  int64_t slots, slot[2];
+  const Acc<T>* gates_h;  // [D, B, 4H]     h W_hh^T, or null: h is zero
+  const T* bias_ih[2];    // [4H]           or null, as bias_hh
+  const T* bias_hh[2];    // [4H]
+  const T* c0;            // [D, B, H]      read at the first step; null: zeros
+  Acc<T>* c;              // [D, B, H]      state, updated in place
+  T* c_n;                 // [D, B, H]      out at the last step, null before
+  T* cells;               // [T, B, D*H]    out, or null
+  T* gates;               // [D, T, B, 4H]  out, activated; null when no gradient is wanted
+  T* hidden;              // [D, B, H]      out with projection: o * tanh(c), to be projected; else null
+  HiddenState<T> state;   // read and written here without projection only
+};
+template <class T>
+cudaError_t launch_cell_step_fwd(const ForwardStep<T>& step, cudaStream_t stream);
+
+// With projection: takes in h_t = W_hr (o * tanh(c)).
+template <class T>
+struct ProjectedStep {
+  Steps steps;
+  int D;
+  bool first;
+  int64_t t[2];
+  const Acc<T>* projected;  // [D, B, P]
+  HiddenState<T> state;
+};
+template <class T>
+cudaError_t launch_projection_step_fwd(const ProjectedStep<T>& step, cudaStream_t stream);
+
+// The gradient of h_t by every way it has: y, h_n, and the step after it in the direction's order.
+template <class T>
+struct HiddenGradient {
+  int64_t P;
+  const T* dy;         // [T, B, D*P]  or null; the last stride is 1
+  int64_t dy_t, dy_b;  // dy's strides of T and B
+  const T* dh_n;       // [D, B, P]    read at the first step; null: zeros
+  const Acc<T>* dh;    // [D, B, P]    dgates W_hh of the step done before
+  Acc<T>* carry;       // [D, B, P]    what a row carries past the steps it lacks; null without lengths
+};
+
+// One step backward, in the reverse of the direction's order. `first` is the first one done.
+template <class T>
+struct BackwardStep {
+  Steps steps;
+  int64_t H;
+  int D;
+  bool first;
+  int64_t t[2];
+  HiddenGradient<T> gradient;  // read without projection only
+  const Acc<T>* dhidden;       // [D, B, H]      with projection: the gradient of o * tanh(c); else null
+  const T* gates;              // [D, T, B, 4H]  activated
+  const T* cells;              // [T, B, D*H]    c of every step
+  const T* c0;                 // [D, B, H]      null: zeros
+  const T* dcells;             // [T, B, D*H]    or null; the last stride is 1
+  int64_t dcells_t, dcells_b;  // dcells' strides of T and B
+  const T* dc_n;               // [D, B, H]      read at the first step; null: zeros
+  Acc<T>* dc;                  // [D, B, H]      gradient of the c that enters, updated in place
+  T* dgates;                   // [D, slots, B, 4H]  out at slot[d]: gradients of the pre-activations
+  T* hidden;                   // [D, slots, B, H]   out with projection: o * tanh(c); or null
+  int64_t slots, slot[2];
+};
+template <class T>
+cudaError_t launch_cell_step_bwd(const BackwardStep<T>& step, cudaStream_t stream);
+
+// With projection, before launch_cell_step_bwd: the gradient of the projected h_t.
+template <class T>
+struct ProjectedGradient {
+  Steps steps;
+  int D;
+  bool first;
+  int64_t t[2];
+  HiddenGradient<T> gradient;
+  T* dprojected;  // [D, slots, B, P]  out at slot[d]
+  int64_t slots, slot[2];
+};
+template <class T>
+cudaError_t launch_projection_step_bwd(const ProjectedGradient<T>& step, cudaStream_t stream);
+
+// After the last step: the gradient of h0.
+template <class T>
+struct InitialGradient {
+  Steps steps;
+  int D;
+  HiddenGradient<T> gradient;
+  T* dh0;  // [D, B, P]  out
+};
+template <class T>
+cudaError_t launch_initial_state_bwd(const InitialGradient<T>& step, cudaStream_t stream);
+
+// Rows for the weights' gradients of ragged batches: zero where a row lacks the step, whatever the padding
+// holds.
+template <class T>
+struct RaggedRows {
+  Steps steps;
+  int64_t begin, count, n;  // for the steps begin ... begin + count - 1, n features
+  int d;
+  bool entering;    // out[t] is the state that enters step t in direction d; else it is source[t]
+  const T* source;  // [T, B, n]  the last stride is 1
+  int64_t source_t, source_b;
+  const T* initial;  // [B, n]     h0 of direction d, or null: zeros
+  T* out;            // [count, B, n]
+};
+template <class T>
+cudaError_t launch_ragged_rows(const RaggedRows<T>& rows, cudaStream_t stream);
+
+}  // namespace fastlstm::cuda

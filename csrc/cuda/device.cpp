@@ -1,0 +1,20 @@
+#include "cuda/device.h"
+
+#include <c10/cuda/CUDAException.h>
+#include <c10/cuda/CUDAGuard.h>
+#include <c10/cuda/CUDAStream.h>
+
+namespace fastlstm::cuda {
+
+struct OnDeviceOf::Guard {
+  c10::cuda::CUDAGuard guard;
+};
+
+OnDeviceOf::OnDeviceOf(const at::Tensor& tensor) : guard_(new Guard{c10::cuda::CUDAGuard(tensor.device())}) {}
+OnDeviceOf::~OnDeviceOf() = default;
+
+cudaStream_t OnDeviceOf::stream() const { return c10::cuda::getCurrentCUDAStream().stream(); }
+
+void check(cudaError_t status) { C10_CUDA_CHECK(status); }
+
+}  // namespace fastlstm::cuda
