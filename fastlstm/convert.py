@@ -47,7 +47,7 @@ def convert(module: Module, to: str = "fastlstm") -> Module:
     return module
 
 
-class patch_torch:  # noqa: N801 - reads as a function, and is one that can be undone
+class patch_torch:
     """Put fastlstm.LSTM and fastlstm.LSTMCell in the place of torch.nn.LSTM and torch.nn.LSTMCell.
 
     Models built afterwards by code that names torch's classes get fastlstm's, and `isinstance(m, nn.LSTM)` holds for

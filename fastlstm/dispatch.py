@@ -12,15 +12,15 @@ import torch
 from torch import Tensor
 
 from . import reference
-from .backends import BACKENDS
-from .ops.schema import LayerCall, LayerShape
+from .backends import BACKENDS, native
+from .ops.schema import LayerCall, LayerShape, check
 
 NAMES = ("auto", *BACKENDS, "reference")
 
 _requested = os.environ.get("FASTLSTM_BACKEND", "auto")
 
 
-class use_backend:  # noqa: N801 - reads as a function, and is one that can be undone
+class use_backend:
     """Run every later call on the backend `name`; in a `with` statement, until the block ends.
 
     Args:
@@ -103,6 +103,29 @@ def _transforming() -> bool:
     return torch._C._functorch.maybe_current_level() is not None or torch.autograd.forward_ad._current_level >= 0
 
 
+# A choice depends on its key alone, and making it costs as much as a tiny layer. Bounded by the kinds of layer in use.
+_chosen: dict[tuple[object, ...], str] = {}
+
+
+def _choose(x: Tensor, weights: list[Tensor], lengths: Tensor | None, reset_mask: Tensor | None) -> str:
+    if torch.compiler.is_compiling():
+        return select(describe(x, weights, lengths, reset_mask))
+    w_ih, w_hh = weights[0], weights[1]
+    key = (
+        _requested, x.device, x.dtype, w_ih.shape, w_hh.shape, len(weights), lengths is None, reset_mask is None
+    )  # fmt: skip
+    name = _chosen.get(key)
+    if name is None:
+        name = _chosen[key] = select(describe(x, weights, lengths, reset_mask))
+    return name
+
+
+def _any_requires_grad(x: Tensor, h0: Tensor | None, c0: Tensor | None, weights: list[Tensor]) -> bool:
+    if x.requires_grad or (h0 is not None and h0.requires_grad) or (c0 is not None and c0.requires_grad):
+        return True
+    return any(w.requires_grad for w in weights)
+
+
 def layer(
     x: Tensor,
     h0: Tensor | None,
@@ -113,15 +136,14 @@ def layer(
     keep_cells: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """y, h_n, c_n and cells of one layer (fastlstm/ops/schema.py), on the backend chosen for it."""
-    name = select(describe(x, weights, lengths, reset_mask))
+    name = _choose(x, weights, lengths, reset_mask)
     if name == "reference" or _transforming():
+        check(x, h0, c0, weights)
         return reference.layer(x, h0, c0, weights, lengths, reset_mask)
-    keep_reserve = torch.is_grad_enabled() and (
-        x.requires_grad
-        or any(w.requires_grad for w in weights)
-        or (h0 is not None and h0.requires_grad)
-        or (c0 is not None and c0.requires_grad)
-    )
-    op = getattr(torch.ops.fastlstm, f"{name}_layer")
+    keep_reserve = torch.is_grad_enabled() and _any_requires_grad(x, h0, c0, weights)
+    if name == "native" and not torch.compiler.is_compiling():
+        op = native.extension.layer  # type: ignore[union-attr]
+    else:
+        op = getattr(torch.ops.fastlstm, f"{name}_layer").default
     y, h_n, c_n, cells, _ = op(x, h0, c0, weights, lengths, reset_mask, keep_cells, keep_reserve)
     return y, h_n, c_n, cells

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from .dispatch import layer
-from .ops.schema import LayerShape, split_weights
 
 States = tuple[Tensor, Tensor]
 
@@ -65,10 +64,20 @@ def lstm(
         reset_mask = check_reset_mask(reset_mask, x, batch_first)
     weights = list(weights)
     if torch._C._is_any_autocast_enabled() and torch.is_autocast_enabled(x.device.type):
-        x, hx, weights = _cast_for_autocast(x, hx, weights)
+        x, hx, weights = _cast_for_autocast(x, hx, weights, torch.get_autocast_dtype(x.device.type))
         with torch.autocast(x.device.type, enabled=False):
             results = _layers(
-                x, hx, weights, bias, num_layers, dropout, training, bidirectional, lengths, reset_mask, return_cell_states
+                x,
+                hx,
+                weights,
+                bias,
+                num_layers,
+                dropout,
+                training,
+                bidirectional,
+                lengths,
+                reset_mask,
+                return_cell_states,
             )
     else:
         results = _layers(
@@ -97,6 +106,11 @@ def _layers(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     D = 2 if bidirectional else 1
     n = len(weights) // num_layers
+    if n * num_layers != len(weights) or n not in ((4 * D, 5 * D) if bias else (2 * D, 3 * D)):
+        raise RuntimeError(
+            f"{num_layers} layer(s) of {D} direction(s) with bias={bias} take {D * (4 if bias else 2)} weights each, "
+            f"or {D * (5 if bias else 3)} with projection, got {len(weights)} in all"
+        )
     if hx is not None:
         _check_states(x, hx)
     h_n, c_n = [], []
@@ -106,7 +120,6 @@ def _layers(
         if hx is not None:
             h0, c0 = hx if num_layers == 1 else (hx[0][k * D : (k + 1) * D], hx[1][k * D : (k + 1) * D])
         last = k == num_layers - 1
-        check_layer(x, h0, c0, w, bias, D)
         x, h, c, cells = layer(x, h0, c0, w, lengths, reset_mask, return_cell_states and last)
         if not last and training and dropout > 0:
             x = torch.nn.functional.dropout(x, dropout)
@@ -136,7 +149,12 @@ def lstm_cell(
     if bias_ih is not None and bias_hh is not None:
         weights += [bias_ih, bias_hh]
     if torch._C._is_any_autocast_enabled() and torch.is_autocast_enabled(input.device.type):
-        input, hx, weights = _cast_for_autocast(input, hx, weights)
+        dtype = torch.get_autocast_dtype(input.device.type)
+        if input.device.type == "cpu":  # no autocast rule for cells there: the state keeps its precision
+            dtype = torch.promote_types(dtype, (input if hx is None else hx[1]).dtype)
+        input, hx, weights = _cast_for_autocast(input, hx, weights, dtype)
+        with torch.autocast(input.device.type, enabled=False):
+            return lstm_cell(input, hx, *weights)
     _check_cell(input, hx, weights)
     h0, c0 = (None, None) if hx is None else (hx[0].unsqueeze(0), hx[1].unsqueeze(0))
     _, h, c, _ = layer(input.unsqueeze(0), h0, c0, weights, None, None, False)
@@ -144,10 +162,9 @@ def lstm_cell(
 
 
 def _cast_for_autocast(
-    x: Tensor, hx: States | None, weights: list[Tensor]
+    x: Tensor, hx: States | None, weights: list[Tensor], dtype: torch.dtype
 ) -> tuple[Tensor, States | None, list[Tensor]]:
-    """float32 becomes the autocast dtype, as for the oneDNN and cuDNN layers behind nn.LSTM; float64 stays."""
-    dtype = torch.get_autocast_dtype(x.device.type)
+    """float32 becomes `dtype`, as for the oneDNN and cuDNN layers behind nn.LSTM; float64 stays."""
 
     def cast(t: Tensor) -> Tensor:
         return t.to(dtype) if t.is_floating_point() and t.dtype != torch.float64 else t
@@ -165,45 +182,7 @@ def _check_states(x: Tensor, hx: States) -> None:
                 f"{x.device} and hidden tensor at {state.device}"
             )
         if state.dtype != x.dtype:
-            raise RuntimeError(
-                f"Input and hidden tensors must have the same dtype, got {x.dtype} and {state.dtype}"
-            )
-
-
-def check_layer(x: Tensor, h0: Tensor | None, c0: Tensor | None, weights: list[Tensor], bias: bool, D: int) -> None:
-    """Raise RuntimeError unless the tensors of one layer fit together (fastlstm/ops/schema.py)."""
-    shape = LayerShape.of(weights)
-    if shape.bias != bias or shape.D != D or len(weights) != D * shape.per_direction:
-        raise RuntimeError(
-            f"a layer with bias={bias} and {D} direction(s) takes {D * (2 + 2 * bias + shape.proj)} weights, "
-            f"got {len(weights)} of shapes {[list(w.shape) for w in weights]}"
-        )
-    device, dtype = x.device, x.dtype
-    for w in weights:
-        if w.device != device:
-            raise RuntimeError(
-                "Input and parameter tensors are not at the same device, found input tensor at "
-                f"{device} and parameter tensor at {w.device}"
-            )
-        if w.dtype != dtype:
-            raise RuntimeError(f"Input and parameter tensors must have the same dtype, got {dtype} and {w.dtype}")
-    H, P, features = shape.H, shape.P, x.shape[2]
-    for direction in split_weights(weights):
-        _check_shape("weight_ih", "[4H, I]", direction.ih, (4 * H, features))
-        _check_shape("weight_hh", "[4H, P]", direction.hh, (4 * H, P))
-        if direction.bias_ih is not None and direction.bias_hh is not None:
-            _check_shape("bias_ih", "[4H]", direction.bias_ih, (4 * H,))
-            _check_shape("bias_hh", "[4H]", direction.bias_hh, (4 * H,))
-        if direction.hr is not None:
-            _check_shape("weight_hr", "[P, H]", direction.hr, (P, H))
-    if h0 is not None and c0 is not None:
-        _check_shape("hx[0]", "[D, B, P]", h0, (D, x.shape[1], P))
-        _check_shape("hx[1]", "[D, B, H]", c0, (D, x.shape[1], H))
-
-
-def _check_shape(name: str, sizes: str, tensor: Tensor, expected: tuple[int, ...]) -> None:
-    if tensor.shape != expected:
-        raise RuntimeError(f"{name} must be {sizes} = {list(expected)}, got {list(tensor.shape)}")
+            raise RuntimeError(f"Input and hidden tensors must have the same dtype, got {x.dtype} and {state.dtype}")
 
 
 def _check_cell(x: Tensor, hx: States | None, weights: list[Tensor]) -> None:
@@ -215,15 +194,10 @@ def _check_cell(x: Tensor, hx: States | None, weights: list[Tensor]) -> None:
             raise RuntimeError("lstm_cell expects two hidden states")
         for k, state in enumerate(hx):
             if state.shape[0] != x.shape[0]:
-                raise RuntimeError(
-                    f"Input batch size {x.shape[0]} doesn't match hidden{k} batch size {state.shape[0]}"
-                )
+                raise RuntimeError(f"Input batch size {x.shape[0]} doesn't match hidden{k} batch size {state.shape[0]}")
             if state.shape[1] != H:
-                raise RuntimeError(
-                    f"hidden{k} has inconsistent hidden_size: got {state.shape[1]}, expected {H}"
-                )
+                raise RuntimeError(f"hidden{k} has inconsistent hidden_size: got {state.shape[1]}, expected {H}")
         _check_states(x, hx)
-    check_layer(x.unsqueeze(0), None, None, weights, len(weights) == 4, 1)
 
 
 def check_lengths(lengths: Tensor | Sequence[int], x: Tensor) -> Tensor:

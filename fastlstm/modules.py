@@ -128,7 +128,7 @@ class LSTM(nn.RNNBase):
     @staticmethod
     def _batched_states(hx: States, batched: bool) -> States:
         """hx with a batch dimension, after nn.LSTM's check of its number of dimensions."""
-        h, c, *_ = hx
+        h, c = hx[0], hx[1]
         dims = 3 if batched else 2
         if h.dim() != dims or c.dim() != dims:
             kind, name = ("batched", "3-D") if batched else ("unbatched", "2-D")
@@ -208,7 +208,9 @@ class LSTMCell(nn.RNNCellBase):
                 if state.dim() not in (1, 2):
                     raise ValueError(f"LSTMCell: Expected hx[{k}] to be 1D or 2D, got {state.dim()}D instead")
             if not isinstance(hx, (tuple, list)):
-                raise TypeError(f"lstm_cell(): argument 'hx' (position 2) must be tuple of Tensors, not {type(hx).__name__}")
+                raise TypeError(
+                    f"lstm_cell(): argument 'hx' (position 2) must be tuple of Tensors, not {type(hx).__name__}"
+                )
         batched = input.dim() == 2
         if not batched:
             input = input.unsqueeze(0)

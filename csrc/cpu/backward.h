@@ -43,7 +43,7 @@ void product_packed(int64_t rows, int64_t K, const T* a, int64_t lda, const T* p
   constexpr int64_t W2 = kPanel<T>;
   if (rows <= 2) {
     for (int64_t n = n_begin; n < n_end; n += W2)
-      tile_rows<T, 2, 2>(static_cast<int>(rows), K, a, lda, packed + n * K, W2, c + n, ldc, false);
+      tile_rows<T, 2, false, 2>(static_cast<int>(rows), K, a, lda, packed + n * K, W2, c + n, ldc, false);
     return;
   }
   const int64_t depth = rows <= kTileRows ? K : kDepth;

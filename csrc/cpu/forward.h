@@ -70,9 +70,11 @@ struct ForwardStep {
     const bool full = n == W;
     auto get = [&](const T* p) { return full ? load(p) : load_part(p, n); };
     auto put = [&](T* p, Vec<T> v) { full ? store(p, v) : store_part(p, v, n); };
-    const Gates<Vec<T>> gate = activate<Activation<T>>(Gates<Vec<T>>{
-        load(product) + get(g), load(product + W) + get(g + H), load(product + 2 * W) + get(g + 2 * H),
-        load(product + 3 * W) + get(g + 3 * H)});
+    const T* bias = a.bias + u0;
+    const Gates<Vec<T>> gate = activate<Activation<T>>(
+        Gates<Vec<T>>{load(product) + (get(g) + get(bias)), load(product + W) + (get(g + H) + get(bias + H)),
+                      load(product + 2 * W) + (get(g + 2 * H) + get(bias + 2 * H)),
+                      load(product + 3 * W) + (get(g + 3 * H) + get(bias + 3 * H))});
     const Vec<T> c_prev = a.rows.fresh_at(t, r) ? Vec<T>{} : get(c);
     const Vec<T> c_next = next_c(gate, c_prev);
     const Vec<T> h = gate.o * Activation<T>::tanh(c_next);

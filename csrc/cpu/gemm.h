@@ -20,8 +20,9 @@ constexpr int kTileRows = 6;
 template <class T>
 constexpr int kPanel = 2 * kWidth<T>;
 
-// c[m][n] (+)= sum over k of a[m][k] b[k][n], for M rows and NV vectors of columns, row strides lda, ldb, ldc.
-template <class T, int M, int NV>
+// c[m][n] (+)= sum over k of a[m][k] b[k][n], for M rows and NV vectors of columns, row strides lda, ldb, ldc. With
+// transposed_a, a is given as a[k][m].
+template <class T, int M, int NV, bool transposed_a = false>
 FASTLSTM_INLINE void tile(int64_t K, const T* a, int64_t lda, const T* b, int64_t ldb, T* c, int64_t ldc, bool add) {
   constexpr int W = kWidth<T>;
   Vec<T> acc[M][NV];
@@ -35,7 +36,7 @@ FASTLSTM_INLINE void tile(int64_t K, const T* a, int64_t lda, const T* b, int64_
     for (int n = 0; n < NV; ++n) bk[n] = load(b + k * ldb + n * W);
 #pragma GCC unroll 16
     for (int m = 0; m < M; ++m) {
-      const T am = a[m * lda + k];
+      const T am = transposed_a ? a[k * lda + m] : a[m * lda + k];
 #pragma GCC unroll 8
       for (int n = 0; n < NV; ++n) acc[m][n] += am * bk[n];
     }
@@ -47,12 +48,12 @@ FASTLSTM_INLINE void tile(int64_t K, const T* a, int64_t lda, const T* b, int64_
 }
 
 // The same for any number of rows up to kTileRows.
-template <class T, int NV, int M = kTileRows>
+template <class T, int NV, bool transposed_a = false, int M = kTileRows>
 FASTLSTM_INLINE void tile_rows(int rows, int64_t K, const T* a, int64_t lda, const T* b, int64_t ldb, T* c,
                                int64_t ldc, bool add) {
   if constexpr (M > 0) {
-    if (rows == M) return tile<T, M, NV>(K, a, lda, b, ldb, c, ldc, add);
-    tile_rows<T, NV, M - 1>(rows, K, a, lda, b, ldb, c, ldc, add);
+    if (rows == M) return tile<T, M, NV, transposed_a>(K, a, lda, b, ldb, c, ldc, add);
+    tile_rows<T, NV, transposed_a, M - 1>(rows, K, a, lda, b, ldb, c, ldc, add);
   }
 }
 
@@ -65,6 +66,51 @@ FASTLSTM_INLINE void for_row_tiles(int64_t rows, F&& f) {
     const int64_t begin = rows * k / tiles;
     f(begin, static_cast<int>(rows * (k + 1) / tiles - begin));
   }
+}
+
+template <class T, bool transposed_a>
+FASTLSTM_INLINE void small_product_of(int64_t m, int64_t n, int64_t K, const T* a, int64_t lda, const T* b,
+                                      int64_t b_row, int64_t b_column, bool add, T* c, int64_t ldc, T* scratch) {
+  constexpr int64_t W2 = kPanel<T>;
+  T* panel = scratch;           // [K, W2]
+  T* partial = scratch + K * W2;  // [kTileRows, W2]
+  for (int64_t j = 0; j < n; j += W2) {
+    const int64_t columns = std::min(W2, n - j);
+    const bool whole = columns == W2;
+    const T* bj = b + j * b_column;
+    int64_t ldb = b_row;
+    if (!whole || b_column != 1) {
+      for (int64_t k = 0; k < K; ++k)
+        for (int64_t i = 0; i < W2; ++i) panel[k * W2 + i] = i < columns ? bj[k * b_row + i * b_column] : T(0);
+      bj = panel;
+      ldb = W2;
+    }
+    for_row_tiles(m, [&](int64_t r, int rows) {
+      const T* ar = a + (transposed_a ? r : r * lda);
+      T* cr = c + r * ldc + j;
+      if (whole) return tile_rows<T, 2, transposed_a>(rows, K, ar, lda, bj, ldb, cr, ldc, add);
+      tile_rows<T, 2, transposed_a>(rows, K, ar, lda, bj, ldb, partial, W2, false);
+      for (int q = 0; q < rows; ++q)
+        for (int64_t i = 0; i < columns; ++i)
+          cr[q * ldc + i] = partial[q * W2 + i] + (add ? cr[q * ldc + i] : T(0));
+    });
+  }
+}
+
+// C [m, n] (+)= A [m, K] B [K, n] for products so small that calling a BLAS costs more than they do.
+template <class T>
+void small_product(int64_t m, int64_t n, int64_t K, const T* a, int64_t lda, bool transposed_a, const T* b,
+                   int64_t b_row, int64_t b_column, bool add, T* c, int64_t ldc, T* scratch) {
+  if (transposed_a)
+    small_product_of<T, true>(m, n, K, a, lda, b, b_row, b_column, add, c, ldc, scratch);
+  else
+    small_product_of<T, false>(m, n, K, a, lda, b, b_row, b_column, add, c, ldc, scratch);
+}
+
+// Elements of scratch that takes.
+template <class T>
+int64_t small_product_scratch(int64_t K) {
+  return (K + kTileRows) * kPanel<T>;
 }
 
 }  // namespace fastlstm::FASTLSTM_ISA

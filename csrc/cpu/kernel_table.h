@@ -5,6 +5,26 @@
 
 namespace fastlstm::FASTLSTM_ISA {
 
+template <class T>
+void column_sums(const T* x, int64_t N, int64_t columns, int64_t begin, int64_t end, T* out) {
+  constexpr int64_t W = kWidth<T>;
+  constexpr int64_t kBlock = 256;  // rows summed apart, so that rounding grows with N / 256 and not with N
+  for (int64_t j = begin; j < end; j += W) {
+    const int n = static_cast<int>(std::min(W, end - j));
+    Vec<T> total = {};
+    for (int64_t r0 = 0; r0 < N; r0 += kBlock) {
+      Vec<T> part = {};
+      const int64_t r1 = std::min(N, r0 + kBlock);
+      if (n == W)
+        for (int64_t r = r0; r < r1; ++r) part += load(x + r * columns + j);
+      else
+        for (int64_t r = r0; r < r1; ++r) part += load_part(x + r * columns + j, n);
+      total += part;
+    }
+    store_part(out + j, total, n);
+  }
+}
+
 template <class T, Vec<T> (*F)(Vec<T>)>
 void map(const T* x, T* y, int64_t n) {
   constexpr int W = kWidth<T>;
@@ -33,6 +53,9 @@ const Kernels<T>& table() {
                                      backward_scratch<T>,
                                      forward<T>,
                                      backward<T>,
+                                     small_product<T>,
+                                     small_product_scratch<T>,
+                                     column_sums<T>,
                                      map<T, sigmoid_of<T>>,
                                      map<T, tanh_of<T>>};
   return kernels;

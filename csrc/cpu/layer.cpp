@@ -1,5 +1,6 @@
 // The native ops on CPU tensors: the big products through ATen, the time loop through cpu/forward.h and backward.h.
 #include <ATen/ATen.h>
+#include <ATen/ops/empty_native.h>
 #include <torch/library.h>
 
 #include "contract.h"
@@ -9,6 +10,40 @@
 
 namespace fastlstm {
 namespace {
+
+// torch.empty below the dispatcher, which tiny layers would wait for.
+at::Tensor new_empty(at::IntArrayRef sizes, const at::Tensor& like) {
+  return at::native::empty_cpu(sizes, like.scalar_type());
+}
+
+// Row-major C [m, n] = A [m, k] B [k, n] (+ C if add), through ATen where that is worth a call. A and B are given by
+// their rows' stride, or if transposed by that of the rows of A^T, B^T.
+template <class T>
+struct Operand {
+  const T* data;
+  int64_t stride;
+  bool transposed = false;
+};
+template <class T>
+void product(int64_t m, int64_t n, int64_t k, Operand<T> a, Operand<T> b, bool add, T* c, int64_t ldc) {
+  if (m * n * k <= (1 << 19)) {
+    const Kernels<T>& kernel = kernels<T>();
+    thread_local std::vector<T> scratch;
+    scratch.resize(std::max<size_t>(scratch.size(), kernel.small_product_scratch(k)));
+    return kernel.small_product(m, n, k, a.data, a.stride, a.transposed, b.data, b.transposed ? 1 : b.stride,
+                                b.transposed ? b.stride : 1, add, c, ldc, scratch.data());
+  }
+  const auto view = [](const T* data, int64_t rows, int64_t columns, int64_t stride, bool transposed) {
+    return at::from_blob(const_cast<T*>(data), {rows, columns}, {transposed ? 1 : stride, transposed ? stride : 1},
+                         at::TensorOptions(c10::CppTypeToScalarType<T>::value));
+  };
+  at::Tensor out = view(c, m, n, ldc, false);
+  const at::Tensor left = view(a.data, m, k, a.stride, a.transposed), right = view(b.data, k, n, b.stride, b.transposed);
+  if (add)
+    at::addmm_out(out, out, left, right);
+  else
+    at::mm_out(out, left, right);
+}
 
 // One allocation cut into aligned parts: take() what is needed, then allocate(), then resolve with at().
 template <class T>
@@ -20,7 +55,7 @@ class Workspace {
     return offset;
   }
   void allocate(const at::Tensor& like) {
-    buffer_ = at::empty({total_}, like.options());
+    buffer_ = new_empty({total_}, like);
     data_ = buffer_.mutable_data_ptr<T>();
   }
   T* at(int64_t offset) const { return data_ + offset; }
@@ -46,6 +81,17 @@ void gather_state(const OptionalTensor& state, int64_t d, const Rows& rows, int6
   }
 }
 
+// bias_ih + bias_hh [4H], zeros without.
+template <class T>
+void sum_biases(const DirectionWeights& w, int64_t H, T* out) {
+  if (!w.bias_ih.defined()) {
+    std::fill_n(out, 4 * H, T(0));
+    return;
+  }
+  const at::Tensor ih = w.bias_ih.contiguous(), hh = w.bias_hh.contiguous();
+  std::transform(ih.const_data_ptr<T>(), ih.const_data_ptr<T>() + 4 * H, hh.const_data_ptr<T>(), out, std::plus<T>());
+}
+
 OptionalTensor contiguous(const OptionalTensor& t) { return t ? OptionalTensor(t->contiguous()) : t; }
 
 // x [T, B, I] as its N packed rows; the padding is never read.
@@ -53,7 +99,7 @@ template <class T>
 at::Tensor packed_input(const at::Tensor& x, const LayerSizes& s, const Ragged& ragged) {
   const at::Tensor rows = x.contiguous().view({s.rows(), s.I});
   if (!ragged.ragged()) return rows;
-  at::Tensor packed = at::empty({ragged.N(), s.I}, x.options());
+  at::Tensor packed = new_empty({ragged.N(), s.I}, x);
   const T* from = rows.const_data_ptr<T>();
   T* to = packed.mutable_data_ptr<T>();
   ragged.for_each_row([&](int64_t packed_row, int64_t row, int64_t, int64_t) {
@@ -81,7 +127,7 @@ LayerResults forward(const at::Tensor& x, const OptionalTensor& h0, const Option
   const int64_t N = ragged.N(), H = s.H, P = s.P, B = s.B, D = s.D;
   keep_cells |= keep_reserve;
 
-  const auto empty = [&](at::IntArrayRef sizes) { return at::empty(sizes, x.options()); };
+  const auto empty = [&](at::IntArrayRef sizes) { return new_empty(sizes, x); };
   // Rows past a length are zero, and written by nobody.
   const auto per_step = [&](int64_t n) {
     return ragged.ragged() ? at::zeros({s.T, B, D * n}, x.options()) : empty({s.T, B, D * n});
@@ -99,10 +145,11 @@ LayerResults forward(const at::Tensor& x, const OptionalTensor& h0, const Option
   const int64_t chunk = keep_reserve ? s.T : chunk_steps(s, sizeof(T));
 
   Workspace<T> space;
-  std::vector<int64_t> h_at, c_at, packed_at, hr_at, gates_at;
+  std::vector<int64_t> h_at, c_at, bias_at, packed_at, hr_at, gates_at;
   for (int64_t d = 0; d < D; ++d) {
     h_at.push_back(space.take(2 * B * P));
     c_at.push_back(space.take(B * H));
+    bias_at.push_back(space.take(4 * H));
     packed_at.push_back(space.take(pack ? kernel.forward_packed_size(H, P) : 0));
     hr_at.push_back(space.take(s.proj() ? kernel.columns_packed_size(H, P) : 0));
     gates_at.push_back(space.take(keep_reserve ? 0 : chunk * B * 4 * H));
@@ -111,13 +158,14 @@ LayerResults forward(const at::Tensor& x, const OptionalTensor& h0, const Option
   space.allocate(x);
 
   std::vector<ForwardArgs<T>> args;
-  std::vector<at::Tensor> biases, hold;
+  std::vector<at::Tensor> hold, w_ih;
   const OptionalTensor h0c = contiguous(h0), c0c = contiguous(c0);
   for (int64_t d = 0; d < D; ++d) {
     const DirectionWeights w(s, weights, d);
     const at::Tensor w_hh = w.hh.contiguous();
     hold.push_back(w_hh);
-    biases.push_back(s.bias ? at::add(w.bias_ih, w.bias_hh) : at::Tensor());
+    w_ih.push_back(w.ih.contiguous());
+    sum_biases<T>(w, H, space.at(bias_at[d]));
     T* h = space.at(h_at[d]);
     gather_state<T>(h0c, d, rows[d], P, h, P);
     if (rows[d].fresh) {  // steps clear the state for the next; the first has none before it
@@ -140,6 +188,7 @@ LayerResults forward(const at::Tensor& x, const OptionalTensor& h0, const Option
                     0,
                     keep_reserve ? reserve.mutable_data_ptr<T>() + d * s.rows() * 4 * H : space.at(gates_at[d]),
                     keep_reserve,
+                    space.at(bias_at[d]),
                     w_hh.const_data_ptr<T>(),
                     pack ? space.at(packed_at[d]) : nullptr,
                     s.proj() ? space.at(hr_at[d]) : nullptr,
@@ -161,12 +210,8 @@ LayerResults forward(const at::Tensor& x, const OptionalTensor& h0, const Option
       const int64_t begin = rows[d].offset_at(t0);
       const int64_t end = t0 + steps == s.T ? N : rows[d].offset_at(t0 + steps);
       if (begin == end) continue;
-      at::Tensor gates = at::from_blob(args[d].gates, {end - begin, 4 * H}, x.options());
-      const at::Tensor part = input.slice(0, begin, end), w_ih_t = weights[d * s.per_direction].t();
-      if (s.bias)
-        at::addmm_out(gates, biases[d], part, w_ih_t);
-      else
-        at::mm_out(gates, part, w_ih_t);
+      product<T>(end - begin, 4 * H, s.I, {input.const_data_ptr<T>() + begin * s.I, s.I},
+                 {w_ih[d].const_data_ptr<T>(), s.I, true}, false, args[d].gates, 4 * H);
     }
     run_plan(plan, rows, N, H, kernel.unit_block, [&](int64_t d, const Member& me) { kernel.forward(args[d], me); });
   }
@@ -187,7 +232,7 @@ LayerResults forward(const at::Tensor& x, const OptionalTensor& h0, const Option
 template <class T>
 at::Tensor entering_states(const at::Tensor& y, const OptionalTensor& h0, const LayerSizes& s, const Ragged& ragged,
                            int64_t d) {
-  at::Tensor states = at::empty({ragged.N(), s.P}, y.options());
+  at::Tensor states = new_empty({ragged.N(), s.P}, y);
   T* out = states.mutable_data_ptr<T>();
   const T* from = y.const_data_ptr<T>() + d * s.P;
   const T* initial = h0 ? h0->const_data_ptr<T>() + d * s.B * s.P : nullptr;
@@ -206,26 +251,55 @@ at::Tensor entering_states(const at::Tensor& y, const OptionalTensor& h0, const 
   return states;
 }
 
+// dgates [N, m]^T times rows [N, n]: a weight's gradient [m, n].
+template <class T>
+at::Tensor weight_gradient(const at::Tensor& dgates, const at::Tensor& rows) {
+  const int64_t m = dgates.size(1), n = rows.size(1);
+  at::Tensor dw = new_empty({m, n}, dgates);
+  product<T>(m, n, dgates.size(0), {dgates.const_data_ptr<T>(), m, true}, {rows.const_data_ptr<T>(), n}, false,
+             dw.mutable_data_ptr<T>(), n);
+  return dw;
+}
+
 // dW_hh [4H, P] = dgates^T times the entering states; in a plain batch these are y, one step on, and h0.
 template <class T>
 at::Tensor recurrent_gradient(const at::Tensor& dgates, const at::Tensor& y, const OptionalTensor& h0,
                               const LayerSizes& s, const Ragged& ragged, int64_t d) {
-  if (!ragged.plain()) return at::mm(dgates.t(), entering_states<T>(y, h0, s, ragged, d));
-  const int64_t later = s.rows() - s.B;
-  const at::Tensor states = y.view({s.rows(), s.D * s.P}).narrow(1, d * s.P, s.P);
+  if (!ragged.plain()) return weight_gradient<T>(dgates, entering_states<T>(y, h0, s, ragged, d));
+  const int64_t later = s.rows() - s.B, G = 4 * s.H, ld = s.D * s.P;
+  at::Tensor dw = new_empty({G, s.P}, y);
+  T* out = dw.mutable_data_ptr<T>();
+  const T* dg = dgates.const_data_ptr<T>();
+  const T* states = y.const_data_ptr<T>() + d * s.P;
   const bool reverse = d == 1;
-  const at::Tensor first = dgates.narrow(0, reverse ? later : 0, s.B);
-  if (later == 0) return h0 ? at::mm(first.t(), h0->select(0, d)) : at::zeros({4 * s.H, s.P}, y.options());
-  at::Tensor dw = at::mm(dgates.narrow(0, reverse ? 0 : s.B, later).t(), states.narrow(0, reverse ? s.B : 0, later));
-  if (h0) dw.addmm_(first.t(), h0->select(0, d));
+  if (later > 0)
+    product<T>(G, s.P, later, {dg + (reverse ? 0 : s.B * G), G, true}, {states + (reverse ? s.B * ld : 0), ld}, false,
+               out, s.P);
+  if (h0)
+    product<T>(G, s.P, s.B, {dg + (reverse ? later * G : 0), G, true},
+               {h0->const_data_ptr<T>() + d * s.B * s.P, s.P}, later > 0, out, s.P);
+  else if (later == 0)
+    std::fill_n(out, G * s.P, T(0));
   return dw;
+}
+
+template <class T>
+at::Tensor bias_gradient(const at::Tensor& dgates) {
+  const int64_t N = dgates.size(0), G = dgates.size(1);
+  at::Tensor db = new_empty({G}, dgates);
+  T* out = db.mutable_data_ptr<T>();
+  const T* dg = dgates.const_data_ptr<T>();
+  at::parallel_for(0, (G + 63) / 64, 4096 / (N + 1) + 1, [&](int64_t begin, int64_t end) {
+    kernels<T>().column_sums(dg, N, G, begin * 64, std::min(G, end * 64), out);
+  });
+  return db;
 }
 
 // h before the projection [N, H] = o * tanh(c).
 template <class T>
 at::Tensor unprojected(const at::Tensor& gates, const at::Tensor& cells, const LayerSizes& s, const Ragged& ragged,
                        int64_t d) {
-  at::Tensor hidden = at::empty({ragged.N(), s.H}, gates.options());
+  at::Tensor hidden = new_empty({ragged.N(), s.H}, gates);
   T* out = hidden.mutable_data_ptr<T>();
   const T* c = cells.const_data_ptr<T>() + d * s.H;
   const T* o = gates.const_data_ptr<T>() + 3 * s.H;
@@ -249,7 +323,7 @@ LayerGradients backward(const OptionalTensor& dy_in, const OptionalTensor& dh_n,
   TORCH_CHECK(needs.size() == 3 + weights.size(), "needs must have ", 3 + weights.size(), " flags, got ",
               needs.size());
   const int64_t H = s.H, P = s.P, B = s.B, D = s.D;
-  const auto none = [&] { return at::empty({0}, x.options()); };
+  const auto none = [&] { return new_empty({0}, x); };
   std::vector<at::Tensor> dweights;
   if (s.rows() == 0) {
     const auto zeros = [&](int64_t i, at::IntArrayRef sizes) {
@@ -286,8 +360,8 @@ LayerGradients backward(const OptionalTensor& dy_in, const OptionalTensor& dh_n,
     const DirectionWeights w(s, weights, d);
     hold.push_back(w.hh.contiguous());
     const T* w_hh = hold.back().const_data_ptr<T>();
-    dgates.push_back(at::empty({N, 4 * H}, x.options()));
-    dr.push_back(s.proj() ? at::empty({N, P}, x.options()) : at::Tensor());
+    dgates.push_back(new_empty({N, 4 * H}, x));
+    dr.push_back(s.proj() ? new_empty({N, P}, x) : at::Tensor());
     gather_state<T>(contiguous(dh_n), d, rows[d], P, space.at(dh_at[d]), ld);
     gather_state<T>(contiguous(dc_n), d, rows[d], H, space.at(dc_at[d]), H);
     gather_state<T>(contiguous(c0), d, rows[d], H, space.at(c0_at[d]), H);
@@ -322,23 +396,28 @@ LayerGradients backward(const OptionalTensor& dy_in, const OptionalTensor& dh_n,
   bool need_input = false;
   for (int64_t d = 0; d < D; ++d) need_input |= needs[3 + d * s.per_direction];
   const at::Tensor input = need_input ? packed_input<T>(x, s, ragged) : at::Tensor();
-  at::Tensor dx = none(), dx_rows;
+  at::Tensor dx = none();
+  const at::Tensor dx_rows = needs[0] ? new_empty({N, s.I}, x) : at::Tensor();
   for (int64_t d = 0; d < D; ++d) {
     const DirectionWeights w(s, weights, d);
     const int64_t at = 3 + d * s.per_direction;
-    if (needs[0]) dx_rows = d == 0 ? at::mm(dgates[d], w.ih) : dx_rows.addmm_(dgates[d], w.ih);
-    dweights.push_back(needs[at] ? at::mm(dgates[d].t(), input) : none());
+    if (needs[0]) {
+      const at::Tensor w_ih = w.ih.contiguous();
+      product<T>(N, s.I, 4 * H, {dgates[d].const_data_ptr<T>(), 4 * H}, {w_ih.const_data_ptr<T>(), s.I}, d > 0,
+                 dx_rows.mutable_data_ptr<T>(), s.I);
+    }
+    dweights.push_back(needs[at] ? weight_gradient<T>(dgates[d], input) : none());
     dweights.push_back(needs[at + 1] ? recurrent_gradient<T>(dgates[d], y, h0, s, ragged, d) : none());
     if (s.bias) {
       const bool both = needs[at + 2] && needs[at + 3];
-      const at::Tensor db = needs[at + 2] || needs[at + 3] ? dgates[d].sum(0) : none();
+      const at::Tensor db = needs[at + 2] || needs[at + 3] ? bias_gradient<T>(dgates[d]) : none();
       dweights.push_back(needs[at + 2] ? db : none());
       dweights.push_back(both ? db.clone() : needs[at + 3] ? db : none());
     }
     if (s.proj())
       dweights.push_back(
           needs[at + s.per_direction - 1]
-              ? at::mm(dr[d].t(), unprojected<T>(reserve.select(0, d), cells, s, ragged, d))
+              ? weight_gradient<T>(dr[d], unprojected<T>(reserve.select(0, d), cells, s, ragged, d))
               : none());
   }
   if (needs[0]) {
@@ -355,7 +434,7 @@ LayerGradients backward(const OptionalTensor& dy_in, const OptionalTensor& dh_n,
   }
   const auto state_gradient = [&](bool need, const std::vector<int64_t>& at, int64_t n, int64_t stride) {
     if (!need) return none();
-    at::Tensor grad = at::empty({D, B, n}, x.options());
+    at::Tensor grad = new_empty({D, B, n}, x);
     for (int64_t d = 0; d < D; ++d)
       for (int64_t r = 0; r < B; ++r)
         std::copy_n(space.at(at[d]) + r * stride, n,

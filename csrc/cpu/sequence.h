@@ -30,8 +30,9 @@ struct ForwardArgs {
   int64_t H, P;
   bool reverse;
   int64_t first, steps;  // which steps of the direction's own order this call runs (inference goes in chunks)
-  T* gates;              // [N, 4H] from step `first` on: x W_ih^T + biases; becomes the activated gates if keep_gates
+  T* gates;              // [N, 4H] from step `first` on: x W_ih^T; becomes the activated gates if keep_gates
   bool keep_gates;
+  const T* bias;    // [4H]  bias_ih + bias_hh
   const T* w_hh;    // [4H, P]  as torch.nn.LSTM stores it
   const T* packed;  // w_hh by pack_forward, or null: run from w_hh itself
   const T* w_hr;    // pack_columns of weight_hr^T [H, P], or null without projection
@@ -115,6 +116,13 @@ struct Kernels {
   int64_t (*backward_scratch)(int64_t H, int64_t P);
   void (*forward)(const ForwardArgs<T>&, const Member&);
   void (*backward)(const BackwardArgs<T>&, const Member&);
+  // C [m, n] (+)= A [m, K] B [K, n] on this thread, for products too small to be worth a BLAS call. A has row stride
+  // lda, or is given as A^T with that; B has any two strides. scratch holds small_product_scratch(K) elements.
+  void (*small_product)(int64_t m, int64_t n, int64_t K, const T* a, int64_t lda, bool transposed_a, const T* b,
+                        int64_t b_row, int64_t b_column, bool add, T* c, int64_t ldc, T* scratch);
+  int64_t (*small_product_scratch)(int64_t K);
+  // out[j] = sum over the N rows of x[.][j], for columns [begin, end) of x [N, columns].
+  void (*column_sums)(const T* x, int64_t N, int64_t columns, int64_t begin, int64_t end, T* out);
   void (*sigmoid)(const T* x, T* y, int64_t n);
   void (*tanh)(const T* x, T* y, int64_t n);
 };

@@ -14,7 +14,7 @@ struct Backward {
 };
 
 template <class T>
-struct Projected {
+struct ProjectedBackward {
   template <int V>
   static __device__ __forceinline__ void run(const ProjectedGradient<T>& s, int d, int64_t b, int64_t k) {
     projected_gradient_element<T, V>(s, d, b, k);
@@ -33,6 +33,7 @@ template <class T>
 struct Ragged {
   template <int V>
   static __device__ __forceinline__ void run(const RaggedRows<T>& s, int first, int64_t b, int64_t k) {
+#pragma unroll 1
     for (int64_t r = first; r < s.count; r += gridDim.z) ragged_row_element<T, V>(s, r, b, k);
   }
 };
@@ -59,7 +60,8 @@ cudaError_t launch_projection_step_bwd(const ProjectedGradient<T>& s, cudaStream
   constexpr int V = kWidth<T>;
   const bool wide = gradient_fits<V>(s.gradient) && fits<V>(s.gradient.P, s.dprojected);
   const Extent extent = {s.gradient.P, s.steps.B, s.D};
-  return wide ? launch<Projected<T>, V>(s, extent, stream) : launch<Projected<T>, 1>(s, extent, stream);
+  return wide ? launch<ProjectedBackward<T>, V>(s, extent, stream)
+              : launch<ProjectedBackward<T>, 1>(s, extent, stream);
 }
 
 template <class T>

@@ -14,7 +14,7 @@ struct Forward {
 };
 
 template <class T>
-struct Projected {
+struct ProjectedForward {
   template <int V>
   static __device__ __forceinline__ void run(const ProjectedStep<T>& s, int d, int64_t b, int64_t k) {
     projected_element<T, V>(s, d, b, k);
@@ -43,8 +43,8 @@ cudaError_t launch_projection_step_fwd(const ProjectedStep<T>& s, cudaStream_t s
   constexpr int V = kWidth<T>;
   const Extent extent = {s.state.P, s.steps.B, s.D};
   return fits<V>(s.state.P, s.projected) && state_fits<V>(s.state)
-             ? launch<Projected<T>, V>(s, extent, stream)
-             : launch<Projected<T>, 1>(s, extent, stream);
+             ? launch<ProjectedForward<T>, V>(s, extent, stream)
+             : launch<ProjectedForward<T>, 1>(s, extent, stream);
 }
 
 #define INSTANTIATE(T)                                                               \

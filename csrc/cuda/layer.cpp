@@ -5,73 +5,39 @@
 namespace fastlstm::cuda {
 namespace {
 
-void expect(const at::Tensor& tensor, const char* name, const char* sizes, at::IntArrayRef shape,
-            const at::Tensor& like, at::ScalarType dtype) {
-  TORCH_CHECK(tensor.sizes() == shape, name, " must be ", sizes, " = ", shape, ", got ", tensor.sizes());
-  TORCH_CHECK(tensor.device() == like.device(), name, " must be on ", like.device(), ", got ",
-              tensor.device());
-  TORCH_CHECK(tensor.scalar_type() == dtype, name, " must be ", dtype, ", got ", tensor.scalar_type());
-}
-
-// A weight that a product can read as it lies.
+// A matrix that a product can read as it lies.
 at::Tensor readable(const at::Tensor& weight) {
   return weight.is_contiguous() || weight.t().is_contiguous() ? weight : weight.contiguous();
 }
 
+at::Tensor dense_on(const at::Device& device, const char* name, const OptionalTensor& given) {
+  if (!given || !given->defined()) return {};
+  TORCH_CHECK(given->device() == device, name, " must be on ", device, " as x is, got ", given->device());
+  return given->contiguous();
+}
+
 }  // namespace
 
-Layer::Layer(const at::Tensor& x, at::TensorList list, const OptionalTensor& given_lengths,
-             const OptionalTensor& given_mask) {
-  TORCH_CHECK(x.dim() == 3, "x must be [T, B, I], got ", x.sizes());
-  TORCH_CHECK(list.size() >= 2 && list[1].dim() == 2, "weights must hold weight_ih and weight_hh, got ",
-              list.size());
-  T = x.size(0), B = x.size(1), I = x.size(2);
-  H = list[1].size(0) / 4, P = list[1].size(1);
-  projected = P != H;
-  bias = list.size() > 2 && list[2].dim() == 1;
-  per_direction = 2 + 2 * bias + projected;
-  D = static_cast<int>(list.size() / per_direction);
-  TORCH_CHECK((D == 1 || D == 2) && list.size() == static_cast<size_t>(D * per_direction), "weights must be ",
-              per_direction, " for each of 1 or 2 directions, got ", list.size());
-  options = x.options().requires_grad(false);
-  const at::ScalarType dtype = x.scalar_type();
-  accumulated = options.dtype(dtype == at::kDouble ? at::kDouble : at::kFloat);
-  for (int d = 0; d < D; ++d) {
-    const at::Tensor* w = &list[d * per_direction];
-    expect(w[0], "weight_ih", "[4H, I]", {4 * H, I}, x, dtype);
-    expect(w[1], "weight_hh", "[4H, P]", {4 * H, P}, x, dtype);
-    weights[d].ih = readable(w[0]), weights[d].hh = readable(w[1]);
-    if (bias) {
-      expect(w[2], "bias_ih", "[4H]", {4 * H}, x, dtype);
-      expect(w[3], "bias_hh", "[4H]", {4 * H}, x, dtype);
-      weights[d].bias_ih = w[2].contiguous(), weights[d].bias_hh = w[3].contiguous();
-    }
-    if (projected) {
-      expect(w[per_direction - 1], "weight_hr", "[P, H]", {P, H}, x, dtype);
-      weights[d].hr = readable(w[per_direction - 1]);
-    }
+Layer::Layer(const at::Tensor& x, const OptionalTensor& given_h0, const OptionalTensor& given_c0,
+             at::TensorList list, const OptionalTensor& given_lengths, const OptionalTensor& given_mask)
+    : LayerSizes(x, list) {
+  check_inputs(x, given_h0, given_c0, given_lengths, given_mask);
+  dtype = x.scalar_type(), sum_dtype = dtype == at::kDouble ? at::kDouble : at::kFloat;
+  options = x.options().requires_grad(false), sum_options = options.dtype(sum_dtype);
+  for (int64_t d = 0; d < D; ++d) {
+    DirectionWeights& w = weights.emplace_back(*this, list, d);
+    w.ih = readable(w.ih), w.hh = readable(w.hh);
+    if (bias) w.bias_ih = w.bias_ih.contiguous(), w.bias_hh = w.bias_hh.contiguous();
+    if (proj()) w.hr = readable(w.hr);
   }
-  if (given_lengths && given_lengths->defined()) {
-    expect(*given_lengths, "lengths", "[B]", {B}, x, at::kLong);
-    lengths = given_lengths->contiguous();
-  }
-  if (given_mask && given_mask->defined()) {
-    expect(*given_mask, "reset_mask", "[T, B]", {T, B}, x, at::kBool);
-    reset_mask = given_mask->contiguous();
-  }
+  h0 = dense_on(x.device(), "h0", given_h0), c0 = dense_on(x.device(), "c0", given_c0);
+  lengths = dense_on(x.device(), "lengths", given_lengths);
+  reset_mask = dense_on(x.device(), "reset_mask", given_mask);
   steps = {T, B, in<int64_t>(lengths), in<bool>(reset_mask)};
 }
 
 at::Tensor Layer::stacked(at::Tensor DirectionWeights::* weight) const {
   return D == 1 ? weights[0].*weight : at::stack({weights[0].*weight, weights[1].*weight});
-}
-
-at::Tensor Layer::state(const OptionalTensor& given, int64_t n, const char* name) const {
-  if (!given || !given->defined()) return {};
-  TORCH_CHECK(given->sizes() == at::IntArrayRef({D, B, n}) && given->dtype() == options.dtype(), name,
-              " must be ", options.dtype(), " ", at::IntArrayRef({D, B, n}), ", got ", given->dtype(), " ",
-              given->sizes());
-  return given->contiguous();
 }
 
 SlotView::SlotView(const at::Tensor& slots)

@@ -1,50 +1,36 @@
-// One layer's sizes, weights and buffers, read off the arguments of the op (fastlstm/ops/schema.py); its two
-// passes.
+// One layer on the device: its sizes, weights and masks as the kernels and the products read them, and its
+// two passes.
 #pragma once
 
-#include <ATen/core/List.h>
-#include <ATen/core/Tensor.h>
-
-#include <array>
-#include <optional>
-#include <tuple>
-#include <vector>
-
+#include "contract.h"
 #include "cuda/cell_kernels.h"
 
 namespace fastlstm::cuda {
 
-using OptionalTensor = std::optional<at::Tensor>;
+// Buffers that hold some steps at a time are about this large: x W_ih^T of so many steps is two waves of
+// tiles of a product on the largest GPUs, and stays in L2 until the cell kernels have read it.
+#ifndef FASTLSTM_CUDA_CHUNK_BYTES  // the tests set a small one, so that small cases run in chunks
+#define FASTLSTM_CUDA_CHUNK_BYTES (32 << 20)
+#endif
+constexpr int64_t kChunkBytes = FASTLSTM_CUDA_CHUNK_BYTES;
 
-struct DirectionWeights {
-  at::Tensor ih, hh;            // [4H, I], [4H, P]
-  at::Tensor bias_ih, bias_hh;  // [4H], dense, or undefined
-  at::Tensor hr;                // [P, H], or undefined
-};
+struct Layer : LayerSizes {
+  Layer(const at::Tensor& x, const OptionalTensor& h0, const OptionalTensor& c0, at::TensorList weights,
+        const OptionalTensor& lengths, const OptionalTensor& reset_mask);
 
-struct Layer {
-  Layer(const at::Tensor& x, at::TensorList weights, const OptionalTensor& lengths,
-        const OptionalTensor& reset_mask);
-
-  int64_t T, B, I, H, P;
-  int D;
-  bool bias, projected;
-  int64_t per_direction;  // weights of one direction in the list
-  at::TensorOptions options,
-      accumulated;  // of the tensors, and of sums and carried state (Acc in cell_kernels.h)
-  std::array<DirectionWeights, 2> weights;
-  at::Tensor lengths, reset_mask;  // int64 [B], bool [T, B], dense, or undefined
+  at::ScalarType dtype, sum_dtype;  // of the tensors, and of sums and carried state (Acc in cell_kernels.h)
+  at::TensorOptions options, sum_options;
+  std::vector<DirectionWeights> weights;  // [D]; biases dense, matrices as a product can read them
+  at::Tensor h0, c0;                      // dense, or undefined for zeros
+  at::Tensor lengths, reset_mask;         // dense, or undefined
   Steps steps;
 
   bool ragged() const { return lengths.defined() || reset_mask.defined(); }
 
   // [D, B, n] in the shape of one product for all directions: [B, n] for one direction.
   at::Tensor per_product(const at::Tensor& state) const { return D == 1 ? state.select(0, 0) : state; }
-  // A weight of every direction as the operand of such a product; one copy for the whole sequence where D
-  // = 2.
+  // A weight of all directions as the operand of such a product; one copy for the whole sequence where D = 2.
   at::Tensor stacked(at::Tensor DirectionWeights::* weight) const;
-  // An initial state or its gradient, [D, B, n] dense; undefined for none.
-  at::Tensor state(const OptionalTensor& given, int64_t n, const char* name) const;
 };
 
 // The operand of the steps' products within [D, slots, B, n]: [B, n], or [2, B, n] with each direction at its
@@ -52,7 +38,7 @@ struct Layer {
 // a kernel.
 class SlotView {
  public:
-  SlotView(const at::Tensor& slots);
+  explicit SlotView(const at::Tensor& slots);
   const at::Tensor& at(const int64_t (&slot)[2]);
 
  private:
@@ -70,9 +56,9 @@ T* out(const at::Tensor& t) {
   return t.defined() ? static_cast<T*>(t.mutable_data_ptr()) : nullptr;
 }
 
-// f.template operator()<T>() for the kernels' type T of a dtype.
+// f(a null pointer to the kernels' type T of a dtype).
 template <class F>
-auto for_dtype(at::ScalarType dtype, F&& f) {
+void for_dtype(at::ScalarType dtype, F&& f) {
   switch (dtype) {
     case at::kFloat:
       return f(static_cast<float*>(nullptr));
@@ -87,14 +73,7 @@ auto for_dtype(at::ScalarType dtype, F&& f) {
   }
 }
 
-std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> layer_forward(
-    const at::Tensor& x, const OptionalTensor& h0, const OptionalTensor& c0, at::TensorList weights,
-    const OptionalTensor& lengths, const OptionalTensor& reset_mask, bool keep_cells, bool keep_reserve);
-
-std::tuple<at::Tensor, at::Tensor, at::Tensor, std::vector<at::Tensor>> layer_backward(
-    const OptionalTensor& dy, const OptionalTensor& dh_n, const OptionalTensor& dc_n,
-    const OptionalTensor& dcells, const at::Tensor& x, const OptionalTensor& h0, const OptionalTensor& c0,
-    at::TensorList weights, const OptionalTensor& lengths, const OptionalTensor& reset_mask,
-    const at::Tensor& y, const at::Tensor& cells, const at::Tensor& reserve, const c10::List<bool>& needs);
+LayerForward layer_forward;
+LayerBackward layer_backward;
 
 }  // namespace fastlstm::cuda

@@ -25,6 +25,26 @@ FASTLSTM_HD void narrow(double x, double& out) { out = x; }
 FASTLSTM_HD void narrow(float x, __half& out) { out = __float2half_rn(x); }
 FASTLSTM_HD void narrow(float x, __nv_bfloat16& out) { out = __float2bfloat16_rn(x); }
 
+// Features a thread takes where sizes and addresses allow: 16-byte accesses of the accumulation type.
+template <class T>
+constexpr int kWidth = 16 / sizeof(Acc<T>);
+
+// Whether a row of n elements of T, V at a time, can start at p; null fits.
+template <int V, class T>
+bool fits(int64_t n, const T* p) {
+  return n % V == 0 && reinterpret_cast<uintptr_t>(p) % (sizeof(T) * V) == 0;
+}
+template <int V, class T, class... Rest>
+bool fits(int64_t n, const T* p, const Rest*... rest) {
+  return fits<V>(n, p) && fits<V>(n, rest...);
+}
+
+// What a launch covers.
+struct Extent {
+  int64_t features, rows;
+  int layers;  // of the grid: the directions, or steps
+};
+
 // V numbers of type A in registers.
 template <class A, int V>
 struct Vec {

@@ -8,6 +8,6 @@ from __future__ import annotations
 
 from types import ModuleType
 
-from . import eager, native
+from . import eager, native, triton
 
-BACKENDS: dict[str, ModuleType] = {module.NAME: module for module in (native, eager)}
+BACKENDS: dict[str, ModuleType] = {module.NAME: module for module in (native, triton, eager)}

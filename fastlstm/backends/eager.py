@@ -41,8 +41,9 @@ class _Steps:
             self.valid = (torch.arange(T, device=lengths.device)[:, None] < lengths).unsqueeze(-1)
         if reset_mask is not None:
             fresh = reset_mask.unsqueeze(-1)
-            if reverse:  # step t-1 is entered anew where step t, if the row has it, is flagged
-                fresh = fresh if self.valid is None else fresh & self.valid
+            if self.valid is not None:  # a flag in the padding means nothing
+                fresh = fresh & self.valid
+            if reverse:  # step t-1 is entered anew where step t is flagged
                 fresh = torch.cat([fresh[1:], torch.zeros_like(fresh[:1])])
             self.fresh = fresh
         if self.valid is not None and reverse:
@@ -78,13 +79,12 @@ def forward(x, h0, c0, weights, lengths, reset_mask, keep_cells, keep_reserve):
     def joined(parts: list[Tensor]) -> Tensor:
         return torch.cat([p.to(x.dtype) for p in parts], dim=-1)
 
-    none = x.new_empty(0)
     return (
         joined(y),
         torch.stack(h_n).to(x.dtype),
         torch.stack(c_n).to(x.dtype),
-        joined(cells) if keep_cells or keep_reserve else none,
-        torch.stack(gates).to(x.dtype) if keep_reserve else none,
+        joined(cells) if keep_cells or keep_reserve else x.new_empty(0),
+        torch.stack(gates).to(x.dtype) if keep_reserve else x.new_empty(0),
     )
 
 
@@ -127,9 +127,7 @@ def backward(dy, dh_n, dc_n, dcells, x, h0, c0, weights, lengths, reset_mask, y,
     dx, dh0, dc0, dweights = [], [], [], []
     for d, w in enumerate(split_weights(weights)):
         steps = _Steps(x.shape[0], lengths, reset_mask, reverse=d == 1)
-        h_enter = steps.entering(
-            y[..., d * P : (d + 1) * P].to(dtype), _initial(x, h0, d, P, dtype), reverse=d == 1
-        )
+        h_enter = steps.entering(y[..., d * P : (d + 1) * P].to(dtype), _initial(x, h0, d, P, dtype), reverse=d == 1)
         c = cells[..., d * H : (d + 1) * H].to(dtype)
         c_enter = steps.entering(c, _initial(x, c0, d, H, dtype), reverse=d == 1)
         dgates, dh, dc, dr = _backward_direction(
@@ -159,11 +157,10 @@ def backward(dy, dh_n, dc_n, dcells, x, h0, c0, weights, lengths, reset_mask, y,
             hidden = (reserve[d, ..., 3 * H :].to(dtype) * c.tanh()).flatten(0, 1)  # h before the projection
             dw.append(dr.flatten(0, 1).t() @ hidden if need[-1] else None)
         dweights += [x.new_empty(0) if g is None else g.to(x.dtype) for g in dw]
-    none = x.new_empty(0)
     return (
-        sum(dx[1:], dx[0]).view_as(x).to(x.dtype) if needs[0] else none,
-        torch.stack(dh0).to(x.dtype) if needs[1] else none,
-        torch.stack(dc0).to(x.dtype) if needs[2] else none,
+        sum(dx[1:], dx[0]).view_as(x).to(x.dtype) if needs[0] else x.new_empty(0),
+        torch.stack(dh0).to(x.dtype) if needs[1] else x.new_empty(0),
+        torch.stack(dc0).to(x.dtype) if needs[2] else x.new_empty(0),
         dweights,
     )
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from .schema import BACKWARD, FORWARD, backward_outputs, forward_outputs
+from .schema import BACKWARD, FORWARD, backward_outputs, check, forward_outputs
 
 LIBRARY = torch.library.Library("fastlstm", "DEF")
 
@@ -28,8 +28,8 @@ def define(backend: str, forward: Callable[..., Any] | None = None, backward: Ca
         LIBRARY.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
         torch.library.register_fake(f"fastlstm::{name}", fake, lib=LIBRARY)
     if forward is not None and backward is not None:
-        LIBRARY.impl(layer, forward, "CompositeExplicitAutograd")
-        LIBRARY.impl(layer_backward, backward, "CompositeExplicitAutograd")
+        LIBRARY.impl(layer, _without_autocast(_checked(forward)), "CompositeExplicitAutograd")
+        LIBRARY.impl(layer_backward, _without_autocast(backward), "CompositeExplicitAutograd")
         op = getattr(torch.ops.fastlstm, layer_backward).default
         torch.library.register_autograd(
             f"fastlstm::{layer}",
@@ -39,7 +39,29 @@ def define(backend: str, forward: Callable[..., Any] | None = None, backward: Ca
         )
 
 
+def _checked(kernel: Callable[..., Any]) -> Callable[..., Any]:
+    def run(x: Tensor, h0: Tensor | None, c0: Tensor | None, weights: list[Tensor], *rest: Any) -> Any:
+        check(x, h0, c0, weights)
+        return kernel(x, h0, c0, weights, *rest)
+
+    return run
+
+
+def _without_autocast(kernel: Callable[..., Any]) -> Callable[..., Any]:
+    """Inputs are cast before the op; inside, and in a backward called under autocast, dtypes stay as they are."""
+
+    def run(*args: Any) -> Any:
+        if not torch._C._is_any_autocast_enabled():
+            return kernel(*args)
+        device_type = next(arg for arg in args if isinstance(arg, Tensor)).device.type
+        with torch.autocast(device_type, enabled=False):
+            return kernel(*args)
+
+    return run
+
+
 def _fake_forward(x, h0, c0, weights, lengths, reset_mask, keep_cells, keep_reserve):
+    check(x, h0, c0, weights)
     return forward_outputs(x, weights, keep_cells, keep_reserve)
 
 
@@ -65,9 +87,7 @@ def _autograd_backward(op: Callable[..., Any], ctx: Any, dy, dh_n, dc_n, dcells,
     if torch.is_grad_enabled():
         grads = differentiable_backward(dy, dh_n, dc_n, dcells, x, h0, c0, weights, lengths, reset_mask, needs)
     else:
-        dx, dh0, dc0, dw = op(
-            dy, dh_n, dc_n, dcells, x, h0, c0, weights, lengths, reset_mask, y, cells, reserve, needs
-        )
+        dx, dh0, dc0, dw = op(dy, dh_n, dc_n, dcells, x, h0, c0, weights, lengths, reset_mask, y, cells, reserve, needs)
         flat = [g if need else None for g, need in zip([dx, dh0, dc0, *dw], needs, strict=True)]
         grads = (*flat[:3], flat[3:])
     return (*grads, None, None, None, None)
@@ -106,9 +126,7 @@ def differentiable_backward(
 def _differentiable_backward_op(dy, dh_n, dc_n, dcells, x, h0, c0, weights, lengths, reset_mask, needs):
     """The same for the autograd node in C++, where every result is a tensor; zeros stand for None."""
     inputs = [x, h0, c0, *weights]
-    dx, dh0, dc0, dw = differentiable_backward(
-        dy, dh_n, dc_n, dcells, x, h0, c0, weights, lengths, reset_mask, needs
-    )
+    dx, dh0, dc0, dw = differentiable_backward(dy, dh_n, dc_n, dcells, x, h0, c0, weights, lengths, reset_mask, needs)
     found = [dx, dh0, dc0, *dw]
     flat = [
         x.new_empty(0) if not need else torch.zeros_like(t) if grad is None else grad

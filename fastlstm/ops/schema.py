@@ -101,6 +101,37 @@ def split_weights(weights: list[Tensor]) -> list[DirectionWeights]:
     return out
 
 
+def check(x: Tensor, h0: Tensor | None, c0: Tensor | None, weights: list[Tensor]) -> None:
+    """Raise RuntimeError unless the tensors fit together. csrc/contract.h does the same for the native ops."""
+    shape = LayerShape.of(weights)
+    if shape.D not in (1, 2) or len(weights) != shape.D * shape.per_direction:
+        raise RuntimeError(
+            f"weights must be {shape.per_direction} tensors for each of 1 or 2 directions, got {len(weights)}"
+        )
+    for w in weights:
+        if w.device != x.device:
+            raise RuntimeError(
+                "Input and parameter tensors are not at the same device, found input tensor at "
+                f"{x.device} and parameter tensor at {w.device}"
+            )
+        if w.dtype != x.dtype:
+            raise RuntimeError(f"Input and parameter tensors must have the same dtype, got {x.dtype} and {w.dtype}")
+    H, P, B = shape.H, shape.P, x.shape[1]
+    for direction in split_weights(weights):
+        _check_shape("weight_ih", "[4H, I]", direction.ih, (4 * H, x.shape[2]))
+        _check_shape("weight_hh", "[4H, P]", direction.hh, (4 * H, P))
+        _check_shape("bias_ih", "[4H]", direction.bias_ih, (4 * H,))
+        _check_shape("bias_hh", "[4H]", direction.bias_hh, (4 * H,))
+        _check_shape("weight_hr", "[P, H]", direction.hr, (P, H))
+    _check_shape("h0", "[D, B, P]", h0, (shape.D, B, P))
+    _check_shape("c0", "[D, B, H]", c0, (shape.D, B, H))
+
+
+def _check_shape(name: str, sizes: str, tensor: Tensor | None, expected: tuple[int, ...]) -> None:
+    if tensor is not None and tensor.shape != expected:
+        raise RuntimeError(f"{name} must be {sizes} = {list(expected)}, got {list(tensor.shape)}")
+
+
 def forward_outputs(
     x: Tensor, weights: list[Tensor], keep_cells: bool, keep_reserve: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -116,7 +147,9 @@ def forward_outputs(
     )
 
 
-def backward_outputs(x: Tensor, weights: list[Tensor], needs: list[bool]) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
+def backward_outputs(
+    x: Tensor, weights: list[Tensor], needs: list[bool]
+) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
     """Uninitialised gradients of the contract's shapes, [0] where not needed: the fake kernel of backward."""
     s = LayerShape.of(weights)
     B = x.shape[1]
