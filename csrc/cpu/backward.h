@@ -63,12 +63,14 @@ void product_direct(int64_t rows, int64_t K, const T* a, int64_t lda, const T* b
   for (int64_t r = 0; r < rows; ++r) {
     int64_t n = n_begin;
     for (; n + 8 * W <= n_end; n += 8 * W) tile<T, 1, 8>(K, a + r * lda, lda, b + n, N, c + r * ldc + n, ldc, false);
-    for (; n + W <= n_end; n += W) tile<T, 1, 1>(K, a + r * lda, lda, b + n, N, c + r * ldc + n, ldc, false);
-    if (n < n_end) {
-      const int part = static_cast<int>(n_end - n);
-      Vec<T> acc = {};
-      for (int64_t k = 0; k < K; ++k) acc += a[r * lda + k] * load_part(b + k * N + n, part);
-      store_part(c + r * ldc + n, acc, part);
+    for (; n + 4 * W <= n_end; n += 4 * W) tile<T, 1, 4>(K, a + r * lda, lda, b + n, N, c + r * ldc + n, ldc, false);
+    for (; n < n_end; n += W) {
+      const int part = static_cast<int>(std::min<int64_t>(W, n_end - n));
+      Vec<T> acc[4] = {};  // four sums, since each addition waits for the one before
+      for (int64_t k = 0; k + 4 <= K; k += 4)  // K = 4H
+#pragma GCC unroll 4
+        for (int q = 0; q < 4; ++q) acc[q] += a[r * lda + k + q] * load_part(b + (k + q) * N + n, part);
+      store_part(c + r * ldc + n, (acc[0] + acc[1]) + (acc[2] + acc[3]), part);
     }
   }
 }

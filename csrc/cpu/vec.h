@@ -7,6 +7,10 @@
 #include <cstdint>
 #include <cstring>
 
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
 #include "cell.h"
 
 #define FASTLSTM_INLINE inline __attribute__((always_inline))
@@ -42,17 +46,33 @@ template <class T>
 FASTLSTM_INLINE void store(T* p, Vec<T> v) {
   std::memcpy(p, &v, sizeof(v));
 }
-// The first `n` elements only; the rest read as zero.
+// The first n <= width elements only, nothing beyond them touched; the rest read as zero.
+#if defined(__x86_64__) && FASTLSTM_VECTOR_BYTES == 64
+FASTLSTM_INLINE Vec<float> load_part(const float* p, int n) { return _mm512_maskz_loadu_ps((1u << n) - 1, p); }
+FASTLSTM_INLINE Vec<double> load_part(const double* p, int n) { return _mm512_maskz_loadu_pd((1u << n) - 1, p); }
+FASTLSTM_INLINE void store_part(float* p, Vec<float> v, int n) { _mm512_mask_storeu_ps(p, (1u << n) - 1, v); }
+FASTLSTM_INLINE void store_part(double* p, Vec<double> v, int n) { _mm512_mask_storeu_pd(p, (1u << n) - 1, v); }
+#elif defined(__x86_64__) && FASTLSTM_VECTOR_BYTES == 32
+inline const int32_t kPartMask[16] = {-1, -1, -1, -1, -1, -1, -1, -1, 0, 0, 0, 0, 0, 0, 0, 0};
+FASTLSTM_INLINE __m256i part_mask(int words) {
+  return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(kPartMask + 8 - words));
+}
+FASTLSTM_INLINE Vec<float> load_part(const float* p, int n) { return _mm256_maskload_ps(p, part_mask(n)); }
+FASTLSTM_INLINE Vec<double> load_part(const double* p, int n) { return _mm256_maskload_pd(p, part_mask(2 * n)); }
+FASTLSTM_INLINE void store_part(float* p, Vec<float> v, int n) { _mm256_maskstore_ps(p, part_mask(n), v); }
+FASTLSTM_INLINE void store_part(double* p, Vec<double> v, int n) { _mm256_maskstore_pd(p, part_mask(2 * n), v); }
+#else
 template <class T>
 FASTLSTM_INLINE Vec<T> load_part(const T* p, int n) {
   Vec<T> v = {};
-  std::memcpy(&v, p, n * sizeof(T));
+  for (int k = 0; k < n; ++k) v[k] = p[k];
   return v;
 }
 template <class T>
 FASTLSTM_INLINE void store_part(T* p, Vec<T> v, int n) {
-  std::memcpy(p, &v, n * sizeof(T));
+  for (int k = 0; k < n; ++k) p[k] = v[k];
 }
+#endif
 template <class T>
 FASTLSTM_INLINE Vec<T> splat(T x) {
   return Vec<T>{} + x;
