@@ -1,0 +1,71 @@
+"""The CPU kernels' sigmoid and tanh: max ulp error over their whole range, and non-finite arguments."""
+
+import mpmath
+import numpy as np
+import pytest
+import torch
+
+from fastlstm.backends import native
+
+pytestmark = pytest.mark.skipif(native.extension is None, reason=f"native: {native.load_error}")
+
+MAX_ULP = 2.5
+
+
+def arguments(dtype: torch.dtype) -> torch.Tensor:
+    """Dense where the functions bend, every binade down to where they are linear, and far into saturation."""
+    generator = torch.Generator().manual_seed(0)
+    limit = 86.0 if dtype == torch.float32 else 700.0
+    magnitudes = torch.logspace(-30, 0, 4001, dtype=torch.float64)
+    x = torch.cat([
+        torch.linspace(-12, 12, 20001, dtype=torch.float64),
+        torch.randn(20000, generator=generator, dtype=torch.float64) * 4,
+        torch.linspace(-limit, limit, 4001, dtype=torch.float64),
+        magnitudes,
+        -magnitudes,
+    ])
+    return x.to(dtype)
+
+
+def exact(x: torch.Tensor, name: str) -> torch.Tensor:
+    """The function in precision far beyond x's: float64 for float32, 30 digits for float64."""
+    if x.dtype == torch.float32:
+        x = x.double()
+        # torch's own double sigmoid and tanh are good to an ulp of double
+        return x.sigmoid() if name == "sigmoid" else x.tanh()
+    with mpmath.workdps(30):
+        f = mpmath.tanh if name == "tanh" else lambda v: 1 / (1 + mpmath.exp(-v))
+        return torch.tensor([float(f(mpmath.mpf(v))) for v in x.tolist()], dtype=torch.float64)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("name", ["sigmoid", "tanh"])
+def test_error_stays_within_the_bound(name, dtype):
+    x = arguments(dtype)
+    if dtype == torch.float64:
+        x = x[::7].contiguous()  # mpmath is slow
+    truth = exact(x, name)
+    ours = native.extension.activation(x, name)
+    ulp = torch.from_numpy(np.spacing(truth.abs().to(dtype).numpy())).double()
+    error = (ours.double() - truth.double()).abs() / ulp
+    worst = int(error.argmax())
+    assert error[worst] <= MAX_ULP, f"{float(error[worst]):.2f} ulp at x = {float(x[worst])!r}"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_non_finite_arguments(dtype):
+    x = torch.tensor([float("nan"), float("inf"), -float("inf"), 1e4, -1e4, 0.0], dtype=dtype)
+    sigmoid = native.extension.activation(x, "sigmoid")
+    tanh = native.extension.activation(x, "tanh")
+    assert sigmoid[0].isnan()
+    assert tanh[0].isnan()
+    assert tanh[1:].tolist() == [1, -1, 1, -1, 0]
+    assert sigmoid[[1, 3, 5]].tolist() == [1, 1, 0.5]
+    # what is left of exp(-x) at the clamp, where the true value underflows
+    assert 0 <= sigmoid[[2, 4]].max() <= torch.finfo(dtype).tiny * 2
+
+
+@pytest.mark.parametrize("n", range(18))
+def test_any_number_of_elements(n):
+    x = torch.linspace(-3, 3, max(n, 1))[:n].contiguous()
+    assert torch.allclose(native.extension.activation(x, "tanh"), x.tanh(), atol=1e-6)
