@@ -1,0 +1,145 @@
+"""python -m benchmarks [--suite NAME] [--impl NAME ...] [--out DIR]; --help tells the rest.
+
+Measures a suite, prints each case as it is done, writes DIR/<suite>.csv, by default benchmarks/results/<device>/.
+The exit status is 1 if a result of ours was wrong or failed, 2 if the suite cannot run here.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+import warnings
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from benchmarks import gpu, machine, peers, results, suites
+from benchmarks.load import BUSY
+from benchmarks.results import Row
+from benchmarks.run import failures
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks", description="fastlstm beside nn.LSTM and the machine."
+    )
+    parser.add_argument("--suite", choices=suites.NAMES, default="cpu")
+    parser.add_argument(
+        "--impl",
+        nargs="+",
+        default=[],
+        metavar="NAME",
+        help=f"nn, the baseline, and any of {', '.join(name for name in peers.PEERS if name != 'nn')}; "
+        "by default fastlstm and whichever rivals are installed",
+    )
+    parser.add_argument("--out", type=Path, metavar="DIR", help="folder of the CSV")
+    parser.add_argument(
+        "--filter", default="", metavar="TEXT", help="only cases whose name contains it; no CSV unless --out"
+    )
+    parser.add_argument("--budget", type=float, metavar="S", help="seconds per case and mode")
+    parser.add_argument("--threads", type=int, metavar="N", help="CPU threads; torch's default otherwise")
+    parser.add_argument(
+        "--wait", type=float, default=0.0, metavar="S", help="seconds a case may wait for other processes to calm down"
+    )
+    return parser.parse_args(arguments)
+
+
+def line(row: Row) -> str:
+    """One measurement in the console's markup."""
+    what = f"    {row.mode:<8}{row.impl:<10}"
+    if row.status != "ok":
+        return (
+            f"{what}[bold red]{escape(row.status)}[/]"
+            if not row.status.startswith("skipped")
+            else f"{what}[dim]{escape(row.status)}[/]"
+        )
+    if row.peak_mib is not None:
+        what += f"{row.peak_mib:10.1f} MiB"
+    if row.p50_ms is not None:
+        what += f"{row.p50_ms:10.3f} ms  ({row.p20_ms:.3f} .. {row.p80_ms:.3f}, {row.rounds} x {row.calls})"
+    if row.impl != "nn" and row.ratio is not None:
+        colour = "green" if row.ratio >= (row.goal or 1.0) else "yellow" if row.ratio >= 1 else "red"
+        what += f"  [{colour}]{row.ratio:.2f}x[/]" + (f" (goal {row.goal:g})" if row.goal else "")
+    if row.fraction is not None:
+        what += f"  {row.fraction:.0%} of the limit"
+    if row.others_cpu is not None and row.others_cpu > BUSY:
+        what += f"  [bold red]others used {row.others_cpu:.0%} of the CPUs[/]"
+    return what + (f"  {row.backend}" if row.backend else "")
+
+
+def summary(rows: list[Row]) -> list[str]:
+    """Geometric means, and what misses its goal."""
+    told = []
+    for impl in dict.fromkeys(row.impl for row in rows if row.impl != "nn"):
+        for mode in dict.fromkeys(row.mode for row in rows):
+            ratios = [row.ratio for row in rows if (row.impl, row.mode) == (impl, mode) and row.ratio]
+            if ratios:
+                mean = math.exp(sum(map(math.log, ratios)) / len(ratios))
+                told.append(
+                    f"{impl}, {mode}: geometric mean {mean:.2f}x over {len(ratios)} cases, least {min(ratios):.2f}x"
+                )
+    for row in rows:
+        if row.impl == "fastlstm" and row.goal and row.ratio and row.ratio < row.goal:
+            told.append(f"below its goal: {row.case}, {row.mode}: {row.ratio:.2f}x of {row.goal:g}")
+    busy = sum(row.others_cpu is not None and row.others_cpu > BUSY for row in rows)
+    if busy:
+        told.append(f"{busy} rows were measured on a busy machine (others above {BUSY:.0%} of the CPUs): measure again")
+    return told
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options = parse(arguments)
+    console = Console(width=None if sys.stdout.isatty() else 140, highlight=False)
+    device = "cuda" if options.suite == "gpu" else "cpu"
+    if options.suite == "gpu" and gpu.why_not():
+        console.print(f"[red]{gpu.why_not()}[/]")
+        return 2
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    try:
+        measured = peers.chosen(options.impl, device)
+    except ValueError as error:
+        console.print(f"[red]{escape(str(error))}[/]")
+        return 2
+    # Said of nn.LSTM once a process, in the middle of the table.
+    warnings.filterwarnings("ignore", message="LSTM with projections is not supported with oneDNN")
+    about = machine.describe(device)
+    console.print(
+        f"suite {options.suite} on {about['device']}, {about['threads']} threads, torch {about['torch']}"
+        + (f", cuDNN {about['cudnn']}" if about["cudnn"] else "")
+        + f", commit {about['commit']}: {', '.join(measured)}"
+    )
+    if options.suite == "grid":
+        console.print("grid: {} of {} combinations are within the flop budget".format(*suites.sweeps.grid_size()))
+    columns = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()]
+    with Progress(*columns, console=console, transient=True) as progress:
+        bar = progress.add_task("measuring", total=suites.size_of(options.suite, options.filter))
+
+        def report(name: str, rows: list[Row]) -> None:
+            progress.console.print(f"[bold]{escape(name)}[/]")
+            for row in rows:
+                progress.console.print(line(row), soft_wrap=True)
+            progress.advance(bar)
+
+        rows = suites.rows_of(options.suite, measured, report, options.filter, options.budget, options.wait)
+    for row in rows:
+        for column, value in about.items():
+            setattr(row, column, value)
+    for told in summary(rows):
+        console.print(told)
+    if options.out or not options.filter:
+        path = (options.out or results.RESULTS / machine.slug(about)) / f"{options.suite}.csv"
+        results.write(rows, path)
+        console.print(f"wrote {path.name} for {machine.slug(about)}: python -m benchmarks.report shows it")
+    refused = failures(rows, peers.PEERS)
+    for row in refused:
+        console.print(f"[bold red]{escape(f'{row.case}, {row.mode}, {row.impl}: {row.status}')}[/]")
+    return 1 if refused else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,86 @@
+"""The GPU suite: its cases, equal precision on both sides, and which cuDNN algorithm nn.LSTM gets."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from benchmarks.cases import Case
+
+DTYPES = ("bfloat16", "float16", "tf32", "float32")
+TS = (64, 512, 1024)
+BS = (1, 16, 64, 128, 256)
+HS = (128, 256, 512, 768, 1024, 2048)
+# What a rewrite of cuDNN's call must not fall below, and what it must reach where cuDNN is not fast.
+GOAL, GOAL_SLOW_BASELINE = 0.7, 3.0
+
+
+def cases() -> list[Case]:
+    """The whole grid for one layer; two layers, both directions, packed and LSTMCell at one T and B for every H."""
+    goals = {"goal_train": GOAL, "goal_forward": GOAL}
+    slow = {"goal_train": GOAL_SLOW_BASELINE, "goal_forward": GOAL_SLOW_BASELINE}
+    found = []
+    for dtype in DTYPES:
+        found += [Case(T, B, H, H, dtype=dtype, **goals) for H in HS for B in BS for T in TS]
+        for H in HS:
+            found += [
+                Case(512, 64, H, H, 2, dtype=dtype, **goals),
+                Case(512, 64, H, H, dtype=dtype, bidirectional=True, **goals),
+                Case(512, 64, H, H, dtype=dtype, kind="packed", ragged="random", **slow),
+                Case(64, 64, H, H, dtype=dtype, kind="cells", **slow),
+            ]
+    return found
+
+
+def why_not() -> str | None:
+    """None when the suite can run here, else what to tell the user."""
+    if not torch.cuda.is_available():
+        return "the gpu suite needs a CUDA device and a CUDA build of torch; " + (
+            f"this torch is {torch.__version__}" if torch.version.cuda is None else "torch.cuda finds no device"
+        )
+    return None
+
+
+@contextmanager
+def precision(case: Case) -> Iterator[None]:
+    """TF32 for "tf32" cases and IEEE for all others, in cuDNN's RNN and in matrix products: the same on both sides."""
+    rnn, matmul = torch.backends.cudnn.rnn, torch.backends.cuda.matmul
+    before = rnn.fp32_precision, matmul.fp32_precision
+    rnn.fp32_precision = matmul.fp32_precision = "tf32" if case.dtype == "tf32" else "ieee"
+    try:
+        yield
+    finally:
+        rnn.fp32_precision, matmul.fp32_precision = before
+
+
+def cudnn_algorithm(case: Case, mode: str, version: int | None = None) -> str:
+    """What runs inside nn.LSTM on CUDA, from the rules of ATen's cudnn/RNN.cpp; not observed.
+
+    `version` is cuDNN's as torch.backends.cudnn.version() gives it (9.13.0 is 91300), by default this torch's.
+    """
+    version = torch.backends.cudnn.version() if version is None else version
+    if case.kind == "cells":
+        return "ATen fused cell"  # nn.LSTMCell never reaches cuDNN
+    if version is None:
+        return "ATen"
+    if case.dtype == "bfloat16" and version < 91300:
+        return "ATen"
+    algorithm = "STANDARD"
+    if case.proj == 0 and case.kind != "packed":
+        largest = 192 if mode == "forward" else 128
+        hidden = case.H
+        if hidden <= largest and case.dtype != "float64":
+            algorithm = "PERSIST_STATIC_SMALL_H"
+        elif (
+            case.dtype == "float16"
+            and (case.L, case.D) == (1, 1)
+            and hidden <= 1024
+            and hidden % 128 == 0
+            and case.I % 128 == 0
+            and case.B % 8 == 0
+            and case.B <= 128
+        ):
+            algorithm = "PERSIST_STATIC"
+    return f"cuDNN {algorithm}"

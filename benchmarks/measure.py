@@ -1,0 +1,137 @@
+"""Alternating timing: `alternate` runs A B A B ... in one process; `Spread` sums up what it saw.
+
+Absolute times on shared machines drift by tens of percent from minute to minute; contenders that take turns drift
+together, so their ratio stands.
+"""
+
+from __future__ import annotations
+
+import gc
+import math
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import numpy as np
+import torch
+
+Runnable = Callable[[], object]
+
+
+class Timer(Protocol):
+    """Seconds that `calls` calls of `run` take, all their work done."""
+
+    def __call__(self, run: Runnable, calls: int) -> float: ...
+
+
+def wall_timer(run: Runnable, calls: int) -> float:
+    """For CPUs, where a call returns when its work is done."""
+    start = time.perf_counter()
+    for _ in range(calls):
+        run()
+    return time.perf_counter() - start
+
+
+def cuda_timer(run: Runnable, calls: int) -> float:
+    """For CUDA, between two events on the current stream: the device's time, with the gaps a slow launch leaves."""
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    torch.cuda.synchronize()
+    start.record()
+    for _ in range(calls):
+        run()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / 1e3
+
+
+def timer_for(device: str) -> Timer:
+    return cuda_timer if device == "cuda" else wall_timer
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How long to measure. Seconds, except the rounds."""
+
+    budget: float = 3.0  # per case and mode, all contenders together
+    min_rounds: int = 7
+    slow_rounds: int = 3  # where min_rounds would take more than `patience`
+    patience: float = 12.0
+    max_rounds: int = 101
+    min_sample: float = 0.005  # one sample repeats its call until it lasts this long, so the timer costs nothing
+    warm_up: float = 0.05  # at least, and at least two calls
+
+    def rounds(self, round_time: float) -> int:
+        """An odd number of rounds, so that the median is one of them, for rounds of `round_time` seconds."""
+        wanted = max(self.min_rounds, min(self.max_rounds, int(self.budget / round_time)))
+        if wanted * round_time > max(self.patience, self.budget):
+            wanted = max(self.slow_rounds, int(max(self.patience, self.budget) / round_time))
+        return wanted | 1
+
+
+@dataclass
+class Contender:
+    """`enter` opens the context it runs in and gives the function to time; it is entered once per sample."""
+
+    enter: Callable[[], AbstractContextManager[Runnable]]
+    calls: int = 1
+    samples: list[float] = field(default_factory=list)  # seconds a call, one per round
+
+    @classmethod
+    def of(cls, run: Runnable) -> Contender:
+        return cls(lambda: nullcontext(run))
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Percentiles of seconds per call."""
+
+    p20: float
+    p50: float
+    p80: float
+
+    @classmethod
+    def of(cls, samples: list[float]) -> Spread:
+        return cls(*(float(p) for p in np.percentile(samples, [20, 50, 80])))
+
+
+def alternate(contenders: dict[str, Contender], timer: Timer, plan: Plan) -> int:
+    """Warms up and calibrates each contender, then fills their samples round by round. Returns the rounds run."""
+    collecting = gc.isenabled()
+    gc.collect()
+    gc.disable()
+    try:
+        for contender in contenders.values():
+            contender.calls = _calibrate(contender, timer, plan)
+        first = sum(_sample(contender, timer) * contender.calls for contender in contenders.values())
+        rounds = plan.rounds(max(first, 1e-9))
+        for _ in range(rounds):
+            for contender in contenders.values():
+                contender.samples.append(_sample(contender, timer))
+    finally:
+        if collecting:
+            gc.enable()
+    return rounds
+
+
+def _sample(contender: Contender, timer: Timer) -> float:
+    """Seconds a call. One untimed call first: the other contender has just had the caches and the thread pool."""
+    with contender.enter() as run:
+        if contender.calls > 1:
+            run()
+        return timer(run, contender.calls) / contender.calls
+
+
+def _calibrate(contender: Contender, timer: Timer, plan: Plan) -> int:
+    """Calls a sample needs to last plan.min_sample; warms up on the way."""
+    with contender.enter() as run:
+        once = timer(run, 1)
+        if once > plan.warm_up:
+            return 1
+        calls, spent = 1, once
+        while spent < plan.warm_up or calls < 2:
+            calls *= 2
+            once = timer(run, calls) / calls
+            spent += once * calls
+    return max(1, math.ceil(plan.min_sample / once))

@@ -1,0 +1,107 @@
+"""The picture of a CSV: ratios nn.LSTM / fastlstm on a log scale with the line of equal speed. `draw`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+from matplotlib.axes import Axes
+from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
+
+from benchmarks.results import Row
+
+COLOURS = {"train": "#1f5fa8", "forward": "#e08214"}
+LABELS = {"train": "training step", "forward": "forward, no_grad"}
+# More cases than a reader would read the names of: one dot each, over their size.
+NAMED_CASES = 45
+TICKS = (0.1, 0.2, 0.5, 1, 2, 3, 5, 8, 12, 20, 40, 80, 160)
+
+
+def draw(rows: list[Row], path: Path) -> Path | None:
+    """Writes the PNG; None when no row has both a time and a ratio."""
+    timed = [row for row in rows if row.ratio and row.impl != "nn" and row.mode in COLOURS]
+    if not timed:
+        return None
+    # One implementation a picture: fastlstm's own where it was measured.
+    impl = "fastlstm" if any(row.impl == "fastlstm" for row in timed) else timed[0].impl
+    timed = [row for row in timed if row.impl == impl]
+    cases = list(dict.fromkeys(row.case for row in timed))
+    figure = _named(timed, cases) if len(cases) <= NAMED_CASES else _scattered(timed)
+    one = rows[0]
+    figure.suptitle(
+        f"Time of nn.LSTM / time of {impl}: {one.device}, {one.threads} threads, torch {one.torch}", fontsize=11
+    )
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+    return path
+
+
+def _named(rows: list[Row], cases: list[str]) -> plt.Figure:
+    """A line per case with a dot per mode and a tick at its goal."""
+    figure, axes = plt.subplots(figsize=(9.5, 1.6 + 0.36 * len(cases)), layout="constrained")
+    height = {case: len(cases) - 1 - k for k, case in enumerate(cases)}
+    for mode, offset in (("train", 0.14), ("forward", -0.14)):
+        found = [row for row in rows if row.mode == mode]
+        if not found:
+            continue
+        at = [height[row.case] + offset for row in found]
+        axes.hlines(at, 1, [row.ratio for row in found], color=COLOURS[mode], alpha=0.35, linewidth=2)
+        axes.plot([row.ratio for row in found], at, "o", color=COLOURS[mode], markersize=6, label=LABELS[mode])
+        goals = [(row.goal, y) for row, y in zip(found, at, strict=True) if row.goal]
+        if goals:
+            axes.plot(
+                *zip(*goals, strict=True), "|", color=COLOURS[mode], markersize=11, markeredgewidth=2, label="its goal"
+            )
+    axes.set_yticks(list(height.values()), list(height), fontsize=9)
+    axes.set_ylim(-0.7, len(cases) - 0.3)
+    _ratio_axis(axes, [row.ratio for row in rows] + [row.goal or 1.0 for row in rows], vertical=False)
+    figure.legend(loc="outside lower center", ncols=4, fontsize=9, frameon=False)
+    return figure
+
+
+def _scattered(rows: list[Row]) -> plt.Figure:
+    """Ratio over the case's flops, coloured by hidden size; one panel a mode."""
+    modes = [mode for mode in COLOURS if any(row.mode == mode for row in rows)]
+    figure, panels = plt.subplots(
+        1, len(modes), figsize=(5.5 * len(modes), 4.6), sharey=True, squeeze=False, layout="constrained"
+    )
+    sizes = sorted({row.H for row in rows})
+    shades = plt.get_cmap("viridis")
+    for axes, mode in zip(panels[0], modes, strict=True):
+        for k, size in enumerate(sizes):
+            found = [row for row in rows if row.mode == mode and size == row.H]
+            axes.plot(
+                [row.flops for row in found],
+                [row.ratio for row in found],
+                "o",
+                markersize=5,
+                alpha=0.8,
+                color=shades(k / max(1, len(sizes) - 1)),
+                label=f"H={size}",
+            )
+        axes.set_xscale("log")
+        axes.set_xlabel("flops of the case")
+        axes.set_title(LABELS[mode], fontsize=10)
+        _ratio_axis(axes, [row.ratio for row in rows], vertical=True)
+    figure.legend(*panels[0][0].get_legend_handles_labels(), loc="outside right center", fontsize=9, frameon=False)
+    return figure
+
+
+def _ratio_axis(axes: Axes, values: list[float], vertical: bool) -> None:
+    """Log scale with plain labels over the span of `values`, and the line at 1."""
+    low, high = min([0.8, *(0.8 * value for value in values)]), max([2.0, *(1.3 * value for value in values)])
+    axis = axes.yaxis if vertical else axes.xaxis
+    (axes.set_yscale if vertical else axes.set_xscale)("log")
+    (axes.set_ylim if vertical else axes.set_xlim)(low, high)
+    axis.set_major_locator(FixedLocator([tick for tick in TICKS if low <= tick <= high]))
+    axis.set_minor_locator(NullLocator())
+    axis.set_major_formatter(FuncFormatter(lambda tick, _: f"{tick:g}x"))
+    (axes.axhline if vertical else axes.axvline)(1, color="0.2", linewidth=1)
+    axes.grid(axis="y" if vertical else "x", color="0.88")
+    axes.set_axisbelow(True)
+    (axes.set_ylabel if vertical else axes.set_xlabel)(
+        "ratio (right of 1: faster than nn.LSTM)" if not vertical else "ratio (above 1: faster than nn.LSTM)"
+    )

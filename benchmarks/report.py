@@ -1,0 +1,228 @@
+"""python -m benchmarks.report [CSV ...] [--readme README.md] [--no-plots]
+
+Prints the Markdown tables of the CSVs (by default all under benchmarks/results), draws a PNG beside each, and with
+--readme puts them between <!-- benchmarks:SUITE --> and <!-- /benchmarks:SUITE -->.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+import sys
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+from benchmarks import results
+from benchmarks.load import BUSY
+from benchmarks.results import Row
+
+HEADINGS = {
+    "train": "Training step (forward and backward)",
+    "forward": "Forward, no_grad",
+    "memory": "Peak memory of a training step",
+}
+WORST = 10
+
+
+def geometric_mean(ratios: Iterable[float]) -> float:
+    logs = [math.log(ratio) for ratio in ratios]
+    return math.exp(sum(logs) / len(logs)) if logs else math.nan
+
+
+def markdown(rows: list[Row]) -> str:
+    """The tables of one CSV, with the line that says where it was measured."""
+    body = {"grid": _grid, "scaling": _scaling}.get(rows[0].suite, _tables)
+    return "\n\n".join([_provenance(rows), *body(rows)])
+
+
+def _provenance(rows: list[Row]) -> str:
+    one = rows[0]
+    words = [one.device, f"{one.threads} threads" + (f" ({one.cpu_capability})" if one.cpu_capability else "")]
+    words += [f"torch {one.torch}"] + ([f"cuDNN {one.cudnn}"] if one.cudnn else [])
+    words += [f"driver {one.driver}"] if one.driver else []
+    words += [f"commit {one.commit}", one.date[:10]]
+    text = f"{', '.join(words)}. Medians, nn.LSTM and fastlstm in turn in one process."
+    if any(_busy(row) for row in rows):
+        text += " Rows marked busy were measured while other processes used more than a tenth of the CPUs."
+    return text
+
+
+def _busy(row: Row) -> bool:
+    return row.others_cpu is not None and row.others_cpu > BUSY
+
+
+def _table(headings: list[str], lines: Iterable[list[str]]) -> str:
+    """A Markdown table; all columns but the first are aligned right."""
+    rule = ["---", *["---:"] * (len(headings) - 1)]
+    return "\n".join("| " + " | ".join(line) + " |" for line in [headings, rule, *lines])
+
+
+def _pairs(rows: list[Row], mode: str) -> list[tuple[Row, Row]]:
+    """(nn.LSTM's row, another's row) for every case of a mode, in file order."""
+    theirs = {row.case: row for row in rows if row.mode == mode and row.impl == "nn"}
+    return [(theirs[row.case], row) for row in rows if row.mode == mode and row.impl != "nn" and row.case in theirs]
+
+
+def _tables(rows: list[Row]) -> list[str]:
+    """One table a mode: case, nn.LSTM, each implementation, ratio, goal, fraction of the limit."""
+    several = len({row.impl for row in rows}) > 2
+    parts = []
+    for mode in dict.fromkeys(row.mode for row in rows):
+        pairs = _pairs(rows, mode)
+        headings = ["case", "nn.LSTM ms", "ms" if several else "fastlstm ms", "ratio", "goal", "of the limit"]
+        lines = []
+        for nn, row in pairs:
+            name = f"{row.case} ({row.impl})" if several else row.case
+            lines.append([name, _ms(nn), _ms(row), _ratio(row), _goal(row), _percent(row.fraction)])
+        parts += [f"**{HEADINGS[mode]}**", _table(headings, lines)]
+        ratios = [row.ratio for _, row in pairs if row.impl == "fastlstm" and row.ratio]
+        if ratios:
+            parts.append(f"Geometric mean {geometric_mean(ratios):.2f}x; least {min(ratios):.2f}x.")
+    limits = dict.fromkeys(row.limit for row in rows if row.limit)
+    if limits:
+        parts.append(
+            f"The limit is the machine's own rate measured beside each case: {', '.join(limits)}"
+            + (", or a copy through its memory." if any(row.limit_gbytes for row in rows) else ".")
+        )
+    return parts
+
+
+def _grid(rows: list[Row]) -> list[str]:
+    """What a hundred cases come to, and the worst of them."""
+    lines = []
+    pairs = {mode: [row for _, row in _pairs(rows, mode) if row.impl == "fastlstm"] for mode in ("train", "forward")}
+    for mode, found in pairs.items():
+        ratios = [row.ratio for row in found if row.ratio]
+        if not ratios:
+            continue
+        big = [row.fraction for row in found if row.fraction and row.H >= 256 and row.B >= 32]
+        below = sum(ratio < 1 for ratio in ratios)
+        wrong = sum(row.status.startswith(("WRONG", "failed")) for row in found)
+        shown = [str(len(found)), f"{geometric_mean(ratios):.2f}x", f"{min(ratios):.2f}x", str(below), str(wrong)]
+        lines.append([HEADINGS[mode], *shown, _percent(min(big, default=None))])
+    headings = [
+        "grid",
+        "cases",
+        "geometric mean",
+        "least",
+        "below 1.0",
+        "wrong",
+        "least of the limit, H ≥ 256 and B ≥ 32",
+    ]
+    worst = sorted((row for found in pairs.values() for row in found if row.ratio), key=lambda row: row.ratio)[:WORST]
+    theirs = {(row.case, row.mode): row for row in rows if row.impl == "nn"}
+    shown = [
+        [f"{row.case}, {row.mode}", _ms(theirs[row.case, row.mode]), _ms(row), _ratio(row), _percent(row.fraction)]
+        for row in worst
+    ]
+    return [
+        _table(headings, lines),
+        f"The {len(shown)} least ratios:",
+        _table(["case", "nn.LSTM ms", "fastlstm ms", "ratio", "of the limit"], shown),
+    ]
+
+
+def _scaling(rows: list[Row]) -> list[str]:
+    """Cost a step over T, cost a row over raggedness, and peak memory; each beside its family's first case."""
+    parts = []
+    for kind, unit, cost in (
+        ("sequence", "µs a step", lambda row: row.us_per_step),
+        ("packed", "ns a row", lambda row: row.ns_per_row),
+    ):
+        for mode in ("train", "forward"):
+            pairs = [(nn, row) for nn, row in _pairs(rows, mode) if row.kind == kind and row.impl == "fastlstm"]
+            if pairs:
+                parts += [f"**{HEADINGS[mode]}, {unit}**", _relative(pairs, unit, cost)]
+    memory = [(nn, row) for nn, row in _pairs(rows, "memory") if row.impl == "fastlstm"]
+    if memory:
+        lines = [[row.case, _number(nn.peak_mib), _number(row.peak_mib), _ratio(row)] for nn, row in memory]
+        parts += [f"**{HEADINGS['memory']}**", _table(["case", "nn.LSTM MiB", "fastlstm MiB", "ratio"], lines)]
+    return parts
+
+
+def _relative(pairs: list[tuple[Row, Row]], unit: str, cost: Callable[[Row], float | None]) -> str:
+    first = cost(pairs[0][1])
+    lines = []
+    for nn, row in pairs:
+        own = cost(row)
+        beside = f"{own / first:.2f}x" if own and first else ""
+        lines.append([row.case, _number(cost(nn)), _number(own), beside, _ratio(row)])
+    return _table(["case", f"nn.LSTM {unit}", f"fastlstm {unit}", "beside the first", "ratio"], lines)
+
+
+def _number(value: float | None) -> str:
+    """Three significant digits, without an exponent."""
+    if value is None:
+        return ""
+    return f"{value:.0f}" if abs(value) >= 100 else f"{value:.3g}"
+
+
+def _ms(row: Row) -> str:
+    return _number(row.p50_ms) if row.status == "ok" else row.status.split(":")[0]
+
+
+def _ratio(row: Row) -> str:
+    if row.ratio is None:
+        return ""
+    short = row.goal is not None and row.ratio < row.goal
+    return f"{row.ratio:.2f}x" + (" (below)" if short else "") + (" (busy)" if _busy(row) else "")
+
+
+def _goal(row: Row) -> str:
+    return "" if row.goal is None else f"≥ {row.goal:g}"
+
+
+def _percent(fraction: float | None) -> str:
+    if fraction is None:
+        return ""
+    return f"{fraction:.0%}" if fraction >= 0.1 else f"{fraction:.1%}"
+
+
+def put_in(readme: Path, suite: str, text: str) -> bool:
+    """Replaces what stands between the suite's markers; False when the file has none for it."""
+    start, end = f"<!-- benchmarks:{suite} -->", f"<!-- /benchmarks:{suite} -->"
+    old = readme.read_text()
+    if start not in old or end not in old:
+        return False
+    head, rest = old.split(start, 1)
+    tail = rest.split(end, 1)[1]
+    readme.write_text(f"{head}{start}\n{text}\n{end}{tail}")
+    return True
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.report", description="CSVs into tables and plots.")
+    parser.add_argument("csv", nargs="*", type=Path, help="by default every CSV under benchmarks/results")
+    parser.add_argument("--readme", type=Path, help="a file with markers to put the tables into")
+    parser.add_argument("--no-plots", action="store_true")
+    options = parser.parse_args(arguments)
+    files = options.csv or sorted(results.RESULTS.glob("*/*.csv"))
+    if not files:
+        print("no CSV to report: run python -m benchmarks first", file=sys.stderr)
+        return 2
+    sections: dict[str, list[str]] = {}
+    for file in files:
+        rows = results.read(file)
+        if not rows:
+            print(f"{file.name} has no rows", file=sys.stderr)
+            continue
+        text = markdown(rows)
+        print(text + "\n")
+        if not options.no_plots:
+            from benchmarks.plot import draw
+
+            image = draw(rows, file.with_suffix(".png"))
+            if options.readme and image:
+                link = Path(os.path.relpath(image.resolve(), options.readme.resolve().parent)).as_posix()
+                text += f"\n\n![nn.LSTM's time over fastlstm's, suite {rows[0].suite}]({link})"
+        sections.setdefault(rows[0].suite, []).append(text)
+    if options.readme:
+        for suite, texts in sections.items():
+            if not put_in(options.readme, suite, "\n\n".join(texts)):
+                print(f"{options.readme.name} has no markers for {suite}", file=sys.stderr)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,106 @@
+"""One measurement as one CSV row: `Row`, and reading and writing files of them."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Iterable
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+RESULTS = Path(__file__).resolve().parent / "results"
+
+
+@dataclass
+class Row:
+    """Columns in file order. Times are milliseconds a call; an empty field was not measured."""
+
+    suite: str
+    case: str
+    mode: str  # train, forward, or memory
+    impl: str
+    backend: str = ""  # what ran inside: fastlstm's backend, cuDNN's algorithm
+    status: str = "ok"  # ok; WRONG: the numbers; failed: the exception; skipped: why
+    p20_ms: float | None = None
+    p50_ms: float | None = None
+    p80_ms: float | None = None
+    ratio: float | None = None  # nn p50 / this p50
+    ratio_rounds: float | None = None  # median of the rounds' own ratios nn / this
+    goal: float | None = None
+    fraction: float | None = None  # of the machine's limit: floor_ms / p50_ms
+    floor_ms: float | None = None
+    us_per_step: float | None = None
+    ns_per_row: float | None = None  # a row is one time step of one sequence; padding does not count
+    peak_mib: float | None = None  # memory rows: resident above what was there before the step
+    rounds: int | None = None
+    calls: int | None = None  # a sample's repetitions
+    others_cpu: float | None = None  # share of the CPUs that other processes took meanwhile; above 0.1 is too much
+    gate_T: int | None = None  # the length the correctness gate ran
+    error: float | None = None  # of the gate's worst tensor, max norm against float64
+    error_allowed: float | None = None
+    T: int | None = None
+    B: int | None = None
+    I: int | None = None  # noqa: E741
+    H: int | None = None
+    L: int | None = None
+    D: int | None = None
+    P: int | None = None
+    kind: str = ""
+    rows: int | None = None  # T * B, or the sum of the lengths
+    dtype: str = ""
+    flops: int | None = None
+    limit: str = ""  # what the limit is
+    limit_gflops: float | None = None
+    limit_gbytes: float | None = None
+    device: str = ""
+    cpu: str = ""
+    cpu_capability: str = ""
+    cores: int | None = None
+    threads: int | None = None
+    torch: str = ""
+    cuda: str = ""
+    cudnn: str = ""
+    driver: str = ""
+    python: str = ""
+    fastlstm: str = ""
+    commit: str = ""
+    date: str = ""
+
+
+COLUMNS = [field.name for field in fields(Row)]
+_TYPES = {field.name: str(field.type) for field in fields(Row)}
+
+
+def write(rows: Iterable[Row], path: Path) -> None:
+    """Writes the CSV anew, through a neighbour so that an interrupted run leaves the old file whole."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_suffix(".part")
+    with part.open("w", newline="") as file:
+        out = csv.writer(file, lineterminator="\n")
+        out.writerow(COLUMNS)
+        out.writerows([_shown(getattr(row, name)) for name in COLUMNS] for row in rows)
+    part.replace(path)
+
+
+def read(path: Path) -> list[Row]:
+    """The rows of a CSV that `write` made. Raises ValueError when a column is missing or strange."""
+    with path.open(newline="") as file:
+        table = csv.DictReader(file)
+        if table.fieldnames is None or set(table.fieldnames) != set(COLUMNS):
+            odd = set(table.fieldnames or []) ^ set(COLUMNS)
+            raise ValueError(f"{path.name} does not have the columns of benchmarks.results.Row: {sorted(odd)}")
+        return [Row(**{name: _parsed(name, text) for name, text in line.items()}) for line in table]
+
+
+def _shown(value: object) -> str:
+    if value is None:
+        return ""
+    return f"{value:.5g}" if isinstance(value, float) else str(value)
+
+
+def _parsed(name: str, text: str) -> object:
+    kind = _TYPES[name]
+    if kind == "str":
+        return text
+    if text == "":
+        return None
+    return int(text) if kind.startswith("int") else float(text)

@@ -1,0 +1,205 @@
+"""Runs a suite: gate, alternate, rows. `run_suite` does all cases, `measure_case` one."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+
+import torch
+
+from benchmarks.cases import MODES, Case
+from benchmarks.data import make_inputs
+from benchmarks.gate import Verdict, judge, truth
+from benchmarks.load import BUSY, others, wait_for_quiet
+from benchmarks.machine import Limit
+from benchmarks.measure import Contender, Plan, Spread, alternate, timer_for
+from benchmarks.peers import Peer
+from benchmarks.programs import Program
+from benchmarks.results import Row
+
+
+@dataclass
+class Suite:
+    """A list of cases and how to run them."""
+
+    name: str
+    cases: list[Case]
+    device: str = "cpu"
+    plan: Plan = field(default_factory=Plan)
+    gate_flops: float = 1e11  # training flops the gate may spend on a case; T is cut to fit, and the CSV says to what
+    attempts: int = 3  # at timing a case while other processes keep the machine busy
+    wait: float = 0.0  # seconds to wait for a quiet machine before each attempt
+    # Sets the arithmetic of a case (TF32 or IEEE) for all implementations alike.
+    precision: Callable[[Case], AbstractContextManager[None]] = lambda case: nullcontext()
+    # What runs inside nn.LSTM, for the CSV.
+    baseline: Callable[[Case, str], str] = lambda case, mode: ""
+
+
+@dataclass
+class Judged:
+    """What the gate found about a peer on a case: the verdict of each mode, or why there is none."""
+
+    why: str = ""
+    backend: str = ""
+    verdicts: dict[str, Verdict] = field(default_factory=dict)
+
+    def status(self, mode: str) -> str:
+        if self.why:
+            return self.why
+        return "ok" if self.verdicts[mode].ok else str(self.verdicts[mode])
+
+
+def run_suite(
+    suite: Suite, peers: dict[str, Peer], report: Callable[[Case, list[Row]], None] = lambda case, rows: None
+) -> list[Row]:
+    """Every case of the suite under every peer that takes it; `report` is told of each case when it is done."""
+    limits: dict[str, Limit] = {}
+    rows: list[Row] = []
+    for case in suite.cases:
+        with suite.precision(case):
+            if case.dtype not in limits:
+                limits[case.dtype] = Limit(case.dtype, suite.device)
+            made = measure_case(suite, case, peers, limits[case.dtype])
+        rows += made
+        report(case, made)
+    return rows
+
+
+def measure_case(suite: Suite, case: Case, peers: dict[str, Peer], limit: Limit) -> list[Row]:
+    """The rows of one case. A peer that is wrong, or that raises, gets its row without a time."""
+    gate_case = case.shortened(suite.gate_flops)
+    judged = judge_all(gate_case, suite.device, peers)
+    rows = []
+    for mode in MODES:
+        running = [name for name, found in judged.items() if found.status(mode) == "ok"]
+        limit.reset()
+        limit.sample()
+        timing = _alternate(suite, case, mode, {name: peers[name] for name in running})
+        limit.sample()
+        for name, found in judged.items():
+            row = _row(suite, case, mode, name, limit)
+            row.gate_T, row.status = gate_case.T, found.status(mode)
+            row.backend = suite.baseline(case, mode) if name == "nn" else found.backend
+            if mode in found.verdicts:
+                row.error, row.error_allowed = found.verdicts[mode].error, found.verdicts[mode].allowed
+            if name in running and timing.failure:
+                row.status = timing.failure
+            elif name in running:
+                row.rounds, row.others_cpu = timing.rounds, timing.others
+                _time(row, case, timing.contenders[name], timing.contenders["nn"], limit.floor(case, mode))
+            rows.append(row)
+    return rows
+
+
+def judge_all(case: Case, device: str, peers: dict[str, Peer]) -> dict[str, Judged]:
+    """The gate on every peer. nn.LSTM comes first: the others may err by twice its error."""
+    inputs = make_inputs(case, device)
+    true = truth(case, inputs)
+    theirs: dict[str, dict[str, torch.Tensor]] = {}
+    found: dict[str, Judged] = {}
+    for name, peer in peers.items():
+        one = found[name] = Judged()
+        refusal = peer.refuses(case)
+        try:
+            if refusal is None:
+                program = peer.build(case, inputs)
+                one.backend, refusal = program.chosen()
+            if refusal is not None:
+                one.why = f"skipped: {refusal}"
+                continue
+            for mode in MODES:
+                results = program.results(mode)
+                one.verdicts[mode] = judge(results, theirs.setdefault(mode, results), true, case)
+        except Exception as error:
+            # One peer that cannot run a case must not end the suite; `failures` counts it when it is ours.
+            one.why = _failure(error)
+        if name == "nn" and any(one.status(mode) != "ok" for mode in MODES):
+            return found | {
+                other: Judged(why="skipped: nn.LSTM gave nothing to compare with") for other in peers if other != "nn"
+            }
+    return found
+
+
+@dataclass
+class Timing:
+    """What alternating gave: contenders with their samples, or why there are none."""
+
+    contenders: dict[str, Contender] = field(default_factory=dict)
+    rounds: int = 0
+    others: float | None = None  # share of the CPUs that other processes took meanwhile
+    failure: str = ""
+
+
+def _alternate(suite: Suite, case: Case, mode: str, peers: dict[str, Peer]) -> Timing:
+    """Times the peers in turn; again, up to suite.attempts times, while others use the machine. Keeps the calmest."""
+    best = Timing(others=float("inf"))
+    start = time.monotonic()
+    try:
+        inputs = make_inputs(case, suite.device)
+        programs: dict[str, Program] = {name: peer.build(case, inputs) for name, peer in peers.items()}
+        for _ in range(suite.attempts):
+            contenders = {
+                name: Contender(lambda program=program: program.mode(mode)) for name, program in programs.items()
+            }
+            wait_for_quiet(suite.wait)
+            share = others()
+            timing = Timing(contenders, alternate(contenders, timer_for(suite.device), suite.plan), share())
+            if timing.others is None or timing.others < best.others:
+                best = timing
+            if timing.others is None or timing.others <= BUSY or time.monotonic() - start > 2 * suite.plan.patience:
+                break
+        return best
+    except Exception as error:
+        # Out of memory at full length, say: the rows tell, and the suite goes on.
+        return Timing(failure=_failure(error))
+
+
+def _failure(error: Exception) -> str:
+    """One line for the CSV."""
+    lines = str(error).splitlines()
+    return f"failed: {type(error).__name__}: {lines[0] if lines else ''}"
+
+
+def _row(suite: Suite, case: Case, mode: str, impl: str, limit: Limit) -> Row:
+    return Row(
+        suite=suite.name,
+        case=case.name,
+        mode=mode,
+        impl=impl,
+        goal=case.goal(mode),
+        T=case.T,
+        B=case.B,
+        I=case.I,
+        H=case.H,
+        L=case.L,
+        D=case.D,
+        P=case.P,
+        kind=case.kind,
+        rows=case.rows,
+        dtype=case.dtype,
+        flops=case.flops(mode),
+        limit=limit.name,
+        limit_gflops=limit.gemm_rate / 1e9,
+        limit_gbytes=limit.copy_rate / 1e9 if limit.copy_rate else None,
+    )
+
+
+def _time(row: Row, case: Case, contender: Contender, nn: Contender, floor: float) -> None:
+    """Fills the row's times and what follows from them; `floor` is in seconds."""
+    spread = Spread.of(contender.samples)
+    row.p20_ms, row.p50_ms, row.p80_ms = spread.p20 * 1e3, spread.p50 * 1e3, spread.p80 * 1e3
+    row.calls = contender.calls
+    row.ratio = Spread.of(nn.samples).p50 / spread.p50
+    row.ratio_rounds = statistics.median(a / b for a, b in zip(nn.samples, contender.samples, strict=True))
+    row.floor_ms = floor * 1e3
+    row.fraction = floor / spread.p50
+    row.us_per_step = spread.p50 * 1e6 / case.T
+    row.ns_per_row = spread.p50 * 1e9 / case.rows
+
+
+def failures(rows: list[Row], peers: dict[str, Peer]) -> list[Row]:
+    """Rows of our own implementations that were wrong or raised: what makes a run fail."""
+    return [row for row in rows if peers[row.impl].ours and row.status.startswith(("WRONG", "failed"))]

@@ -1,0 +1,90 @@
+"""The suites by name, and the rows of each: `rows_of`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+from benchmarks import gpu, sweeps
+from benchmarks.cases import CPU, QUICK, Case
+from benchmarks.measure import Plan
+from benchmarks.memory import peak_rows
+from benchmarks.peers import Peer
+from benchmarks.results import Row
+from benchmarks.run import Suite, run_suite
+
+Report = Callable[[str, list[Row]], None]
+
+NAMES = ("cpu", "gpu", "quick", "grid", "scaling", "tutorials")
+
+
+def suite_of(name: str) -> Suite:
+    """A suite of cases; "tutorials" is not one, it has trainings instead."""
+    if name == "cpu":
+        return Suite("cpu", CPU)
+    if name == "quick":
+        return Suite("quick", QUICK, plan=Plan(budget=0.4, min_rounds=5), attempts=1)
+    if name == "grid":
+        # Gate flops small: two hundred float64 references would otherwise take longer than the timing.
+        plan = Plan(budget=0.5, min_rounds=5, patience=3.0)
+        return Suite("grid", sweeps.grid(), plan=plan, gate_flops=2e9, attempts=2)
+    if name == "scaling":
+        return Suite("scaling", sweeps.SCALING_T + sweeps.SCALING_PACKED, gate_flops=2e10)
+    if name == "gpu":
+        return Suite(
+            "gpu",
+            gpu.cases(),
+            device="cuda",
+            plan=Plan(budget=0.6, patience=4.0),
+            gate_flops=5e12,
+            attempts=1,  # the device times itself; what else runs on the host matters little
+            precision=gpu.precision,
+            baseline=gpu.cudnn_algorithm,
+        )
+    raise ValueError(f"suite must be one of {', '.join(NAMES)}, got {name!r}")
+
+
+def size_of(name: str, matching: str = "") -> int:
+    """How many times `rows_of` will report."""
+    if name == "tutorials":
+        from benchmarks.tutorials import chosen
+
+        return len(chosen(matching))
+    return len(_select(suite_of(name).cases, matching)) + len(_memory_cases(name, matching))
+
+
+def rows_of(
+    name: str,
+    peers: dict[str, Peer],
+    report: Report,
+    matching: str = "",
+    budget: float | None = None,
+    wait: float = 0.0,
+) -> list[Row]:
+    """Measures a suite; `report` is called with the name and rows of each case as it is done.
+
+    `matching` keeps the cases whose name contains it; `budget` replaces the suite's seconds per case and mode; `wait`
+    is how many seconds a case may wait for other processes to calm down.
+    """
+    if name == "tutorials":
+        from benchmarks.tutorials import tutorial_rows
+
+        return tutorial_rows(matching, report)
+    suite = suite_of(name)
+    suite.cases, suite.wait = _select(suite.cases, matching), wait
+    if budget is not None:
+        suite.plan = replace(suite.plan, budget=budget)
+    rows = run_suite(suite, peers, lambda case, made: report(case.name, made))
+    for case in _memory_cases(name, matching):
+        made = peak_rows(name, case, [impl for impl, peer in peers.items() if peer.refuses(case) is None], suite.device)
+        report(f"memory: {case.name}", made)
+        rows += made
+    return rows
+
+
+def _select(cases: list[Case], matching: str) -> list[Case]:
+    return [case for case in cases if matching in case.name]
+
+
+def _memory_cases(name: str, matching: str) -> list[Case]:
+    return _select(sweeps.MEMORY, matching) if name == "scaling" else []

@@ -1,0 +1,32 @@
+"""Families of cases: the wide grid, and how the cost of a step and of a packed row scales."""
+
+from __future__ import annotations
+
+from benchmarks.cases import CPU, RAGGED, Case
+
+GRID_T = (1, 7, 50, 300, 2000)
+GRID_B = (1, 3, 16, 64, 256)
+GRID_H = (1, 16, 51, 128, 400, 1024, 2048)
+# Forward flops of the largest case: about a quarter of a second's training step on two cores.
+GRID_FLOPS = 1e10
+
+
+def grid() -> list[Case]:
+    """Every T x B x H whose forward pass stays within GRID_FLOPS; one float32 layer with I = H."""
+    every = [Case(T, B, H, H) for H in GRID_H for B in GRID_B for T in GRID_T]
+    return [case for case in every if case.flops("forward") <= GRID_FLOPS]
+
+
+def grid_size() -> tuple[int, int]:
+    """(cases within the budget, cases in all)."""
+    return len(grid()), len(GRID_T) * len(GRID_B) * len(GRID_H)
+
+
+# One shape, ever longer: its cost a step should not change.
+SCALING_T: list[Case] = [Case(T, 8, 64, 64) for T in (100, 1_000, 10_000, 100_000)]
+
+# One padded shape, ever more ragged: the cost should follow the sum of the lengths.
+SCALING_PACKED: list[Case] = [Case(500, 16, 64, 64, kind="packed", ragged=ragged) for ragged in RAGGED]
+
+# Peak memory of a training step is measured where it is large enough to see beside the allocator's own.
+MEMORY: list[Case] = [case for case in CPU if case.kind != "cells" and case.rows * case.H * case.L >= 200_000]

@@ -1,0 +1,395 @@
+"""The benchmarks measure what they say: cases, flops, the measuring, the rows, the report. No timing is judged."""
+
+# ruff: noqa: E402 - the imports below need packages that not every installation has
+
+from __future__ import annotations
+
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+for package in ("rich", "matplotlib", "numpy"):
+    pytest.importorskip(package)
+
+from benchmarks import __main__ as command
+from benchmarks import gpu, load, machine, measure, memory, peers, report, results, suites, sweeps
+from benchmarks.cases import CPU, MODES, QUICK, RAGGED, Case
+from benchmarks.data import make_inputs
+from benchmarks.gate import truth
+from benchmarks.machine import Limit, describe, slug
+from benchmarks.measure import Contender, Plan, Spread
+from benchmarks.programs import build_program
+from benchmarks.results import COLUMNS, Row
+
+
+@pytest.fixture(autouse=True)
+def _small_limit(monkeypatch):
+    """The machine's limit is measured at every case; its size is no matter here."""
+    monkeypatch.setitem(machine.GEMM_SIZE, "cpu", 64)
+
+
+def name(case: Case) -> str:
+    return case.name
+
+
+# --- cases
+
+
+@pytest.mark.parametrize("cases", [CPU, QUICK, sweeps.grid(), sweeps.SCALING_T + sweeps.SCALING_PACKED, gpu.cases()])
+def test_names_within_a_suite_are_unique(cases):
+    assert len({case.name for case in cases}) == len(cases)
+
+
+def test_the_cpu_suite_is_the_agreed_table():
+    sizes = [(case.T, case.B, case.I, case.H, case.L) for case in CPU]
+    assert sizes == [
+        (10, 1, 1, 100, 1),
+        (20, 8, 10, 32, 2),
+        (5, 20, 1, 16, 1),
+        (1, 1, 64, 64, 1),
+        (999, 97, 1, 51, 2),
+        (999, 97, 1, 51, 2),
+        (200, 64, 50, 100, 2),
+        (50, 32, 256, 256, 2),
+        (100, 32, 128, 128, 1),
+        (100, 64, 512, 512, 1),
+        (100, 16, 1024, 1024, 1),
+        (35, 20, 650, 650, 2),
+        (500, 16, 64, 64, 1),
+        (100, 32, 256, 256, 1),
+        (100, 32, 256, 256, 1),
+    ]
+    assert all(case.goal(mode) > 1 for case in CPU for mode in MODES)
+    assert [case.goal_train for case in CPU] == [8, 8, 8, 8, 4, 4, 2, 2, 1.7, 1.3, 1.3, 1.3, 8, 3, 2]
+
+
+def test_the_grid_spans_what_it_promises_and_stays_within_its_budget():
+    grid = sweeps.grid()
+    assert {case.T for case in grid} == set(sweeps.GRID_T)
+    assert {case.B for case in grid} == set(sweeps.GRID_B)
+    assert {case.H for case in grid} == set(sweeps.GRID_H)
+    assert max(case.flops("forward") for case in grid) <= sweeps.GRID_FLOPS
+    assert suites.size_of("grid") == len(grid) == sweeps.grid_size()[0]
+
+
+@pytest.mark.parametrize("ragged", RAGGED)
+def test_lengths_lie_within_T_and_reach_it(ragged):
+    lengths = Case(50, 20, 3, 4, kind="packed", ragged=ragged).lengths()
+    assert lengths.min() >= 1
+    assert lengths.max() == 50
+    assert (ragged == "full") == bool((lengths == 50).all())
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"T": 0},
+        {"dtype": "int8"},
+        {"kind": "loop"},
+        {"kind": "packed"},
+        {"ragged": "random"},
+        {"proj": 6},
+        {"kind": "cells", "bidirectional": True},
+    ],
+    ids=str,
+)
+def test_a_case_refuses_what_makes_no_sense(wrong):
+    with pytest.raises(ValueError, match=r"got|neither"):
+        replace(Case(5, 3, 4, 6), **wrong)
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(5, 3, 4, 6, kind="stream"),
+        Case(4, 2, 3, 5, 3, kind="stream"),
+        Case(4, 2, 3, 5, 2, bidirectional=True, kind="stream"),
+        Case(4, 2, 3, 6, 2, proj=2, kind="stream"),
+    ],
+    ids=name,
+)
+def test_flops_are_those_that_pytorch_counts(case):
+    # Streaming cases, because a gradient for h0 keeps the first step's product in the count.
+    inputs = make_inputs(case)
+    with FlopCounterMode(display=False) as counter:
+        truth(case, inputs)
+    assert counter.get_total_flops() == case.flops("train")
+    program = peers.PEERS["reference"].build(case, inputs)
+    with program.mode("forward") as forward, FlopCounterMode(display=False) as counter:
+        forward()
+    assert counter.get_total_flops() == case.flops("forward")
+
+
+def test_packed_flops_follow_the_sum_of_the_lengths():
+    case = Case(50, 20, 3, 4, kind="packed", ragged="random")
+    assert case.rows == int(case.lengths().sum()) < 50 * 20
+    assert case.flops("train") * 50 * 20 == Case(50, 20, 3, 4).flops("train") * case.rows
+
+
+def test_a_shortened_case_fits_its_budget():
+    case = Case(999, 97, 1, 51, 2)
+    short = case.shortened(1e8)
+    assert 1 <= short.T < case.T
+    assert short.flops("train") <= 1e8
+    assert case.shortened(1e15) == case
+
+
+class SlightlyWrong(torch.nn.LSTM):
+    def forward(self, x, hx=None):
+        output, states = super().forward(x, hx)
+        return output * (1 + 1e-4), states
+
+
+def test_the_command_fails_and_writes_no_time_when_ours_is_wrong(tmp_path, monkeypatch, capsys):
+    wrong = peers.Peer(
+        lambda case, inputs: build_program(case, inputs, SlightlyWrong, torch.nn.LSTMCell), ours=True, default=True
+    )
+    monkeypatch.setitem(peers.PEERS, "fastlstm", wrong)
+    arguments = ["--suite", "quick", "--filter", "T=1 B=1", "--budget", "0.01", "--out", str(tmp_path)]
+    assert command.main(arguments) == 1
+    assert "WRONG" in capsys.readouterr().out
+    ours = [row for row in results.read(tmp_path / "quick.csv") if row.impl == "fastlstm"]
+    assert len(ours) == 2
+    assert all(row.p50_ms is None and row.error > row.error_allowed for row in ours)
+
+
+def test_the_command_writes_reproducible_rows(tmp_path):
+    arguments = ["--suite", "quick", "--filter", "T=1 B=1", "--budget", "0.01", "--out", str(tmp_path)]
+    assert command.main(arguments) == 0
+    text = (tmp_path / "quick.csv").read_text()
+    assert text.splitlines()[0].split(",") == COLUMNS
+    assert str(Path.home()) not in text
+    assert str(Path(__file__).parent.parent) not in text
+    for row in results.read(tmp_path / "quick.csv"):
+        assert row.status == "ok"
+        assert all([row.device, row.cpu, row.threads, row.torch, row.commit, row.fastlstm, row.date, row.limit_gflops])
+
+
+def test_unknown_and_absent_implementations_are_named(capsys):
+    assert command.main(["--impl", "cudnn"]) == 2
+    assert "cudnn" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="haste_pytorch runs on CUDA alone"):
+        peers.chosen(["haste"], "cpu")
+    assert list(peers.chosen(["eager"], "cpu")) == ["nn", "eager"]
+
+
+# --- measuring
+
+
+def test_contenders_take_turns():
+    turns: list[str] = []
+    contenders = {one: Contender.of(lambda one=one: turns.append(one)) for one in "AB"}
+    rounds = measure.alternate(contenders, lambda act, calls: act() or 1.0, Plan(budget=0, min_rounds=3, patience=99))
+    assert rounds == 3
+    # One call each to calibrate, one each to estimate a round, then the rounds.
+    assert "".join(turns) == "AB" + "AB" * 4
+    assert all(contender.samples == [1.0] * 3 for contender in contenders.values())
+
+
+def test_a_sample_of_a_tiny_call_is_many_calls():
+    seen: list[int] = []
+
+    def timer(act, calls):
+        seen.append(calls)
+        return calls * 1e-6
+
+    contenders = {"A": Contender.of(lambda: None)}
+    measure.alternate(contenders, timer, Plan(min_rounds=3, max_rounds=3, min_sample=0.005, warm_up=0.01))
+    assert contenders["A"].calls == pytest.approx(5000, rel=0.01)
+    assert seen[-1] == contenders["A"].calls
+    assert contenders["A"].samples == [pytest.approx(1e-6)] * 3
+
+
+@pytest.mark.parametrize(("round_time", "rounds"), [(1e-4, 101), (0.1, 31), (1.0, 7), (4.0, 3), (100.0, 3)])
+def test_rounds_fit_the_budget_and_are_odd(round_time, rounds):
+    assert Plan(budget=3.0, min_rounds=7, slow_rounds=3, patience=12.0).rounds(round_time) == rounds
+
+
+def test_spread_is_percentiles():
+    assert Spread.of([float(k) for k in range(11)]) == Spread(2.0, 5.0, 8.0)
+
+
+def test_the_limit_is_a_rate_and_says_what_it_is():
+    limit = Limit("float64", "cpu")
+    limit.sample()
+    assert limit.gemm_rate > 1e8
+    assert limit.copy_rate is None
+    assert limit.name == "gemm 64^3 float64"
+    case = Case(5, 3, 4, 6, dtype="float64")
+    assert limit.floor(case, "train") == pytest.approx(case.flops("train") / limit.gemm_rate)
+
+
+def test_others_share_of_the_machine_is_a_share():
+    share = load.others()()
+    assert share is None or 0 <= share <= 1
+
+
+def test_the_slug_is_a_folder_name():
+    about = describe("cpu")
+    assert slug(about).endswith(f"{torch.get_num_threads()}-threads")
+    assert slug({"device": "NVIDIA H100 80GB HBM3", "cpu": "x"}) == "nvidia-h100-80gb-hbm3"
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+def test_peak_memory_sees_an_allocation():
+    assert memory._cpu_peak(lambda: torch.ones(64 * 2**18)) >= 60 * 2**20
+
+
+# --- the GPU suite, which runs elsewhere
+
+
+def test_the_gpu_suite_is_the_agreed_grid():
+    plain = [case for case in gpu.cases() if case.kind == "sequence" and (case.L, case.D) == (1, 1)]
+    assert len(plain) == 4 * 3 * 5 * 6
+    assert {case.kind for case in gpu.cases()} == {"sequence", "packed", "cells"}
+
+
+def test_without_a_gpu_the_suite_says_so(monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert command.main(["--suite", "gpu"]) == 2
+    assert "CUDA" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("case", "mode", "algorithm"),
+    [
+        (Case(64, 16, 128, 128, dtype="float32"), "train", "cuDNN PERSIST_STATIC_SMALL_H"),
+        (Case(64, 16, 192, 192, dtype="float32"), "forward", "cuDNN PERSIST_STATIC_SMALL_H"),
+        (Case(64, 16, 192, 192, dtype="float32"), "train", "cuDNN STANDARD"),
+        (Case(64, 64, 768, 768, dtype="float16"), "train", "cuDNN PERSIST_STATIC"),
+        (Case(64, 64, 768, 768, 2, dtype="float16"), "train", "cuDNN STANDARD"),
+        (Case(64, 256, 768, 768, dtype="float16"), "train", "cuDNN STANDARD"),
+        (Case(64, 64, 768, 768, dtype="bfloat16"), "train", "cuDNN STANDARD"),
+        (Case(64, 64, 128, 128, kind="packed", ragged="random"), "train", "cuDNN STANDARD"),
+        (Case(64, 64, 128, 128, kind="cells"), "train", "ATen fused cell"),
+    ],
+    ids=str,
+)
+def test_cudnns_algorithm_by_the_rules(case, mode, algorithm):
+    assert gpu.cudnn_algorithm(case, mode, 91300) == algorithm
+    if case.dtype == "bfloat16":
+        assert gpu.cudnn_algorithm(case, mode, 91200) == "ATen"
+
+
+def test_precision_is_set_and_restored():
+    rnn, matmul = torch.backends.cudnn.rnn, torch.backends.cuda.matmul
+    before = rnn.fp32_precision, matmul.fp32_precision
+    for dtype, setting in (("tf32", "tf32"), ("float32", "ieee"), ("bfloat16", "ieee")):
+        with gpu.precision(Case(1, 1, 1, 1, dtype=dtype)):
+            assert (rnn.fp32_precision, matmul.fp32_precision) == (setting, setting)
+    assert (rnn.fp32_precision, matmul.fp32_precision) == before
+
+
+# --- rows and the report
+
+
+def table() -> list[Row]:
+    """Two cases in two modes, as a finished run leaves them."""
+    rows = []
+    for case, ratio in ((Case(10, 1, 1, 100, goal_train=8, goal_forward=8), 10.0), (CPU[8], 1.5)):
+        for mode in MODES:
+            about = {"T": case.T, "B": case.B, "H": case.H, "kind": case.kind, "flops": case.flops(mode)}
+            about |= {"device": "Testing CPU", "threads": 2, "torch": "2.13.0", "commit": "abc", "date": "2026-01-02"}
+            common = {
+                "suite": "cpu",
+                "case": case.name,
+                "mode": mode,
+                "goal": case.goal(mode),
+                "limit": "gemm",
+                **about,
+            }
+            rows.append(Row(impl="nn", p50_ms=3.0, ratio=1.0, fraction=0.3, **common))
+            rows.append(
+                Row(
+                    impl="fastlstm", p50_ms=round(3.0 / ratio, 3), ratio=ratio, fraction=round(0.3 * ratio, 3), **common
+                )
+            )
+    return rows
+
+
+def test_csv_round_trip(tmp_path):
+    results.write(table(), tmp_path / "new" / "cpu.csv")
+    assert results.read(tmp_path / "new" / "cpu.csv") == table()
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["cpu.csv"]
+
+
+def test_a_csv_with_other_columns_is_refused(tmp_path):
+    (tmp_path / "old.csv").write_text("suite,case,speed\ncpu,a,1\n")
+    with pytest.raises(ValueError, match=r"old\.csv does not have the columns.*speed"):
+        results.read(tmp_path / "old.csv")
+
+
+def test_the_report_shows_ratio_goal_and_fraction():
+    text = report.markdown(table())
+    assert "| T=10 B=1 I=1 H=100 | 3 | 0.3 | 10.00x | ≥ 8 | 300% |" in text
+    assert "1.50x (below)" in text
+    assert "Geometric mean 3.87x; least 1.50x." in text
+    assert "Testing CPU, 2 threads, torch 2.13.0, commit abc, 2026-01-02" in text
+
+
+def test_the_report_shows_no_time_for_a_wrong_result_and_marks_a_busy_machine():
+    rows = table()
+    rows[1].status, rows[1].p50_ms, rows[1].ratio = "WRONG: output error 1", None, None
+    rows[3].others_cpu = 0.5
+    text = report.markdown(rows)
+    assert "| T=10 B=1 I=1 H=100 | 3 | WRONG |  | ≥ 8 |" in text
+    assert "10.00x (busy)" in text
+    assert "busy were measured" in text
+
+
+def test_the_report_command_fills_the_readme_and_draws(tmp_path, capsys):
+    file, readme = tmp_path / "cpu.csv", tmp_path / "README.md"
+    results.write(table(), file)
+    readme.write_text("top\n<!-- benchmarks:cpu -->\nold\n<!-- /benchmarks:cpu -->\nbottom\n")
+    for _ in range(2):
+        assert report.main([str(file), "--readme", str(readme)]) == 0
+    text = readme.read_text()
+    assert text.startswith("top\n<!-- benchmarks:cpu -->\n")
+    assert text.endswith("<!-- /benchmarks:cpu -->\nbottom\n")
+    assert "old" not in text
+    assert text.count("10.00x") == 2
+    assert "](cpu.png)" in text
+    assert (tmp_path / "cpu.png").read_bytes().startswith(b"\x89PNG")
+    capsys.readouterr()
+
+
+def test_grid_and_scaling_reports_sum_up(tmp_path):
+    grid = [replace(row, suite="grid") for row in table()]
+    assert "| Training step (forward and backward) | 2 | 3.87x | 1.50x | 0 | 0 |" in report.markdown(grid)
+    scaling = [replace(row, suite="scaling", us_per_step=row.p50_ms * 10) for row in table()]
+    scaling += [
+        Row(suite="scaling", case="big", mode="memory", impl=impl, peak_mib=size, ratio=200.0 / size, goal=1.0)
+        for impl, size in (("nn", 200.0), ("fastlstm", 160.0))
+    ]
+    text = report.markdown(scaling)
+    assert "| big | 200 | 160 | 1.25x |" in text
+    assert "µs a step" in text
+
+
+def test_peaks_are_compared_with_the_baselines(monkeypatch):
+    monkeypatch.setattr(memory, "peak_mib", lambda impl, case, device: {"nn": 200.0, "fastlstm": 100.0}[impl])
+    nn_row, row = memory.peak_rows("scaling", CPU[8], ["nn", "fastlstm"])
+    assert (nn_row.peak_mib, row.peak_mib, row.ratio, row.goal) == (200.0, 100.0, 2.0, 1.0)
+
+
+@pytest.mark.parametrize("difference", [1e-9, 1e-3])
+def test_a_tutorial_is_timed_when_its_losses_agree(monkeypatch, difference):
+    from benchmarks import tutorials
+    from fastlstm.tutorials.common import Timing, Trajectory
+
+    losses = Trajectory(torch=[1.0, 0.5], fastlstm=[1.0, 0.5 * (1 + difference)])
+    timing = Timing(torch=[0.03, 0.02, 0.04], fastlstm=[0.01, 0.01, 0.01], updates=60)
+    monkeypatch.setattr(tutorials, "compare_trajectories", lambda *_, **__: losses)
+    monkeypatch.setattr(tutorials, "time_both", lambda *_, **__: timing)
+    monkeypatch.setattr(tutorials, "missing_packages", lambda _: [])
+    nn_row, row = tutorials.tutorial_rows("gradient_regression", lambda case, rows: None)
+    if difference < row.error_allowed:
+        assert (nn_row.p50_ms, row.p50_ms, row.ratio) == (30.0, 10.0, 3.0)
+        assert row.status == "ok"
+    else:
+        assert row.status.startswith("WRONG")
+        assert row.p50_ms is None
