@@ -6,7 +6,7 @@
 
 namespace fastlstm::FASTLSTM_ISA {
 
-// A unit block is one vector of units; its weights are packed [P][4 gates][W], so that a tile holds all four gates.
+// A unit block is one vector of W units; its weights are packed as two panels, [P][i, f][W] and [P][g, o][W].
 template <class T>
 constexpr int64_t kGateBlock = 4 * kWidth<T>;
 // Rows whose pre-activations wait in scratch while one unit block's weights pass.
@@ -29,12 +29,12 @@ void pack_forward(const T* w_hh, int64_t H, int64_t P, T* packed) {
       for (int64_t gate = 0; gate < 4; ++gate)
         for (int64_t u = 0; u < W; ++u) {
           const T* row = w_hh + (gate * H + u0 + std::min(u, n - 1)) * P;
-          T* out = block + gate * W + u;
+          T* out = block + gate / 2 * P * kPanel<T> + gate % 2 * W + u;
           const int64_t k1 = std::min(k0 + 16, P);
           if (u < n)
-            for (int64_t k = k0; k < k1; ++k) out[k * kGateBlock<T>] = row[k];
+            for (int64_t k = k0; k < k1; ++k) out[k * kPanel<T>] = row[k];
           else
-            for (int64_t k = k0; k < k1; ++k) out[k * kGateBlock<T>] = 0;
+            for (int64_t k = k0; k < k1; ++k) out[k * kPanel<T>] = 0;
         }
   }
 }
@@ -120,18 +120,17 @@ struct ForwardStep {
     const int64_t P = a.P, rows = r1 - r0;
     const T* w = a.packed + u0 / W * P * kGateBlock<T>;
     const T* h = h_in + r0 * P;
-    constexpr int64_t ld = kGateBlock<T>;
+    constexpr int64_t ld = kGateBlock<T>, W2 = kPanel<T>;
     if (rows <= 2) {  // four vectors of columns, for enough accumulators
-      if (rows == 1) tile<T, 1, 4>(P, h, P, w, ld, pre, ld, false);
-      if (rows == 2) tile<T, 2, 4>(P, h, P, w, ld, pre, ld, false);
+      if (rows == 1) tile<T, 1, 4>(P, h, P, w, W2, pre, ld, false, P * W2);
+      if (rows == 2) tile<T, 2, 4>(P, h, P, w, W2, pre, ld, false, P * W2);
     } else {
       const int64_t depth = rows <= kTileRows ? P : kDepth;
       for (int64_t k = 0; k < P; k += depth) {
         const int64_t K = std::min(depth, P - k);
         for (int half = 0; half < 2; ++half)  // i, f and then g, o
           for_row_tiles(rows, [&](int64_t m, int M) {
-            tile_rows<T, 2>(M, K, h + m * P + k, P, w + k * ld + half * 2 * W, ld, pre + m * ld + half * 2 * W, ld,
-                            k > 0);
+            tile_rows<T, 2>(M, K, h + m * P + k, P, w + (half * P + k) * W2, W2, pre + m * ld + half * W2, ld, k > 0);
           });
       }
     }

@@ -21,9 +21,10 @@ template <class T>
 constexpr int kPanel = 2 * kWidth<T>;
 
 // c[m][n] (+)= sum over k of a[m][k] b[k][n], for M rows and NV vectors of columns, row strides lda, ldb, ldc. With
-// transposed_a, a is given as a[k][m].
+// transposed_a, a is given as a[k][m]. Columns of b come two vectors a panel, panels `next_panel` elements apart.
 template <class T, int M, int NV, bool transposed_a = false>
-FASTLSTM_INLINE void tile(int64_t K, const T* a, int64_t lda, const T* b, int64_t ldb, T* c, int64_t ldc, bool add) {
+FASTLSTM_INLINE void tile(int64_t K, const T* a, int64_t lda, const T* b, int64_t ldb, T* c, int64_t ldc, bool add,
+                          int64_t next_panel = kPanel<T>) {
   constexpr int W = kWidth<T>;
   Vec<T> acc[M][NV];
 #pragma GCC unroll 16
@@ -33,7 +34,7 @@ FASTLSTM_INLINE void tile(int64_t K, const T* a, int64_t lda, const T* b, int64_
   for (int64_t k = 0; k < K; ++k) {
     Vec<T> bk[NV];
 #pragma GCC unroll 8
-    for (int n = 0; n < NV; ++n) bk[n] = load(b + k * ldb + n * W);
+    for (int n = 0; n < NV; ++n) bk[n] = load(b + n / 2 * next_panel + k * ldb + n % 2 * W);
 #pragma GCC unroll 16
     for (int m = 0; m < M; ++m) {
       const T am = transposed_a ? a[k * lda + m] : a[m * lda + k];
@@ -62,9 +63,13 @@ FASTLSTM_INLINE void tile_rows(int rows, int64_t K, const T* a, int64_t lda, con
 template <class F>
 FASTLSTM_INLINE void for_row_tiles(int64_t rows, F&& f) {
   const int64_t tiles = (rows + kTileRows - 1) / kTileRows;
+  if (tiles == 0) return;
+  const int64_t least = rows / tiles, larger = rows % tiles;
+  int64_t begin = 0;
   for (int64_t k = 0; k < tiles; ++k) {
-    const int64_t begin = rows * k / tiles;
-    f(begin, static_cast<int>(rows * (k + 1) / tiles - begin));
+    const int64_t size = least + (k < larger);
+    f(begin, static_cast<int>(size));
+    begin += size;
   }
 }
 
