@@ -46,13 +46,7 @@ void product_packed(int64_t rows, int64_t K, const T* a, int64_t lda, const T* p
       tile_rows<T, 2, false, 2>(static_cast<int>(rows), K, a, lda, packed + n * K, W2, c + n, ldc, false);
     return;
   }
-  const int64_t depth = rows <= kTileRows ? K : kDepth;
-  for (int64_t n = n_begin; n < n_end; n += W2)
-    for (int64_t k = 0; k < K; k += depth)
-      for_row_tiles(rows, [&](int64_t m, int M) {
-        tile_rows<T, 2>(M, std::min(depth, K - k), a + m * lda + k, lda, packed + n * K + k * W2, W2,
-                        c + m * ldc + n, ldc, k > 0);
-      });
+  for (int64_t n = n_begin; n < n_end; n += W2) panel_product(rows, K, a, lda, packed + n * K, c + n, ldc);
 }
 
 // The same from B [K, N] as stored, for so few rows and steps that packing would not pay.

@@ -11,9 +11,6 @@ template <class T>
 constexpr int64_t kGateBlock = 4 * kWidth<T>;
 // Rows whose pre-activations wait in scratch while one unit block's weights pass.
 constexpr int64_t kRowGroup = 48;
-// Depth of a product's pass: the panel of that depth and the rows' part of A stay in a 32 KiB L1.
-constexpr int64_t kDepth = 16384 / (2 * FASTLSTM_VECTOR_BYTES);
-
 template <class T>
 int64_t forward_packed_size(int64_t H, int64_t P) {
   return (H + kWidth<T> - 1) / kWidth<T> * P * kGateBlock<T>;
@@ -100,9 +97,7 @@ struct ForwardStep {
     constexpr int64_t W2 = kPanel<T>;
     const int64_t H = a.H, P = a.P, ld = (P + W2 - 1) / W2 * W2;
     for (int64_t p = 0; p < P; p += W2)
-      for_row_tiles(r1 - r0, [&](int64_t m, int rows) {
-        tile_rows<T, 2>(rows, H, hidden + m * H, H, a.w_hr + p * H, W2, out + m * ld + p, ld, false);
-      });
+      panel_product(r1 - r0, H, hidden, H, a.w_hr + p * H, out + p, ld);
     for (int64_t r = r0; r < r1; ++r) {
       const T* h = out + (r - r0) * ld;
       const int64_t row = t * a.rows.B + a.rows.batch_row_at(r);
@@ -125,17 +120,16 @@ struct ForwardStep {
       if (rows == 1) tile<T, 1, 4>(P, h, P, w, W2, pre, ld, false, P * W2);
       if (rows == 2) tile<T, 2, 4>(P, h, P, w, W2, pre, ld, false, P * W2);
     } else {
-      const int64_t depth = rows <= kTileRows ? P : kDepth;
-      for (int64_t k = 0; k < P; k += depth) {
-        const int64_t K = std::min(depth, P - k);
-        for (int half = 0; half < 2; ++half)  // i, f and then g, o
-          for_row_tiles(rows, [&](int64_t m, int M) {
-            tile_rows<T, 2>(M, K, h + m * P + k, P, w + (half * P + k) * W2, W2, pre + m * ld + half * W2, ld, k > 0);
-          });
-      }
+      panel_product(rows, P, h, P, w, pre, ld);                // i, f
+      panel_product(rows, P, h, P, w + P * W2, pre + W2, ld);  // g, o
     }
     const int n = static_cast<int>(std::min<int64_t>(W, a.H - u0));
-    for (int64_t r = r0; r < r1; ++r) cell(r, r - r0, u0, n, pre + (r - r0) * ld);
+    for (int64_t r = r0; r < r1; ++r) {
+      // A row's gates lie 4H elements after the last one's, where no hardware prefetch finds them.
+      const T* soon = gates + (r + 4) * 4 * a.H + u0;
+      for (int gate = 0; gate < 4; ++gate) __builtin_prefetch(soon + gate * a.H, 1, 3);
+      cell(r, r - r0, u0, n, pre + (r - r0) * ld);
+    }
   }
 
   // The same for one row from weight_hh as stored: dot products along its rows. For few rows and steps this beats

@@ -20,11 +20,19 @@ constexpr int kTileRows = 6;
 template <class T>
 constexpr int kPanel = 2 * kWidth<T>;
 
+// What a tile fetches into the L2 while it computes: `step` elements further at every k. The first tile of a panel reads
+// it at 32 GB/s a core, which an L3 does not give on demand, and hardware prefetching stops at every page.
+template <class T>
+struct Ahead {
+  const T* from;
+  int64_t step;
+};
+
 // c[m][n] (+)= sum over k of a[m][k] b[k][n], for M rows and NV vectors of columns, row strides lda, ldb, ldc. With
 // transposed_a, a is given as a[k][m]. Columns of b come two vectors a panel, panels `next_panel` elements apart.
-template <class T, int M, int NV, bool transposed_a = false>
+template <class T, int M, int NV, bool transposed_a = false, bool fetch = false>
 FASTLSTM_INLINE void tile(int64_t K, const T* a, int64_t lda, const T* b, int64_t ldb, T* c, int64_t ldc, bool add,
-                          int64_t next_panel = kPanel<T>) {
+                          int64_t next_panel = kPanel<T>, Ahead<T> ahead = {nullptr, 0}) {
   constexpr int W = kWidth<T>;
   Vec<T> acc[M][NV];
 #pragma GCC unroll 16
@@ -33,6 +41,7 @@ FASTLSTM_INLINE void tile(int64_t K, const T* a, int64_t lda, const T* b, int64_
     for (int n = 0; n < NV; ++n) acc[m][n] = add ? load(c + m * ldc + n * W) : Vec<T>{};
   for (int64_t k = 0; k < K; ++k) {
     Vec<T> bk[NV];
+    if constexpr (fetch) __builtin_prefetch(ahead.from + k * ahead.step, 0, 2);
 #pragma GCC unroll 8
     for (int n = 0; n < NV; ++n) bk[n] = load(b + n / 2 * next_panel + k * ldb + n % 2 * W);
 #pragma GCC unroll 16
@@ -58,6 +67,16 @@ FASTLSTM_INLINE void tile_rows(int rows, int64_t K, const T* a, int64_t lda, con
   }
 }
 
+// The same on a packed panel, fetching what comes after it.
+template <class T, int M = kTileRows>
+FASTLSTM_INLINE void panel_rows(int rows, int64_t K, const T* a, int64_t lda, const T* panel, T* c, int64_t ldc, bool add,
+                                Ahead<T> ahead) {
+  if constexpr (M > 0) {
+    if (rows == M) return tile<T, M, 2, false, true>(K, a, lda, panel, kPanel<T>, c, ldc, add, kPanel<T>, ahead);
+    panel_rows<T, M - 1>(rows, K, a, lda, panel, c, ldc, add, ahead);
+  }
+}
+
 // Calls f(first row, rows) over `rows` in near-equal tiles of at most kTileRows: 4+4 rather than 6+2, since a tile of few
 // rows waits for the latency of its few accumulators.
 template <class F>
@@ -70,6 +89,27 @@ FASTLSTM_INLINE void for_row_tiles(int64_t rows, F&& f) {
     const int64_t size = least + (k < larger);
     f(begin, static_cast<int>(size));
     begin += size;
+  }
+}
+
+// Depth of a product's pass: the panel of that depth and a tile's rows of A stay in a 32 KiB L1.
+constexpr int64_t kDepth = 16384 / (2 * FASTLSTM_VECTOR_BYTES);
+
+// c [rows, kPanel] = a [rows, K] times one packed panel. What lies behind the panel is taken to be the next one.
+template <class T>
+FASTLSTM_INLINE void panel_product(int64_t rows, int64_t K, const T* a, int64_t lda, const T* panel, T* c, int64_t ldc) {
+  constexpr int64_t W2 = kPanel<T>;
+  const int64_t tiles = (rows + kTileRows - 1) / kTileRows;
+  const int64_t depth = tiles == 1 ? K : kDepth;
+  const int64_t step = W2 / tiles;
+  for (int64_t k = 0; k < K; k += depth) {
+    const int64_t pass = std::min(depth, K - k);
+    const T* b = panel + k * W2;
+    Ahead<T> ahead = {b + pass * W2, step};
+    for_row_tiles(rows, [&](int64_t m, int M) {
+      panel_rows<T>(M, pass, a + m * lda + k, lda, b, c + m * ldc, ldc, k > 0, ahead);
+      ahead.from += pass * step;
+    });
   }
 }
 

@@ -87,7 +87,7 @@ FASTLSTM_INLINE T sum(Vec<T> v) {
 
 // Per type: exp's argument limits, 2^n through the exponent field, ln 2 in two parts, and q of
 //   expm1(r) = r + r^2 q(r),  |r| <= ln(2)/2,
-// a Chebyshev fit whose error is below 0.2 ulp of expm1(r), highest power first.
+// a Chebyshev fit whose error is below 0.2 ulp of expm1(r), summed in pairs because a chain of multiply-adds is slower.
 template <class T>
 struct ExpConstants;
 template <>
@@ -97,7 +97,10 @@ struct ExpConstants<float> {
   static constexpr float kRound = 12582912.0f;         // 1.5 * 2^23: adding it rounds to an integer
   static constexpr float kLog2e = 1.44269504f, kLn2Hi = 0.693359375f, kLn2Lo = -2.12194440e-4f;
   static constexpr int kMantissa = 23, kBias = 127;
-  static constexpr float kQ[] = {1.39261837e-3f, 8.36317905e-3f, 4.16665546e-2f, 1.66665770e-1f, 0.5f};
+  template <class V>
+  static FASTLSTM_INLINE V q(V r, V r2) {
+    return (0.5f + 1.66665770e-1f * r) + r2 * ((4.16665546e-2f + 8.36317905e-3f * r) + r2 * 1.39261837e-3f);
+  }
 };
 template <>
 struct ExpConstants<double> {
@@ -107,10 +110,15 @@ struct ExpConstants<double> {
   static constexpr double kLog2e = 1.442695040888963407, kLn2Hi = 6.93147180369123816490e-01,
                           kLn2Lo = 1.90821492927058781614e-10;
   static constexpr int kMantissa = 52, kBias = 1023;
-  static constexpr double kQ[] = {2.0914686968086877e-9, 2.5105217004720745e-8, 2.7557273643110295e-7,
-                                  2.7557255400206424e-6, 2.4801587325547742e-5, 1.9841269874820625e-4,
-                                  1.3888888888883749e-3, 8.3333333333261351e-3, 4.1666666666666670e-2,
-                                  1.6666666666666671e-1, 0.5};
+  template <class V>
+  static FASTLSTM_INLINE V q(V r, V r2) {
+    const V r4 = r2 * r2;
+    const V low = (0.5 + 1.6666666666666671e-1 * r) + r2 * (4.1666666666666670e-2 + 8.3333333333261351e-3 * r);
+    const V middle = (1.3888888888883749e-3 + 1.9841269874820625e-4 * r) +
+                     r2 * (2.4801587325547742e-5 + 2.7557255400206424e-6 * r);
+    const V high = (2.7557273643110295e-7 + 2.5105217004720745e-8 * r) + r2 * 2.0914686968086877e-9;
+    return low + r4 * (middle + r4 * high);
+  }
 };
 
 // x = n ln 2 + r: scale = 2^n and p = expm1(r). NaN passes through p.
@@ -120,9 +128,8 @@ FASTLSTM_INLINE void reduce_exp(Vec<T> x, Vec<T>& scale, Vec<T>& p) {
   const Vec<T> shifted = x * C::kLog2e + C::kRound;
   const Vec<T> n = shifted - C::kRound;
   const Vec<T> r = (x - n * C::kLn2Hi) - n * C::kLn2Lo;
-  Vec<T> q = splat<T>(C::kQ[0]);
-  for (unsigned k = 1; k < sizeof(C::kQ) / sizeof(T); ++k) q = q * r + C::kQ[k];
-  p = r + (r * r) * q;
+  const Vec<T> r2 = r * r;
+  p = r + r2 * C::q(r, r2);
   Bits<T> i;
   std::memcpy(&i, &shifted, sizeof(i));
   // The low bits of `shifted` hold n; what its own exponent adds is shifted out.
