@@ -17,13 +17,15 @@ def arguments(dtype: torch.dtype) -> torch.Tensor:
     generator = torch.Generator().manual_seed(0)
     limit = 86.0 if dtype == torch.float32 else 700.0
     magnitudes = torch.logspace(-30, 0, 4001, dtype=torch.float64)
-    x = torch.cat([
-        torch.linspace(-12, 12, 20001, dtype=torch.float64),
-        torch.randn(20000, generator=generator, dtype=torch.float64) * 4,
-        torch.linspace(-limit, limit, 4001, dtype=torch.float64),
-        magnitudes,
-        -magnitudes,
-    ])
+    x = torch.cat(
+        [
+            torch.linspace(-12, 12, 20001, dtype=torch.float64),
+            torch.randn(20000, generator=generator, dtype=torch.float64) * 4,
+            torch.linspace(-limit, limit, 4001, dtype=torch.float64),
+            magnitudes,
+            -magnitudes,
+        ]
+    )
     return x.to(dtype)
 
 

@@ -80,7 +80,7 @@ FASTLSTM_INLINE void cell_gradients(const BackwardArgs<T>& a, int64_t t, int64_t
   auto put = [&](T* p, Vec<T> v) { full ? store(p, v) : store_part(p, v, n); };
   const int64_t packed_row = a.rows.offset_at(t) + r;
   const T* g = a.gates + packed_row * 4 * H + u0;
-  T* dg = a.dgates + packed_row * 4 * H + u0;
+  T* dg = a.dgates + (packed_row - a.base) * 4 * H + u0;
   T* dc_state = a.dc + r * H + u0;
   Vec<T> dh_t = get(dh + u0);
   if (dy) dh_t += get(dy + u0);
@@ -103,11 +103,11 @@ void backward(const BackwardArgs<T>& a, const Member& me) {
   const int64_t steps = a.rows.T, B = a.rows.B, H = a.H, P = a.P, ld = padded_columns<T>(P);
   T* hidden = a.scratch + me.index * backward_scratch<T>(H, P);  // [kRowGroup, padded H]
   const int64_t ld_hidden = padded_columns<T>(H);
-  for (int64_t s = steps - 1; s >= 0; --s) {
+  for (int64_t s = a.first + a.steps - 1; s >= a.first; --s) {
     const int64_t t = a.reverse ? steps - 1 - s : s;
     const int64_t before = s == 0 ? -1 : (a.reverse ? t + 1 : t - 1);  // the step whose state entered this one
     const int64_t held = before < 0 ? 0 : a.rows.count_at(before);      // rows that have it; the others began here
-    const int64_t offset = a.rows.offset_at(t);
+    const int64_t offset = a.rows.offset_at(t) - a.base;
     const int64_t end = std::min(me.row_end, a.rows.count_at(t));
     for (int64_t r0 = me.row_begin; r0 < end; r0 += kRowGroup) {
       const int64_t r1 = std::min(end, r0 + kRowGroup);

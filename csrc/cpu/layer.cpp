@@ -108,12 +108,21 @@ at::Tensor packed_input(const at::Tensor& x, const LayerSizes& s, const Ragged& 
   return packed;
 }
 
-// Steps of inference that go through the gates' buffer at once: enough rows for an efficient product, few enough that
-// the gates are still in cache when the time loop reads them.
-int64_t chunk_steps(const LayerSizes& s, int64_t size) {
-  const int64_t row = 4 * s.H * size;
-  const int64_t rows = std::max<int64_t>(256, (int64_t{2} << 20) / row);
-  return std::clamp<int64_t>(rows / std::max<int64_t>(1, s.B), 1, s.T);
+// The packed rows [begin, end) of steps [first, first + steps) of direction d's own order, and the first of them in time.
+struct Span {
+  int64_t t0, begin, end;
+  Span(const LayerSizes& s, const Ragged& ragged, int64_t d, int64_t first, int64_t steps)
+      : t0(d == 1 ? s.T - first - steps : first),
+        begin(ragged.rows(d).offset_at(t0)),
+        end(t0 + steps == s.T ? ragged.N() : ragged.rows(d).offset_at(t0 + steps)) {}
+  int64_t rows() const { return end - begin; }
+};
+
+// Steps whose gates [., 4H] go through a buffer at once: at least `rows` of them for efficient products, else as few as
+// stay in cache between the products and the time loop. What is reused need not be fetched from the system, either.
+int64_t chunk_steps(const LayerSizes& s, int64_t size, int64_t rows, int64_t bytes) {
+  rows = std::max(rows, bytes / (4 * s.H * size));
+  return std::clamp<int64_t>(rows / s.B, 1, s.T);
 }
 
 template <class T>
@@ -142,7 +151,7 @@ LayerResults forward(const at::Tensor& x, const OptionalTensor& h0, const Option
   for (int64_t d = 0; d < D; ++d) rows.push_back(ragged.rows(d));
   const Plan plan = make_plan(D, s.T, double(N) / s.T, H, P, sizeof(T), kernel.unit_block);
   const bool pack = s.proj() || worth_packing(N, B);
-  const int64_t chunk = keep_reserve ? s.T : chunk_steps(s, sizeof(T));
+  const int64_t chunk = keep_reserve ? s.T : chunk_steps(s, sizeof(T), 256, int64_t{2} << 20);
 
   Workspace<T> space;
   std::vector<int64_t> h_at, c_at, bias_at, packed_at, hr_at, gates_at;
@@ -206,11 +215,9 @@ LayerResults forward(const at::Tensor& x, const OptionalTensor& h0, const Option
     for (int64_t d = 0; d < D; ++d) {
       args[d].first = first;
       args[d].steps = steps;
-      const int64_t t0 = d == 1 ? s.T - first - steps : first;
-      const int64_t begin = rows[d].offset_at(t0);
-      const int64_t end = t0 + steps == s.T ? N : rows[d].offset_at(t0 + steps);
-      if (begin == end) continue;
-      product<T>(end - begin, 4 * H, s.I, {input.const_data_ptr<T>() + begin * s.I, s.I},
+      const Span span(s, ragged, d, first, steps);
+      if (span.rows() == 0) continue;
+      product<T>(span.rows(), 4 * H, s.I, {input.const_data_ptr<T>() + span.begin * s.I, s.I},
                  {w_ih[d].const_data_ptr<T>(), s.I, true}, false, args[d].gates, 4 * H);
     }
     run_plan(plan, rows, N, H, kernel.unit_block, [&](int64_t d, const Member& me) { kernel.forward(args[d], me); });
@@ -251,48 +258,46 @@ at::Tensor entering_states(const at::Tensor& y, const OptionalTensor& h0, const 
   return states;
 }
 
-// dgates [N, m]^T times rows [N, n]: a weight's gradient [m, n].
+// A weight's gradient dw [m, n] (+)= dgates [rows, m]^T times states [rows, n] with row stride ld.
 template <class T>
-at::Tensor weight_gradient(const at::Tensor& dgates, const at::Tensor& rows) {
-  const int64_t m = dgates.size(1), n = rows.size(1);
-  at::Tensor dw = new_empty({m, n}, dgates);
-  product<T>(m, n, dgates.size(0), {dgates.const_data_ptr<T>(), m, true}, {rows.const_data_ptr<T>(), n}, false,
-             dw.mutable_data_ptr<T>(), n);
-  return dw;
+void weight_gradient(int64_t rows, const T* dgates, const T* states, int64_t ld, bool add, const at::Tensor& dw) {
+  const int64_t m = dw.size(0), n = dw.size(1);
+  if (rows > 0)
+    product<T>(m, n, rows, {dgates, m, true}, {states, ld}, add, dw.mutable_data_ptr<T>(), n);
+  else if (!add)
+    std::fill_n(dw.mutable_data_ptr<T>(), m * n, T(0));
 }
 
-// dW_hh [4H, P] = dgates^T times the entering states; in a plain batch these are y, one step on, and h0.
+// dW_hh [4H, P] (+)= dgates^T times the states that entered the span's steps. In a plain batch these are y one step on,
+// and h0, without a copy.
 template <class T>
-at::Tensor recurrent_gradient(const at::Tensor& dgates, const at::Tensor& y, const OptionalTensor& h0,
-                              const LayerSizes& s, const Ragged& ragged, int64_t d) {
-  if (!ragged.plain()) return weight_gradient<T>(dgates, entering_states<T>(y, h0, s, ragged, d));
-  const int64_t later = s.rows() - s.B, G = 4 * s.H, ld = s.D * s.P;
-  at::Tensor dw = new_empty({G, s.P}, y);
-  T* out = dw.mutable_data_ptr<T>();
-  const T* dg = dgates.const_data_ptr<T>();
+void recurrent_gradient(const Span& span, const T* dgates, const at::Tensor& y, const OptionalTensor& h0,
+                        const LayerSizes& s, int64_t d, bool add, const at::Tensor& dw) {
+  const int64_t ld = s.D * s.P, G = 4 * s.H;
   const T* states = y.const_data_ptr<T>() + d * s.P;
   const bool reverse = d == 1;
-  if (later > 0)
-    product<T>(G, s.P, later, {dg + (reverse ? 0 : s.B * G), G, true}, {states + (reverse ? s.B * ld : 0), ld}, false,
-               out, s.P);
-  if (h0)
-    product<T>(G, s.P, s.B, {dg + (reverse ? later * G : 0), G, true},
-               {h0->const_data_ptr<T>() + d * s.B * s.P, s.P}, later > 0, out, s.P);
-  else if (later == 0)
-    std::fill_n(out, G * s.P, T(0));
-  return dw;
+  const bool initial = reverse ? span.end == s.rows() : span.begin == 0;  // the direction's first step is among them
+  const int64_t others = span.rows() - (initial ? s.B : 0);
+  const int64_t from = reverse ? span.begin + s.B : span.begin - (initial ? 0 : s.B);
+  weight_gradient<T>(others, dgates + (initial && !reverse ? s.B * G : 0), states + from * ld, ld, add, dw);
+  if (initial && h0)
+    weight_gradient<T>(s.B, dgates + (reverse ? others * G : 0), h0->const_data_ptr<T>() + d * s.B * s.P, s.P, true,
+                       dw);
 }
 
+// db [G] (+)= the sum of the rows of dgates [rows, G].
 template <class T>
-at::Tensor bias_gradient(const at::Tensor& dgates) {
-  const int64_t N = dgates.size(0), G = dgates.size(1);
-  at::Tensor db = new_empty({G}, dgates);
+void bias_gradient(int64_t rows, const T* dgates, bool add, const at::Tensor& db) {
+  const int64_t G = db.size(0);
   T* out = db.mutable_data_ptr<T>();
-  const T* dg = dgates.const_data_ptr<T>();
-  at::parallel_for(0, (G + 63) / 64, 4096 / (N + 1) + 1, [&](int64_t begin, int64_t end) {
-    kernels<T>().column_sums(dg, N, G, begin * 64, std::min(G, end * 64), out);
+  at::parallel_for(0, (G + 63) / 64, 4096 / (rows + 1) + 1, [&](int64_t begin, int64_t end) {
+    for (int64_t j = begin * 64; j < std::min(G, end * 64); j += 64) {
+      const int64_t n = std::min<int64_t>(64, G - j);
+      T sums[64];
+      kernels<T>().column_sums(dgates + j, rows, G, 0, n, sums);
+      for (int64_t k = 0; k < n; ++k) out[j + k] = sums[k] + (add ? out[j + k] : T(0));
+    }
   });
-  return db;
 }
 
 // h before the projection [N, H] = o * tanh(c).
@@ -342,26 +347,28 @@ LayerGradients backward(const OptionalTensor& dy_in, const OptionalTensor& dh_n,
   const int64_t ld = kernel.padded_columns(P);
   const OptionalTensor dy = contiguous(dy_in), dcells = contiguous(dcells_in), h0 = contiguous(h0_in);
 
+  const int64_t chunk = chunk_steps(s, sizeof(T), 1024, int64_t{4} << 20);
+
   Workspace<T> space;
-  std::vector<int64_t> dh_at, dc_at, c0_at, packed_at, hr_at;
+  std::vector<int64_t> dh_at, dc_at, c0_at, packed_at, hr_at, dgates_at, dr_at;
   for (int64_t d = 0; d < D; ++d) {
     dh_at.push_back(space.take(B * ld));
     dc_at.push_back(space.take(B * H));
     c0_at.push_back(space.take(B * H));
     packed_at.push_back(space.take(pack ? kernel.columns_packed_size(4 * H, P) : 0));
     hr_at.push_back(space.take(s.proj() ? kernel.columns_packed_size(P, H) : 0));
+    dgates_at.push_back(space.take(chunk * B * 4 * H));
+    dr_at.push_back(space.take(s.proj() ? chunk * B * P : 0));
   }
   const int64_t scratch_at = space.take(plan.threads() * kernel.backward_scratch(H, P));
   space.allocate(x);
 
   std::vector<BackwardArgs<T>> args;
-  std::vector<at::Tensor> dgates, dr, hold;
+  std::vector<at::Tensor> hold;
   for (int64_t d = 0; d < D; ++d) {
     const DirectionWeights w(s, weights, d);
     hold.push_back(w.hh.contiguous());
     const T* w_hh = hold.back().const_data_ptr<T>();
-    dgates.push_back(new_empty({N, 4 * H}, x));
-    dr.push_back(s.proj() ? new_empty({N, P}, x) : at::Tensor());
     gather_state<T>(contiguous(dh_n), d, rows[d], P, space.at(dh_at[d]), ld);
     gather_state<T>(contiguous(dc_n), d, rows[d], H, space.at(dc_at[d]), H);
     gather_state<T>(contiguous(c0), d, rows[d], H, space.at(c0_at[d]), H);
@@ -374,6 +381,9 @@ LayerGradients backward(const OptionalTensor& dy_in, const OptionalTensor& dh_n,
                     H,
                     P,
                     d == 1,
+                    0,
+                    0,
+                    0,
                     reserve.const_data_ptr<T>() + d * s.rows() * 4 * H,
                     cells.const_data_ptr<T>() + d * H,
                     space.at(c0_at[d]),
@@ -385,41 +395,63 @@ LayerGradients backward(const OptionalTensor& dy_in, const OptionalTensor& dh_n,
                     w_hh,
                     pack ? space.at(packed_at[d]) : nullptr,
                     s.proj() ? space.at(hr_at[d]) : nullptr,
-                    dgates[d].mutable_data_ptr<T>(),
-                    s.proj() ? dr[d].mutable_data_ptr<T>() : nullptr,
+                    space.at(dgates_at[d]),
+                    s.proj() ? space.at(dr_at[d]) : nullptr,
                     space.at(dh_at[d]),
                     space.at(dc_at[d]),
                     space.at(scratch_at)});
   }
-  run_plan(plan, rows, N, H, kernel.unit_block, [&](int64_t d, const Member& me) { kernel.backward(args[d], me); });
-
+  const auto wanted = [&](int64_t i, at::IntArrayRef sizes) { return needs[i] ? new_empty(sizes, x) : none(); };
   bool need_input = false;
-  for (int64_t d = 0; d < D; ++d) need_input |= needs[3 + d * s.per_direction];
-  const at::Tensor input = need_input ? packed_input<T>(x, s, ragged) : at::Tensor();
-  at::Tensor dx = none();
-  const at::Tensor dx_rows = needs[0] ? new_empty({N, s.I}, x) : at::Tensor();
-  for (int64_t d = 0; d < D; ++d) {
-    const DirectionWeights w(s, weights, d);
-    const int64_t at = 3 + d * s.per_direction;
-    if (needs[0]) {
-      const at::Tensor w_ih = w.ih.contiguous();
-      product<T>(N, s.I, 4 * H, {dgates[d].const_data_ptr<T>(), 4 * H}, {w_ih.const_data_ptr<T>(), s.I}, d > 0,
-                 dx_rows.mutable_data_ptr<T>(), s.I);
-    }
-    dweights.push_back(needs[at] ? weight_gradient<T>(dgates[d], input) : none());
-    dweights.push_back(needs[at + 1] ? recurrent_gradient<T>(dgates[d], y, h0, s, ragged, d) : none());
-    if (s.bias) {
-      const bool both = needs[at + 2] && needs[at + 3];
-      const at::Tensor db = needs[at + 2] || needs[at + 3] ? bias_gradient<T>(dgates[d]) : none();
-      dweights.push_back(needs[at + 2] ? db : none());
-      dweights.push_back(both ? db.clone() : needs[at + 3] ? db : none());
-    }
-    if (s.proj())
-      dweights.push_back(
-          needs[at + s.per_direction - 1]
-              ? weight_gradient<T>(dr[d], unprojected<T>(reserve.select(0, d), cells, s, ragged, d))
-              : none());
+  for (size_t k = 0; k < weights.size(); ++k) {
+    dweights.push_back(wanted(3 + k, weights[k].sizes()));
+    need_input |= needs[3 + k] && k % s.per_direction == 0;
   }
+  const at::Tensor input = need_input ? packed_input<T>(x, s, ragged) : at::Tensor();
+  // Both directions add to dx, each from its own end.
+  const at::Tensor dx_rows = !needs[0] ? at::Tensor() : D == 1 ? new_empty({N, s.I}, x) : at::zeros({N, s.I}, x.options());
+  std::vector<at::Tensor> w_ih, states(D), hidden(D);
+  for (int64_t d = 0; d < D; ++d) {
+    const int64_t at = d * s.per_direction;
+    w_ih.push_back(weights[at].contiguous());
+    if (needs[3 + at + 1] && !ragged.plain()) states[d] = entering_states<T>(y, h0, s, ragged, d);
+    if (s.proj() && needs[3 + at + s.per_direction - 1])
+      hidden[d] = unprojected<T>(reserve.select(0, d), cells, s, ragged, d);
+  }
+
+  for (int64_t end = s.T; end > 0; end -= std::min(end, chunk)) {
+    const int64_t first = std::max<int64_t>(0, end - chunk);
+    const bool add = end < s.T;
+    for (int64_t d = 0; d < D; ++d) {
+      args[d].first = first;
+      args[d].steps = end - first;
+      args[d].base = Span(s, ragged, d, first, end - first).begin;
+    }
+    run_plan(plan, rows, N, H, kernel.unit_block, [&](int64_t d, const Member& me) { kernel.backward(args[d], me); });
+    for (int64_t d = 0; d < D; ++d) {
+      const Span span(s, ragged, d, first, end - first);
+      const int64_t at = d * s.per_direction, n = span.rows();
+      const T* dgates = args[d].dgates;
+      const auto need = [&](int64_t k) { return needs[3 + at + k]; };
+      if (needs[0] && n > 0)
+        product<T>(n, s.I, 4 * H, {dgates, 4 * H}, {w_ih[d].const_data_ptr<T>(), s.I}, D > 1,
+                   dx_rows.mutable_data_ptr<T>() + span.begin * s.I, s.I);
+      if (need(0))
+        weight_gradient<T>(n, dgates, input.const_data_ptr<T>() + span.begin * s.I, s.I, add, dweights[at]);
+      if (need(1) && ragged.plain())
+        recurrent_gradient<T>(span, dgates, y, h0, s, d, add, dweights[at + 1]);
+      else if (need(1))
+        weight_gradient<T>(n, dgates, states[d].const_data_ptr<T>() + span.begin * P, P, add, dweights[at + 1]);
+      if (s.bias && (need(2) || need(3))) bias_gradient<T>(n, dgates, add, dweights[at + (need(2) ? 2 : 3)]);
+      if (s.proj() && need(s.per_direction - 1))
+        weight_gradient<T>(n, args[d].dr, hidden[d].const_data_ptr<T>() + span.begin * H, H, add,
+                           dweights[at + s.per_direction - 1]);
+    }
+  }
+  for (int64_t at = 0; s.bias && at < D * s.per_direction; at += s.per_direction)
+    if (needs[3 + at + 2] && needs[3 + at + 3]) dweights[at + 3].copy_(dweights[at + 2]);
+
+  at::Tensor dx = none();
   if (needs[0]) {
     if (!ragged.ragged()) {
       dx = dx_rows.view({s.T, B, s.I});

@@ -49,6 +49,8 @@ struct BackwardArgs {
   Rows rows;
   int64_t H, P;
   bool reverse;
+  int64_t first, steps;  // which steps of the direction's own order this call runs, last to first
+  int64_t base;          // packed row that row 0 of dgates and dr is
   const T* gates;   // [N, 4H]  activated
   const T* cells;   // [T, B, .] c of every step
   const T* c0;      // [B, H] sorted rows
@@ -58,8 +60,8 @@ struct BackwardArgs {
   const T* w_hh;    // [4H, P]
   const T* packed;  // pack_columns of w_hh, or null: run from w_hh itself
   const T* w_hr;    // pack_columns of weight_hr [P, H], or null without projection
-  T* dgates;        // [N, 4H]  out, gradients of the pre-activations
-  T* dr;            // [N, P]   out with projection, gradients of h in full
+  T* dgates;        // [., 4H]  out for these steps, gradients of the pre-activations
+  T* dr;            // [., P]   likewise with projection, gradients of h in full
   T* dh;            // [B, padded P]  in: of h_n, out: of h0; sorted rows
   T* dc;            // [B, H]         in: of c_n, out: of c0
   T* scratch;       // per member, backward_scratch(H, P) elements
