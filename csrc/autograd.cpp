@@ -1,5 +1,5 @@
-// The autograd node of fastlstm::native_layer, for every device. The same formula as fastlstm/ops/register.py gives the
-// backends written in Python; in C++ it costs a third, and call overhead decides tiny sequences.
+// The autograd node of fastlstm::native_layer, for every device. The same formula as fastlstm/ops/register.py
+// gives the backends written in Python; in C++ it costs a third, and call overhead decides tiny sequences.
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 
@@ -13,9 +13,10 @@ using torch::autograd::variable_list;
 
 using DifferentiableBackward = LayerGradients(const OptionalTensor& dy, const OptionalTensor& dh_n,
                                               const OptionalTensor& dc_n, const OptionalTensor& dcells,
-                                              const at::Tensor& x, const OptionalTensor& h0, const OptionalTensor& c0,
-                                              at::TensorList weights, const OptionalTensor& lengths,
-                                              const OptionalTensor& reset_mask, c10::List<bool> needs);
+                                              const at::Tensor& x, const OptionalTensor& h0,
+                                              const OptionalTensor& c0, at::TensorList weights,
+                                              const OptionalTensor& lengths, const OptionalTensor& reset_mask,
+                                              c10::List<bool> needs);
 
 template <class F>
 const c10::TypedOperatorHandle<F> find(const char* name) {
@@ -23,8 +24,8 @@ const c10::TypedOperatorHandle<F> find(const char* name) {
 }
 
 LayerResults below_autograd(const at::Tensor& x, const OptionalTensor& h0, const OptionalTensor& c0,
-                            at::TensorList weights, const OptionalTensor& lengths, const OptionalTensor& reset_mask,
-                            bool keep_cells, bool keep_reserve) {
+                            at::TensorList weights, const OptionalTensor& lengths,
+                            const OptionalTensor& reset_mask, bool keep_cells, bool keep_reserve) {
   static const auto op = find<LayerForward>("fastlstm::native_layer");
   at::AutoDispatchBelowADInplaceOrView guard;
   return op.call(x, h0, c0, weights, lengths, reset_mask, keep_cells, keep_reserve);
@@ -35,9 +36,11 @@ OptionalTensor optional(const at::Tensor& t) { return t.defined() ? OptionalTens
 class LayerFunction : public torch::autograd::Function<LayerFunction> {
  public:
   static variable_list forward(AutogradContext* ctx, const at::Tensor& x, const OptionalTensor& h0,
-                               const OptionalTensor& c0, at::TensorList weights, const OptionalTensor& lengths,
-                               const OptionalTensor& reset_mask, bool keep_cells) {
-    auto [y, h_n, c_n, cells, reserve] = below_autograd(x, h0, c0, weights, lengths, reset_mask, keep_cells, true);
+                               const OptionalTensor& c0, at::TensorList weights,
+                               const OptionalTensor& lengths, const OptionalTensor& reset_mask,
+                               bool keep_cells) {
+    auto [y, h_n, c_n, cells, reserve] =
+        below_autograd(x, h0, c0, weights, lengths, reset_mask, keep_cells, true);
     variable_list saved = {x,
                            h0.value_or(at::Tensor()),
                            c0.value_or(at::Tensor()),
@@ -82,21 +85,23 @@ class LayerFunction : public torch::autograd::Function<LayerFunction> {
     } else {
       static const auto op = find<LayerBackward>("fastlstm::native_layer_backward");
       at::AutoDispatchBelowADInplaceOrView guard;
-      found = op.call(dy, dh_n, dc_n, dcells, x, h0, c0, weights, lengths, reset_mask, saved[5], saved[6], saved[7],
-                      needs);
+      found = op.call(dy, dh_n, dc_n, dcells, x, h0, c0, weights, lengths, reset_mask, saved[5], saved[6],
+                      saved[7], needs);
     }
     auto& [dx, dh0, dc0, dweights] = found;
-    // One gradient for each tensor of forward's arguments, an absent optional included, and each other argument.
-    variable_list out = {needs[0] ? dx : at::Tensor(), needs[1] ? dh0 : at::Tensor(), needs[2] ? dc0 : at::Tensor()};
+    // One gradient for each tensor of forward's arguments, an absent optional included, and each other
+    // argument.
+    variable_list out = {needs[0] ? dx : at::Tensor(), needs[1] ? dh0 : at::Tensor(),
+                         needs[2] ? dc0 : at::Tensor()};
     for (size_t k = 0; k < weights.size(); ++k) out.push_back(needs[3 + k] ? dweights[k] : at::Tensor());
     out.resize(out.size() + 3);  // lengths, reset_mask, keep_cells
     return out;
   }
 };
 
-LayerResults layer(const at::Tensor& x, const OptionalTensor& h0, const OptionalTensor& c0, at::TensorList weights,
-                   const OptionalTensor& lengths, const OptionalTensor& reset_mask, bool keep_cells,
-                   bool keep_reserve) {
+LayerResults layer(const at::Tensor& x, const OptionalTensor& h0, const OptionalTensor& c0,
+                   at::TensorList weights, const OptionalTensor& lengths, const OptionalTensor& reset_mask,
+                   bool keep_cells, bool keep_reserve) {
   if (!keep_reserve || !at::GradMode::is_enabled())
     return below_autograd(x, h0, c0, weights, lengths, reset_mask, keep_cells, keep_reserve);
   variable_list out = LayerFunction::apply(x, h0, c0, weights, lengths, reset_mask, keep_cells);

@@ -1,5 +1,5 @@
-// The module fastlstm._C. Its ops attach to the schemas that fastlstm/ops/register.py declares; what stands here is for
-// Python to ask what was built.
+// The module fastlstm._C. Its ops attach to the schemas that fastlstm/ops/register.py declares; what stands
+// here is for Python to ask what was built.
 #include <torch/extension.h>
 
 #include "contract.h"
@@ -27,8 +27,8 @@ at::Tensor apply(const at::Tensor& x, bool tanh) {
 at::Tensor activation(const at::Tensor& x, const std::string& name) {
   TORCH_CHECK(x.is_cpu() && x.is_contiguous(), "x must be a contiguous CPU tensor");
   TORCH_CHECK(name == "sigmoid" || name == "tanh", "name must be sigmoid or tanh, got ", name);
-  TORCH_CHECK(x.scalar_type() == at::kFloat || x.scalar_type() == at::kDouble, "x must be float32 or float64, got ",
-              x.scalar_type());
+  TORCH_CHECK(x.scalar_type() == at::kFloat || x.scalar_type() == at::kDouble,
+              "x must be float32 or float64, got ", x.scalar_type());
   return x.scalar_type() == at::kFloat ? apply<float>(x, name == "tanh") : apply<double>(x, name == "tanh");
 }
 

@@ -31,8 +31,8 @@ FASTLSTM_HD V next_c(const Gates<V>& a, V c_prev) {
   return a.f * c_prev + a.i * a.g;
 }
 
-// From dh, the gradient of h_t (before any projection), and dc, that of c_t by every other way: the gradients of the
-// pre-activations. dc becomes the gradient of c_{t-1}.
+// From dh, the gradient of h_t (before any projection), and dc, that of c_t by every other way: the gradients
+// of the pre-activations. dc becomes the gradient of c_{t-1}.
 template <class V>
 FASTLSTM_HD Gates<V> cell_backward(const Gates<V>& a, V c_prev, V tanh_c, V dh, V& dc) {
   const V do_ = dh * tanh_c;

@@ -1,8 +1,9 @@
-// The contract of fastlstm/ops/schema.py in C++: signatures of the native ops and a view of a layer's weights.
+// The contract of fastlstm/ops/schema.py in C++: signatures of the native ops and a view of a layer's
+// weights.
 #pragma once
 
-#include <ATen/core/Tensor.h>
 #include <ATen/core/List.h>
+#include <ATen/core/Tensor.h>
 
 #include <optional>
 #include <tuple>
@@ -20,11 +21,13 @@ using LayerForward = LayerResults(const at::Tensor& x, const OptionalTensor& h0,
 
 // dx, dh0, dc0, dweights
 using LayerGradients = std::tuple<at::Tensor, at::Tensor, at::Tensor, std::vector<at::Tensor>>;
-using LayerBackward = LayerGradients(const OptionalTensor& dy, const OptionalTensor& dh_n, const OptionalTensor& dc_n,
-                                     const OptionalTensor& dcells, const at::Tensor& x, const OptionalTensor& h0,
-                                     const OptionalTensor& c0, at::TensorList weights, const OptionalTensor& lengths,
-                                     const OptionalTensor& reset_mask, const at::Tensor& y, const at::Tensor& cells,
-                                     const at::Tensor& reserve, c10::List<bool> needs);
+using LayerBackward = LayerGradients(const OptionalTensor& dy, const OptionalTensor& dh_n,
+                                     const OptionalTensor& dc_n, const OptionalTensor& dcells,
+                                     const at::Tensor& x, const OptionalTensor& h0, const OptionalTensor& c0,
+                                     at::TensorList weights, const OptionalTensor& lengths,
+                                     const OptionalTensor& reset_mask, const at::Tensor& y,
+                                     const at::Tensor& cells, const at::Tensor& reserve,
+                                     c10::List<bool> needs);
 
 // The sizes of a layer, read off x and its weights.
 struct LayerSizes {
@@ -45,7 +48,8 @@ struct LayerSizes {
     per_direction = 2 + 2 * bias + (P != H);
     D = static_cast<int64_t>(weights.size()) / per_direction;
     TORCH_CHECK(D * per_direction == static_cast<int64_t>(weights.size()) && (D == 1 || D == 2),
-                "weights must be ", per_direction, " tensors for each of 1 or 2 directions, got ", weights.size());
+                "weights must be ", per_direction, " tensors for each of 1 or 2 directions, got ",
+                weights.size());
     for (int64_t d = 0; d < D; ++d) {
       check("weight_ih", weights[d * per_direction], {4 * H, I});
       check("weight_hh", weights[d * per_direction + 1], {4 * H, P});
@@ -54,8 +58,8 @@ struct LayerSizes {
       if (proj()) check("weight_hr", weights[(d + 1) * per_direction - 1], {P, H});
     }
     for (const at::Tensor& w : weights)
-      TORCH_CHECK(w.scalar_type() == x.scalar_type() && w.device() == x.device(), "weights must be ", x.scalar_type(),
-                  " on ", x.device(), " as x is, got ", w.scalar_type(), " on ", w.device());
+      TORCH_CHECK(w.scalar_type() == x.scalar_type() && w.device() == x.device(), "weights must be ",
+                  x.scalar_type(), " on ", x.device(), " as x is, got ", w.scalar_type(), " on ", w.device());
   }
 
   static void check(const char* name, const at::Tensor& tensor, at::IntArrayRef expected) {
@@ -66,8 +70,8 @@ struct LayerSizes {
     if (h0) check("h0", *h0, {D, B, P});
     if (c0) check("c0", *c0, {D, B, H});
     for (const OptionalTensor* state : {&h0, &c0})
-      TORCH_CHECK(!*state || (*state)->scalar_type() == x.scalar_type(), "h0 and c0 must be ", x.scalar_type(),
-                  " as x is, got ", (*state)->scalar_type());
+      TORCH_CHECK(!*state || (*state)->scalar_type() == x.scalar_type(), "h0 and c0 must be ",
+                  x.scalar_type(), " as x is, got ", (*state)->scalar_type());
     if (lengths) {
       check("lengths", *lengths, {B});
       TORCH_CHECK(lengths->scalar_type() == at::kLong, "lengths must be int64, got ", lengths->scalar_type());

@@ -54,7 +54,8 @@ def _check(device: torch.device, T: int, B: int, I: int, H: int) -> bool:  # noq
     right = all(a <= 2 * b + floor for a, b, floor in zip(error(ours), error(theirs), floors, strict=True))
     ratio = _ratio(lambda: _step(theirs, x, dy), lambda: _step(ours, x, dy), device)
     print(
-        f"{device.type}, T={T} B={B} I={I} H={H}, float32: output and gradients {'as' if right else 'NOT AS'} nn.LSTM's; "
+        f"{device.type}, T={T} B={B} I={I} H={H}, float32: "
+        f"output and gradients {'as' if right else 'NOT AS'} nn.LSTM's; "
         f"training step {ratio:.1f}x nn.LSTM's speed on backend {explain(ours, x).backend}"
     )
     return right

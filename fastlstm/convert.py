@@ -59,7 +59,7 @@ class patch_torch:
         places = (nn, nn.modules, torch.nn.modules.rnn)
         self._before = [(place, place.LSTM, place.LSTMCell) for place in places]
         for place in places:
-            place.LSTM, place.LSTMCell = LSTM, LSTMCell  # type: ignore[misc]
+            place.LSTM, place.LSTMCell = LSTM, LSTMCell  # type: ignore[misc, attr-defined]
 
     def __enter__(self) -> patch_torch:
         return self

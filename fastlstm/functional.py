@@ -55,34 +55,22 @@ def lstm(
         ValueError, TypeError: lengths or reset_mask of a wrong shape, range or type.
     """
     x = input.transpose(0, 1) if batch_first else input
-    T, B = x.shape[:2]
-    if T == 0:
+    if x.shape[0] == 0:
         raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
     if lengths is not None:
         lengths = check_lengths(lengths, x)
     if reset_mask is not None:
         reset_mask = check_reset_mask(reset_mask, x, batch_first)
     weights = list(weights)
-    if torch._C._is_any_autocast_enabled() and torch.is_autocast_enabled(x.device.type):
+    autocast = torch._C._is_any_autocast_enabled() and torch.is_autocast_enabled(x.device.type)
+    if autocast:
         x, hx, weights = _cast_for_autocast(x, hx, weights, torch.get_autocast_dtype(x.device.type))
+    options = (bias, num_layers, dropout, training, bidirectional, lengths, reset_mask, return_cell_states)
+    if autocast:
         with torch.autocast(x.device.type, enabled=False):
-            results = _layers(
-                x,
-                hx,
-                weights,
-                bias,
-                num_layers,
-                dropout,
-                training,
-                bidirectional,
-                lengths,
-                reset_mask,
-                return_cell_states,
-            )
+            results = _layers(x, hx, weights, *options)
     else:
-        results = _layers(
-            x, hx, weights, bias, num_layers, dropout, training, bidirectional, lengths, reset_mask, return_cell_states
-        )
+        results = _layers(x, hx, weights, *options)
     y, h_n, c_n, cells = results
     if batch_first:
         y = y.transpose(0, 1)

@@ -33,9 +33,9 @@ class LSTM(nn.RNNBase):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__("LSTM", *args, **kwargs)
 
-    get_expected_cell_size = TorchLSTM.get_expected_cell_size
-    check_forward_args = TorchLSTM.check_forward_args
-    permute_hidden = TorchLSTM.permute_hidden
+    get_expected_cell_size: Any = TorchLSTM.get_expected_cell_size
+    check_forward_args: Any = TorchLSTM.check_forward_args
+    permute_hidden: Any = TorchLSTM.permute_hidden
 
     def flatten_parameters(self) -> None:
         """Does nothing: the weights are read where they lie, at every call."""

@@ -1,5 +1,5 @@
-// Backward of one direction over the whole sequence: per step the cell's gradients, then dh_{t-1} = dgates W_hh.
-// dx, dW and db are products over all rows after the loop and are not made here.
+// Backward of one direction over the whole sequence: per step the cell's gradients, then dh_{t-1} = dgates
+// W_hh. dx, dW and db are products over all rows after the loop and are not made here.
 #pragma once
 
 #include "cpu/forward.h"
@@ -33,13 +33,14 @@ void pack_columns(const T* b, int64_t K, int64_t N, int64_t row_stride, int64_t 
 
 template <class T>
 int64_t backward_scratch(int64_t H, int64_t P) {
-  return P == H ? 0 : kRowGroup * padded_columns<T>(H);  // gradients of h before the projection, for a row group
+  return P == H ? 0
+                : kRowGroup * padded_columns<T>(H);  // gradients of h before the projection, for a row group
 }
 
 // c[rows, columns n_begin..n_end) = a[rows, K] times packed panels; c has room for whole panels.
 template <class T>
-void product_packed(int64_t rows, int64_t K, const T* a, int64_t lda, const T* packed, int64_t n_begin, int64_t n_end,
-                    T* c, int64_t ldc) {
+void product_packed(int64_t rows, int64_t K, const T* a, int64_t lda, const T* packed, int64_t n_begin,
+                    int64_t n_end, T* c, int64_t ldc) {
   constexpr int64_t W2 = kPanel<T>;
   if (rows <= 2) {
     for (int64_t n = n_begin; n < n_end; n += W2)
@@ -56,11 +57,13 @@ void product_direct(int64_t rows, int64_t K, const T* a, int64_t lda, const T* b
   constexpr int64_t W = kWidth<T>;
   for (int64_t r = 0; r < rows; ++r) {
     int64_t n = n_begin;
-    for (; n + 8 * W <= n_end; n += 8 * W) tile<T, 1, 8>(K, a + r * lda, lda, b + n, N, c + r * ldc + n, ldc, false);
-    for (; n + 4 * W <= n_end; n += 4 * W) tile<T, 1, 4>(K, a + r * lda, lda, b + n, N, c + r * ldc + n, ldc, false);
+    for (; n + 8 * W <= n_end; n += 8 * W)
+      tile<T, 1, 8>(K, a + r * lda, lda, b + n, N, c + r * ldc + n, ldc, false);
+    for (; n + 4 * W <= n_end; n += 4 * W)
+      tile<T, 1, 4>(K, a + r * lda, lda, b + n, N, c + r * ldc + n, ldc, false);
     for (; n < n_end; n += W) {
       const int part = static_cast<int>(std::min<int64_t>(W, n_end - n));
-      Vec<T> acc[4] = {};  // four sums, since each addition waits for the one before
+      Vec<T> acc[4] = {};                      // four sums, since each addition waits for the one before
       for (int64_t k = 0; k + 4 <= K; k += 4)  // K = 4H
 #pragma GCC unroll 4
         for (int q = 0; q < 4; ++q) acc[q] += a[r * lda + k + q] * load_part(b + (k + q) * N + n, part);
@@ -69,11 +72,11 @@ void product_direct(int64_t rows, int64_t K, const T* a, int64_t lda, const T* b
   }
 }
 
-// The cell's gradients for units [u0, u0 + n) of sorted row r at step t; dh points at the gradient of h_t before any
-// projection, without dy unless `dy` is null.
+// The cell's gradients for units [u0, u0 + n) of sorted row r at step t; dh points at the gradient of h_t
+// before any projection, without dy unless `dy` is null.
 template <class T>
-FASTLSTM_INLINE void cell_gradients(const BackwardArgs<T>& a, int64_t t, int64_t r, int64_t row, const T* c_enter,
-                                    const T* dh, const T* dy, int64_t u0, int n) {
+FASTLSTM_INLINE void cell_gradients(const BackwardArgs<T>& a, int64_t t, int64_t r, int64_t row,
+                                    const T* c_enter, const T* dh, const T* dy, int64_t u0, int n) {
   const int64_t H = a.H;
   const bool full = n == kWidth<T>;
   auto get = [&](const T* p) { return full ? load(p) : load_part(p, n); };
@@ -105,8 +108,10 @@ void backward(const BackwardArgs<T>& a, const Member& me) {
   const int64_t ld_hidden = padded_columns<T>(H);
   for (int64_t s = a.first + a.steps - 1; s >= a.first; --s) {
     const int64_t t = a.reverse ? steps - 1 - s : s;
-    const int64_t before = s == 0 ? -1 : (a.reverse ? t + 1 : t - 1);  // the step whose state entered this one
-    const int64_t held = before < 0 ? 0 : a.rows.count_at(before);      // rows that have it; the others began here
+    const int64_t before =
+        s == 0 ? -1 : (a.reverse ? t + 1 : t - 1);  // the step whose state entered this one
+    const int64_t held =
+        before < 0 ? 0 : a.rows.count_at(before);  // rows that have it; the others began here
     const int64_t offset = a.rows.offset_at(t) - a.base;
     const int64_t end = std::min(me.row_end, a.rows.count_at(t));
     for (int64_t r0 = me.row_begin; r0 < end; r0 += kRowGroup) {
@@ -131,7 +136,8 @@ void backward(const BackwardArgs<T>& a, const Member& me) {
         const T* dy = a.w_hr || !a.dy ? nullptr : a.dy + row * a.dy_stride;
         int64_t u = me.unit_begin;
         for (; u + W <= me.unit_end; u += W) cell_gradients(a, t, r, row, c_enter, dh, dy, u, W);
-        if (u < me.unit_end) cell_gradients(a, t, r, row, c_enter, dh, dy, u, static_cast<int>(me.unit_end - u));
+        if (u < me.unit_end)
+          cell_gradients(a, t, r, row, c_enter, dh, dy, u, static_cast<int>(me.unit_end - u));
       }
     }
     if (me.barrier) me.barrier->wait();

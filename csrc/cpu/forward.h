@@ -45,13 +45,13 @@ int64_t forward_scratch(int64_t H, int64_t P) {
 template <class T>
 struct ForwardStep {
   const ForwardArgs<T>& a;
-  int64_t t, s;         // time, and place in the direction's order
-  const T* h_in;        // [B, P]
-  T* h_out;             // [B, P]
-  T* gates;             // [count, 4H]
-  int64_t next_t;       // the step after this one in the direction's order, or -1
-  T* pre;               // [kRowGroup, 4 gates, W]
-  T* hidden;            // [kRowGroup, H] with projection
+  int64_t t, s;    // time, and place in the direction's order
+  const T* h_in;   // [B, P]
+  T* h_out;        // [B, P]
+  T* gates;        // [count, 4H]
+  int64_t next_t;  // the step after this one in the direction's order, or -1
+  T* pre;          // [kRowGroup, 4 gates, W]
+  T* hidden;       // [kRowGroup, H] with projection
 
   // Whether sorted row r enters the next step with zero state.
   bool cleared_next(int64_t r) const {
@@ -96,8 +96,7 @@ struct ForwardStep {
   void project(int64_t r0, int64_t r1, T* out /* [kRowGroup, padded P] */) const {
     constexpr int64_t W2 = kPanel<T>;
     const int64_t H = a.H, P = a.P, ld = (P + W2 - 1) / W2 * W2;
-    for (int64_t p = 0; p < P; p += W2)
-      panel_product(r1 - r0, H, hidden, H, a.w_hr + p * H, out + p, ld);
+    for (int64_t p = 0; p < P; p += W2) panel_product(r1 - r0, H, hidden, H, a.w_hr + p * H, out + p, ld);
     for (int64_t r = r0; r < r1; ++r) {
       const T* h = out + (r - r0) * ld;
       const int64_t row = t * a.rows.B + a.rows.batch_row_at(r);
@@ -132,8 +131,8 @@ struct ForwardStep {
     }
   }
 
-  // The same for one row from weight_hh as stored: dot products along its rows. For few rows and steps this beats
-  // packing, whose cost is that of several passes over the weights.
+  // The same for one row from weight_hh as stored: dot products along its rows. For few rows and steps this
+  // beats packing, whose cost is that of several passes over the weights.
   FASTLSTM_INLINE void block_direct(int64_t r, int64_t r_group, int64_t u0) const {
     constexpr int W = kWidth<T>;
     const int64_t H = a.H, P = a.P;

@@ -1,7 +1,7 @@
 // Register tiles of C (+)= A B on one core, for the products inside the time loop, and the packing of B.
 //
-// A panel is kPanel = 2 vectors of columns of B, stored [K][kPanel]: one panel then streams from the cache at two vector
-// loads for every 2*M multiply-adds of a tile of M rows.
+// A panel is kPanel = 2 vectors of columns of B, stored [K][kPanel]: one panel then streams from the cache at
+// two vector loads for every 2*M multiply-adds of a tile of M rows.
 #pragma once
 
 #include <algorithm>
@@ -10,8 +10,8 @@
 
 namespace fastlstm::FASTLSTM_ISA {
 
-// Rows of a tile: rows x 2 accumulators, 2 columns of B and one broadcast fill the registers (16, or 32 with AVX-512
-// and on aarch64).
+// Rows of a tile: rows x 2 accumulators, 2 columns of B and one broadcast fill the registers (16, or 32 with
+// AVX-512 and on aarch64).
 #if FASTLSTM_VECTOR_BYTES == 64 || defined(__aarch64__)
 constexpr int kTileRows = 12;
 #else
@@ -20,19 +20,21 @@ constexpr int kTileRows = 6;
 template <class T>
 constexpr int kPanel = 2 * kWidth<T>;
 
-// What a tile fetches into the L2 while it computes: `step` elements further at every k. The first tile of a panel reads
-// it at 32 GB/s a core, which an L3 does not give on demand, and hardware prefetching stops at every page.
+// What a tile fetches into the L2 while it computes: `step` elements further at every k. The first tile of a
+// panel reads it at 32 GB/s a core, which an L3 does not give on demand, and hardware prefetching stops at
+// every page.
 template <class T>
 struct Ahead {
   const T* from;
   int64_t step;
 };
 
-// c[m][n] (+)= sum over k of a[m][k] b[k][n], for M rows and NV vectors of columns, row strides lda, ldb, ldc. With
-// transposed_a, a is given as a[k][m]. Columns of b come two vectors a panel, panels `next_panel` elements apart.
+// c[m][n] (+)= sum over k of a[m][k] b[k][n], for M rows and NV vectors of columns, row strides lda, ldb,
+// ldc. With transposed_a, a is given as a[k][m]. Columns of b come two vectors a panel, panels `next_panel`
+// elements apart.
 template <class T, int M, int NV, bool transposed_a = false, bool fetch = false>
-FASTLSTM_INLINE void tile(int64_t K, const T* a, int64_t lda, const T* b, int64_t ldb, T* c, int64_t ldc, bool add,
-                          int64_t next_panel = kPanel<T>, Ahead<T> ahead = {nullptr, 0}) {
+FASTLSTM_INLINE void tile(int64_t K, const T* a, int64_t lda, const T* b, int64_t ldb, T* c, int64_t ldc,
+                          bool add, int64_t next_panel = kPanel<T>, Ahead<T> ahead = {nullptr, 0}) {
   constexpr int W = kWidth<T>;
   Vec<T> acc[M][NV];
 #pragma GCC unroll 16
@@ -69,16 +71,17 @@ FASTLSTM_INLINE void tile_rows(int rows, int64_t K, const T* a, int64_t lda, con
 
 // The same on a packed panel, fetching what comes after it.
 template <class T, int M = kTileRows>
-FASTLSTM_INLINE void panel_rows(int rows, int64_t K, const T* a, int64_t lda, const T* panel, T* c, int64_t ldc, bool add,
-                                Ahead<T> ahead) {
+FASTLSTM_INLINE void panel_rows(int rows, int64_t K, const T* a, int64_t lda, const T* panel, T* c,
+                                int64_t ldc, bool add, Ahead<T> ahead) {
   if constexpr (M > 0) {
-    if (rows == M) return tile<T, M, 2, false, true>(K, a, lda, panel, kPanel<T>, c, ldc, add, kPanel<T>, ahead);
+    if (rows == M)
+      return tile<T, M, 2, false, true>(K, a, lda, panel, kPanel<T>, c, ldc, add, kPanel<T>, ahead);
     panel_rows<T, M - 1>(rows, K, a, lda, panel, c, ldc, add, ahead);
   }
 }
 
-// Calls f(first row, rows) over `rows` in near-equal tiles of at most kTileRows: 4+4 rather than 6+2, since a tile of few
-// rows waits for the latency of its few accumulators.
+// Calls f(first row, rows) over `rows` in near-equal tiles of at most kTileRows: 4+4 rather than 6+2, since a
+// tile of few rows waits for the latency of its few accumulators.
 template <class F>
 FASTLSTM_INLINE void for_row_tiles(int64_t rows, F&& f) {
   const int64_t tiles = (rows + kTileRows - 1) / kTileRows;
@@ -95,9 +98,11 @@ FASTLSTM_INLINE void for_row_tiles(int64_t rows, F&& f) {
 // Depth of a product's pass: the panel of that depth and a tile's rows of A stay in a 32 KiB L1.
 constexpr int64_t kDepth = 16384 / (2 * FASTLSTM_VECTOR_BYTES);
 
-// c [rows, kPanel] = a [rows, K] times one packed panel. What lies behind the panel is taken to be the next one.
+// c [rows, kPanel] = a [rows, K] times one packed panel. What lies behind the panel is taken to be the next
+// one.
 template <class T>
-FASTLSTM_INLINE void panel_product(int64_t rows, int64_t K, const T* a, int64_t lda, const T* panel, T* c, int64_t ldc) {
+FASTLSTM_INLINE void panel_product(int64_t rows, int64_t K, const T* a, int64_t lda, const T* panel, T* c,
+                                   int64_t ldc) {
   constexpr int64_t W2 = kPanel<T>;
   const int64_t tiles = (rows + kTileRows - 1) / kTileRows;
   const int64_t depth = tiles == 1 ? K : kDepth;
@@ -115,9 +120,10 @@ FASTLSTM_INLINE void panel_product(int64_t rows, int64_t K, const T* a, int64_t 
 
 template <class T, bool transposed_a>
 FASTLSTM_INLINE void small_product_of(int64_t m, int64_t n, int64_t K, const T* a, int64_t lda, const T* b,
-                                      int64_t b_row, int64_t b_column, bool add, T* c, int64_t ldc, T* scratch) {
+                                      int64_t b_row, int64_t b_column, bool add, T* c, int64_t ldc,
+                                      T* scratch) {
   constexpr int64_t W2 = kPanel<T>;
-  T* panel = scratch;           // [K, W2]
+  T* panel = scratch;             // [K, W2]
   T* partial = scratch + K * W2;  // [kTileRows, W2]
   for (int64_t j = 0; j < n; j += W2) {
     const int64_t columns = std::min(W2, n - j);
@@ -126,7 +132,8 @@ FASTLSTM_INLINE void small_product_of(int64_t m, int64_t n, int64_t K, const T* 
     int64_t ldb = b_row;
     if (!whole || b_column != 1) {
       for (int64_t k = 0; k < K; ++k)
-        for (int64_t i = 0; i < W2; ++i) panel[k * W2 + i] = i < columns ? bj[k * b_row + i * b_column] : T(0);
+        for (int64_t i = 0; i < W2; ++i)
+          panel[k * W2 + i] = i < columns ? bj[k * b_row + i * b_column] : T(0);
       bj = panel;
       ldb = W2;
     }

@@ -1,5 +1,6 @@
-// The kernels for x86-64 CPUs with AVX2. Only what stands inside the target region may use it: the standard headers come
-// first, so that no inline function of theirs is compiled for avx2 and then linked into code for older CPUs.
+// The kernels for x86-64 CPUs with AVX2. Only what stands inside the target region may use it: the standard
+// headers come first, so that no inline function of theirs is compiled for avx2 and then linked into code for
+// older CPUs.
 #if defined(__x86_64__)
 #include <algorithm>
 #include <atomic>

@@ -1,4 +1,5 @@
-// The native ops on CPU tensors: the big products through ATen, the time loop through cpu/forward.h and backward.h.
+// The native ops on CPU tensors: the big products through ATen, the time loop through cpu/forward.h and
+// backward.h.
 #include <ATen/ATen.h>
 #include <ATen/ops/empty_native.h>
 #include <torch/library.h>
@@ -16,8 +17,8 @@ at::Tensor new_empty(at::IntArrayRef sizes, const at::Tensor& like) {
   return at::native::empty_cpu(sizes, like.scalar_type());
 }
 
-// Row-major C [m, n] = A [m, k] B [k, n] (+ C if add), through ATen where that is worth a call. A and B are given by
-// their rows' stride, or if transposed by that of the rows of A^T, B^T.
+// Row-major C [m, n] = A [m, k] B [k, n] (+ C if add), through ATen where that is worth a call. A and B are
+// given by their rows' stride, or if transposed by that of the rows of A^T, B^T.
 template <class T>
 struct Operand {
   const T* data;
@@ -34,11 +35,13 @@ void product(int64_t m, int64_t n, int64_t k, Operand<T> a, Operand<T> b, bool a
                                 b.transposed ? b.stride : 1, add, c, ldc, scratch.data());
   }
   const auto view = [](const T* data, int64_t rows, int64_t columns, int64_t stride, bool transposed) {
-    return at::from_blob(const_cast<T*>(data), {rows, columns}, {transposed ? 1 : stride, transposed ? stride : 1},
+    return at::from_blob(const_cast<T*>(data), {rows, columns},
+                         {transposed ? 1 : stride, transposed ? stride : 1},
                          at::TensorOptions(c10::CppTypeToScalarType<T>::value));
   };
   at::Tensor out = view(c, m, n, ldc, false);
-  const at::Tensor left = view(a.data, m, k, a.stride, a.transposed), right = view(b.data, k, n, b.stride, b.transposed);
+  const at::Tensor left = view(a.data, m, k, a.stride, a.transposed),
+                   right = view(b.data, k, n, b.stride, b.transposed);
   if (add)
     at::addmm_out(out, out, left, right);
   else
@@ -89,7 +92,8 @@ void sum_biases(const DirectionWeights& w, int64_t H, T* out) {
     return;
   }
   const at::Tensor ih = w.bias_ih.contiguous(), hh = w.bias_hh.contiguous();
-  std::transform(ih.const_data_ptr<T>(), ih.const_data_ptr<T>() + 4 * H, hh.const_data_ptr<T>(), out, std::plus<T>());
+  std::transform(ih.const_data_ptr<T>(), ih.const_data_ptr<T>() + 4 * H, hh.const_data_ptr<T>(), out,
+                 std::plus<T>());
 }
 
 OptionalTensor contiguous(const OptionalTensor& t) { return t ? OptionalTensor(t->contiguous()) : t; }
@@ -108,7 +112,8 @@ at::Tensor packed_input(const at::Tensor& x, const LayerSizes& s, const Ragged& 
   return packed;
 }
 
-// The packed rows [begin, end) of steps [first, first + steps) of direction d's own order, and the first of them in time.
+// The packed rows [begin, end) of steps [first, first + steps) of direction d's own order, and the first of
+// them in time.
 struct Span {
   int64_t t0, begin, end;
   Span(const LayerSizes& s, const Ragged& ragged, int64_t d, int64_t first, int64_t steps)
@@ -118,17 +123,18 @@ struct Span {
   int64_t rows() const { return end - begin; }
 };
 
-// Steps whose gates [., 4H] go through a buffer at once: at least `rows` of them for efficient products, else as few as
-// stay in cache between the products and the time loop. What is reused need not be fetched from the system, either.
+// Steps whose gates [., 4H] go through a buffer at once: at least `rows` of them for efficient products, else
+// as few as stay in cache between the products and the time loop. What is reused need not be fetched from the
+// system, either.
 int64_t chunk_steps(const LayerSizes& s, int64_t size, int64_t rows, int64_t bytes) {
   rows = std::max(rows, bytes / (4 * s.H * size));
   return std::clamp<int64_t>(rows / s.B, 1, s.T);
 }
 
 template <class T>
-LayerResults forward(const at::Tensor& x, const OptionalTensor& h0, const OptionalTensor& c0, at::TensorList weights,
-                     const OptionalTensor& lengths, const OptionalTensor& reset_mask, bool keep_cells,
-                     bool keep_reserve) {
+LayerResults forward(const at::Tensor& x, const OptionalTensor& h0, const OptionalTensor& c0,
+                     at::TensorList weights, const OptionalTensor& lengths, const OptionalTensor& reset_mask,
+                     bool keep_cells, bool keep_reserve) {
   const LayerSizes s(x, weights);
   s.check_inputs(x, h0, c0, lengths, reset_mask);
   const Ragged ragged(s, lengths, reset_mask);
@@ -189,25 +195,13 @@ LayerResults forward(const at::Tensor& x, const OptionalTensor& h0, const Option
       const at::Tensor w_hr = w.hr.contiguous();  // [P, H], its transpose is packed
       kernel.pack_columns(w_hr.const_data_ptr<T>(), H, P, 1, H, space.at(hr_at[d]));
     }
-    args.push_back({rows[d],
-                    H,
-                    P,
-                    d == 1,
-                    0,
-                    0,
-                    keep_reserve ? reserve.mutable_data_ptr<T>() + d * s.rows() * 4 * H : space.at(gates_at[d]),
-                    keep_reserve,
-                    space.at(bias_at[d]),
-                    w_hh.const_data_ptr<T>(),
-                    pack ? space.at(packed_at[d]) : nullptr,
-                    s.proj() ? space.at(hr_at[d]) : nullptr,
-                    h,
-                    space.at(c_at[d]),
-                    y.mutable_data_ptr<T>() + d * P,
-                    keep_cells ? cells.mutable_data_ptr<T>() + d * H : nullptr,
-                    D * P,
-                    D * H,
-                    space.at(scratch_at)});
+    args.push_back(
+        {rows[d], H, P, d == 1, 0, 0,
+         keep_reserve ? reserve.mutable_data_ptr<T>() + d * s.rows() * 4 * H : space.at(gates_at[d]),
+         keep_reserve, space.at(bias_at[d]), w_hh.const_data_ptr<T>(),
+         pack ? space.at(packed_at[d]) : nullptr, s.proj() ? space.at(hr_at[d]) : nullptr, h,
+         space.at(c_at[d]), y.mutable_data_ptr<T>() + d * P,
+         keep_cells ? cells.mutable_data_ptr<T>() + d * H : nullptr, D * P, D * H, space.at(scratch_at)});
   }
 
   for (int64_t first = 0; first < s.T; first += chunk) {
@@ -220,13 +214,15 @@ LayerResults forward(const at::Tensor& x, const OptionalTensor& h0, const Option
       product<T>(span.rows(), 4 * H, s.I, {input.const_data_ptr<T>() + span.begin * s.I, s.I},
                  {w_ih[d].const_data_ptr<T>(), s.I, true}, false, args[d].gates, 4 * H);
     }
-    run_plan(plan, rows, N, H, kernel.unit_block, [&](int64_t d, const Member& me) { kernel.forward(args[d], me); });
+    run_plan(plan, rows, N, H, kernel.unit_block,
+             [&](int64_t d, const Member& me) { kernel.forward(args[d], me); });
   }
 
   for (int64_t d = 0; d < D; ++d)
     for (int64_t r = 0; r < B; ++r) {
       const int64_t b = rows[d].batch_row_at(r);
-      // The state a forward row ends with lies where its last step wrote it; reverse rows all end with the last step.
+      // The state a forward row ends with lies where its last step wrote it; reverse rows all end with the
+      // last step.
       const int64_t parity = (d == 1 ? s.T : ragged.length(r)) % 2;
       const T* h = space.at(h_at[d]) + (parity * B + r) * P;
       std::copy_n(h, P, h_n.mutable_data_ptr<T>() + (d * B + b) * P);
@@ -237,8 +233,8 @@ LayerResults forward(const at::Tensor& x, const OptionalTensor& h0, const Option
 
 // The state [N, P] that enters each step, from y [T, B, D*P]: what dW_hh multiplies.
 template <class T>
-at::Tensor entering_states(const at::Tensor& y, const OptionalTensor& h0, const LayerSizes& s, const Ragged& ragged,
-                           int64_t d) {
+at::Tensor entering_states(const at::Tensor& y, const OptionalTensor& h0, const LayerSizes& s,
+                           const Ragged& ragged, int64_t d) {
   at::Tensor states = new_empty({ragged.N(), s.P}, y);
   T* out = states.mutable_data_ptr<T>();
   const T* from = y.const_data_ptr<T>() + d * s.P;
@@ -260,7 +256,8 @@ at::Tensor entering_states(const at::Tensor& y, const OptionalTensor& h0, const 
 
 // A weight's gradient dw [m, n] (+)= dgates [rows, m]^T times states [rows, n] with row stride ld.
 template <class T>
-void weight_gradient(int64_t rows, const T* dgates, const T* states, int64_t ld, bool add, const at::Tensor& dw) {
+void weight_gradient(int64_t rows, const T* dgates, const T* states, int64_t ld, bool add,
+                     const at::Tensor& dw) {
   const int64_t m = dw.size(0), n = dw.size(1);
   if (rows > 0)
     product<T>(m, n, rows, {dgates, m, true}, {states, ld}, add, dw.mutable_data_ptr<T>(), n);
@@ -268,21 +265,22 @@ void weight_gradient(int64_t rows, const T* dgates, const T* states, int64_t ld,
     std::fill_n(dw.mutable_data_ptr<T>(), m * n, T(0));
 }
 
-// dW_hh [4H, P] (+)= dgates^T times the states that entered the span's steps. In a plain batch these are y one step on,
-// and h0, without a copy.
+// dW_hh [4H, P] (+)= dgates^T times the states that entered the span's steps. In a plain batch these are y
+// one step on, and h0, without a copy.
 template <class T>
 void recurrent_gradient(const Span& span, const T* dgates, const at::Tensor& y, const OptionalTensor& h0,
                         const LayerSizes& s, int64_t d, bool add, const at::Tensor& dw) {
   const int64_t ld = s.D * s.P, G = 4 * s.H;
   const T* states = y.const_data_ptr<T>() + d * s.P;
   const bool reverse = d == 1;
-  const bool initial = reverse ? span.end == s.rows() : span.begin == 0;  // the direction's first step is among them
+  const bool initial =
+      reverse ? span.end == s.rows() : span.begin == 0;  // the direction's first step is among them
   const int64_t others = span.rows() - (initial ? s.B : 0);
   const int64_t from = reverse ? span.begin + s.B : span.begin - (initial ? 0 : s.B);
   weight_gradient<T>(others, dgates + (initial && !reverse ? s.B * G : 0), states + from * ld, ld, add, dw);
   if (initial && h0)
-    weight_gradient<T>(s.B, dgates + (reverse ? others * G : 0), h0->const_data_ptr<T>() + d * s.B * s.P, s.P, true,
-                       dw);
+    weight_gradient<T>(s.B, dgates + (reverse ? others * G : 0), h0->const_data_ptr<T>() + d * s.B * s.P, s.P,
+                       true, dw);
 }
 
 // db [G] (+)= the sum of the rows of dgates [rows, G].
@@ -302,8 +300,8 @@ void bias_gradient(int64_t rows, const T* dgates, bool add, const at::Tensor& db
 
 // h before the projection [N, H] = o * tanh(c).
 template <class T>
-at::Tensor unprojected(const at::Tensor& gates, const at::Tensor& cells, const LayerSizes& s, const Ragged& ragged,
-                       int64_t d) {
+at::Tensor unprojected(const at::Tensor& gates, const at::Tensor& cells, const LayerSizes& s,
+                       const Ragged& ragged, int64_t d) {
   at::Tensor hidden = new_empty({ragged.N(), s.H}, gates);
   T* out = hidden.mutable_data_ptr<T>();
   const T* c = cells.const_data_ptr<T>() + d * s.H;
@@ -401,7 +399,9 @@ LayerGradients backward(const OptionalTensor& dy_in, const OptionalTensor& dh_n,
                     space.at(dc_at[d]),
                     space.at(scratch_at)});
   }
-  const auto wanted = [&](int64_t i, at::IntArrayRef sizes) { return needs[i] ? new_empty(sizes, x) : none(); };
+  const auto wanted = [&](int64_t i, at::IntArrayRef sizes) {
+    return needs[i] ? new_empty(sizes, x) : none();
+  };
   bool need_input = false;
   for (size_t k = 0; k < weights.size(); ++k) {
     dweights.push_back(wanted(3 + k, weights[k].sizes()));
@@ -409,7 +409,9 @@ LayerGradients backward(const OptionalTensor& dy_in, const OptionalTensor& dh_n,
   }
   const at::Tensor input = need_input ? packed_input<T>(x, s, ragged) : at::Tensor();
   // Both directions add to dx, each from its own end.
-  const at::Tensor dx_rows = !needs[0] ? at::Tensor() : D == 1 ? new_empty({N, s.I}, x) : at::zeros({N, s.I}, x.options());
+  const at::Tensor dx_rows = !needs[0] ? at::Tensor()
+                             : D == 1  ? new_empty({N, s.I}, x)
+                                       : at::zeros({N, s.I}, x.options());
   std::vector<at::Tensor> w_ih, states(D), hidden(D);
   for (int64_t d = 0; d < D; ++d) {
     const int64_t at = d * s.per_direction;
@@ -427,7 +429,8 @@ LayerGradients backward(const OptionalTensor& dy_in, const OptionalTensor& dh_n,
       args[d].steps = end - first;
       args[d].base = Span(s, ragged, d, first, end - first).begin;
     }
-    run_plan(plan, rows, N, H, kernel.unit_block, [&](int64_t d, const Member& me) { kernel.backward(args[d], me); });
+    run_plan(plan, rows, N, H, kernel.unit_block,
+             [&](int64_t d, const Member& me) { kernel.backward(args[d], me); });
     for (int64_t d = 0; d < D; ++d) {
       const Span span(s, ragged, d, first, end - first);
       const int64_t at = d * s.per_direction, n = span.rows();
@@ -441,7 +444,8 @@ LayerGradients backward(const OptionalTensor& dy_in, const OptionalTensor& dh_n,
       if (need(1) && ragged.plain())
         recurrent_gradient<T>(span, dgates, y, h0, s, d, add, dweights[at + 1]);
       else if (need(1))
-        weight_gradient<T>(n, dgates, states[d].const_data_ptr<T>() + span.begin * P, P, add, dweights[at + 1]);
+        weight_gradient<T>(n, dgates, states[d].const_data_ptr<T>() + span.begin * P, P, add,
+                           dweights[at + 1]);
       if (s.bias && (need(2) || need(3))) bias_gradient<T>(n, dgates, add, dweights[at + (need(2) ? 2 : 3)]);
       if (s.proj() && need(s.per_direction - 1))
         weight_gradient<T>(n, args[d].dr, hidden[d].const_data_ptr<T>() + span.begin * H, H, add,
@@ -486,34 +490,39 @@ std::vector<at::Tensor> to(at::TensorList tensors, at::ScalarType dtype) {
   return out;
 }
 
-LayerResults layer(const at::Tensor& x, const OptionalTensor& h0, const OptionalTensor& c0, at::TensorList weights,
-                   const OptionalTensor& lengths, const OptionalTensor& reset_mask, bool keep_cells,
-                   bool keep_reserve) {
+LayerResults layer(const at::Tensor& x, const OptionalTensor& h0, const OptionalTensor& c0,
+                   at::TensorList weights, const OptionalTensor& lengths, const OptionalTensor& reset_mask,
+                   bool keep_cells, bool keep_reserve) {
   const at::ScalarType dtype = x.scalar_type();
-  if (dtype == at::kFloat) return forward<float>(x, h0, c0, weights, lengths, reset_mask, keep_cells, keep_reserve);
-  if (dtype == at::kDouble) return forward<double>(x, h0, c0, weights, lengths, reset_mask, keep_cells, keep_reserve);
+  if (dtype == at::kFloat)
+    return forward<float>(x, h0, c0, weights, lengths, reset_mask, keep_cells, keep_reserve);
+  if (dtype == at::kDouble)
+    return forward<double>(x, h0, c0, weights, lengths, reset_mask, keep_cells, keep_reserve);
   TORCH_CHECK(dtype == at::kHalf || dtype == at::kBFloat16, "x must be floating point, got ", dtype);
-  auto [y, h_n, c_n, cells, reserve] = forward<float>(x.to(at::kFloat), to_float(h0), to_float(c0),
-                                                      to(weights, at::kFloat), lengths, reset_mask, keep_cells,
-                                                      keep_reserve);
+  auto [y, h_n, c_n, cells, reserve] =
+      forward<float>(x.to(at::kFloat), to_float(h0), to_float(c0), to(weights, at::kFloat), lengths,
+                     reset_mask, keep_cells, keep_reserve);
   return {y.to(dtype), h_n.to(dtype), c_n.to(dtype), cells.to(dtype), reserve.to(dtype)};
 }
 
-LayerGradients layer_backward(const OptionalTensor& dy, const OptionalTensor& dh_n, const OptionalTensor& dc_n,
-                              const OptionalTensor& dcells, const at::Tensor& x, const OptionalTensor& h0,
-                              const OptionalTensor& c0, at::TensorList weights, const OptionalTensor& lengths,
-                              const OptionalTensor& reset_mask, const at::Tensor& y, const at::Tensor& cells,
-                              const at::Tensor& reserve, c10::List<bool> needs) {
+LayerGradients layer_backward(const OptionalTensor& dy, const OptionalTensor& dh_n,
+                              const OptionalTensor& dc_n, const OptionalTensor& dcells, const at::Tensor& x,
+                              const OptionalTensor& h0, const OptionalTensor& c0, at::TensorList weights,
+                              const OptionalTensor& lengths, const OptionalTensor& reset_mask,
+                              const at::Tensor& y, const at::Tensor& cells, const at::Tensor& reserve,
+                              c10::List<bool> needs) {
   const at::ScalarType dtype = x.scalar_type();
   if (dtype == at::kFloat)
-    return backward<float>(dy, dh_n, dc_n, dcells, x, h0, c0, weights, lengths, reset_mask, y, cells, reserve, needs);
+    return backward<float>(dy, dh_n, dc_n, dcells, x, h0, c0, weights, lengths, reset_mask, y, cells, reserve,
+                           needs);
   if (dtype == at::kDouble)
-    return backward<double>(dy, dh_n, dc_n, dcells, x, h0, c0, weights, lengths, reset_mask, y, cells, reserve, needs);
+    return backward<double>(dy, dh_n, dc_n, dcells, x, h0, c0, weights, lengths, reset_mask, y, cells,
+                            reserve, needs);
   TORCH_CHECK(dtype == at::kHalf || dtype == at::kBFloat16, "x must be floating point, got ", dtype);
   auto [dx, dh0, dc0, dweights] =
-      backward<float>(to_float(dy), to_float(dh_n), to_float(dc_n), to_float(dcells), x.to(at::kFloat), to_float(h0),
-                      to_float(c0), to(weights, at::kFloat), lengths, reset_mask, y.to(at::kFloat),
-                      cells.to(at::kFloat), reserve.to(at::kFloat), needs);
+      backward<float>(to_float(dy), to_float(dh_n), to_float(dc_n), to_float(dcells), x.to(at::kFloat),
+                      to_float(h0), to_float(c0), to(weights, at::kFloat), lengths, reset_mask,
+                      y.to(at::kFloat), cells.to(at::kFloat), reserve.to(at::kFloat), needs);
   return {dx.to(dtype), dh0.to(dtype), dc0.to(dtype), to(dweights, dtype)};
 }
 

@@ -32,27 +32,30 @@ class Ragged {
   }
   int64_t length(int64_t r) const { return ragged() ? length_[r] : T_; }
 
-  // Calls f(packed row, row t * B + b of the padded batch) for every step of every row, in parallel over steps.
+  // Calls f(packed row, row t * B + b of the padded batch) for every step of every row, in parallel over
+  // steps.
   template <class F>
   void for_each_row(F&& f) const {
     const Rows rows = this->rows(0);
-    at::parallel_for(0, T_, std::max<int64_t>(1, 4096 / std::max<int64_t>(1, B_)), [&](int64_t begin, int64_t end) {
-      for (int64_t t = begin; t < end; ++t)
-        for (int64_t r = 0, n = rows.count_at(t), offset = rows.offset_at(t); r < n; ++r)
-          f(offset + r, t * B_ + rows.batch_row_at(r), t, r);
-    });
+    at::parallel_for(0, T_, std::max<int64_t>(1, 4096 / std::max<int64_t>(1, B_)),
+                     [&](int64_t begin, int64_t end) {
+                       for (int64_t t = begin; t < end; ++t)
+                         for (int64_t r = 0, n = rows.count_at(t), offset = rows.offset_at(t); r < n; ++r)
+                           f(offset + r, t * B_ + rows.batch_row_at(r), t, r);
+                     });
   }
 
  private:
   void sort(const at::Tensor& lengths) {
     const int64_t* given = lengths.const_data_ptr<int64_t>();
     for (int64_t b = 0; b < B_; ++b)
-      TORCH_CHECK_VALUE(given[b] >= 0 && given[b] <= T_, "lengths must lie in [0, T=", T_, "], got ", given[b],
-                        " in row ", b);
+      TORCH_CHECK_VALUE(given[b] >= 0 && given[b] <= T_, "lengths must lie in [0, T=", T_, "], got ",
+                        given[b], " in row ", b);
     if (std::all_of(given, given + B_, [&](int64_t n) { return n == T_; })) return;
     batch_row_.resize(B_);
     std::iota(batch_row_.begin(), batch_row_.end(), 0);
-    std::stable_sort(batch_row_.begin(), batch_row_.end(), [&](int64_t a, int64_t b) { return given[a] > given[b]; });
+    std::stable_sort(batch_row_.begin(), batch_row_.end(),
+                     [&](int64_t a, int64_t b) { return given[a] > given[b]; });
     length_.resize(B_);
     for (int64_t r = 0; r < B_; ++r) length_[r] = given[batch_row_[r]];
     count_.resize(T_);
@@ -73,7 +76,8 @@ class Ragged {
     std::vector<uint8_t> fresh(N_ + 1);
     for (int64_t t = 0; t < T_; ++t)
       for (int64_t r = 0; r < rows.count_at(t); ++r) {
-        const int64_t begins = reverse ? t + 1 : t;  // reverse enters step t-1 anew where step t begins a sequence
+        const int64_t begins =
+            reverse ? t + 1 : t;  // reverse enters step t-1 anew where step t begins a sequence
         fresh[rows.offset_at(t) + r] =
             begins < T_ && r < rows.count_at(begins) && given[begins * B_ + rows.batch_row_at(r)];
       }

@@ -1,8 +1,10 @@
-// The CPU kernels as the binding sees them: one direction of one layer over the whole sequence. No torch, no ISA.
+// The CPU kernels as the binding sees them: one direction of one layer over the whole sequence. No torch, no
+// ISA.
 //
-// Rows. Ragged batches are run as PackedSequence stores them: rows sorted by falling length, step t holding the first
-// count[t] of them at packed rows offset[t] ... of every [N, .] array. A dense batch has count B and offset t * B.
-// Sizes: T steps, B rows, N = sum of lengths, H units, P features of h (H without projection). Gates i, f, g, o.
+// Rows. Ragged batches are run as PackedSequence stores them: rows sorted by falling length, step t holding
+// the first count[t] of them at packed rows offset[t] ... of every [N, .] array. A dense batch has count B
+// and offset t * B. Sizes: T steps, B rows, N = sum of lengths, H units, P features of h (H without
+// projection). Gates i, f, g, o.
 #pragma once
 
 #include <atomic>
@@ -36,10 +38,10 @@ struct ForwardArgs {
   const T* w_hh;    // [4H, P]  as torch.nn.LSTM stores it
   const T* packed;  // w_hh by pack_forward, or null: run from w_hh itself
   const T* w_hr;    // pack_columns of weight_hr^T [H, P], or null without projection
-  T* h;             // [2, B, P]  state, sorted rows; step s of the order reads h[s % 2] and writes h[(s + 1) % 2]
-  T* c;             // [B, H]     state
-  T* y;             // [T, B, .]  out, row t * B + b at y + row * y_stride
-  T* cells;         // likewise with cells_stride, or null
+  T* h;      // [2, B, P]  state, sorted rows; step s of the order reads h[s % 2] and writes h[(s + 1) % 2]
+  T* c;      // [B, H]     state
+  T* y;      // [T, B, .]  out, row t * B + b at y + row * y_stride
+  T* cells;  // likewise with cells_stride, or null
   int64_t y_stride, cells_stride;
   T* scratch;  // per member, forward_scratch(H, P) elements
 };
@@ -51,11 +53,11 @@ struct BackwardArgs {
   bool reverse;
   int64_t first, steps;  // which steps of the direction's own order this call runs, last to first
   int64_t base;          // packed row that row 0 of dgates and dr is
-  const T* gates;   // [N, 4H]  activated
-  const T* cells;   // [T, B, .] c of every step
-  const T* c0;      // [B, H] sorted rows
-  const T* dy;      // [T, B, .] or null
-  const T* dcells;  // [T, B, .] or null
+  const T* gates;        // [N, 4H]  activated
+  const T* cells;        // [T, B, .] c of every step
+  const T* c0;           // [B, H] sorted rows
+  const T* dy;           // [T, B, .] or null
+  const T* dcells;       // [T, B, .] or null
   int64_t cells_stride, dy_stride, dcells_stride;
   const T* w_hh;    // [4H, P]
   const T* packed;  // pack_columns of w_hh, or null: run from w_hh itself
@@ -95,8 +97,8 @@ class Barrier {
   alignas(64) std::atomic<int> phase_{0};
 };
 
-// One thread's part of a direction: sorted rows [row_begin, row_end) and units [unit_begin, unit_end). Members that
-// share rows split the units, and meet at the barrier in every step; otherwise barrier is null.
+// One thread's part of a direction: sorted rows [row_begin, row_end) and units [unit_begin, unit_end).
+// Members that share rows split the units, and meet at the barrier in every step; otherwise barrier is null.
 struct Member {
   int64_t row_begin, row_end;
   int64_t unit_begin, unit_end;  // multiples of unit_block, or H at the end
@@ -112,16 +114,18 @@ struct Kernels {
   void (*pack_forward)(const T* w_hh, int64_t H, int64_t P, T* packed);
   // B [K, N] with row and column strides into panels: columns_packed_size(K, N) elements.
   int64_t (*columns_packed_size)(int64_t K, int64_t N);
-  void (*pack_columns)(const T* b, int64_t K, int64_t N, int64_t row_stride, int64_t column_stride, T* packed);
+  void (*pack_columns)(const T* b, int64_t K, int64_t N, int64_t row_stride, int64_t column_stride,
+                       T* packed);
   int64_t (*padded_columns)(int64_t N);
   int64_t (*forward_scratch)(int64_t H, int64_t P);
   int64_t (*backward_scratch)(int64_t H, int64_t P);
   void (*forward)(const ForwardArgs<T>&, const Member&);
   void (*backward)(const BackwardArgs<T>&, const Member&);
-  // C [m, n] (+)= A [m, K] B [K, n] on this thread, for products too small to be worth a BLAS call. A has row stride
-  // lda, or is given as A^T with that; B has any two strides. scratch holds small_product_scratch(K) elements.
-  void (*small_product)(int64_t m, int64_t n, int64_t K, const T* a, int64_t lda, bool transposed_a, const T* b,
-                        int64_t b_row, int64_t b_column, bool add, T* c, int64_t ldc, T* scratch);
+  // C [m, n] (+)= A [m, K] B [K, n] on this thread, for products too small to be worth a BLAS call. A has row
+  // stride lda, or is given as A^T with that; B has any two strides. scratch holds small_product_scratch(K)
+  // elements.
+  void (*small_product)(int64_t m, int64_t n, int64_t K, const T* a, int64_t lda, bool transposed_a,
+                        const T* b, int64_t b_row, int64_t b_column, bool add, T* c, int64_t ldc, T* scratch);
   int64_t (*small_product_scratch)(int64_t K);
   // out[j] = sum over the N rows of x[.][j], for columns [begin, end) of x [N, columns].
   void (*column_sums)(const T* x, int64_t N, int64_t columns, int64_t begin, int64_t end, T* out);

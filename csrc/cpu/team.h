@@ -11,19 +11,20 @@
 
 namespace fastlstm {
 
-// The threads of a layer: per direction a number of members that split either the rows (and never meet) or the units
-// (and meet at a barrier in every step).
+// The threads of a layer: per direction a number of members that split either the rows (and never meet) or
+// the units (and meet at a barrier in every step).
 struct Plan {
   int64_t D;
-  int members = 1;           // per direction
-  bool concurrent = false;   // directions on threads of their own
+  int members = 1;          // per direction
+  bool concurrent = false;  // directions on threads of their own
   bool split_units = false;
 
   int threads() const { return members * (concurrent ? static_cast<int>(D) : 1); }
 };
 
 // From the sizes of a layer; `rows` is the mean number of rows a step has, `size` that of an element.
-inline Plan make_plan(int64_t D, int64_t T, double rows, int64_t H, int64_t P, int64_t size, int64_t unit_block) {
+inline Plan make_plan(int64_t D, int64_t T, double rows, int64_t H, int64_t P, int64_t size,
+                      int64_t unit_block) {
   // A step's multiply-adds; a fork and join cost about what 1e5 of them take, a barrier 1e4.
   const double step = rows * 4 * H * (P + 16);
   Plan plan{D};
@@ -33,7 +34,8 @@ inline Plan make_plan(int64_t D, int64_t T, double rows, int64_t H, int64_t P, i
   const int most = available / (plan.concurrent ? 2 : 1);
   if (most <= 1) return plan;
   const double weights = 4.0 * H * P * size;
-  // Splitting rows reads all weights in every thread: fine while they stay in its L2 and the rows fill a tile each.
+  // Splitting rows reads all weights in every thread: fine while they stay in its L2 and the rows fill a tile
+  // each.
   const bool rows_fit = rows / most >= (weights <= (1 << 20) ? 3 : 24);
   if (P != H || rows_fit) {
     plan.members = static_cast<int>(std::max(1.0, std::min<double>(most, rows)));
@@ -62,7 +64,8 @@ inline int64_t row_boundary(const Rows& rows, int64_t N, int k, int n) {
 
 // Runs body(direction, member) for every part of the plan, each on a thread of its own.
 template <class F>
-void run_plan(const Plan& plan, const std::vector<Rows>& rows, int64_t N, int64_t H, int64_t unit_block, F&& body) {
+void run_plan(const Plan& plan, const std::vector<Rows>& rows, int64_t N, int64_t H, int64_t unit_block,
+              F&& body) {
   const auto member = [&](int64_t d, int k, int n, bool units, Barrier* barrier, int index) {
     Member me{0, rows[d].B, 0, H, index, nullptr};
     if (units) {

@@ -1,6 +1,6 @@
 // Vectors of one ISA and the activation functions on them. Included once by each isa_*.cpp, which first sets
-//   FASTLSTM_ISA           the namespace, so that the same code compiled for several ISAs never merges at link time
-//   FASTLSTM_VECTOR_BYTES  the register width
+//   FASTLSTM_ISA           the namespace, so that the same code compiled for several ISAs never merges at
+//   link time FASTLSTM_VECTOR_BYTES  the register width
 // GCC and Clang vector extensions only, so that one source serves x86-64 and aarch64.
 #pragma once
 
@@ -49,19 +49,29 @@ FASTLSTM_INLINE void store(T* p, Vec<T> v) {
 }
 // The first n <= width elements only, nothing beyond them touched; the rest read as zero.
 #if defined(__x86_64__) && FASTLSTM_VECTOR_BYTES == 64
-FASTLSTM_INLINE Vec<float> load_part(const float* p, int n) { return _mm512_maskz_loadu_ps((1u << n) - 1, p); }
-FASTLSTM_INLINE Vec<double> load_part(const double* p, int n) { return _mm512_maskz_loadu_pd((1u << n) - 1, p); }
+FASTLSTM_INLINE Vec<float> load_part(const float* p, int n) {
+  return _mm512_maskz_loadu_ps((1u << n) - 1, p);
+}
+FASTLSTM_INLINE Vec<double> load_part(const double* p, int n) {
+  return _mm512_maskz_loadu_pd((1u << n) - 1, p);
+}
 FASTLSTM_INLINE void store_part(float* p, Vec<float> v, int n) { _mm512_mask_storeu_ps(p, (1u << n) - 1, v); }
-FASTLSTM_INLINE void store_part(double* p, Vec<double> v, int n) { _mm512_mask_storeu_pd(p, (1u << n) - 1, v); }
+FASTLSTM_INLINE void store_part(double* p, Vec<double> v, int n) {
+  _mm512_mask_storeu_pd(p, (1u << n) - 1, v);
+}
 #elif defined(__x86_64__) && FASTLSTM_VECTOR_BYTES == 32
 inline const int32_t kPartMask[16] = {-1, -1, -1, -1, -1, -1, -1, -1, 0, 0, 0, 0, 0, 0, 0, 0};
 FASTLSTM_INLINE __m256i part_mask(int words) {
   return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(kPartMask + 8 - words));
 }
 FASTLSTM_INLINE Vec<float> load_part(const float* p, int n) { return _mm256_maskload_ps(p, part_mask(n)); }
-FASTLSTM_INLINE Vec<double> load_part(const double* p, int n) { return _mm256_maskload_pd(p, part_mask(2 * n)); }
+FASTLSTM_INLINE Vec<double> load_part(const double* p, int n) {
+  return _mm256_maskload_pd(p, part_mask(2 * n));
+}
 FASTLSTM_INLINE void store_part(float* p, Vec<float> v, int n) { _mm256_maskstore_ps(p, part_mask(n), v); }
-FASTLSTM_INLINE void store_part(double* p, Vec<double> v, int n) { _mm256_maskstore_pd(p, part_mask(2 * n), v); }
+FASTLSTM_INLINE void store_part(double* p, Vec<double> v, int n) {
+  _mm256_maskstore_pd(p, part_mask(2 * n), v);
+}
 #else
 template <class T>
 FASTLSTM_INLINE Vec<T> load_part(const T* p, int n) {
@@ -87,7 +97,8 @@ FASTLSTM_INLINE T sum(Vec<T> v) {
 
 // Per type: exp's argument limits, 2^n through the exponent field, ln 2 in two parts, and q of
 //   expm1(r) = r + r^2 q(r),  |r| <= ln(2)/2,
-// a Chebyshev fit whose error is below 0.2 ulp of expm1(r), summed in pairs because a chain of multiply-adds is slower.
+// a Chebyshev fit whose error is below 0.2 ulp of expm1(r), summed in pairs because a chain of multiply-adds
+// is slower.
 template <class T>
 struct ExpConstants;
 template <>
@@ -113,7 +124,8 @@ struct ExpConstants<double> {
   template <class V>
   static FASTLSTM_INLINE V q(V r, V r2) {
     const V r4 = r2 * r2;
-    const V low = (0.5 + 1.6666666666666671e-1 * r) + r2 * (4.1666666666666670e-2 + 8.3333333333261351e-3 * r);
+    const V low =
+        (0.5 + 1.6666666666666671e-1 * r) + r2 * (4.1666666666666670e-2 + 8.3333333333261351e-3 * r);
     const V middle = (1.3888888888883749e-3 + 1.9841269874820625e-4 * r) +
                      r2 * (2.4801587325547742e-5 + 2.7557255400206424e-6 * r);
     const V high = (2.7557273643110295e-7 + 2.5105217004720745e-8 * r) + r2 * 2.0914686968086877e-9;
@@ -138,7 +150,8 @@ FASTLSTM_INLINE void reduce_exp(Vec<T> x, Vec<T>& scale, Vec<T>& p) {
 }
 
 // The activations; max error and range as tested by tests/test_activations.py: 2.5 ulp for every
-// finite argument, down to results of 1.2e-38 (float) and 3e-308 (double), below which sigmoid stays at about that.
+// finite argument, down to results of 1.2e-38 (float) and 3e-308 (double), below which sigmoid stays at about
+// that.
 template <class T>
 struct Activation {
   using V = Vec<T>;
@@ -152,7 +165,8 @@ struct Activation {
     reduce_exp<T>(z, scale, p);
     return T(1) / (T(1) + (scale + scale * p));
   }
-  // expm1(2x) / (expm1(2x) + 2): no cancellation near 0; on |x|, where an error of expm1 cancels in the quotient
+  // expm1(2x) / (expm1(2x) + 2): no cancellation near 0; on |x|, where an error of expm1 cancels in the
+  // quotient
   static FASTLSTM_INLINE V tanh(V x) {
     constexpr T kLimit = sizeof(T) == 4 ? 10 : 20;  // tanh is 1 to the last bit from 9.02 and 19.07 on
     Bits<T> bits, sign = Bits<T>{} + std::numeric_limits<typename ExpConstants<T>::Int>::min();

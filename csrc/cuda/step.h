@@ -1,5 +1,4 @@
-// What one thread of each kernel in cell_kernels.h computes: V neighbouring features of one row of one
-// direction.
+// What one thread of each kernel in cell_kernels.h computes: V neighbouring features of one row.
 //
 // Host and device, and only plain memory accesses, so that the tests run the same code without a GPU
 // (tests/test_cuda_host.py). The equations themselves are in cell.h.
@@ -93,8 +92,8 @@ FASTLSTM_HD void add(Vec<A, V>& x, const Vec<A, V>& y) {
   for (int k = 0; k < V; ++k) x.v[k] += y.v[k];
 }
 
-// The C library's functions and CUDA's: at most 2 ulp, no limit on the argument (CUDA C++ Programming
-// Guide, 17.1).
+// expf, tanhf, exp and tanh of CUDA: at most 2 ulp for every argument (CUDA C++ Programming Guide,
+// Mathematical Functions).
 template <class A>
 struct Exact {
   static FASTLSTM_HD A sigmoid(A x) { return A(1) / (A(1) + exp(-x)); }

@@ -10,4 +10,6 @@ from types import ModuleType
 
 from . import eager, native, triton
 
-BACKENDS: dict[str, ModuleType] = {module.NAME: module for module in (native, triton, eager)}
+# Interpreted, Triton is for tests: last, so that "auto" never takes it.
+_PREFERENCE = (native, eager, triton) if triton.INTERPRETED else (native, triton, eager)
+BACKENDS: dict[str, ModuleType] = {module.NAME: module for module in _PREFERENCE}

@@ -10,6 +10,8 @@ autograd graph per step. Backward, from the gradients of h_t and c_t (gates' pre
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -76,7 +78,7 @@ def forward(x, h0, c0, weights, lengths, reset_mask, keep_cells, keep_reserve):
         results.append(_forward_direction(steps.only_valid(x).to(dtype), h, c, w, steps))
     y, h_n, c_n, cells, gates = zip(*results, strict=True)
 
-    def joined(parts: list[Tensor]) -> Tensor:
+    def joined(parts: Sequence[Tensor]) -> Tensor:
         return torch.cat([p.to(x.dtype) for p in parts], dim=-1)
 
     return (

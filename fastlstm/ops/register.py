@@ -89,7 +89,7 @@ def _autograd_backward(op: Callable[..., Any], ctx: Any, dy, dh_n, dc_n, dcells,
     else:
         dx, dh0, dc0, dw = op(dy, dh_n, dc_n, dcells, x, h0, c0, weights, lengths, reset_mask, y, cells, reserve, needs)
         flat = [g if need else None for g, need in zip([dx, dh0, dc0, *dw], needs, strict=True)]
-        grads = (*flat[:3], flat[3:])
+        grads = (flat[0], flat[1], flat[2], flat[3:])
     return (*grads, None, None, None, None)
 
 
@@ -109,8 +109,8 @@ def differentiable_backward(
     """Backward for `create_graph=True`: the reference's gradients, themselves differentiable to any order."""
     inputs = [x, h0, c0, *weights]
     # Views, so that a tensor given in two roles gets its own gradient for each.
-    x, h0, c0, *weights = [None if t is None else t.view_as(t) for t in inputs]  # type: ignore[misc]
-    wanted = [t for t, need in zip([x, h0, c0, *weights], needs, strict=True) if need]
+    x, h0, c0, *weights = [None if t is None else t.view_as(t) for t in inputs]  # type: ignore[misc, assignment]
+    wanted = [t for t, need in zip([x, h0, c0, *weights], needs, strict=True) if need and t is not None]
     outputs = reference.layer(x, h0, c0, weights, lengths, reset_mask)
     pairs = [
         (out, grad)

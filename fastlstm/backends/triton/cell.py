@@ -1,0 +1,93 @@
+"""The LSTM cell in Triton, forward and backward, and what both kernels need around it. Equations: ../eager.py."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+# Triton's interpreter multiplies bf16 as if its bits were integers and cuts fp32 off to bf16 instead of rounding
+# (3.6 to 3.9), so `product` and `rounded` do both by hand there. No compiled kernel contains that code.
+INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
+
+
+@triton.jit
+def sigmoid(x):
+    """1 / (1 + e^-x); e^-x = inf gives 0."""
+    return 1 / (1 + tl.exp(-x))
+
+
+@triton.jit
+def tanh(x):
+    """tanh within a few ulp of fp32: an odd polynomial near 0, where 2 sigmoid(2x) - 1 cancels, and that elsewhere.
+
+    The coefficients are a minimax fit of (tanh(x) - x)/x^3 in x^2 over |x| < 0.6, relative error 2.8e-9.
+    """
+    x2 = x * x
+    p = ((((-0.005895158 * x2 + 0.020795971) * x2 - 0.05378383) * x2 + 0.13331924) * x2 - 0.333333) * x2 * x + x
+    return tl.where(tl.abs(x) < 0.6, p, 2 * sigmoid(2 * x) - 1)
+
+
+@triton.jit
+def cell_forward(a_i, a_f, a_g, a_o, c):
+    """i, f, g, o, the new c and h from the gates' pre-activations and the c before, all fp32."""
+    i, f, g, o = sigmoid(a_i), sigmoid(a_f), tanh(a_g), sigmoid(a_o)
+    c = f * c + i * g
+    return i, f, g, o, c, o * tanh(c)
+
+
+@triton.jit
+def cell_backward(i, f, g, o, c, c_enter, dh, dc):
+    """Gradients of the four pre-activations and of c_enter, from those of h and c; i, f, g, o activated; all fp32."""
+    tanh_c = tanh(c)
+    dc += dh * o * (1 - tanh_c * tanh_c)
+    return dc * g * i * (1 - i), dc * c_enter * f * (1 - f), dc * i * (1 - g * g), dh * tanh_c * o * (1 - o), dc * f
+
+
+@triton.jit
+def product(a, b, acc, PRECISION: tl.constexpr):
+    """acc + a @ b, accumulated in fp32; PRECISION, "ieee" or "tf32", says how fp32 operands are multiplied."""
+    if INTERPRETED:
+        a, b = a.to(tl.float32), b.to(tl.float32)
+    return tl.dot(a, b, acc, input_precision=PRECISION)
+
+
+@triton.jit
+def rounded(x, dtype: tl.constexpr):
+    """fp32 x as dtype, rounded to nearest even."""
+    if INTERPRETED and dtype == tl.bfloat16:
+        bits = x.to(tl.int32, bitcast=True)
+        bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & -65536
+        x = bits.to(tl.float32, bitcast=True)
+    return x.to(dtype)
+
+
+@triton.jit
+def row_lengths(
+    lengths,  # [B] int64, or None: every row has T steps
+    row,  # [BLOCK_B] rows of the batch
+    T,
+    B,
+):
+    """The steps each row has, 0 for rows past the batch, so that t < length says that a row has step t."""
+    return tl.where(row < B, T, 0) if lengths is None else tl.load(lengths + row, mask=row < B, other=0).to(tl.int32)
+
+
+@triton.jit
+def has_step(t, length):
+    """Whether each row has step t, which may lie at -1 or T as well."""
+    # length * 0 for 0: where a scalar comparison meets a tensor, the interpreter takes its bits for integers.
+    return (t < length) & (length * 0 <= t)
+
+
+@triton.jit
+def starts_fresh(
+    reset_mask,  # [T, B] uint8
+    t,
+    d,
+    row,  # [BLOCK_B]
+    length,  # [BLOCK_B]
+    B,
+):
+    """Whether step t, which each row has, starts from zero state: flagged itself, or in reverse, where t+1 is."""
+    begins = t + d
+    return tl.load(reset_mask + begins.to(tl.int64) * B + row, mask=begins < length, other=0) != 0

@@ -1,0 +1,221 @@
+"""The two ops of the `triton` backend: buffers, the products outside the time loop, and the launches within it."""
+
+from __future__ import annotations
+
+import functools
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from ...ops.schema import LayerShape, backward_outputs, forward_outputs, split_weights
+from . import resident, tiled
+from .plan import Row, Tiles, alignment, choose
+
+
+def forward(x, h0, c0, weights, lengths, reset_mask, keep_cells, keep_reserve):
+    """Kernel of fastlstm::triton_layer (fastlstm/ops/schema.py)."""
+    s = LayerShape.of(weights)
+    T, B = x.shape[:2]
+    y, h_n, c_n, cells, reserve = forward_outputs(x, weights, keep_cells, keep_reserve)
+    if B == 0:
+        return y, h_n, c_n, cells, reserve
+    gates = reserve if keep_reserve else x.new_empty(s.D, T, B, 4 * s.H)
+    rows = x.flatten(0, 1)
+    for d, w in enumerate(split_weights(weights)):
+        out = gates[d].view(T * B, 4 * s.H)
+        if w.bias_ih is None or w.bias_hh is None:
+            torch.mm(rows, w.ih.t(), out=out)
+        else:
+            torch.addmm(w.bias_ih + w.bias_hh, rows, w.ih.t(), out=out)
+    layer = _Layer(x, weights, lengths, reset_mask)
+    c_out = cells if keep_cells or keep_reserve else None
+    with layer.device_guard():
+        if layer.row.kernel == "resident":
+            layer.launch_resident(
+                resident.layer_resident_fwd,
+                layer.row.forward,
+                (gates, layer.w_hh, _ready(h0), _ready(c0), layer.lengths, layer.reset_mask, y, h_n, c_n, c_out),
+                (keep_reserve,),
+            )
+        else:
+            h_state = x.new_empty(2, s.D, B, s.H)
+            h_state[0] = 0 if h0 is None else h0
+            c_state = _state(c0, x, s)
+            layer.launch_tiled(
+                (tiled.layer_streamed_fwd, tiled.step_tiled_fwd),
+                layer.row.forward,
+                (gates, layer.w_hh, h_state, c_state, layer.lengths, layer.reset_mask, y, c_out),
+                (keep_reserve,),
+                steps=T,
+            )
+            h_n.copy_(h_state[T % 2])
+            c_n.copy_(c_state)
+    return y, h_n, c_n, cells, reserve
+
+
+def backward(dy, dh_n, dc_n, dcells, x, h0, c0, weights, lengths, reset_mask, y, cells, reserve, needs):
+    """Kernel of fastlstm::triton_layer_backward."""
+    s = LayerShape.of(weights)
+    T, B = x.shape[:2]
+    dx, dh0, dc0, dweights = backward_outputs(x, weights, needs)
+    dgates = torch.empty_like(reserve)
+    if B > 0:
+        layer = _Layer(x, weights, lengths, reset_mask)
+        with layer.device_guard():
+            if layer.row.kernel == "resident":
+                dh, dc = x.new_empty(s.D, B, s.H), x.new_empty(s.D, B, s.H)
+                layer.launch_resident(
+                    resident.layer_resident_bwd,
+                    layer.row.backward,
+                    (
+                        *map(_ready, (dy, dh_n, dc_n, dcells)),
+                        *(reserve, cells, _ready(c0), layer.w_hh, layer.lengths, layer.reset_mask, dgates, dh, dc),
+                    ),
+                    (),
+                )
+            else:
+                dh, dc = _state(dh_n, x, s), _state(dc_n, x, s)
+                layer.launch_tiled(
+                    (tiled.layer_streamed_bwd, tiled.step_tiled_bwd),
+                    layer.row.backward,
+                    (
+                        *(_ready(dy), _ready(dcells), reserve, cells, _ready(c0)),
+                        *(layer.w_hh, layer.lengths, layer.reset_mask, dgates, dh, dc),
+                    ),
+                    (),
+                    steps=T + 1,
+                )
+        for grad, state in ((dh0, dh), (dc0, dc)):
+            if grad.numel():
+                grad.copy_(state)
+    _products(dx, dweights, dgates, x, h0, weights, lengths, reset_mask, y, needs)
+    return dx, dh0, dc0, dweights
+
+
+def _products(dx, dweights, dgates, x, h0, weights, lengths, reset_mask, y, needs) -> None:
+    """dx and every weight's gradient from dgates [D, T, B, 4H]: one product or sum each, over all T*B rows."""
+    s = LayerShape.of(weights)
+    T, B, n = *x.shape[:2], s.per_direction
+    valid = None if lengths is None else torch.arange(T, device=x.device)[:, None] < lengths  # [T, B]
+    for d, w in enumerate(split_weights(weights)):
+        rows = dgates[d].view(T * B, 4 * s.H)
+        need, dw = needs[3 + d * n :], dweights[d * n : (d + 1) * n]
+        if needs[0]:
+            # beta = 0 overwrites: dx may hold anything before the first direction.
+            flat = dx.flatten(0, 1)
+            torch.addmm(flat, rows, w.ih, beta=float(d > 0), out=flat)
+        if need[0]:
+            # Padding may hold NaN, and 0 * NaN would enter the sum.
+            inputs = x if valid is None else x.masked_fill(~valid[..., None], 0)
+            torch.mm(rows.t(), inputs.flatten(0, 1), out=dw[0])
+        if need[1]:
+            entering = _entering(y[..., d * s.H : (d + 1) * s.H], h0, d, valid, reset_mask)
+            torch.mm(rows.t(), entering.flatten(0, 1), out=dw[1])
+        if s.bias and (need[2] or need[3]):
+            db = rows.sum(0)
+            for k in (2, 3):
+                if need[k]:
+                    dw[k].copy_(db)
+
+
+def _entering(y: Tensor, h0: Tensor | None, d: int, valid: Tensor | None, reset_mask: Tensor | None) -> Tensor:
+    """The h [T, B, H] each step of direction d read; rows without the step may hold any finite value."""
+    h = y.new_zeros(1, *y.shape[1:]) if h0 is None else h0[d : d + 1]
+    entering = torch.cat([y[1:], h] if d else [h, y[:-1]])
+    if d and valid is not None and h0 is not None:  # in reverse a row starts at its last step
+        starts = valid & torch.cat([~valid[1:], torch.ones_like(valid[:1])])
+        entering = torch.where(starts[..., None], h, entering)
+    if reset_mask is not None:
+        fresh = reset_mask
+        if d:  # step t is entered anew where t+1 begins a sequence
+            fresh = reset_mask if valid is None else reset_mask & valid
+            fresh = torch.cat([fresh[1:], torch.zeros_like(fresh[:1])])
+        entering = entering.masked_fill(fresh[..., None], 0)
+    return entering
+
+
+class _Layer:
+    """What the launches of one op share."""
+
+    def __init__(self, x: Tensor, weights: list[Tensor], lengths: Tensor | None, reset_mask: Tensor | None) -> None:
+        self.shape = LayerShape.of(weights)
+        self.T, self.B = x.shape[:2]
+        self.device = x.device
+        hidden = [w.hh for w in split_weights(weights)]
+        self.w_hh = torch.stack(hidden) if len(hidden) > 1 else _ready(hidden[0])  # [D, 4H, H]
+        self.lengths = _ready(lengths)
+        self.reset_mask = None if reset_mask is None else _ready(reset_mask.contiguous().view(torch.uint8))
+        self.target, shared = _target(x.device)
+        self.precision = "tf32" if x.dtype == torch.float32 and self.target == "cuda" and _tf32() else "ieee"
+        kind = self.precision if x.dtype == torch.float32 else "half"
+        self.row: Row = choose(self.target, kind, self.shape.H, shared)
+
+    def device_guard(self) -> AbstractContextManager[Any]:
+        return nullcontext() if self.device.type == "cpu" else torch.get_device_module(self.device).device(self.device)
+
+    def _options(self, tiles: Tiles) -> dict[str, int | bool]:
+        # FMAs as in every other backend; Triton 3.10 turns them off by default, and 3.9 warns that it will.
+        options = {"num_warps": tiles.warps, "num_stages": tiles.stages, "enable_fp_fusion": True}
+        if tiles.registers is not None and self.target == "cuda":
+            options["maxnreg"] = tiles.registers
+        return options
+
+    def launch_resident(self, kernel: Any, tiles: Tiles, tensors: tuple[Any, ...], flags: tuple[bool, ...]) -> None:
+        """All steps in one launch; `flags` are the kernel's arguments between D and BLOCK_B."""
+        s = self.shape
+        block_h = max(16, triton.next_power_of_2(s.H))  # 16: the shortest product that matrix units take
+        grid = (triton.cdiv(self.B, tiles.block_b), s.D, 1)
+        args = (*tensors, self.T, self.B, s.H, s.D, *flags, tiles.block_b, block_h, self.precision)
+        kernel[grid](*args, **self._options(tiles))
+
+    def launch_tiled(
+        self, kernels: tuple[Any, Any], tiles: Tiles, tensors: tuple[Any, ...], flags: tuple[bool, ...], steps: int
+    ) -> None:
+        """The kernel that loops over time itself, or the one for a step, `steps` times."""
+        s, align = self.shape, alignment(self.shape.H)
+        tiles = tiles.fitted(align)
+        sizes = (self.T, self.B, s.H // align, align, s.D, *flags)
+        sizes += (tiles.block_b, tiles.block_n, tiles.block_k, self.precision)
+        batch = triton.cdiv(self.B, tiles.block_b)
+        if self.row.kernel == "streamed":
+            kernels[0][batch, s.D, 1](*tensors, *sizes, **self._options(tiles))
+            return
+        kernel, grid = kernels[1], (triton.cdiv(s.H, tiles.block_n), batch, s.D)
+        compiled = kernel[grid](*tensors, 0, *sizes, **self._options(tiles))
+        # Past Triton's look-up of the compiled kernel, most of a launch's cost on the host. The interpreter has none.
+        run = functools.partial(kernel[grid], **self._options(tiles)) if compiled is None else compiled[grid]
+        for step in range(1, steps):
+            run(*tensors, step, *sizes)
+
+
+def _ready(t: Tensor | None) -> Tensor | None:
+    """t contiguous and aligned to 16 bytes: a kernel is compiled once for such pointers, and fastest for them."""
+    if t is None:
+        return None
+    t = t.contiguous()
+    return t if t.data_ptr() % 16 == 0 else t.clone()
+
+
+def _state(initial: Tensor | None, x: Tensor, s: LayerShape) -> Tensor:
+    """A buffer [D, B, H] in fp32 that a kernel may write, holding `initial` or zeros."""
+    if initial is None:
+        return x.new_zeros(s.D, x.shape[1], s.H, dtype=torch.float32)
+    return x.new_empty(s.D, x.shape[1], s.H, dtype=torch.float32).copy_(initial)
+
+
+def _tf32() -> bool:
+    # The recurrence follows nn.LSTM's flag, but not without the products around it: "ieee" unless both are set.
+    return torch.backends.cudnn.rnn.fp32_precision == "tf32" and torch.backends.cuda.matmul.fp32_precision == "tf32"
+
+
+@functools.cache
+def _target(device: torch.device) -> tuple[str, int]:
+    """The kind of device ("hip" for AMD, "cpu" for the interpreter), and the KiB of shared memory a block may use."""
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        shared = getattr(properties, "shared_memory_per_block_optin", properties.shared_memory_per_block)
+        return "hip" if torch.version.hip else "cuda", shared // 1024
+    return device.type, 227 if device.type == "cpu" else 64

@@ -1,0 +1,37 @@
+"""Fixtures: one run for each backend, and memory that shows when it is read before it is written."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+import fastlstm
+from fastlstm import dispatch
+
+from .cases import Case
+from .runners import require
+
+# Shapes as small as these only lose by threads, tenfold on a busy machine; tests/test_threads.py is about more of them.
+torch.set_num_threads(1)
+
+
+@pytest.fixture(params=[*dispatch.BACKENDS, "reference"])
+def backend(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Each backend in turn, asked for by name; skips with the reason where it cannot run on this machine."""
+    require(request.param, Case())
+    with fastlstm.use_backend(request.param):
+        yield request.param
+
+
+@pytest.fixture
+def poisoned_empty() -> Iterator[None]:
+    """torch.empty and its relatives, in C++ as well, give NaN (or the largest integer)."""
+    before = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    assert torch.empty(1).isnan()
+    yield
+    torch.use_deterministic_algorithms(before[0])
+    torch.utils.deterministic.fill_uninitialized_memory = before[1]

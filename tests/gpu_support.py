@@ -1,0 +1,186 @@
+"""For tests/test_gpu_*.py: a Case run on a GPU at a precision, by a backend or nn.LSTM, and how far off it may be."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import fastlstm
+from fastlstm import dispatch
+
+from .cases import Case, Tensors, tensors
+from .runners import Results, error, gradients
+
+# Every GPU test module sets `pytestmark = gpu`.
+gpu = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(
+        not torch.cuda.is_available(),
+        reason=f"no GPU: torch.cuda.is_available() is False for torch {torch.__version__}, CUDA {torch.version.cuda}",
+    ),
+]
+# The backends with kernels of their own for the GPU. FASTLSTM_BACKEND narrows the suite to one.
+OURS = [name for name in ("native", "triton") if os.environ.get("FASTLSTM_BACKEND", "auto") in ("auto", name)]
+backends = pytest.mark.parametrize("backend", OURS)
+
+
+@dataclass(frozen=True)
+class Precision:
+    """A dtype and, for float32, what torch's flags say of TF32."""
+
+    dtype: torch.dtype
+    rnn: str = "ieee"  # torch.backends.cudnn.rnn.fp32_precision
+    matmul: str = "ieee"  # torch.backends.cuda.matmul.fp32_precision
+
+    def __str__(self) -> str:
+        name = str(self.dtype).removeprefix("torch.")
+        return name if self.dtype != torch.float32 else f"{name}-rnn_{self.rnn}-matmul_{self.matmul}"
+
+    @property
+    def eps(self) -> float:
+        return 2.0**-10 if self.rnn == "tf32" else torch.finfo(self.dtype).eps
+
+    @property
+    def ulps(self) -> int:
+        """The tolerance's floor in eps of the tensor's largest value, where nn.LSTM happens to be exact."""
+        return {torch.float64: 500, torch.float32: 8}.get(self.dtype, 4)
+
+    @contextmanager
+    def flags(self) -> Iterator[None]:
+        rnn, matmul = torch.backends.cudnn.rnn, torch.backends.cuda.matmul
+        before = rnn.fp32_precision, matmul.fp32_precision
+        rnn.fp32_precision, matmul.fp32_precision = self.rnn, self.matmul
+        try:
+            yield
+        finally:
+            rnn.fp32_precision, matmul.fp32_precision = before
+
+
+IEEE, TF32 = Precision(torch.float32), Precision(torch.float32, "tf32", "tf32")
+DOUBLE, HALF, BFLOAT16 = Precision(torch.float64), Precision(torch.float16), Precision(torch.bfloat16)
+PRECISIONS = (IEEE, TF32, DOUBLE, HALF, BFLOAT16)
+
+
+def require(backend: str, case: Case, device: str = "cuda") -> None:
+    """Skip, with the backend's own reason, where it cannot run `case` on the GPU."""
+    if backend not in dispatch.BACKENDS:
+        pytest.skip(f"there is no {backend} backend in this build of fastlstm")
+    given = on_device(case, case.dtype, device)
+    weights = list(given.weights.values())[: len(given.weights) // case.layers]
+    flag = given.leaves["x"]
+    call = dispatch.describe(flag, weights, flag if case.lengths else None, flag if case.resets else None)
+    reason = dispatch.BACKENDS[backend].supports(call)
+    if reason is not None:
+        pytest.skip(f"{backend}: {reason}")
+
+
+def on_device(case: Case, dtype: torch.dtype, device: str = "cuda") -> Tensors:
+    """The case's tensors on a GPU, their lengths and masks too, in the same forms and layouts."""
+    given = tensors(case, dtype)
+    moved = {}
+    for name, leaf in given.leaves.items():
+        there = torch.empty_strided(leaf.shape, leaf.stride(), dtype=leaf.dtype, device=device)
+        there.copy_(leaf.detach())
+        is_weight = name in given.weights
+        moved[name] = nn.Parameter(there, leaf.requires_grad) if is_weight else there.requires_grad_(leaf.requires_grad)
+    hx = None
+    if given.hx is not None:
+        own = [moved["h0"], moved.get("c0", moved["h0"])]
+        hx = type(given.hx)(m.expand(s.shape) for m, s in zip(own, given.hx, strict=True))
+    lengths = None if given.lengths is None else torch.as_tensor(given.lengths).to(device)
+    reset_mask = None if given.reset_mask is None else given.reset_mask.to(device)
+    weights = {name: moved[name] for name in given.weights}
+    return Tensors(moved, weights, moved["x"], hx, lengths, reset_mask)
+
+
+def ours(case: Case, given: Tensors) -> Callable[[], Results]:
+    """fastlstm.LSTM on `given`, on whichever backend is asked for when called."""
+    module = case.module(fastlstm.LSTM, given.weights)
+
+    def call() -> Results:
+        options = {"lengths": given.lengths, "reset_mask": given.reset_mask, "return_cell_states": case.cells}
+        output, (h_n, c_n), *cells = module(given.input, given.hx, **options)
+        return {"output": output, "h_n": h_n, "c_n": c_n, **({"cells": cells[0]} if cells else {})}
+
+    return call
+
+
+def cudnn(case: Case, given: Tensors) -> Callable[[], Results]:
+    """nn.LSTM on `given`."""
+    module = case.module(nn.LSTM, given.weights)
+    module.flatten_parameters()
+    hx = None if given.hx is None else tuple(state.contiguous() for state in given.hx)
+
+    def call() -> Results:
+        output, (h_n, c_n) = module(given.input, hx)
+        return {"output": output, "h_n": h_n, "c_n": c_n}
+
+    return call
+
+
+def with_gradients(case: Case, given: Tensors, call: Callable[[], Results]) -> Results:
+    """Every result of a call, and every gradient of its used ones (named "d <leaf>")."""
+    results = call()
+    used = {name: results[name] for name in case.used if name in results}
+    wanted = given.wanted()
+    arriving = [g.to(given.input.device) for g in gradients(case, {n: r.detach().cpu() for n, r in used.items()})]
+    found = torch.autograd.grad(list(used.values()), list(wanted.values()), arriving, allow_unused=True)
+    for (name, leaf), grad in zip(wanted.items(), found, strict=True):
+        results[f"d {name}"] = torch.zeros_like(leaf) if grad is None else grad
+    return {name: value.detach() for name, value in results.items()}
+
+
+def run(case: Case, precision: Precision, backend: str, device: str = "cuda") -> Results:
+    """The case on a backend; "cudnn" is nn.LSTM."""
+    given = on_device(case.to(precision.dtype), precision.dtype, device)
+    with precision.flags():
+        if backend == "cudnn":
+            return with_gradients(case, given, cudnn(case, given))
+        with fastlstm.use_backend(backend):
+            return with_gradients(case, given, ours(case, given))
+
+
+def check(case: Case, precision: Precision, backend: str, device: str = "cuda", rival: str = "") -> None:
+    """Every error against the float64 reference at most twice nn.LSTM's at the same precision, plus the floor.
+
+    Where nn.LSTM has no such feature (lengths, resets, cell states) the reference in that dtype is the `rival`.
+    """
+    case = case.to(precision.dtype)
+    require(backend, case, device)
+    # The rounded numbers of the case's dtype, in float64.
+    given = on_device(case, torch.float64, device)
+    with fastlstm.use_backend("reference"), DOUBLE.flags():
+        truth = with_gradients(case, given, ours(case, given))
+    theirs = run(case, precision, rival or ("reference" if case.ragged or case.cells else "cudnn"), device)
+    judge(run(case, precision, backend, device), theirs, truth, precision, f"{backend}, {precision}, {case!r}")
+
+
+def judge(got: Results, theirs: Results, truth: Results, precision: Precision, what: str) -> None:
+    """Assert the bound of `check`, naming each result that misses it."""
+    wrong = []
+    for name, value in truth.items():
+        scale = float(value.abs().max()) if value.numel() else 0.0
+        off = error(got[name], value)
+        allowed = 2 * error(theirs[name], value) + precision.ulps * precision.eps * scale
+        if not off <= allowed:
+            wrong.append(f"{name}: error {off:.3g}, allowed {allowed:.3g} at scale {scale:.3g}")
+    assert not wrong, f"{what}\n  " + "\n  ".join(wrong)
+
+
+def same(a: Results, b: Results) -> None:
+    """Assert equality bit for bit."""
+    assert a.keys() == b.keys()
+    different = [name for name in a if not torch.equal(a[name].cpu(), b[name].cpu())]
+    assert not different, f"differ: {different}"
+
+
+def nan_outside(t: Tensor) -> Tensor:
+    """The same values with NaN between them in memory, and the dimensions in reverse order there."""
+    order = tuple(reversed(range(t.dim())))
+    return torch.stack([t.permute(order), torch.full_like(t.permute(order), float("nan"))], -1)[..., 0].permute(order)

@@ -1,0 +1,225 @@
+"""Runs a Case and gives every output and every gradient: on a backend (`run_backend`), or with torch's own modules.
+
+`run_torch` is the oracle. Ragged cases are put together from what nn.LSTM can do: packing for lengths, one nn.LSTM call
+for each segment of each row for resets, single steps for cell states. In float64 it is the truth.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import lru_cache
+from itertools import pairwise
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
+
+import fastlstm
+from fastlstm import dispatch
+
+from .cases import OUTPUTS, Case, Tensors, tensors
+
+Results = dict[str, Tensor]
+# The tolerance's floor in ulp of the tensor's largest value: where nn.LSTM happens to be exact, we need not be.
+# In float64 nn.LSTM is the truth itself and has no error to double, so the floor is all there is.
+ULPS = {torch.float64: 500, torch.float32: 8, torch.bfloat16: 4, torch.float16: 4}
+
+
+def error(got: Tensor, truth: Tensor) -> float:
+    """The largest difference (max-norm) in float64; infinite where only one side is NaN or infinite."""
+    assert got.shape == truth.shape, f"shape {list(got.shape)}, expected {list(truth.shape)}"
+    got, truth = got.double(), truth.double()
+    same = (got == truth) | (got.isnan() & truth.isnan())
+    difference = torch.where(same, 0.0, got - truth).abs()
+    return float(difference.nan_to_num(float("inf"), float("inf")).max()) if difference.numel() else 0.0
+
+
+def floor(dtype: torch.dtype, truth: Tensor) -> float:
+    """A few ulp of `dtype` at the scale of the tensor; zero for a tensor of zeros, which must be met exactly."""
+    return ULPS[dtype] * torch.finfo(dtype).eps * float(truth.double().abs().max()) if truth.numel() else 0.0
+
+
+def require(backend: str, case: Case) -> None:
+    """Skip the test, with the backend's own reason, where it cannot run `case`."""
+    weights = list(case.module(fastlstm.LSTM, {}).to_empty(device="cpu").to(case.dtype).parameters())
+    x = torch.empty(1, 1, case.I, dtype=case.dtype)
+    group = weights[: len(weights) // case.layers]
+    call = dispatch.describe(x, group, x if case.lengths else None, x if case.resets else None)
+    reason = None if backend == "reference" else dispatch.BACKENDS[backend].supports(call)
+    if reason is not None:
+        pytest.skip(f"{backend}: {reason}")
+
+
+def run_backend(case: Case, backend: str) -> Results:
+    """fastlstm.LSTM on `backend`."""
+    with fastlstm.use_backend(backend):
+        return run(case)
+
+
+def run(case: Case) -> Results:
+    """fastlstm.LSTM on the backend in use; that is one setting for all threads."""
+    return _run(case, case.dtype, _call_fastlstm)
+
+
+def run_torch(case: Case, dtype: torch.dtype | None = None) -> Results:
+    """torch's modules, in the case's dtype or in another one."""
+    return _run(case, dtype or case.dtype, _call_torch)
+
+
+@lru_cache(maxsize=1024)
+def expected(case: Case) -> tuple[Results, Results]:
+    """The truth, and what nn.LSTM gives in the case's dtype."""
+    return run_torch(case, torch.float64), run_torch(case)
+
+
+def check(case: Case, backend: str, floors: int = 1) -> None:
+    """Assert that every result's error is at most twice nn.LSTM's plus `floors` times the floor, naming those above."""
+    compare(case, backend, run_backend(case, backend), floors)
+
+
+def compare(case: Case, backend: str, ours: Results, floors: int = 1) -> None:
+    """`check` for results that are there already."""
+    truth, theirs = expected(case)
+    assert ours.keys() == truth.keys()
+    wrong = []
+    for name, value in truth.items():
+        assert ours[name].dtype == theirs[name].dtype, f"{name}: {ours[name].dtype}"
+        off, allowed = error(ours[name], value), 2 * error(theirs[name], value) + floors * floor(case.dtype, value)
+        if not off <= allowed:
+            wrong.append(f"{name}: error {off:.3g}, allowed {allowed:.3g} at scale {float(value.abs().max()):.3g}")
+    assert not wrong, f"{backend} on {case!r}\n  " + "\n  ".join(wrong)
+
+
+def _run(case: Case, dtype: torch.dtype, call: Callable[[Case, Tensors], Results]) -> Results:
+    given = tensors(case, dtype)
+    results = call(case, given)
+    wanted = given.wanted()
+    used = {name: results[name] for name in case.used if name in results and results[name].requires_grad}
+    found = [None] * len(wanted)
+    if used and wanted:
+        found = torch.autograd.grad(
+            list(used.values()), list(wanted.values()), gradients(case, used), allow_unused=True
+        )
+    for (name, leaf), grad in zip(wanted.items(), found, strict=True):
+        # nn.LSTM gives zeros where some other graph gives None: the same to every user.
+        results[f"d {name}"] = torch.zeros_like(leaf) if grad is None else grad
+    return {name: value.detach() for name, value in results.items()}
+
+
+def gradients(case: Case, outputs: Results) -> list[Tensor]:
+    """The gradient that arrives at each output; if strided, one element expanded as `.sum().backward()` gives it."""
+    found = []
+    for name, out in outputs.items():
+        shape = (1,) * out.dim() if "grads" in case.strided else out.shape
+        generator = torch.Generator().manual_seed(case.seed + 1 + OUTPUTS.index(name))
+        drawn = torch.randn(shape, generator=generator, dtype=torch.float64).to(case.dtype).to(out.dtype)
+        found.append(drawn.expand(out.shape))
+    return found
+
+
+def _named(output: Tensor, states: tuple[Tensor, Tensor], *cells: Tensor) -> Results:
+    return dict(zip(("output", "h_n", "c_n", "cells"), (output, *states, *cells), strict=False))
+
+
+def _call_fastlstm(case: Case, given: Tensors) -> Results:
+    module = case.module(fastlstm.LSTM, given.weights)
+    options = {"return_cell_states": True} if case.cells else {}
+    if not case.packed:
+        return _named(*module(given.input, given.hx, lengths=given.lengths, reset_mask=given.reset_mask, **options))
+    packed = pack_padded_sequence(given.input, torch.tensor(case.lengths), case.batch_first, enforce_sorted=False)
+    output, states, *cells = module(packed, given.hx, **options)
+    padded = [pad_packed_sequence(p, case.batch_first, total_length=case.T)[0] for p in (output, *cells)]
+    return _named(padded[0], states, *padded[1:])
+
+
+def _call_torch(case: Case, given: Tensors) -> Results:
+    if not (case.ragged or case.cells):
+        return _named(*case.module(nn.LSTM, given.weights)(given.input, given.hx))
+    x, hx = given.input, given.hx
+    if case.unbatched:
+        x, hx = x.unsqueeze(1), hx and [state.unsqueeze(1) for state in hx]
+    elif case.batch_first:
+        x = x.transpose(0, 1)
+    if hx is None:
+        S, P = case.layers * case.directions, case.proj or case.H
+        hx = (x.new_zeros(S, case.B, P), x.new_zeros(S, case.B, case.H))
+    if case.resets is None and not case.cells:
+        results = _packed_rows(case, given.weights, x, *hx)
+    elif case.ragged:
+        rows = [_segmented_row(case, given.weights, x, *hx, b) for b in range(case.B)]
+        results = {name: torch.cat([row[name] for row in rows], 1) for name in rows[0]}
+    else:
+        results = _segment(case, given.weights, x, *hx)
+    for name in ("output", "cells"):
+        if name in results and (case.batch_first or case.unbatched):
+            results[name] = results[name][:, 0] if case.unbatched else results[name].transpose(0, 1)
+    if case.unbatched:
+        results |= {name: results[name][:, 0] for name in ("h_n", "c_n")}
+    return results
+
+
+def _packed_rows(case: Case, weights: dict, x: Tensor, h0: Tensor, c0: Tensor) -> Results:
+    """pack_padded_sequence -> nn.LSTM -> pad_packed_sequence on rows that have steps; the others keep their state."""
+    lengths = torch.tensor(case.lengths)
+    rows = lengths.nonzero()[:, 0]
+    output = x.new_zeros(case.T, case.B, case.directions * (case.proj or case.H))
+    if len(rows) == 0:
+        return _named(output, (h0, c0))
+    packed = pack_padded_sequence(x[:, rows], lengths[rows], enforce_sorted=False)
+    module = case.module(nn.LSTM, weights, batch_first=False)
+    packed, (h_n, c_n) = module(packed, (h0[:, rows], c0[:, rows]))
+    padded, _ = pad_packed_sequence(packed, total_length=case.T)
+    return _named(output.index_copy(1, rows, padded), (h0.index_copy(1, rows, h_n), c0.index_copy(1, rows, c_n)))
+
+
+def _segmented_row(case: Case, weights: dict, x: Tensor, h0: Tensor, c0: Tensor, b: int) -> Results:
+    """Row b, one nn.LSTM call a segment: hx enters the first one forward and the last one in reverse."""
+    steps = case.T if case.lengths is None else case.lengths[b]
+    flagged = {t for t, row in case.resets or () if row == b and t < steps}
+    h0, c0 = h0[:, b : b + 1], c0[:, b : b + 1]
+    bounds = [*sorted({0, *flagged}), steps]
+    is_forward = torch.tensor([True, False][: case.directions] * case.layers)[:, None, None]
+    parts = []
+    for start, end in pairwise(bounds):
+        if steps:
+            enters = torch.where(is_forward, torch.tensor(start == 0 and 0 not in flagged), torch.tensor(end == steps))
+            parts.append(
+                _segment(case, weights, x[start:end, b : b + 1], h0.masked_fill(~enters, 0), c0.masked_fill(~enters, 0))
+            )
+    features = {"output": case.directions * (case.proj or case.H), "cells": case.directions * case.H}
+    results = {}
+    for name in ("output", "cells") if case.cells else ("output",):
+        padding = x.new_zeros(case.T - steps, 1, features[name])
+        results[name] = torch.cat([*(part[name] for part in parts), padding])
+    for name, initial in (("h_n", h0), ("c_n", c0)):
+        results[name] = torch.where(is_forward, parts[-1][name], parts[0][name]) if parts else initial
+    return results
+
+
+def _segment(case: Case, weights: dict, x: Tensor, h0: Tensor, c0: Tensor) -> Results:
+    """nn.LSTM over x [T, B, I]; for the cell states the last layer once more, each direction step by step."""
+    results = _named(*case.module(nn.LSTM, weights, batch_first=False)(x, (h0, c0)))
+    if not case.cells:
+        return results
+    D, below = case.directions, case.layers - 1
+    if below:
+        lower = {name: w for name, w in weights.items() if f"_l{below}" not in name}
+        changes = {"num_layers": below, "batch_first": False}
+        x, _ = case.module(nn.LSTM, lower, **changes)(x, (h0[: D * below], c0[: D * below]))
+    cells = []
+    for d, suffix in enumerate(("", "_reverse")[:D]):
+        own = {
+            name.replace(f"_l{below}{suffix}", "_l0"): w
+            for name, w in weights.items()
+            if name.endswith(f"_l{below}{suffix}")
+        }
+        changes = {"input_size": x.shape[2], "num_layers": 1, "bidirectional": False, "batch_first": False}
+        step = case.module(nn.LSTM, own, **changes)
+        state = (h0[D * below + d :][:1], c0[D * below + d :][:1])
+        found = [None] * len(x)
+        for t in reversed(range(len(x))) if d else range(len(x)):
+            _, state = step(x[t : t + 1], state)
+            found[t] = state[1]
+        cells.append(torch.cat(found))
+    return {**results, "cells": torch.cat(cells, -1)}

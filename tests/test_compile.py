@@ -1,0 +1,175 @@
+"""torch.compile and torch.export of models that hold fastlstm.LSTM: one graph, the same numbers, free T and B."""
+
+from __future__ import annotations
+
+import shutil
+
+import pytest
+import torch
+from torch import nn
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch.export import Dim, export
+
+import fastlstm
+
+from .twins import data, flat
+
+
+class Model(nn.Module):
+    """x [T, B, 3] -> [T, B, 2]."""
+
+    def __init__(self, **kwargs) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.lstm = fastlstm.LSTM(3, 4, **{"num_layers": 2, "bidirectional": True, **kwargs}, dtype=torch.float64)
+        width = (2 if self.lstm.bidirectional else 1) * (self.lstm.proj_size or 4)
+        self.head = nn.Linear(width, 2, dtype=torch.float64)
+
+    def forward(self, x, hx=None, **kwargs):
+        output, (h_n, c_n), *cells = self.lstm(x, hx, **kwargs)
+        return self.head(output.tanh()) + h_n.sum() + c_n.mean() + sum(c.sum() for c in cells)
+
+
+def loss_and_gradients(function, model, *args, **kwargs):
+    model.zero_grad()
+    x = args[0].detach().requires_grad_()
+    out = function(x, *args[1:], **kwargs)
+    out.pow(2).sum().backward()
+    return [out.detach(), x.grad, *(w.grad.clone() for w in model.parameters())]
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+X = data(4, 3, 3)
+LENGTHS = torch.tensor([4, 0, 2])
+MASK = torch.tensor([[False, True, False], [True, False, False], [False, False, True], [False, False, False]])
+
+
+def test_one_graph_on_every_backend(backend):
+    model = Model(num_layers=1)
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(loss_and_gradients(compiled, model, X), loss_and_gradients(model, model, X))
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(X), model(X))
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "call"),
+    [
+        ({}, {"hx": (data(4, 3, 4), data(4, 3, 4, seed=1))}),
+        ({}, {"lengths": LENGTHS}),
+        ({}, {"lengths": [4, 0, 2]}),
+        ({}, {"reset_mask": MASK}),
+        ({"bidirectional": False}, {"lengths": LENGTHS, "reset_mask": MASK, "return_cell_states": True}),
+        ({"proj_size": 2, "bias": False}, {}),
+        ({"batch_first": True}, {"lengths": torch.tensor([3, 1, 0, 2])}),
+    ],
+    ids=str,
+)
+def test_one_graph_with_every_argument(kwargs, call):
+    model = Model(**kwargs)
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    expected = loss_and_gradients(model, model, X, **call)
+    torch.testing.assert_close(loss_and_gradients(compiled, model, X, **call), expected)
+
+
+def test_inductor():
+    if not (shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")):
+        pytest.skip("inductor needs a C++ compiler")
+    model = Model()
+    compiled = torch.compile(model, fullgraph=True)
+    for call in ({}, {"lengths": LENGTHS}):
+        expected = loss_and_gradients(model, model, X, **call)
+        torch.testing.assert_close(loss_and_gradients(compiled, model, X, **call), expected)
+
+
+@pytest.mark.parametrize("ragged", [False, True])
+@torch._dynamo.config.patch(error_on_recompile=True)
+def test_no_recompilation_for_another_t_or_b(ragged):
+    model = Model()
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True, dynamic=True)
+    for T, B in ((6, 7), (9, 7), (6, 5), (11, 2), (2, 13)):  # 3 and 4 would be taken for I and H
+        x = data(T, B, 3)
+        call = {"lengths": torch.arange(B) % T, "reset_mask": x[..., 0] > 1} if ragged else {}
+        expected = loss_and_gradients(model, model, x, **call)
+        torch.testing.assert_close(loss_and_gradients(compiled, model, x, **call), expected)
+
+
+@torch._dynamo.config.patch(error_on_recompile=True)
+def test_no_recompilation_after_a_step_of_the_optimizer():
+    model = Model()
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    optimizer, losses = torch.optim.SGD(model.parameters(), lr=1e-4), []
+    for _ in range(3):
+        loss = compiled(X).pow(2).sum()
+        torch.testing.assert_close(loss, model(X).pow(2).sum())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[2] < losses[1] < losses[0]
+
+
+def test_the_graph_holds_one_op_a_layer():
+    counter = CompileCounterWithBackend("eager")
+    torch.compile(Model(), backend=counter, fullgraph=True)(X)
+    names = [str(node.target) for node in counter.graphs[0].graph.nodes if "fastlstm" in str(node.target)]
+    assert len(names) == 2, names  # and not one for each step
+
+
+def test_dropout_and_eval_mode_compile():
+    model = Model(dropout=0.5)
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    assert not torch.equal(compiled(X), compiled(X))
+    model.eval()
+    torch.testing.assert_close(compiled(X), model(X))
+
+
+def test_lengths_out_of_range_are_noticed_in_a_graph(backend):
+    model = Model(num_layers=1, bidirectional=False)
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    with pytest.raises((RuntimeError, ValueError), match="lengths must lie in"):
+        compiled(X, lengths=torch.tensor([4, 9, 2]))
+
+
+def test_cell():
+    cell = fastlstm.LSTMCell(3, 4, dtype=torch.float64)
+    compiled = torch.compile(cell, backend="aot_eager", fullgraph=True)
+    hx = (data(3, 4), data(3, 4, seed=1))
+    for args in ((X[0],), (X[0], hx)):
+        found = []
+        for function in (compiled, cell):
+            h, c = function(*args)
+            found.append([h, c, *torch.autograd.grad((h * c).sum(), list(cell.parameters()))])
+        torch.testing.assert_close(*found)
+
+
+def test_converted_model_compiles():
+    model = nn.ModuleList([nn.LSTM(3, 4, dtype=torch.float64)])
+    expected = model[0](X)
+    compiled = torch.compile(fastlstm.convert(model)[0], backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(flat(compiled(X)), flat(expected))
+
+
+@pytest.mark.parametrize("ragged", [False, True])
+def test_export_with_free_t_and_b(ragged):
+    class Caller(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = Model()
+
+        def forward(self, x, lengths):
+            return self.model(x, lengths=lengths if ragged else None)
+
+    caller = Caller()
+    T, B = Dim("T", min=2, max=1000), Dim("B", min=2, max=1000)
+    program = export(caller, (X, LENGTHS), dynamic_shapes={"x": {0: T, 1: B}, "lengths": {0: B}})
+    assert sum("fastlstm" in str(node.target) for node in program.graph.nodes) == 2
+    for T_run, B_run in ((4, 3), (9, 2), (30, 5)):
+        x, lengths = data(T_run, B_run, 3), torch.arange(B_run)
+        torch.testing.assert_close(program.module()(x, lengths), caller(x, lengths))

@@ -1,0 +1,62 @@
+"""The CUDA sources compile: kernels with nvcc for each architecture, free of spills and torch; the binding with g++."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+from torch.utils.cpp_extension import include_paths
+
+from .test_cuda_host import cuda_headers, why_not
+
+ROOT = Path(__file__).parent.parent
+KERNELS = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
+# Ampere, Hopper, Blackwell: what the project promises.
+ARCHITECTURES = {"sm_80": "compute_80", "sm_90a": "compute_90a", "sm_100": "compute_100"}
+
+needs_nvcc = pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not on the PATH")
+
+
+@needs_nvcc
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("source", KERNELS, ids=lambda path: path.name)
+def test_kernels_use_registers_alone(source, architecture, tmp_path):
+    """ptxas -v: no spill and no stack frame, in any instantiation."""
+    target = f"-gencode=arch={ARCHITECTURES[architecture]},code={architecture}"
+    command = ["nvcc", "-std=c++17", "-O3", "-lineinfo", target, f"-I{ROOT / 'csrc'}", "-Xptxas", "-v", "-Werror"]
+    command += ["all-warnings", "-c", str(source), "-o", str(tmp_path / "kernels.o")]
+    ran = subprocess.run(command, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr
+    name, spilled, registers = "", [], []
+    for line in ran.stderr.splitlines():
+        if found := re.search(r"Function properties for (\S+)", line):
+            name = found[1]
+        elif found := re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", line):
+            spilled += [f"{name}: {line.strip()}"] if any(map(int, found.groups())) else []
+        elif found := re.search(r"Used (\d+) registers", line):
+            registers.append(int(found[1]))
+    assert registers, f"ptxas told nothing: {ran.stderr}"
+    assert not spilled, "\n".join(spilled)
+
+
+@needs_nvcc
+@pytest.mark.parametrize("source", KERNELS, ids=lambda path: path.name)
+def test_kernels_include_no_torch_header(source):
+    """So they compile in seconds, and serve every torch."""
+    command = ["nvcc", "-std=c++17", "-M", f"-I{ROOT / 'csrc'}", str(source)]
+    files = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert "cell_kernels.h" in files
+    assert not re.findall(r"\S*/(?:torch|ATen|c10)/\S*", files)
+
+
+@pytest.mark.skipif(bool(why_not()), reason=why_not())
+@pytest.mark.parametrize("name", ["device.cpp", "ops.cpp", "products.cpp"])
+def test_binding_compiles(name):
+    """The files that tests/test_cuda_host.py replaces, against the CUDA headers that every torch wheel ships."""
+    command = ["g++", "-std=c++20", "-fsyntax-only", "-Wall", "-Werror", "-DC10_USING_CUSTOM_GENERATED_MACROS"]
+    command += [f"-I{ROOT / 'csrc'}", *(f"-isystem{folder}" for folder in (*include_paths(), cuda_headers()))]
+    ran = subprocess.run([*command, str(ROOT / "csrc" / "cuda" / name)], capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr

@@ -1,0 +1,180 @@
+"""The CUDA backend without a GPU: its host code and the bodies of its kernels, compiled for the CPU, as a backend.
+
+Everything but the launches, cuBLAS and the order of memory accesses between threads is what runs on the device: masks,
+offsets, choice of vector width, chunks, the order of steps, the sums of the weights' gradients. tests/cuda_host stands
+in for the rest. The GPU suite is tests/test_gpu_*.py.
+"""
+
+from __future__ import annotations
+
+import random
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch.utils.cpp_extension import include_paths, library_paths
+
+import fastlstm
+from fastlstm import dispatch
+from fastlstm.ops import register, schema
+
+from .cases import Case, random_case, tensors
+from .runners import check, gradients, run_backend
+
+ROOT = Path(__file__).parent.parent
+NAME = "cuda_host"
+DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+# A few steps of a case in a chunk of x W_ih^T, twice as many in one of dgates; csrc/cuda/layer.h.
+CHUNK_BYTES = 4096
+LIBRARIES: list[torch.library.Library] = []  # a dropped one would take its registrations along
+
+
+def why_not() -> str:
+    """Why the CUDA sources cannot be compiled for the host here; "" if they can."""
+    compiler, nvcc = shutil.which("g++"), shutil.which("nvcc")
+    if compiler is None:
+        return "there is no g++"
+    return "" if nvcc and cuda_headers() else "the CUDA headers were not found (no nvcc)"
+
+
+def cuda_headers() -> str:
+    """The include folder nvcc uses; "" if there is none."""
+    told = subprocess.run(["nvcc", "--dryrun", "-x", "cu", "-"], capture_output=True, text=True, input="").stderr
+    for word in told.split():
+        folder = word.strip('"').removeprefix("-I").strip('"')
+        if Path(folder, "cuda_runtime_api.h").exists():
+            return folder
+    return ""
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """The op fastlstm::cuda_host_layer."""
+    if reason := why_not():
+        pytest.skip(reason)
+    built = tmp_path_factory.mktemp(NAME) / "cuda_host.so"
+    folders = [str(ROOT / "tests" / "cuda_host"), str(ROOT / "csrc"), *include_paths(), cuda_headers()]
+    command = ["g++", "-std=c++20", "-O1", "-fPIC", "-shared", "-Wall", "-Werror", "-Wno-unknown-pragmas"]
+    # An access that the vector width does not fit stops the run, as it would on the device.
+    command += ["-fsanitize=alignment", "-fsanitize-undefined-trap-on-error"]
+    command += [f"-DFASTLSTM_CUDA_CHUNK_BYTES={CHUNK_BYTES}", *(f"-I{folder}" for folder in folders[:2])]
+    command += [f"-isystem{folder}" for folder in folders[2:]]
+    command += [str(ROOT / "tests" / "cuda_host" / "host.cpp"), "-o", str(built)]
+    command += [f"-L{folder}" for folder in library_paths()] + ["-ltorch_cpu", "-lc10"]
+    subprocess.run(command, check=True)
+
+    library = torch.library.Library("fastlstm_cuda_host", "DEF")
+    library.define("native_layer" + schema.FORWARD)
+    library.define("native_layer_backward" + schema.BACKWARD)
+    torch.ops.load_library(str(built))
+    register.define(NAME, torch.ops.fastlstm_cuda_host.native_layer, torch.ops.fastlstm_cuda_host.native_layer_backward)
+    LIBRARIES.append(library)
+
+
+@pytest.fixture
+def backend(compiled: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """A backend like the others, for this test."""
+    module = SimpleNamespace(NAME=NAME, supports=lambda call: None)
+    monkeypatch.setitem(dispatch.BACKENDS, NAME, module)
+    monkeypatch.setattr(dispatch, "NAMES", (*dispatch.NAMES, NAME))
+    with fastlstm.use_backend(NAME):
+        yield NAME
+
+
+RAGGED = {"lengths": (4, 0, 7, 1, 6), "resets": ((0, 0), (3, 0), (5, 0), (2, 2), (6, 2), (6, 3), (4, 4))}
+CASES = (
+    Case(T=1, B=1, I=1, H=1),
+    Case(T=1, hx="tuple", bidirectional=True),
+    Case(T=9, B=5, I=3, H=8, hx="tuple", cells=True),  # H a multiple of the vector width
+    Case(T=9, B=5, I=3, H=8, bias=False),
+    Case(T=9, B=5, I=3, H=7, hx="strided", bidirectional=True, batch_first=True),
+    Case(T=7, B=5, I=4, H=8, proj=4, hx="tuple", bidirectional=True, cells=True),
+    Case(T=7, B=5, I=4, H=8, proj=3, layers=2),
+    Case(T=7, B=5, I=4, H=8, bidirectional=True, cells=True, hx="tuple", **RAGGED),
+    Case(T=7, B=5, I=4, H=8, bidirectional=True, cells=True, proj=3, hx="tuple", **RAGGED),
+    Case(T=7, B=5, I=4, H=8, bidirectional=True, lengths=RAGGED["lengths"]),
+    Case(T=7, B=5, I=4, H=8, bidirectional=True, hx="expanded", resets=RAGGED["resets"]),
+    Case(T=40, B=3, I=2, H=16, bidirectional=True, hx="tuple"),  # several chunks, the last one short
+    Case(T=41, B=3, I=2, H=16, proj=8, bidirectional=True, hx="tuple", lengths=(41, 17, 0)),
+    Case(T=5, B=0),
+    Case(hx="shared", frozen=("weight_ih_l0", "bias_hh_l0")),
+    Case(hx="tuple", x_grad=False, hx_grad=False, frozen=("bias_ih_l0", "bias_hh_l0")),
+    Case(T=6, B=4, hx="tuple", strided=("x", "weights", "grads"), used=("c_n",), bidirectional=True),
+)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_parity(case, dtype, backend, poisoned_empty):
+    check(case.to(dtype), backend)
+
+
+def test_random_cases(backend, poisoned_empty):
+    rng = random.Random(20240229)
+    for _ in range(60):
+        check(random_case(rng, DTYPES), backend)
+
+
+def test_addresses_that_do_not_fit_the_vector_width(backend):
+    """Each tensor in turn one element off in its buffer: the kernels must fall back to single elements."""
+    case = Case(T=3, B=2, I=4, H=8, hx="tuple", dtype=torch.float16, lengths=(3, 2))
+    expected = run_backend(case, backend)
+    for off in ("x", "h0", "c0", *tensors(case).weights, "d output", "d c_n"):
+        given = tensors(case)
+
+        def shifted(t: torch.Tensor, name: str, off: str = off) -> torch.Tensor:
+            if name != off:
+                return t.detach()
+            return torch.empty(t.numel() + 1, dtype=t.dtype)[1:].view(t.shape).copy_(t.detach())
+
+        weights = {name: torch.nn.Parameter(shifted(w, name)) for name, w in given.weights.items()}
+        hx = tuple(shifted(s, name) for s, name in zip(given.hx, ("h0", "c0"), strict=True))
+        output, (h_n, c_n) = case.module(fastlstm.LSTM, weights)(shifted(given.input, "x"), hx, lengths=given.lengths)
+        results = {"output": output, "h_n": h_n, "c_n": c_n}
+        grads = [shifted(g, f"d {name}") for name, g in zip(results, gradients(case, results), strict=True)]
+        found = torch.autograd.grad(list(results.values()), list(weights.values()), grads)
+        results |= {f"d {name}": grad for name, grad in zip(weights, found, strict=True)}
+        for name, got in results.items():
+            assert torch.equal(got.detach(), expected[name]), f"{name} with {off} one element off"
+
+
+def test_results_are_the_same_bits_every_time(backend):
+    case = Case(T=20, B=3, I=4, H=8, bidirectional=True, hx="tuple", lengths=(20, 3, 11))
+    first, second = run_backend(case, backend), run_backend(case, backend)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_backward_leaves_what_forward_saved_alone(backend):
+    case = Case(T=9, B=3, H=8, bidirectional=True, hx="tuple", proj=4)
+    given = tensors(case)
+    output, states = case.module(fastlstm.LSTM, given.weights)(given.input, given.hx)
+    leaves = list(given.wanted().values())
+    first = torch.autograd.grad(output.sum() + states[1].sum(), leaves, retain_graph=True)
+    second = torch.autograd.grad(output.sum() + states[1].sum(), leaves)
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def test_the_two_biases_get_gradients_of_their_own(backend):
+    case = Case()
+    given = tensors(case)
+    output, _ = case.module(fastlstm.LSTM, given.weights)(given.input)
+    db_ih, db_hh = torch.autograd.grad(output.sum(), [given.weights["bias_ih_l0"], given.weights["bias_hh_l0"]])
+    assert torch.equal(db_ih, db_hh)
+    assert db_ih.data_ptr() != db_hh.data_ptr()
+
+
+@pytest.mark.parametrize("case", [CASES[2], CASES[8]], ids=str)
+def test_the_reserve_has_no_holes(case, backend, poisoned_empty):
+    """Every element of every result is written, in padding too: else torch.library.opcheck fails now and then."""
+    given = tensors(case)
+    D, none = case.directions, (None, None)
+    h0, c0 = none if given.hx is None else (state[:D].detach() for state in given.hx)
+    weights = [w.detach() for w in given.weights.values()]
+    lengths = None if given.lengths is None else torch.as_tensor(given.lengths).long()
+    layer = torch.ops.fastlstm_cuda_host.native_layer
+    results = layer(given.input.detach(), h0, c0, weights, lengths, given.reset_mask, True, True)
+    assert not any(result.isnan().any() for result in results)

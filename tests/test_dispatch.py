@@ -1,0 +1,238 @@
+"""Which backend runs a call: use_backend, FASTLSTM_BACKEND, explain, and what supports() answers."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import types
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.utils.rnn import pack_padded_sequence
+
+import fastlstm
+from fastlstm import backends, dispatch
+
+X = torch.zeros(5, 2, 3)
+
+
+class Forgetful(dict):
+    """In place of dispatch's memory of its choices, so that each call is a choice anew."""
+
+    def __setitem__(self, key, value):
+        pass
+
+
+@pytest.fixture
+def no_memory(monkeypatch):
+    monkeypatch.setattr(dispatch, "_chosen", Forgetful())
+
+
+@pytest.fixture
+def asked(monkeypatch, no_memory):
+    """(backend, call) of every choice made."""
+    calls = []
+    real = dispatch.select
+
+    def select(call):
+        calls.append((real(call), call))
+        return calls[-1][0]
+
+    monkeypatch.setattr(dispatch, "select", select)
+    return calls
+
+
+def test_named_backend_runs_the_call(backend, asked):
+    fastlstm.LSTM(3, 4, 2)(X)
+    assert [name for name, _ in asked] == [backend, backend]
+
+
+def test_context_ends_with_the_block(asked):
+    lstm = fastlstm.LSTM(3, 4)
+    lstm(X)
+    with fastlstm.use_backend("reference"):
+        lstm(X)
+        with fastlstm.use_backend("eager"):
+            lstm(X)
+        lstm(X)
+    lstm(X)
+    auto = asked[0][0]
+    assert [name for name, _ in asked] == [auto, "reference", "eager", "reference", auto]
+
+
+def test_context_ends_with_an_error(asked):
+    with pytest.raises(KeyError), fastlstm.use_backend("reference"):
+        raise KeyError
+    fastlstm.LSTM(3, 4)(X)
+    assert asked[0][0] != "reference"
+
+
+def test_called_as_a_function_it_stays(asked):
+    try:
+        fastlstm.use_backend("reference")
+        fastlstm.LSTM(3, 4)(X)
+        assert asked[0][0] == "reference"
+    finally:
+        fastlstm.use_backend("auto")
+    fastlstm.LSTM(3, 4)(X)
+    assert asked[1][0] != "reference"
+
+
+def test_remembered_choices_follow_what_is_asked_and_what_is_called():
+    """With dispatch's memory at work: told apart by the name of the autograd node."""
+
+    def node(name, *args, **kwargs):
+        with fastlstm.use_backend(name):
+            lstm = fastlstm.LSTM(3, 4, **kwargs)
+            return lstm(X.to(lstm.weight_ih_l0.dtype), lengths=args or None)[0].grad_fn.name()
+
+    for _ in range(2):
+        assert node("eager") != node("reference")
+        assert node("eager") == node("eager", 5, 2) == node("eager", bias=False, bidirectional=True)
+        assert node("reference") == node("reference", dtype=torch.float64)
+
+
+def test_unknown_name():
+    with pytest.raises(ValueError, match=r"backend must be one of auto, native, .*eager, reference, got 'cudnn'"):
+        fastlstm.use_backend("cudnn")
+    assert dispatch.select(call()) in dispatch.NAMES
+
+
+def call(device="cpu", dtype=torch.float32, lengths=False, reset_mask=False, **kwargs):
+    weights = list(fastlstm.LSTM(3, 4, device="meta", dtype=dtype, **kwargs).parameters())
+    x = torch.zeros(1, 1, 3, device=device, dtype=dtype)
+    return dispatch.describe(x, weights, x if lengths else None, x if reset_mask else None)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("kwargs", [{}, {"proj_size": 2, "bias": False}, {"bidirectional": True}], ids=str)
+@pytest.mark.parametrize("ragged", [False, True])
+@pytest.mark.parametrize("name", ["native", "eager"])
+def test_complete_backends_refuse_nothing_on_cpu(name, dtype, kwargs, ragged):
+    """Without this, a backend that answers with a reason would skip its tests in silence."""
+    if name == "native" and backends.native.extension is None:
+        pytest.skip(backends.native.supports(call()))
+    assert dispatch.BACKENDS[name].supports(call(dtype=dtype, lengths=ragged, reset_mask=ragged, **kwargs)) is None
+
+
+def test_eager_runs_on_any_device():
+    assert dispatch.BACKENDS["eager"].supports(call("meta")) is None
+    assert fastlstm.LSTM(3, 4, device="meta")(X.to("meta"))[0].shape == (5, 2, 4)
+
+
+def test_native_refuses_with_a_reason():
+    native = dispatch.BACKENDS["native"]
+    assert "meta" in native.supports(call("meta")) or "not available" in native.supports(call("meta"))
+
+
+def test_native_without_its_extension(monkeypatch, no_memory):
+    native = dispatch.BACKENDS["native"]
+    monkeypatch.setattr(native, "extension", None)
+    monkeypatch.setattr(native, "load_error", "No module named 'fastlstm._C'")
+    assert "No module named 'fastlstm._C'" in native.supports(call())
+    assert "pip install" in native.supports(call())
+    assert fastlstm.explain(fastlstm.LSTM(3, 4), X).backend != "native"
+    assert fastlstm.LSTM(3, 4)(X)[0].shape == (5, 2, 4)
+    with (
+        fastlstm.use_backend("native"),
+        pytest.raises(RuntimeError, match="backend 'native' cannot run this call: the extension"),
+    ):
+        fastlstm.LSTM(3, 4)(X)
+
+
+def test_auto_takes_the_first_that_supports_the_call(monkeypatch, asked):
+    eager = dispatch.BACKENDS["eager"]
+    refusing = types.SimpleNamespace(supports=lambda call: "not today")
+    monkeypatch.setattr(dispatch, "BACKENDS", {"native": refusing, "eager": eager})
+    fastlstm.LSTM(3, 4)(X)
+    assert asked[0][0] == "eager"
+    picky = types.SimpleNamespace(supports=lambda call: "no projections" if call.shape.proj else None)
+    monkeypatch.setattr(dispatch, "BACKENDS", {"native": picky, "eager": eager})
+    assert dispatch.select(call()) == "native"
+    assert dispatch.select(call(proj_size=2)) == "eager"
+
+
+def test_the_choice_does_not_rest_on_t_or_b(asked):
+    lstm = fastlstm.LSTM(3, 4)
+    for T, B in ((1, 1), (5, 2), (300, 1), (2, 40), (3, 0)):
+        lstm(torch.zeros(T, B, 3))
+    assert len({call for _, call in asked}) == 1
+
+
+def test_describe_tells_what_matters():
+    told = call(dtype=torch.float64, lengths=True, bidirectional=True, proj_size=2, bias=False)
+    assert (told.device.type, told.dtype, told.I) == ("cpu", torch.float64, 3)
+    assert (told.shape.H, told.shape.P, told.shape.D, told.shape.bias) == (4, 2, 2, False)
+    assert told.lengths
+    assert not told.reset_mask
+
+
+def test_explain():
+    lstm = fastlstm.LSTM(3, 4, 2, bidirectional=True)
+    told = fastlstm.explain(lstm, X)
+    assert list(told.reasons) == [*dispatch.BACKENDS, "reference"]
+    assert [name for name, reason in told.reasons.items() if reason == "runs"] == [told.backend]
+    assert told.reasons["reference"] == f"can run it, but {told.backend!r} is preferred"
+    assert len(str(told).splitlines()) == len(told.reasons)
+    for name, reason in told.reasons.items():
+        assert f"{name} " in str(told)
+        assert reason in str(told)
+
+
+def test_explain_of_every_form_of_input(asked):
+    lstm, cell = fastlstm.LSTM(3, 4, 2, proj_size=2), fastlstm.LSTMCell(3, 4)
+    packed = pack_padded_sequence(X, torch.tensor([5, 3]))
+    forms = [
+        (lstm, (X,), {}),
+        (lstm, (X[:, 0],), {}),
+        (lstm, (packed,), {}),
+        (lstm, (X,), {"lengths": [5, 3]}),
+        (lstm, (X,), {"reset_mask": torch.zeros(5, 2, dtype=torch.bool)}),
+        (lstm, (X, (torch.zeros(2, 2, 2), torch.zeros(2, 2, 4))), {"return_cell_states": True}),
+        (cell, (X[0],), {}),
+        (cell, (X[0, 0], (torch.zeros(4), torch.zeros(4))), {}),
+    ]
+    for module, args, kwargs in forms:
+        fastlstm.explain(module, *args, **kwargs)
+        explained = asked[-1]
+        asked.clear()
+        module(*args, **kwargs)
+        assert asked[0] == explained  # the very call that the first layer makes
+        asked.clear()
+
+
+def test_explain_of_a_named_backend():
+    lstm = fastlstm.LSTM(3, 4)
+    with fastlstm.use_backend("reference"):
+        told = fastlstm.explain(lstm, X)
+    assert told.backend == "reference"
+    assert told.reasons["eager"] == "can run it, but backend 'reference' was asked for"
+
+
+def test_explain_where_the_named_backend_cannot(monkeypatch):
+    monkeypatch.setattr(dispatch.BACKENDS["eager"], "supports", lambda call: "out of order")
+    with fastlstm.use_backend("eager"):
+        told = fastlstm.explain(fastlstm.LSTM(3, 4), X)
+    assert told.backend == ""
+    assert told.reasons["eager"] == "out of order"
+    assert "runs" not in told.reasons.values()
+
+
+def test_explain_refuses_other_modules():
+    with pytest.raises(TypeError, match=r"module must be a fastlstm.LSTM or fastlstm.LSTMCell, got LSTM"):
+        fastlstm.explain(nn.LSTM(3, 4), X)
+
+
+def test_environment_variable():
+    program = "import torch, fastlstm; print(fastlstm.explain(fastlstm.LSTM(3, 4), torch.zeros(2, 1, 3)).backend)"
+    environment = {**os.environ, "FASTLSTM_BACKEND": "reference"}
+    told = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=120)
+    assert told.stdout.strip() == "reference", told.stderr
+
+
+def test_environment_variable_with_an_unknown_name(monkeypatch, no_memory):
+    monkeypatch.setattr(dispatch, "_requested", "fastest")  # what the variable sets on import
+    with pytest.raises(ValueError, match=r"FASTLSTM_BACKEND must be one of auto, .* got 'fastest'"):
+        fastlstm.LSTM(3, 4)(X)

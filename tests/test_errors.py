@@ -1,0 +1,265 @@
+"""Bad arguments: nn.LSTM's own error, type and text, asked of nn.LSTM at run time; clear ones for what is new."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.utils.rnn import pack_padded_sequence
+
+import fastlstm
+
+from .twins import error_of
+
+
+@pytest.mark.parametrize(
+    ("args", "kwargs"),
+    [
+        ((), {}),
+        ((3,), {}),
+        ((0, 4), {}),
+        ((-1, 4), {}),
+        ((3, 0), {}),
+        ((3, -2), {}),
+        ((3.0, 4), {}),
+        ((3, 4.0), {}),
+        (("3", 4), {}),
+        ((3, 4, 0), {}),
+        ((3, 4, -1), {}),
+        ((3, 4, 1.5), {}),
+        ((3, 4), {"bias": 1}),
+        ((3, 4), {"bias": None}),
+        ((3, 4), {"batch_first": "yes"}),
+        ((3, 4), {"batch_first": 1}),
+        ((3, 4), {"dropout": -0.1}),
+        ((3, 4), {"dropout": 1.1}),
+        ((3, 4), {"dropout": True}),
+        ((3, 4), {"dropout": "half"}),
+        ((3, 4), {"dropout": None}),
+        ((3, 4), {"proj_size": -1}),
+        ((3, 4), {"proj_size": 4}),
+        ((3, 4), {"proj_size": 5}),
+        ((3, 4), {"device": "nowhere"}),
+        ((3, 4), {"dtype": "float32"}),
+        ((3, 4), {"dtype": torch.int64}),
+        ((3, 4), {"nonlinearity": "tanh"}),
+        ((3, 4), {"hidden_size": 4}),
+        ((3, 4, 1, True, False, 0.0, False, 0, None, None, 1), {}),
+    ],
+    ids=str,
+)
+def test_constructor(args, kwargs):
+    assert error_of(lambda: fastlstm.LSTM(*args, **kwargs)) == error_of(lambda: nn.LSTM(*args, **kwargs))
+
+
+def test_constructor_warns_of_dropout_with_one_layer():
+    with warnings.catch_warnings(record=True) as theirs:
+        warnings.simplefilter("always")
+        nn.LSTM(3, 4, dropout=0.5)
+    with pytest.warns(UserWarning, match="dropout option adds dropout after all but last") as ours:
+        fastlstm.LSTM(3, 4, dropout=0.5)
+    assert [str(w.message) for w in ours] == [str(w.message) for w in theirs]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        fastlstm.LSTM(3, 4, num_layers=2, dropout=0.5)
+
+
+def states(*shapes: tuple[int, ...]) -> tuple[torch.Tensor, ...]:
+    return tuple(torch.zeros(shape) for shape in shapes)
+
+
+def packed(*shape: int) -> Any:
+    return pack_padded_sequence(torch.zeros(shape), torch.tensor([2, 1]))
+
+
+X = torch.zeros(5, 2, 3)  # T = 5, B = 2, I = 3; H = 4
+CALLS = {
+    "no argument": ({}, ()),
+    "0-D input": ({}, (torch.zeros(()),)),
+    "1-D input": ({}, (torch.zeros(3),)),
+    "4-D input": ({}, (torch.zeros(1, 5, 2, 3),)),
+    "no tensor": ({}, ([[[0.0] * 3]],)),
+    "wrong input size": ({}, (torch.zeros(5, 2, 4),)),
+    "wrong input size unbatched": ({}, (torch.zeros(5, 4),)),
+    "wrong input size batch_first": ({"batch_first": True}, (torch.zeros(2, 5, 4),)),
+    "float64 input": ({}, (X.double(),)),
+    "float64 input with hx": ({}, (X.double(), states((1, 2, 4), (1, 2, 4)))),
+    "float64 input unbatched": ({}, (X[:, 0].double(),)),
+    "int64 input": ({}, (X.long(),)),
+    "bfloat16 input": ({}, (X.bfloat16(),)),
+    "float32 input to bfloat16": ({"dtype": torch.bfloat16}, (X,)),
+    "T = 0": ({}, (X[:0],)),
+    "T = 0 batch_first": ({"batch_first": True}, (X.transpose(0, 1)[:, :0],)),
+    "T = 0 unbatched": ({}, (X[:0, 0],)),
+    "T = 0 with hx": ({}, (X[:0], states((1, 2, 4), (1, 2, 4)))),
+    "T = 0 bidirectional layers": ({"bidirectional": True, "num_layers": 2}, (X[:0],)),
+    "hx[0] wrong batch": ({}, (X, states((1, 3, 4), (1, 2, 4)))),
+    "hx[1] wrong batch": ({}, (X, states((1, 2, 4), (1, 3, 4)))),
+    "hx[0] wrong size": ({}, (X, states((1, 2, 5), (1, 2, 4)))),
+    "hx[1] wrong size": ({}, (X, states((1, 2, 4), (1, 2, 5)))),
+    "hx[0] wrong layers": ({}, (X, states((2, 2, 4), (1, 2, 4)))),
+    "hx[1] wrong layers": ({"num_layers": 2}, (X, states((2, 2, 4), (1, 2, 4)))),
+    "hx of one direction": ({"bidirectional": True}, (X, states((1, 2, 4), (1, 2, 4)))),
+    "hx batch first": ({"batch_first": True}, (X.transpose(0, 1), states((2, 1, 4), (2, 1, 4)))),
+    "hx[0] without projection": ({"proj_size": 2}, (X, states((1, 2, 4), (1, 2, 4)))),
+    "hx[1] with projection": ({"proj_size": 2}, (X, states((1, 2, 2), (1, 2, 2)))),
+    "hx 2-D, input batched": ({}, (X, states((2, 4), (2, 4)))),
+    "hx[1] 2-D, input batched": ({}, (X, states((1, 2, 4), (2, 4)))),
+    "hx 3-D, input unbatched": ({}, (X[:, 0], states((1, 1, 4), (1, 1, 4)))),
+    "hx[0] 3-D, input unbatched": ({}, (X[:, 0], states((1, 1, 4), (1, 4)))),
+    "hx wrong size unbatched": ({}, (X[:, 0], states((1, 5), (1, 4)))),
+    "hx of one tensor": ({}, (X, states((1, 2, 4)))),
+    "hx of three tensors": ({}, (X, states((1, 2, 4), (1, 2, 4), (1, 2, 4)))),
+    "hx empty": ({}, (X, ())),
+    "hx a tensor": ({}, (X, torch.zeros(1, 2, 4))),
+    "hx a tensor of two": ({}, (X, torch.zeros(2, 2, 4))),
+    "hx of None": ({}, (X, (None, None))),
+    "hx a number": ({}, (X, 0)),
+}
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_forward(name, backend):
+    kwargs, args = CALLS[name]
+    ours, theirs = fastlstm.LSTM(3, 4, **kwargs), nn.LSTM(3, 4, **kwargs)
+    assert error_of(lambda: ours(*args)) == error_of(lambda: theirs(*args))
+
+
+def test_forward_refuses_what_neither_knows():
+    with pytest.raises(TypeError, match="unexpected keyword argument 'hidden'"):
+        fastlstm.LSTM(3, 4)(X, hidden=None)
+
+
+@pytest.mark.parametrize("x", [torch.zeros(2, 2, 4), torch.zeros(2, 2, 3).double()], ids=["size", "dtype"])
+def test_packed_input_gets_the_errors_of_padded_input(x):
+    """Here nn.LSTM tells of a matrix product inside."""
+    given = pack_padded_sequence(x, torch.tensor([2, 1]))
+    assert error_of(lambda: fastlstm.LSTM(3, 4)(given)) == error_of(lambda: nn.LSTM(3, 4)(x))
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        (lambda h, c: (h[:, :1], c), r"Expected hidden\[0\] size \(1, 2, 4\), got \[1, 1, 4\]"),
+        (lambda h, c: (h, c[..., :3]), r"Expected hidden\[1\] size \(1, 2, 4\), got \[1, 2, 3\]"),
+        (lambda h, c: (h[0], c[0]), "3-D"),
+    ],
+)
+def test_packed_input_with_wrong_hx(change, text, backend):
+    """Here nn.LSTM reads out of bounds."""
+    with pytest.raises(RuntimeError, match=text):
+        fastlstm.LSTM(3, 4)(packed(2, 2, 3), change(*states((1, 2, 4), (1, 2, 4))))
+
+
+@pytest.mark.parametrize("which", [0, 1])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.int64], ids=str)
+def test_hx_of_another_dtype(which, dtype, backend):
+    """Here nn.LSTM's message is one of oneDNN's insides."""
+    hx = list(states((1, 2, 4), (1, 2, 4)))
+    hx[which] = hx[which].to(dtype)
+    with pytest.raises(RuntimeError, match=f"must have the same dtype, got torch.float32 and {dtype}"):
+        fastlstm.LSTM(3, 4)(X, tuple(hx))
+
+
+def test_tensors_on_different_devices():
+    lstm = fastlstm.LSTM(3, 4)
+    hx = (torch.zeros(1, 2, 4, device="meta"), torch.zeros(1, 2, 4))
+    assert error_of(lambda: lstm(X, hx)) == error_of(lambda: nn.LSTM(3, 4)(X, hx))
+    assert error_of(lambda: lstm(X.to("meta"))) == error_of(lambda: nn.LSTM(3, 4)(X.to("meta")))
+    assert error_of(lambda: lstm.to("meta")(X)) == error_of(lambda: nn.LSTM(3, 4, device="meta")(X))
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "text"),
+    [
+        ("weight_ih_l0", torch.zeros(16, 4), r"weight_ih must be .*\[16, 3\], got \[16, 4\]"),
+        ("weight_hh_l0", torch.zeros(12, 4), r"weight_hh must be .*\[16, 4\], got \[12, 4\]"),
+        ("bias_ih_l0", torch.zeros(15), r"bias_ih must be .*\[16\], got \[15\]"),
+        ("bias_hh_l0", torch.zeros(17), r"bias_hh must be .*\[16\], got \[17\]"),
+        (
+            "weight_hh_l0",
+            torch.zeros(16, 4, dtype=torch.float64),
+            r"same dtype, got torch\.float32 and|must be Float on",
+        ),
+    ],
+)
+def test_weights_that_do_not_fit(name, value, text, backend):
+    lstm = fastlstm.LSTM(3, 4)
+    setattr(lstm, name, nn.Parameter(value))
+    with pytest.raises(RuntimeError, match=text):
+        lstm(X)
+
+
+@pytest.mark.parametrize(
+    ("lengths", "error", "text"),
+    [
+        ([1], ValueError, r"lengths must be \[B\] = \[2\], got \[1\]"),
+        ([1, 2, 3], ValueError, r"lengths must be \[B\] = \[2\], got \[3\]"),
+        ([[1, 2]], ValueError, r"lengths must be \[B\] = \[2\], got \[1, 2\]"),
+        (3, ValueError, r"lengths must be \[B\] = \[2\], got \[\]"),
+        ([], ValueError, r"lengths must be \[B\] = \[2\], got \[0\]"),
+        ([1, 6], ValueError, r"lengths must lie in \[0, T=5\], got 6 in row 1"),
+        ([-1, 5], ValueError, r"lengths must lie in \[0, T=5\], got -1 in row 0"),
+        (torch.tensor([7, 2]), ValueError, r"lengths must lie in \[0, T=5\], got 7 in row 0"),
+        ([1.0, 2.0], TypeError, "lengths must be integers, got torch.float32"),
+        (torch.tensor([1.0, 2.0]).double(), TypeError, "lengths must be integers, got torch.float64"),
+        ([True, False], TypeError, "lengths must be integers, got torch.bool"),
+    ],
+)
+def test_lengths(lengths, error, text):
+    with pytest.raises(error, match=text):
+        fastlstm.LSTM(3, 4)(X, lengths=lengths)
+
+
+@pytest.mark.parametrize(
+    ("batch_first", "reset_mask", "error", "text"),
+    [
+        (
+            False,
+            torch.zeros(2, 5, dtype=torch.bool),
+            ValueError,
+            r"reset_mask must be \[T, B\] = \[5, 2\], got \[2, 5\]",
+        ),
+        (
+            True,
+            torch.zeros(5, 2, dtype=torch.bool),
+            ValueError,
+            r"reset_mask must be \[B, T\] = \[2, 5\], got \[5, 2\]",
+        ),
+        (False, torch.zeros(5, dtype=torch.bool), ValueError, r"reset_mask must be \[T, B\] = \[5, 2\], got \[5\]"),
+        (False, torch.zeros(5, 2), TypeError, "reset_mask must be a tensor of torch.bool, got torch.float32"),
+        (False, torch.zeros(5, 2, dtype=torch.uint8), TypeError, "must be a tensor of torch.bool, got torch.uint8"),
+        (False, [[False] * 2] * 5, TypeError, "reset_mask must be a tensor of torch.bool, got list"),
+        (
+            False,
+            torch.zeros(5, 2, dtype=torch.bool, device="meta"),
+            ValueError,
+            "reset_mask must be on the input's device cpu, got meta",
+        ),
+    ],
+)
+def test_reset_mask(batch_first, reset_mask, error, text):
+    x = X.transpose(0, 1) if batch_first else X
+    with pytest.raises(error, match=text):
+        fastlstm.LSTM(3, 4, batch_first=batch_first)(x, reset_mask=reset_mask)
+
+
+def test_lengths_and_reset_mask_unbatched():
+    lstm = fastlstm.LSTM(3, 4)
+    with pytest.raises(ValueError, match="lengths must"):
+        lstm(X[:, 0], lengths=[1, 2])
+    with pytest.raises(ValueError, match="lengths must lie in"):
+        lstm(X[:, 0], lengths=6)
+    with pytest.raises(ValueError, match="reset_mask must be"):
+        lstm(X[:, 0], reset_mask=torch.zeros(4, dtype=torch.bool))
+
+
+def test_lengths_and_reset_mask_with_a_packed_sequence():
+    lstm = fastlstm.LSTM(3, 4)
+    with pytest.raises(ValueError, match="lengths must be None with a PackedSequence, got list"):
+        lstm(packed(2, 2, 3), lengths=[2, 1])
+    with pytest.raises(ValueError, match="reset_mask must be None with a PackedSequence, got Tensor"):
+        lstm(packed(2, 2, 3), reset_mask=torch.zeros(2, 2, dtype=torch.bool))

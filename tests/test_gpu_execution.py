@@ -1,0 +1,227 @@
+"""How it runs on the GPU: graphs, streams, devices, determinism, no synchronisation of the host, memory."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+import torch
+
+import fastlstm
+
+from .cases import Case
+from .gpu_support import (
+    BFLOAT16,
+    HALF,
+    IEEE,
+    TF32,
+    Precision,
+    backends,
+    cudnn,
+    gpu,
+    on_device,
+    ours,
+    require,
+    run,
+    same,
+    with_gradients,
+)
+
+pytestmark = gpu
+
+# The mixed one is torch's default: TF32 in RNNs, IEEE in other products.
+MIXED = Precision(torch.float32, "tf32", "ieee")
+CASES = (
+    Case(T=12, B=9, I=16, H=64, hx="tuple"),
+    Case(T=12, B=9, I=16, H=64, hx="tuple", bidirectional=True, layers=2, proj=16, cells=True),
+    Case(T=12, B=9, I=16, H=64, bidirectional=True, lengths=(12, 0, 3, 7, 12, 1, 9, 4, 5), resets=((3, 0), (5, 3))),
+    Case(T=1, B=9, I=16, H=64, hx="tuple"),
+)
+# Long enough for several chunks of x W_ih^T and of dgates (csrc/cuda/layer.h).
+LONG = Case(T=700, B=64, I=128, H=512, bidirectional=True)
+
+
+@backends
+@pytest.mark.parametrize("precision", [IEEE, TF32, MIXED, HALF, BFLOAT16], ids=str)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_graph_capture(case, precision, backend):
+    """Forward and backward in one CUDA graph; replayed on new numbers, it gives what a plain run gives."""
+    case = case.to(precision.dtype)
+    require(backend, case)
+    given = on_device(case, precision.dtype)
+    call = ours(case, given)
+    with precision.flags(), fastlstm.use_backend(backend):
+        first = with_gradients(case, given, call)
+        arriving = {name: torch.ones_like(first[name]) for name in ("output", "h_n", "c_n")}
+        leaves = given.wanted()
+
+        def step():
+            results = call()
+            grads = torch.autograd.grad([results[n] for n in arriving], list(leaves.values()), list(arriving.values()))
+            return [*(results[n].detach() for n in arriving), *grads]
+
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(3):
+                step()
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            captured = step()
+        with torch.no_grad():
+            for leaf in leaves.values():
+                leaf.copy_(leaf.nan_to_num() * 0.5 + 0.01)
+        graph.replay()
+        plain = step()
+    torch.cuda.synchronize()
+    names = [*arriving, *(f"d {name}" for name in leaves)]
+    eps = precision.eps
+    for name, a, b in zip(
+        names, captured, plain, strict=True
+    ):  # capture may choose another workspace, so another order
+        assert float((a.double() - b.double()).abs().max()) <= 8 * eps * float(b.double().abs().max()), name
+
+
+@backends
+@pytest.mark.parametrize("case", [*CASES, LONG], ids=str)
+@pytest.mark.parametrize("precision", [IEEE, MIXED, BFLOAT16], ids=str)
+def test_determinism(case, precision, backend):
+    """Bit for bit, ten times."""
+    case = case.to(precision.dtype)
+    require(backend, case)
+    first = run(case, precision, backend)
+    for _ in range(9):
+        same(run(case, precision, backend), first)
+
+
+@backends
+@pytest.mark.parametrize("precision", [IEEE, MIXED, BFLOAT16], ids=str)
+def test_two_streams(precision, backend):
+    """Two calls at a time, each on its own stream: no buffer in common, everything on the current stream."""
+    cases = [Case(T=60, B=16, I=64, H=256, dtype=precision.dtype, seed=seed, bidirectional=True) for seed in (1, 2)]
+    require(backend, cases[0])
+    expected = [run(case, precision, backend) for case in cases]
+    given = [on_device(case, precision.dtype) for case in cases]
+    calls = [ours(case, g) for case, g in zip(cases, given, strict=True)]
+    streams = [torch.cuda.Stream() for _ in cases]
+    torch.cuda.synchronize()
+    with precision.flags(), fastlstm.use_backend(backend):
+        for _ in range(5):
+            found = []
+            for case, g, call, stream in zip(cases, given, calls, streams, strict=True):
+                with torch.cuda.stream(stream):
+                    torch.cuda._sleep(100_000)
+                    found.append(with_gradients(case, g, call))
+            torch.cuda.synchronize()
+            for got, value in zip(found, expected, strict=True):
+                same(got, value)
+
+
+@backends
+def test_two_threads(backend):
+    """Each with its own stream and its own setting of nothing: precision is read, never set for the process."""
+    case = Case(T=30, B=16, I=64, H=128)
+    require(backend, case)
+    expected = run(case, MIXED, backend)
+    found, failed = {}, []
+
+    def work(index: int) -> None:
+        try:
+            with torch.cuda.stream(torch.cuda.Stream()):
+                given = on_device(case, torch.float32)
+                torch.cuda.current_stream().synchronize()
+                for _ in range(20):
+                    found[index] = with_gradients(case, given, ours(case, given))
+                torch.cuda.current_stream().synchronize()
+        except Exception as error:
+            failed.append(error)
+
+    with MIXED.flags(), fastlstm.use_backend(backend):
+        threads = [threading.Thread(target=work, args=(index,)) for index in range(2)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert not failed, failed
+    for results in found.values():
+        same(results, expected)
+
+
+@backends
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason=f"needs 2 GPUs, there are {torch.cuda.device_count()}")
+@pytest.mark.parametrize("precision", [IEEE, MIXED, BFLOAT16], ids=str)
+def test_two_devices(precision, backend):
+    """A call runs on its tensors' device, whichever is current."""
+    case = CASES[1].to(precision.dtype)
+    require(backend, case)
+    with torch.cuda.device(0):
+        first = run(case, precision, backend, "cuda:0")
+        second = run(case, precision, backend, "cuda:1")
+        assert torch.cuda.current_device() == 0
+    assert second["output"].device == torch.device("cuda:1")
+    if torch.cuda.get_device_name(0) == torch.cuda.get_device_name(1):
+        same(first, second)
+
+
+@backends
+@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("precision", [IEEE, MIXED, BFLOAT16], ids=str)
+def test_no_synchronisation_of_the_host(case, precision, backend):
+    case = case.to(precision.dtype)
+    require(backend, case)
+    given = on_device(case, precision.dtype)
+    call = ours(case, given)
+    with precision.flags(), fastlstm.use_backend(backend):
+        with_gradients(case, given, call)  # what happens once only, as loading cuBLAS
+        leaves = list(given.wanted().values())
+        torch.cuda.synchronize()
+        before = torch.cuda.get_sync_debug_mode()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            results = call()
+            used = list(results.values())
+            torch.autograd.grad(used, leaves, [torch.ones_like(r) for r in used])
+            with torch.no_grad():
+                call()
+        finally:
+            torch.cuda.set_sync_debug_mode(before)
+
+
+@backends
+@pytest.mark.parametrize("training", [True, False], ids=["training", "inference"])
+@pytest.mark.parametrize("precision", [IEEE, TF32, HALF, BFLOAT16], ids=str)
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(T=256, B=64, I=512, H=1024),
+        Case(T=256, B=64, I=512, H=512, layers=2, bidirectional=True),
+        Case(T=1024, B=16, I=256, H=256),
+    ],
+    ids=str,
+)
+def test_memory(case, precision, training, backend):
+    """The peak of a training step, and of inference, at most a tenth above nn.LSTM's."""
+    case = case.to(precision.dtype)
+    require(backend, case)
+    peaks = {}
+    for kind, make in (("ours", ours), ("theirs", cudnn)):
+        given = on_device(case, precision.dtype)
+        call = make(case, given)
+        leaves = list(given.wanted().values())
+
+        def step(call=call, leaves=leaves):
+            if not training:
+                with torch.no_grad():
+                    return call()
+            return torch.autograd.grad(call()["output"].sum(), leaves)
+
+        with precision.flags(), fastlstm.use_backend(backend):
+            step()  # cuBLAS's and cuDNN's workspaces stay
+            torch.cuda.synchronize()
+            resting = torch.cuda.memory_allocated()
+            torch.cuda.reset_peak_memory_stats()
+            step()
+            torch.cuda.synchronize()
+        peaks[kind] = torch.cuda.max_memory_allocated() - resting
+    assert peaks["ours"] <= 1.1 * peaks["theirs"], {kind: f"{peak / 2**20:.1f} MiB" for kind, peak in peaks.items()}

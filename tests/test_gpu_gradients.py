@@ -1,0 +1,128 @@
+"""Gradients on the GPU: numerically in float64, twice, for any subset, and the ops as torch.library wants them."""
+
+from __future__ import annotations
+
+from itertools import combinations
+
+import pytest
+import torch
+from torch.autograd import gradcheck, gradgradcheck
+
+import fastlstm
+from fastlstm import dispatch
+
+from .cases import Case
+from .gpu_support import IEEE, backends, gpu, on_device, ours, require, run, same, with_gradients
+
+pytestmark = gpu
+
+SMALL = {"T": 3, "B": 2, "I": 2, "H": 4, "dtype": torch.float64, "hx": "tuple"}
+CASES = (
+    Case(**SMALL),
+    Case(**SMALL, bias=False, bidirectional=True),
+    Case(**SMALL, proj=2, bidirectional=True, layers=2),
+    Case(**SMALL, lengths=(0, 3), bidirectional=True),
+    Case(**SMALL, lengths=(1, 3), resets=((0, 0), (2, 1)), proj=2, bidirectional=True, cells=True),
+)
+
+
+def function(case):
+    """(f, its tensor inputs): every result of the layer as a function of every input and weight."""
+    given = on_device(case, torch.float64)
+    names = list(given.weights)
+    module = case.module(fastlstm.LSTM, given.weights)
+    options = {"lengths": given.lengths, "reset_mask": given.reset_mask, "return_cell_states": case.cells}
+
+    def f(x, h0, c0, *weights):
+        swapped = dict(zip(names, weights, strict=True))
+        output, states, *cells = torch.func.functional_call(module, swapped, (x, (h0, c0)), options)
+        return (output, *states, *cells)
+
+    x = torch.nan_to_num(given.leaves["x"].detach()).requires_grad_()
+    return f, [x, *given.hx, *(w.detach().requires_grad_() for w in given.weights.values())]
+
+
+@backends
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_gradcheck(case, backend):
+    require(backend, case)
+    f, inputs = function(case)
+    with fastlstm.use_backend(backend):
+        assert gradcheck(f, inputs, fast_mode=True)
+
+
+@backends
+def test_gradcheck_in_full(backend):
+    case = Case(**{**SMALL, "T": 2}, proj=2, cells=True)
+    require(backend, case)
+    f, inputs = function(case)
+    with fastlstm.use_backend(backend):
+        assert gradcheck(f, inputs)
+
+
+@backends
+def test_gradgradcheck(backend):
+    """cuDNN cannot."""
+    require(backend, CASES[0])
+    f, inputs = function(CASES[0])
+    with fastlstm.use_backend(backend):
+        assert gradgradcheck(f, inputs, fast_mode=True)
+
+
+@backends
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_opcheck(case, backend):
+    require(backend, case)
+    given = on_device(case, torch.float64)
+    weights = list(given.weights.values())[: len(given.weights) // case.layers]
+    D = case.directions
+    h0, c0 = (state[:D].detach().requires_grad_() for state in given.hx)
+    x = torch.nan_to_num(given.leaves["x"].detach()).requires_grad_()
+    layer = getattr(torch.ops.fastlstm, f"{backend}_layer").default
+    torch.library.opcheck(layer, (x, h0, c0, weights, given.lengths, given.reset_mask, case.cells, True))
+    torch.library.opcheck(layer, (x.detach(), None, None, [w.detach() for w in weights], None, None, False, False))
+
+
+@backends
+def test_backward_twice(backend):
+    """Nothing that forward saved is overwritten."""
+    case = Case(T=9, B=5, I=4, H=8, bidirectional=True, hx="tuple", proj=4)
+    require(backend, case)
+    given = on_device(case, torch.float32)
+    with fastlstm.use_backend(backend):
+        results = ours(case, given)()
+        loss = results["output"].square().sum() + results["c_n"].sum()
+        leaves = list(given.wanted().values())
+        first = torch.autograd.grad(loss, leaves, retain_graph=True)
+        second = torch.autograd.grad(loss, leaves)
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+@backends
+def test_any_subset_of_gradients(backend):
+    """Each gradient is the same whether or not others are wanted."""
+    case = Case(T=4, B=3, I=4, H=8, hx="tuple")
+    require(backend, case)
+    whole = run(case, IEEE, backend)
+    names = [name.removeprefix("d ") for name in whole if name.startswith("d ")]
+    for size in (1, 2, len(names) - 1):
+        for wanted in combinations(names, size):
+            given = on_device(case, torch.float32)
+            for name, leaf in given.leaves.items():
+                leaf.requires_grad_(name in wanted)
+            with IEEE.flags(), fastlstm.use_backend(backend):
+                found = with_gradients(case, given, ours(case, given))
+            same(
+                {f"d {name}": found[f"d {name}"] for name in wanted},
+                {f"d {name}": whole[f"d {name}"] for name in wanted},
+            )
+
+
+def test_auto_takes_native_where_it_was_built_for_cuda():
+    """Else a broken build would pass the suite by skipping it."""
+    extension = dispatch.BACKENDS["native"].extension
+    if extension is None or "cuda" not in extension.devices():
+        pytest.fail("fastlstm._C was not built for CUDA: FASTLSTM_BUILD=cuda pip install --no-build-isolation .")
+    given = on_device(Case(), torch.float32)
+    call = dispatch.describe(given.input, list(given.weights.values()), None, None)
+    assert dispatch.BACKENDS["native"].supports(call) is None

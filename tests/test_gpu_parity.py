@@ -1,0 +1,249 @@
+"""The same numbers as nn.LSTM on cuDNN, at every dtype and precision: twice its error against float64 is allowed."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+import fastlstm
+
+from .cases import Case, tensors
+from .gpu_support import (
+    BFLOAT16,
+    HALF,
+    IEEE,
+    PRECISIONS,
+    TF32,
+    Precision,
+    backends,
+    check,
+    gpu,
+    judge,
+    nan_outside,
+    on_device,
+    ours,
+    require,
+    run,
+    same,
+    with_gradients,
+)
+
+pytestmark = gpu
+
+SIZES = (1, 17, 192, 500, 1024, 2048)
+RAGGED = {"lengths": (9, 0, 4, 1, 9, 6, 2), "resets": ((0, 0), (3, 0), (2, 2), (8, 4), (5, 5), (7, 6))}
+FEATURES = (
+    Case(T=9, B=7, I=12, H=40, bias=False, hx="tuple"),
+    Case(T=9, B=7, I=12, H=40, layers=2, bidirectional=True, hx="tuple"),
+    Case(T=9, B=7, I=12, H=40, proj=20, layers=2, bidirectional=True, hx="tuple"),
+    Case(T=9, B=7, I=12, H=41, proj=7, batch_first=True),
+    Case(T=9, B=1, I=12, H=40, unbatched=True),
+    Case(T=9, B=7, I=12, H=40, bidirectional=True, hx="tuple", cells=True),
+    Case(T=9, B=7, I=12, H=40, bidirectional=True, hx="tuple", lengths=RAGGED["lengths"]),
+    Case(T=9, B=7, I=12, H=40, bidirectional=True, hx="tuple", resets=RAGGED["resets"]),
+    Case(T=9, B=7, I=12, H=40, bidirectional=True, layers=2, proj=8, hx="tuple", cells=True, **RAGGED),
+    Case(T=1, B=7, I=12, H=40, hx="tuple"),
+    Case(T=9, B=7, I=12, H=40, hx="tuple", frozen=("weight_ih_l0", "bias_hh_l0"), x_grad=False),
+    Case(T=9, B=7, I=12, H=40, hx="tuple", hx_grad=False, frozen=("weight_hh_l0", "bias_ih_l0")),
+    Case(T=9, B=7, I=12, H=40, hx="tuple", used=("c_n",)),
+    Case(T=9, B=7, I=12, H=40, hx="tuple", used=("h_n",), bidirectional=True),
+)
+
+
+@backends
+@pytest.mark.parametrize("precision", PRECISIONS, ids=str)
+@pytest.mark.parametrize("bidirectional", [False, True], ids=["one", "both"])
+@pytest.mark.parametrize("H", SIZES)
+def test_hidden_sizes(H, bidirectional, precision, backend):
+    check(Case(T=6, B=13, I=33, H=H, bidirectional=bidirectional, hx="tuple"), precision, backend)
+
+
+@backends
+@pytest.mark.parametrize("precision", PRECISIONS, ids=str)
+@pytest.mark.parametrize("case", FEATURES, ids=str)
+def test_features(case, precision, backend):
+    check(case, precision, backend)
+
+
+@backends
+@pytest.mark.parametrize("precision", [IEEE, TF32, HALF, BFLOAT16], ids=str)
+@pytest.mark.parametrize("B", [1, 3, 31, 127, 6464])
+def test_batches(B, precision, backend):
+    check(Case(T=4, B=B, I=24, H=72), precision, backend)
+
+
+@backends
+def test_more_rows_than_a_grid_has_blocks(backend):
+    """65,535 blocks is the most a grid has in its second dimension."""
+    check(Case(T=2, B=66_001, I=2, H=256), IEEE, backend, rival="reference")
+
+
+@backends
+@pytest.mark.parametrize("precision", [IEEE, BFLOAT16], ids=str)
+def test_more_steps_than_cudnn_takes(precision, backend):
+    check(Case(T=70_000, B=2, I=3, H=8), precision, backend, rival="reference")
+
+
+@backends
+def test_more_elements_than_32_bits_count(backend):
+    """The first and the last steps of a run whose gates have 2.2e9 elements, against runs of those steps alone."""
+    free, _ = torch.cuda.mem_get_info()
+    if free < 40 << 30:
+        pytest.skip(f"needs 40 GiB of GPU memory, {free >> 30} GiB are free")
+    case = Case(T=1060, B=512, I=8, H=1024, dtype=torch.bfloat16)
+    require(backend, case)
+    given = on_device(Case(T=1, B=1, I=8, H=1024, dtype=torch.bfloat16), torch.bfloat16)
+    module = case.module(fastlstm.LSTM, given.weights)
+    x = torch.randn(case.T, case.B, case.I, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    with fastlstm.use_backend(backend):
+        y, _ = module(x)
+        (dx,) = torch.autograd.grad(y[-1].float().sum(), x)
+        # The state forgets: 60 steps before the end decide the last one to within rounding.
+        tail = x[-60:].detach().requires_grad_()
+        y_tail, _ = module(tail)
+        (dx_tail,) = torch.autograd.grad(y_tail[-1].float().sum(), tail)
+        y_head, _ = module(x[:20])
+    for got, expected in ((y[-1], y_tail[-1]), (dx[-20:], dx_tail[-20:]), (y[:20], y_head)):
+        scale = float(expected.abs().max())
+        assert float((got - expected).abs().max()) <= 2**-5 * scale
+
+
+@backends
+@pytest.mark.parametrize("case", [FEATURES[1], FEATURES[8]], ids=str)
+@pytest.mark.parametrize("precision", [IEEE, BFLOAT16], ids=str)
+def test_non_contiguous_everything(case, precision, backend):
+    """x, hx, weights and the arriving gradients with gaps (NaN in them) and in other orders: the same as dense ones."""
+    case = case.to(precision.dtype)
+    require(backend, case)
+    dense = run(case, precision, backend)
+    given = on_device(case, precision.dtype)
+    given.input = nan_outside(given.leaves["x"])
+    given.hx = tuple(nan_outside(state) for state in given.hx)
+    weights = {name: nan_outside(weight) for name, weight in given.weights.items()}
+    module = case.module(fastlstm.LSTM, {})
+    options = {"lengths": given.lengths, "reset_mask": given.reset_mask, "return_cell_states": case.cells}
+
+    def call():
+        output, (h_n, c_n), *cells = torch.func.functional_call(module, weights, (given.input, given.hx), options)
+        results = {"output": output, "h_n": h_n, "c_n": c_n, **({"cells": cells[0]} if cells else {})}
+        return {name: _GapsInGradient.apply(result) for name, result in results.items()}
+
+    with precision.flags(), fastlstm.use_backend(backend):
+        gaps = with_gradients(case, given, call)
+    eps = torch.finfo(precision.dtype).eps
+    for name, expected in dense.items():  # another layout may take another product: the order of sums differs
+        limit = 16 * eps * float(expected.abs().max())
+        assert float((gaps[name].double() - expected.double()).abs().max()) <= limit, name
+
+
+class _GapsInGradient(torch.autograd.Function):
+    """The identity; its gradient arrives strided."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return nan_outside(grad)
+
+
+@backends
+@pytest.mark.parametrize("case", FEATURES, ids=str)
+@pytest.mark.parametrize("precision", [IEEE, BFLOAT16], ids=str)
+def test_poisoned_memory(case, precision, backend, poisoned_empty):
+    """torch.empty gives NaN, in C++ too; so does a read before the write."""
+    check(case, precision, backend)
+
+
+@backends
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16], ids=str)
+def test_cell(dtype, backend):
+    """LSTMCell against nn.LSTMCell."""
+    case = Case(T=1, B=37, I=20, H=48, hx="tuple", dtype=dtype)
+    require(backend, case)
+    found = {}
+    for kind, cls in (("ours", fastlstm.LSTMCell), ("theirs", nn.LSTMCell), ("truth", nn.LSTMCell)):
+        given = on_device(case, torch.float64 if kind == "truth" else dtype)
+        cell = cls(case.I, case.H, device="meta")
+        for name, weight in given.weights.items():
+            setattr(cell, name.removesuffix("_l0"), weight)
+
+        def call(cell=cell, given=given):
+            h, c = cell(given.input[0], tuple(state[0] for state in given.hx))
+            return {"h_n": h[None], "c_n": c[None]}
+
+        with Precision(dtype).flags(), fastlstm.use_backend(backend):
+            found[kind] = with_gradients(case, given, call)
+    judge(found["ours"], found["theirs"], found["truth"], Precision(dtype), f"{backend}, LSTMCell, {dtype}")
+
+
+@backends
+@pytest.mark.parametrize("matmul", ["ieee", "tf32"])
+@pytest.mark.parametrize("rnn", ["ieee", "tf32"])
+def test_flags_of_tf32(rnn, matmul, backend):
+    """The RNN flag alone decides, as for nn.LSTM; the matmul flag decides nothing and is what it was afterwards."""
+    if torch.cuda.get_device_capability() < (8, 0):
+        pytest.skip("TF32 needs compute capability 8.0")
+    case = Case(T=8, B=64, I=256, H=256, bidirectional=True, hx="tuple")
+    require(backend, case)
+    mixed = Precision(torch.float32, rnn, matmul)
+    check(case, mixed, backend)
+    with mixed.flags():
+        run(case, mixed, backend)
+        assert torch.backends.cuda.matmul.fp32_precision == matmul
+    truth = run(case, Precision(torch.float64), backend)["output"]
+    off = float((run(case, mixed, backend)["output"].double() - truth).abs().max())
+    # TF32 keeps 10 bits of a factor, IEEE 23; the errors are orders of magnitude apart.
+    assert (off > 1e-5) == (rnn == "tf32"), off
+
+
+@backends
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_autocast(dtype, backend):
+    """float32 weights and input: results of autocast's dtype, as by nn.LSTM, and gradients in float32."""
+    case = Case(T=9, B=7, I=12, H=40, bidirectional=True, hx="tuple")
+    require(backend, case.to(dtype))
+    found = {}
+    for kind in ("ours", "theirs"):
+        given = on_device(case, torch.float32)
+        module = case.module(fastlstm.LSTM if kind == "ours" else nn.LSTM, given.weights)
+        with fastlstm.use_backend(backend), torch.autocast("cuda", dtype):
+            output, (h_n, c_n) = module(given.input, given.hx)
+        leaves = list(given.wanted().values())
+        grads = torch.autograd.grad(output.float().square().sum() + c_n.float().sum(), leaves)
+        found[kind] = {"output": output, "h_n": h_n, "c_n": c_n, **dict(zip(given.wanted(), grads, strict=True))}
+    for name, theirs in found["theirs"].items():
+        got = found["ours"][name]
+        assert got.dtype == theirs.dtype, name
+        limit = 16 * torch.finfo(dtype).eps * float(theirs.detach().abs().max())
+        assert float((got - theirs).detach().abs().max()) <= limit, name
+
+
+@backends
+def test_backward_in_eval_mode(backend):
+    """cuDNN refuses it."""
+    case = Case(T=5, B=3, I=4, H=8, hx="tuple")
+    require(backend, case)
+    given = on_device(case, torch.float32)
+    module = case.module(fastlstm.LSTM, given.weights).eval()
+
+    def call():
+        output, (h_n, c_n) = module(given.input, given.hx)
+        return {"output": output, "h_n": h_n, "c_n": c_n}
+
+    with IEEE.flags(), fastlstm.use_backend(backend):
+        evaluated = with_gradients(case, given, call)
+    same(evaluated, run(case, IEEE, backend))
+
+
+@backends
+def test_an_empty_batch(backend):
+    case = Case(T=3, B=0, I=4, H=8, bidirectional=True)
+    require(backend, case)
+    given = on_device(case, torch.float32)
+    with fastlstm.use_backend(backend):
+        results = with_gradients(case, given, ours(case, given))
+    assert results["output"].shape == (3, 0, 16)
+    assert all(not results[f"d {name}"].any() for name in tensors(case).weights)

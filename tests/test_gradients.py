@@ -1,0 +1,221 @@
+"""Backward passes: numerically (gradcheck), twice, in eval mode, for any subset of inputs and any single output."""
+
+from __future__ import annotations
+
+from itertools import combinations
+
+import pytest
+import torch
+from torch.autograd import gradcheck, gradgradcheck
+
+import fastlstm
+
+from .cases import OUTPUTS, Case, tensors
+from .runners import check, require, run_torch
+from .twins import data, flat, twins
+
+SMALL = {"T": 3, "B": 2, "I": 2, "H": 3, "dtype": torch.float64, "hx": "tuple"}
+RAGGED = {"lengths": (3, 2), "resets": ((1, 0), (1, 1), (2, 1))}
+CASES = (
+    Case(**SMALL),
+    Case(**SMALL, bias=False),
+    Case(**SMALL, proj=2),
+    Case(**SMALL, bidirectional=True, layers=2),
+    Case(**SMALL, lengths=(1, 3)),
+    Case(**SMALL, lengths=(0, 3), bidirectional=True),
+    Case(**SMALL, resets=((0, 0), (2, 1)), bidirectional=True),
+    Case(**SMALL, **RAGGED, cells=True, proj=2, bidirectional=True),
+    Case(**{**SMALL, "B": 1}, unbatched=True, cells=True),
+)
+
+
+def function(case):
+    """(f, its tensor inputs): every result of the layer as a function of every input and weight."""
+    given = tensors(case.to(torch.float64))
+    names = list(given.weights)
+    module = case.module(fastlstm.LSTM, given.weights)
+    options = {"lengths": given.lengths, "reset_mask": given.reset_mask, "return_cell_states": case.cells}
+    inputs = [torch.nan_to_num(given.leaves["x"].detach()).requires_grad_(), *given.hx]
+
+    def f(x, h0, c0, *weights):
+        swapped = dict(zip(names, weights, strict=True))
+        return tuple(flat(torch.func.functional_call(module, swapped, (x, (h0, c0)), options)))
+
+    return f, [*inputs, *(w.detach().requires_grad_() for w in given.weights.values())]
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_gradcheck(case, backend):
+    require(backend, case)
+    f, inputs = function(case)
+    assert gradcheck(f, inputs, fast_mode=True)
+
+
+def test_gradcheck_in_full(backend):
+    f, inputs = function(Case(**{**SMALL, "T": 2, "H": 2}, proj=1, cells=True))
+    assert gradcheck(f, inputs)
+
+
+@pytest.mark.parametrize("case", [CASES[0], CASES[2], CASES[3], CASES[7]], ids=str)
+def test_gradgradcheck(case, backend):
+    require(backend, case)
+    f, inputs = function(case)
+    assert gradgradcheck(f, inputs, fast_mode=True)
+
+
+def test_gradient_penalty_equals_nn_lstms(backend):
+    """Double backward as its users write it: the norm of the input's gradient is in the loss."""
+    found = []
+    for module in twins(num_layers=2, bidirectional=True):
+        x = data(4, 2, 3).requires_grad_()
+        (dx,) = torch.autograd.grad(module(x)[0].square().sum(), x, create_graph=True)
+        (dx.square().sum() + dx.pow(3).sum()).backward()
+        found.append([x.grad, *(w.grad for w in module.parameters())])
+    torch.testing.assert_close(*found)
+
+
+def test_double_backward_of_part_of_the_weights(backend):
+    """A gradient of a gradient with frozen weights and an output that is in no loss."""
+    found = []
+    for module in twins():
+        module.weight_ih_l0.requires_grad_(False)
+        output, _ = module(data(4, 2, 3))
+        (dw,) = torch.autograd.grad(output.pow(2).sum(), module.weight_hh_l0, create_graph=True)
+        found.append(torch.autograd.grad(dw.pow(2).sum(), [module.weight_hh_l0, module.bias_hh_l0]))
+    torch.testing.assert_close(*found)
+
+
+@pytest.mark.parametrize("case", [CASES[0], CASES[7]], ids=str)
+def test_backward_twice_with_retain_graph(case, backend):
+    require(backend, case)
+    f, inputs = function(case)
+    outputs = [out for out in f(*inputs) if out.requires_grad]
+    loss = sum(out.pow(2).sum() for out in outputs)
+    first = torch.autograd.grad(loss, inputs, retain_graph=True, allow_unused=True)
+    second = torch.autograd.grad(loss, inputs, retain_graph=True, allow_unused=True)
+    torch.autograd.grad(outputs[0].sum(), inputs[:1], retain_graph=True)
+    third = torch.autograd.grad(loss, inputs, allow_unused=True)
+    for a, b, c in zip(first, second, third, strict=True):
+        assert torch.equal(a, b)
+        assert torch.equal(a, c)
+    with pytest.raises(RuntimeError, match="backward through the graph a second time"):
+        torch.autograd.grad(loss, inputs, allow_unused=True)
+
+
+def test_gradients_accumulate(backend):
+    ours, _ = twins(num_layers=2)
+    x = data(4, 2, 3)
+    ours(x)[0].sum().backward()
+    once = {name: w.grad.clone() for name, w in ours.named_parameters()}
+    ours(x)[0].sum().backward()
+    for name, weight in ours.named_parameters():
+        torch.testing.assert_close(weight.grad, 2 * once[name])
+
+
+def test_no_two_gradients_share_memory(backend):
+    """Else an in-place step on one (clipping, say) would change the other: both biases have equal gradients."""
+    ours, _ = twins(bidirectional=True)
+    x, hx = data(4, 2, 3).requires_grad_(), (data(2, 2, 4).requires_grad_(), data(2, 2, 4).requires_grad_())
+    grads = torch.autograd.grad(sum(t.sum() for t in flat(ours(x, hx))), [x, *hx, *ours.parameters()])
+    for k, grad in enumerate(grads):
+        before = [g.clone() for g in grads]
+        grad.fill_(7)
+        assert all(torch.equal(g, b) for i, (g, b) in enumerate(zip(grads, before, strict=True)) if i != k)
+
+
+def test_backward_in_eval_mode(backend):
+    ours, theirs = twins(num_layers=2, dropout=0.5)
+    x = data(4, 2, 3).requires_grad_()
+    got, expected = (torch.autograd.grad(m.eval()(x)[0].sum(), [x, *m.parameters()]) for m in (ours, theirs))
+    torch.testing.assert_close(got, expected)
+
+
+@pytest.mark.parametrize("case", [Case(hx="tuple"), Case(hx="tuple", proj=2, bias=False, bidirectional=True)], ids=str)
+def test_any_subset_of_gradients(case, backend):
+    """By what autograd.grad is asked for, and by what requires a gradient at all."""
+    case = case.to(torch.float64)
+    everything = run_torch(case)
+    names = [name[2:] for name in everything if name.startswith("d ")]
+    subsets = [[n] for n in names] + [list(p) for p in combinations(names[:4], 2)] + [names[3:], names[:3]]
+    for subset in subsets:
+        for asked_only in (False, True):
+            given = tensors(case)
+            for name, leaf in given.leaves.items():
+                leaf.requires_grad_(asked_only or name in subset)
+            results = flat(case.module(fastlstm.LSTM, given.weights)(given.input, given.hx))
+            generators = [torch.Generator().manual_seed(case.seed + 1 + k) for k in range(3)]
+            grads = [torch.randn(r.shape, generator=g, dtype=r.dtype) for r, g in zip(results, generators, strict=True)]
+            found = torch.autograd.grad(results, [given.leaves[name] for name in subset], grads)
+            for name, grad in zip(subset, found, strict=True):
+                torch.testing.assert_close(
+                    grad, everything[f"d {name}"], msg=lambda m, n=name, s=subset: f"{n} of {s}: {m}"
+                )
+
+
+@pytest.mark.parametrize("name", OUTPUTS)
+@pytest.mark.parametrize(
+    "case", [Case(hx="tuple", cells=True, layers=2, bidirectional=True), Case(cells=True, lengths=(5, 0, 2))], ids=str
+)
+def test_each_output_alone_in_the_loss(name, case, backend):
+    require(backend, case)
+    check(Case(**{**vars(case), "used": (name,)}), backend)
+
+
+def test_one_step_of_one_output_alone(backend):
+    """The gradient of output arrives with zeros in it, and the other outputs' not at all."""
+    found = []
+    for module in twins(bidirectional=True):
+        x = data(5, 2, 3).requires_grad_()
+        found.append(torch.autograd.grad(module(x)[0][2, 1, 5], [x, *module.parameters()]))
+    torch.testing.assert_close(*found)
+
+
+def test_one_tensor_in_two_roles(backend):
+    """Tied weights: both directions share one, and so do both biases; each role adds to the gradient."""
+    found = []
+    for module in twins(bidirectional=True):
+        module.weight_hh_l0_reverse = module.weight_hh_l0
+        module.bias_hh_l0 = module.bias_ih_l0
+        module(data(4, 2, 3))[0].pow(2).sum().backward()
+        found.append([module.weight_hh_l0.grad, module.bias_ih_l0.grad, module.weight_ih_l0.grad])
+    torch.testing.assert_close(*found)
+
+
+def test_weights_changed_between_forward_and_backward_are_noticed(backend):
+    """In-place change of what backward reads is an error as everywhere in autograd, not a wrong gradient."""
+    ours, _ = twins()
+    loss = ours(data(4, 2, 3))[0].sum()
+    with torch.no_grad():
+        ours.weight_hh_l0.mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_output_changed_in_place_before_backward(backend):
+    """Backward reads y again, so either autograd refuses or the gradient is right."""
+    ours, theirs = twins(dtype=torch.float64)
+    x = data(4, 2, 3)
+    expected = torch.autograd.grad((theirs(x)[0] * 2).sum(), list(theirs.parameters()))
+    output, _ = ours(x)
+    try:
+        got = torch.autograd.grad(output.mul_(2).sum(), list(ours.parameters()))
+    except RuntimeError as error:
+        assert "modified by an inplace operation" in str(error)  # noqa: PT017
+    else:
+        torch.testing.assert_close(got, expected)
+
+
+def test_checkpointing(backend):
+    found = []
+    for module in twins(num_layers=2):
+        x = data(4, 2, 3).requires_grad_()
+        output, _ = torch.utils.checkpoint.checkpoint(module, x, use_reentrant=False)
+        output.pow(2).sum().backward()
+        found.append([x.grad, *(w.grad for w in module.parameters())])
+    torch.testing.assert_close(*found)
+
+
+def test_anomaly_mode(backend):
+    ours, _ = twins(num_layers=2, bidirectional=True)
+    with torch.autograd.set_detect_anomaly(True):
+        ours(data(4, 2, 3), lengths=[4, 0])[0].sum().backward()

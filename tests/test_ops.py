@@ -1,0 +1,224 @@
+"""The ops behind the module (fastlstm/ops/schema.py), called as they are: opcheck, fake kernels, the contract."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.library import opcheck
+
+from fastlstm import dispatch, reference
+from fastlstm.ops.schema import LayerShape
+
+from .cases import Case, tensors
+from .runners import require
+
+EVERYTHING = {"lengths": (4, 0, 2), "resets": ((1, 0), (2, 0), (1, 2)), "cells": True, "hx": "tuple"}
+CASES = (
+    Case(T=4),
+    Case(T=4, hx="tuple", proj=2, bias=False),
+    Case(T=4, **EVERYTHING, bidirectional=True, proj=2),
+    Case(T=4, lengths=(1, 4, 3)),
+    Case(T=1, B=1, I=1, H=1, hx="tuple", bidirectional=True),
+    Case(T=3, B=0, hx="tuple"),
+    Case(T=2, B=5, I=7, H=13, cells=True, strided=("x", "weights")),
+)
+
+
+@pytest.fixture(params=list(dispatch.BACKENDS))
+def op_backend(request):
+    """Every backend that has ops: all but the reference."""
+    require(request.param, Case())
+    return request.param
+
+
+def forward_arguments(case, dtype=torch.float32, keep_reserve=True, requires_grad=False):
+    """The forward op's, in the schema's order."""
+    given = tensors(case.to(dtype))
+    x = given.input.detach().requires_grad_(requires_grad)
+    h0, c0 = [t.detach().requires_grad_(requires_grad) for t in given.hx] if given.hx else (None, None)
+    weights = [w.detach().requires_grad_(requires_grad) for w in given.weights.values()]
+    lengths = None if case.lengths is None else torch.tensor(case.lengths)
+    return [x, h0, c0, weights, lengths, given.reset_mask, case.cells, keep_reserve]
+
+
+def backward_arguments(op, arguments, needs=None, given=(True, True, True, True)):
+    """The backward op's after a run of the forward op; `given` says which of its results' gradients there are."""
+    results = op(*arguments)
+    y, h_n, c_n, cells, reserve = results
+    if not arguments[6]:
+        given = (*given[:3], False)
+    grads = [torch.ones_like(r) if g else None for r, g in zip((y, h_n, c_n, cells), given, strict=True)]
+    x, h0, c0, weights, lengths, mask = arguments[:6]
+    if needs is None:
+        needs = [True, h0 is not None, c0 is not None] + [True] * len(weights)
+    return [*grads, x, h0, c0, weights, lengths, mask, y, cells, reserve, needs]
+
+
+def ops(name):
+    return getattr(torch.ops.fastlstm, f"{name}_layer").default, getattr(
+        torch.ops.fastlstm, f"{name}_layer_backward"
+    ).default
+
+
+def flat(results):
+    """The tensors of an op's results, the list of weight gradients among them."""
+    return [t for r in results for t in (r if isinstance(r, (list, tuple)) else [r])]
+
+
+@pytest.mark.parametrize("requires_grad", [False, True])
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_opcheck_of_forward(case, requires_grad, op_backend):
+    require(op_backend, case)
+    forward, _ = ops(op_backend)
+    checks = ["test_schema", "test_autograd_registration", "test_faketensor"]
+    if not (requires_grad and case.lengths):
+        # It compares the reserve of two runs, whose padding a backend may leave as it was; see test_compile.py instead.
+        checks.append("test_aot_dispatch_dynamic")
+    opcheck(
+        forward, forward_arguments(case, keep_reserve=requires_grad, requires_grad=requires_grad), test_utils=checks
+    )
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_opcheck_of_backward(case, op_backend):
+    require(op_backend, case)
+    forward, backward = ops(op_backend)
+    opcheck(backward, backward_arguments(forward, forward_arguments(case)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("keep_reserve", [False, True])
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_fake_kernels_tell_the_layout_of_real_results(case, keep_reserve, dtype, op_backend):
+    case = case.to(dtype)
+    require(op_backend, case)
+    forward, backward = ops(op_backend)
+    arguments = forward_arguments(case, dtype, keep_reserve)
+    calls = [(forward, arguments)]
+    if keep_reserve:
+        full = backward_arguments(forward, arguments)
+        calls.append((backward, full))
+        for k in range(len(full[-1])):
+            calls.append((backward, [*full[:-1], [need and i == k for i, need in enumerate(full[-1])]]))
+    for op, args in calls:
+        real = flat(op(*args))
+        with FakeTensorMode() as mode:
+            convert = lambda a: mode.from_tensor(a) if isinstance(a, torch.Tensor) else a  # noqa: E731
+            fake = flat(op(*[[convert(w) for w in a] if isinstance(a, list) else convert(a) for a in args]))
+        for r, f in zip(real, fake, strict=True):
+            assert (r.shape, r.stride(), r.dtype, r.device) == (f.shape, f.stride(), f.dtype, f.device)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_forward_keeps_the_contract(case, op_backend, poisoned_empty):
+    """Every result against the reference; what was not asked for is [0]."""
+    require(op_backend, case)
+    forward, _ = ops(op_backend)
+    arguments = forward_arguments(case, torch.float64)
+    expected = reference.layer(*arguments[:6])
+    shape = LayerShape.of(arguments[3])
+    for keep_cells, keep_reserve in ((False, False), (True, False), (False, True), (True, True)):
+        y, h_n, c_n, cells, reserve = forward(*arguments[:6], keep_cells, keep_reserve)
+        torch.testing.assert_close((y, h_n, c_n), expected[:3])
+        if keep_cells:
+            torch.testing.assert_close(cells, expected[3])
+        elif not keep_reserve:
+            assert cells.shape == (0,)
+        assert reserve.shape == ((shape.D, case.T, case.B, 4 * case.H) if keep_reserve else (0,))
+        for result in (y, h_n, c_n, cells, reserve):
+            assert result.is_contiguous()
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_backward_keeps_the_contract(case, op_backend, poisoned_empty):
+    """Each subset of arriving gradients and each single gradient needed, against autograd through the reference."""
+    require(op_backend, case)
+    forward, backward = ops(op_backend)
+    arguments = forward_arguments(case, torch.float64, requires_grad=True)
+    inputs = [t for t in (*arguments[:3], *arguments[3]) if t is not None]
+    with torch.no_grad():
+        full = backward_arguments(forward, arguments)
+    for given in ((1, 0, 0, 0), (0, 1, 0, 0), (0, 0, 1, 0), (0, 0, 0, 1), (1, 1, 1, 1)):
+        if given == (0, 0, 0, 1) and not case.cells:
+            continue
+        with torch.no_grad():
+            args = backward_arguments(forward, arguments, given=given)
+        outputs = reference.layer(*arguments[:6])
+        pairs = [(out, grad) for out, grad in zip(outputs, args[:4], strict=True) if grad is not None]
+        expected = torch.autograd.grad(
+            [p[0] for p in pairs], inputs, [p[1] for p in pairs], allow_unused=True, materialize_grads=True
+        )
+        with torch.no_grad():
+            found = flat(backward(*args))
+        present = [g for g, need in zip(found, args[-1], strict=True) if need]
+        torch.testing.assert_close(present, list(expected))
+        for k, whole in enumerate(found):
+            with torch.no_grad():
+                alone = flat(backward(*args[:-1], [i == k and need for i, need in enumerate(full[-1])]))
+            for i, result in enumerate(alone):
+                if i == k and full[-1][k]:
+                    torch.testing.assert_close(result, whole)
+                else:
+                    assert result.shape == (0,)
+
+
+@pytest.mark.parametrize("form", ["transposed", "sliced", "expanded"])
+def test_gradients_that_arrive_need_not_be_contiguous(form, op_backend):
+    case = CASES[2]
+    require(op_backend, case)
+    forward, backward = ops(op_backend)
+    args = backward_arguments(forward, forward_arguments(case, torch.float64))
+    generator = torch.Generator().manual_seed(0)
+    for k in range(4):
+        dense = torch.randn(args[k].shape, dtype=torch.float64, generator=generator)
+        args[k] = dense[..., :1].expand(dense.shape).contiguous() if form == "expanded" else dense
+    expected = flat(backward(*args))
+    for k in range(4):
+        args[k] = {
+            "transposed": args[k].transpose(0, 1).contiguous().transpose(0, 1),
+            "sliced": args[k].repeat_interleave(2, -1)[..., ::2],
+            "expanded": args[k][..., :1].expand(args[k].shape),
+        }[form]
+        assert not args[k].is_contiguous()
+    torch.testing.assert_close(flat(backward(*args)), expected)
+
+
+def test_arguments_need_not_be_contiguous(op_backend):
+    """h0, c0, lengths and reset_mask with gaps; a transposed mask is what batch_first gives."""
+    case = replace(CASES[2], B=3)
+    require(op_backend, case)
+    forward, backward = ops(op_backend)
+    plain = forward_arguments(case, torch.float64)
+    gaps = list(plain)
+    gaps[0] = plain[0].permute(2, 0, 1).contiguous().permute(1, 2, 0)
+    gaps[1], gaps[2] = (plain[k].transpose(0, 2).contiguous().transpose(0, 2) for k in (1, 2))
+    gaps[3] = [w.repeat_interleave(3, -1)[..., ::3] for w in plain[3]]
+    gaps[4] = plain[4].repeat_interleave(2)[::2]
+    gaps[5] = plain[5].t().contiguous().t()
+    assert not any(t.is_contiguous() for t in (*gaps[:3], *gaps[3], *gaps[4:6]))
+    torch.testing.assert_close(forward(*gaps)[:4], forward(*plain)[:4])
+    found, expected = (flat(backward(*backward_arguments(forward, a))) for a in (gaps, plain))
+    torch.testing.assert_close(found, expected)
+
+
+def test_ops_have_a_meta_kernel(op_backend):
+    forward, _ = ops(op_backend)
+    arguments = forward_arguments(Case(T=4))
+    meta = [
+        [w.to("meta") for w in a] if isinstance(a, list) else a.to("meta") if torch.is_tensor(a) else a
+        for a in arguments
+    ]
+    for real, shape_only in zip(forward(*arguments), forward(*meta), strict=True):
+        assert real.shape == shape_only.shape
+
+
+def test_the_reserve_takes_no_part_in_autograd(op_backend):
+    forward, _ = ops(op_backend)
+    y, _, _, cells, reserve = forward(*forward_arguments(Case(T=4), requires_grad=True))
+    assert y.requires_grad
+    assert not reserve.requires_grad
+    assert not cells.requires_grad  # kept for backward only
+    assert forward(*forward_arguments(Case(T=4, cells=True), requires_grad=True))[3].requires_grad

@@ -1,0 +1,171 @@
+"""More than one thread or process: torch.set_num_threads, Python threads at once, fork after use."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+
+import fastlstm
+from fastlstm import dispatch
+
+from .cases import Case
+from .runners import check, compare, require, run, run_backend
+
+# Large enough that work is shared among threads.
+LENGTHS = tuple(b % 10 for b in range(33))
+SHARED = (
+    Case(T=9, B=32, I=40, H=64, hx="tuple"),
+    Case(
+        T=9,
+        B=33,
+        I=5,
+        H=97,
+        layers=2,
+        bidirectional=True,
+        proj=31,
+        hx="tuple",
+        lengths=LENGTHS,
+    ),
+    Case(T=30, B=3, I=70, H=200, dtype=torch.float64),
+    Case(T=6, B=40, I=33, H=48, dtype=torch.bfloat16),
+)
+
+
+@pytest.fixture
+def threads():
+    """torch.set_num_threads for one test."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("backend", list(dispatch.BACKENDS), indirect=True)
+@pytest.mark.parametrize("case", SHARED, ids=str)
+def test_any_number_of_threads(case, backend, threads):
+    require(backend, case)
+    for count in (2, 3):
+        threads(count)
+        first = run_backend(case, backend)
+        compare(case, backend, first)
+        second = run_backend(case, backend)
+        for name, value in first.items():
+            assert torch.equal(value, second[name]), f"{name} differs from run to run with {count} threads"
+
+
+def together(count, work):
+    """Runs work(k) in `count` Python threads that start at once; raises what any of them raised."""
+    barrier, errors = threading.Barrier(count), []
+
+    def run(k):
+        try:
+            barrier.wait()
+            work(k)
+        except BaseException as error:
+            errors.append(error)
+
+    workers = [threading.Thread(target=run, args=(k,)) for k in range(count)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join(timeout=120)
+        assert not worker.is_alive(), "a thread hangs"
+    if errors:
+        raise errors[0]
+
+
+def test_python_threads_at_once(backend):
+    """Each trains its own module; results are those of running alone."""
+    cases = [Case(T=6, B=3, I=4, H=17 + k, layers=2, bidirectional=True, hx="tuple", seed=k) for k in range(3)]
+    require(backend, cases[0])
+    alone = [run_backend(case, backend) for case in cases]
+    found = {}
+
+    def work(k):
+        for _ in range(5):
+            found[k] = run(cases[k])
+
+    with fastlstm.use_backend(backend):
+        together(3, work)
+    for k in range(3):
+        for name, value in alone[k].items():
+            torch.testing.assert_close(found[k][name], value, rtol=1e-5, atol=1e-6)
+
+
+def test_python_threads_share_a_module(backend):
+    """As a server does: one module, many requests."""
+    lstm = fastlstm.LSTM(3, 16, 2).eval()
+    inputs = [torch.randn(7, 2, 3) for _ in range(4)]
+    with torch.no_grad():
+        expected = [lstm(x)[0] for x in inputs]
+
+    def work(k):
+        with torch.no_grad():  # a setting of each thread
+            for _ in range(10):
+                assert torch.equal(lstm(inputs[k])[0], expected[k])
+
+    together(4, work)
+
+
+FORKED = """
+import os, sys, torch, fastlstm
+torch.set_num_threads(2)
+fastlstm.use_backend(sys.argv[1])
+lstm, x = fastlstm.LSTM(20, 64, bidirectional=True), torch.randn(9, 32, 20)
+
+def step():
+    lstm.zero_grad()
+    output, _ = lstm(x)
+    output.sum().backward()
+    return output.detach(), lstm.weight_hh_l0.grad.clone()
+
+expected = step()
+child = os.fork()
+if child == 0:
+    torch.set_num_threads(1)
+    same = all(torch.allclose(a, b, atol=1e-4) for a, b in zip(step(), expected))
+    os._exit(0 if same else 3)
+_, status = os.waitpid(child, 0)
+step()
+sys.exit(os.waitstatus_to_exitcode(status))
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
+@pytest.mark.parametrize("backend", list(dispatch.BACKENDS), indirect=True)
+def test_fork_after_use(backend):
+    """As a DataLoader's workers are made. With one thread there: OpenMP's own pool does not survive a fork."""
+    found = subprocess.run([sys.executable, "-c", FORKED, backend], timeout=120, capture_output=True, text=True)
+    assert found.returncode == 0, found.stderr
+
+
+@pytest.mark.parametrize("backend", ["native"], indirect=True)
+def test_garbage_in_fresh_memory_reaches_nothing(backend):
+    """glibc fills what malloc gives with MALLOC_PERTURB_'s complement: buffers that torch.empty does not know of."""
+    program = (
+        "import sys, torch; torch.set_num_threads(1)\n"
+        "from tests.cases import Case; from tests.runners import check\n"
+        "from tests.test_parity import OPTIONS\n"
+        "[check(OPTIONS[k], sys.argv[1]) for k in (5, 7, 18, 19, 21)]\n"
+    )
+    found = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", program, backend],
+        env={**os.environ, "MALLOC_PERTURB_": "128"},
+        cwd=Path(__file__).parent.parent,
+        timeout=300,
+        capture_output=True,
+        text=True,
+    )
+    assert found.returncode == 0, found.stderr
+
+
+def test_large_case_with_two_threads(backend, threads):
+    case = Case(T=20, B=48, I=64, H=128, bidirectional=True)
+    require(backend, case)
+    threads(2)
+    check(case, backend)

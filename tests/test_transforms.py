@@ -1,0 +1,112 @@
+"""torch.func on the module: grad, vmap, jvp, per-sample gradients, ensembles. nn.LSTM refuses most of them."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+from torch.func import functional_call, grad, jacrev, jvp, stack_module_state, vjp, vmap
+
+import fastlstm
+
+from .twins import data, twins
+
+X = data(4, 3, 3)
+
+
+def test_grad(backend):
+    ours, theirs = twins(num_layers=2, bidirectional=True)
+    weights = dict(ours.named_parameters())
+    got = grad(lambda w: functional_call(ours, w, (X,))[0].pow(2).sum())(weights)
+    expected = torch.autograd.grad(theirs(X)[0].pow(2).sum(), list(theirs.parameters()))
+    torch.testing.assert_close(list(got.values()), list(expected))
+
+
+def test_per_sample_gradients(backend):
+    ours, theirs = twins()
+    weights = {name: w.detach() for name, w in ours.named_parameters()}
+
+    def loss(w, row):
+        return functional_call(ours, w, (row[:, None],))[0].pow(2).sum()
+
+    got = vmap(grad(loss), in_dims=(None, 1))(weights, X)
+    for b in range(3):
+        expected = torch.autograd.grad(theirs(X[:, b : b + 1])[0].pow(2).sum(), list(theirs.parameters()))
+        torch.testing.assert_close([g[b] for g in got.values()], list(expected))
+
+
+def test_vmap_over_inputs_and_ragged_arguments(backend):
+    ours, _ = twins(bidirectional=True)
+    inputs, lengths = data(5, 4, 3, 3), torch.tensor([[4, 0, 2]] * 5)
+    mask = data(5, 4, 3) > 0.5
+    got = vmap(lambda x, m: ours(x, lengths=lengths[0], reset_mask=m)[0])(inputs, mask)
+    for k in range(5):
+        torch.testing.assert_close(got[k], ours(inputs[k], lengths=lengths[k], reset_mask=mask[k])[0])
+
+
+def test_ensemble(backend):
+    models = [fastlstm.LSTM(3, 4, 2, dtype=torch.float64) for _ in range(3)]
+    params, buffers = stack_module_state(models)
+    base = fastlstm.LSTM(3, 4, 2, device="meta")
+    got = vmap(lambda p, b: functional_call(base, (p, b), (X,))[0])(params, buffers)
+    for k, model in enumerate(models):
+        torch.testing.assert_close(got[k], model(X)[0])
+
+
+def test_jvp_agrees_with_vjp(backend):
+    ours, _ = twins(proj_size=2)
+    tangent = data(4, 3, 3, seed=1)
+    output, moved = jvp(lambda x: ours(x)[0], (X,), (tangent,))
+    expected, pull = vjp(lambda x: ours(x)[0], X)
+    torch.testing.assert_close(output, expected)
+    cotangent = torch.ones_like(output)
+    torch.testing.assert_close((moved * cotangent).sum(), (pull(cotangent)[0] * tangent).sum())
+
+
+def test_forward_mode_ad(backend):
+    ours, _ = twins()
+    _, expected = jvp(lambda x: ours(x)[0], (X,), (X,))
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(X, X)
+        tangent = torch.autograd.forward_ad.unpack_dual(ours(dual)[0]).tangent
+    torch.testing.assert_close(tangent, expected)
+
+
+def test_jacobian_and_nested_gradients(backend):
+    ours, theirs = twins()
+    x = data(2, 1, 3)
+    jacobian = jacrev(lambda x: ours(x)[0])(x)
+    expected = torch.autograd.functional.jacobian(lambda x: theirs(x)[0], x)
+    torch.testing.assert_close(jacobian, expected)
+    second = grad(lambda x: grad(lambda z: ours(z)[0].pow(2).sum())(x).pow(2).sum())(x)
+    leaf = x.clone().requires_grad_()
+    (first,) = torch.autograd.grad(theirs(leaf)[0].pow(2).sum(), leaf, create_graph=True)
+    torch.testing.assert_close(second, torch.autograd.grad(first.pow(2).sum(), leaf)[0])
+
+
+def test_cell(backend):
+    ours, theirs = twins(cell=True)
+    got = vmap(lambda row: ours(row)[0])(X)
+    torch.testing.assert_close(got, torch.stack([theirs(row)[0] for row in X]))
+    weights = {name: w.detach() for name, w in ours.named_parameters()}
+    got = grad(lambda w: functional_call(ours, w, (X[0],))[1].sum())(weights)
+    torch.testing.assert_close(
+        list(got.values()), list(torch.autograd.grad(theirs(X[0])[1].sum(), list(theirs.parameters())))
+    )
+
+
+def test_after_a_transform_the_backend_is_at_work_again():
+    ours, _ = twins()
+    before = ours(X)[0].grad_fn.name()
+    grad(lambda x: ours(x)[0].sum())(X)
+    with pytest.raises(ZeroDivisionError):
+        vmap(lambda x: ours(x)[0] / (1 // 0))(X[None])
+    assert ours(X)[0].grad_fn.name() == before
+
+
+def test_flops_and_module_trackers_do_not_break():
+    from torch.utils.flop_counter import FlopCounterMode
+
+    with FlopCounterMode(display=False) as counter:
+        nn.Sequential(fastlstm.LSTM(3, 4))(torch.zeros(2, 1, 3))
+    assert counter.get_total_flops() >= 0

@@ -1,0 +1,115 @@
+"""The Triton backend from outside: what it says it can run, what importing it costs, its kernels in the interpreter.
+
+tests/test_triton_aot.py compiles the kernels; tests/interpreted_triton.py has the tests of what they compute.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import fastlstm
+from fastlstm import backends, dispatch
+from fastlstm.backends import triton as backend
+
+ROOT = Path(__file__).parents[1]
+needs_triton = pytest.mark.skipif(not backend.INSTALLED, reason="Triton is not installed")
+
+
+def run(*command: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Python in a process of its own, from the root of the repository, without the interpreter unless asked for."""
+    inherited = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    return subprocess.run(
+        [sys.executable, *command],
+        cwd=ROOT,
+        env={**inherited, **environment},
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+
+
+@needs_triton
+def test_the_contract_in_the_interpreter():
+    """Every kernel, option and dtype against the float64 truth; the output of that run where it fails."""
+    done = run("-m", "pytest", "tests/interpreted_triton.py", "-p", "no:cacheprovider", TRITON_INTERPRET="1")
+    assert done.returncode == 0, f"{done.stdout[-6000:]}\n{done.stderr[-2000:]}"
+    assert " passed" in done.stdout
+
+
+def call(device="cpu", dtype=torch.float32, **kwargs):
+    weights = list(fastlstm.LSTM(3, 4, device="meta", dtype=dtype, **kwargs).parameters())
+    described = dispatch.describe(torch.zeros(1, 1, 3, dtype=dtype), weights, None, None)
+    return type(described)(**{**vars(described), "device": torch.device(device)})
+
+
+@pytest.fixture
+def on_gpu(monkeypatch):
+    """As on a machine with Triton and a recent NVIDIA GPU, for questions alone."""
+    monkeypatch.setattr(backend, "INSTALLED", True)
+    monkeypatch.setattr(backend, "INTERPRETED", False)
+    monkeypatch.setattr(backend, "_too_old", lambda device: False)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("kwargs", [{}, {"bidirectional": True, "bias": False}], ids=str)
+@pytest.mark.parametrize("device", ["cuda", "xpu"])
+def test_gpus_run_everything_but_projections_and_float64(device, kwargs, dtype, on_gpu):
+    assert backend.supports(call(device, dtype, **kwargs)) is None
+    assert "proj_size" in backend.supports(call(device, dtype, proj_size=2, **kwargs))
+    assert "got torch.float64" in backend.supports(call(device, torch.float64, **kwargs))
+
+
+def test_refusals_say_why(on_gpu, monkeypatch):
+    assert "TRITON_INTERPRET=1" in backend.supports(call("cpu"))
+    assert "got mps" in backend.supports(call("mps"))
+    monkeypatch.setattr(backend, "INTERPRETED", True)
+    assert backend.supports(call("cpu")) is None
+    monkeypatch.setattr(backend, "_too_old", lambda device: True)
+    assert "8.0" in backend.supports(call("cuda"))
+    monkeypatch.setattr(backend, "INSTALLED", False)
+    assert backend.supports(call("cuda")) == "Triton is not installed (pip install triton)"
+
+
+@pytest.mark.skipif(backend.INTERPRETED, reason="TRITON_INTERPRET is set")
+def test_a_cpu_tensor_is_refused_by_name_and_passed_over_by_auto(monkeypatch):
+    monkeypatch.setattr(dispatch, "_chosen", {})
+    lstm, x = fastlstm.LSTM(3, 4), torch.zeros(2, 1, 3)
+    assert fastlstm.explain(lstm, x).backend != "triton"
+    with fastlstm.use_backend("triton"), pytest.raises(RuntimeError, match="'triton' cannot run this call: Triton"):
+        lstm(x)
+
+
+def test_native_goes_before_triton_and_eager_after():
+    order = list(backends.BACKENDS)
+    expected = ["native", "eager", "triton"] if backend.INTERPRETED else ["native", "triton", "eager"]
+    assert [name for name in order if name in expected] == expected
+
+
+def test_importing_fastlstm_imports_no_triton():
+    done = run("-c", "import sys, torch; before = set(sys.modules); import fastlstm; print(set(sys.modules) - before)")
+    assert done.returncode == 0, done.stderr
+    assert "'triton'" not in done.stdout
+    assert "fastlstm.backends.triton.launch" not in done.stdout
+
+
+def test_torch_compile_takes_the_age_of_a_gpu_for_a_constant():
+    assert vars(backend._too_old) == vars(torch.compiler.assume_constant_result(lambda device: False))
+
+
+def test_fastlstm_works_where_triton_is_absent():
+    program = """
+import sys
+sys.modules["triton"] = None  # as if it were not installed
+import torch, fastlstm
+lstm, x = fastlstm.LSTM(3, 4), torch.zeros(2, 1, 3)
+assert lstm(x)[0].shape == (2, 1, 4)
+print(fastlstm.explain(lstm, x).reasons["triton"])
+"""
+    done = run("-c", program)
+    assert done.stdout.strip() == "Triton is not installed (pip install triton)", done.stderr

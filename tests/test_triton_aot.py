@@ -1,0 +1,217 @@
+"""The Triton kernels compiled ahead of time, without a GPU: every row of the tile table for sm_80, sm_90 and gfx942.
+
+`recorded` runs the backend's own launch code on CPU tensors with a driver that has a target and no device, and stops at
+the point where Triton would compile. So the signatures here are those of real calls, and so is the count of
+recompilations. What the kernels compute, tests/interpreted_triton.py tests; nothing here says that they run on a GPU.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import tempfile
+from collections.abc import Callable, Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from fastlstm import backends
+from fastlstm.ops.schema import forward_outputs
+
+triton = pytest.importorskip("triton")
+if backends.triton.INTERPRETED:
+    pytest.skip("TRITON_INTERPRET is set: nothing is compiled", allow_module_level=True)
+
+from triton.backends.compiler import GPUTarget  # noqa: E402
+from triton.compiler import ASTSource  # noqa: E402
+
+from fastlstm.backends.triton import launch, plan, resident, tiled  # noqa: E402
+
+# name: (Triton's target, the launch code's name for it, KiB of shared memory a block may use)
+TARGETS = {
+    "sm_80": (GPUTarget("cuda", 80, 32), "cuda", 163),
+    "sm_90": (GPUTarget("cuda", 90, 32), "cuda", 227),
+    "gfx942": (GPUTarget("hip", "gfx942", 64), "hip", 64),
+}
+KERNELS = (
+    *(resident.layer_resident_fwd, resident.layer_resident_bwd, tiled.layer_streamed_fwd, tiled.layer_streamed_bwd),
+    *(tiled.step_tiled_fwd, tiled.step_tiled_bwd),
+)
+OPTIONS = ("num_warps", "num_stages", "maxnreg", "enable_fp_fusion")
+DTYPES = {"half": torch.bfloat16, "tf32": torch.float32, "ieee": torch.float32}
+
+
+def arguments(T: int, B: int, H: int, dtype: torch.dtype, D: int = 2, everything: bool = True, offset: int = 0) -> list:
+    """The forward op's; the states start `offset` elements into their memory, as a slice of a larger tensor does."""
+
+    def state() -> torch.Tensor:
+        return torch.zeros(D * B * H + offset, dtype=dtype)[offset:].view(D, B, H)
+
+    sizes = ((4 * H, 3), (4 * H, H), (4 * H,), (4 * H,)) if everything else ((4 * H, 3), (4 * H, H))
+    weights = [torch.zeros(size, dtype=dtype) for _ in range(D) for size in sizes]
+    x = torch.zeros(T, B, 3, dtype=dtype)
+    if not everything:
+        return [x, None, None, weights, None, None]
+    return [x, state(), state(), weights, torch.full((B,), T), torch.zeros(T, B, dtype=torch.bool)]
+
+
+def run(given: list, everything: bool = True) -> None:
+    """Forward and backward through the launch code; no kernel runs, so the results hold anything."""
+    launch.forward(*given, everything, True)
+    y, h_n, c_n, cells, reserve = forward_outputs(given[0], given[3], everything, True)
+    needs = [True, given[1] is not None, given[2] is not None] + [True] * len(given[3])
+    grads = (y, h_n, c_n, cells) if everything else (y, None, None, None)
+    launch.backward(*grads, *given, y, cells, reserve, needs)
+
+
+@pytest.fixture
+def recorded(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., dict[str, dict[str, Any]]]]:
+    """record(target, precision, calls): what Triton would compile, by kernel and by Triton's own cache key."""
+
+    def record(target: str, precision: str, calls: Callable[[], None]) -> dict[str, dict[str, Any]]:
+        gpu, name, shared = TARGETS[target]
+        found: dict[str, dict[str, Any]] = {}
+
+        def hook(*, key: str, fn: Any, compile: dict[str, Any], **_: Any) -> bool:
+            given = json.loads(compile["specialization_data"])["options"]
+            options = {name: given[name] for name in OPTIONS if name in given}
+            source = ASTSource(fn.jit_function, compile["signature"], compile["constants"], compile["configs"][0])
+            found.setdefault(fn.jit_function.__name__, {})[key] = (source, gpu, options)
+            return True  # "compiled already": Triton goes no further
+
+        driver = SimpleNamespace(
+            get_current_target=lambda: gpu, get_current_device=lambda: 0, get_current_stream=lambda device: 0
+        )
+        clear()
+        with monkeypatch.context() as patch:
+            patch.setattr(triton.runtime.driver, "_active", driver)
+            patch.setattr(triton.knobs.runtime, "jit_cache_hook", hook)
+            patch.setattr(launch, "_target", lambda device: (name, shared))
+            patch.setattr(launch, "_tf32", lambda: precision == "tf32")
+            calls()
+        return found
+
+    def clear() -> None:
+        for kernel in KERNELS:  # what Triton keeps for device 0 belongs to another target
+            kernel.device_caches.clear()
+
+    yield record
+    clear()
+
+
+def figures(target: str, source: ASTSource, gpu: GPUTarget, options: dict[str, int]) -> dict[str, int]:
+    """Compiles for `target`: bytes of shared memory, registers a thread, and bytes spilled to memory."""
+    compiled = triton.compile(source, target=gpu, options=options)
+    if gpu.backend == "hip":
+        told = compiled.asm["amdgcn"]
+        value = lambda name: int(re.search(rf"\.{name}:\s*(\d+)", told)[1])  # noqa: E731
+        return {
+            "shared": compiled.metadata.shared,
+            "registers": value("vgpr_count"),
+            "spilled": value("private_segment_fixed_size"),
+        }
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        tool = triton.knobs.nvidia.cuobjdump.path
+        told = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+    registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", told).groups()
+    return {"shared": compiled.metadata.shared, "registers": int(registers), "spilled": int(stack)}
+
+
+def variants() -> Iterator[Any]:
+    """(target, precision or "half", H) for each row of the table that the target reaches, at the row's widest H."""
+    for target, (_, name, shared) in TARGETS.items():
+        for (owner, kind), rows in plan.TABLE.items():
+            if owner == name:
+                for row in rows:
+                    if row.shared <= shared:
+                        H = min(row.max_h, 512)
+                        yield pytest.param(target, kind, H, row, id=f"{target}-{kind}-{row.kernel}-{H}")
+
+
+@pytest.fixture(scope="module")
+def table(request: pytest.FixtureRequest) -> Iterator[list[str]]:
+    """Lines to print when all is compiled."""
+    lines = [f"\n{'target':7} {'kind':5} {'kernel':20} {'H':>4} {'shared':>7} {'registers':>9} {'spilled':>7}"]
+    yield lines
+    with request.config.pluginmanager.getplugin("capturemanager").global_and_fixture_disabled():
+        print(*lines, sep="\n")
+
+
+@pytest.mark.parametrize(("target", "kind", "H", "row"), list(variants()))
+def test_compiles_without_spills_within_shared_memory(target, kind, H, row, recorded, table):
+    """With lengths, resets, both directions and every gradient: the variants that need the most registers."""
+    assert row.shared <= TARGETS[target][2]
+    found = recorded(target, kind, lambda: run(arguments(2, 3, H, DTYPES[kind])))
+    assert all(row.kernel in name or (row.kernel == "step" and "step" in name) for name in found), found
+    assert len(found) == 2
+    wrong = []
+    for kernel, keys in found.items():
+        ((_, (source, gpu, options)),) = keys.items()
+        told = figures(target, source, gpu, options)
+        table.append(
+            f"{target:7} {kind:5} {kernel:20} {H:4} {told['shared']:7} {told['registers']:9} {told['spilled']:7}"
+        )
+        if told["shared"] > row.shared * 1024 or told["spilled"]:
+            wrong.append(f"{kernel}: {told}, allowed {row.shared} KiB of shared memory and no spills")
+    assert not wrong, "\n".join(wrong)
+
+
+SHAPES = ((1, 1), (1, 16), (16, 1), (2, 3), (15, 7), (17, 33), (16, 16), (40, 64), (3, 100), (128, 2))  # (T, B)
+
+
+@pytest.mark.parametrize("offset", [0, 1])
+@pytest.mark.parametrize(("kind", "H"), [("half", 33), ("half", 128), ("half", 200), ("ieee", 65), ("half", 300)])
+def test_ten_shapes_compile_once(kind, H, offset, recorded):
+    """Counted by the keys that Triton would compile for; states at odd addresses as well."""
+
+    def ten() -> None:
+        for T, B in SHAPES:
+            run(arguments(T, B, H, DTYPES[kind], offset=offset))
+
+    found = recorded("sm_90", kind, ten)
+    assert {name: len(keys) for name, keys in found.items()} == dict.fromkeys(found, 1)
+    assert len(found) == 2
+
+
+def test_an_h_of_the_same_alignment_compiles_nothing_new(recorded):
+    def several() -> None:
+        for H in (512, 520, 1000, 2048):
+            run(arguments(2, 3, H, torch.bfloat16, everything=False), everything=False)
+
+    found = recorded("sm_90", "half", several)
+    assert {name: len(keys) for name, keys in found.items()} == {"step_tiled_fwd": 1, "step_tiled_bwd": 1}
+
+
+def test_each_step_of_the_tiled_kernels_is_one_launch(recorded, monkeypatch):
+    """On the path past Triton's look-up: the kernel that the first launch gave, with s and all other arguments."""
+    launched = []
+
+    class Compiled:
+        def __getitem__(self, grid):
+            return lambda *args: launched.append((grid, args))
+
+    class Kernel:
+        arg_names = tiled.step_tiled_fwd.arg_names
+
+        def __getitem__(self, grid):
+            def run(*args, **options):
+                launched.append((grid, args))
+                return Compiled()
+
+            return run
+
+    monkeypatch.setattr(tiled, "step_tiled_fwd", Kernel())
+    given = arguments(5, 70, 300, torch.bfloat16)
+    recorded("sm_90", "half", lambda: launch.forward(*given, True, True))
+    names = Kernel.arg_names
+    assert [args[names.index("s")] for _, args in launched] == [0, 1, 2, 3, 4]
+    assert {(grid, len(args)) for grid, args in launched} == {((19, 2, 2), len(names))}
+    for _, args in launched:
+        told = dict(zip(names, args, strict=True))
+        assert (told["T"], told["B"], told["spans"] * told["ALIGN"], told["D"]) == (5, 70, 300, 2)
+        assert told["KEEP_GATES"] is True
