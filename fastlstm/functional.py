@@ -192,7 +192,7 @@ def check_lengths(lengths: Tensor | Sequence[int], x: Tensor) -> Tensor:
     """lengths as int64 on x's device, for x [T, B, I]; see `lstm` for what they mean and what is raised."""
     T, B = x.shape[:2]
     if not isinstance(lengths, Tensor):
-        lengths = torch.as_tensor(lengths)
+        lengths = torch.as_tensor(lengths, device="cpu")
         if lengths.numel() == 0:
             lengths = lengths.long()
     if lengths.dtype not in (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8):
@@ -207,7 +207,7 @@ def check_lengths(lengths: Tensor | Sequence[int], x: Tensor) -> Tensor:
     elif lengths.device.type != "meta" and B > 0:
         # No host synchronisation and no data-dependent branch in a graph.
         torch._assert_async(((lengths >= 0) & (lengths <= T)).all(), "lengths must lie in [0, T]")
-    return lengths.to(device=x.device, dtype=torch.int64, non_blocking=True)
+    return lengths.to(device=x.device, dtype=torch.int64, non_blocking=x.device.type != "cpu")
 
 
 def check_reset_mask(reset_mask: Tensor, x: Tensor, batch_first: bool) -> Tensor:

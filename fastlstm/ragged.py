@@ -22,10 +22,10 @@ class PackedLayout:
         """The layout of a PackedSequence's batch_sizes [T] (rows that have step t)."""
         T, B = batch_sizes.shape[0], int(batch_sizes[0])
         # batch_sizes falls with t, so row b's length is the number of steps with more than b rows.
-        lengths = torch.searchsorted(-batch_sizes, -torch.arange(B))
+        lengths = torch.searchsorted(-batch_sizes, -torch.arange(B, device="cpu"))
         starts = torch.cumsum(batch_sizes, 0) - batch_sizes
-        shift = torch.arange(T) * B - starts  # from packed row to padded row, per step
-        positions = torch.arange(int(batch_sizes.sum())) + torch.repeat_interleave(shift, batch_sizes)
+        shift = torch.arange(T, device="cpu") * B - starts  # from packed row to padded row, per step
+        positions = torch.arange(int(batch_sizes.sum()), device="cpu") + torch.repeat_interleave(shift, batch_sizes)
         return cls(T, B, lengths, positions.to(device, non_blocking=True))
 
     def pad(self, data: Tensor) -> Tensor:

@@ -127,7 +127,7 @@ struct Span {
 // as few as stay in cache between the products and the time loop. What is reused need not be fetched from the
 // system, either.
 int64_t chunk_steps(const LayerSizes& s, int64_t size, int64_t rows, int64_t bytes) {
-  rows = std::max(rows, bytes / (4 * s.H * size));
+  rows = std::max(rows, bytes / std::max<int64_t>(1, 4 * s.H * size));
   return std::clamp<int64_t>(rows / s.B, 1, s.T);
 }
 
@@ -318,9 +318,11 @@ template <class T>
 LayerGradients backward(const OptionalTensor& dy_in, const OptionalTensor& dh_n, const OptionalTensor& dc_n,
                         const OptionalTensor& dcells_in, const at::Tensor& x, const OptionalTensor& h0_in,
                         const OptionalTensor& c0, at::TensorList weights, const OptionalTensor& lengths,
-                        const OptionalTensor& reset_mask, const at::Tensor& y, const at::Tensor& cells,
-                        const at::Tensor& reserve, const c10::List<bool>& needs) {
+                        const OptionalTensor& reset_mask, const at::Tensor& y_in, const at::Tensor& cells_in,
+                        const at::Tensor& reserve_in, const c10::List<bool>& needs) {
   const LayerSizes s(x, weights);
+  // A saved-tensor hook may give back other strides.
+  const at::Tensor y = y_in.contiguous(), cells = cells_in.contiguous(), reserve = reserve_in.contiguous();
   s.check_inputs(x, h0_in, c0, lengths, reset_mask);
   TORCH_CHECK(reserve.numel() == s.D * s.rows() * 4 * s.H, "reserve must be kept by forward for a backward");
   TORCH_CHECK(needs.size() == 3 + weights.size(), "needs must have ", 3 + weights.size(), " flags, got ",
