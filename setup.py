@@ -74,7 +74,7 @@ def extensions(choice: str):
         "fastlstm._C",
         sorted(str(source.relative_to(ROOT)) for source in sources),
         include_dirs=[str(ROOT / "csrc")],
-        depends=sorted(str(header.relative_to(ROOT)) for header in (ROOT / "csrc").rglob("*.h")),
+        depends=sorted(str(header.relative_to(ROOT)) for header in (ROOT / "csrc").rglob("*.*h")),
         extra_compile_args=flags,
         extra_link_args=link,
     )

@@ -149,7 +149,11 @@ LayerResults forward(const at::Tensor& x, const OptionalTensor& h0, const Option
   };
   const at::Tensor y = per_step(P), h_n = empty({D, B, P}), c_n = empty({D, B, H});
   const at::Tensor cells = keep_cells ? per_step(H) : empty({0});
-  const at::Tensor reserve = keep_reserve ? empty({D, s.T, B, 4 * H}) : empty({0});
+  // A ragged batch fills its first N rows only; the rest must not differ from run to run.
+  const bool partial = keep_reserve && ragged.ragged();
+  const at::Tensor reserve = partial        ? at::zeros({D, s.T, B, 4 * H}, x.options())
+                             : keep_reserve ? empty({D, s.T, B, 4 * H})
+                                            : empty({0});
   if (s.rows() == 0) return {y, h_n, c_n, cells, reserve};
 
   const at::Tensor input = packed_input<T>(x, s, ragged);  // [N, I]
