@@ -111,8 +111,10 @@ def _choose(x: Tensor, weights: list[Tensor], lengths: Tensor | None, reset_mask
     if torch.compiler.is_compiling():
         return select(describe(x, weights, lengths, reset_mask))
     w_ih, w_hh = weights[0], weights[1]
+    # The last weight's dim tells four weights with biases from four of two directions.
     key = (
-        _requested, x.device, x.dtype, w_ih.shape, w_hh.shape, len(weights), lengths is None, reset_mask is None
+        _requested, x.device, x.dtype, w_ih.shape, w_hh.shape, len(weights), weights[-1].dim(), lengths is None,
+        reset_mask is None,
     )  # fmt: skip
     name = _chosen.get(key)
     if name is None:

@@ -236,3 +236,13 @@ def test_environment_variable_with_an_unknown_name(monkeypatch, no_memory):
     monkeypatch.setattr(dispatch, "_requested", "fastest")  # what the variable sets on import
     with pytest.raises(ValueError, match=r"FASTLSTM_BACKEND must be one of auto, .* got 'fastest'"):
         fastlstm.LSTM(3, 4)(X)
+
+
+def test_remembered_choices_tell_biases_from_a_second_direction(monkeypatch):
+    """Both make four weights of the same sizes, and a backend may refuse one of the two."""
+    picky = types.SimpleNamespace(supports=lambda call: "one direction only" if call.shape.D == 2 else None)
+    monkeypatch.setattr(dispatch, "BACKENDS", {"native": picky, "eager": dispatch.BACKENDS["eager"]})
+    monkeypatch.setattr(dispatch, "_chosen", {})
+    for kwargs, name in (({}, "native"), ({"bias": False, "bidirectional": True}, "eager")):
+        weights = list(fastlstm.LSTM(3, 4, **kwargs).parameters())
+        assert dispatch._choose(X, weights, None, None) == name

@@ -184,8 +184,11 @@ class Timing:
         return statistics.median(theirs / ours for theirs, ours in zip(self.torch, self.fastlstm, strict=True))
 
 
-def time_both(task: Tutorial, blocks: int = 5) -> Timing:
-    """Trains both implementations in turn, `task.timing_block` updates at a time; a first block each is not counted."""
+def time_both(task: Tutorial, blocks: int = 5, limit: float = 60.0) -> Timing:
+    """Trains both implementations in turn, `task.timing_block` updates at a time; a first block each is not counted.
+
+    Up to `blocks` blocks each, and no further pair of them once `limit` seconds have gone by.
+    """
 
     def endless(name: str) -> Iterator[float]:
         while True:  # a task that ends before the clock does starts over
@@ -193,14 +196,17 @@ def time_both(task: Tutorial, blocks: int = 5) -> Timing:
 
     runs = {name: endless(name) for name in ("torch", "fastlstm")}
     seconds: dict[str, list[float]] = {name: [] for name in runs}
+    began = time.perf_counter()
     for block in range(blocks + 1):
+        if block > 1 and time.perf_counter() - began > limit:
+            break
         for name, run in runs.items():
             start = time.perf_counter()
             for _ in islice(run, task.timing_block):  # every loss is read back, so a GPU has finished here
                 pass
             if block:
                 seconds[name].append((time.perf_counter() - start) / task.timing_block)
-    return Timing(**seconds, updates=blocks * task.timing_block)
+    return Timing(**seconds, updates=len(seconds["torch"]) * task.timing_block)
 
 
 def missing_packages(tutorials: Sequence[type[Tutorial]]) -> list[str]:
