@@ -69,9 +69,16 @@ def kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> I
         yield request.param
 
 
+@TWO
 @pytest.mark.parametrize("H", [1, 5, 16, 33, 70])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_sizes_with_everything_on(H, dtype):
+    check(Case(T=3, B=3, I=2, H=H, dtype=dtype, **EVERYTHING), "triton")
+
+
+@pytest.mark.parametrize("kernel", ["step"], indirect=True)
+@pytest.mark.parametrize(("H", "dtype"), [(70, torch.float32), (33, torch.bfloat16), (5, torch.float16)], ids=str)
+def test_steps_with_everything_on(H, dtype):
     check(Case(T=3, B=3, I=2, H=H, dtype=dtype, **EVERYTHING), "triton")
 
 
@@ -136,7 +143,7 @@ def test_backward_twice_and_inference_give_the_same_numbers():
             assert torch.equal(a, b)
 
 
-@TWO
+@pytest.mark.parametrize("kernel", ["resident"], indirect=True)
 def test_opcheck():
     """Schema, fake kernels and the autograd formula; forward and backward."""
     case = Case(T=2, B=2, hx="tuple", lengths=(2, 1), resets=((1, 0),), cells=True)
