@@ -191,6 +191,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--device", default="cpu", help="e.g. cpu, cuda, cuda:1, mps")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--threads", type=int, default=1, help="of PyTorch on the CPU; models this small gain nothing by more"
+    )
     parsed = parser.parse_args(arguments)
     unknown = set(parsed.names) - set(TUTORIALS) - {"all"}
     if unknown:
@@ -208,6 +211,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     from rich.console import Console
 
+    torch.set_num_threads(parsed.threads)
     console = Console()
     if not console.is_terminal:
         console = Console(width=140)  # a log file has no width of its own; the table needs this much

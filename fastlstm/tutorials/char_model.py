@@ -48,6 +48,7 @@ class CharModel(nn.Module):
 class CharacterModel(Tutorial):
     name = "char_model"
     title = "Character model"
+    timing_block = 10
 
     def __init__(self, *args, **kwargs) -> None:
         super().__init__(*args, **kwargs)
