@@ -38,9 +38,9 @@ class LayerFunction : public torch::autograd::Function<LayerFunction> {
   static variable_list forward(AutogradContext* ctx, const at::Tensor& x, const OptionalTensor& h0,
                                const OptionalTensor& c0, at::TensorList weights,
                                const OptionalTensor& lengths, const OptionalTensor& reset_mask,
-                               bool keep_cells) {
-    auto [y, h_n, c_n, cells, reserve] =
-        below_autograd(x, h0, c0, weights, lengths, reset_mask, keep_cells, true);
+                               bool keep_cells, LayerResults* results) {
+    *results = below_autograd(x, h0, c0, weights, lengths, reset_mask, keep_cells, true);
+    const auto& [y, h_n, c_n, cells, reserve] = *results;
     variable_list saved = {x,
                            h0.value_or(at::Tensor()),
                            c0.value_or(at::Tensor()),
@@ -51,18 +51,18 @@ class LayerFunction : public torch::autograd::Function<LayerFunction> {
                            reserve};
     saved.insert(saved.end(), weights.begin(), weights.end());
     ctx->save_for_backward(std::move(saved));
-    // Else an unused reserve would arrive in backward as a T*B*4H buffer of zeros.
+    // Else an unused result would arrive in backward as a buffer of zeros.
     ctx->set_materialize_grads(false);
-    variable_list constants = {reserve};
-    if (!keep_cells) constants.push_back(cells);
-    ctx->mark_non_differentiable(constants);
-    return {y, h_n, c_n, cells, reserve};
+    // The constant results are no outputs of the node: compiled autograd refuses mark_non_differentiable.
+    variable_list differentiable = {y, h_n, c_n};
+    if (keep_cells) differentiable.push_back(cells);
+    return differentiable;
   }
 
   static variable_list backward(AutogradContext* ctx, variable_list grads) {
     variable_list saved = ctx->get_saved_variables();
-    const auto [dy, dh_n, dc_n, dcells] =
-        std::make_tuple(optional(grads[0]), optional(grads[1]), optional(grads[2]), optional(grads[3]));
+    const OptionalTensor dy = optional(grads[0]), dh_n = optional(grads[1]), dc_n = optional(grads[2]),
+                         dcells = grads.size() > 3 ? optional(grads[3]) : std::nullopt;
     const at::Tensor x = saved[0];
     const OptionalTensor h0 = optional(saved[1]), c0 = optional(saved[2]);
     const OptionalTensor lengths = optional(saved[3]), reset_mask = optional(saved[4]);
@@ -94,7 +94,7 @@ class LayerFunction : public torch::autograd::Function<LayerFunction> {
     variable_list out = {needs[0] ? dx : at::Tensor(), needs[1] ? dh0 : at::Tensor(),
                          needs[2] ? dc0 : at::Tensor()};
     for (size_t k = 0; k < weights.size(); ++k) out.push_back(needs[3 + k] ? dweights[k] : at::Tensor());
-    out.resize(out.size() + 3);  // lengths, reset_mask, keep_cells
+    out.resize(out.size() + 4);  // lengths, reset_mask, keep_cells, results
     return out;
   }
 };
@@ -104,8 +104,10 @@ LayerResults layer(const at::Tensor& x, const OptionalTensor& h0, const Optional
                    bool keep_cells, bool keep_reserve) {
   if (!keep_reserve || !at::GradMode::is_enabled())
     return below_autograd(x, h0, c0, weights, lengths, reset_mask, keep_cells, keep_reserve);
-  variable_list out = LayerFunction::apply(x, h0, c0, weights, lengths, reset_mask, keep_cells);
-  return {out[0], out[1], out[2], out[3], out[4]};
+  LayerResults results;
+  variable_list out = LayerFunction::apply(x, h0, c0, weights, lengths, reset_mask, keep_cells, &results);
+  auto& [y, h_n, c_n, cells, reserve] = results;
+  return {out[0], out[1], out[2], keep_cells ? out[3] : cells, reserve};
 }
 
 }  // namespace

@@ -43,6 +43,7 @@ struct LayerSizes {
     TORCH_CHECK(weights.size() >= 2 && weights[0].dim() == 2 && weights[1].dim() == 2,
                 "weights must begin with weight_ih [4H, I] and weight_hh [4H, P]");
     T = x.size(0), B = x.size(1), I = x.size(2);
+    TORCH_CHECK(T > 0, "Expected sequence length to be larger than 0 in RNN");
     H = weights[0].size(0) / 4, P = weights[1].size(1);
     bias = weights.size() > 2 && weights[2].dim() == 1;
     per_direction = 2 + 2 * bias + (P != H);
@@ -65,22 +66,36 @@ struct LayerSizes {
   static void check(const char* name, const at::Tensor& tensor, at::IntArrayRef expected) {
     TORCH_CHECK(tensor.sizes() == expected, name, " must be ", expected, ", got ", tensor.sizes());
   }
+  static void check(const char* name, const OptionalTensor& tensor, at::IntArrayRef expected,
+                    at::ScalarType dtype, const at::Tensor& x) {
+    if (!tensor) return;
+    check(name, *tensor, expected);
+    TORCH_CHECK(tensor->scalar_type() == dtype && tensor->device() == x.device(), name, " must be ", dtype,
+                " on ", x.device(), ", got ", tensor->scalar_type(), " on ", tensor->device());
+  }
   void check_inputs(const at::Tensor& x, const OptionalTensor& h0, const OptionalTensor& c0,
                     const OptionalTensor& lengths, const OptionalTensor& reset_mask) const {
-    if (h0) check("h0", *h0, {D, B, P});
-    if (c0) check("c0", *c0, {D, B, H});
-    for (const OptionalTensor* state : {&h0, &c0})
-      TORCH_CHECK(!*state || (*state)->scalar_type() == x.scalar_type(), "h0 and c0 must be ",
-                  x.scalar_type(), " as x is, got ", (*state)->scalar_type());
-    if (lengths) {
-      check("lengths", *lengths, {B});
-      TORCH_CHECK(lengths->scalar_type() == at::kLong, "lengths must be int64, got ", lengths->scalar_type());
-    }
-    if (reset_mask) {
-      check("reset_mask", *reset_mask, {T, B});
-      TORCH_CHECK(reset_mask->scalar_type() == at::kBool, "reset_mask must be bool, got ",
-                  reset_mask->scalar_type());
-    }
+    check("h0", h0, {D, B, P}, x.scalar_type(), x);
+    check("c0", c0, {D, B, H}, x.scalar_type(), x);
+    check("lengths", lengths, {B}, at::kLong, x);
+    check("reset_mask", reset_mask, {T, B}, at::kBool, x);
+  }
+  // What backward takes beyond forward's arguments.
+  void check_backward(const at::Tensor& x, const OptionalTensor& dy, const OptionalTensor& dh_n,
+                      const OptionalTensor& dc_n, const OptionalTensor& dcells, const at::Tensor& y,
+                      const at::Tensor& cells, const at::Tensor& reserve,
+                      const c10::List<bool>& needs) const {
+    const at::ScalarType dtype = x.scalar_type();
+    TORCH_CHECK(reserve.numel() == D * rows() * 4 * H, "reserve must be kept by forward for a backward");
+    check("reserve", reserve, {D, T, B, 4 * H}, dtype, x);
+    check("y", y, {T, B, D * P}, dtype, x);
+    check("cells", cells, {T, B, D * H}, dtype, x);
+    check("dy", dy, {T, B, D * P}, dtype, x);
+    check("dh_n", dh_n, {D, B, P}, dtype, x);
+    check("dc_n", dc_n, {D, B, H}, dtype, x);
+    check("dcells", dcells, {T, B, D * H}, dtype, x);
+    const size_t flags = 3 + D * per_direction;
+    TORCH_CHECK(needs.size() == flags, "needs must have ", flags, " flags, got ", needs.size());
   }
 };
 

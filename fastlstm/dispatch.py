@@ -98,9 +98,12 @@ def describe(x: Tensor, weights: list[Tensor], lengths: Tensor | None, reset_mas
 
 def _transforming() -> bool:
     """Whether torch.func or forward-mode AD is at work, which only plain PyTorch ops serve."""
-    if torch.compiler.is_compiling():
-        return False
     return torch._C._functorch.maybe_current_level() is not None or torch.autograd.forward_ad._current_level >= 0
+
+
+# torch.compile enters the transforms it traces for real, so that the answer is a constant of the graph, and it guards
+# on those it is called under. torch.compiler.assume_constant_result does this too, but imports the compiler (2 s).
+_transforming._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 # A choice depends on its key alone, and making it costs as much as a tiny layer. Bounded by the kinds of layer in use.
@@ -140,7 +143,7 @@ def layer(
     """y, h_n, c_n and cells of one layer (fastlstm/ops/schema.py), on the backend chosen for it."""
     name = _choose(x, weights, lengths, reset_mask)
     if name == "reference" or _transforming():
-        check(x, h0, c0, weights)
+        check(x, h0, c0, weights, lengths, reset_mask)
         return reference.layer(x, h0, c0, weights, lengths, reset_mask)
     keep_reserve = torch.is_grad_enabled() and _any_requires_grad(x, h0, c0, weights)
     if name == "native" and not torch.compiler.is_compiling():

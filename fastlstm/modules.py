@@ -87,7 +87,9 @@ class LSTM(nn.RNNBase):
         batch_dim = 0 if self.batch_first else 1
         if not batched:
             input = input.unsqueeze(batch_dim)
-            lengths = None if lengths is None else torch.as_tensor(lengths).unsqueeze(0)
+            if lengths is not None:
+                lengths = lengths if isinstance(lengths, Tensor) else torch.as_tensor(lengths, device="cpu")
+                lengths = lengths.unsqueeze(0)
             reset_mask = reset_mask.unsqueeze(batch_dim) if isinstance(reset_mask, Tensor) else reset_mask
         if hx is not None:
             hx = self._batched_states(hx, batched)
@@ -150,6 +152,8 @@ class LSTM(nn.RNNBase):
                 self.check_input(input, None)
             else:
                 self.check_forward_args(input, hx, None)
+        if isinstance(hx, Tensor):
+            raise TypeError("LSTM: Expected hx to be a tuple (h_0, c_0) of tensors, got one Tensor")
 
     def _forward_packed(
         self,

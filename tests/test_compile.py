@@ -101,6 +101,15 @@ def test_no_recompilation_for_another_t_or_b(ragged):
 
 
 @torch._dynamo.config.patch(error_on_recompile=True)
+@pytest.mark.parametrize("kwargs", [{}, {"lengths": LENGTHS}, {"return_cell_states": True}], ids=str)
+def test_compiled_autograd(kwargs, backend):
+    model = Model(bidirectional=False)
+    expected = loss_and_gradients(model, model, X, **kwargs)
+    with torch._dynamo.compiled_autograd._enable(torch.compile(backend="eager")):
+        got = loss_and_gradients(model, model, X, **kwargs)
+    torch.testing.assert_close(got, expected)
+
+
 def test_no_recompilation_after_a_step_of_the_optimizer():
     model = Model()
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)

@@ -128,6 +128,12 @@ def test_forward(name, backend):
     assert error_of(lambda: ours(*args)) == error_of(lambda: theirs(*args))
 
 
+@pytest.mark.parametrize("model", [nn.LSTM(3, 4), fastlstm.LSTM(3, 4)])
+def test_hx_stacked_in_one_tensor(model):
+    with pytest.raises(TypeError):
+        model(X, torch.zeros(2, 1, 2, 4))
+
+
 def test_forward_refuses_what_neither_knows():
     with pytest.raises(TypeError, match="unexpected keyword argument 'hidden'"):
         fastlstm.LSTM(3, 4)(X, hidden=None)

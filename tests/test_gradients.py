@@ -219,3 +219,19 @@ def test_anomaly_mode(backend):
     ours, _ = twins(num_layers=2, bidirectional=True)
     with torch.autograd.set_detect_anomaly(True):
         ours(data(4, 2, 3), lengths=[4, 0])[0].sum().backward()
+
+
+@pytest.mark.parametrize("backend", ["native", "eager"], indirect=True)
+def test_second_derivatives_under_autocast_keep_their_precision(backend):
+    """A backward called inside autocast must not run its differentiable formula in bfloat16."""
+    ours, _ = twins(dtype=torch.float32)
+    x = data(4, 3, 3).float().requires_grad_()
+
+    def gradient():
+        with torch.autocast("cpu", enabled=False):
+            loss = ours(x)[0].pow(2).sum()
+        return torch.autograd.grad(loss, x, create_graph=True)[0].detach()
+
+    expected = gradient()
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(gradient(), expected)

@@ -222,3 +222,38 @@ def test_the_reserve_takes_no_part_in_autograd(op_backend):
     assert not reserve.requires_grad
     assert not cells.requires_grad  # kept for backward only
     assert forward(*forward_arguments(Case(T=4, cells=True), requires_grad=True))[3].requires_grad
+
+
+@pytest.mark.parametrize(
+    ("index", "change", "text"),
+    [
+        (0, lambda x: x[:0], "Expected sequence length to be larger than 0 in RNN"),
+        (1, lambda h0: h0[:, :1], "h0 must be"),
+        (2, lambda c0: c0.double(), "c0 must be"),
+        (4, lambda lengths: lengths[:2], "lengths must be"),
+        (4, lambda lengths: lengths.int(), "lengths must be"),
+        (4, lambda lengths: lengths.to("meta"), "lengths must be"),
+        (5, lambda mask: mask.t(), "reset_mask must be"),
+        (5, lambda mask: mask.to("meta"), "reset_mask must be"),
+    ],
+)
+def test_forward_refuses_what_does_not_fit(index, change, text, op_backend):
+    """The op itself, which programs may call: a kernel must never read past a tensor."""
+    arguments = forward_arguments(Case(T=4, **EVERYTHING))
+    arguments[index] = change(arguments[index])
+    with pytest.raises(RuntimeError, match=text):
+        ops(op_backend)[0](*arguments)
+
+
+BACKWARD_NAMES = ("dy", "dh_n", "dc_n", "dcells", None, None, None, None, None, None, "y", "cells", "reserve", "needs")
+
+
+@pytest.mark.parametrize("name", [name for name in BACKWARD_NAMES if name])
+@pytest.mark.parametrize("change", [lambda t: t[:, :1], lambda t: t.double()], ids=["shape", "dtype"])
+def test_backward_refuses_what_does_not_fit(name, change, op_backend):
+    forward, backward = ops(op_backend)
+    arguments = backward_arguments(forward, forward_arguments(Case(T=4, **EVERYTHING)))
+    index = BACKWARD_NAMES.index(name)
+    arguments[index] = arguments[index][:-1] if name == "needs" else change(arguments[index])
+    with pytest.raises(RuntimeError, match=f"{name} must"):
+        backward(*arguments)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
 from torch import nn
@@ -110,3 +112,23 @@ def test_flops_and_module_trackers_do_not_break():
     with FlopCounterMode(display=False) as counter:
         nn.Sequential(fastlstm.LSTM(3, 4))(torch.zeros(2, 1, 3))
     assert counter.get_total_flops() >= 0
+
+
+@pytest.mark.parametrize("transform", [grad, vmap, lambda f: lambda x: jvp(f, (x,), (x,))], ids=["grad", "vmap", "jvp"])
+@pytest.mark.parametrize("compiled", ["inside", "outside"])
+def test_under_compile(transform, compiled, backend):
+    ours, _ = twins()
+
+    def loss(x):
+        return ours(x)[0].pow(2).sum()
+
+    torch._dynamo.reset()
+    x = X[None] if transform is vmap else X
+    compile_ = functools.partial(torch.compile, backend="aot_eager")
+    if compiled == "inside":
+        loss(X), compile_(loss)(X)  # a graph from a call without a transform must not serve one with it
+        got = transform(compile_(loss))(x)
+    else:
+        got = compile_(transform(loss))(x)
+    torch.testing.assert_close(got, transform(loss)(x))
+    torch._dynamo.reset()

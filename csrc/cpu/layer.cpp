@@ -328,9 +328,7 @@ LayerGradients backward(const OptionalTensor& dy_in, const OptionalTensor& dh_n,
   // A saved-tensor hook may give back other strides.
   const at::Tensor y = y_in.contiguous(), cells = cells_in.contiguous(), reserve = reserve_in.contiguous();
   s.check_inputs(x, h0_in, c0, lengths, reset_mask);
-  TORCH_CHECK(reserve.numel() == s.D * s.rows() * 4 * s.H, "reserve must be kept by forward for a backward");
-  TORCH_CHECK(needs.size() == 3 + weights.size(), "needs must have ", 3 + weights.size(), " flags, got ",
-              needs.size());
+  s.check_backward(x, dy_in, dh_n, dc_n, dcells_in, y, cells, reserve, needs);
   const int64_t H = s.H, P = s.P, B = s.B, D = s.D;
   const auto none = [&] { return new_empty({0}, x); };
   std::vector<at::Tensor> dweights;

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from .schema import BACKWARD, FORWARD, backward_outputs, check, forward_outputs
+from .schema import BACKWARD, FORWARD, backward_outputs, check, check_backward, forward_outputs
 
 LIBRARY = torch.library.Library("fastlstm", "DEF")
 
@@ -28,8 +28,8 @@ def define(backend: str, forward: Callable[..., Any] | None = None, backward: Ca
         LIBRARY.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
         torch.library.register_fake(f"fastlstm::{name}", fake, lib=LIBRARY)
     if forward is not None and backward is not None:
-        LIBRARY.impl(layer, _without_autocast(_checked(forward)), "CompositeExplicitAutograd")
-        LIBRARY.impl(layer_backward, _without_autocast(backward), "CompositeExplicitAutograd")
+        LIBRARY.impl(layer, _without_autocast(_checked(_check_forward, forward)), "CompositeExplicitAutograd")
+        LIBRARY.impl(layer_backward, _without_autocast(_checked(check_backward, backward)), "CompositeExplicitAutograd")
         op = getattr(torch.ops.fastlstm, layer_backward).default
         torch.library.register_autograd(
             f"fastlstm::{layer}",
@@ -39,10 +39,14 @@ def define(backend: str, forward: Callable[..., Any] | None = None, backward: Ca
         )
 
 
-def _checked(kernel: Callable[..., Any]) -> Callable[..., Any]:
-    def run(x: Tensor, h0: Tensor | None, c0: Tensor | None, weights: list[Tensor], *rest: Any) -> Any:
-        check(x, h0, c0, weights)
-        return kernel(x, h0, c0, weights, *rest)
+def _check_forward(x, h0, c0, weights, lengths, reset_mask, keep_cells, keep_reserve):
+    check(x, h0, c0, weights, lengths, reset_mask)
+
+
+def _checked(check: Callable[..., None], kernel: Callable[..., Any]) -> Callable[..., Any]:
+    def run(*args: Any) -> Any:
+        check(*args)
+        return kernel(*args)
 
     return run
 
@@ -61,13 +65,13 @@ def _without_autocast(kernel: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _fake_forward(x, h0, c0, weights, lengths, reset_mask, keep_cells, keep_reserve):
-    check(x, h0, c0, weights)
+    check(x, h0, c0, weights, lengths, reset_mask)
     return forward_outputs(x, weights, keep_cells, keep_reserve)
 
 
-def _fake_backward(
-    dy, dh_n, dc_n, dcells, x, h0, c0, weights, lengths, reset_mask, y, cells, reserve, needs
-):  # one argument for each of the schema's
+def _fake_backward(*args):
+    check_backward(*args)
+    x, weights, needs = args[4], args[7], args[-1]
     return backward_outputs(x, weights, needs)
 
 
@@ -107,6 +111,9 @@ def differentiable_backward(
     needs: list[bool],
 ) -> Gradients:
     """Backward for `create_graph=True`: the reference's gradients, themselves differentiable to any order."""
+    if torch._C._is_any_autocast_enabled():
+        with torch.autocast(x.device.type, enabled=False):
+            return differentiable_backward(dy, dh_n, dc_n, dcells, x, h0, c0, weights, lengths, reset_mask, needs)
     inputs = [x, h0, c0, *weights]
     # Views, so that a tensor given in two roles gets its own gradient for each.
     x, h0, c0, *weights = [None if t is None else t.view_as(t) for t in inputs]  # type: ignore[misc, assignment]

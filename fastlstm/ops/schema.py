@@ -101,13 +101,22 @@ def split_weights(weights: list[Tensor]) -> list[DirectionWeights]:
     return out
 
 
-def check(x: Tensor, h0: Tensor | None, c0: Tensor | None, weights: list[Tensor]) -> None:
-    """Raise RuntimeError unless the tensors fit together. csrc/contract.h does the same for the native ops."""
+def check(
+    x: Tensor,
+    h0: Tensor | None,
+    c0: Tensor | None,
+    weights: list[Tensor],
+    lengths: Tensor | None,
+    reset_mask: Tensor | None,
+) -> None:
+    """Raise RuntimeError unless forward's arguments fit together. csrc/contract.h does the same for the native ops."""
     shape = LayerShape.of(weights)
     if shape.D not in (1, 2) or len(weights) != shape.D * shape.per_direction:
         raise RuntimeError(
             f"weights must be {shape.per_direction} tensors for each of 1 or 2 directions, got {len(weights)}"
         )
+    if x.shape[0] == 0:
+        raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
     for w in weights:
         if w.device != x.device:
             raise RuntimeError(
@@ -116,20 +125,68 @@ def check(x: Tensor, h0: Tensor | None, c0: Tensor | None, weights: list[Tensor]
             )
         if w.dtype != x.dtype:
             raise RuntimeError(f"Input and parameter tensors must have the same dtype, got {x.dtype} and {w.dtype}")
-    H, P, B = shape.H, shape.P, x.shape[1]
+    H, P, D, (T, B, features) = shape.H, shape.P, shape.D, x.shape
     for direction in split_weights(weights):
-        _check_shape("weight_ih", "[4H, I]", direction.ih, (4 * H, x.shape[2]))
-        _check_shape("weight_hh", "[4H, P]", direction.hh, (4 * H, P))
-        _check_shape("bias_ih", "[4H]", direction.bias_ih, (4 * H,))
-        _check_shape("bias_hh", "[4H]", direction.bias_hh, (4 * H,))
-        _check_shape("weight_hr", "[P, H]", direction.hr, (P, H))
-    _check_shape("h0", "[D, B, P]", h0, (shape.D, B, P))
-    _check_shape("c0", "[D, B, H]", c0, (shape.D, B, H))
+        _check("weight_ih", "[4H, I]", direction.ih, (4 * H, features))
+        _check("weight_hh", "[4H, P]", direction.hh, (4 * H, P))
+        _check("bias_ih", "[4H]", direction.bias_ih, (4 * H,))
+        _check("bias_hh", "[4H]", direction.bias_hh, (4 * H,))
+        _check("weight_hr", "[P, H]", direction.hr, (P, H))
+    _check("h0", "[D, B, P]", h0, (D, B, P), x.dtype, x.device)
+    _check("c0", "[D, B, H]", c0, (D, B, H), x.dtype, x.device)
+    _check("lengths", "[B]", lengths, (B,), torch.int64, x.device)
+    _check("reset_mask", "[T, B]", reset_mask, (T, B), torch.bool, x.device)
 
 
-def _check_shape(name: str, sizes: str, tensor: Tensor | None, expected: tuple[int, ...]) -> None:
-    if tensor is not None and tensor.shape != expected:
+def check_backward(
+    dy: Tensor | None,
+    dh_n: Tensor | None,
+    dc_n: Tensor | None,
+    dcells: Tensor | None,
+    x: Tensor,
+    h0: Tensor | None,
+    c0: Tensor | None,
+    weights: list[Tensor],
+    lengths: Tensor | None,
+    reset_mask: Tensor | None,
+    y: Tensor,
+    cells: Tensor,
+    reserve: Tensor,
+    needs: list[bool],
+) -> None:
+    """The same for backward's arguments."""
+    check(x, h0, c0, weights, lengths, reset_mask)
+    s = LayerShape.of(weights)
+    T, B = x.shape[:2]
+    H, P, D = s.H, s.P, s.D
+    for name, sizes, tensor, expected in (
+        ("reserve", "[D, T, B, 4H]", reserve, (D, T, B, 4 * H)),
+        ("y", "[T, B, D*P]", y, (T, B, D * P)),
+        ("cells", "[T, B, D*H]", cells, (T, B, D * H)),
+        ("dy", "[T, B, D*P]", dy, (T, B, D * P)),
+        ("dh_n", "[D, B, P]", dh_n, (D, B, P)),
+        ("dc_n", "[D, B, H]", dc_n, (D, B, H)),
+        ("dcells", "[T, B, D*H]", dcells, (T, B, D * H)),
+    ):
+        _check(name, sizes, tensor, expected, x.dtype, x.device)
+    if len(needs) != 3 + len(weights):
+        raise RuntimeError(f"needs must have {3 + len(weights)} flags, got {len(needs)}")
+
+
+def _check(
+    name: str,
+    sizes: str,
+    tensor: Tensor | None,
+    expected: tuple[int, ...],
+    dtype: torch.dtype | None = None,
+    device: torch.device | None = None,
+) -> None:
+    if tensor is None:
+        return
+    if tensor.shape != expected:
         raise RuntimeError(f"{name} must be {sizes} = {list(expected)}, got {list(tensor.shape)}")
+    if (dtype and tensor.dtype != dtype) or (device and tensor.device != device):
+        raise RuntimeError(f"{name} must be {dtype} on {device}, got {tensor.dtype} on {tensor.device}")
 
 
 def forward_outputs(
