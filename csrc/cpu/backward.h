@@ -82,7 +82,7 @@ FASTLSTM_INLINE void cell_gradients(const BackwardArgs<T>& a, int64_t t, int64_t
   auto get = [&](const T* p) { return full ? load(p) : load_part(p, n); };
   auto put = [&](T* p, Vec<T> v) { full ? store(p, v) : store_part(p, v, n); };
   const int64_t packed_row = a.rows.offset_at(t) + r;
-  const T* g = a.gates + packed_row * 4 * H + u0;
+  const T* g = a.gates + packed_row * 4 * H + 4 * u0;
   T* dg = a.dgates + (packed_row - a.base) * 4 * H + u0;
   T* dc_state = a.dc + r * H + u0;
   Vec<T> dh_t = get(dh + u0);
@@ -91,7 +91,7 @@ FASTLSTM_INLINE void cell_gradients(const BackwardArgs<T>& a, int64_t t, int64_t
   if (a.dcells) dc += get(a.dcells + row * a.dcells_stride + u0);
   const Vec<T> c_prev = c_enter ? get(c_enter + u0) : Vec<T>{};
   const Vec<T> tanh_c = Activation<T>::tanh(get(a.cells + row * a.cells_stride + u0));
-  const Gates<Vec<T>> gate = {get(g), get(g + H), get(g + 2 * H), get(g + 3 * H)};
+  const Gates<Vec<T>> gate = {get(g), get(g + n), get(g + 2 * n), get(g + 3 * n)};
   const Gates<Vec<T>> d = cell_backward(gate, c_prev, tanh_c, dh_t, dc);
   put(dg, d.i);
   put(dg + H, d.f);

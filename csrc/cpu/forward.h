@@ -1,4 +1,5 @@
-// Forward of one direction over the whole sequence: per step h W_hh^T, then the cell while the tile is in L1.
+// Forward of one direction over the whole sequence: per step x W_ih^T + h W_hh^T, then the cell while the
+// tile is in L1.
 #pragma once
 
 #include "cpu/gemm.h"
@@ -6,28 +7,37 @@
 
 namespace fastlstm::FASTLSTM_ISA {
 
-// A unit block is one vector of W units; its weights are packed as two panels, [P][i, f][W] and [P][g, o][W].
+// A unit block is one vector of W units; its weights are packed as two panels, [K][i, f][W] and [K][g, o][W].
 template <class T>
 constexpr int64_t kGateBlock = 4 * kWidth<T>;
 // Rows whose pre-activations wait in scratch while one unit block's weights pass.
-constexpr int64_t kRowGroup = 48;
+constexpr int64_t kRowGroup = 96;
+// With fewer rows than kFewRows a step, x W_ih^T is made for kAheadRows rows of several steps at once:
+// reading W_ih anew for each step would cost more than the product.
+constexpr int64_t kFewRows = 24, kAheadRows = 64;
+
 template <class T>
-int64_t forward_packed_size(int64_t H, int64_t P) {
-  return (H + kWidth<T> - 1) / kWidth<T> * P * kGateBlock<T>;
+int64_t unit_blocks(int64_t H) {
+  return (H + kWidth<T> - 1) / kWidth<T>;
 }
 
 template <class T>
-void pack_forward(const T* w_hh, int64_t H, int64_t P, T* packed) {
+int64_t forward_packed_size(int64_t H, int64_t K) {
+  return unit_blocks<T>(H) * K * kGateBlock<T>;
+}
+
+template <class T>
+void pack_forward(const T* weight, int64_t H, int64_t K, T* packed) {
   constexpr int64_t W = kWidth<T>;
   for (int64_t u0 = 0; u0 < H; u0 += W) {
     const int64_t n = std::min(W, H - u0);
-    T* block = packed + u0 / W * P * kGateBlock<T>;
-    for (int64_t k0 = 0; k0 < P; k0 += 16)  // 16 columns of a row are a cache line or two: read them together
+    T* block = packed + u0 / W * K * kGateBlock<T>;
+    for (int64_t k0 = 0; k0 < K; k0 += 16)  // 16 columns of a row are a cache line or two: read them together
       for (int64_t gate = 0; gate < 4; ++gate)
         for (int64_t u = 0; u < W; ++u) {
-          const T* row = w_hh + (gate * H + u0 + std::min(u, n - 1)) * P;
-          T* out = block + gate / 2 * P * kPanel<T> + gate % 2 * W + u;
-          const int64_t k1 = std::min(k0 + 16, P);
+          const T* row = weight + (gate * H + u0 + std::min(u, n - 1)) * K;
+          T* out = block + gate / 2 * K * kPanel<T> + gate % 2 * W + u;
+          const int64_t k1 = std::min(k0 + 16, K);
           if (u < n)
             for (int64_t k = k0; k < k1; ++k) out[k * kPanel<T>] = row[k];
           else
@@ -36,21 +46,54 @@ void pack_forward(const T* w_hh, int64_t H, int64_t P, T* packed) {
   }
 }
 
+// Rows of a unit block that are kept of it.
+inline int64_t ahead_rows(int64_t N) { return std::min(kAheadRows, N); }
+
 template <class T>
-int64_t forward_scratch(int64_t H, int64_t P) {
-  // pre-activations of a row group, and with projection the h of all units before it, for a row group
-  return kRowGroup * kGateBlock<T> + (P == H ? 0 : kRowGroup * (H + (P + kPanel<T>)));
+int64_t forward_scratch(int64_t N, int64_t H, int64_t P) {
+  // pre-activations of a row group or of some steps, and with projection the h of all units before it
+  return std::max(kRowGroup, ahead_rows(N) * unit_blocks<T>(H)) * kGateBlock<T> +
+         (P == H ? 0 : kRowGroup * (H + (P + kPanel<T>)));
+}
+
+// out [rows][4 gates][W] (+)= a [rows, K] times the packed weights of one unit block.
+template <class T>
+FASTLSTM_INLINE void block_product(int64_t rows, int64_t K, const T* a, int64_t lda, const T* block, T* out,
+                                   bool add) {
+  constexpr int64_t ld = kGateBlock<T>, W2 = kPanel<T>;
+  if (rows == 1) return tile<T, 1, 4>(K, a, lda, block, W2, out, ld, add, K * W2);
+  if (rows == 2) return tile<T, 2, 4>(K, a, lda, block, W2, out, ld, add, K * W2);
+  panel_product(rows, K, a, lda, block, out, ld, add);                // i, f
+  panel_product(rows, K, a, lda, block + K * W2, out + W2, ld, add);  // g, o
+}
+
+// acc[gate] += the dot products, lane by lane, of v [K] with unit u's rows of a weight [4H, K] as stored.
+template <class T>
+FASTLSTM_INLINE void dot_lanes(const T* v, const T* weight, int64_t K, int64_t H, int64_t u, Vec<T>* acc) {
+  constexpr int W = kWidth<T>;
+  const T* w = weight + u * K;
+  const int64_t whole = K / W * W;
+  for (int64_t k = 0; k < whole; k += W) {
+    const Vec<T> vk = load(v + k);
+#pragma GCC unroll 4
+    for (int gate = 0; gate < 4; ++gate) acc[gate] += vk * load(w + gate * H * K + k);
+  }
+  if (const int tail = static_cast<int>(K - whole)) {
+    const Vec<T> vk = load_part(v + whole, tail);
+#pragma GCC unroll 4
+    for (int gate = 0; gate < 4; ++gate) acc[gate] += vk * load_part(w + gate * H * K + whole, tail);
+  }
 }
 
 template <class T>
 struct ForwardStep {
   const ForwardArgs<T>& a;
-  int64_t t, s;    // time, and place in the direction's order
+  int64_t t;       // time
+  const T* x;      // [count, I]
   const T* h_in;   // [B, P]
   T* h_out;        // [B, P]
-  T* gates;        // [count, 4H]
+  T* gates;        // [count, 4H] or null
   int64_t next_t;  // the step after this one in the direction's order, or -1
-  T* pre;          // [kRowGroup, 4 gates, W]
   T* hidden;       // [kRowGroup, H] with projection
 
   // Whether sorted row r enters the next step with zero state.
@@ -58,28 +101,27 @@ struct ForwardStep {
     return a.rows.fresh && next_t >= 0 && r < a.rows.count_at(next_t) && a.rows.fresh_at(next_t, r);
   }
 
-  // Units [u0, u0 + n), n <= W, of row r: `product` holds h W_hh^T as [4][W].
+  // Units [u0, u0 + n), n <= W, of row r: `product` holds x W_ih^T + h W_hh^T as [4][W].
   FASTLSTM_INLINE void cell(int64_t r, int64_t r_group, int64_t u0, int n, const T* product) const {
     constexpr int W = kWidth<T>;
     const int64_t H = a.H;
-    T* g = gates + r * 4 * H + u0;
     T* c = a.c + r * H + u0;
     const bool full = n == W;
     auto get = [&](const T* p) { return full ? load(p) : load_part(p, n); };
     auto put = [&](T* p, Vec<T> v) { full ? store(p, v) : store_part(p, v, n); };
     const T* bias = a.bias + u0;
     const Gates<Vec<T>> gate = activate<Activation<T>>(
-        Gates<Vec<T>>{load(product) + (get(g) + get(bias)), load(product + W) + (get(g + H) + get(bias + H)),
-                      load(product + 2 * W) + (get(g + 2 * H) + get(bias + 2 * H)),
-                      load(product + 3 * W) + (get(g + 3 * H) + get(bias + 3 * H))});
+        Gates<Vec<T>>{load(product) + get(bias), load(product + W) + get(bias + H),
+                      load(product + 2 * W) + get(bias + 2 * H), load(product + 3 * W) + get(bias + 3 * H)});
     const Vec<T> c_prev = a.rows.fresh_at(t, r) ? Vec<T>{} : get(c);
     const Vec<T> c_next = next_c(gate, c_prev);
     const Vec<T> h = gate.o * Activation<T>::tanh(c_next);
-    if (a.keep_gates) {
+    if (gates) {
+      T* g = gates + r * 4 * H + 4 * u0;
       put(g, gate.i);
-      put(g + H, gate.f);
-      put(g + 2 * H, gate.g);
-      put(g + 3 * H, gate.o);
+      put(g + n, gate.f);
+      put(g + 2 * n, gate.g);
+      put(g + 3 * n, gate.o);
     }
     put(c, c_next);
     const int64_t row = t * a.rows.B + a.rows.batch_row_at(r);
@@ -108,55 +150,95 @@ struct ForwardStep {
     }
   }
 
-  // Rows [r0, r1), at most kRowGroup, of the unit block at u0, from packed weights.
-  FASTLSTM_INLINE void block_packed(int64_t r0, int64_t r1, int64_t u0) const {
+  // Rows [r0, r1), at most kRowGroup, of the unit block at u0, from packed weights. `pre` [rows][4][W] holds
+  // x W_ih^T already if `ahead`.
+  FASTLSTM_INLINE void block_packed(int64_t r0, int64_t r1, int64_t u0, T* pre, bool ahead) const {
     constexpr int W = kWidth<T>;
-    const int64_t P = a.P, rows = r1 - r0;
-    const T* w = a.packed + u0 / W * P * kGateBlock<T>;
-    const T* h = h_in + r0 * P;
-    constexpr int64_t ld = kGateBlock<T>, W2 = kPanel<T>;
-    if (rows <= 2) {  // four vectors of columns, for enough accumulators
-      if (rows == 1) tile<T, 1, 4>(P, h, P, w, W2, pre, ld, false, P * W2);
-      if (rows == 2) tile<T, 2, 4>(P, h, P, w, W2, pre, ld, false, P * W2);
-    } else {
-      panel_product(rows, P, h, P, w, pre, ld);                // i, f
-      panel_product(rows, P, h, P, w + P * W2, pre + W2, ld);  // g, o
-    }
+    constexpr int64_t ld = kGateBlock<T>;
+    const int64_t rows = r1 - r0, block = u0 / W;
+    if (!ahead) block_product(rows, a.I, x + r0 * a.I, a.I, a.packed_ih + block * a.I * ld, pre, false);
+    block_product(rows, a.P, h_in + r0 * a.P, a.P, a.packed_hh + block * a.P * ld, pre, true);
     const int n = static_cast<int>(std::min<int64_t>(W, a.H - u0));
     for (int64_t r = r0; r < r1; ++r) {
-      // A row's gates lie 4H elements after the last one's, where no hardware prefetch finds them.
-      const T* soon = gates + (r + 4) * 4 * a.H + u0;
-      for (int gate = 0; gate < 4; ++gate) __builtin_prefetch(soon + gate * a.H, 1, 3);
+      if (gates) {  // a row's gates lie 4H elements after the last one's, where no hardware prefetch finds
+                    // them
+        const T* soon = gates + (r + 4) * 4 * a.H + 4 * u0;
+        __builtin_prefetch(soon, 1, 3);
+        __builtin_prefetch(soon + 2 * W, 1, 3);
+      }
       cell(r, r - r0, u0, n, pre + (r - r0) * ld);
     }
   }
 
-  // The same for one row from weight_hh as stored: dot products along its rows. For few rows and steps this
-  // beats packing, whose cost is that of several passes over the weights.
+  // The same for one row from the weights as stored: dot products along their rows. For few rows and steps
+  // this beats packing, whose cost is that of several passes over the weights.
   FASTLSTM_INLINE void block_direct(int64_t r, int64_t r_group, int64_t u0) const {
     constexpr int W = kWidth<T>;
-    const int64_t H = a.H, P = a.P;
-    const int n = static_cast<int>(std::min<int64_t>(W, H - u0));
-    const T* h = h_in + r * P;
-    const int64_t whole = P / W * W;
-    const int tail = static_cast<int>(P - whole);
+    const int n = static_cast<int>(std::min<int64_t>(W, a.H - u0));
     alignas(64) T product[4 * W] = {};
     for (int u = 0; u < n; ++u) {
       Vec<T> acc[4] = {};
-      const T* w = a.w_hh + (u0 + u) * P;
-      for (int64_t k = 0; k < whole; k += W) {
-        const Vec<T> hk = load(h + k);
-#pragma GCC unroll 4
-        for (int gate = 0; gate < 4; ++gate) acc[gate] += hk * load(w + gate * H * P + k);
-      }
-      if (tail) {
-        const Vec<T> hk = load_part(h + whole, tail);
-#pragma GCC unroll 4
-        for (int gate = 0; gate < 4; ++gate) acc[gate] += hk * load_part(w + gate * H * P + whole, tail);
-      }
+      dot_lanes(x + r * a.I, a.w_ih, a.I, a.H, u0 + u, acc);
+      dot_lanes(h_in + r * a.P, a.w_hh, a.P, a.H, u0 + u, acc);
       for (int gate = 0; gate < 4; ++gate) product[gate * W + u] = sum<T>(acc[gate]);
     }
     cell(r, r_group, u0, n, product);
+  }
+};
+
+// x W_ih^T of a member's rows and units for some steps at once, in pre [unit blocks][ahead_rows][4][W].
+template <class T>
+struct AheadProduct {
+  const ForwardArgs<T>& a;
+  const Member& me;
+  T* pre;
+  bool used = false;                       // or the steps have rows enough for a product each
+  int64_t t0 = 0, begin_s = 0, end_s = 0;  // it holds steps [begin_s, end_s) of the order, from time t0 on
+  int64_t first_row[kAheadRows];           // of each step, in order of time: where its rows begin in pre
+
+  int64_t rows_at(int64_t t) const {
+    return std::max<int64_t>(0, std::min(me.row_end, a.rows.count_at(t)) - me.row_begin);
+  }
+  int64_t time(int64_t s) const { return a.reverse ? a.rows.T - 1 - s : s; }
+
+  // The pre-activations of step s from its first row and unit on; makes those of the next steps where needed.
+  T* at(int64_t s) {
+    if (s == end_s) make(s);
+    return used ? pre + first_row[time(s) - t0] * kGateBlock<T> : pre;
+  }
+
+  void make(int64_t s) {
+    begin_s = s;
+    end_s = s + 1;
+    used = a.packed_ih && a.rows.T > 1 && rows_at(time(s)) < kFewRows;
+    if (!used) return;
+    int64_t total = rows_at(time(s));
+    for (; end_s < a.rows.T && end_s - s < kAheadRows; ++end_s) {
+      const int64_t rows = rows_at(time(end_s));
+      if (total + rows > kAheadRows) break;
+      total += rows;
+    }
+    const int64_t steps = end_s - s;
+    t0 = std::min(time(s), time(end_s - 1));
+    total = 0;
+    for (int64_t k = 0; k < steps; ++k) {
+      first_row[k] = total;
+      total += rows_at(t0 + k);
+    }
+    constexpr int64_t ld = kGateBlock<T>;
+    const bool whole = me.row_begin == 0 && me.row_end == a.rows.B;
+    T* out = pre;
+    for (int64_t u = me.unit_begin; u < me.unit_end; u += kWidth<T>, out += ahead_rows(a.rows.N) * ld) {
+      const T* block = a.packed_ih + u / kWidth<T> * a.I * ld;
+      const auto product = [&](int64_t k, int64_t rows) {
+        const T* x = a.x + (a.rows.offset_at(t0 + k) + me.row_begin) * a.I;
+        if (rows > 0) block_product(rows, a.I, x, a.I, block, out + first_row[k] * ld, false);
+      };
+      if (whole)
+        product(0, total);
+      else
+        for (int64_t k = 0; k < steps; ++k) product(k, rows_at(t0 + k));
+    }
   }
 };
 
@@ -164,26 +246,29 @@ template <class T>
 void forward(const ForwardArgs<T>& a, const Member& me) {
   constexpr int64_t W = kWidth<T>;
   const int64_t steps = a.rows.T;
-  T* scratch = a.scratch + me.index * forward_scratch<T>(a.H, a.P);
-  T* hidden = scratch + kRowGroup * kGateBlock<T>;
-  const int64_t base = a.rows.offset_at(a.reverse ? steps - a.first - a.steps : a.first);
-  for (int64_t s = a.first; s < a.first + a.steps; ++s) {
-    const int64_t t = a.reverse ? steps - 1 - s : s;
-    const int64_t next_t = s + 1 < steps ? (a.reverse ? t - 1 : t + 1) : -1;
+  T* scratch = a.scratch + me.index * forward_scratch<T>(a.rows.N, a.H, a.P);
+  T* hidden = scratch + forward_scratch<T>(a.rows.N, a.H, a.H);
+  AheadProduct<T> product{a, me, scratch};
+  for (int64_t s = 0; s < steps; ++s) {
+    const int64_t t = product.time(s), offset = a.rows.offset_at(t);
+    const int64_t next_t = s + 1 < steps ? product.time(s + 1) : -1;
+    T* pre = product.at(s);
+    const int64_t next_block = product.used ? ahead_rows(a.rows.N) * kGateBlock<T> : 0;
     const ForwardStep<T> step{a,
                               t,
-                              s,
+                              a.x + offset * a.I,
                               a.h + (s % 2) * a.rows.B * a.P,
                               a.h + ((s + 1) % 2) * a.rows.B * a.P,
-                              a.gates + (a.rows.offset_at(t) - base) * 4 * a.H,
+                              a.gates ? a.gates + offset * 4 * a.H : nullptr,
                               next_t,
-                              scratch,
                               hidden};
     const int64_t end = std::min(me.row_end, a.rows.count_at(t));
     for (int64_t r0 = me.row_begin; r0 < end; r0 += kRowGroup) {
       const int64_t r1 = std::min(end, r0 + kRowGroup);
-      if (a.packed) {
-        for (int64_t u = me.unit_begin; u < me.unit_end; u += W) step.block_packed(r0, r1, u);
+      if (a.packed_hh) {
+        T* block = pre;
+        for (int64_t u = me.unit_begin; u < me.unit_end; u += W, block += next_block)
+          step.block_packed(r0, r1, u, block, product.used);
       } else {
         for (int64_t r = r0; r < r1; ++r)
           for (int64_t u = me.unit_begin; u < me.unit_end; u += W) step.block_direct(r, r - r0, u);

@@ -98,11 +98,11 @@ FASTLSTM_INLINE void for_row_tiles(int64_t rows, F&& f) {
 // Depth of a product's pass: the panel of that depth and a tile's rows of A stay in a 32 KiB L1.
 constexpr int64_t kDepth = 16384 / (2 * FASTLSTM_VECTOR_BYTES);
 
-// c [rows, kPanel] = a [rows, K] times one packed panel. What lies behind the panel is taken to be the next
-// one.
+// c [rows, kPanel] (+)= a [rows, K] times one packed panel. What lies behind the panel is taken to be the
+// next one.
 template <class T>
 FASTLSTM_INLINE void panel_product(int64_t rows, int64_t K, const T* a, int64_t lda, const T* panel, T* c,
-                                   int64_t ldc) {
+                                   int64_t ldc, bool add = false) {
   constexpr int64_t W2 = kPanel<T>;
   const int64_t tiles = (rows + kTileRows - 1) / kTileRows;
   const int64_t depth = tiles == 1 ? K : kDepth;
@@ -112,7 +112,7 @@ FASTLSTM_INLINE void panel_product(int64_t rows, int64_t K, const T* a, int64_t 
     const T* b = panel + k * W2;
     Ahead<T> ahead = {b + pass * W2, step};
     for_row_tiles(rows, [&](int64_t m, int M) {
-      panel_rows<T>(M, pass, a + m * lda + k, lda, b, c + m * ldc, ldc, k > 0, ahead);
+      panel_rows<T>(M, pass, a + m * lda + k, lda, b, c + m * ldc, ldc, add || k > 0, ahead);
       ahead.from += pass * step;
     });
   }

@@ -43,13 +43,21 @@ Vec<T> tanh_of(Vec<T> x) {
 
 template <class T>
 const Kernels<T>& table() {
-  static const Kernels<T> kernels = {kPanel<T>,          forward_packed_size<T>,
-                                     pack_forward<T>,    columns_packed_size<T>,
-                                     pack_columns<T>,    padded_columns<T>,
-                                     forward_scratch<T>, backward_scratch<T>,
-                                     forward<T>,         backward<T>,
-                                     small_product<T>,   small_product_scratch<T>,
-                                     column_sums<T>,     map<T, sigmoid_of<T>>,
+  static const Kernels<T> kernels = {kWidth<T>,
+                                     kPanel<T>,
+                                     forward_packed_size<T>,
+                                     pack_forward<T>,
+                                     columns_packed_size<T>,
+                                     pack_columns<T>,
+                                     padded_columns<T>,
+                                     forward_scratch<T>,
+                                     backward_scratch<T>,
+                                     forward<T>,
+                                     backward<T>,
+                                     small_product<T>,
+                                     small_product_scratch<T>,
+                                     column_sums<T>,
+                                     map<T, sigmoid_of<T>>,
                                      map<T, tanh_of<T>>};
   return kernels;
 }

@@ -159,31 +159,29 @@ LayerResults forward(const at::Tensor& x, const OptionalTensor& h0, const Option
   const at::Tensor input = packed_input<T>(x, s, ragged);  // [N, I]
   std::vector<Rows> rows;
   for (int64_t d = 0; d < D; ++d) rows.push_back(ragged.rows(d));
-  const Plan plan = make_plan(D, s.T, double(N) / s.T, H, P, sizeof(T), kernel.unit_block);
+  const Plan plan = make_plan(D, s.T, double(N) / s.T, s.I, H, P, sizeof(T), kernel.unit_block);
   const bool pack = s.proj() || worth_packing(N, B);
-  const int64_t chunk = keep_reserve ? s.T : chunk_steps(s, sizeof(T), 256, int64_t{2} << 20);
 
   Workspace<T> space;
-  std::vector<int64_t> h_at, c_at, bias_at, packed_at, hr_at, gates_at;
+  std::vector<int64_t> h_at, c_at, bias_at, ih_at, hh_at, hr_at;
   for (int64_t d = 0; d < D; ++d) {
     h_at.push_back(space.take(2 * B * P));
     c_at.push_back(space.take(B * H));
     bias_at.push_back(space.take(4 * H));
-    packed_at.push_back(space.take(pack ? kernel.forward_packed_size(H, P) : 0));
+    ih_at.push_back(space.take(pack ? kernel.forward_packed_size(H, s.I) : 0));
+    hh_at.push_back(space.take(pack ? kernel.forward_packed_size(H, P) : 0));
     hr_at.push_back(space.take(s.proj() ? kernel.columns_packed_size(H, P) : 0));
-    gates_at.push_back(space.take(keep_reserve ? 0 : chunk * B * 4 * H));
   }
-  const int64_t scratch_at = space.take(plan.threads() * kernel.forward_scratch(H, P));
+  const int64_t scratch_at = space.take(plan.threads() * kernel.forward_scratch(N, H, P));
   space.allocate(x);
 
   std::vector<ForwardArgs<T>> args;
-  std::vector<at::Tensor> hold, w_ih;
+  std::vector<at::Tensor> hold;
   const OptionalTensor h0c = contiguous(h0), c0c = contiguous(c0);
   for (int64_t d = 0; d < D; ++d) {
     const DirectionWeights w(s, weights, d);
-    const at::Tensor w_hh = w.hh.contiguous();
-    hold.push_back(w_hh);
-    w_ih.push_back(w.ih.contiguous());
+    const at::Tensor w_ih = w.ih.contiguous(), w_hh = w.hh.contiguous();
+    hold.insert(hold.end(), {w_ih, w_hh});
     sum_biases<T>(w, H, space.at(bias_at[d]));
     T* h = space.at(h_at[d]);
     gather_state<T>(h0c, d, rows[d], P, h, P);
@@ -194,33 +192,37 @@ LayerResults forward(const at::Tensor& x, const OptionalTensor& h0, const Option
     }
     std::copy_n(h, B * P, h + B * P);  // a reverse row may begin at an odd step
     gather_state<T>(c0c, d, rows[d], H, space.at(c_at[d]), H);
-    if (pack) kernel.pack_forward(w_hh.const_data_ptr<T>(), H, P, space.at(packed_at[d]));
+    if (pack) {
+      kernel.pack_forward(w_ih.const_data_ptr<T>(), H, s.I, space.at(ih_at[d]));
+      kernel.pack_forward(w_hh.const_data_ptr<T>(), H, P, space.at(hh_at[d]));
+    }
     if (s.proj()) {
       const at::Tensor w_hr = w.hr.contiguous();  // [P, H], its transpose is packed
       kernel.pack_columns(w_hr.const_data_ptr<T>(), H, P, 1, H, space.at(hr_at[d]));
     }
-    args.push_back(
-        {rows[d], H, P, d == 1, 0, 0,
-         keep_reserve ? reserve.mutable_data_ptr<T>() + d * s.rows() * 4 * H : space.at(gates_at[d]),
-         keep_reserve, space.at(bias_at[d]), w_hh.const_data_ptr<T>(),
-         pack ? space.at(packed_at[d]) : nullptr, s.proj() ? space.at(hr_at[d]) : nullptr, h,
-         space.at(c_at[d]), y.mutable_data_ptr<T>() + d * P,
-         keep_cells ? cells.mutable_data_ptr<T>() + d * H : nullptr, D * P, D * H, space.at(scratch_at)});
+    args.push_back({rows[d],
+                    s.I,
+                    H,
+                    P,
+                    d == 1,
+                    input.const_data_ptr<T>(),
+                    keep_reserve ? reserve.mutable_data_ptr<T>() + d * s.rows() * 4 * H : nullptr,
+                    space.at(bias_at[d]),
+                    w_ih.const_data_ptr<T>(),
+                    w_hh.const_data_ptr<T>(),
+                    pack ? space.at(ih_at[d]) : nullptr,
+                    pack ? space.at(hh_at[d]) : nullptr,
+                    s.proj() ? space.at(hr_at[d]) : nullptr,
+                    h,
+                    space.at(c_at[d]),
+                    y.mutable_data_ptr<T>() + d * P,
+                    keep_cells ? cells.mutable_data_ptr<T>() + d * H : nullptr,
+                    D * P,
+                    D * H,
+                    space.at(scratch_at)});
   }
-
-  for (int64_t first = 0; first < s.T; first += chunk) {
-    const int64_t steps = std::min(chunk, s.T - first);
-    for (int64_t d = 0; d < D; ++d) {
-      args[d].first = first;
-      args[d].steps = steps;
-      const Span span(s, ragged, d, first, steps);
-      if (span.rows() == 0) continue;
-      product<T>(span.rows(), 4 * H, s.I, {input.const_data_ptr<T>() + span.begin * s.I, s.I},
-                 {w_ih[d].const_data_ptr<T>(), s.I, true}, false, args[d].gates, 4 * H);
-    }
-    run_plan(plan, rows, N, H, kernel.unit_block,
-             [&](int64_t d, const Member& me) { kernel.forward(args[d], me); });
-  }
+  run_plan(plan, rows, H, kernel.unit_block,
+           [&](int64_t d, const Member& me) { kernel.forward(args[d], me); });
 
   for (int64_t d = 0; d < D; ++d)
     for (int64_t r = 0; r < B; ++r) {
@@ -309,11 +311,12 @@ at::Tensor unprojected(const at::Tensor& gates, const at::Tensor& cells, const L
   at::Tensor hidden = new_empty({ragged.N(), s.H}, gates);
   T* out = hidden.mutable_data_ptr<T>();
   const T* c = cells.const_data_ptr<T>() + d * s.H;
-  const T* o = gates.const_data_ptr<T>() + 3 * s.H;
+  const T* saved = gates.const_data_ptr<T>();
   ragged.for_each_row([&](int64_t packed_row, int64_t row, int64_t, int64_t) {
     T* h = out + packed_row * s.H;
     kernels<T>().tanh(c + row * s.D * s.H, h, s.H);
-    for (int64_t u = 0; u < s.H; ++u) h[u] *= o[packed_row * 4 * s.H + u];
+    for (int64_t u = 0; u < s.H; ++u)
+      h[u] *= saved[packed_row * 4 * s.H + gate_at(s.H, kernels<T>().width, u, 3)];
   });
   return hidden;
 }
@@ -344,7 +347,7 @@ LayerGradients backward(const OptionalTensor& dy_in, const OptionalTensor& dh_n,
   const int64_t N = ragged.N();
   std::vector<Rows> rows;
   for (int64_t d = 0; d < D; ++d) rows.push_back(ragged.rows(d));
-  const Plan plan = make_plan(D, s.T, double(N) / s.T, H, P, sizeof(T), kernel.unit_block);
+  const Plan plan = make_plan(D, s.T, double(N) / s.T, 0, H, P, sizeof(T), kernel.unit_block);
   const bool pack = s.proj() || worth_packing(N, B);
   const int64_t ld = kernel.padded_columns(P);
   const OptionalTensor dy = contiguous(dy_in), dcells = contiguous(dcells_in), h0 = contiguous(h0_in);
@@ -433,7 +436,7 @@ LayerGradients backward(const OptionalTensor& dy_in, const OptionalTensor& dh_n,
       args[d].steps = end - first;
       args[d].base = Span(s, ragged, d, first, end - first).begin;
     }
-    run_plan(plan, rows, N, H, kernel.unit_block,
+    run_plan(plan, rows, H, kernel.unit_block,
              [&](int64_t d, const Member& me) { kernel.backward(args[d], me); });
     for (int64_t d = 0; d < D; ++d) {
       const Span span(s, ragged, d, first, end - first);

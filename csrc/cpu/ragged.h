@@ -28,7 +28,7 @@ class Ragged {
 
   Rows rows(int64_t d) const {
     const auto data = [](const auto& v) { return v.empty() ? nullptr : v.data(); };
-    return {T_, B_, data(count_), data(offset_), data(batch_row_), data(fresh_[d])};
+    return {T_, B_, N_, data(count_), data(offset_), data(batch_row_), data(fresh_[d])};
   }
   int64_t length(int64_t r) const { return ragged() ? length_[r] : T_; }
 

@@ -14,7 +14,7 @@
 namespace fastlstm {
 
 struct Rows {
-  int64_t T, B;
+  int64_t T, B, N;
   const int64_t* count;      // [T]  rows that have step t, or null: B
   const int64_t* offset;     // [T]  first packed row of step t, or null: t * B
   const int64_t* batch_row;  // [B]  row of the caller's batch a sorted row is, or null: itself
@@ -29,22 +29,31 @@ struct Rows {
 template <class T>
 struct ForwardArgs {
   Rows rows;
-  int64_t H, P;
+  int64_t I, H, P;
   bool reverse;
-  int64_t first, steps;  // which steps of the direction's own order this call runs (inference goes in chunks)
-  T* gates;              // [N, 4H] from step `first` on: x W_ih^T; becomes the activated gates if keep_gates
-  bool keep_gates;
-  const T* bias;    // [4H]  bias_ih + bias_hh
-  const T* w_hh;    // [4H, P]  as torch.nn.LSTM stores it
-  const T* packed;  // w_hh by pack_forward, or null: run from w_hh itself
-  const T* w_hr;    // pack_columns of weight_hr^T [H, P], or null without projection
+  const T* x;          // [N, I]
+  T* gates;            // [N, 4H]  out: the activated gates in the layout of gate_at, or null
+  const T* bias;       // [4H]  bias_ih + bias_hh
+  const T* w_ih;       // [4H, I]  as torch.nn.LSTM stores it
+  const T* w_hh;       // [4H, P]  likewise
+  const T* packed_ih;  // both by pack_forward, or null: run from the weights as stored
+  const T* packed_hh;
+  const T* w_hr;  // pack_columns of weight_hr^T [H, P], or null without projection
   T* h;      // [2, B, P]  state, sorted rows; step s of the order reads h[s % 2] and writes h[(s + 1) % 2]
   T* c;      // [B, H]     state
   T* y;      // [T, B, .]  out, row t * B + b at y + row * y_stride
   T* cells;  // likewise with cells_stride, or null
   int64_t y_stride, cells_stride;
-  T* scratch;  // per member, forward_scratch(H, P) elements
+  T* scratch;  // per member, forward_scratch(N, H, P) elements
 };
+
+// Where gate `gate` of unit u lies in a row of the saved gates: blocks of `width` units (one vector), in a
+// block the units of i, then of f, g, o, so that a block is one piece of memory. The last block is as wide as
+// is left.
+inline int64_t gate_at(int64_t H, int64_t width, int64_t u, int64_t gate) {
+  const int64_t u0 = u / width * width, n = u0 + width <= H ? width : H - u0;
+  return 4 * u0 + gate * n + (u - u0);
+}
 
 template <class T>
 struct BackwardArgs {
@@ -53,7 +62,7 @@ struct BackwardArgs {
   bool reverse;
   int64_t first, steps;  // which steps of the direction's own order this call runs, last to first
   int64_t base;          // packed row that row 0 of dgates and dr is
-  const T* gates;        // [N, 4H]  activated
+  const T* gates;        // [N, 4H]  activated, as forward saved them
   const T* cells;        // [T, B, .] c of every step
   const T* c0;           // [B, H] sorted rows
   const T* dy;           // [T, B, .] or null
@@ -109,15 +118,17 @@ struct Member {
 // One ISA's kernels for T = float or double.
 template <class T>
 struct Kernels {
+  int64_t width;       // elements of a vector: the block of gate_at
   int64_t unit_block;  // units are split among members in multiples of this
-  int64_t (*forward_packed_size)(int64_t H, int64_t P);
-  void (*pack_forward)(const T* w_hh, int64_t H, int64_t P, T* packed);
+  // A weight [4H, K] into panels: forward_packed_size(H, K) elements.
+  int64_t (*forward_packed_size)(int64_t H, int64_t K);
+  void (*pack_forward)(const T* weight, int64_t H, int64_t K, T* packed);
   // B [K, N] with row and column strides into panels: columns_packed_size(K, N) elements.
   int64_t (*columns_packed_size)(int64_t K, int64_t N);
   void (*pack_columns)(const T* b, int64_t K, int64_t N, int64_t row_stride, int64_t column_stride,
                        T* packed);
   int64_t (*padded_columns)(int64_t N);
-  int64_t (*forward_scratch)(int64_t H, int64_t P);
+  int64_t (*forward_scratch)(int64_t N, int64_t H, int64_t P);
   int64_t (*backward_scratch)(int64_t H, int64_t P);
   void (*forward)(const ForwardArgs<T>&, const Member&);
   void (*backward)(const BackwardArgs<T>&, const Member&);

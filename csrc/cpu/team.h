@@ -22,18 +22,19 @@ struct Plan {
   int threads() const { return members * (concurrent ? static_cast<int>(D) : 1); }
 };
 
-// From the sizes of a layer; `rows` is the mean number of rows a step has, `size` that of an element.
-inline Plan make_plan(int64_t D, int64_t T, double rows, int64_t H, int64_t P, int64_t size,
+// From the sizes of a layer; `rows` is the mean number of rows a step has, I that of input features if the
+// members make x W_ih^T too, `size` that of an element.
+inline Plan make_plan(int64_t D, int64_t T, double rows, int64_t I, int64_t H, int64_t P, int64_t size,
                       int64_t unit_block) {
   // A step's multiply-adds; a fork and join cost about what 1e5 of them take, a barrier 1e4.
-  const double step = rows * 4 * H * (P + 16);
+  const double step = rows * 4 * H * (I + P + 16);
   Plan plan{D};
   const int available = at::in_parallel_region() ? 1 : at::get_num_threads();
   if (available == 1 || step * T * D < 4e5) return plan;
   plan.concurrent = D == 2;
   const int most = available / (plan.concurrent ? 2 : 1);
   if (most <= 1) return plan;
-  const double weights = 4.0 * H * P * size;
+  const double weights = 4.0 * H * (I + P) * size;
   // Splitting rows reads all weights in every thread: fine while they stay in its L2 and the rows fill a tile
   // each.
   const bool rows_fit = rows / most >= (weights <= (1 << 20) ? 3 : 24);
@@ -49,13 +50,13 @@ inline Plan make_plan(int64_t D, int64_t T, double rows, int64_t H, int64_t P, i
 }
 
 // Sorted row at which member k of n begins, so that all have about the same number of steps.
-inline int64_t row_boundary(const Rows& rows, int64_t N, int k, int n) {
+inline int64_t row_boundary(const Rows& rows, int k, int n) {
   if (k == 0) return 0;
   if (k == n) return rows.B;
   if (!rows.count) return rows.B * k / n;
   int64_t covered = 0, row = 0;  // row r has as many steps as steps have more than r rows
   int64_t t = rows.T;
-  for (; row < rows.B && covered * n < N * k; ++row) {
+  for (; row < rows.B && covered * n < rows.N * k; ++row) {
     while (t > 0 && rows.count[t - 1] <= row) --t;
     covered += t;
   }
@@ -64,8 +65,7 @@ inline int64_t row_boundary(const Rows& rows, int64_t N, int k, int n) {
 
 // Runs body(direction, member) for every part of the plan, each on a thread of its own.
 template <class F>
-void run_plan(const Plan& plan, const std::vector<Rows>& rows, int64_t N, int64_t H, int64_t unit_block,
-              F&& body) {
+void run_plan(const Plan& plan, const std::vector<Rows>& rows, int64_t H, int64_t unit_block, F&& body) {
   const auto member = [&](int64_t d, int k, int n, bool units, Barrier* barrier, int index) {
     Member me{0, rows[d].B, 0, H, index, nullptr};
     if (units) {
@@ -74,8 +74,8 @@ void run_plan(const Plan& plan, const std::vector<Rows>& rows, int64_t N, int64_
       me.unit_end = std::min(H, blocks * (k + 1) / n * unit_block);
       me.barrier = barrier;
     } else {
-      me.row_begin = row_boundary(rows[d], N, k, n);
-      me.row_end = row_boundary(rows[d], N, k + 1, n);
+      me.row_begin = row_boundary(rows[d], k, n);
+      me.row_end = row_boundary(rows[d], k + 1, n);
     }
     body(d, me);
   };
