@@ -17,10 +17,11 @@ int64_t columns_packed_size(int64_t K, int64_t N) {
 }
 
 template <class T>
-void pack_columns(const T* b, int64_t K, int64_t N, int64_t row_stride, int64_t column_stride, T* packed) {
+void pack_columns(const T* b, int64_t K, int64_t row_stride, int64_t column_stride, int64_t begin,
+                  int64_t end, T* packed) {
   constexpr int64_t W2 = kPanel<T>;
-  for (int64_t n0 = 0; n0 < N; n0 += W2) {
-    const int64_t n = std::min(W2, N - n0);
+  for (int64_t n0 = begin; n0 < end; n0 += W2) {
+    const int64_t n = std::min(W2, end - n0);
     T* panel = packed + n0 * K;
     for (int64_t k = 0; k < K; ++k) {
       const T* row = b + k * row_stride + n0 * column_stride;

@@ -27,9 +27,9 @@ int64_t forward_packed_size(int64_t H, int64_t K) {
 }
 
 template <class T>
-void pack_forward(const T* weight, int64_t H, int64_t K, T* packed) {
+void pack_forward(const T* weight, int64_t H, int64_t K, int64_t begin, int64_t end, T* packed) {
   constexpr int64_t W = kWidth<T>;
-  for (int64_t u0 = 0; u0 < H; u0 += W) {
+  for (int64_t u0 = begin; u0 < end; u0 += W) {
     const int64_t n = std::min(W, H - u0);
     T* block = packed + u0 / W * K * kGateBlock<T>;
     for (int64_t k0 = 0; k0 < K; k0 += 16)  // 16 columns of a row are a cache line or two: read them together

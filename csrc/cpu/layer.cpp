@@ -1,21 +1,16 @@
 // The native ops on CPU tensors: the big products through ATen, the time loop through cpu/forward.h and
 // backward.h.
 #include <ATen/ATen.h>
-#include <ATen/ops/empty_native.h>
 #include <torch/library.h>
 
 #include "contract.h"
+#include "cpu/memory.h"
 #include "cpu/ragged.h"
 #include "cpu/sequence.h"
 #include "cpu/team.h"
 
 namespace fastlstm {
 namespace {
-
-// torch.empty below the dispatcher, which tiny layers would wait for.
-at::Tensor new_empty(at::IntArrayRef sizes, const at::Tensor& like) {
-  return at::native::empty_cpu(sizes, like.scalar_type());
-}
 
 // Row-major C [m, n] = A [m, k] B [k, n] (+ C if add), through ATen where that is worth a call. A and B are
 // given by their rows' stride, or if transposed by that of the rows of A^T, B^T.
@@ -71,6 +66,33 @@ class Workspace {
 
 // Products of few rows cost less from the weights as stored than packing them does.
 bool worth_packing(int64_t N, int64_t B) { return N > (B <= 2 ? 64 : 12); }
+
+// Calls f(begin, end) over [0, n) in parallel, in multiples of `block` of which each takes `work` elements.
+template <class F>
+void for_blocks(int64_t n, int64_t block, int64_t work, F&& f) {
+  at::parallel_for(0, (n + block - 1) / block, std::max<int64_t>(1, (1 << 16) / std::max<int64_t>(1, work)),
+                   [&](int64_t begin, int64_t end) { f(begin * block, std::min(n, end * block)); });
+}
+
+// A contiguous weight [4H, K] into the panels of the forward kernel.
+template <class T>
+void pack_forward(const at::Tensor& weight, int64_t H, T* packed) {
+  const Kernels<T>& k = kernels<T>();
+  const int64_t K = weight.size(1);
+  for_blocks(H, k.width, 4 * K * k.width, [&](int64_t begin, int64_t end) {
+    k.pack_forward(weight.const_data_ptr<T>(), H, K, begin, end, packed);
+  });
+}
+
+// B [K, N] of any strides into panels of columns.
+template <class T>
+void pack_columns(const at::Tensor& b, T* packed) {
+  const Kernels<T>& k = kernels<T>();
+  const int64_t K = b.size(0);
+  for_blocks(b.size(1), k.unit_block, K * k.unit_block, [&](int64_t begin, int64_t end) {
+    k.pack_columns(b.const_data_ptr<T>(), K, b.stride(0), b.stride(1), begin, end, packed);
+  });
+}
 
 // state [D, B, n] of direction d into sorted rows of stride ld; zeros for none.
 template <class T>
@@ -145,16 +167,15 @@ LayerResults forward(const at::Tensor& x, const OptionalTensor& h0, const Option
   const auto empty = [&](at::IntArrayRef sizes) { return new_empty(sizes, x); };
   // Rows past a length are zero, and written by nobody.
   const auto per_step = [&](int64_t n) {
-    return ragged.ragged() ? at::zeros({s.T, B, D * n}, x.options()) : empty({s.T, B, D * n});
+    return ragged.ragged() ? new_zeros({s.T, B, D * n}, x) : empty({s.T, B, D * n});
   };
   const at::Tensor y = per_step(P), h_n = empty({D, B, P}), c_n = empty({D, B, H});
   const at::Tensor cells = keep_cells ? per_step(H) : empty({0});
-  // A ragged batch fills its first N rows only; the rest must not differ from run to run.
-  const bool partial = keep_reserve && ragged.ragged();
-  const at::Tensor reserve = partial        ? at::zeros({D, s.T, B, 4 * H}, x.options())
-                             : keep_reserve ? empty({D, s.T, B, 4 * H})
-                                            : empty({0});
+  const at::Tensor reserve = keep_reserve ? empty({D, s.T, B, 4 * H}) : empty({0});
   if (s.rows() == 0) return {y, h_n, c_n, cells, reserve};
+  // A ragged batch fills its first N rows only; the rest must not differ from run to run.
+  for (int64_t d = 0; keep_reserve && N < s.rows() && d < D; ++d)
+    std::fill_n(reserve.mutable_data_ptr<T>() + (d * s.rows() + N) * 4 * H, (s.rows() - N) * 4 * H, T(0));
 
   const at::Tensor input = packed_input<T>(x, s, ragged);  // [N, I]
   std::vector<Rows> rows;
@@ -193,13 +214,10 @@ LayerResults forward(const at::Tensor& x, const OptionalTensor& h0, const Option
     std::copy_n(h, B * P, h + B * P);  // a reverse row may begin at an odd step
     gather_state<T>(c0c, d, rows[d], H, space.at(c_at[d]), H);
     if (pack) {
-      kernel.pack_forward(w_ih.const_data_ptr<T>(), H, s.I, space.at(ih_at[d]));
-      kernel.pack_forward(w_hh.const_data_ptr<T>(), H, P, space.at(hh_at[d]));
+      pack_forward<T>(w_ih, H, space.at(ih_at[d]));
+      pack_forward<T>(w_hh, H, space.at(hh_at[d]));
     }
-    if (s.proj()) {
-      const at::Tensor w_hr = w.hr.contiguous();  // [P, H], its transpose is packed
-      kernel.pack_columns(w_hr.const_data_ptr<T>(), H, P, 1, H, space.at(hr_at[d]));
-    }
+    if (s.proj()) pack_columns<T>(w.hr.t(), space.at(hr_at[d]));
     args.push_back({rows[d],
                     s.I,
                     H,
@@ -377,11 +395,8 @@ LayerGradients backward(const OptionalTensor& dy_in, const OptionalTensor& dh_n,
     gather_state<T>(contiguous(dh_n), d, rows[d], P, space.at(dh_at[d]), ld);
     gather_state<T>(contiguous(dc_n), d, rows[d], H, space.at(dc_at[d]), H);
     gather_state<T>(contiguous(c0), d, rows[d], H, space.at(c0_at[d]), H);
-    if (pack) kernel.pack_columns(w_hh, 4 * H, P, P, 1, space.at(packed_at[d]));
-    if (s.proj()) {
-      const at::Tensor w_hr = w.hr.contiguous();
-      kernel.pack_columns(w_hr.const_data_ptr<T>(), P, H, H, 1, space.at(hr_at[d]));
-    }
+    if (pack) pack_columns<T>(hold.back(), space.at(packed_at[d]));
+    if (s.proj()) pack_columns<T>(w.hr, space.at(hr_at[d]));
     args.push_back({rows[d],
                     H,
                     P,
@@ -418,7 +433,7 @@ LayerGradients backward(const OptionalTensor& dy_in, const OptionalTensor& dh_n,
   // Both directions add to dx, each from its own end.
   const at::Tensor dx_rows = !needs[0] ? at::Tensor()
                              : D == 1  ? new_empty({N, s.I}, x)
-                                       : at::zeros({N, s.I}, x.options());
+                                       : new_zeros({N, s.I}, x);
   std::vector<at::Tensor> w_ih, states(D), hidden(D);
   for (int64_t d = 0; d < D; ++d) {
     const int64_t at = d * s.per_direction;
@@ -467,7 +482,7 @@ LayerGradients backward(const OptionalTensor& dy_in, const OptionalTensor& dh_n,
     if (!ragged.ragged()) {
       dx = dx_rows.view({s.T, B, s.I});
     } else {
-      dx = at::zeros({s.T, B, s.I}, x.options());
+      dx = new_zeros({s.T, B, s.I}, x);
       const T* from = dx_rows.const_data_ptr<T>();
       T* to = dx.mutable_data_ptr<T>();
       ragged.for_each_row([&](int64_t packed_row, int64_t row, int64_t, int64_t) {

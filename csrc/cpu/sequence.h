@@ -120,13 +120,14 @@ template <class T>
 struct Kernels {
   int64_t width;       // elements of a vector: the block of gate_at
   int64_t unit_block;  // units are split among members in multiples of this
-  // A weight [4H, K] into panels: forward_packed_size(H, K) elements.
+  // Units [begin, end) of a weight [4H, K] into panels: forward_packed_size(H, K) elements for all.
   int64_t (*forward_packed_size)(int64_t H, int64_t K);
-  void (*pack_forward)(const T* weight, int64_t H, int64_t K, T* packed);
-  // B [K, N] with row and column strides into panels: columns_packed_size(K, N) elements.
+  void (*pack_forward)(const T* weight, int64_t H, int64_t K, int64_t begin, int64_t end, T* packed);
+  // Columns [begin, end) of B [K, N] with row and column strides into panels: columns_packed_size(K, N)
+  // elements for all. begin is a multiple of unit_block here, and of width in pack_forward.
   int64_t (*columns_packed_size)(int64_t K, int64_t N);
-  void (*pack_columns)(const T* b, int64_t K, int64_t N, int64_t row_stride, int64_t column_stride,
-                       T* packed);
+  void (*pack_columns)(const T* b, int64_t K, int64_t row_stride, int64_t column_stride, int64_t begin,
+                       int64_t end, T* packed);
   int64_t (*padded_columns)(int64_t N);
   int64_t (*forward_scratch)(int64_t N, int64_t H, int64_t P);
   int64_t (*backward_scratch)(int64_t H, int64_t P);
