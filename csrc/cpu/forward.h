@@ -14,7 +14,7 @@ constexpr int64_t kGateBlock = 4 * kWidth<T>;
 constexpr int64_t kRowGroup = 96;
 // With fewer rows than kFewRows a step, x W_ih^T is made for kAheadRows rows of several steps at once:
 // reading W_ih anew for each step would cost more than the product.
-constexpr int64_t kFewRows = 24, kAheadRows = 64;
+constexpr int64_t kFewRows = 48, kAheadRows = 96;
 
 template <class T>
 int64_t unit_blocks(int64_t H) {
@@ -29,15 +29,16 @@ int64_t forward_packed_size(int64_t H, int64_t K) {
 template <class T>
 void pack_forward(const T* weight, int64_t H, int64_t K, int64_t begin, int64_t end, T* packed) {
   constexpr int64_t W = kWidth<T>;
+  constexpr int64_t kColumns = 8192 / (kPanel<T> * sizeof(T));  // of each row at a time: their panel stays in L1
   for (int64_t u0 = begin; u0 < end; u0 += W) {
     const int64_t n = std::min(W, H - u0);
     T* block = packed + u0 / W * K * kGateBlock<T>;
-    for (int64_t k0 = 0; k0 < K; k0 += 16)  // 16 columns of a row are a cache line or two: read them together
+    for (int64_t k0 = 0; k0 < K; k0 += kColumns)
       for (int64_t gate = 0; gate < 4; ++gate)
         for (int64_t u = 0; u < W; ++u) {
           const T* row = weight + (gate * H + u0 + std::min(u, n - 1)) * K;
           T* out = block + gate / 2 * K * kPanel<T> + gate % 2 * W + u;
-          const int64_t k1 = std::min(k0 + 16, K);
+          const int64_t k1 = std::min(k0 + kColumns, K);
           if (u < n)
             for (int64_t k = k0; k < k1; ++k) out[k * kPanel<T>] = row[k];
           else
