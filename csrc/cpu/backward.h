@@ -115,8 +115,9 @@ void backward(const BackwardArgs<T>& a, const Member& me) {
         before < 0 ? 0 : a.rows.count_at(before);  // rows that have it; the others began here
     const int64_t offset = a.rows.offset_at(t) - a.base;
     const int64_t end = std::min(me.row_end, a.rows.count_at(t));
-    for (int64_t r0 = me.row_begin; r0 < end; r0 += kRowGroup) {
-      const int64_t r1 = std::min(end, r0 + kRowGroup);
+    const int64_t own = std::max<int64_t>(0, end - me.row_begin);
+    for_row_tiles(own, kRowGroup, [&](int64_t first, int64_t count) {
+      const int64_t r0 = me.row_begin + first, r1 = r0 + count;
       if (a.w_hr) {
         for (int64_t r = r0; r < r1; ++r) {
           T* dr = a.dr + (offset + r) * P;
@@ -140,12 +141,12 @@ void backward(const BackwardArgs<T>& a, const Member& me) {
         if (u < me.unit_end)
           cell_gradients(a, t, r, row, c_enter, dh, dy, u, static_cast<int>(me.unit_end - u));
       }
-    }
+    });
     if (me.barrier) me.barrier->wait();
     // Without projection a member owns the same columns of h as units; with it, it owns whole rows.
     const int64_t n_begin = a.w_hr ? 0 : me.unit_begin, n_end = a.w_hr ? P : me.unit_end;
-    for (int64_t r0 = me.row_begin; r0 < end; r0 += kRowGroup) {
-      const int64_t rows = std::min(end - r0, kRowGroup);
+    for_row_tiles(own, kRowGroup, [&](int64_t first, int64_t rows) {
+      const int64_t r0 = me.row_begin + first;
       const T* dg = a.dgates + (offset + r0) * 4 * H;
       if (a.packed)
         product_packed(rows, 4 * H, dg, 4 * H, a.packed, n_begin, n_end, a.dh + r0 * ld, ld);
@@ -153,7 +154,7 @@ void backward(const BackwardArgs<T>& a, const Member& me) {
         product_direct(rows, 4 * H, dg, 4 * H, a.w_hh, P, n_begin, n_end, a.dh + r0 * ld, ld);
       for (int64_t r = r0; r < r0 + rows; ++r)
         if (a.rows.fresh_at(t, r)) std::fill(a.dh + r * ld + n_begin, a.dh + r * ld + n_end, T(0));
-    }
+    });
   }
 }
 

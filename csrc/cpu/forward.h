@@ -29,7 +29,8 @@ int64_t forward_packed_size(int64_t H, int64_t K) {
 template <class T>
 void pack_forward(const T* weight, int64_t H, int64_t K, int64_t begin, int64_t end, T* packed) {
   constexpr int64_t W = kWidth<T>;
-  constexpr int64_t kColumns = 8192 / (kPanel<T> * sizeof(T));  // of each row at a time: their panel stays in L1
+  constexpr int64_t kColumns =
+      8192 / (kPanel<T> * sizeof(T));  // of each row at a time: their panel stays in L1
   for (int64_t u0 = begin; u0 < end; u0 += W) {
     const int64_t n = std::min(W, H - u0);
     T* block = packed + u0 / W * K * kGateBlock<T>;
@@ -264,8 +265,8 @@ void forward(const ForwardArgs<T>& a, const Member& me) {
                               next_t,
                               hidden};
     const int64_t end = std::min(me.row_end, a.rows.count_at(t));
-    for (int64_t r0 = me.row_begin; r0 < end; r0 += kRowGroup) {
-      const int64_t r1 = std::min(end, r0 + kRowGroup);
+    for_row_tiles(std::max<int64_t>(0, end - me.row_begin), kRowGroup, [&](int64_t first, int64_t count) {
+      const int64_t r0 = me.row_begin + first, r1 = r0 + count;
       if (a.packed_hh) {
         T* block = pre;
         for (int64_t u = me.unit_begin; u < me.unit_end; u += W, block += next_block)
@@ -275,7 +276,7 @@ void forward(const ForwardArgs<T>& a, const Member& me) {
           for (int64_t u = me.unit_begin; u < me.unit_end; u += W) step.block_direct(r, r - r0, u);
       }
       if (a.w_hr) step.project(r0, r1, hidden + kRowGroup * a.H);
-    }
+    });
     if (me.barrier) me.barrier->wait();
   }
 }

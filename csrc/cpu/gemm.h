@@ -80,11 +80,11 @@ FASTLSTM_INLINE void panel_rows(int rows, int64_t K, const T* a, int64_t lda, co
   }
 }
 
-// Calls f(first row, rows) over `rows` in near-equal tiles of at most kTileRows: 4+4 rather than 6+2, since a
+// Calls f(first row, rows) over `rows` in near-equal tiles of at most `most`: 4+4 rather than 6+2, since a
 // tile of few rows waits for the latency of its few accumulators.
 template <class F>
-FASTLSTM_INLINE void for_row_tiles(int64_t rows, F&& f) {
-  const int64_t tiles = (rows + kTileRows - 1) / kTileRows;
+FASTLSTM_INLINE void for_row_tiles(int64_t rows, int64_t most, F&& f) {
+  const int64_t tiles = (rows + most - 1) / most;
   if (tiles == 0) return;
   const int64_t least = rows / tiles, larger = rows % tiles;
   int64_t begin = 0;
@@ -111,7 +111,7 @@ FASTLSTM_INLINE void panel_product(int64_t rows, int64_t K, const T* a, int64_t 
     const int64_t pass = std::min(depth, K - k);
     const T* b = panel + k * W2;
     Ahead<T> ahead = {b + pass * W2, step};
-    for_row_tiles(rows, [&](int64_t m, int M) {
+    for_row_tiles(rows, kTileRows, [&](int64_t m, int M) {
       panel_rows<T>(M, pass, a + m * lda + k, lda, b, c + m * ldc, ldc, add || k > 0, ahead);
       ahead.from += pass * step;
     });
@@ -137,7 +137,7 @@ FASTLSTM_INLINE void small_product_of(int64_t m, int64_t n, int64_t K, const T* 
       bj = panel;
       ldb = W2;
     }
-    for_row_tiles(m, [&](int64_t r, int rows) {
+    for_row_tiles(m, kTileRows, [&](int64_t r, int rows) {
       const T* ar = a + (transposed_a ? r : r * lda);
       T* cr = c + r * ldc + j;
       if (whole) return tile_rows<T, 2, transposed_a>(rows, K, ar, lda, bj, ldb, cr, ldc, add);

@@ -26,11 +26,11 @@ struct Plan {
 // members make x W_ih^T too, `size` that of an element.
 inline Plan make_plan(int64_t D, int64_t T, double rows, int64_t I, int64_t H, int64_t P, int64_t size,
                       int64_t unit_block) {
-  // A step's multiply-adds; a fork and join cost about what 1e5 of them take, a barrier 1e4.
+  // A step's multiply-adds; a fork and join cost about what 5e5 of them take, a barrier 1e4.
   const double step = rows * 4 * H * (I + P + 16);
   Plan plan{D};
   const int available = at::in_parallel_region() ? 1 : at::get_num_threads();
-  if (available == 1 || step * T * D < 4e5) return plan;
+  if (available == 1 || step * T * D < 2e6) return plan;
   plan.concurrent = D == 2;
   const int most = available / (plan.concurrent ? 2 : 1);
   if (most <= 1) return plan;
