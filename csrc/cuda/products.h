@@ -1,9 +1,8 @@
 // Matrix products through ATen (cuBLAS), at the precision that torch's flags ask of an LSTM.
 //
-// float32 follows nn.LSTM: torch.backends.cudnn.rnn.fp32_precision ("tf32" unless changed) decides between
-// TF32 and IEEE; with torch.backends.cudnn.enabled = False it is torch.backends.cuda.matmul.fp32_precision,
-// as there. The flags are read once per call. float16 and bfloat16 multiply in their own type and add in
-// float32, float64 is float64.
+// float32 is TF32 or IEEE as nn.LSTM's would be: docs/design.md, "float32 on a GPU". The flags are read once
+// per call, forward or backward. float16 and bfloat16 multiply in their own type and add in float32, float64
+// is float64.
 #pragma once
 
 #include <ATen/Context.h>
