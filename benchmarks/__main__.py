@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 
 from benchmarks import gpu, machine, peers, results, suites
+from benchmarks.cases import TORCH_DTYPES
 from benchmarks.console import escape, printer, progress
 from benchmarks.load import BUSY
 from benchmarks.results import Row
@@ -38,6 +39,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, metavar="DIR", help="folder of the CSV")
     parser.add_argument(
         "--filter", default="", metavar="TEXT", help="only cases whose name contains it; no CSV unless --out"
+    )
+    parser.add_argument(
+        "--dtype", choices=TORCH_DTYPES, default="", help="only cases of this dtype; no CSV unless --out"
     )
     parser.add_argument("--budget", type=float, metavar="S", help="seconds per case and mode")
     parser.add_argument("--threads", type=int, metavar="N", help="CPU threads; torch's default otherwise")
@@ -117,12 +121,12 @@ def main(arguments: list[str] | None = None) -> int:
     if options.suite == "grid":
         say("grid: {} of {} combinations are within the flop budget".format(*suites.sweeps.grid_size()))
     path = None
-    if options.out or not options.filter:
+    if options.out or not (options.filter or options.dtype):
         path = (options.out or results.RESULTS / machine.slug(about)) / f"{options.suite}.csv"
     keep = options.resume and path and path.exists() and options.suite != "tutorials"
     rows = results.read(path) if keep else []
     done = {row.case for row in rows}
-    total = suites.size_of(options.suite, options.filter, done)
+    kept, total = len(rows), suites.size_of(options.suite, options.filter, done, options.dtype)
     with progress(total) as (tell, advance):
 
         def report(name: str, made: list[Row]) -> None:
@@ -138,9 +142,8 @@ def main(arguments: list[str] | None = None) -> int:
                 results.write(rows, path)
             advance()
 
-        suites.rows_of(
-            options.suite, measured, report, options.filter, options.budget, options.wait, done, options.seconds
-        )
+        limits = (options.budget, options.wait, done, options.seconds)
+        suites.rows_of(options.suite, measured, report, options.filter, *limits, options.dtype)
     for told in summary(rows):
         say(told)
     if path:
@@ -148,7 +151,7 @@ def main(arguments: list[str] | None = None) -> int:
         say(f"wrote {path.name} for {machine.slug(about)}: python -m benchmarks.report shows it")
     if total:
         say(f"{total} cases are left, for want of time: the same command with --resume goes on")
-    refused = failures(rows, peers.PEERS)
+    refused = failures(rows[kept:], peers.PEERS)
     for row in refused:
         say(f"[bold red]{escape(f'{row.case}, {row.mode}, {row.impl}: {row.status}')}[/]")
     return 1 if refused else 0
