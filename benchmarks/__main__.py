@@ -66,6 +66,8 @@ def line(row: Row) -> str:
         what += f"{row.peak_mib:10.1f} MiB"
     if row.p50_ms is not None:
         what += f"{row.p50_ms:10.3f} ms  ({row.p20_ms:.3f} .. {row.p80_ms:.3f}, {row.rounds} x {row.calls})"
+    if row.suite == "gpu" and row.us_per_step is not None:
+        what += f"{row.us_per_step:9.2f} us a step"
     if row.impl != "nn" and row.ratio is not None:
         colour = "green" if row.ratio >= (row.goal or 1.0) else "yellow" if row.ratio >= 1 else "red"
         what += f"  [{colour}]{row.ratio:.2f}x[/]" + (f" (goal {row.goal:g})" if row.goal else "")

@@ -172,6 +172,8 @@ def test_the_command_writes_reproducible_rows(tmp_path):
 def test_a_suite_out_of_time_goes_on_where_it_ended(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(console, "Console", None)  # as where rich is not installed
     arguments = ["--suite", "quick", "--filter", "T=1 B=1", "--budget", "0.01", "--out", str(tmp_path)]
+    assert command.main([*arguments, "--dtype", "float64"]) == 0
+    assert results.read(tmp_path / "quick.csv") == []
     assert command.main([*arguments, "--seconds", "0"]) == 0
     assert "1 cases are left" in capsys.readouterr().out
     assert results.read(tmp_path / "quick.csv") == []
