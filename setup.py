@@ -1,12 +1,14 @@
 """Builds fastlstm._C from csrc/ where that is possible, and installs pure Python where it is not.
 
 FASTLSTM_BUILD chooses: "auto" (default: what the machine allows, said once), "python" (no extension), "cpu", "cuda"
-(either of these fails if it cannot be built). CUDA needs nvcc and a CUDA build of torch, but no GPU;
-TORCH_CUDA_ARCH_LIST is respected.
+(either of these fails if it cannot be built). CUDA needs nvcc and a CUDA build of torch, but no GPU. It is compiled
+for TORCH_CUDA_ARCH_LIST, else for the GPUs of this machine, else for ARCHITECTURES.
 """
 
 import os
+import re
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -14,6 +16,7 @@ from setuptools import setup
 
 ROOT = Path(__file__).parent
 CHOICES = ("auto", "python", "cpu", "cuda")
+ARCHITECTURES = "8.0;9.0a;10.0+PTX"  # Ampere, Hopper, Blackwell and, through PTX, what comes after
 
 
 def why_no_extension() -> str:
@@ -28,6 +31,24 @@ def why_no_extension() -> str:
     return ""
 
 
+def set_cuda_home() -> None:
+    """Tells torch where nvcc's toolkit is. It would take the folder above nvcc's, also where that nvcc is a wrapper."""
+    if os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH") or shutil.which("nvcc") is None:
+        return
+    told = subprocess.run(["nvcc", "--dryrun", "-x", "cu", "-"], capture_output=True, text=True, input="").stderr
+    found = re.search(r"^#\$ TOP=(.+)$", told, re.MULTILINE)
+    if found:
+        os.environ["CUDA_HOME"] = str(Path(found[1].strip()).resolve())
+
+
+def set_architectures() -> None:
+    """torch compiles for the GPUs that it sees, and has no answer where it sees none."""
+    import torch
+
+    if not os.environ.get("TORCH_CUDA_ARCH_LIST") and not torch.cuda.is_available():
+        os.environ["TORCH_CUDA_ARCH_LIST"] = ARCHITECTURES
+
+
 def why_no_cuda() -> str:
     """Why its CUDA part cannot be built here, "" if it can."""
     import torch
@@ -37,6 +58,8 @@ def why_no_cuda() -> str:
         return f"torch {torch.__version__} is not a CUDA build"
     if CUDA_HOME is None or not Path(CUDA_HOME, "bin", "nvcc").exists():
         return f"nvcc was not found (CUDA_HOME={CUDA_HOME})"
+    if not any(Path(CUDA_HOME).glob(folder + "include/cuda_runtime_api.h") for folder in ("", "targets/*/")):
+        return f"the CUDA headers were not found (CUDA_HOME={CUDA_HOME})"
     return ""
 
 
@@ -53,6 +76,7 @@ def extensions(choice: str):
         print(f"fastlstm: installing as pure Python, because {reason}", file=sys.stderr)
         return [], {}
 
+    set_cuda_home()  # before torch's module looks for it
     from torch.utils.cpp_extension import BuildExtension, CppExtension, CUDAExtension
 
     cuda = choice == "cuda"
@@ -68,6 +92,7 @@ def extensions(choice: str):
     link = ["-fopenmp"]
     kind, flags = CppExtension, {"cxx": cxx}
     if cuda:
+        set_architectures()
         sources += [*(ROOT / "csrc" / "cuda").glob("*.cpp"), *(ROOT / "csrc" / "cuda").glob("*.cu")]
         kind, flags = CUDAExtension, {"cxx": [*cxx, "-DFASTLSTM_CUDA"], "nvcc": ["-O3", "-lineinfo"]}
     extension = kind(

@@ -1,6 +1,7 @@
 """python -m benchmarks [--suite NAME] [--impl NAME ...] [--out DIR]; --help tells the rest.
 
-Measures a suite, prints each case as it is done, writes DIR/<suite>.csv, by default benchmarks/results/<device>/.
+Measures a suite, prints each case as it is done, writes DIR/<suite>.csv, by default benchmarks/results/<device>/. The
+file is whole after every case; --seconds ends a long suite in time, and --resume goes on where it ended.
 The exit status is 1 if a result of ours was wrong or failed, 2 if the suite cannot run here.
 """
 
@@ -13,11 +14,10 @@ import warnings
 from pathlib import Path
 
 import torch
-from rich.console import Console
-from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from benchmarks import gpu, machine, peers, results, suites
+from benchmarks.cases import TORCH_DTYPES
+from benchmarks.console import escape, printer, progress
 from benchmarks.load import BUSY
 from benchmarks.results import Row
 from benchmarks.run import failures
@@ -40,11 +40,16 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--filter", default="", metavar="TEXT", help="only cases whose name contains it; no CSV unless --out"
     )
+    parser.add_argument(
+        "--dtype", choices=TORCH_DTYPES, default="", help="only cases of this dtype; no CSV unless --out"
+    )
     parser.add_argument("--budget", type=float, metavar="S", help="seconds per case and mode")
     parser.add_argument("--threads", type=int, metavar="N", help="CPU threads; torch's default otherwise")
     parser.add_argument(
         "--wait", type=float, default=0.0, metavar="S", help="seconds a case may wait for other processes to calm down"
     )
+    parser.add_argument("--seconds", type=float, metavar="S", help="start no case later than this")
+    parser.add_argument("--resume", action="store_true", help="keep the rows of the CSV, and measure the other cases")
     return parser.parse_args(arguments)
 
 
@@ -61,6 +66,8 @@ def line(row: Row) -> str:
         what += f"{row.peak_mib:10.1f} MiB"
     if row.p50_ms is not None:
         what += f"{row.p50_ms:10.3f} ms  ({row.p20_ms:.3f} .. {row.p80_ms:.3f}, {row.rounds} x {row.calls})"
+    if row.suite == "gpu" and row.us_per_step is not None:
+        what += f"{row.us_per_step:9.2f} us a step"
     if row.impl != "nn" and row.ratio is not None:
         colour = "green" if row.ratio >= (row.goal or 1.0) else "yellow" if row.ratio >= 1 else "red"
         what += f"  [{colour}]{row.ratio:.2f}x[/]" + (f" (goal {row.goal:g})" if row.goal else "")
@@ -93,51 +100,62 @@ def summary(rows: list[Row]) -> list[str]:
 
 def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
-    console = Console(width=None if sys.stdout.isatty() else 140, highlight=False)
+    say = printer()
     device = "cuda" if options.suite == "gpu" else "cpu"
     if options.suite == "gpu" and gpu.why_not():
-        console.print(f"[red]{gpu.why_not()}[/]")
+        say(f"[red]{gpu.why_not()}[/]")
         return 2
     if options.threads:
         torch.set_num_threads(options.threads)
     try:
         measured = peers.chosen(options.impl, device)
     except ValueError as error:
-        console.print(f"[red]{escape(str(error))}[/]")
+        say(f"[red]{escape(str(error))}[/]")
         return 2
     # Said of nn.LSTM once a process, in the middle of the table.
     warnings.filterwarnings("ignore", message="LSTM with projections is not supported with oneDNN")
     about = machine.describe(device)
-    console.print(
+    say(
         f"suite {options.suite} on {about['device']}, {about['threads']} threads, torch {about['torch']}"
         + (f", cuDNN {about['cudnn']}" if about["cudnn"] else "")
         + f", commit {about['commit']}: {', '.join(measured)}"
     )
     if options.suite == "grid":
-        console.print("grid: {} of {} combinations are within the flop budget".format(*suites.sweeps.grid_size()))
-    columns = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()]
-    with Progress(*columns, console=console, transient=True) as progress:
-        bar = progress.add_task("measuring", total=suites.size_of(options.suite, options.filter))
-
-        def report(name: str, rows: list[Row]) -> None:
-            progress.console.print(f"[bold]{escape(name)}[/]")
-            for row in rows:
-                progress.console.print(line(row), soft_wrap=True)
-            progress.advance(bar)
-
-        rows = suites.rows_of(options.suite, measured, report, options.filter, options.budget, options.wait)
-    for row in rows:
-        for column, value in about.items():
-            setattr(row, column, value)
-    for told in summary(rows):
-        console.print(told)
-    if options.out or not options.filter:
+        say("grid: {} of {} combinations are within the flop budget".format(*suites.sweeps.grid_size()))
+    path = None
+    if options.out or not (options.filter or options.dtype):
         path = (options.out or results.RESULTS / machine.slug(about)) / f"{options.suite}.csv"
+    keep = options.resume and path and path.exists() and options.suite != "tutorials"
+    rows = results.read(path) if keep else []
+    done = {row.case for row in rows}
+    kept, total = len(rows), suites.size_of(options.suite, options.filter, done, options.dtype)
+    with progress(total) as (tell, advance):
+
+        def report(name: str, made: list[Row]) -> None:
+            nonlocal total
+            total -= 1
+            tell(f"[bold]{escape(name)}[/]")
+            for row in made:
+                tell(line(row))
+                for column, value in about.items():
+                    setattr(row, column, value)
+            rows.extend(made)
+            if path:
+                results.write(rows, path)
+            advance()
+
+        limits = (options.budget, options.wait, done, options.seconds)
+        suites.rows_of(options.suite, measured, report, options.filter, *limits, options.dtype)
+    for told in summary(rows):
+        say(told)
+    if path:
         results.write(rows, path)
-        console.print(f"wrote {path.name} for {machine.slug(about)}: python -m benchmarks.report shows it")
-    refused = failures(rows, peers.PEERS)
+        say(f"wrote {path.name} for {machine.slug(about)}: python -m benchmarks.report shows it")
+    if total:
+        say(f"{total} cases are left, for want of time: the same command with --resume goes on")
+    refused = failures(rows[kept:], peers.PEERS)
     for row in refused:
-        console.print(f"[bold red]{escape(f'{row.case}, {row.mode}, {row.impl}: {row.status}')}[/]")
+        say(f"[bold red]{escape(f'{row.case}, {row.mode}, {row.impl}: {row.status}')}[/]")
     return 1 if refused else 0
 
 

@@ -53,12 +53,20 @@ class Judged:
 
 
 def run_suite(
-    suite: Suite, peers: dict[str, Peer], report: Callable[[Case, list[Row]], None] = lambda case, rows: None
+    suite: Suite,
+    peers: dict[str, Peer],
+    report: Callable[[Case, list[Row]], None] = lambda case, rows: None,
+    until: float = float("inf"),
 ) -> list[Row]:
-    """Every case of the suite under every peer that takes it; `report` is told of each case when it is done."""
+    """Every case of the suite under every peer that takes it; `report` is told of each case when it is done.
+
+    No case is started after `until` (time.monotonic).
+    """
     limits: dict[str, Limit] = {}
     rows: list[Row] = []
     for case in suite.cases:
+        if time.monotonic() > until:
+            break
         with suite.precision(case):
             if case.dtype not in limits:
                 limits[case.dtype] = Limit(case.dtype, suite.device)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Set
 from dataclasses import replace
 
 from benchmarks import gpu, sweeps
@@ -44,13 +45,13 @@ def suite_of(name: str) -> Suite:
     raise ValueError(f"suite must be one of {', '.join(NAMES)}, got {name!r}")
 
 
-def size_of(name: str, matching: str = "") -> int:
-    """How many times `rows_of` will report."""
+def size_of(name: str, matching: str = "", done: Set[str] = frozenset(), dtype: str = "") -> int:
+    """How many times `rows_of` will report, if it has the time."""
     if name == "tutorials":
         from benchmarks.tutorials import chosen
 
         return len(chosen(matching))
-    return len(_select(suite_of(name).cases, matching)) + len(_memory_cases(name, matching))
+    return len(_select(suite_of(name).cases, matching, done, dtype)) + len(_memory_cases(name, matching, done, dtype))
 
 
 def rows_of(
@@ -60,31 +61,38 @@ def rows_of(
     matching: str = "",
     budget: float | None = None,
     wait: float = 0.0,
+    done: Set[str] = frozenset(),
+    seconds: float | None = None,
+    dtype: str = "",
 ) -> list[Row]:
     """Measures a suite; `report` is called with the name and rows of each case as it is done.
 
-    `matching` keeps the cases whose name contains it; `budget` replaces the suite's seconds per case and mode; `wait`
-    is how many seconds a case may wait for other processes to calm down.
+    `matching` keeps the cases whose name contains it, `dtype` those of that dtype; `budget` replaces the suite's
+    seconds per case and mode; `wait` is how many seconds a case may wait for other processes to calm down. Cases named
+    in `done` are left out, and none is started after `seconds`.
     """
     if name == "tutorials":
         from benchmarks.tutorials import tutorial_rows
 
         return tutorial_rows(matching, report)
     suite = suite_of(name)
-    suite.cases, suite.wait = _select(suite.cases, matching), wait
+    suite.cases, suite.wait = _select(suite.cases, matching, done, dtype), wait
+    until = float("inf") if seconds is None else time.monotonic() + seconds
     if budget is not None:
         suite.plan = replace(suite.plan, budget=budget)
-    rows = run_suite(suite, peers, lambda case, made: report(case.name, made))
-    for case in _memory_cases(name, matching):
+    rows = run_suite(suite, peers, lambda case, made: report(case.name, made), until)
+    for case in _memory_cases(name, matching, done, dtype):
+        if time.monotonic() > until:
+            break
         made = peak_rows(name, case, [impl for impl, peer in peers.items() if peer.refuses(case) is None], suite.device)
         report(f"memory: {case.name}", made)
         rows += made
     return rows
 
 
-def _select(cases: list[Case], matching: str) -> list[Case]:
-    return [case for case in cases if matching in case.name]
+def _select(cases: list[Case], matching: str, done: Set[str], dtype: str) -> list[Case]:
+    return [c for c in cases if matching in c.name and c.name not in done and dtype in ("", c.dtype)]
 
 
-def _memory_cases(name: str, matching: str) -> list[Case]:
-    return _select(sweeps.MEMORY, matching) if name == "scaling" else []
+def _memory_cases(name: str, matching: str, done: Set[str], dtype: str) -> list[Case]:
+    return _select(sweeps.MEMORY, matching, done, dtype) if name == "scaling" else []

@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 
 import pytest
 import torch
@@ -153,12 +154,19 @@ def check(case: Case, precision: Precision, backend: str, device: str = "cuda", 
     """
     case = case.to(precision.dtype)
     require(backend, case, device)
+    rival = rival or ("reference" if case.ragged or case.cells else "cudnn")
+    truth, theirs = expected(case, precision, device, rival)
+    judge(run(case, precision, backend, device), theirs, truth, precision, f"{backend}, {precision}, {case!r}")
+
+
+@lru_cache(maxsize=2)  # the backends run a case one after the other, and the reference takes minutes for T = 70,000
+def expected(case: Case, precision: Precision, device: str, rival: str) -> tuple[Results, Results]:
+    """The truth, and what the rival gives."""
     # The rounded numbers of the case's dtype, in float64.
     given = on_device(case, torch.float64, device)
     with fastlstm.use_backend("reference"), DOUBLE.flags():
         truth = with_gradients(case, given, ours(case, given))
-    theirs = run(case, precision, rival or ("reference" if case.ragged or case.cells else "cudnn"), device)
-    judge(run(case, precision, backend, device), theirs, truth, precision, f"{backend}, {precision}, {case!r}")
+    return truth, run(case, precision, rival, device)
 
 
 def judge(got: Results, theirs: Results, truth: Results, precision: Precision, what: str) -> None:

@@ -16,7 +16,7 @@ for package in ("rich", "matplotlib", "numpy"):
     pytest.importorskip(package)
 
 from benchmarks import __main__ as command
-from benchmarks import gpu, load, machine, measure, memory, peers, report, results, suites, sweeps
+from benchmarks import console, gpu, load, machine, measure, memory, peers, report, results, suites, sweeps
 from benchmarks.cases import CPU, MODES, QUICK, RAGGED, Case
 from benchmarks.data import make_inputs
 from benchmarks.gate import truth
@@ -167,6 +167,23 @@ def test_the_command_writes_reproducible_rows(tmp_path):
     for row in results.read(tmp_path / "quick.csv"):
         assert row.status == "ok"
         assert all([row.device, row.cpu, row.threads, row.torch, row.commit, row.fastlstm, row.date, row.limit_gflops])
+
+
+def test_a_suite_out_of_time_goes_on_where_it_ended(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(console, "Console", None)  # as where rich is not installed
+    arguments = ["--suite", "quick", "--filter", "T=1 B=1", "--budget", "0.01", "--out", str(tmp_path)]
+    assert command.main([*arguments, "--dtype", "float64"]) == 0
+    assert results.read(tmp_path / "quick.csv") == []
+    assert command.main([*arguments, "--seconds", "0"]) == 0
+    assert "1 cases are left" in capsys.readouterr().out
+    assert results.read(tmp_path / "quick.csv") == []
+    assert command.main([*arguments, "--resume"]) == 0
+    told, measured = capsys.readouterr().out, results.read(tmp_path / "quick.csv")
+    assert len(measured) == 4
+    assert "T=1 B=1 I=64 H=64 streaming\n" in told
+    assert "[" not in told
+    assert command.main([*arguments, "--resume"]) == 0
+    assert results.read(tmp_path / "quick.csv") == measured
 
 
 def test_unknown_and_absent_implementations_are_named(capsys):

@@ -1,8 +1,8 @@
 """The CUDA backend without a GPU: its host code and the bodies of its kernels, compiled for the CPU, as a backend.
 
-Everything but the launches, cuBLAS and the order of memory accesses between threads is what runs on the device: masks,
-offsets, choice of vector width, chunks, the order of steps, the sums of the weights' gradients. tests/cuda_host stands
-in for the rest. The GPU suite is tests/test_gpu_*.py.
+Everything but the launches, cuBLAS itself and the order of memory accesses between threads is what runs on the device:
+masks, offsets, choice of vector width, chunks, the order of steps, what cuBLAS is told, the sums of the weights'
+gradients. tests/cuda_host stands in for the rest. The GPU suite is tests/test_gpu_*.py.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from fastlstm import dispatch
 from fastlstm.ops import register, schema
 
 from .cases import Case, random_case, tensors
+from .gpu_support import Precision
 from .runners import check, gradients, run_backend
 
 ROOT = Path(__file__).parent.parent
@@ -70,6 +71,7 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> None:
     library = torch.library.Library("fastlstm_cuda_host", "DEF")
     library.define("native_layer" + schema.FORWARD)
     library.define("native_layer_backward" + schema.BACKWARD)
+    library.define("multiply(Tensor(a!) out, Tensor a, Tensor b, bool add) -> int")
     torch.ops.load_library(str(built))
     register.define(NAME, torch.ops.fastlstm_cuda_host.native_layer, torch.ops.fastlstm_cuda_host.native_layer_backward)
     LIBRARIES.append(library)
@@ -178,3 +180,53 @@ def test_the_reserve_has_no_holes(case, backend, poisoned_empty):
     layer = torch.ops.fastlstm_cuda_host.native_layer
     results = layer(given.input.detach(), h0, c0, weights, lengths, given.reset_mask, True, True)
     assert not any(result.isnan().any() for result in results)
+
+
+SUM64, SUM32, TF32, ATEN = 70, 68, 77, 0  # cublasComputeType_t, and where ATen multiplies
+
+
+def layouts(*shape: int) -> list[torch.Tensor]:
+    """Matrices of one shape in memory: dense, transposed, with a gap after each row or column, with gaps everywhere."""
+    *batch, rows, columns = shape
+    dense = torch.randn(shape)
+    wide = torch.randn(*batch, rows, columns + 3)[..., :columns]
+    sparse = torch.randn(*batch, rows, 2 * columns)[..., ::2]
+    tall = torch.randn(*batch, columns, rows + 2)[..., :rows].mT
+    return [dense, torch.randn(*batch, columns, rows).mT, wide, tall, sparse]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("batch", [(), (2,)], ids=["one", "two"])
+@pytest.mark.parametrize("sizes", [(5, 3, 4), (1, 3, 4), (5, 1, 4), (5, 3, 1), (1, 1, 1)], ids=str)
+def test_products(sizes, batch, dtype, compiled):
+    """Every layout of both operands, into sums and into the dtype, with and without adding."""
+    M, K, N = sizes
+    computes = {torch.float64: SUM64, torch.float32: TF32, torch.float16: SUM32, torch.bfloat16: SUM32}
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    for a in layouts(*batch, M, K):
+        for b in layouts(*batch, K, N):
+            a, b = (torch.empty_strided(t.shape, t.stride(), dtype=dtype).copy_(t) for t in (a, b))
+            for out_dtype in {dtype, wide}:
+                for add in (False, True) if out_dtype == dtype else (False,):
+                    out = torch.randn(*batch, M, N).to(out_dtype)
+                    expected = a.to(wide) @ b.to(wide) + (out.to(wide) if add else 0)
+                    how = torch.ops.fastlstm_cuda_host.multiply(out, a, b, add)
+                    torch.testing.assert_close(out, expected.to(out_dtype))
+                    assert how == (ATEN if out_dtype.itemsize == 2 else computes[dtype])
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+@pytest.mark.parametrize("matmul", ["ieee", "tf32"])
+@pytest.mark.parametrize("rnn", ["ieee", "tf32"])
+def test_flags_of_tf32(rnn, matmul, enabled, compiled, monkeypatch):
+    """As for nn.LSTM: the RNN flag decides, the matmul flag where cuDNN is off."""
+    monkeypatch.setattr(torch.backends.cudnn, "enabled", enabled)
+    with Precision(torch.float32, rnn, matmul).flags():
+        how = torch.ops.fastlstm_cuda_host.multiply(torch.empty(2, 2), torch.ones(2, 2), torch.ones(2, 2), False)
+    assert how == (TF32 if (rnn if enabled else matmul) == "tf32" else SUM32)
+
+
+def test_products_of_nothing(compiled):
+    out = torch.ones(2, 3)
+    assert torch.ops.fastlstm_cuda_host.multiply(out, torch.empty(2, 0), torch.empty(0, 3), False) == ATEN
+    assert not out.any()

@@ -84,6 +84,33 @@ def test_graph_capture(case, precision, backend):
 
 
 @backends
+@pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
+@pytest.mark.parametrize("H", [64, 300])
+def test_torch_compile(H, mode, backend):
+    """One graph without a break, also as a CUDA graph, forward and backward: what a plain call gives."""
+    case = Case(T=12, B=9, I=16, H=H, bidirectional=True, dtype=torch.bfloat16)
+    require(backend, case)
+    given = on_device(case, torch.bfloat16)
+    module = case.module(fastlstm.LSTM, given.weights)
+    leaves = list(given.wanted().values())
+
+    def step(f):
+        output = f(given.input)[0]
+        return [output.detach().clone(), *torch.autograd.grad(output.square().mean(), leaves)]
+
+    with fastlstm.use_backend(backend):
+        plain = step(module)
+        torch._dynamo.reset()
+        compiled = torch.compile(module, fullgraph=True, mode=mode)
+        for _ in range(3):  # a CUDA graph is recorded on the second call, replayed on the third
+            torch.compiler.cudagraph_mark_step_begin()
+            found = [t.clone() for t in step(compiled)]
+    torch._dynamo.reset()
+    for a, b in zip(found, plain, strict=True):
+        assert float((a - b).abs().max()) <= 8 * BFLOAT16.eps * float(b.abs().max())
+
+
+@backends
 @pytest.mark.parametrize("case", [*CASES, LONG], ids=str)
 @pytest.mark.parametrize("precision", [IEEE, MIXED, BFLOAT16], ids=str)
 def test_determinism(case, precision, backend):

@@ -70,10 +70,12 @@ def test_gradgradcheck(backend):
 
 
 @backends
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_opcheck(case, backend):
+def test_opcheck(case, dtype, backend):
+    case = case.to(dtype)
     require(backend, case)
-    given = on_device(case, torch.float64)
+    given = on_device(case, dtype)
     weights = list(given.weights.values())[: len(given.weights) // case.layers]
     D = case.directions
     h0, c0 = (state[:D].detach().requires_grad_() for state in given.hx)
@@ -84,9 +86,10 @@ def test_opcheck(case, backend):
 
 
 @backends
-def test_backward_twice(backend):
+@pytest.mark.parametrize(("H", "proj"), [(8, 0), (8, 4), (200, 0), (300, 0)])
+def test_backward_twice(H, proj, backend):
     """Nothing that forward saved is overwritten."""
-    case = Case(T=9, B=5, I=4, H=8, bidirectional=True, hx="tuple", proj=4)
+    case = Case(T=9, B=5, I=4, H=H, bidirectional=True, hx="tuple", proj=proj)
     require(backend, case)
     given = on_device(case, torch.float32)
     with fastlstm.use_backend(backend):

@@ -193,7 +193,7 @@ def test_flags_of_tf32(rnn, matmul, backend):
     with mixed.flags():
         run(case, mixed, backend)
         assert torch.backends.cuda.matmul.fp32_precision == matmul
-    truth = run(case, Precision(torch.float64), backend)["output"]
+    truth = run(case, Precision(torch.float64), "reference")["output"]
     off = float((run(case, mixed, backend)["output"].double() - truth).abs().max())
     # TF32 keeps 10 bits of a factor, IEEE 23; the errors are orders of magnitude apart.
     assert (off > 1e-5) == (rnn == "tf32"), off

@@ -21,6 +21,8 @@ import torch
 from fastlstm import backends
 from fastlstm.ops.schema import forward_outputs
 
+from .gpu_support import Precision
+
 triton = pytest.importorskip("triton")
 if backends.triton.INTERPRETED:
     pytest.skip("TRITON_INTERPRET is set: nothing is compiled", allow_module_level=True)
@@ -197,7 +199,7 @@ def test_each_step_of_the_tiled_kernels_is_one_launch(recorded, monkeypatch):
 
     class Compiled:
         def __getitem__(self, grid):
-            return lambda *args: launched.append((grid, args))
+            return lambda *args, stream: launched.append((grid, args))
 
     class Kernel:
         arg_names = tiled.step_tiled_fwd.arg_names
@@ -219,3 +221,27 @@ def test_each_step_of_the_tiled_kernels_is_one_launch(recorded, monkeypatch):
         told = dict(zip(names, args, strict=True))
         assert (told["T"], told["B"], told["spans"] * told["ALIGN"], told["D"]) == (5, 70, 300, 2)
         assert told["KEEP_GATES"] is True
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+@pytest.mark.parametrize("matmul", ["ieee", "tf32"])
+@pytest.mark.parametrize("rnn", ["ieee", "tf32"])
+def test_flags_of_tf32(rnn, matmul, enabled, monkeypatch):
+    """As for nn.LSTM: the RNN flag decides, the matmul flag where cuDNN is off."""
+    monkeypatch.setattr(torch.backends.cudnn, "enabled", enabled)
+    with Precision(torch.float32, rnn, matmul).flags():
+        assert launch._tf32() == ((rnn if enabled else matmul) == "tf32")
+
+
+@pytest.mark.parametrize("widened", [True, False])
+def test_products_around_the_loop(widened, monkeypatch):
+    monkeypatch.setattr(launch, "_widened", lambda out: widened)
+    a, b, bias, before = torch.randn(5, 7), torch.randn(7, 3), torch.randn(3), torch.randn(5, 3)
+    out = torch.empty(5, 3)
+    launch._multiply(out, a, b)
+    torch.testing.assert_close(out, a @ b)
+    launch._multiply(out, a, b, bias)
+    torch.testing.assert_close(out, a @ b + bias)
+    out = before.clone()
+    launch._multiply(out, a, b, out)
+    torch.testing.assert_close(out, a @ b + before)

@@ -4,24 +4,27 @@
 #include <ATen/ops/baddbmm_cuda_dispatch.h>
 #include <ATen/ops/bmm_cuda_dispatch.h>
 #include <ATen/ops/mm_cuda_dispatch.h>
+#include <library_types.h>
 
+#include <algorithm>
 #include <limits>
 
-// torch offers IEEE for one thread alone (NoTF32Guard) but TF32 only by a flag for the whole process, which
-// would lower the precision of products on other threads. So TF32 against the matmul setting, the state of
-// torch's defaults, goes to the cuBLAS that libtorch_cuda has loaded, on torch's own handle. Weak: where one
-// is missing, the product is IEEE.
-struct cublasContext;
+// The cuBLAS that libtorch_cuda has loaded, on torch's own handle, for two reasons. A step has one product,
+// and the checks of at::mm_out cost the host more than the launch. And torch offers IEEE for one thread alone
+// (NoTF32Guard) but TF32 only by a flag for the whole process, which would lower the precision of other
+// threads' products. Weak: where one of these is missing, ATen multiplies, in IEEE unless all flags say TF32.
 extern "C" {
-__attribute__((weak)) int cublasSetMathMode(cublasContext*, int mode);
-__attribute__((weak)) int cublasSgemm_v2(cublasContext*, int op_a, int op_b, int m, int n, int k,
-                                         const float* alpha, const float* a, int lda, const float* b, int ldb,
-                                         const float* beta, float* c, int ldc);
-__attribute__((weak)) int cublasSgemmStridedBatched(cublasContext*, int op_a, int op_b, int m, int n, int k,
-                                                    const float* alpha, const float* a, int lda,
-                                                    long long stride_a, const float* b, int ldb,
-                                                    long long stride_b, const float* beta, float* c, int ldc,
-                                                    long long stride_c, int batch);
+__attribute__((weak)) int cublasGemmEx(cublasContext*, int op_a, int op_b, int m, int n, int k,
+                                       const void* alpha, const void* a, cudaDataType type_a, int lda,
+                                       const void* b, cudaDataType type_b, int ldb, const void* beta, void* c,
+                                       cudaDataType type_c, int ldc, int compute, int algorithm);
+__attribute__((weak)) int cublasGemmStridedBatchedEx(cublasContext*, int op_a, int op_b, int m, int n, int k,
+                                                     const void* alpha, const void* a, cudaDataType type_a,
+                                                     int lda, long long stride_a, const void* b,
+                                                     cudaDataType type_b, int ldb, long long stride_b,
+                                                     const void* beta, void* c, cudaDataType type_c, int ldc,
+                                                     long long stride_c, int batch, int compute,
+                                                     int algorithm);
 }
 namespace at::cuda {
 __attribute__((weak)) cublasContext* getCurrentCUDABlasHandle();            // torch 2.11
@@ -31,23 +34,33 @@ __attribute__((weak)) cublasContext* getCurrentCUDABlasHandle(bool setup);  // t
 namespace fastlstm::cuda {
 namespace {
 
-constexpr int kDefaultMath = 0, kTf32Math = 3;  // CUBLAS_DEFAULT_MATH, CUBLAS_TF32_TENSOR_OP_MATH
+// cublasComputeType_t and cublasGemmAlgo_t.
+constexpr int kSum32 = 68, kSum64 = 70, kTf32 = 77, kAnyAlgorithm = -1;
 
-bool has_cublas() {
-  cublasContext* (*plain)() = at::cuda::getCurrentCUDABlasHandle;
-  cublasContext* (*with_setup)(bool) = at::cuda::getCurrentCUDABlasHandle;
-  return (plain || with_setup) && cublasSetMathMode && cublasSgemm_v2 && cublasSgemmStridedBatched;
-}
-
-// torch's handle, with the current stream and workspace.
+// torch's handle; the math mode it comes with is that of the flags and of NoTF32Guard.
 cublasContext* handle() {
   cublasContext* (*plain)() = at::cuda::getCurrentCUDABlasHandle;
-  return plain ? plain() : at::cuda::getCurrentCUDABlasHandle(true);
+  cublasContext* (*with_setup)(bool) = at::cuda::getCurrentCUDABlasHandle;
+  if (!(plain || with_setup) || !cublasGemmEx || !cublasGemmStridedBatchedEx) return nullptr;
+  return plain ? plain() : with_setup(true);
 }
 
-int as_int(int64_t n) {
-  TORCH_CHECK(n <= std::numeric_limits<int>::max(), "a matrix product takes sizes below 2^31, got ", n);
-  return static_cast<int>(n);
+cudaDataType cuda_type(at::ScalarType dtype) {
+  switch (dtype) {
+    case at::kDouble:
+      return CUDA_R_64F;
+    case at::kHalf:
+      return CUDA_R_16F;
+    case at::kBFloat16:
+      return CUDA_R_16BF;
+    default:
+      return CUDA_R_32F;
+  }
+}
+
+bool fits_int(const at::Tensor& t) {
+  constexpr int64_t most = std::numeric_limits<int>::max();
+  return t.size(-1) <= most && t.size(-2) <= most && t.stride(-1) <= most && t.stride(-2) <= most;
 }
 
 // A matrix [M, N] (the last two dimensions) as cuBLAS, which is column-major, reads it: as its transpose.
@@ -58,7 +71,7 @@ struct Operand {
     const int64_t outer = rows ? held.stride(-2) : held.stride(-1),
                   inner = rows ? held.size(-1) : held.size(-2);
     op = rows ? 0 : 1;
-    ld = as_int(std::max({outer, inner, int64_t{1}}));  // a dimension of one element may have any stride
+    ld = static_cast<int>(std::max(outer, inner));  // a dimension of one element may have any stride
     stride = held.dim() == 3 ? held.stride(0) : 0;
   }
   static bool row_major(const at::Tensor& t) {
@@ -67,51 +80,62 @@ struct Operand {
   static bool column_major(const at::Tensor& t) {
     return (t.stride(-2) == 1 || t.size(-2) == 1) && (t.stride(-1) >= t.size(-2) || t.size(-1) == 1);
   }
-  const float* data() const { return static_cast<const float*>(held.const_data_ptr()); }
 
   at::Tensor held;
   int op, ld;
   long long stride;
 };
 
-void multiply_tf32(at::Tensor& out, const at::Tensor& a, const at::Tensor& b, bool add) {
+}  // namespace
+
+Products::Products(at::ScalarType dtype) : type_(cuda_type(dtype)) {
+  compute_ = dtype == at::kDouble ? kSum64 : kSum32;
+  if (dtype == at::kFloat) {
+    const at::Context& context = at::globalContext();
+    const bool matmul = context.float32Precision(at::Float32Backend::CUDA, at::Float32Op::MATMUL) ==
+                        at::Float32Precision::TF32;
+    const bool tf32 = context.userEnabledCuDNN() ? context.allowTF32CuDNN(at::Float32Op::RNN) : matmul;
+    if (tf32) compute_ = kTf32;
+    if (!tf32 && matmul) ieee_.emplace();
+  }
+  cublas_ = handle();
+}
+
+void Products::by_cublas(at::Tensor& out, const at::Tensor& a, const at::Tensor& b, bool add) const {
   // out^T = b^T a^T
   const Operand first(b), second(a);
-  const int m = as_int(b.size(-1)), n = as_int(a.size(-2)), k = as_int(a.size(-1));
-  const float one = 1, beta = add ? 1 : 0;
-  float* const c = static_cast<float*>(out.mutable_data_ptr());
-  cublasContext* const cublas = handle();
-  int status = cublasSetMathMode(cublas, kTf32Math);
-  if (status == 0 && out.dim() == 2) {
-    status = cublasSgemm_v2(cublas, first.op, second.op, m, n, k, &one, first.data(), first.ld, second.data(),
-                            second.ld, &beta, c, m);
-  } else if (status == 0) {
-    status = cublasSgemmStridedBatched(cublas, first.op, second.op, m, n, k, &one, first.data(), first.ld,
-                                       first.stride, second.data(), second.ld, second.stride, &beta, c, m,
-                                       static_cast<long long>(m) * n, as_int(out.size(0)));
-  }
-  cublasSetMathMode(cublas, kDefaultMath);
+  const int m = static_cast<int>(b.size(-1)), n = static_cast<int>(a.size(-2)),
+            k = static_cast<int>(a.size(-1));
+  const float ones[] = {0, 1};
+  const double doubles[] = {0, 1};
+  const bool wide = compute_ == kSum64;
+  const void* const alpha = wide ? static_cast<const void*>(&doubles[1]) : &ones[1];
+  const void* const beta = wide ? static_cast<const void*>(&doubles[add]) : &ones[add];
+  const auto type = static_cast<cudaDataType>(type_);
+  const cudaDataType out_type = cuda_type(out.scalar_type());
+  void* const c = out.mutable_data_ptr();
+  const int status =
+      out.dim() == 2
+          ? cublasGemmEx(cublas_, first.op, second.op, m, n, k, alpha, first.held.const_data_ptr(), type,
+                         first.ld, second.held.const_data_ptr(), type, second.ld, beta, c, out_type, m,
+                         compute_, kAnyAlgorithm)
+          : cublasGemmStridedBatchedEx(
+                cublas_, first.op, second.op, m, n, k, alpha, first.held.const_data_ptr(), type, first.ld,
+                first.stride, second.held.const_data_ptr(), type, second.ld, second.stride, beta, c, out_type,
+                m, static_cast<long long>(m) * n, static_cast<int>(out.size(0)), compute_, kAnyAlgorithm);
   TORCH_CHECK(status == 0, "cuBLAS gave status ", status, " for a product of ", a.sizes(), " and ",
               b.sizes());
 }
 
-}  // namespace
-
-Products::Products(at::ScalarType dtype) {
-  if (dtype != at::kFloat) return;
-  const at::Context& context = at::globalContext();
-  const bool matmul =
-      context.float32Precision(at::Float32Backend::CUDA, at::Float32Op::MATMUL) == at::Float32Precision::TF32;
-  const bool wanted = context.userEnabledCuDNN() ? context.allowTF32CuDNN(at::Float32Op::RNN) : matmul;
-  if (!wanted && matmul) ieee_.emplace();
-  own_tf32_ = wanted && !matmul && has_cublas();
-}
-
 void Products::operator()(at::Tensor& out, const at::Tensor& a, const at::Tensor& b, bool add) const {
-  // ATen's CUDA functions themselves: a trip through the dispatcher costs as much host time as a launch.
-  if (own_tf32_) {
-    multiply_tf32(out, a, b, add);
-  } else if (out.scalar_type() != a.scalar_type()) {
+  // Sums of halves rounded to halves stay with ATen, which obeys torch's flags of reduced-precision
+  // reductions.
+  const bool rounded = out.scalar_type() == at::kHalf || out.scalar_type() == at::kBFloat16;
+  if (cublas_ && !rounded && a.numel() > 0 && b.numel() > 0 && fits_int(a) && fits_int(b)) {
+    return by_cublas(out, a, b, add);
+  }
+  // Past the dispatcher: a trip through it costs as much host time as a launch.
+  if (out.scalar_type() != a.scalar_type()) {
     TORCH_INTERNAL_ASSERT(!add);
     out.dim() == 2 ? at::cuda::mm_out(out, a, b, out.scalar_type())
                    : at::cuda::bmm_out(out, a, b, out.scalar_type());

@@ -1,9 +1,7 @@
-// Matrix products through ATen (cuBLAS), at the precision that torch's flags ask of an LSTM.
+// Matrix products by cuBLAS, at the precision that torch's flags ask of an LSTM.
 //
-// float32 follows nn.LSTM: torch.backends.cudnn.rnn.fp32_precision ("tf32" unless changed) decides between
-// TF32 and IEEE; with torch.backends.cudnn.enabled = False it is torch.backends.cuda.matmul.fp32_precision,
-// as there. The flags are read once per call. float16 and bfloat16 multiply in their own type and add in
-// float32, float64 is float64.
+// float32 is TF32 or IEEE as nn.LSTM's would be: docs/design.md, "float32 on a GPU". float16 and bfloat16
+// multiply in their own type and add in float32, float64 is float64.
 #pragma once
 
 #include <ATen/Context.h>
@@ -11,8 +9,12 @@
 
 #include <optional>
 
+struct cublasContext;
+
 namespace fastlstm::cuda {
 
+// For one pass on one thread, device and stream: the flags and torch's cuBLAS handle are read when it is
+// made.
 class Products {
  public:
   explicit Products(at::ScalarType dtype);
@@ -22,9 +24,11 @@ class Products {
   void operator()(at::Tensor& out, const at::Tensor& a, const at::Tensor& b, bool add = false) const;
 
  private:
-  std::optional<at::NoTF32Guard>
-      ieee_;               // this thread's products are IEEE although the matmul setting says TF32
-  bool own_tf32_ = false;  // TF32 although the matmul setting says IEEE
+  void by_cublas(at::Tensor& out, const at::Tensor& a, const at::Tensor& b, bool add) const;
+
+  std::optional<at::NoTF32Guard> ieee_;  // while it lives, this thread's products are IEEE whatever the flags
+  cublasContext* cublas_ = nullptr;  // torch's, with the current stream and workspace; null: ATen multiplies
+  int type_ = 0, compute_ = 0;       // cudaDataType of the operands, cublasComputeType_t
 };
 
 }  // namespace fastlstm::cuda

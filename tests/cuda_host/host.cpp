@@ -10,7 +10,9 @@
 #include "cuda/layer.cpp"
 #include "cuda/layer_backward.cpp"
 #include "cuda/layer_forward.cpp"
-#include "cuda/products.h"
+#include "cuda/products.cpp"
+// after products.cpp, whose weak declarations it defines
+#include "blas.h"
 
 namespace fastlstm::cuda {
 
@@ -21,15 +23,11 @@ cudaStream_t OnDeviceOf::stream() const { return nullptr; }
 
 void check(cudaError_t status) { TORCH_CHECK(status == cudaSuccess); }
 
-Products::Products(at::ScalarType) {}
-void Products::operator()(at::Tensor& out, const at::Tensor& a, const at::Tensor& b, bool add) const {
-  // As products.h says: sums in their own type, results rounded once, out dense and of one type or the other.
-  const at::ScalarType sum = a.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
-  TORCH_CHECK(out.scalar_type() == a.scalar_type() || (out.scalar_type() == sum && !add));
-  TORCH_CHECK(out.is_contiguous() && a.dim() == out.dim() && b.dim() == out.dim());
-  const at::Tensor product = at::matmul(a.to(sum), b.to(sum));
-  TORCH_CHECK(product.sizes() == out.sizes());
-  out.copy_(add ? out.to(sum) + product : product);
+// Products alone: whether cuBLAS was called, and in which compute type; 0 where ATen multiplied.
+int64_t multiply(at::Tensor out, const at::Tensor& a, const at::Tensor& b, bool add) {
+  host::calls = host::last_compute = 0;
+  Products(a.scalar_type())(out, a, b, add);
+  return host::calls ? host::last_compute : 0;
 }
 
 }  // namespace fastlstm::cuda
@@ -37,4 +35,5 @@ void Products::operator()(at::Tensor& out, const at::Tensor& a, const at::Tensor
 TORCH_LIBRARY_IMPL(fastlstm_cuda_host, CPU, m) {
   m.impl("native_layer", fastlstm::cuda::layer_forward);
   m.impl("native_layer_backward", fastlstm::cuda::layer_backward);
+  m.impl("multiply", fastlstm::cuda::multiply);
 }

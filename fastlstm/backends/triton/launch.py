@@ -26,10 +26,7 @@ def forward(x, h0, c0, weights, lengths, reset_mask, keep_cells, keep_reserve):
     rows = x.flatten(0, 1)
     for d, w in enumerate(split_weights(weights)):
         out = gates[d].view(T * B, 4 * s.H)
-        if w.bias_ih is None or w.bias_hh is None:
-            torch.mm(rows, w.ih.t(), out=out)
-        else:
-            torch.addmm(w.bias_ih + w.bias_hh, rows, w.ih.t(), out=out)
+        _multiply(out, rows, w.ih.t(), None if w.bias_ih is None or w.bias_hh is None else w.bias_ih + w.bias_hh)
     layer = _Layer(x, weights, lengths, reset_mask)
     c_out = cells if keep_cells or keep_reserve else None
     with layer.device_guard():
@@ -104,21 +101,31 @@ def _products(dx, dweights, dgates, x, h0, weights, lengths, reset_mask, y, need
         rows = dgates[d].view(T * B, 4 * s.H)
         need, dw = needs[3 + d * n :], dweights[d * n : (d + 1) * n]
         if needs[0]:
-            # beta = 0 overwrites: dx may hold anything before the first direction.
             flat = dx.flatten(0, 1)
-            torch.addmm(flat, rows, w.ih, beta=float(d > 0), out=flat)
+            _multiply(flat, rows, w.ih, flat if d else None)
         if need[0]:
             # Padding may hold NaN, and 0 * NaN would enter the sum.
             inputs = x if valid is None else x.masked_fill(~valid[..., None], 0)
-            torch.mm(rows.t(), inputs.flatten(0, 1), out=dw[0])
+            _multiply(dw[0], rows.t(), inputs.flatten(0, 1))
         if need[1]:
             entering = _entering(y[..., d * s.H : (d + 1) * s.H], h0, d, valid, reset_mask)
-            torch.mm(rows.t(), entering.flatten(0, 1), out=dw[1])
+            _multiply(dw[1], rows.t(), entering.flatten(0, 1))
         if s.bias and (need[2] or need[3]):
             db = rows.sum(0)
             for k in (2, 3):
                 if need[k]:
                     dw[k].copy_(db)
+
+
+def _multiply(out: Tensor, a: Tensor, b: Tensor, plus: Tensor | None = None) -> None:
+    """out = a b + plus, by torch; `plus` is a vector, or out itself."""
+    if _widened(out):
+        product = torch.mm(a.double(), b.double())
+        out.copy_(product if plus is None else product.add_(plus))
+    elif plus is None:
+        torch.mm(a, b, out=out)
+    else:
+        torch.addmm(plus, a, b, out=out)
 
 
 def _entering(y: Tensor, h0: Tensor | None, d: int, valid: Tensor | None, reset_mask: Tensor | None) -> Tensor:
@@ -185,8 +192,13 @@ class _Layer:
             return
         kernel, grid = kernels[1], (triton.cdiv(s.H, tiles.block_n), batch, s.D)
         compiled = kernel[grid](*tensors, 0, *sizes, **self._options(tiles))
-        # Past Triton's look-up of the compiled kernel, most of a launch's cost on the host. The interpreter has none.
-        run = functools.partial(kernel[grid], **self._options(tiles)) if compiled is None else compiled[grid]
+        # Past Triton's look-ups of the compiled kernel and of the stream, most of a launch's cost on the host. The
+        # interpreter has neither.
+        if compiled is None:
+            run = functools.partial(kernel[grid], **self._options(tiles))
+        else:
+            active = triton.runtime.driver.active
+            run = functools.partial(compiled[grid], stream=active.get_current_stream(active.get_current_device()))
         for step in range(1, steps):
             run(*tensors, step, *sizes)
 
@@ -206,9 +218,21 @@ def _state(initial: Tensor | None, x: Tensor, s: LayerShape) -> Tensor:
     return x.new_empty(s.D, x.shape[1], s.H, dtype=torch.float32).copy_(initial)
 
 
+def _widened(out: Tensor) -> bool:
+    """Whether torch would multiply in TF32 where nn.LSTM does not; then its products run in float64.
+
+    torch offers Python no IEEE for one thread alone, and its setting would reach other threads' products.
+    """
+    return out.dtype == torch.float32 and out.is_cuda and _matmul_tf32() and not _tf32()
+
+
 def _tf32() -> bool:
-    # The recurrence follows nn.LSTM's flag, but not without the products around it: "ieee" unless both are set.
-    return torch.backends.cudnn.rnn.fp32_precision == "tf32" and torch.backends.cuda.matmul.fp32_precision == "tf32"
+    """Whether nn.LSTM would multiply float32 in TF32 (docs/design.md, "float32 on a GPU"; csrc/cuda/products.cpp)."""
+    return torch.backends.cudnn.rnn.fp32_precision == "tf32" if torch.backends.cudnn.enabled else _matmul_tf32()
+
+
+def _matmul_tf32() -> bool:
+    return torch.backends.cuda.matmul.fp32_precision == "tf32"
 
 
 @functools.cache
