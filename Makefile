@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 NATIVE := setup.py pyproject.toml $(wildcard csrc/*.* csrc/*/*.*)
 
-.PHONY: env demo test fuzz lint format bench clean
+.PHONY: env demo test fuzz sanitize lint format bench clean
 
 env: $(READY)
 
@@ -29,6 +29,10 @@ test: $(READY)
 # Bounded here for CI; FASTLSTM_FUZZ_COUNT=1000 make fuzz is the full run.
 fuzz: $(READY)
 	FASTLSTM_FUZZ_COUNT=$${FASTLSTM_FUZZ_COUNT:-200} $(BIN)/python -m pytest -m fuzz -s
+
+# The CPU kernels' tests under AddressSanitizer and UndefinedBehaviorSanitizer.
+sanitize: $(READY)
+	scripts/sanitize.sh $(BIN)/python
 
 lint: $(READY)
 	$(BIN)/ruff check .

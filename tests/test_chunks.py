@@ -5,7 +5,7 @@ import torch
 
 import fastlstm
 
-# More than three times the rows that one chunk of backward holds at this H (csrc/cpu/layer.cpp, chunk_steps).
+# More than three times the rows that one chunk of backward holds at this H (csrc/cpu/layer_backward.cpp, chunk_steps).
 T, B, I, H = 900, 4, 3, 160  # noqa: E741
 
 

@@ -106,7 +106,7 @@ at::Tensor new_empty(at::IntArrayRef sizes, const at::Tensor& like) {
 
 at::Tensor new_zeros(at::IntArrayRef sizes, const at::Tensor& like) {
   at::Tensor zeros = new_empty(sizes, like);
-  std::memset(zeros.mutable_data_ptr(), 0, zeros.nbytes());
+  if (zeros.numel() > 0) std::memset(zeros.mutable_data_ptr(), 0, zeros.nbytes());
   return zeros;
 }
 

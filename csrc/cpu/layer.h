@@ -1,0 +1,98 @@
+// A layer on CPU tensors of one floating-point type: what its forward and backward share.
+#pragma once
+
+#include <ATen/Parallel.h>
+
+#include <algorithm>
+#include <vector>
+
+#include "contract.h"
+#include "cpu/memory.h"
+#include "cpu/ragged.h"
+#include "cpu/sequence.h"
+#include "cpu/team.h"
+
+namespace fastlstm {
+
+// The contract's ops for float and double (cpu/layer_forward.cpp, cpu/layer_backward.cpp).
+template <class T>
+LayerResults forward(const at::Tensor& x, const OptionalTensor& h0, const OptionalTensor& c0,
+                     at::TensorList weights, const OptionalTensor& lengths, const OptionalTensor& reset_mask,
+                     bool keep_cells, bool keep_reserve);
+template <class T>
+LayerGradients backward(const OptionalTensor& dy_in, const OptionalTensor& dh_n, const OptionalTensor& dc_n,
+                        const OptionalTensor& dcells_in, const at::Tensor& x, const OptionalTensor& h0_in,
+                        const OptionalTensor& c0, at::TensorList weights, const OptionalTensor& lengths,
+                        const OptionalTensor& reset_mask, const at::Tensor& y_in, const at::Tensor& cells_in,
+                        const at::Tensor& reserve_in, const c10::List<bool>& needs);
+
+// One allocation cut into aligned parts: take() what is needed, then allocate(), then resolve with at().
+template <class T>
+class Workspace {
+ public:
+  int64_t take(int64_t elements) {
+    const int64_t offset = total_;
+    total_ += (elements + 15) / 16 * 16;
+    return offset;
+  }
+  void allocate(const at::Tensor& like) {
+    buffer_ = new_empty({total_}, like);
+    data_ = buffer_.mutable_data_ptr<T>();
+  }
+  T* at(int64_t offset) const { return data_ + offset; }
+
+ private:
+  int64_t total_ = 0;
+  at::Tensor buffer_;
+  T* data_ = nullptr;
+};
+
+// Products of few rows cost less from the weights as stored than packing them does.
+inline bool worth_packing(int64_t N, int64_t B) { return N > (B <= 2 ? 64 : 12); }
+
+// Calls f(begin, end) over [0, n) in parallel, in multiples of `block` of which each takes `work` elements.
+template <class F>
+void for_blocks(int64_t n, int64_t block, int64_t work, F&& f) {
+  at::parallel_for(0, (n + block - 1) / block, std::max<int64_t>(1, (1 << 16) / std::max<int64_t>(1, work)),
+                   [&](int64_t begin, int64_t end) { f(begin * block, std::min(n, end * block)); });
+}
+
+// B [K, N] of any strides into panels of columns.
+template <class T>
+void pack_columns(const at::Tensor& b, T* packed) {
+  const Kernels<T>& k = kernels<T>();
+  const int64_t K = b.size(0);
+  for_blocks(b.size(1), k.unit_block, K * k.unit_block, [&](int64_t begin, int64_t end) {
+    k.pack_columns(b.const_data_ptr<T>(), K, b.stride(0), b.stride(1), begin, end, packed);
+  });
+}
+
+// state [D, B, n] of direction d into sorted rows of stride ld; zeros for none.
+template <class T>
+void gather_state(const OptionalTensor& state, int64_t d, const Rows& rows, int64_t n, T* out, int64_t ld) {
+  const T* in = state ? state->const_data_ptr<T>() + d * rows.B * n : nullptr;
+  for (int64_t r = 0; r < rows.B; ++r) {
+    if (in)
+      std::copy_n(in + rows.batch_row_at(r) * n, n, out + r * ld);
+    else
+      std::fill_n(out + r * ld, n, T(0));
+  }
+}
+
+inline OptionalTensor contiguous(const OptionalTensor& t) { return t ? OptionalTensor(t->contiguous()) : t; }
+
+// x [T, B, I] as its N packed rows; the padding is never read.
+template <class T>
+at::Tensor packed_input(const at::Tensor& x, const LayerSizes& s, const Ragged& ragged) {
+  const at::Tensor rows = x.contiguous().view({s.rows(), s.I});
+  if (!ragged.ragged()) return rows;
+  at::Tensor packed = new_empty({ragged.N(), s.I}, x);
+  const T* from = rows.const_data_ptr<T>();
+  T* to = packed.mutable_data_ptr<T>();
+  ragged.for_each_row([&](int64_t packed_row, int64_t row, int64_t, int64_t) {
+    std::copy_n(from + row * s.I, s.I, to + packed_row * s.I);
+  });
+  return packed;
+}
+
+}  // namespace fastlstm

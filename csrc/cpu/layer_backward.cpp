@@ -1,0 +1,320 @@
+// Backward of a layer on CPU tensors: the time loop of cpu/backward.h in chunks of steps, and after each
+// chunk the products and sums over its rows.
+#include <ATen/ATen.h>
+
+#include "cpu/layer.h"
+
+namespace fastlstm {
+namespace {
+
+// Row-major C [m, n] = A [m, k] B [k, n] (+ C if add), through ATen where that is worth a call. A and B are
+// given by their rows' stride, or if transposed by that of the rows of A^T, B^T.
+template <class T>
+struct Operand {
+  const T* data;
+  int64_t stride;
+  bool transposed = false;
+};
+template <class T>
+void product(int64_t m, int64_t n, int64_t k, Operand<T> a, Operand<T> b, bool add, T* c, int64_t ldc) {
+  if (m * n * k <= (1 << 19)) {
+    const Kernels<T>& kernel = kernels<T>();
+    thread_local std::vector<T> scratch;
+    scratch.resize(std::max<size_t>(scratch.size(), kernel.small_product_scratch(k)));
+    return kernel.small_product(m, n, k, a.data, a.stride, a.transposed, b.data, b.transposed ? 1 : b.stride,
+                                b.transposed ? b.stride : 1, add, c, ldc, scratch.data());
+  }
+  const auto view = [](const T* data, int64_t rows, int64_t columns, int64_t stride, bool transposed) {
+    return at::from_blob(const_cast<T*>(data), {rows, columns},
+                         {transposed ? 1 : stride, transposed ? stride : 1},
+                         at::TensorOptions(c10::CppTypeToScalarType<T>::value));
+  };
+  at::Tensor out = view(c, m, n, ldc, false);
+  const at::Tensor left = view(a.data, m, k, a.stride, a.transposed),
+                   right = view(b.data, k, n, b.stride, b.transposed);
+  if (add)
+    at::addmm_out(out, out, left, right);
+  else
+    at::mm_out(out, left, right);
+}
+
+// The packed rows [begin, end) of steps [first, first + steps) of direction d's own order, and the first of
+// them in time.
+struct Span {
+  int64_t t0, begin, end;
+  Span(const LayerSizes& s, const Ragged& ragged, int64_t d, int64_t first, int64_t steps)
+      : t0(d == 1 ? s.T - first - steps : first),
+        begin(ragged.rows(d).offset_at(t0)),
+        end(t0 + steps == s.T ? ragged.N() : ragged.rows(d).offset_at(t0 + steps)) {}
+  int64_t rows() const { return end - begin; }
+};
+
+// Steps whose gates [., 4H] go through a buffer at once: at least `rows` of them for efficient products, else
+// as few as stay in cache between the products and the time loop. What is reused need not be fetched from the
+// system, either.
+int64_t chunk_steps(const LayerSizes& s, int64_t size, int64_t rows, int64_t bytes) {
+  rows = std::max(rows, bytes / std::max<int64_t>(1, 4 * s.H * size));
+  return std::clamp<int64_t>(rows / s.B, 1, s.T);
+}
+
+// The state [N, P] that enters each step, from y [T, B, D*P]: what dW_hh multiplies.
+template <class T>
+at::Tensor entering_states(const at::Tensor& y, const OptionalTensor& h0, const LayerSizes& s,
+                           const Ragged& ragged, int64_t d) {
+  at::Tensor states = new_empty({ragged.N(), s.P}, y);
+  T* out = states.mutable_data_ptr<T>();
+  const T* from = y.const_data_ptr<T>() + d * s.P;
+  const T* initial = h0 ? h0->const_data_ptr<T>() + d * s.B * s.P : nullptr;
+  const Rows rows = ragged.rows(d);
+  ragged.for_each_row([&](int64_t packed_row, int64_t row, int64_t t, int64_t r) {
+    const int64_t before = d == 1 ? t + 1 : t - 1;
+    const bool held = before >= 0 && before < s.T && r < rows.count_at(before);
+    T* to = out + packed_row * s.P;
+    if (rows.fresh_at(t, r) || (!held && !initial))
+      std::fill_n(to, s.P, T(0));
+    else if (held)
+      std::copy_n(from + (before * s.B + rows.batch_row_at(r)) * s.D * s.P, s.P, to);
+    else
+      std::copy_n(initial + rows.batch_row_at(r) * s.P, s.P, to);
+  });
+  return states;
+}
+
+// A weight's gradient dw [m, n] (+)= dgates [rows, m]^T times states [rows, n] with row stride ld.
+template <class T>
+void weight_gradient(int64_t rows, const T* dgates, const T* states, int64_t ld, bool add,
+                     const at::Tensor& dw) {
+  const int64_t m = dw.size(0), n = dw.size(1);
+  if (rows > 0)
+    product<T>(m, n, rows, {dgates, m, true}, {states, ld}, add, dw.mutable_data_ptr<T>(), n);
+  else if (!add)
+    std::fill_n(dw.mutable_data_ptr<T>(), m * n, T(0));
+}
+
+// dW_hh [4H, P] (+)= dgates^T times the states that entered the span's steps. In a plain batch these are y
+// one step on, and h0, without a copy.
+template <class T>
+void recurrent_gradient(const Span& span, const T* dgates, const at::Tensor& y, const OptionalTensor& h0,
+                        const LayerSizes& s, int64_t d, bool add, const at::Tensor& dw) {
+  const int64_t ld = s.D * s.P, G = 4 * s.H;
+  const T* states = y.const_data_ptr<T>() + d * s.P;
+  const bool reverse = d == 1;
+  const bool initial =
+      reverse ? span.end == s.rows() : span.begin == 0;  // the direction's first step is among them
+  const int64_t others = span.rows() - (initial ? s.B : 0);
+  const int64_t from = reverse ? span.begin + s.B : span.begin - (initial ? 0 : s.B);
+  weight_gradient<T>(others, dgates + (initial && !reverse ? s.B * G : 0), states + from * ld, ld, add, dw);
+  if (initial && h0)
+    weight_gradient<T>(s.B, dgates + (reverse ? others * G : 0), h0->const_data_ptr<T>() + d * s.B * s.P, s.P,
+                       true, dw);
+}
+
+// db [G] (+)= the sum of the rows of dgates [rows, G].
+template <class T>
+void bias_gradient(int64_t rows, const T* dgates, bool add, const at::Tensor& db) {
+  const int64_t G = db.size(0);
+  T* out = db.mutable_data_ptr<T>();
+  at::parallel_for(0, (G + 63) / 64, 4096 / (rows + 1) + 1, [&](int64_t begin, int64_t end) {
+    for (int64_t j = begin * 64; j < std::min(G, end * 64); j += 64) {
+      const int64_t n = std::min<int64_t>(64, G - j);
+      T sums[64];
+      kernels<T>().column_sums(dgates + j, rows, G, 0, n, sums);
+      for (int64_t k = 0; k < n; ++k) out[j + k] = sums[k] + (add ? out[j + k] : T(0));
+    }
+  });
+}
+
+// h before the projection [N, H] = o * tanh(c).
+template <class T>
+at::Tensor unprojected(const at::Tensor& gates, const at::Tensor& cells, const LayerSizes& s,
+                       const Ragged& ragged, int64_t d) {
+  at::Tensor hidden = new_empty({ragged.N(), s.H}, gates);
+  T* out = hidden.mutable_data_ptr<T>();
+  const T* c = cells.const_data_ptr<T>() + d * s.H;
+  const T* saved = gates.const_data_ptr<T>();
+  ragged.for_each_row([&](int64_t packed_row, int64_t row, int64_t, int64_t) {
+    T* h = out + packed_row * s.H;
+    kernels<T>().tanh(c + row * s.D * s.H, h, s.H);
+    for (int64_t u = 0; u < s.H; ++u)
+      h[u] *= saved[packed_row * 4 * s.H + gate_at(s.H, kernels<T>().width, u, 3)];
+  });
+  return hidden;
+}
+
+}  // namespace
+
+template <class T>
+LayerGradients backward(const OptionalTensor& dy_in, const OptionalTensor& dh_n, const OptionalTensor& dc_n,
+                        const OptionalTensor& dcells_in, const at::Tensor& x, const OptionalTensor& h0_in,
+                        const OptionalTensor& c0, at::TensorList weights, const OptionalTensor& lengths,
+                        const OptionalTensor& reset_mask, const at::Tensor& y_in, const at::Tensor& cells_in,
+                        const at::Tensor& reserve_in, const c10::List<bool>& needs) {
+  const LayerSizes s(x, weights);
+  // A saved-tensor hook may give back other strides.
+  const at::Tensor y = y_in.contiguous(), cells = cells_in.contiguous(), reserve = reserve_in.contiguous();
+  s.check_inputs(x, h0_in, c0, lengths, reset_mask);
+  s.check_backward(x, dy_in, dh_n, dc_n, dcells_in, y, cells, reserve, needs);
+  const int64_t H = s.H, P = s.P, B = s.B, D = s.D;
+  const auto none = [&] { return new_empty({0}, x); };
+  std::vector<at::Tensor> dweights;
+  if (s.rows() == 0) {
+    const auto zeros = [&](int64_t i, at::IntArrayRef sizes) {
+      return needs[i] ? at::zeros(sizes, x.options()) : none();
+    };
+    for (size_t k = 0; k < weights.size(); ++k) dweights.push_back(zeros(3 + k, weights[k].sizes()));
+    return {zeros(0, x.sizes()), zeros(1, {D, B, P}), zeros(2, {D, B, H}), dweights};
+  }
+  const Ragged ragged(s, lengths, reset_mask);
+  const Kernels<T>& kernel = kernels<T>();
+  const int64_t N = ragged.N();
+  std::vector<Rows> rows;
+  for (int64_t d = 0; d < D; ++d) rows.push_back(ragged.rows(d));
+  const Plan plan = make_plan(D, s.T, double(N) / s.T, 0, H, P, sizeof(T), kernel.unit_block);
+  const bool pack = s.proj() || worth_packing(N, B);
+  const int64_t ld = kernel.padded_columns(P);
+  const OptionalTensor dy = contiguous(dy_in), dcells = contiguous(dcells_in), h0 = contiguous(h0_in);
+
+  const int64_t chunk = chunk_steps(s, sizeof(T), 1024, int64_t{4} << 20);
+
+  Workspace<T> space;
+  std::vector<int64_t> dh_at, dc_at, c0_at, packed_at, hr_at, dgates_at, dr_at;
+  for (int64_t d = 0; d < D; ++d) {
+    dh_at.push_back(space.take(B * ld));
+    dc_at.push_back(space.take(B * H));
+    c0_at.push_back(space.take(B * H));
+    packed_at.push_back(space.take(pack ? kernel.columns_packed_size(4 * H, P) : 0));
+    hr_at.push_back(space.take(s.proj() ? kernel.columns_packed_size(P, H) : 0));
+    dgates_at.push_back(space.take(chunk * B * 4 * H));
+    dr_at.push_back(space.take(s.proj() ? chunk * B * P : 0));
+  }
+  const int64_t scratch_at = space.take(plan.threads() * kernel.backward_scratch(H, P));
+  space.allocate(x);
+
+  std::vector<BackwardArgs<T>> args;
+  std::vector<at::Tensor> hold;
+  for (int64_t d = 0; d < D; ++d) {
+    const DirectionWeights w(s, weights, d);
+    hold.push_back(w.hh.contiguous());
+    const T* w_hh = hold.back().const_data_ptr<T>();
+    gather_state<T>(contiguous(dh_n), d, rows[d], P, space.at(dh_at[d]), ld);
+    gather_state<T>(contiguous(dc_n), d, rows[d], H, space.at(dc_at[d]), H);
+    gather_state<T>(contiguous(c0), d, rows[d], H, space.at(c0_at[d]), H);
+    if (pack) pack_columns<T>(hold.back(), space.at(packed_at[d]));
+    if (s.proj()) pack_columns<T>(w.hr, space.at(hr_at[d]));
+    args.push_back({rows[d],
+                    H,
+                    P,
+                    d == 1,
+                    0,
+                    0,
+                    0,
+                    reserve.const_data_ptr<T>() + d * s.rows() * 4 * H,
+                    cells.const_data_ptr<T>() + d * H,
+                    space.at(c0_at[d]),
+                    dy ? dy->const_data_ptr<T>() + d * P : nullptr,
+                    dcells ? dcells->const_data_ptr<T>() + d * H : nullptr,
+                    D * H,
+                    D * P,
+                    D * H,
+                    w_hh,
+                    pack ? space.at(packed_at[d]) : nullptr,
+                    s.proj() ? space.at(hr_at[d]) : nullptr,
+                    space.at(dgates_at[d]),
+                    s.proj() ? space.at(dr_at[d]) : nullptr,
+                    space.at(dh_at[d]),
+                    space.at(dc_at[d]),
+                    space.at(scratch_at)});
+  }
+  const auto wanted = [&](int64_t i, at::IntArrayRef sizes) {
+    return needs[i] ? new_empty(sizes, x) : none();
+  };
+  bool need_input = false;
+  for (size_t k = 0; k < weights.size(); ++k) {
+    dweights.push_back(wanted(3 + k, weights[k].sizes()));
+    need_input |= needs[3 + k] && k % s.per_direction == 0;
+  }
+  const at::Tensor input = need_input ? packed_input<T>(x, s, ragged) : at::Tensor();
+  // Both directions add to dx, each from its own end.
+  const at::Tensor dx_rows = !needs[0] ? at::Tensor()
+                             : D == 1  ? new_empty({N, s.I}, x)
+                                       : new_zeros({N, s.I}, x);
+  std::vector<at::Tensor> w_ih, states(D), hidden(D);
+  for (int64_t d = 0; d < D; ++d) {
+    const int64_t at = d * s.per_direction;
+    w_ih.push_back(weights[at].contiguous());
+    if (needs[3 + at + 1] && !ragged.plain()) states[d] = entering_states<T>(y, h0, s, ragged, d);
+    if (s.proj() && needs[3 + at + s.per_direction - 1])
+      hidden[d] = unprojected<T>(reserve.select(0, d), cells, s, ragged, d);
+  }
+
+  for (int64_t end = s.T; end > 0; end -= std::min(end, chunk)) {
+    const int64_t first = std::max<int64_t>(0, end - chunk);
+    const bool add = end < s.T;
+    for (int64_t d = 0; d < D; ++d) {
+      args[d].first = first;
+      args[d].steps = end - first;
+      args[d].base = Span(s, ragged, d, first, end - first).begin;
+    }
+    run_plan(plan, rows, H, kernel.unit_block,
+             [&](int64_t d, const Member& me) { kernel.backward(args[d], me); });
+    for (int64_t d = 0; d < D; ++d) {
+      const Span span(s, ragged, d, first, end - first);
+      const int64_t at = d * s.per_direction, n = span.rows();
+      const T* dgates = args[d].dgates;
+      const auto need = [&](int64_t k) { return needs[3 + at + k]; };
+      if (needs[0] && n > 0)
+        product<T>(n, s.I, 4 * H, {dgates, 4 * H}, {w_ih[d].const_data_ptr<T>(), s.I}, D > 1,
+                   dx_rows.mutable_data_ptr<T>() + span.begin * s.I, s.I);
+      if (need(0))
+        weight_gradient<T>(n, dgates, input.const_data_ptr<T>() + span.begin * s.I, s.I, add, dweights[at]);
+      if (need(1) && ragged.plain())
+        recurrent_gradient<T>(span, dgates, y, h0, s, d, add, dweights[at + 1]);
+      else if (need(1))
+        weight_gradient<T>(n, dgates, states[d].const_data_ptr<T>() + span.begin * P, P, add,
+                           dweights[at + 1]);
+      if (s.bias && (need(2) || need(3))) bias_gradient<T>(n, dgates, add, dweights[at + (need(2) ? 2 : 3)]);
+      if (s.proj() && need(s.per_direction - 1))
+        weight_gradient<T>(n, args[d].dr, hidden[d].const_data_ptr<T>() + span.begin * H, H, add,
+                           dweights[at + s.per_direction - 1]);
+    }
+  }
+  for (int64_t at = 0; s.bias && at < D * s.per_direction; at += s.per_direction)
+    if (needs[3 + at + 2] && needs[3 + at + 3]) dweights[at + 3].copy_(dweights[at + 2]);
+
+  at::Tensor dx = none();
+  if (needs[0]) {
+    if (!ragged.ragged()) {
+      dx = dx_rows.view({s.T, B, s.I});
+    } else {
+      dx = new_zeros({s.T, B, s.I}, x);
+      const T* from = dx_rows.const_data_ptr<T>();
+      T* to = dx.mutable_data_ptr<T>();
+      ragged.for_each_row([&](int64_t packed_row, int64_t row, int64_t, int64_t) {
+        std::copy_n(from + packed_row * s.I, s.I, to + row * s.I);
+      });
+    }
+  }
+  const auto state_gradient = [&](bool need, const std::vector<int64_t>& at, int64_t n, int64_t stride) {
+    if (!need) return none();
+    at::Tensor grad = new_empty({D, B, n}, x);
+    for (int64_t d = 0; d < D; ++d)
+      for (int64_t r = 0; r < B; ++r)
+        std::copy_n(space.at(at[d]) + r * stride, n,
+                    grad.mutable_data_ptr<T>() + (d * B + rows[d].batch_row_at(r)) * n);
+    return grad;
+  };
+  const at::Tensor dh0 = state_gradient(needs[1], dh_at, P, ld), dc0 = state_gradient(needs[2], dc_at, H, H);
+  return {dx, dh0, dc0, dweights};
+}
+
+#define FASTLSTM_INSTANTIATE(T)                                                                            \
+  template LayerGradients backward<T>(const OptionalTensor&, const OptionalTensor&, const OptionalTensor&, \
+                                      const OptionalTensor&, const at::Tensor&, const OptionalTensor&,     \
+                                      const OptionalTensor&, at::TensorList, const OptionalTensor&,        \
+                                      const OptionalTensor&, const at::Tensor&, const at::Tensor&,         \
+                                      const at::Tensor&, const c10::List<bool>&);
+FASTLSTM_INSTANTIATE(float)
+FASTLSTM_INSTANTIATE(double)
+#undef FASTLSTM_INSTANTIATE
+
+}  // namespace fastlstm

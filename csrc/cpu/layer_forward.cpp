@@ -1,0 +1,141 @@
+// Forward of a layer on CPU tensors: packs the weights, then runs cpu/forward.h on the plan's threads.
+#include "cpu/layer.h"
+
+namespace fastlstm {
+namespace {
+
+// A contiguous weight [4H, K] into the panels of the forward kernel.
+template <class T>
+void pack_forward(const at::Tensor& weight, int64_t H, T* packed) {
+  const Kernels<T>& k = kernels<T>();
+  const int64_t K = weight.size(1);
+  for_blocks(H, k.width, 4 * K * k.width, [&](int64_t begin, int64_t end) {
+    k.pack_forward(weight.const_data_ptr<T>(), H, K, begin, end, packed);
+  });
+}
+
+// bias_ih + bias_hh [4H], zeros without.
+template <class T>
+void sum_biases(const DirectionWeights& w, int64_t H, T* out) {
+  if (!w.bias_ih.defined()) {
+    std::fill_n(out, 4 * H, T(0));
+    return;
+  }
+  const at::Tensor ih = w.bias_ih.contiguous(), hh = w.bias_hh.contiguous();
+  std::transform(ih.const_data_ptr<T>(), ih.const_data_ptr<T>() + 4 * H, hh.const_data_ptr<T>(), out,
+                 std::plus<T>());
+}
+
+}  // namespace
+
+template <class T>
+LayerResults forward(const at::Tensor& x, const OptionalTensor& h0, const OptionalTensor& c0,
+                     at::TensorList weights, const OptionalTensor& lengths, const OptionalTensor& reset_mask,
+                     bool keep_cells, bool keep_reserve) {
+  const LayerSizes s(x, weights);
+  s.check_inputs(x, h0, c0, lengths, reset_mask);
+  const Ragged ragged(s, lengths, reset_mask);
+  const Kernels<T>& kernel = kernels<T>();
+  const int64_t N = ragged.N(), H = s.H, P = s.P, B = s.B, D = s.D;
+  keep_cells |= keep_reserve;
+
+  const auto empty = [&](at::IntArrayRef sizes) { return new_empty(sizes, x); };
+  // Rows past a length are zero, and written by nobody.
+  const auto per_step = [&](int64_t n) {
+    return ragged.ragged() ? new_zeros({s.T, B, D * n}, x) : empty({s.T, B, D * n});
+  };
+  const at::Tensor y = per_step(P), h_n = empty({D, B, P}), c_n = empty({D, B, H});
+  const at::Tensor cells = keep_cells ? per_step(H) : empty({0});
+  const at::Tensor reserve = keep_reserve ? empty({D, s.T, B, 4 * H}) : empty({0});
+  if (s.rows() == 0) return {y, h_n, c_n, cells, reserve};
+  // A ragged batch fills its first N rows only; the rest must not differ from run to run.
+  for (int64_t d = 0; keep_reserve && N < s.rows() && d < D; ++d)
+    std::fill_n(reserve.mutable_data_ptr<T>() + (d * s.rows() + N) * 4 * H, (s.rows() - N) * 4 * H, T(0));
+
+  const at::Tensor input = packed_input<T>(x, s, ragged);  // [N, I]
+  std::vector<Rows> rows;
+  for (int64_t d = 0; d < D; ++d) rows.push_back(ragged.rows(d));
+  const Plan plan = make_plan(D, s.T, double(N) / s.T, s.I, H, P, sizeof(T), kernel.unit_block);
+  const bool pack = s.proj() || worth_packing(N, B);
+
+  Workspace<T> space;
+  std::vector<int64_t> h_at, c_at, bias_at, ih_at, hh_at, hr_at;
+  for (int64_t d = 0; d < D; ++d) {
+    h_at.push_back(space.take(2 * B * P));
+    c_at.push_back(space.take(B * H));
+    bias_at.push_back(space.take(4 * H));
+    ih_at.push_back(space.take(pack ? kernel.forward_packed_size(H, s.I) : 0));
+    hh_at.push_back(space.take(pack ? kernel.forward_packed_size(H, P) : 0));
+    hr_at.push_back(space.take(s.proj() ? kernel.columns_packed_size(H, P) : 0));
+  }
+  const int64_t scratch_at = space.take(plan.threads() * kernel.forward_scratch(N, H, P));
+  space.allocate(x);
+
+  std::vector<ForwardArgs<T>> args;
+  std::vector<at::Tensor> hold;
+  const OptionalTensor h0c = contiguous(h0), c0c = contiguous(c0);
+  for (int64_t d = 0; d < D; ++d) {
+    const DirectionWeights w(s, weights, d);
+    const at::Tensor w_ih = w.ih.contiguous(), w_hh = w.hh.contiguous();
+    hold.insert(hold.end(), {w_ih, w_hh});
+    sum_biases<T>(w, H, space.at(bias_at[d]));
+    T* h = space.at(h_at[d]);
+    gather_state<T>(h0c, d, rows[d], P, h, P);
+    if (rows[d].fresh) {  // steps clear the state for the next; the first has none before it
+      const int64_t t = d == 1 ? s.T - 1 : 0;
+      for (int64_t r = 0; r < rows[d].count_at(t); ++r)
+        if (rows[d].fresh_at(t, r)) std::fill_n(h + r * P, P, T(0));
+    }
+    std::copy_n(h, B * P, h + B * P);  // a reverse row may begin at an odd step
+    gather_state<T>(c0c, d, rows[d], H, space.at(c_at[d]), H);
+    if (pack) {
+      pack_forward<T>(w_ih, H, space.at(ih_at[d]));
+      pack_forward<T>(w_hh, H, space.at(hh_at[d]));
+    }
+    if (s.proj()) pack_columns<T>(w.hr.t(), space.at(hr_at[d]));
+    args.push_back({rows[d],
+                    s.I,
+                    H,
+                    P,
+                    d == 1,
+                    input.const_data_ptr<T>(),
+                    keep_reserve ? reserve.mutable_data_ptr<T>() + d * s.rows() * 4 * H : nullptr,
+                    space.at(bias_at[d]),
+                    w_ih.const_data_ptr<T>(),
+                    w_hh.const_data_ptr<T>(),
+                    pack ? space.at(ih_at[d]) : nullptr,
+                    pack ? space.at(hh_at[d]) : nullptr,
+                    s.proj() ? space.at(hr_at[d]) : nullptr,
+                    h,
+                    space.at(c_at[d]),
+                    y.mutable_data_ptr<T>() + d * P,
+                    keep_cells ? cells.mutable_data_ptr<T>() + d * H : nullptr,
+                    D * P,
+                    D * H,
+                    space.at(scratch_at)});
+  }
+  run_plan(plan, rows, H, kernel.unit_block,
+           [&](int64_t d, const Member& me) { kernel.forward(args[d], me); });
+
+  for (int64_t d = 0; d < D; ++d)
+    for (int64_t r = 0; r < B; ++r) {
+      const int64_t b = rows[d].batch_row_at(r);
+      // The state a forward row ends with lies where its last step wrote it; reverse rows all end with the
+      // last step.
+      const int64_t parity = (d == 1 ? s.T : ragged.length(r)) % 2;
+      const T* h = space.at(h_at[d]) + (parity * B + r) * P;
+      std::copy_n(h, P, h_n.mutable_data_ptr<T>() + (d * B + b) * P);
+      std::copy_n(space.at(c_at[d]) + r * H, H, c_n.mutable_data_ptr<T>() + (d * B + b) * H);
+    }
+  return {y, h_n, c_n, cells, reserve};
+}
+
+#define FASTLSTM_INSTANTIATE(T)                                                                        \
+  template LayerResults forward<T>(const at::Tensor&, const OptionalTensor&, const OptionalTensor&,    \
+                                   at::TensorList, const OptionalTensor&, const OptionalTensor&, bool, \
+                                   bool);
+FASTLSTM_INSTANTIATE(float)
+FASTLSTM_INSTANTIATE(double)
+#undef FASTLSTM_INSTANTIATE
+
+}  // namespace fastlstm
