@@ -11,7 +11,7 @@ from types import TracebackType
 import torch
 from torch import Tensor
 
-from . import reference
+from . import reference, transforms
 from .backends import BACKENDS, native
 from .ops.schema import LayerCall, LayerShape, check
 
@@ -97,7 +97,7 @@ def describe(x: Tensor, weights: list[Tensor], lengths: Tensor | None, reset_mas
 
 
 def _transforming() -> bool:
-    """Whether torch.func or forward-mode AD is at work, which only plain PyTorch ops serve."""
+    """Whether torch.func or forward-mode AD is at work, which the ops themselves know nothing of."""
     if torch.compiler.is_compiling():
         return False
     return torch._C._functorch.maybe_current_level() is not None or torch.autograd.forward_ad._current_level >= 0
@@ -141,7 +141,9 @@ def layer(
     name = _choose(x, weights, lengths, reset_mask)
     if name == "reference" or _transforming():
         check(x, h0, c0, weights)
-        return reference.layer(x, h0, c0, weights, lengths, reset_mask)
+        if name == "reference" or transforms.forward_mode():
+            return reference.layer(x, h0, c0, weights, lengths, reset_mask)
+        return transforms.layer(name, x, h0, c0, weights, lengths, reset_mask, keep_cells)
     keep_reserve = torch.is_grad_enabled() and _any_requires_grad(x, h0, c0, weights)
     if name == "native" and not torch.compiler.is_compiling():
         op = native.extension.layer  # type: ignore[union-attr]

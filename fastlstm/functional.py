@@ -200,10 +200,13 @@ def check_lengths(lengths: Tensor | Sequence[int], x: Tensor) -> Tensor:
     if lengths.shape != (B,):
         raise ValueError(f"lengths must be [B] = [{B}], got {list(lengths.shape)}")
     if lengths.device.type == "cpu" and not torch.compiler.is_compiling() and B > 0:
-        low, high = torch.aminmax(lengths)
+        values = lengths
+        while torch._C._functorch.is_functorch_wrapped_tensor(values):  # vmap cannot branch on them
+            values = torch._C._functorch.get_unwrapped(values)
+        low, high = torch.aminmax(values)
         if low < 0 or high > T:
-            row = int(lengths.argmin() if low < 0 else lengths.argmax())
-            raise ValueError(f"lengths must lie in [0, T={T}], got {int(lengths[row])} in row {row}")
+            row = int(values.argmin() if low < 0 else values.argmax())
+            raise ValueError(f"lengths must lie in [0, T={T}], got {int(values.flatten()[row])} in row {row}")
     elif lengths.device.type != "meta" and B > 0:
         # No host synchronisation and no data-dependent branch in a graph.
         torch._assert_async(((lengths >= 0) & (lengths <= T)).all(), "lengths must lie in [0, T]")
