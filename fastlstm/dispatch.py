@@ -13,6 +13,7 @@ from torch import Tensor
 
 from . import reference, transforms
 from .backends import BACKENDS, native
+from .ops import recompute as _recompute  # noqa: F401 - defines its ops
 from .ops.schema import LayerCall, LayerShape, check
 
 NAMES = ("auto", *BACKENDS, "reference")
@@ -136,8 +137,12 @@ def layer(
     lengths: Tensor | None,
     reset_mask: Tensor | None,
     keep_cells: bool,
+    recompute: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """y, h_n, c_n and cells of one layer (fastlstm/ops/schema.py), on the backend chosen for it."""
+    """y, h_n, c_n and cells of one layer (fastlstm/ops/schema.py), on the backend chosen for it.
+
+    With `recompute` > 0 only the states at intervals of that many steps are kept for backward (ops/recompute.py).
+    """
     name = _choose(x, weights, lengths, reset_mask)
     if name == "reference" or _transforming():
         check(x, h0, c0, weights)
@@ -145,6 +150,11 @@ def layer(
             return reference.layer(x, h0, c0, weights, lengths, reset_mask)
         return transforms.layer(name, x, h0, c0, weights, lengths, reset_mask, keep_cells)
     keep_reserve = torch.is_grad_enabled() and _any_requires_grad(x, h0, c0, weights)
+    # A comparison with T would specialise a graph on it.
+    if recompute and keep_reserve and (torch.compiler.is_compiling() or x.shape[0] > recompute):
+        op = torch.ops.fastlstm.recomputed_layer.default
+        y, h_n, c_n, cells, _, _ = op(name, recompute, x, h0, c0, weights, lengths, reset_mask, keep_cells)
+        return y, h_n, c_n, cells
     if name == "native" and not torch.compiler.is_compiling():
         op = native.extension.layer  # type: ignore[union-attr]
     else:
