@@ -1,8 +1,8 @@
 """A layer that keeps h and c at intervals instead of the gates of every step: `fastlstm::recomputed_layer`.
 
 Forward runs segments of `interval` steps with the backend's own op and keeps the states between them. Backward goes
-through the segments from last to first, runs each one forward once more, and then back. Between the two passes
-T/interval * B * (P + H) numbers a direction are held instead of T * B * (4H + H + P); the price is a second forward pass.
+through the segments from last to first, runs each one forward once more, and then back. Between the two passes each
+direction holds T/interval * B * (P + H) numbers instead of T * B * (4H + H + P); the price is a second forward pass.
 
 The arguments are those of fastlstm/ops/schema.py after the backend's name and the interval.
 """
