@@ -126,7 +126,7 @@ def test_activation_checkpointing_replays_dropout(use_reentrant, recompute, back
         x = data(T, 2, 3).requires_grad_()
         torch.manual_seed(4)
         if wrapped:
-            output = torch.utils.checkpoint.checkpoint(lambda x: lstm(x)[0], x, use_reentrant=use_reentrant)
+            output = torch.utils.checkpoint.checkpoint(lstm, x, use_reentrant=use_reentrant)[0]
         else:
             output, _ = lstm(x)
         torch.randn(5)  # the state moves on before backward
