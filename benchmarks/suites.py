@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 
-from benchmarks import gpu, sweeps
+from benchmarks import features, gpu, sweeps
 from benchmarks.cases import CPU, QUICK, Case
 from benchmarks.measure import Plan
 from benchmarks.memory import peak_rows
@@ -15,11 +15,11 @@ from benchmarks.run import Suite, run_suite
 
 Report = Callable[[str, list[Row]], None]
 
-NAMES = ("cpu", "gpu", "quick", "grid", "scaling", "tutorials")
+NAMES = ("cpu", "gpu", "quick", "grid", "scaling", "tutorials", "features")
 
 
 def suite_of(name: str) -> Suite:
-    """A suite of cases; "tutorials" is not one, it has trainings instead."""
+    """A suite of cases; "tutorials" and "features" are not, they have programs of their own."""
     if name == "cpu":
         return Suite("cpu", CPU)
     if name == "quick":
@@ -50,6 +50,8 @@ def size_of(name: str, matching: str = "") -> int:
         from benchmarks.tutorials import chosen
 
         return len(chosen(matching))
+    if name == "features":
+        return len(features.chosen(matching)) + len(features.compiled(matching))
     return len(_select(suite_of(name).cases, matching)) + len(_memory_cases(name, matching))
 
 
@@ -70,6 +72,8 @@ def rows_of(
         from benchmarks.tutorials import tutorial_rows
 
         return tutorial_rows(matching, report)
+    if name == "features":
+        return features.feature_rows(matching, report, budget)
     suite = suite_of(name)
     suite.cases, suite.wait = _select(suite.cases, matching), wait
     if budget is not None:

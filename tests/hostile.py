@@ -1,8 +1,8 @@
 """Calls that no well-meaning program makes: python -m tests.hostile BACKEND SEED COUNT, a process that may die.
 
-Configuration k is a random Case with one thing wrong or odd about it, drawn from seed + k and printed before it runs, so
-that the last line names what crashed. Odd but valid calls must give the reference's results and gradients; wrong ones
-must raise, or give what the reference gives. tests/test_hostile.py runs it.
+Configuration k is a random Case with one thing wrong or odd about it, drawn from seed + k and printed before it runs:
+the last line names what crashed. Odd but valid calls must give the reference's results and gradients; wrong ones must
+raise, or give what the reference gives. tests/test_hostile.py runs it.
 """
 
 from __future__ import annotations
@@ -45,6 +45,10 @@ class Call:
     def places(self) -> list[str]:
         return ["x", *(["h0", "c0"] if self.hx else []), *(f"w{k}" for k in range(len(self.weights)))]
 
+    def rows(self) -> list[str]:
+        """The places of x and hx: weights as large as 1e20 would make of rounding errors whole numbers."""
+        return [place for place in self.places() if place[0] != "w"]
+
     def get(self, place: str) -> Tensor:
         if place == "x":
             return self.x
@@ -83,12 +87,13 @@ def overlapping(t: Tensor) -> Tensor:
 
 
 def special(t: Tensor, value: float, rng: random.Random) -> Tensor:
-    t = t.clone()
+    t = t.clone(memory_format=torch.contiguous_format)
     if t.numel():
         t.view(-1)[rng.randrange(t.numel())] = value
     return t
 
 
+SMALL_INTEGERS = (torch.uint8, torch.int16, torch.int32)
 # What is odd about a valid call.
 ODD: dict[str, Callable[[Call, random.Random], Any]] = {
     "misaligned": lambda c, r: c.change(r, lambda t: misaligned(t, r.choice((1, 2, 4, 12)))),
@@ -192,7 +197,7 @@ def draw(seed: int) -> tuple[str, Call]:
 
 
 def outcome(call: Call, backend: str) -> tuple[str, list[Tensor]]:
-    """("", results and gradients) or (the error, [])."""
+    """No error, results and gradients; or the error and none."""
     try:
         with fastlstm.use_backend(backend):
             results = list(call.run())
@@ -206,15 +211,15 @@ def outcome(call: Call, backend: str) -> tuple[str, list[Tensor]]:
         return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}", []
 
 
-def differ(got: list[Tensor], truth: list[Tensor]) -> str:
-    """ "" when equal up to rounding; values that are not finite must be so in both, whichever they are."""
+def differ(got: list[Tensor], truth: list[Tensor], strict: int = 0) -> str:
+    """Nothing when equal up to rounding; in the first `strict` ones what is not finite must be so in both."""
     for k, (a, b) in enumerate(zip(got, truth, strict=True)):
         if a.shape != b.shape or a.dtype != b.dtype:
             return f"result {k} is {a.dtype} {list(a.shape)}, expected {b.dtype} {list(b.shape)}"
         if a.device.type == "meta":
             continue
-        finite = b.isfinite()
-        if not torch.equal(a.isfinite(), finite):
+        finite = a.isfinite() & b.isfinite()
+        if k < strict and not torch.equal(a.isfinite(), b.isfinite()):
             return f"result {k} is finite elsewhere"
         a, b = a[finite].double(), b[finite].double()
         tolerance = 1e-3 if truth[0].dtype == torch.float32 else 1e-8
@@ -224,17 +229,24 @@ def differ(got: list[Tensor], truth: list[Tensor]) -> str:
 
 
 def judge(kind: str, call: Call, backend: str) -> str:
-    """ "" when all is well, else what is wrong."""
+    """Nothing when all is well, else what is wrong."""
     error, got = outcome(call, backend)
     if kind.split(" of ")[0] in WRONG:
         if error:
             return ""
+        for place in call.places():
+            if isinstance(t := call.get(place), Tensor) and t.is_sparse:
+                call.put(place, t.to_dense())
         expected, truth = outcome(call, "reference")
         return f"gave a result, the reference: {expected}" if expected else differ(got, truth)
     expected, truth = outcome(call, "reference")
     if error or expected:
         return "" if error and expected else f"raised {error!r}, the reference {expected!r}"
-    return differ(got, truth)
+    # What is not finite in x or hx reaches the same results. Its gradients, and what a weight that is not finite gives,
+    # depend on which products with zeros are left out: 0 * inf is NaN. (The reference leaves none out, not even in
+    # rows of length 0.)
+    in_weight = any(kind.startswith(f"{what} of w") for what in ("not a number", "infinite"))
+    return differ(got, truth, 0 if in_weight else 3 + call.case.cells)
 
 
 def main(backend: str, seed: int, count: int) -> int:

@@ -1,4 +1,4 @@
-"""tests/hostile.py in processes of their own: no crash, no hang, no wrong number. A hundred here, `-m fuzz` runs more."""
+"""tests/hostile.py in processes of their own: no crash, no hang, no wrong number. A hundred; more with `-m fuzz`."""
 
 from __future__ import annotations
 
