@@ -131,7 +131,7 @@ FEATURES = (
 
 
 # Steps of the sequence in a model that is compiled, and who can: nn.LSTM is unrolled, so a short one must do for it.
-COMPILED = {32: ("nn", "fastlstm"), 512: ("fastlstm",)}
+COMPILED = {8: ("nn", "fastlstm"), 512: ("fastlstm",)}
 
 
 def chosen(matching: str = "") -> list[Feature]:
