@@ -209,5 +209,9 @@ def _time(row: Row, case: Case, contender: Contender, nn: Contender, floor: floa
 
 
 def failures(rows: list[Row], peers: dict[str, Peer]) -> list[Row]:
-    """Rows of our own implementations that were wrong or raised: what makes a run fail."""
-    return [row for row in rows if peers[row.impl].ours and row.status.startswith(("WRONG", "failed"))]
+    """Rows of our own implementations that were wrong or raised: what makes a run fail.
+
+    What is no peer is a way of using ours (benchmarks/features.py).
+    """
+    ours = [row for row in rows if row.impl not in peers or peers[row.impl].ours]
+    return [row for row in ours if row.status.startswith(("WRONG", "failed"))]

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Set
 from dataclasses import replace
 
-from benchmarks import gpu, sweeps
+from benchmarks import features, gpu, sweeps
 from benchmarks.cases import CPU, QUICK, Case
 from benchmarks.measure import Plan
 from benchmarks.memory import peak_rows
@@ -16,11 +16,11 @@ from benchmarks.run import Suite, run_suite
 
 Report = Callable[[str, list[Row]], None]
 
-NAMES = ("cpu", "gpu", "quick", "grid", "scaling", "tutorials")
+NAMES = ("cpu", "gpu", "quick", "grid", "scaling", "tutorials", "features")
 
 
 def suite_of(name: str) -> Suite:
-    """A suite of cases; "tutorials" is not one, it has trainings instead."""
+    """A suite of cases; "tutorials" and "features" are not, they have programs of their own."""
     if name == "cpu":
         return Suite("cpu", CPU)
     if name == "quick":
@@ -51,6 +51,8 @@ def size_of(name: str, matching: str = "", done: Set[str] = frozenset(), dtype: 
         from benchmarks.tutorials import chosen
 
         return len(chosen(matching))
+    if name == "features":
+        return len(features.chosen(matching)) + len(features.compiled(matching))
     return len(_select(suite_of(name).cases, matching, done, dtype)) + len(_memory_cases(name, matching, done, dtype))
 
 
@@ -75,6 +77,8 @@ def rows_of(
         from benchmarks.tutorials import tutorial_rows
 
         return tutorial_rows(matching, report)
+    if name == "features":
+        return features.feature_rows(matching, report, budget)
     suite = suite_of(name)
     suite.cases, suite.wait = _select(suite.cases, matching, done, dtype), wait
     until = float("inf") if seconds is None else time.monotonic() + seconds

@@ -11,8 +11,9 @@ from types import TracebackType
 import torch
 from torch import Tensor
 
-from . import reference
+from . import reference, transforms
 from .backends import BACKENDS, native
+from .ops import recompute as _recompute  # noqa: F401 - defines its ops
 from .ops.schema import LayerCall, LayerShape, check
 
 NAMES = ("auto", *BACKENDS, "reference")
@@ -97,7 +98,7 @@ def describe(x: Tensor, weights: list[Tensor], lengths: Tensor | None, reset_mas
 
 
 def _transforming() -> bool:
-    """Whether torch.func or forward-mode AD is at work, which only plain PyTorch ops serve."""
+    """Whether torch.func or forward-mode AD is at work, which the ops themselves know nothing of."""
     return torch._C._functorch.maybe_current_level() is not None or torch.autograd.forward_ad._current_level >= 0
 
 
@@ -139,13 +140,25 @@ def layer(
     lengths: Tensor | None,
     reset_mask: Tensor | None,
     keep_cells: bool,
+    recompute: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """y, h_n, c_n and cells of one layer (fastlstm/ops/schema.py), on the backend chosen for it."""
+    """y, h_n, c_n and cells of one layer (fastlstm/ops/schema.py), on the backend chosen for it.
+
+    With `recompute` > 0 only the states at intervals of that many steps are kept for backward (ops/recompute.py).
+    """
     name = _choose(x, weights, lengths, reset_mask)
     if name == "reference" or _transforming():
         check(x, h0, c0, weights, lengths, reset_mask)
-        return reference.layer(x, h0, c0, weights, lengths, reset_mask)
+        # Under torch.compile the reference's ops are what a graph can hold and fuse.
+        if name == "reference" or torch.compiler.is_compiling() or transforms.forward_mode():
+            return reference.layer(x, h0, c0, weights, lengths, reset_mask)
+        return transforms.layer(name, x, h0, c0, weights, lengths, reset_mask, keep_cells)
     keep_reserve = torch.is_grad_enabled() and _any_requires_grad(x, h0, c0, weights)
+    # A comparison with T would specialise a graph on it.
+    if recompute and keep_reserve and (torch.compiler.is_compiling() or x.shape[0] > recompute):
+        op = torch.ops.fastlstm.recomputed_layer.default
+        y, h_n, c_n, cells, _, _ = op(name, recompute, x, h0, c0, weights, lengths, reset_mask, keep_cells)
+        return y, h_n, c_n, cells
     if name == "native" and not torch.compiler.is_compiling():
         op = native.extension.layer  # type: ignore[union-attr]
     else:

@@ -28,7 +28,14 @@ class LSTM(nn.RNNBase):
 
     Constructor, attributes, parameters, state_dict, results and errors are those of torch.nn.LSTM; see its
     documentation. `forward` takes three more keyword arguments.
+
+    Attributes:
+        recompute: False; True, or a number of steps, to keep for backward only h and c at intervals
+            (functional.lstm). Set it on the module: `lstm.recompute = True`.
     """
+
+    # Of the class, so that converted modules and those unpickled from earlier versions have it.
+    recompute: bool | int = False
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__("LSTM", *args, **kwargs)
@@ -36,6 +43,9 @@ class LSTM(nn.RNNBase):
     get_expected_cell_size: Any = TorchLSTM.get_expected_cell_size
     check_forward_args: Any = TorchLSTM.check_forward_args
     permute_hidden: Any = TorchLSTM.permute_hidden
+
+    def extra_repr(self) -> str:
+        return super().extra_repr() + (f", recompute={self.recompute}" if self.recompute else "")
 
     def flatten_parameters(self) -> None:
         """Does nothing: the weights are read where they lie, at every call."""
@@ -125,6 +135,7 @@ class LSTM(nn.RNNBase):
             lengths=lengths,
             reset_mask=reset_mask,
             return_cell_states=return_cell_states,
+            recompute=self.recompute,
         )
 
     @staticmethod

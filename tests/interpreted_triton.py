@@ -191,3 +191,15 @@ def test_the_kernel_asked_for_is_the_one_that_runs(kernel, monkeypatch):
         monkeypatch.setattr(launch._Layer, name, noting)
     check(Case(T=2, B=1, seed=1), "triton")
     assert ran == [kernel, kernel]
+
+
+def test_per_sample_gradients():
+    ours, theirs = (cls(3, 5) for cls in (fastlstm.LSTM, torch.nn.LSTM))
+    theirs.load_state_dict(ours.state_dict())
+    inputs, weights = data(2, 3, 1, 3).float(), {name: w.detach() for name, w in ours.named_parameters()}
+    with fastlstm.use_backend("triton"):
+        one = torch.func.grad(lambda w, x: torch.func.functional_call(ours, w, (x,))[0].pow(2).sum())
+        got = torch.func.vmap(one, in_dims=(None, 0))(weights, inputs)
+    for k, x in enumerate(inputs):
+        expected = torch.autograd.grad(theirs(x)[0].pow(2).sum(), list(theirs.parameters()))
+        torch.testing.assert_close([g[k] for g in got.values()], list(expected))

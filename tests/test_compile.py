@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import shutil
 
 import pytest
@@ -182,3 +183,70 @@ def test_export_with_free_t_and_b(ragged):
     for T_run, B_run in ((4, 3), (9, 2), (30, 5)):
         x, lengths = data(T_run, B_run, 3), torch.arange(B_run)
         torch.testing.assert_close(program.module()(x, lengths), caller(x, lengths))
+
+
+@pytest.mark.parametrize("ragged", [False, True])
+def test_one_compilation_serves_training_of_every_t_and_b(ragged):
+    """Counted by what reaches the compiler, forward and backward: `error_on_recompile` sees Dynamo's guards alone."""
+    counter = CompileCounterWithBackend("aot_eager")
+    model = Model(num_layers=1)
+    compiled = torch.compile(model, backend=counter, fullgraph=True, dynamic=True)
+    for T, B in ((6, 7), (9, 5), (40, 2), (2, 13)):
+        x = data(T, B, 3)
+        loss_and_gradients(compiled, model, x, **({"lengths": torch.arange(B) % T} if ragged else {}))
+        assert counter.frame_count == 1, (T, B)
+
+
+def test_compile_time_does_not_grow_with_t():
+    """The graph of a long sequence is that of a short one: nothing is unrolled."""
+    sizes = []
+    for T in (4, 2048):
+        torch._dynamo.reset()
+        counter = CompileCounterWithBackend("eager")
+        torch.compile(Model(), backend=counter, fullgraph=True)(data(T, 2, 3))
+        sizes.append(len(counter.graphs[0].graph.nodes))
+    assert sizes[0] == sizes[1]
+
+
+@pytest.mark.fuzz  # a minute or more of C++ compilation
+def test_ahead_of_time_package(tmp_path):
+    """A .pt2 package of AOTInductor; the process that loads it needs `import fastlstm` for the ops."""
+    if not (shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")):
+        pytest.skip("inductor needs a C++ compiler")
+    model = Model().eval()
+    T, B = Dim("T", min=2, max=1000), Dim("B", min=2, max=1000)
+    with torch.no_grad():
+        program = export(model, (X,), dynamic_shapes={"x": {0: T, 1: B}, "hx": None})
+    package = torch._inductor.aoti_compile_and_package(program, package_path=str(tmp_path / "model.pt2"))
+    loaded = torch._inductor.aoti_load_package(package)
+    for T_run, B_run in ((4, 3), (17, 5)):
+        x = data(T_run, B_run, 3)
+        torch.testing.assert_close(loaded(x), model(x))
+
+
+class Plain(nn.Module):
+    """x [B, T, 3] -> [B, T, 2]."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.lstm = fastlstm.LSTM(3, 4, 2, batch_first=True, bidirectional=True)
+        self.head = nn.Linear(8, 2)
+
+    def forward(self, x):
+        return self.head(self.lstm(x)[0])
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_onnx_through_nn_lstm(tmp_path):
+    """ONNX has an LSTM operator of its own, which torch's exporter gives nn.LSTM; fastlstm's ops it cannot know."""
+    pytest.importorskip("onnx")
+    runtime = pytest.importorskip("onnxruntime")
+    model, x, path = Plain().eval(), data(2, 5, 3).float(), tmp_path / "model.onnx"
+    expected = model(x)
+    exported = fastlstm.convert(copy.deepcopy(model), to="torch")
+    torch.onnx.export(exported, (x,), path, dynamo=False, input_names=["x"], dynamic_axes={"x": {0: "B", 1: "T"}})
+    session = runtime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    torch.testing.assert_close(torch.from_numpy(session.run(None, {"x": x.numpy()})[0]), expected)
+    longer = data(3, 9, 3).float()
+    torch.testing.assert_close(torch.from_numpy(session.run(None, {"x": longer.numpy()})[0]), model(longer))

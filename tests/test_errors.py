@@ -269,3 +269,11 @@ def test_lengths_and_reset_mask_with_a_packed_sequence():
         lstm(packed(2, 2, 3), lengths=[2, 1])
     with pytest.raises(ValueError, match="reset_mask must be None with a PackedSequence, got Tensor"):
         lstm(packed(2, 2, 3), reset_mask=torch.zeros(2, 2, dtype=torch.bool))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_input_with_other_weights_is_refused(dtype, backend):
+    """Also where half precision is computed in float32, to which everything would be cast."""
+    weights = [w.detach() for w in fastlstm.LSTM(3, 4, dtype=torch.float64).parameters()]
+    with pytest.raises(RuntimeError, match=r"same dtype|must be .* as x is"):
+        fastlstm.functional.lstm(torch.zeros(2, 1, 3, dtype=dtype), None, weights, True, 1, 0.0, True, False, False)

@@ -18,6 +18,7 @@ LAYERS = (
     ("reference",),
     ("ops",),
     ("backends",),
+    ("transforms",),
     ("dispatch",),
     ("functional", "ragged"),
     ("modules", "convert", "explain"),

@@ -122,16 +122,22 @@ def _forward_direction(
     return y, h, c, cells, gates
 
 
-def backward(dy, dh_n, dc_n, dcells, x, h0, c0, weights, lengths, reset_mask, y, cells, reserve, needs):
-    """Kernel of fastlstm::eager_layer_backward."""
+def backward(dy, dh_n, dc_n, dcells, x, h0, c0, weights, lengths, reset_mask, y, cells, reserve, needs, groups=0):
+    """Kernel of fastlstm::eager_layer_backward.
+
+    With `groups` > 0 the B rows are that many groups of neighbours, and each weight's gradient is [groups, *its shape],
+    one for each group; an empty reserve is then made up for from y and cells, in one product.
+    """
     shape, dtype = LayerShape.of(weights), _compute_dtype(x.dtype)
-    P, H, n = shape.P, shape.H, shape.per_direction
+    P, H = shape.P, shape.H
     dx, dh0, dc0, dweights = [], [], [], []
     for d, w in enumerate(split_weights(weights)):
         steps = _Steps(x.shape[0], lengths, reset_mask, reverse=d == 1)
+        inputs = steps.only_valid(x).to(dtype)
         h_enter = steps.entering(y[..., d * P : (d + 1) * P].to(dtype), _initial(x, h0, d, P, dtype), reverse=d == 1)
         c = cells[..., d * H : (d + 1) * H].to(dtype)
         c_enter = steps.entering(c, _initial(x, c0, d, H, dtype), reverse=d == 1)
+        gates = reserve[d].to(dtype) if reserve.numel() else _gates(inputs, h_enter, w)
         dgates, dh, dc, dr = _backward_direction(
             None if dy is None else dy[..., d * P : (d + 1) * P].to(dtype),
             None if dcells is None else dcells[..., d * H : (d + 1) * H].to(dtype),
@@ -139,32 +145,76 @@ def backward(dy, dh_n, dc_n, dcells, x, h0, c0, weights, lengths, reset_mask, y,
             _initial(x, dc_n, d, H, dtype),
             c,
             c_enter,
-            reserve[d].to(dtype),
+            gates,
             w,
             steps,
         )
-        rows = dgates.flatten(0, 1)  # [T*B, 4H]
         if needs[0]:
-            dx.append(rows @ w.ih.to(dtype))
+            dx.append(dgates.flatten(0, 1) @ w.ih.to(dtype))
         dh0.append(dh)
         dc0.append(dc)
-        need = needs[3 + d * n : 3 + (d + 1) * n]
-        dw = [rows.t() @ steps.only_valid(x).flatten(0, 1).to(dtype) if need[0] else None]
-        dw.append(rows.t() @ h_enter.flatten(0, 1) if need[1] else None)
-        if shape.bias:
-            db = rows.sum(0) if need[2] or need[3] else None
-            # The two bias gradients are equal but must not be one tensor.
-            dw += [db if need[2] else None, db.clone() if need[3] and db is not None else None]
-        if shape.proj:
-            hidden = (reserve[d, ..., 3 * H :].to(dtype) * c.tanh()).flatten(0, 1)  # h before the projection
-            dw.append(dr.flatten(0, 1).t() @ hidden if need[-1] else None)
-        dweights += [x.new_empty(0) if g is None else g.to(x.dtype) for g in dw]
+        need = needs[3 + d * shape.per_direction :]
+        dweights += _weight_gradients(shape.bias, dgates, inputs, h_enter, need, groups)
+        if dr is not None:
+            hidden = gates[..., 3 * H :] * c.tanh()  # h before the projection
+            dweights.append(_products(dr, hidden, groups) if need[shape.per_direction - 1] else x.new_empty(0))
     return (
         sum(dx[1:], dx[0]).view_as(x).to(x.dtype) if needs[0] else x.new_empty(0),
         torch.stack(dh0).to(x.dtype) if needs[1] else x.new_empty(0),
         torch.stack(dc0).to(x.dtype) if needs[2] else x.new_empty(0),
-        dweights,
+        [g.to(x.dtype) for g in dweights],
     )
+
+
+def _weight_gradients(
+    bias: bool, dgates: Tensor, x: Tensor, h_enter: Tensor, need: Sequence[bool], groups: int
+) -> list[Tensor]:
+    """Of weight_ih, weight_hh and the biases of one direction, from the gradients of the pre-activations [T, B, 4H]."""
+    empty = x.new_empty(0)
+    found = [_products(dgates, factor, groups) if want else empty for factor, want in zip((x, h_enter), need)]  # noqa: B905
+    if bias and (need[2] or need[3]):
+        db = dgates.unflatten(1, (groups, -1)).sum((0, 2)) if groups else dgates.flatten(0, 1).sum(0)
+        # The two bias gradients are equal but must not be one tensor.
+        return [*found, db if need[2] else empty, db.clone() if need[3] else empty]
+    return [*found, empty, empty] if bias else found
+
+
+def weight_gradients_of_groups(dgates, x, h0, weights, lengths, reset_mask, y, needs, groups):
+    """`backward`'s weight gradients where another backend found dgates [T, B, D * 4H]; without projection."""
+    shape, dtype, found = LayerShape.of(weights), _compute_dtype(x.dtype), []
+    for d in range(shape.D):
+        steps = _Steps(x.shape[0], lengths, reset_mask, reverse=d == 1)
+        own = slice(d * shape.H, (d + 1) * shape.H)
+        h_enter = steps.entering(y[..., own].to(dtype), _initial(x, h0, d, shape.H, dtype), reverse=d == 1)
+        found += _weight_gradients(
+            shape.bias,
+            dgates[..., d * 4 * shape.H : (d + 1) * 4 * shape.H].to(dtype),
+            steps.only_valid(x).to(dtype),
+            h_enter,
+            needs[3 + d * shape.per_direction :],
+            groups,
+        )
+    return [g.to(x.dtype) for g in found]
+
+
+def _gates(x: Tensor, h_enter: Tensor, w: DirectionWeights) -> Tensor:
+    """The activated gates [T, B, 4H] from x [T, B, I] and the h [T, B, P] that enters each step."""
+    bias = None if w.bias_ih is None or w.bias_hh is None else w.bias_ih.to(x.dtype) + w.bias_hh.to(x.dtype)
+    gates = torch.nn.functional.linear(x, w.ih.to(x.dtype), bias)
+    gates += torch.nn.functional.linear(h_enter, w.hh.to(x.dtype))
+    i, f, g, o = gates.chunk(4, dim=-1)
+    for part in (i, f, o):
+        part.sigmoid_()
+    g.tanh_()
+    return gates
+
+
+def _products(a: Tensor, b: Tensor, groups: int) -> Tensor:
+    """The sum over steps and rows of a's [T, B, m] outer products with b's [T, B, n]: [m, n], or [groups, m, n]."""
+    if not groups:
+        return a.flatten(0, 1).t() @ b.flatten(0, 1)
+    a, b = (t.unflatten(1, (groups, -1)).transpose(0, 1).flatten(1, 2) for t in (a, b))  # [groups, T * rows, .]
+    return a.transpose(1, 2) @ b
 
 
 def _backward_direction(
@@ -177,32 +227,24 @@ def _backward_direction(
     gates: Tensor,
     w: DirectionWeights,
     steps: _Steps,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of the pre-activations [T, B, 4H], of h0 [B, P] and c0 [B, H], and of y in full [T, B, P]."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """Gradients of the pre-activations [T, B, 4H], of h0 [B, P] and c0 [B, H], and with projection of h [T, B, P]."""
     w_hh = w.hh.to(gates.dtype)
     w_hr = None if w.hr is None else w.hr.to(gates.dtype)
-    dgates = torch.empty_like(gates)
-    dr = gates.new_zeros(*gates.shape[:2], dh.shape[1])
+    dgates, dc_by_dh = _cell_factors(gates, c, c_enter)
+    f = gates.chunk(4, dim=-1)[1]
+    dr = None if w_hr is None else gates.new_zeros(*gates.shape[:2], dh.shape[1])
     for t in reversed(steps.order):
-        i, f, g, o = gates[t].chunk(4, dim=1)
         dh_t = dh if dy is None else dh + dy[t]
         dc_t = dc if dcells is None else dc + dcells[t]
-        if w_hr is not None:
+        if dr is not None:
             dr[t] = dh_t if steps.valid is None else dh_t.masked_fill(~steps.valid[t], 0)
         dh_full = dh_t if w_hr is None else dh_t @ w_hr
-        tanh_c = c[t].tanh()
-        dc_t = dc_t + dh_full * o * (1 - tanh_c * tanh_c)
-        torch.cat(
-            [
-                dc_t * g * i * (1 - i),
-                dc_t * c_enter[t] * f * (1 - f),
-                dc_t * i * (1 - g * g),
-                dh_full * tanh_c * o * (1 - o),
-            ],
-            dim=1,
-            out=dgates[t],
-        )
-        dc_t = dc_t * f
+        dc_t = torch.addcmul(dc_t, dh_full, dc_by_dh[t])
+        i_f_g, o = dgates[t].unflatten(1, (4, -1)).split((3, 1), dim=1)
+        i_f_g *= dc_t.unsqueeze(1)
+        o *= dh_full.unsqueeze(1)
+        dc_t = dc_t * f[t]
         if steps.valid is not None:
             dgates[t].masked_fill_(~steps.valid[t], 0)
         dh_t = dgates[t] @ w_hh
@@ -212,6 +254,18 @@ def _backward_direction(
             dh_t, dc_t = torch.where(steps.valid[t], dh_t, dh), torch.where(steps.valid[t], dc_t, dc)
         dh, dc = dh_t, dc_t
     return dgates, dh, dc, dr
+
+
+def _cell_factors(gates: Tensor, c: Tensor, c_enter: Tensor) -> tuple[Tensor, Tensor]:
+    """What the cell's gradients are multiplied by, for all steps at once: [T, B, 4H] and [T, B, H].
+
+    The first becomes the gradients of the pre-activations: those of i, f, g by the factor dc, of o by dh. The second
+    is what dh adds to dc.
+    """
+    i, f, g, o = gates.chunk(4, dim=-1)
+    tanh_c = c.tanh()
+    factors = torch.cat([g * i * (1 - i), c_enter * f * (1 - f), i * (1 - g * g), tanh_c * o * (1 - o)], dim=-1)
+    return factors, o * (1 - tanh_c * tanh_c)
 
 
 register.define(NAME, forward, backward)

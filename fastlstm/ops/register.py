@@ -28,8 +28,8 @@ def define(backend: str, forward: Callable[..., Any] | None = None, backward: Ca
         LIBRARY.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
         torch.library.register_fake(f"fastlstm::{name}", fake, lib=LIBRARY)
     if forward is not None and backward is not None:
-        LIBRARY.impl(layer, _without_autocast(_checked(_check_forward, forward)), "CompositeExplicitAutograd")
-        LIBRARY.impl(layer_backward, _without_autocast(_checked(check_backward, backward)), "CompositeExplicitAutograd")
+        LIBRARY.impl(layer, without_autocast(_checked(_check_forward, forward)), "CompositeExplicitAutograd")
+        LIBRARY.impl(layer_backward, without_autocast(_checked(check_backward, backward)), "CompositeExplicitAutograd")
         op = getattr(torch.ops.fastlstm, layer_backward).default
         torch.library.register_autograd(
             f"fastlstm::{layer}",
@@ -51,7 +51,7 @@ def _checked(check: Callable[..., None], kernel: Callable[..., Any]) -> Callable
     return run
 
 
-def _without_autocast(kernel: Callable[..., Any]) -> Callable[..., Any]:
+def without_autocast(kernel: Callable[..., Any]) -> Callable[..., Any]:
     """Inputs are cast before the op; inside, and in a backward called under autocast, dtypes stay as they are."""
 
     def run(*args: Any) -> Any:

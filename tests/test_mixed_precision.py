@@ -1,0 +1,119 @@
+"""Training in mixed precision: autocast, GradScaler, modules in half precision; each gets where float32 gets."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import pytest
+import torch
+from torch import nn
+
+import fastlstm
+
+from .twins import data, twins
+
+X = data(6, 3, 3).float()
+
+
+class Forecast(nn.Module):
+    """The next value of a series [T, B, 1] at every step."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.lstm = fastlstm.LSTM(1, 16, 2)
+        self.head = nn.Linear(16, 1)
+
+    def forward(self, x):
+        return self.head(self.lstm(x)[0])
+
+
+def train(dtype=None, scaled=False, steps=80):
+    """Mean squared error after training on sines of random phase; under autocast to `dtype` if given."""
+    model, generator = Forecast(), torch.Generator().manual_seed(1)
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.02)
+    scaler = torch.amp.GradScaler("cpu", enabled=scaled, init_scale=2.0**14, growth_interval=20)
+    losses = []
+    for _ in range(steps):
+        phase = torch.rand(1, 8, 1, generator=generator) * 6.28
+        series = (torch.arange(31)[:, None, None] * 0.4 + phase).sin()
+        with torch.autocast("cpu", dtype or torch.bfloat16, enabled=dtype is not None):
+            loss = (model(series[:-1]).float() - series[1:]).pow(2).mean()
+        optimizer.zero_grad()
+        scaler.scale(loss).backward()
+        assert all(w.grad.dtype == torch.float32 for w in model.parameters())
+        scaler.step(optimizer)
+        scaler.update()
+        losses.append(loss.item())
+    assert losses[0] > 0.2
+    return sum(losses[-10:]) / 10
+
+
+@lru_cache
+def float32_error():
+    return train()
+
+
+@pytest.mark.parametrize(("dtype", "scaled"), [(torch.bfloat16, False), (torch.float16, True), (torch.bfloat16, True)])
+def test_training_converges_as_in_float32(dtype, scaled):
+    assert train(dtype, scaled) < max(2 * float32_error(), 0.02)
+
+
+def test_the_scaler_skips_a_step_that_overflows(backend):
+    lstm = fastlstm.LSTM(3, 4)
+    optimizer, scaler = torch.optim.SGD(lstm.parameters(), lr=0.1), torch.amp.GradScaler("cpu", init_scale=2.0**40)
+    before = [w.detach().clone() for w in lstm.parameters()]
+    with torch.autocast("cpu", torch.float16):
+        loss = lstm(X)[0].float().pow(2).sum()
+    scaler.scale(loss).backward()
+    assert not all(w.grad.isfinite().all() for w in lstm.parameters())  # float16 ends at 65504
+    scaler.step(optimizer)
+    scaler.update()
+    assert scaler.get_scale() == 2.0**39
+    assert all(torch.equal(a, b) for a, b in zip(before, lstm.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("options", [{}, {"num_layers": 2, "bidirectional": True}, {"proj_size": 2}], ids=str)
+def test_modules_in_half_precision_train(dtype, options, backend):
+    """All in one dtype, results and gradients included; never further from float64 than a few of its ulps."""
+    if backend == "triton" and "proj_size" in options:
+        pytest.skip("no projection")
+    ours, theirs = twins(**options)
+    ours.to(dtype)
+    theirs.load_state_dict({name: w.double() for name, w in ours.state_dict().items()})
+    x = X.to(dtype)
+    output, (h_n, c_n) = ours(x)
+    assert {t.dtype for t in (output, h_n, c_n)} == {dtype}
+    (output.sum() + c_n.sum()).backward()
+    expected, (_, c) = theirs(x.double())
+    (expected.sum() + c.sum()).backward()
+    for name, weight in ours.named_parameters():
+        grad = getattr(theirs, name).grad
+        assert weight.grad.dtype == dtype
+        assert float((weight.grad.double() - grad).abs().max()) <= 16 * torch.finfo(dtype).eps * float(grad.abs().max())
+
+
+def test_autocast_of_every_form_of_call(backend):
+    """lengths, reset_mask, cell states, packed input: the low dtype out, float32 gradients, float32's numbers."""
+    ours, _ = twins(bidirectional=True, dtype=torch.float32)
+    packed = nn.utils.rnn.pack_padded_sequence(X, torch.tensor([6, 2, 3]), enforce_sorted=False)
+    calls = (
+        {"lengths": [6, 0, 3]},
+        {"reset_mask": X[..., 0] > 0},
+        {"return_cell_states": True},
+        {"hx": (data(2, 3, 4).float(), data(2, 3, 4).float())},
+    )
+    for call in (None, *calls):
+        found = []
+        for enabled in (False, True):
+            ours.zero_grad()
+            with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+                output, *rest = ours(packed) if call is None else ours(X, **call)
+            output = output.data if call is None else output
+            assert output.dtype == (torch.bfloat16 if enabled else torch.float32)
+            (output.float().pow(2).sum() + sum(r.float().sum() for r in rest[1:] if call)).backward()
+            assert ours.weight_hh_l0.grad.dtype == torch.float32
+            found.append((output.float().detach(), ours.weight_hh_l0.grad.clone()))
+        for exact, low in zip(*found, strict=True):
+            assert float((exact - low).abs().max()) <= 0.03 * float(exact.abs().max()), call

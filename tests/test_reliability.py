@@ -1,0 +1,135 @@
+"""What a service or a long training relies on: threads, worker processes, old pickles, seeds, repeatable results."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, Dataset
+
+import fastlstm
+
+from .test_threads import together
+
+ROOT = Path(__file__).parent.parent
+
+
+def test_eight_python_threads_train_and_serve_one_module(backend):
+    """Gradients of each thread's own graph, and forward passes between them, as when each runs alone."""
+    torch.manual_seed(0)
+    lstm = fastlstm.LSTM(3, 17, 2, bidirectional=True)
+    inputs = [torch.randn(6, 2, 3) for _ in range(8)]
+    weights = list(lstm.parameters())
+
+    def gradients(x):
+        return torch.autograd.grad(lstm(x)[0].pow(2).sum(), weights)
+
+    expected = [(gradients(x), lstm(x)[0].detach()) for x in inputs]
+
+    def work(k):
+        for _ in range(5):
+            for got, wanted in zip(gradients(inputs[k]), expected[k][0], strict=True):
+                torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-5)
+            with torch.no_grad():
+                assert torch.equal(lstm(inputs[k])[0], expected[k][1])
+
+    together(8, work)
+
+
+class Features(Dataset):
+    """An LSTM inside a data set: its items are computed in the loader's workers."""
+
+    def __init__(self) -> None:
+        torch.manual_seed(0)
+        self.lstm = fastlstm.LSTM(3, 8).eval()
+        self.inputs = torch.randn(4, 5, 3)
+
+    def __len__(self) -> int:
+        return len(self.inputs)
+
+    def __getitem__(self, k: int):
+        with torch.no_grad():
+            return self.lstm(self.inputs[k])[0]
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+def test_data_loader_workers(method):
+    if method not in torch.multiprocessing.get_all_start_methods():
+        pytest.skip(f"this system has no {method}")
+    features = Features()
+    expected = torch.stack([features[k] for k in range(4)])  # the parent has run it before its workers start
+    loader = DataLoader(features, batch_size=2, num_workers=2, multiprocessing_context=method, timeout=120)
+    torch.testing.assert_close(torch.cat(list(loader)), expected)
+
+
+def test_a_module_saved_by_an_earlier_version():
+    """tests/data/lstm-0.1.0.pt: torch.save of a module, an input and the output that 0.1.0 gave."""
+    saved = torch.load(ROOT / "tests/data/lstm-0.1.0.pt", weights_only=False)
+    module = saved["module"]
+    assert type(module) is fastlstm.LSTM
+    torch.testing.assert_close(module(saved["input"])[0], saved["output"])
+    assert module.recompute is False  # an attribute that came later has its default
+
+
+def test_attributes_of_a_later_version_do_no_harm():
+    lstm = fastlstm.LSTM(3, 4)
+    state = {**lstm.__getstate__(), "option_of_the_future": 3}
+    restored = fastlstm.LSTM.__new__(fastlstm.LSTM)
+    restored.__setstate__(state)
+    x = torch.randn(2, 1, 3)
+    assert torch.equal(restored(x)[0], lstm(x)[0])
+
+
+def test_dropout_repeats_under_a_seed(backend):
+    lstm, x = fastlstm.LSTM(3, 8, 3, dropout=0.5), torch.randn(5, 2, 3)
+    for forms in ((x,), (nn.utils.rnn.pack_sequence([x[:, 0], x[:3, 1]]),)):
+        found = []
+        for seed in (1, 1, 2):
+            torch.manual_seed(seed)
+            output = lstm(*forms)[0]
+            found.append(output.data if len(output) == 4 else output)
+        assert torch.equal(found[0], found[1])
+        assert not torch.equal(found[0], found[2])
+        state = torch.get_rng_state()
+        first = lstm(x)[0]
+        torch.set_rng_state(state)
+        assert torch.equal(lstm(x)[0], first)
+
+
+@pytest.mark.parametrize("H", [8, 100])
+def test_a_row_does_not_depend_on_its_batch_beyond_rounding(H, backend):
+    """Not bit for bit: few rows take other kernels than many (docs/design.md)."""
+    torch.manual_seed(0)
+    lstm, x = fastlstm.LSTM(5, H), torch.randn(20, 33, 5)
+    with torch.no_grad():
+        whole = lstm(x)[0]
+        for rows in (slice(0, 1), slice(3, 5), slice(7, 33)):
+            assert float((lstm(x[:, rows])[0] - whole[:, rows]).abs().max()) <= 1e-6
+
+
+PROGRAM = """
+import sys, torch, fastlstm
+torch.set_num_threads(int(sys.argv[1]))
+torch.manual_seed(0)
+lstm, x = fastlstm.LSTM(20, 64, bidirectional=True), torch.randn(30, 32, 20)
+for name in ("native", "eager"):
+    fastlstm.use_backend(name)
+    lstm.zero_grad()
+    output, _ = lstm(x)
+    output.sum().backward()
+    print(name, output.detach().numpy().tobytes().hex()[:4000], lstm.weight_hh_l0.grad.numpy().tobytes().hex()[:4000])
+"""
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_results_repeat_bit_for_bit_in_another_process(threads):
+    if "not available" in str(fastlstm.explain(fastlstm.LSTM(2, 3), torch.zeros(1, 1, 2))):
+        pytest.skip("the extension is not built")
+    command = [sys.executable, "-c", PROGRAM, str(threads)]
+    runs = [subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120) for _ in range(2)]
+    assert all(run.returncode == 0 for run in runs), runs[0].stderr
+    assert runs[0].stdout == runs[1].stdout

@@ -1,0 +1,215 @@
+"""torch.func beyond single transforms: nested, with every option of the module, and under an outer backward pass.
+
+Each result is compared with plain loops over nn.LSTM, or over fastlstm.LSTM where nn.LSTM lacks the option.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.func import functional_call, grad, hessian, jacfwd, jacrev, stack_module_state, vjp, vmap
+
+import fastlstm
+
+from .cases import Case
+from .runners import require
+from .twins import data, flat, twins
+
+T, N, B = 4, 3, 2
+LENGTHS = torch.tensor([[4, 0], [2, 3], [1, 4]])
+MASK = data(N, T, B, seed=5) > 0.4
+OPTIONS = (
+    {},
+    {"num_layers": 2, "bidirectional": True},
+    {"proj_size": 2, "bias": False, "bidirectional": True},
+    {"batch_first": True},
+    {"proj_size": 2, "num_layers": 2},
+)
+
+
+def weights_of(module):
+    return {name: w.detach() for name, w in module.named_parameters()}
+
+
+def loss(module, weights, x, **ragged):
+    results = flat(functional_call(module, weights, (x,), ragged))
+    return sum((k + 1) * r.pow(2).sum() for k, r in enumerate(results))
+
+
+def looped(module, inputs, options=({},) * N):
+    """The gradients of `loss` for each sample, stacked."""
+    found = []
+    for x, ragged in zip(inputs, options, strict=True):
+        leaves = {name: w.clone().requires_grad_() for name, w in weights_of(module).items()}
+        found.append(torch.autograd.grad(loss(module, leaves, x, **ragged), list(leaves.values())))
+    return [torch.stack(parts) for parts in zip(*found, strict=True)]
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_per_sample_gradients(options, backend):
+    require(backend, Case(proj=options.get("proj_size", 0), dtype=torch.float64))
+    ours, theirs = twins(**options)
+    inputs = data(N, *((B, T) if "batch_first" in options else (T, B)), 3)
+    got = vmap(grad(lambda w, x: loss(ours, w, x)), in_dims=(None, 0))(weights_of(ours), inputs)
+    torch.testing.assert_close(list(got.values()), looped(theirs, inputs))
+
+
+@pytest.mark.parametrize("options", OPTIONS[:3], ids=str)
+def test_per_sample_gradients_of_ragged_rows(options, backend):
+    """Lengths and masks of their own for each sample; the padding holds NaN."""
+    require(backend, Case(proj=options.get("proj_size", 0), dtype=torch.float64, lengths=(1,), resets=((0, 0),)))
+    ours, _ = twins(**options)
+    padding = torch.arange(T)[None, :, None] >= LENGTHS[:, None]
+    inputs = data(N, T, B, 3).masked_fill(padding[..., None], float("nan"))
+
+    def one(w, x, n, m):
+        return loss(ours, w, x, lengths=n, reset_mask=m, return_cell_states=True)
+
+    got = vmap(grad(one), in_dims=(None, 0, 0, 0))(weights_of(ours), inputs, LENGTHS, MASK)
+    ragged = [{"lengths": n, "reset_mask": m, "return_cell_states": True} for n, m in zip(LENGTHS, MASK, strict=True)]
+    with fastlstm.use_backend("reference"):
+        expected = looped(ours, inputs, ragged)
+    torch.testing.assert_close(list(got.values()), expected)
+
+
+def test_per_sample_gradients_of_states(backend):
+    """Mapped initial states and their gradients, beside a frozen weight."""
+    ours, theirs = twins(bidirectional=True)
+    x, h0, c0 = data(T, B, 3), data(N, 2, B, 4), data(2, N, B, 4, seed=1)
+    got = vmap(grad(lambda h, c: ours(x, (h, c))[0].pow(2).sum(), argnums=(0, 1)), in_dims=(0, 1))(h0, c0)
+    for k in range(N):
+        h, c = h0[k].clone().requires_grad_(), c0[:, k].clone().requires_grad_()
+        expected = torch.autograd.grad(theirs(x, (h, c))[0].pow(2).sum(), (h, c))
+        torch.testing.assert_close([g[k] for g in got], list(expected))
+
+
+def test_vmap_in_vmap(backend):
+    ours, theirs = twins()
+    inputs = data(2, N, T, B, 3)
+    per_sample = vmap(vmap(grad(lambda w, x: loss(ours, w, x)), in_dims=(None, 0)), in_dims=(None, 0))
+    got = per_sample(weights_of(ours), inputs)
+    for k in range(2):
+        torch.testing.assert_close([g[k] for g in got.values()], looped(theirs, inputs[k]))
+
+
+def test_an_ensemble_and_its_gradients(backend):
+    """Training an ensemble both ways: vmap(grad), and a plain backward through vmap."""
+    pairs = [twins(num_layers=2) for _ in range(N)]
+    for k, (ours, theirs) in enumerate(pairs):
+        with torch.no_grad():
+            for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
+                a.mul_(k + 1)
+                b.mul_(k + 1)
+    base, x = pairs[0][0], data(T, B, 3)
+    params, _ = stack_module_state([ours for ours, _ in pairs])
+    expected = [looped(theirs, [x], [{}]) for _, theirs in pairs]
+    got = vmap(grad(lambda w, x: loss(base, w, x)), in_dims=(0, None))(
+        {name: w.detach() for name, w in params.items()}, x
+    )
+    vmap(lambda w: loss(base, w, x))(params).sum().backward()
+    for k in range(N):
+        torch.testing.assert_close([g[k : k + 1] for g in got.values()], expected[k])
+        torch.testing.assert_close([params[name].grad[k : k + 1] for name in got], expected[k])
+
+
+def test_per_sample_gradients_of_an_ensemble(backend):
+    models = [fastlstm.LSTM(3, 4, dtype=torch.float64) for _ in range(2)]
+    params, _ = stack_module_state(models)
+    params = {name: w.detach() for name, w in params.items()}
+    inputs = data(N, T, B, 3)
+    one = grad(lambda w, x: loss(models[0], w, x))
+    for nested in (
+        vmap(vmap(one, in_dims=(None, 0)), in_dims=(0, None)),
+        vmap(vmap(one, in_dims=(0, None)), in_dims=(None, 0), out_dims=1),
+    ):
+        got = nested(params, inputs)
+        for k, model in enumerate(models):
+            torch.testing.assert_close([g[k] for g in got.values()], looped(model, inputs))
+
+
+def test_backward_through_per_sample_gradients(backend):
+    """The norm of every sample's gradient in a loss: a second derivative through vmap."""
+    ours, theirs = twins(bidirectional=True)
+    inputs = data(N, T, B, 3)
+    leaves = {name: w.clone().requires_grad_() for name, w in weights_of(ours).items()}
+    found = vmap(grad(lambda w, x: loss(ours, w, x)), in_dims=(None, 0))(leaves, inputs)
+    got = torch.autograd.grad(sum(g.pow(2).sum() for g in found.values()), list(leaves.values()))
+    total = 0
+    for x in inputs:
+        first = torch.autograd.grad(
+            loss(theirs, dict(theirs.named_parameters()), x), theirs.parameters(), create_graph=True
+        )
+        total = total + sum(g.pow(2).sum() for g in first)
+    torch.testing.assert_close(got, torch.autograd.grad(total, list(theirs.parameters())))
+
+
+def test_hessian_and_its_two_other_ways(backend):
+    ours, theirs = twins(2, 3)
+    x = data(3, 1, 2)
+    expected = torch.autograd.functional.hessian(lambda x: theirs(x)[0].pow(3).sum(), x)
+
+    def f(x):
+        return ours(x)[0].pow(3).sum()
+
+    for second in (hessian(f), jacrev(jacrev(f)), jacrev(jacfwd(f)), jacfwd(jacfwd(f))):
+        torch.testing.assert_close(second(x), expected)
+
+
+def test_hessian_vector_product_and_third_derivative(backend):
+    ours, theirs = twins(2, 3)
+    x, v = data(3, 1, 2), data(3, 1, 2, seed=1)
+    _, pull = vjp(grad(lambda x: ours(x)[0].pow(2).sum()), x)
+    leaf = x.clone().requires_grad_()
+    (first,) = torch.autograd.grad(theirs(leaf)[0].pow(2).sum(), leaf, create_graph=True)
+    (second,) = torch.autograd.grad((first * v).sum(), leaf, create_graph=True)
+    torch.testing.assert_close(pull(v)[0], second.detach())
+    got = grad(lambda x: vjp(grad(lambda z: ours(z)[0].pow(2).sum()), x)[1](v)[0].pow(2).sum())(x)
+    torch.testing.assert_close(got, torch.autograd.grad(second.pow(2).sum(), leaf)[0])
+
+
+def test_jacobians_of_mapped_rows(backend):
+    ours, theirs = twins()
+    inputs = data(N, 2, 1, 3)
+    expected = [torch.autograd.functional.jacobian(lambda x: theirs(x)[0], x) for x in inputs]
+    for jacobian in (jacrev, jacfwd):
+        got = vmap(jacobian(lambda x: ours(x)[0]))(inputs)
+        torch.testing.assert_close(got, torch.stack(expected))
+
+
+def test_transforms_run_on_the_backend_and_not_on_the_loop(monkeypatch):
+    """vmap(grad) never enters the reference; a gradient of a gradient does."""
+    ours, _ = twins()
+    inputs, calls = data(N, T, B, 3), []
+    real = fastlstm.reference.layer
+    monkeypatch.setattr(fastlstm.reference, "layer", lambda *args: calls.append(1) or real(*args))
+    with fastlstm.use_backend("auto"):
+        vmap(grad(lambda w, x: loss(ours, w, x)), in_dims=(None, 0))(weights_of(ours), inputs)
+        vmap(lambda x: ours(x)[0])(inputs)
+        assert not calls
+        grad(lambda x: grad(lambda z: ours(z)[0].pow(2).sum())(x).sum())(inputs[0])
+        assert calls
+
+
+def test_lengths_out_of_range_are_noticed_under_vmap(backend):
+    ours, _ = twins()
+    with pytest.raises(ValueError, match=r"lengths must lie in \[0, T=4\], got 9"):
+        vmap(lambda x, n: ours(x, lengths=n)[0])(data(N, T, B, 3), LENGTHS + 5)
+
+
+def test_dropout_under_vmap(backend):
+    ours, _ = twins(num_layers=2, dropout=0.5)
+    same = data(T, B, 3).expand(N, T, B, 3)
+    got = vmap(lambda x: ours(x)[0], randomness="different")(same)
+    assert not torch.equal(got[0], got[1])
+    got = vmap(lambda x: ours(x)[0], randomness="same")(same)
+    assert torch.equal(got[0], got[1])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_per_sample_gradients_in_other_dtypes(dtype, backend):
+    ours, theirs = twins(3, 8, dtype=dtype)
+    inputs = data(N, T, B, 3).to(dtype)
+    got = vmap(grad(lambda w, x: loss(ours, w, x)), in_dims=(None, 0))(weights_of(ours), inputs)
+    truth = looped(theirs.double(), inputs.double())
+    for mine, true in zip(got.values(), truth, strict=True):
+        assert float((mine.double() - true).abs().max()) <= 16 * torch.finfo(dtype).eps * float(true.abs().max())
