@@ -86,7 +86,7 @@ def _state(x: Tensor, given: Tensor | None, d: int, features: int) -> Tensor:
 
 
 def _forward(backend, interval, x, h0, c0, weights, lengths, reset_mask, keep_cells):
-    check(x, h0, c0, weights)
+    check(x, h0, c0, weights, lengths, reset_mask)
     op = getattr(torch.ops.fastlstm, f"{backend}_layer").default
     s = LayerShape.of(weights)
     y, h_n, c_n, cells, h_at, c_at = _outputs(x, interval, weights, keep_cells)
@@ -158,7 +158,7 @@ def _backward(
 
 
 def _fake_forward(backend, interval, x, h0, c0, weights, lengths, reset_mask, keep_cells):
-    check(x, h0, c0, weights)
+    check(x, h0, c0, weights, lengths, reset_mask)
     return _outputs(x, interval, weights, keep_cells)
 
 
