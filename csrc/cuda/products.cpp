@@ -105,6 +105,7 @@ Products::Products(at::ScalarType dtype) {
   const bool wanted = context.userEnabledCuDNN() ? context.allowTF32CuDNN(at::Float32Op::RNN) : matmul;
   if (!wanted && matmul) ieee_.emplace();
   own_tf32_ = wanted && !matmul && has_cublas();
+  tf32_ = wanted && (matmul || own_tf32_);
 }
 
 void Products::operator()(at::Tensor& out, const at::Tensor& a, const at::Tensor& b, bool add) const {

@@ -16,6 +16,7 @@ namespace fastlstm::cuda {
 class Products {
  public:
   explicit Products(at::ScalarType dtype);
+  bool tf32() const { return tf32_; }  // what float32 is multiplied as
 
   // out = a b, or out += a b: a [M, K], b [K, N], out [M, N] and dense, or all three with a batch in front.
   // out is of the operands' type, or, unless adding, of the type they are summed in (Acc in cell_kernels.h).
@@ -23,7 +24,8 @@ class Products {
 
  private:
   std::optional<at::NoTF32Guard>
-      ieee_;               // this thread's products are IEEE although the matmul setting says TF32
+      ieee_;  // this thread's products are IEEE although the matmul setting says TF32
+  bool tf32_ = false;
   bool own_tf32_ = false;  // TF32 although the matmul setting says IEEE
 };
 

@@ -10,6 +10,10 @@
 #include "cuda/layer.cpp"
 #include "cuda/layer_backward.cpp"
 #include "cuda/layer_forward.cpp"
+#include "cuda/layer_persistent.cpp"
+#include "cuda/pack_weights.cu"
+#include "cuda/persistent_backward.cu"
+#include "cuda/persistent_forward.cu"
 #include "cuda/products.h"
 
 namespace fastlstm::cuda {
@@ -19,9 +23,13 @@ OnDeviceOf::OnDeviceOf(const at::Tensor&) {}
 OnDeviceOf::~OnDeviceOf() = default;
 cudaStream_t OnDeviceOf::stream() const { return nullptr; }
 
+DeviceLimits limits = {8, 227 << 10};
+DeviceLimits device_limits() { return limits; }
+
 void check(cudaError_t status) { TORCH_CHECK(status == cudaSuccess); }
 
-Products::Products(at::ScalarType) {}
+// Float32 has its persistent kernels in TF32 alone, so those are what it gets when they are asked for.
+Products::Products(at::ScalarType dtype) : tf32_(dtype == at::kFloat) {}
 void Products::operator()(at::Tensor& out, const at::Tensor& a, const at::Tensor& b, bool add) const {
   // As products.h says: sums in their own type, results rounded once, out dense and of one type or the other.
   const at::ScalarType sum = a.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
@@ -33,6 +41,13 @@ void Products::operator()(at::Tensor& out, const at::Tensor& a, const at::Tensor
 }
 
 }  // namespace fastlstm::cuda
+
+TORCH_LIBRARY_IMPL(fastlstm_cuda_host, CompositeExplicitAutograd, m) {
+  m.impl("persistent", [](bool enabled, int64_t sms) {
+    fastlstm::cuda::persistent_enabled = enabled;
+    fastlstm::cuda::limits.sms = static_cast<int>(sms);
+  });
+}
 
 TORCH_LIBRARY_IMPL(fastlstm_cuda_host, CPU, m) {
   m.impl("native_layer", fastlstm::cuda::layer_forward);
