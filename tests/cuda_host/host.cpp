@@ -12,8 +12,12 @@
 #include "cuda/layer_forward.cpp"
 #include "cuda/layer_persistent.cpp"
 #include "cuda/pack_weights.cu"
-#include "cuda/persistent_backward.cu"
-#include "cuda/persistent_forward.cu"
+#include "cuda/persistent_backward_bf16.cu"
+#include "cuda/persistent_backward_fp16.cu"
+#include "cuda/persistent_backward_tf32.cu"
+#include "cuda/persistent_forward_bf16.cu"
+#include "cuda/persistent_forward_fp16.cu"
+#include "cuda/persistent_forward_tf32.cu"
 #include "cuda/products.h"
 
 namespace fastlstm::cuda {

@@ -1,4 +1,7 @@
-// Launch of the persistent forward kernel; a block of it is in persistent_forward.h.
+// Launch of the persistent forward kernel; a block of it is in persistent_forward.h. Included once for each
+// type, by files of their own that compile side by side.
+#pragma once
+
 #include "cuda/persistent_forward.h"
 
 namespace fastlstm::cuda {
@@ -37,12 +40,8 @@ cudaError_t launch_persistent_fwd(const PersistentForward<T>& s, cudaStream_t st
   return status;
 }
 
-#define INSTANTIATE(T)                                  \
+#define FASTLSTM_PERSISTENT_FWD(T)                      \
   template int persistent_fwd_blocks<T>(const Layout&); \
   template cudaError_t launch_persistent_fwd<T>(const PersistentForward<T>&, cudaStream_t);
-INSTANTIATE(float)
-INSTANTIATE(__half)
-INSTANTIATE(__nv_bfloat16)
-#undef INSTANTIATE
 
 }  // namespace fastlstm::cuda

@@ -1,4 +1,7 @@
-// Launch of the persistent backward kernel; a block of it is in persistent_backward.h.
+// Launch of the persistent backward kernel; a block of it is in persistent_backward.h. Included once for each
+// type, by files of their own that compile side by side.
+#pragma once
+
 #include "cuda/persistent_backward.h"
 
 namespace fastlstm::cuda {
@@ -38,12 +41,8 @@ cudaError_t launch_persistent_bwd(const PersistentBackward<T>& s, cudaStream_t s
   return status;
 }
 
-#define INSTANTIATE(T)                                  \
+#define FASTLSTM_PERSISTENT_BWD(T)                      \
   template int persistent_bwd_blocks<T>(const Layout&); \
   template cudaError_t launch_persistent_bwd<T>(const PersistentBackward<T>&, cudaStream_t);
-INSTANTIATE(float)
-INSTANTIATE(__half)
-INSTANTIATE(__nv_bfloat16)
-#undef INSTANTIATE
 
 }  // namespace fastlstm::cuda
