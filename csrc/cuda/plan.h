@@ -103,9 +103,10 @@ inline Plan plan(Phase phase, const Recurrence& r, const DeviceLimits& device) {
     return {"", two.shared <= device.shared ? two : one};
   }
   const std::string both = r.D == 2 ? " of both directions" : "";
-  return {"W_hh" + both + " at H=" + std::to_string(r.H) + " is " +
+  return {"W_hh" + both + " at H=" + std::to_string(r.H) + ", " +
           std::to_string((4 * r.H * r.H * r.element * r.D) >> 20) +
-          " MiB, more than the registers and shared memory of " + std::to_string(device.sms) + " SMs hold"};
+          " MiB, does not fit into the registers and shared memory of " + std::to_string(device.sms) +
+          " SMs"};
 }
 
 }  // namespace fastlstm::cuda

@@ -114,7 +114,7 @@ class Resident {
   static constexpr int kPerWarp = ROWS * 2 * 32;  // words of a chunk
   // Chunks of the state on their way at once. Eight warps then have 16 KiB in flight, which is about the
   // bandwidth of an SM's path to L2 times its latency; more of them make ptxas spill.
-  static constexpr int kAhead = 4 / COLUMNS;
+  static constexpr int kAhead = sizeof(T) == 4 && ROWS * COLUMNS == 16 ? 1 : 4 / COLUMNS;
 
   // Shared memory: the chunks that are not held, [chunks - HELD, kWarps, ROWS, 2, 32], of which this is the
   // warp's own part of chunk i; then the warps' products, [kWarps, kColumns, kStride].
