@@ -21,6 +21,7 @@ from benchmarks import gpu, machine, peers, results, suites
 from benchmarks.load import BUSY
 from benchmarks.results import Row
 from benchmarks.run import failures
+from fastlstm.backends import native
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -44,6 +45,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--threads", type=int, metavar="N", help="CPU threads; torch's default otherwise")
     parser.add_argument(
         "--wait", type=float, default=0.0, metavar="S", help="seconds a case may wait for other processes to calm down"
+    )
+    parser.add_argument(
+        "--persistent", action="store_true", help="with fastlstm's persistent CUDA kernels on (docs/gpu-notes.md)"
     )
     return parser.parse_args(arguments)
 
@@ -98,6 +102,8 @@ def main(arguments: list[str] | None = None) -> int:
     if options.suite == "gpu" and gpu.why_not():
         console.print(f"[red]{gpu.why_not()}[/]")
         return 2
+    if options.persistent:
+        native.set_persistent(True)
     if options.threads:
         torch.set_num_threads(options.threads)
     try:
