@@ -61,6 +61,17 @@ def test_kernels_include_no_torch_header(source):
     assert not re.findall(r"\S*/(?:torch|ATen|c10)/\S*", files)
 
 
+@needs_nvcc
+@pytest.mark.parametrize("architecture", ["sm_80", "sm_90a"])
+def test_the_latency_benchmark_compiles(architecture, tmp_path):
+    """benchmarks/cuda/latency.cu, a program of its own; scripts/gpu_check.sh runs it."""
+    target = f"-gencode=arch={ARCHITECTURES[architecture]},code={architecture}"
+    command = ["nvcc", "-std=c++17", "-O3", target, f"-I{ROOT / 'csrc'}", "-Werror", "all-warnings"]
+    command += [str(ROOT / "benchmarks" / "cuda" / "latency.cu"), "-o", str(tmp_path / "latency")]
+    ran = subprocess.run(command, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr
+
+
 @pytest.mark.skipif(bool(why_not()), reason=why_not())
 @pytest.mark.parametrize("name", ["device.cpp", "ops.cpp", "products.cpp"])
 def test_binding_compiles(name):
