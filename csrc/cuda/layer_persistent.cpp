@@ -15,7 +15,7 @@ PersistentPass<T>::PersistentPass(const Layer& l, Phase phase, bool tf32, cudaSt
     : stream_(stream) {
   if constexpr (!std::is_same_v<T, double>) {
     if (!persistent_enabled || l.T < kLeastSteps) return;
-    const int element = std::is_same_v<T, float> && !tf32 ? 0 : sizeof(T);
+    const int element = std::is_same_v<T, float> && !tf32 ? 0 : static_cast<int>(c10::elementSize(l.dtype));
     const int D = static_cast<int>(l.D);
     const Plan found = plan(phase, {l.H, l.P, l.B, D, element}, device_limits());
     if (!found.reason.empty()) return;
