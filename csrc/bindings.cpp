@@ -2,8 +2,11 @@
 // here is for Python to ask what was built.
 #include <torch/extension.h>
 
+#include <map>
+
 #include "contract.h"
 #include "cpu/sequence.h"
+#include "cuda/plan.h"
 
 namespace fastlstm {
 namespace {
@@ -42,6 +45,26 @@ LayerResults layer(const at::Tensor& x, const OptionalTensor& h0, const Optional
   return op.call(x, h0, c0, weights, lengths, reset_mask, keep_cells, keep_reserve);
 }
 
+// The plan of csrc/cuda/plan.h: (why not, or "", and the layout's numbers by name).
+std::pair<std::string, std::map<std::string, int64_t>> persistent_plan(const std::string& phase, int64_t H,
+                                                                       int64_t P, int64_t B, int D,
+                                                                       int element, int sms, int64_t shared) {
+  TORCH_CHECK(phase == "forward" || phase == "backward", "phase must be forward or backward, got ", phase);
+  const cuda::Plan found = cuda::plan(phase == "forward" ? cuda::Phase::forward : cuda::Phase::backward,
+                                      {H, P, B, D, element}, {sms, shared});
+  const cuda::Layout& l = found.layout;
+  return {found.reason,
+          {{"units", l.units},
+           {"held", l.held},
+           {"columns", l.columns},
+           {"chunks", l.chunks},
+           {"members", l.members},
+           {"groups", l.groups},
+           {"slices", l.slices},
+           {"shared", l.shared},
+           {"blocks", l.blocks(D)}}};
+}
+
 }  // namespace
 }  // namespace fastlstm
 
@@ -49,5 +72,9 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("devices", &fastlstm::devices, "Device types the extension was built for.");
   m.def("isa", &fastlstm::isa_name, "The instruction set the CPU kernels run on: baseline, avx2 or avx512.");
   m.def("layer", &fastlstm::layer, "Calls the op fastlstm::native_layer.");
+  m.def("persistent_plan", &fastlstm::persistent_plan,
+        "How the persistent CUDA kernels lay out a layer, or why not.");
+  m.def("persistent_enabled", [] { return fastlstm::cuda::persistent_enabled.load(); });
+  m.def("enable_persistent", [](bool on) { fastlstm::cuda::persistent_enabled = on; });
   m.def("activation", &fastlstm::activation, "The CPU kernels' sigmoid or tanh of a tensor, for tests.");
 }

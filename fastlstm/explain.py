@@ -9,19 +9,25 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from . import dispatch
+from .backends import native
 from .modules import LSTM, LSTMCell
 
 
 @dataclass(frozen=True)
 class Explanation:
-    """The backend that runs a call ("" if the one asked for cannot), and for each backend "runs" or why not."""
+    """The backend that runs a call ("" if the one asked for cannot), and for each backend "runs" or why not.
+
+    `kernels`: which CUDA kernels of the native backend run it, and why; "" elsewhere.
+    """
 
     backend: str
     reasons: dict[str, str]
+    kernels: str = ""
 
     def __str__(self) -> str:
-        width = max(map(len, self.reasons))
-        return "\n".join(f"{name:<{width}}  {reason}" for name, reason in self.reasons.items())
+        told = {**self.reasons, "kernels": self.kernels} if self.kernels else self.reasons
+        width = max(map(len, told))
+        return "\n".join(f"{name:<{width}}  {reason}" for name, reason in told.items())
 
 
 def explain(
@@ -51,4 +57,5 @@ def explain(
     data = input.data if isinstance(input, PackedSequence) else input
     call = dispatch.describe(data, weights, data if packed or lengths is not None else None, reset_mask)
     reasons = dispatch.choices(call)
-    return Explanation(next((name for name, reason in reasons.items() if reason == "runs"), ""), reasons)
+    backend = next((name for name, reason in reasons.items() if reason == "runs"), "")
+    return Explanation(backend, reasons, native.kernels(call) if backend == "native" else "")

@@ -3,14 +3,17 @@
 #   scripts/gpu_check.sh OUT [STAGE ...]
 # Stages, all by default: build, small, parity, gradients, execution, first_call, memcheck, racecheck, initcheck,
 # synccheck, bfloat16, float16, tf32, float32 (the benchmark suite, a dtype at a time) and triton (the same on Triton,
-# T=512). Each ends within STAGE_SECONDS (580); a benchmark stage that ran out of time goes on when started again with
-# the same OUT. Logs, test results and CSVs go to OUT; the exit status is that of the worst stage, and a failed stage
-# does not stop the next one. A stage whose tool is missing is skipped, and says so.
+# T=512); and for the persistent kernels, which are off otherwise (docs/gpu-notes.md), latency, persistent_small,
+# persistent_tests, persistent_launches, persistent_memcheck, persistent_racecheck, persistent_initcheck,
+# persistent_synccheck, persistent_bfloat16, persistent_float16, persistent_tf32. Each ends within STAGE_SECONDS (580); a
+# benchmark stage that ran out of time goes on when started again with the same OUT. Logs, test results and CSVs go to
+# OUT; the exit status is that of the worst stage, and a failed stage does not stop the next one. A stage whose tool is
+# missing is skipped, and says so.
 # Needs torch with CUDA, nvcc, numpy, setuptools >= 77 and pytest; the last three and rich are installed if pip can.
 # PYTHON=python3 names the interpreter; TORCH_CUDA_ARCH_LIST is respected.
 set -uo pipefail
 if [ $# -lt 1 ]; then
-  sed -n '2,10p' "$0" | sed 's/^# \?//' >&2
+  sed -n '2,13p' "$0" | sed 's/^# \?//' >&2
   exit 2
 fi
 mkdir -p "$1"
@@ -20,7 +23,9 @@ cd "$(dirname "$0")/.."
 python=${PYTHON:-python3}
 seconds=${STAGE_SECONDS:-580}
 all=(build small parity gradients execution first_call memcheck racecheck initcheck synccheck
-  bfloat16 float16 tf32 float32 triton)
+  bfloat16 float16 tf32 float32 triton latency persistent_small persistent_tests persistent_launches
+  persistent_memcheck persistent_racecheck persistent_initcheck persistent_synccheck
+  persistent_bfloat16 persistent_float16 persistent_tf32)
 stages=("$@")
 [ $# -gt 0 ] || stages=("${all[@]}")
 skipped=75 # the exit status of a stage that cannot run here
@@ -115,18 +120,20 @@ PYTHON
 
 # Each tensor its own allocation, so that a step beyond one is a step beyond its memory.
 sanitize() {
+  local tool=$1
+  shift
   if ! command -v compute-sanitizer >/dev/null; then
     echo "compute-sanitizer is not installed"
     return $skipped
   fi
   PYTORCH_NO_CUDA_MEMORY_CACHING=1 FASTLSTM_BACKEND=native timeout "$seconds" \
-    compute-sanitizer --tool "$1" --error-exitcode 9 --target-processes all --print-limit 50 \
-    "$python" -m pytest -m gpu tests/test_gpu_small.py -x -p no:cacheprovider
+    compute-sanitizer --tool "$tool" --error-exitcode 9 --target-processes all --print-limit 50 \
+    "$python" -m pytest -m gpu -x -p no:cacheprovider "$@"
 }
-memcheck() { sanitize memcheck; }
-racecheck() { sanitize racecheck; }
-initcheck() { sanitize initcheck; }
-synccheck() { sanitize synccheck; }
+memcheck() { sanitize memcheck tests/test_gpu_small.py; }
+racecheck() { sanitize racecheck tests/test_gpu_small.py; }
+initcheck() { sanitize initcheck tests/test_gpu_small.py; }
+synccheck() { sanitize synccheck tests/test_gpu_small.py; }
 
 measure() { # FOLDER ARGUMENT ...: cases of the suite into OUT/FOLDER/gpu.csv, beside those that are there
   local folder=$1
@@ -139,6 +146,30 @@ float16() { measure benchmarks --dtype float16; }
 tf32() { measure benchmarks --dtype tf32; }
 float32() { measure benchmarks --dtype float32; }
 triton() { measure triton --dtype bfloat16 --filter "T=512 " --impl native triton; }
+
+# What an exchange between blocks costs, for the prediction in docs/gpu-notes.md.
+latency() {
+  nvcc -std=c++17 -O3 -arch=native -I csrc benchmarks/cuda/latency.cu -o "$out/latency" || return
+  timeout 300 "$out/latency" | tee "$out/latency.csv"
+  return "${PIPESTATUS[0]}"
+}
+
+# The persistent kernels never wait for ever; should they yet, the time limits end them.
+persistent_small() { timeout "$seconds" "$python" -m pytest -m gpu -x tests/test_gpu_persistent.py -k small; }
+persistent_tests() {
+  FASTLSTM_BACKEND=native timeout "$seconds" "$python" -m pytest -m gpu --persistent tests/test_gpu_*.py -rs \
+    --durations=20 --junitxml="$out/persistent_tests.xml"
+}
+persistent_launches() {
+  FASTLSTM_FUZZ_COUNT=10000 timeout "$seconds" "$python" -m pytest -m gpu -x tests/test_gpu_persistent.py -k launches
+}
+persistent_memcheck() { sanitize memcheck tests/test_gpu_persistent.py -k small; }
+persistent_racecheck() { sanitize racecheck tests/test_gpu_persistent.py -k small; }
+persistent_initcheck() { sanitize initcheck tests/test_gpu_persistent.py -k small; }
+persistent_synccheck() { sanitize synccheck tests/test_gpu_persistent.py -k small; }
+persistent_bfloat16() { measure persistent_benchmarks --dtype bfloat16 --persistent; }
+persistent_float16() { measure persistent_benchmarks --dtype float16 --persistent; }
+persistent_tf32() { measure persistent_benchmarks --dtype tf32 --persistent; }
 
 for stage in "${stages[@]}"; do
   if [[ " ${all[*]} " != *" $stage "* ]]; then

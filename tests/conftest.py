@@ -9,12 +9,24 @@ import torch
 
 import fastlstm
 from fastlstm import dispatch
+from fastlstm.backends import native
 
 from .cases import Case
 from .runners import require
 
 # Shapes as small as these only lose by threads, tenfold on a busy machine; tests/test_threads.py is about more of them.
 torch.set_num_threads(1)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--persistent", action="store_true", help="with the persistent CUDA kernels on (docs/gpu-notes.md)"
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("--persistent"):
+        native.set_persistent(True)
 
 
 @pytest.fixture(params=[*dispatch.BACKENDS, "reference"])

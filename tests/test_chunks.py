@@ -5,6 +5,9 @@ import torch
 
 import fastlstm
 
+from .cases import Case
+from .runners import check
+
 # More than three times the rows that one chunk of backward holds at this H (csrc/cpu/layer_backward.cpp, chunk_steps).
 T, B, I, H = 900, 4, 3, 160  # noqa: E741
 
@@ -30,3 +33,12 @@ def test_chunked_equals_reference(bidirectional, masks):
 
     for ours, truth in zip(results("auto"), results("eager"), strict=True):
         torch.testing.assert_close(ours, truth, rtol=1e-9, atol=1e-10)
+
+
+@pytest.mark.parametrize(
+    "case", [Case(T=8, B=16, I=8192, H=64), Case(T=8, B=3, I=20000, H=32), Case(T=40, B=2, I=8192, H=32)], ids=str
+)
+@pytest.mark.parametrize("backend", ["native"], indirect=True)
+def test_rounding_does_not_grow_with_the_length_of_a_sum(case, backend):
+    """A BLAS sums long rows in parts; one running sum over 8192 products is already past the bar."""
+    check(case, backend)

@@ -17,12 +17,26 @@ KERNELS = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
 # Ampere, Hopper, Blackwell: what the project promises.
 ARCHITECTURES = {"sm_80": "compute_80", "sm_90a": "compute_90a", "sm_100": "compute_100"}
 
+# The persistent kernels' unrolled products keep ptxas busy for a minute an architecture: pytest -m slow. Float16
+# differs from bfloat16 in its conversions alone, and Blackwell runs what was compiled for compute_80.
+LARGE = [path for path in KERNELS if path.name.startswith("persistent_")]
+COMPILED = [
+    pytest.param(
+        source,
+        architecture,
+        id=f"{source.name}-{architecture}",
+        marks=[pytest.mark.slow] if source in LARGE and architecture != "sm_90a" else [],
+    )
+    for source in KERNELS
+    for architecture in ARCHITECTURES
+    if source not in LARGE or (architecture != "sm_100" and "fp16" not in source.name)
+]
+
 needs_nvcc = pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not on the PATH")
 
 
 @needs_nvcc
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-@pytest.mark.parametrize("source", KERNELS, ids=lambda path: path.name)
+@pytest.mark.parametrize(("source", "architecture"), COMPILED)
 def test_kernels_use_registers_alone(source, architecture, tmp_path):
     """ptxas -v: no spill and no stack frame, in any instantiation."""
     target = f"-gencode=arch={ARCHITECTURES[architecture]},code={architecture}"
@@ -52,10 +66,21 @@ def test_kernels_include_no_torch_header(source):
     assert not re.findall(r"\S*/(?:torch|ATen|c10)/\S*", files)
 
 
+@needs_nvcc
+@pytest.mark.parametrize("architecture", ["sm_80", "sm_90a"])
+def test_the_latency_benchmark_compiles(architecture, tmp_path):
+    """benchmarks/cuda/latency.cu, a program of its own; scripts/gpu_check.sh runs it."""
+    target = f"-gencode=arch={ARCHITECTURES[architecture]},code={architecture}"
+    command = ["nvcc", "-std=c++17", "-O3", target, f"-I{ROOT / 'csrc'}", "-Werror", "all-warnings"]
+    command += [str(ROOT / "benchmarks" / "cuda" / "latency.cu"), "-o", str(tmp_path / "latency")]
+    ran = subprocess.run(command, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr
+
+
 @pytest.mark.skipif(bool(why_not()), reason=why_not())
-@pytest.mark.parametrize("name", ["device.cpp", "ops.cpp", "products.cpp"])
+@pytest.mark.parametrize("name", ["device.cpp", "layer_persistent.cpp", "ops.cpp", "products.cpp"])
 def test_binding_compiles(name):
-    """The files that tests/test_cuda_host.py replaces, against the CUDA headers that every torch wheel ships."""
+    """The files that tests/test_cuda_host.py replaces, or compiles with more headers than they include."""
     command = ["g++", "-std=c++20", "-fsyntax-only", "-Wall", "-Werror", "-DC10_USING_CUSTOM_GENERATED_MACROS"]
     command += [f"-I{ROOT / 'csrc'}", *(f"-isystem{folder}" for folder in (*include_paths(), cuda_headers()))]
     ran = subprocess.run([*command, str(ROOT / "csrc" / "cuda" / name)], capture_output=True, text=True)

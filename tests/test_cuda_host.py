@@ -24,7 +24,7 @@ from fastlstm.ops import register, schema
 
 from .cases import Case, random_case, tensors
 from .gpu_support import Precision
-from .runners import check, gradients, run_backend
+from .runners import check, error, gradients, run_backend
 
 ROOT = Path(__file__).parent.parent
 NAME = "cuda_host"
@@ -72,6 +72,7 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> None:
     library.define("native_layer" + schema.FORWARD)
     library.define("native_layer_backward" + schema.BACKWARD)
     library.define("multiply(Tensor(a!) out, Tensor a, Tensor b, bool add) -> int")
+    library.define("persistent(bool enabled, int sms) -> ()")
     torch.ops.load_library(str(built))
     register.define(NAME, torch.ops.fastlstm_cuda_host.native_layer, torch.ops.fastlstm_cuda_host.native_layer_backward)
     LIBRARIES.append(library)
@@ -85,6 +86,14 @@ def backend(compiled: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     monkeypatch.setattr(dispatch, "NAMES", (*dispatch.NAMES, NAME))
     with fastlstm.use_backend(NAME):
         yield NAME
+
+
+@pytest.fixture
+def persistent(backend: str) -> Iterator[str]:
+    """The same with the persistent kernels in use, on a device of 8 SMs; float32 multiplies in TF32."""
+    torch.ops.fastlstm_cuda_host.persistent(True, 8)
+    yield backend
+    torch.ops.fastlstm_cuda_host.persistent(False, 0)
 
 
 RAGGED = {"lengths": (4, 0, 7, 1, 6), "resets": ((0, 0), (3, 0), (5, 0), (2, 2), (6, 2), (6, 3), (4, 4))}
@@ -119,6 +128,44 @@ def test_random_cases(backend, poisoned_empty):
     rng = random.Random(20240229)
     for _ in range(60):
         check(random_case(rng, DTYPES), backend)
+
+
+# More units than one block has, an odd number; more rows than one slice; several launches of each kernel.
+PERSISTENT = (
+    *(case for case in CASES if not case.proj and case.T > 3),
+    Case(T=9, B=5, I=3, H=40, hx="tuple", cells=True, bidirectional=True),
+    Case(T=7, B=5, I=4, H=70, cells=True, bidirectional=True, hx="tuple", **RAGGED),
+    Case(T=6, B=37, I=4, H=67, hx="tuple", cells=True, strided=("x", "weights", "grads")),
+    Case(T=40, B=3, I=2, H=33, bidirectional=True, hx="tuple", lengths=(40, 17, 0)),
+)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("case", PERSISTENT, ids=str)
+def test_parity_of_the_persistent_kernels(case, dtype, persistent, poisoned_empty):
+    check(case.to(dtype), persistent)
+
+
+@pytest.mark.parametrize("case", PERSISTENT, ids=str)
+def test_tf32_of_the_persistent_kernels(case, persistent, poisoned_empty):
+    """Against products in float32: within a few ulp of TF32, which nn.LSTM has none of on a CPU."""
+    found = run_backend(case, persistent)
+    torch.ops.fastlstm_cuda_host.persistent(False, 0)
+    for name, value in run_backend(case, persistent).items():
+        allowed = 8 * 2.0**-11 * float(value.abs().max()) if value.numel() else 0
+        assert error(found[name], value) <= allowed, name
+
+
+def test_random_cases_of_the_persistent_kernels(persistent, poisoned_empty):
+    rng = random.Random(20240229)
+    for _ in range(40):
+        check(random_case(rng, (torch.float16, torch.bfloat16, torch.float64)), persistent)
+
+
+def test_the_persistent_kernels_give_the_same_bits_every_time(persistent):
+    case = Case(T=20, B=19, I=4, H=40, bidirectional=True, hx="tuple", dtype=torch.bfloat16)
+    first, second = run_backend(case, persistent), run_backend(case, persistent)
+    assert all(torch.equal(first[name], second[name]) for name in first)
 
 
 def test_addresses_that_do_not_fit_the_vector_width(backend):

@@ -29,6 +29,10 @@ struct Ahead {
   int64_t step;
 };
 
+// Depth of a product's pass: the panel of that depth and a tile's rows of A stay in a 32 KiB L1. Each pass is
+// summed apart, so that rounding errors grow with its depth and not with all of K.
+constexpr int64_t kDepth = 16384 / (2 * FASTLSTM_VECTOR_BYTES);
+
 // c[m][n] (+)= sum over k of a[m][k] b[k][n], for M rows and NV vectors of columns, row strides lda, ldb,
 // ldc. With transposed_a, a is given as a[k][m]. Columns of b come two vectors a panel, panels `next_panel`
 // elements apart.
@@ -36,27 +40,31 @@ template <class T, int M, int NV, bool transposed_a = false, bool fetch = false>
 FASTLSTM_INLINE void tile(int64_t K, const T* a, int64_t lda, const T* b, int64_t ldb, T* c, int64_t ldc,
                           bool add, int64_t next_panel = kPanel<T>, Ahead<T> ahead = {nullptr, 0}) {
   constexpr int W = kWidth<T>;
-  Vec<T> acc[M][NV];
+  int64_t k = 0;
+  do {
+    const int64_t end = std::min(K, k + kDepth);
+    Vec<T> acc[M][NV] = {};
+    for (; k < end; ++k) {
+      Vec<T> bk[NV];
+      if constexpr (fetch) __builtin_prefetch(ahead.from + k * ahead.step, 0, 2);
+#pragma GCC unroll 8
+      for (int n = 0; n < NV; ++n) bk[n] = load(b + n / 2 * next_panel + k * ldb + n % 2 * W);
 #pragma GCC unroll 16
-  for (int m = 0; m < M; ++m)
+      for (int m = 0; m < M; ++m) {
+        const T am = transposed_a ? a[k * lda + m] : a[m * lda + k];
 #pragma GCC unroll 8
-    for (int n = 0; n < NV; ++n) acc[m][n] = add ? load(c + m * ldc + n * W) : Vec<T>{};
-  for (int64_t k = 0; k < K; ++k) {
-    Vec<T> bk[NV];
-    if constexpr (fetch) __builtin_prefetch(ahead.from + k * ahead.step, 0, 2);
-#pragma GCC unroll 8
-    for (int n = 0; n < NV; ++n) bk[n] = load(b + n / 2 * next_panel + k * ldb + n % 2 * W);
-#pragma GCC unroll 16
-    for (int m = 0; m < M; ++m) {
-      const T am = transposed_a ? a[k * lda + m] : a[m * lda + k];
-#pragma GCC unroll 8
-      for (int n = 0; n < NV; ++n) acc[m][n] += am * bk[n];
+        for (int n = 0; n < NV; ++n) acc[m][n] += am * bk[n];
+      }
     }
-  }
 #pragma GCC unroll 16
-  for (int m = 0; m < M; ++m)
+    for (int m = 0; m < M; ++m)
 #pragma GCC unroll 8
-    for (int n = 0; n < NV; ++n) store(c + m * ldc + n * W, acc[m][n]);
+      for (int n = 0; n < NV; ++n) {
+        T* out = c + m * ldc + n * W;
+        store(out, add ? load(out) + acc[m][n] : acc[m][n]);
+      }
+    add = true;
+  } while (k < K);
 }
 
 // The same for any number of rows up to kTileRows.
@@ -95,9 +103,6 @@ FASTLSTM_INLINE void for_row_tiles(int64_t rows, int64_t most, F&& f) {
   }
 }
 
-// Depth of a product's pass: the panel of that depth and a tile's rows of A stay in a 32 KiB L1.
-constexpr int64_t kDepth = 16384 / (2 * FASTLSTM_VECTOR_BYTES);
-
 // c [rows, kPanel] (+)= a [rows, K] times one packed panel. What lies behind the panel is taken to be the
 // next one.
 template <class T>
@@ -105,10 +110,9 @@ FASTLSTM_INLINE void panel_product(int64_t rows, int64_t K, const T* a, int64_t 
                                    int64_t ldc, bool add = false) {
   constexpr int64_t W2 = kPanel<T>;
   const int64_t tiles = (rows + kTileRows - 1) / kTileRows;
-  const int64_t depth = tiles == 1 ? K : kDepth;
-  const int64_t step = W2 / tiles;
-  for (int64_t k = 0; k < K; k += depth) {
-    const int64_t pass = std::min(depth, K - k);
+  const int64_t step = (W2 + tiles - 1) / tiles;
+  for (int64_t k = 0; k < K; k += kDepth) {
+    const int64_t pass = std::min(kDepth, K - k);
     const T* b = panel + k * W2;
     Ahead<T> ahead = {b + pass * W2, step};
     for_row_tiles(rows, kTileRows, [&](int64_t m, int M) {

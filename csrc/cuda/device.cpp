@@ -15,6 +15,18 @@ OnDeviceOf::~OnDeviceOf() = default;
 
 cudaStream_t OnDeviceOf::stream() const { return c10::cuda::getCurrentCUDAStream().stream(); }
 
+DeviceLimits device_limits() {
+  int device = 0;
+  C10_CUDA_CHECK(cudaGetDevice(&device));
+  const auto ask = [device](cudaDeviceAttr attribute) {
+    int value = 0;
+    C10_CUDA_CHECK(cudaDeviceGetAttribute(&value, attribute, device));
+    return value;
+  };
+  const bool able = ask(cudaDevAttrComputeCapabilityMajor) >= 8 && ask(cudaDevAttrCooperativeLaunch) != 0;
+  return {able ? ask(cudaDevAttrMultiProcessorCount) : 0, ask(cudaDevAttrMaxSharedMemoryPerBlockOptin)};
+}
+
 void check(cudaError_t status) { C10_CUDA_CHECK(status); }
 
 }  // namespace fastlstm::cuda

@@ -1,6 +1,6 @@
-// Backward: for every step one cell kernel and one product dgates W_hh, each for both directions; then one
-// product each for dx, dW_ih, dW_hh and dW_hr and one sum for the biases. What forward saved is only read, so
-// it may run again.
+// Backward: for every step one cell kernel and one product dgates W_hh, each for both directions, or one
+// persistent kernel for many steps; then one product each for dx, dW_ih, dW_hh and dW_hr and one sum for the
+// biases. What forward saved is only read, so it may run again.
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/sum.h>
@@ -9,7 +9,7 @@
 #include <algorithm>
 
 #include "cuda/device.h"
-#include "cuda/layer.h"
+#include "cuda/layer_persistent.h"
 #include "cuda/products.h"
 
 namespace fastlstm::cuda {
@@ -143,12 +143,13 @@ std::pair<at::Tensor, at::Tensor> Pass<T>::run(const at::Tensor& dx, std::vector
   const Products multiply(l.dtype);
   const int64_t B = l.B, H = l.H, P = l.P;
   const int D = static_cast<int>(l.D);
+  PersistentPass<T> persistent(l, Phase::backward, multiply.tf32(), stream);
   const at::Tensor dgates = at::empty({D, slots, B, 4 * H}, l.options);
   const at::Tensor dc = at::empty({D, B, H}, l.sum_options);
   at::Tensor dh, dh_all, dhidden, dhidden_all, dprojected, hidden, carry, w_hh, w_hr;
   if (l.T > 1 || need_dh0) {
     dh = at::empty({D, B, P}, l.sum_options), dh_all = l.per_product(dh);
-    w_hh = l.stacked(&DirectionWeights::hh);
+    if (!persistent) w_hh = l.stacked(&DirectionWeights::hh);
   }
   if (l.lengths.defined()) carry = at::empty({D, B, P}, l.sum_options);
   if (l.proj()) {
@@ -183,17 +184,22 @@ std::pair<at::Tensor, at::Tensor> Pass<T>::run(const at::Tensor& dx, std::vector
       count = std::min(slots, l.T - s);
       begin[0] = l.T - s - count, begin[1] = s;
     }
-    step.first = project.first = s == 0;
-    for (int d = 0; d < 2; ++d) {
-      step.t[d] = project.t[d] = d == 0 ? l.T - 1 - s : s;
-      step.slot[d] = project.slot[d] = step.t[d] - begin[d];
+    if (persistent) {
+      persistent.backward(step, s, count, begin, s + count < l.T || need_dh0 ? out<Acc<T>>(dh) : nullptr);
+      s += count - 1;
+    } else {
+      step.first = project.first = s == 0;
+      for (int d = 0; d < 2; ++d) {
+        step.t[d] = project.t[d] = d == 0 ? l.T - 1 - s : s;
+        step.slot[d] = project.slot[d] = step.t[d] - begin[d];
+      }
+      if (l.proj()) {
+        check(launch_projection_step_bwd(project, stream));
+        multiply(dhidden_all, dprojected_view.at(project.slot), w_hr);
+      }
+      check(launch_cell_step_bwd(step, stream));
+      if (s + 1 < l.T || need_dh0) multiply(dh_all, dgates_view.at(step.slot), w_hh);
     }
-    if (l.proj()) {
-      check(launch_projection_step_bwd(project, stream));
-      multiply(dhidden_all, dprojected_view.at(project.slot), w_hr);
-    }
-    check(launch_cell_step_bwd(step, stream));
-    if (s + 1 < l.T || need_dh0) multiply(dh_all, dgates_view.at(step.slot), w_hh);
     if (s + 1 < l.T && (s + 1) % slots != 0) continue;
     const auto rows = [&](const at::Tensor& all, int64_t d) {
       return all.defined() ? all.select(0, d).narrow(0, 0, count).flatten(0, 1) : at::Tensor();

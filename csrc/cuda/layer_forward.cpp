@@ -1,5 +1,6 @@
 // Forward: the input products of many steps at once, then for every step one product with W_hh and one cell
-// kernel, each for both directions. No host synchronisation; everything on the current stream.
+// kernel, each for both directions; or one persistent kernel for all these steps. No host synchronisation;
+// everything on the current stream.
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/stack.h>
@@ -7,7 +8,7 @@
 #include <algorithm>
 
 #include "cuda/device.h"
-#include "cuda/layer.h"
+#include "cuda/layer_persistent.h"
 #include "cuda/products.h"
 
 namespace fastlstm::cuda {
@@ -41,12 +42,14 @@ void run(const Layer& l, const at::Tensor& x, const at::Tensor& y, const at::Ten
   const int D = static_cast<int>(l.D);
   // x W_ih^T is kept in the type of sums, and for a chunk of steps only: no buffer of T steps in inference.
   const int64_t step_bytes = D * l.B * 4 * l.H * static_cast<int64_t>(sizeof(Acc<T>));
-  const int64_t slots = std::clamp<int64_t>(kChunkBytes / step_bytes, 1, l.T);
+  PersistentPass<T> persistent(l, Phase::forward, multiply.tf32(), stream);
+  const int64_t chunk_bytes = persistent ? kPersistentChunks * kChunkBytes : kChunkBytes;
+  const int64_t slots = std::clamp<int64_t>(chunk_bytes / step_bytes, 1, l.T);
   const at::Tensor gates_x = at::empty({D, slots, l.B, 4 * l.H}, l.sum_options);
   at::Tensor gates_h, h, c, hidden, projected, w_hh_t, w_hr_t;
   // What the steps' products read and write, in their shape.
   at::Tensor gates_h_all, h_all, hidden_all, projected_all;
-  if (l.T > 1 || l.h0.defined()) {
+  if (!persistent && (l.T > 1 || l.h0.defined())) {
     gates_h = at::empty({D, l.B, 4 * l.H}, l.sum_options);
     gates_h_all = l.per_product(gates_h);
     w_hh_t = l.stacked(&DirectionWeights::hh).transpose(-2, -1);
@@ -55,7 +58,7 @@ void run(const Layer& l, const at::Tensor& x, const at::Tensor& y, const at::Ten
     h = at::empty({D, l.B, l.P}, l.options);
     c = at::empty({D, l.B, l.H}, l.sum_options);
   }
-  if (l.h0.defined()) h_all = l.per_product(entering_first(l));
+  if (!persistent && l.h0.defined()) h_all = l.per_product(entering_first(l));
   if (l.proj()) {
     hidden = at::empty({D, l.B, l.H}, l.options), hidden_all = l.per_product(hidden);
     projected = at::empty({D, l.B, l.P}, l.sum_options), projected_all = l.per_product(projected);
@@ -80,6 +83,12 @@ void run(const Layer& l, const at::Tensor& x, const at::Tensor& y, const at::Ten
       const int64_t count = std::min(slots, l.T - s);
       begin[0] = s, begin[1] = l.T - s - count;
       input_gates(l, multiply, x, begin, count, gates_x);
+      if (persistent) {
+        step.c_n = out<T>(c_n), step.state.h_n = out<T>(h_n);
+        persistent.forward(step, s, count, begin);
+        s += count - 1;
+        continue;
+      }
     }
     if (s == 1) h_all = l.per_product(h);
     if (h_all.defined()) {

@@ -101,6 +101,8 @@ Products::Products(at::ScalarType dtype) : type_(cuda_type(dtype)) {
   cublas_ = handle();
 }
 
+bool Products::tf32() const { return compute_ == kTf32; }
+
 void Products::by_cublas(at::Tensor& out, const at::Tensor& a, const at::Tensor& b, bool add) const {
   // out^T = b^T a^T
   const Operand first(b), second(a);

@@ -18,6 +18,7 @@ namespace fastlstm::cuda {
 class Products {
  public:
   explicit Products(at::ScalarType dtype);
+  bool tf32() const;  // whether float32 is multiplied as TF32
 
   // out = a b, or out += a b: a [M, K], b [K, N], out [M, N] and dense, or all three with a batch in front.
   // out is of the operands' type, or, unless adding, of the type they are summed in (Acc in cell_kernels.h).

@@ -122,49 +122,83 @@ FASTLSTM_HD bool enters_initial(const Steps& s, int d, int64_t t, int64_t b) {
 FASTLSTM_HD int64_t step_before(int d, int64_t t) { return d == 0 ? t - 1 : t + 1; }
 FASTLSTM_HD int64_t step_after(int d, int64_t t) { return d == 0 ? t + 1 : t - 1; }
 
-// Takes in h_t, features k ... k + V - 1; a row that lacks the step keeps the h it has.
+// A step of one direction.
+struct Moment {
+  int64_t t, slot;
+  bool first, last;  // of the direction's steps
+};
+
+// Where the h that enters the next step is kept: in [D, B, P], in place.
 template <class T, int V>
-FASTLSTM_HD void put_h(const Steps& steps, const HiddenState<T>& s, int D, bool first, int d, int64_t t,
-                       int64_t b, int64_t k, Vec<Acc<T>, V> h) {
+struct InPlace {
+  T* h;
+  FASTLSTM_HD Vec<Acc<T>, V> load() const { return cuda::load<V>(h); }
+  FASTLSTM_HD void store(const Vec<Acc<T>, V>& x) const { cuda::store<V>(h, x); }
+};
+
+// Takes in h_t, features k ... k + V - 1; a row that lacks the step keeps the h it has.
+template <class T, int V, class Kept>
+FASTLSTM_HD void put_h(const Steps& steps, const HiddenState<T>& s, int D, const Moment& m, int d, int64_t b,
+                       int64_t k, Vec<Acc<T>, V> h, const Kept& kept) {
   const int64_t at = (d * steps.B + b) * s.P + k;
-  const bool valid = has_step(steps, t, b);
-  if (!valid) h = first ? load_or_zeros<V>(s.h0, at) : load<V>(s.h + at);
-  store<V>(s.y + ((t * steps.B + b) * D + d) * s.P + k, valid ? h : zeros<Acc<T>, V>());
-  if (s.h_n) {
+  const bool valid = has_step(steps, m.t, b);
+  if (!valid) h = m.first ? load_or_zeros<V>(s.h0, at) : kept.load();
+  store<V>(s.y + ((m.t * steps.B + b) * D + d) * s.P + k, valid ? h : zeros<Acc<T>, V>());
+  if (m.last) {
     store<V>(s.h_n + at, h);
   } else {
     // The next product reads h as it stands, so a reset is applied where h is written.
-    store<V>(s.h + at, enters_fresh(steps, d, step_after(d, t), b) ? zeros<Acc<T>, V>() : h);
+    kept.store(enters_fresh(steps, d, step_after(d, m.t), b) ? zeros<Acc<T>, V>() : h);
   }
 }
 
+// What forward reads of memory before h W_hh^T is known; gates are without it. Zeros for a row that lacks the
+// step, but for c.
+template <class A, int V>
+struct ForwardInput {
+  bool valid;  // the row has the step
+  Vec<A, V> c, gates[4];
+};
+
 template <class T, int V>
-FASTLSTM_HD void forward_element(const ForwardStep<T>& s, int d, int64_t b, int64_t j) {
+FASTLSTM_HD ForwardInput<Acc<T>, V> forward_input(const ForwardStep<T>& s, const Moment& m, int d, int64_t b,
+                                                  int64_t j) {
   using A = Acc<T>;
-  const int64_t B = s.steps.B, H = s.H, t = s.t[d];
-  const int64_t at = (d * B + b) * H + j;                         // in [D, B, H]
-  const int64_t row = ((d * s.steps.T + t) * B + b) * 4 * H + j;  // in [D, T, B, 4H]
-  T* const cells = s.cells ? s.cells + ((t * B + b) * s.D + d) * H + j : nullptr;
-  Vec<A, V> c = s.first ? load_or_zeros<V>(s.c0, at) : load<V>(s.c + at);
+  const int64_t B = s.steps.B, H = s.H, at = (d * B + b) * H + j;
+  ForwardInput<A, V> in = {has_step(s.steps, m.t, b)};
+  in.c = m.first ? load_or_zeros<V>(s.c0, at) : load<V>(s.c + at);
+#pragma unroll
+  for (int g = 0; g < 4; ++g) in.gates[g] = zeros<A, V>();
+  if (!in.valid) return in;
+  if (enters_fresh(s.steps, d, m.t, b)) in.c = zeros<A, V>();
+  const A* gates_x = s.gates_x + ((d * s.slots + m.slot) * B + b) * 4 * H + j;
+#pragma unroll
+  for (int g = 0; g < 4; ++g) {
+    in.gates[g] = load<V>(gates_x + g * H);
+    if (s.bias_ih[d]) add(in.gates[g], load<V>(s.bias_ih[d] + g * H + j));
+    if (s.bias_hh[d]) add(in.gates[g], load<V>(s.bias_hh[d] + g * H + j));
+  }
+  return in;
+}
+
+// The rest of the step; a: the gates' pre-activations.
+template <class T, int V, class Kept>
+FASTLSTM_HD void forward_output(const ForwardStep<T>& s, const Moment& m, int d, int64_t b, int64_t j,
+                                bool valid, Vec<Acc<T>, V> c, Vec<Acc<T>, V> (&a)[4], const Kept& kept) {
+  using A = Acc<T>;
+  const int64_t B = s.steps.B, H = s.H;
+  const int64_t at = (d * B + b) * H + j;                           // in [D, B, H]
+  const int64_t row = ((d * s.steps.T + m.t) * B + b) * 4 * H + j;  // in [D, T, B, 4H]
+  T* const cells = s.cells ? s.cells + ((m.t * B + b) * s.D + d) * H + j : nullptr;
   Vec<A, V> h = zeros<A, V>();
 
-  if (!has_step(s.steps, t, b)) {
+  if (!valid) {
     if (cells) store<V>(cells, h);
     if (s.gates) {
 #pragma unroll
       for (int g = 0; g < 4; ++g) store<V>(s.gates + row + g * H, h);
     }
   } else {
-    if (enters_fresh(s.steps, d, t, b)) c = zeros<A, V>();
-    const A* gates_x = s.gates_x + ((d * s.slots + s.slot[d]) * B + b) * 4 * H + j;
-    Vec<A, V> a[4];
-#pragma unroll
-    for (int g = 0; g < 4; ++g) {
-      a[g] = load<V>(gates_x + g * H);
-      if (s.bias_ih[d]) add(a[g], load<V>(s.bias_ih[d] + g * H + j));
-      if (s.bias_hh[d]) add(a[g], load<V>(s.bias_hh[d] + g * H + j));
-      if (s.gates_h) add(a[g], load<V>(s.gates_h + (d * B + b) * 4 * H + g * H + j));
-    }
 #pragma unroll
     for (int k = 0; k < V; ++k) {
       const Gates<A> gates = activate<Exact<A>>(Gates<A>{a[0].v[k], a[1].v[k], a[2].v[k], a[3].v[k]});
@@ -178,7 +212,7 @@ FASTLSTM_HD void forward_element(const ForwardStep<T>& s, int d, int64_t b, int6
       for (int g = 0; g < 4; ++g) store<V>(s.gates + row + g * H, a[g]);
     }
   }
-  if (s.c_n) {
+  if (m.last) {
     store<V>(s.c_n + at, c);
   } else {
     store<V>(s.c + at, c);
@@ -186,95 +220,155 @@ FASTLSTM_HD void forward_element(const ForwardStep<T>& s, int d, int64_t b, int6
   if (s.hidden) {
     store<V>(s.hidden + at, h);
   } else {
-    put_h<T, V>(s.steps, s.state, s.D, s.first, d, t, b, j, h);
+    put_h<T, V>(s.steps, s.state, s.D, m, d, b, j, h, kept);
   }
+}
+
+template <class T, int V>
+FASTLSTM_HD void forward_element(const ForwardStep<T>& s, int d, int64_t b, int64_t j) {
+  const Moment m = {s.t[d], s.slot[d], s.first, s.c_n != nullptr};
+  ForwardInput<Acc<T>, V> in = forward_input<T, V>(s, m, d, b, j);
+  if (s.gates_h && in.valid) {
+#pragma unroll
+    for (int g = 0; g < 4; ++g) {
+      add(in.gates[g], load<V>(s.gates_h + (d * s.steps.B + b) * 4 * s.H + g * s.H + j));
+    }
+  }
+  const InPlace<T, V> kept = {s.state.h + (d * s.steps.B + b) * s.H + j};
+  forward_output<T, V>(s, m, d, b, j, in.valid, in.c, in.gates, kept);
 }
 
 template <class T, int V>
 FASTLSTM_HD void projected_element(const ProjectedStep<T>& s, int d, int64_t b, int64_t k) {
-  const Vec<Acc<T>, V> h = load<V>(s.projected + (d * s.steps.B + b) * s.state.P + k);
-  put_h<T, V>(s.steps, s.state, s.D, s.first, d, s.t[d], b, k, h);
+  const int64_t at = (d * s.steps.B + b) * s.state.P + k;
+  const Moment m = {s.t[d], 0, s.first, s.state.h_n != nullptr};
+  put_h<T, V>(s.steps, s.state, s.D, m, d, b, k, load<V>(s.projected + at), InPlace<T, V>{s.state.h + at});
 }
 
-// The gradient that reaches the h which step t leaves behind, h_n included and y not.
+// The gradient that reaches the h which step t leaves behind, h_n included and y not. `dh` is what the step
+// after it in the direction's order found.
 template <class T, int V>
 FASTLSTM_HD Vec<Acc<T>, V> carried_dh(const Steps& steps, const HiddenGradient<T>& s, bool first, int d,
-                                      int64_t t, int64_t b, int64_t k) {
+                                      int64_t t, int64_t b, int64_t k, const Vec<Acc<T>, V>& dh) {
   const int64_t at = (d * steps.B + b) * s.P + k, done = step_after(d, t);
   if (first) return load_or_zeros<V>(s.dh_n, at);
   if (!has_step(steps, done, b)) return load<V>(s.carry + at);
   if (enters_fresh(steps, d, done, b)) return zeros<Acc<T>, V>();
-  return load<V>(s.dh + at);
+  return dh;
 }
 
-// The whole gradient of h_t; zero for a row that lacks the step, whose gradient is put aside.
+// dh of [D, B, P] as the product of the step done before left it; nothing before the first.
 template <class T, int V>
-FASTLSTM_HD Vec<Acc<T>, V> take_dh(const Steps& steps, const HiddenGradient<T>& s, int D, bool first, int d,
-                                   int64_t t, int64_t b, int64_t k) {
-  Vec<Acc<T>, V> dh = carried_dh<T, V>(steps, s, first, d, t, b, k);
+FASTLSTM_HD Vec<Acc<T>, V> product_dh(const Steps& steps, const HiddenGradient<T>& s, bool first, int d,
+                                      int64_t b, int64_t k) {
+  return first ? zeros<Acc<T>, V>() : load<V>(s.dh + (d * steps.B + b) * s.P + k);
+}
+
+// The whole gradient of h_t; zero for a row that lacks the step, whose gradient is put aside. `dy` is that of
+// y at t.
+template <class T, int V>
+FASTLSTM_HD Vec<Acc<T>, V> take_dh(const Steps& steps, const HiddenGradient<T>& s, bool first, int d,
+                                   int64_t t, int64_t b, int64_t k, const Vec<Acc<T>, V>& product,
+                                   const Vec<Acc<T>, V>& dy) {
+  Vec<Acc<T>, V> dh = carried_dh<T, V>(steps, s, first, d, t, b, k, product);
   if (!has_step(steps, t, b)) {
     store<V>(s.carry + (d * steps.B + b) * s.P + k, dh);
     return zeros<Acc<T>, V>();
   }
-  if (s.dy) add(dh, load<V>(s.dy + t * s.dy_t + b * s.dy_b + d * s.P + k));
+  add(dh, dy);
   return dh;
 }
 
 template <class T, int V>
-FASTLSTM_HD void backward_element(const BackwardStep<T>& s, int d, int64_t b, int64_t j) {
-  using A = Acc<T>;
-  const int64_t B = s.steps.B, H = s.H, t = s.t[d];
-  const int64_t at = (d * B + b) * H + j;
-  const int64_t slot = (d * s.slots + s.slot[d]) * B + b;
-  T* const dgates = s.dgates + slot * 4 * H + j;
-  const Vec<A, V> dh =
-      s.dhidden ? load<V>(s.dhidden + at) : take_dh<T, V>(s.steps, s.gradient, s.D, s.first, d, t, b, j);
-  Vec<A, V> dc = s.first ? load_or_zeros<V>(s.dc_n, at) : load<V>(s.dc + at);
+FASTLSTM_HD Vec<Acc<T>, V> arriving_dy(const Steps& steps, const HiddenGradient<T>& s, int d, int64_t t,
+                                       int64_t b, int64_t k) {
+  if (!s.dy || !has_step(steps, t, b)) return zeros<Acc<T>, V>();
+  return load<V>(s.dy + t * s.dy_t + b * s.dy_b + d * s.P + k);
+}
 
-  if (!has_step(s.steps, t, b)) {
+// What backward reads of memory before dh is known. Zeros for a row that lacks the step, but for dc.
+template <class A, int V>
+struct BackwardInput {
+  bool valid;        // the row has the step
+  Vec<A, V> dc, dy;  // dc: with dcells
+  Vec<A, V> a[4], c, c_prev;
+};
+
+template <class T, int V>
+FASTLSTM_HD BackwardInput<Acc<T>, V> backward_input(const BackwardStep<T>& s, const Moment& m, int d,
+                                                    int64_t b, int64_t j) {
+  using A = Acc<T>;
+  const int64_t B = s.steps.B, H = s.H, t = m.t, at = (d * B + b) * H + j;
+  BackwardInput<A, V> in = {has_step(s.steps, t, b)};
+  in.dc = m.first ? load_or_zeros<V>(s.dc_n, at) : load<V>(s.dc + at);
+  in.c = in.c_prev = in.dy = zeros<A, V>();
 #pragma unroll
-    for (int g = 0; g < 4; ++g) store<V>(dgates + g * H, zeros<A, V>());
-    if (s.hidden) store<V>(s.hidden + slot * H + j, zeros<A, V>());
-    store<V>(s.dc + at, dc);
-    return;
-  }
-  if (s.dcells) add(dc, load<V>(s.dcells + t * s.dcells_t + b * s.dcells_b + d * H + j));
+  for (int g = 0; g < 4; ++g) in.a[g] = zeros<A, V>();
+  if (!in.valid) return in;
+  if (!s.dhidden) in.dy = arriving_dy<T, V>(s.steps, s.gradient, d, t, b, j);
+  if (s.dcells) add(in.dc, load<V>(s.dcells + t * s.dcells_t + b * s.dcells_b + d * H + j));
   const T* gates = s.gates + ((d * s.steps.T + t) * B + b) * 4 * H + j;
-  Vec<A, V> a[4];
 #pragma unroll
-  for (int g = 0; g < 4; ++g) a[g] = load<V>(gates + g * H);
-  Vec<A, V> c = load<V>(s.cells + ((t * B + b) * s.D + d) * H + j);
-  const bool fresh = enters_fresh(s.steps, d, t, b);
-  Vec<A, V> c_prev = zeros<A, V>();
-  if (!fresh) {
-    c_prev = enters_initial(s.steps, d, t, b)
-                 ? load_or_zeros<V>(s.c0, at)
-                 : load<V>(s.cells + ((step_before(d, t) * B + b) * s.D + d) * H + j);
+  for (int g = 0; g < 4; ++g) in.a[g] = load<V>(gates + g * H);
+  in.c = load<V>(s.cells + ((t * B + b) * s.D + d) * H + j);
+  if (!enters_fresh(s.steps, d, t, b)) {
+    in.c_prev = enters_initial(s.steps, d, t, b)
+                    ? load_or_zeros<V>(s.c0, at)
+                    : load<V>(s.cells + ((step_before(d, t) * B + b) * s.D + d) * H + j);
+  }
+  return in;
+}
+
+// The rest of the step; dh: the whole gradient of h_t. in.a becomes the gradients of the pre-activations,
+// which are zero for a row that lacks the step.
+template <class T, int V>
+FASTLSTM_HD void backward_output(const BackwardStep<T>& s, const Moment& m, int d, int64_t b, int64_t j,
+                                 BackwardInput<Acc<T>, V>& in, const Vec<Acc<T>, V>& dh) {
+  using A = Acc<T>;
+  const int64_t B = s.steps.B, H = s.H, at = (d * B + b) * H + j;
+  const int64_t slot = (d * s.slots + m.slot) * B + b;
+  T* const dgates = s.dgates + slot * 4 * H + j;
+  if (in.valid) {
+#pragma unroll
+    for (int k = 0; k < V; ++k) {
+      const Gates<A> gate = {in.a[0].v[k], in.a[1].v[k], in.a[2].v[k], in.a[3].v[k]};
+      const A tanh_c = Exact<A>::tanh(in.c.v[k]);
+      const Gates<A> pre = cell_backward(gate, in.c_prev.v[k], tanh_c, dh.v[k], in.dc.v[k]);
+      in.a[0].v[k] = pre.i, in.a[1].v[k] = pre.f, in.a[2].v[k] = pre.g, in.a[3].v[k] = pre.o;
+      in.c.v[k] = gate.o * tanh_c;
+    }
+    if (enters_fresh(s.steps, d, m.t, b)) in.dc = zeros<A, V>();
   }
 #pragma unroll
-  for (int k = 0; k < V; ++k) {
-    const Gates<A> gate = {a[0].v[k], a[1].v[k], a[2].v[k], a[3].v[k]};
-    const A tanh_c = Exact<A>::tanh(c.v[k]);
-    const Gates<A> pre = cell_backward(gate, c_prev.v[k], tanh_c, dh.v[k], dc.v[k]);
-    a[0].v[k] = pre.i, a[1].v[k] = pre.f, a[2].v[k] = pre.g, a[3].v[k] = pre.o;
-    c.v[k] = gate.o * tanh_c;
-  }
-#pragma unroll
-  for (int g = 0; g < 4; ++g) store<V>(dgates + g * H, a[g]);
-  if (s.hidden) store<V>(s.hidden + slot * H + j, c);
-  store<V>(s.dc + at, fresh ? zeros<A, V>() : dc);
+  for (int g = 0; g < 4; ++g) store<V>(dgates + g * H, in.a[g]);
+  if (s.hidden) store<V>(s.hidden + slot * H + j, in.c);
+  store<V>(s.dc + at, in.dc);
+}
+
+template <class T, int V>
+FASTLSTM_HD void backward_element(const BackwardStep<T>& s, int d, int64_t b, int64_t j) {
+  const Moment m = {s.t[d], s.slot[d], s.first, false};
+  BackwardInput<Acc<T>, V> in = backward_input<T, V>(s, m, d, b, j);
+  const Vec<Acc<T>, V> dh =
+      s.dhidden ? load<V>(s.dhidden + (d * s.steps.B + b) * s.H + j)
+                : take_dh<T, V>(s.steps, s.gradient, m.first, d, m.t, b, j,
+                                product_dh<T, V>(s.steps, s.gradient, m.first, d, b, j), in.dy);
+  backward_output<T, V>(s, m, d, b, j, in, dh);
 }
 
 template <class T, int V>
 FASTLSTM_HD void projected_gradient_element(const ProjectedGradient<T>& s, int d, int64_t b, int64_t k) {
-  const Vec<Acc<T>, V> dh = take_dh<T, V>(s.steps, s.gradient, s.D, s.first, d, s.t[d], b, k);
+  const Vec<Acc<T>, V> dh = take_dh<T, V>(s.steps, s.gradient, s.first, d, s.t[d], b, k,
+                                          product_dh<T, V>(s.steps, s.gradient, s.first, d, b, k),
+                                          arriving_dy<T, V>(s.steps, s.gradient, d, s.t[d], b, k));
   store<V>(s.dprojected + ((d * s.slots + s.slot[d]) * s.steps.B + b) * s.gradient.P + k, dh);
 }
 
 template <class T, int V>
 FASTLSTM_HD void initial_gradient_element(const InitialGradient<T>& s, int d, int64_t b, int64_t k) {
   const int64_t beyond = d == 0 ? -1 : s.steps.T;  // the step that would leave h0 behind
-  const Vec<Acc<T>, V> dh = carried_dh<T, V>(s.steps, s.gradient, false, d, beyond, b, k);
+  const Vec<Acc<T>, V> dh = carried_dh<T, V>(s.steps, s.gradient, false, d, beyond, b, k,
+                                             product_dh<T, V>(s.steps, s.gradient, false, d, b, k));
   store<V>(s.dh0 + (d * s.steps.B + b) * s.gradient.P + k, dh);
 }
 

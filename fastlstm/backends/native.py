@@ -25,6 +25,48 @@ except ImportError as error:  # not built, or built for another torch
     load_error = str(error)
 
 
+def set_persistent(on: bool) -> None:
+    """Turn the persistent CUDA kernels on or off, for every later call of the process; they are off by default.
+
+    On, float16, bfloat16 and float32 at TF32 precision run many steps in one launch where the layer fits the GPU
+    (`fastlstm.explain` tells), and everything else runs step by step as ever. No GPU has run these kernels yet; their
+    tests ran on the CPU (docs/gpu-notes.md). So they are for whoever measures them.
+
+    Raises:
+        RuntimeError: when the extension was built without CUDA.
+    """
+    if on and "cuda" not in devices:
+        raise RuntimeError(f"fastlstm._C must be built for cuda, got {', '.join(devices) or load_error}")
+    if extension is not None:
+        extension.enable_persistent(on)
+
+
+def kernels(call: LayerCall) -> str:
+    """Which CUDA kernels serve `call` when this backend runs it, and why; "" on other devices."""
+    if extension is None or call.device.type != "cuda":
+        return ""
+    if not extension.persistent_enabled():
+        return "step by step: persistent kernels are off (fastlstm.backends.native.set_persistent)"
+    gpu = torch.cuda.get_device_properties(call.device)
+    sms = gpu.multi_processor_count if gpu.major >= 8 else 0
+    told = []
+    for phase in ("forward", "backward"):
+        reason, layout = extension.persistent_plan(
+            phase, call.shape.H, call.shape.P, 1, call.shape.D, _element(call.dtype), sms,
+            gpu.shared_memory_per_block_optin,  # type: ignore[attr-defined]
+        )  # fmt: skip
+        told.append(f"{phase} {reason}" if reason else f"{phase} in groups of {layout['members']} blocks")
+    return f"persistent from 4 steps on: {'; '.join(told)}"
+
+
+def _element(dtype: torch.dtype) -> int:
+    """Bytes of an element that tensor cores multiply, 0 where they do not: float32 follows nn.LSTM's precision."""
+    if dtype == torch.float32:
+        cuda = torch.backends.cudnn.rnn if torch.backends.cudnn.enabled else torch.backends.cuda.matmul
+        return 4 if cuda.fp32_precision == "tf32" else 0  # type: ignore[attr-defined]
+    return 2 if dtype in (torch.float16, torch.bfloat16) else 0
+
+
 def supports(call: LayerCall) -> str | None:
     """None when this backend can run `call`, else why not, in words a user can act on."""
     if extension is None:

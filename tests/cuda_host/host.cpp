@@ -10,6 +10,14 @@
 #include "cuda/layer.cpp"
 #include "cuda/layer_backward.cpp"
 #include "cuda/layer_forward.cpp"
+#include "cuda/layer_persistent.cpp"
+#include "cuda/pack_weights.cu"
+#include "cuda/persistent_backward_bf16.cu"
+#include "cuda/persistent_backward_fp16.cu"
+#include "cuda/persistent_backward_tf32.cu"
+#include "cuda/persistent_forward_bf16.cu"
+#include "cuda/persistent_forward_fp16.cu"
+#include "cuda/persistent_forward_tf32.cu"
 #include "cuda/products.cpp"
 // after products.cpp, whose weak declarations it defines
 #include "blas.h"
@@ -21,6 +29,9 @@ OnDeviceOf::OnDeviceOf(const at::Tensor&) {}
 OnDeviceOf::~OnDeviceOf() = default;
 cudaStream_t OnDeviceOf::stream() const { return nullptr; }
 
+DeviceLimits limits = {8, 227 << 10};
+DeviceLimits device_limits() { return limits; }
+
 void check(cudaError_t status) { TORCH_CHECK(status == cudaSuccess); }
 
 // Products alone: whether cuBLAS was called, and in which compute type; 0 where ATen multiplied.
@@ -31,6 +42,13 @@ int64_t multiply(at::Tensor out, const at::Tensor& a, const at::Tensor& b, bool 
 }
 
 }  // namespace fastlstm::cuda
+
+TORCH_LIBRARY_IMPL(fastlstm_cuda_host, CompositeExplicitAutograd, m) {
+  m.impl("persistent", [](bool enabled, int64_t sms) {
+    fastlstm::cuda::persistent_enabled = enabled;
+    fastlstm::cuda::limits.sms = static_cast<int>(sms);
+  });
+}
 
 TORCH_LIBRARY_IMPL(fastlstm_cuda_host, CPU, m) {
   m.impl("native_layer", fastlstm::cuda::layer_forward);

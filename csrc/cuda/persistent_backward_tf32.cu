@@ -1,0 +1,5 @@
+#include "cuda/launch_persistent_backward.cuh"
+
+namespace fastlstm::cuda {
+FASTLSTM_PERSISTENT_BWD(float)
+}

@@ -1,0 +1,5 @@
+#include "cuda/launch_persistent_forward.cuh"
+
+namespace fastlstm::cuda {
+FASTLSTM_PERSISTENT_FWD(__nv_bfloat16)
+}

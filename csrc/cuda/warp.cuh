@@ -1,0 +1,157 @@
+// A warp of a persistent block: its lanes, the block's barrier, the tensor cores, and memory that other
+// blocks write. All that the persistent kernels ask of a GPU beyond plain C++ is in this file, so that the
+// tests can run the same kernels with host threads in the place of warps (tests/cuda_host/cuda/warp.cuh).
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include <cstdint>
+
+#define FASTLSTM_DEVICE __device__ __forceinline__
+
+namespace fastlstm::cuda {
+
+constexpr int kWarps = 8;                           // in a persistent block
+constexpr uint32_t kMostTries = uint32_t{1} << 25;  // of a spin: seconds, and then it is a fault
+
+// One X for every lane of a warp: a register of its own here, an array on the host.
+template <class X>
+class PerLane {
+ public:
+  FASTLSTM_DEVICE X& operator[](int) { return x_; }
+  FASTLSTM_DEVICE const X& operator[](int) const { return x_; }
+
+ private:
+  X x_;
+};
+
+// `for (const int lane : warp.lanes())` runs once, with the thread's own lane.
+class Lanes {
+ public:
+  struct Iterator {
+    int lane;
+    FASTLSTM_DEVICE int operator*() const { return lane; }
+    FASTLSTM_DEVICE void operator++() { ++lane; }
+    FASTLSTM_DEVICE bool operator!=(const Iterator& end) const { return lane != end.lane; }
+  };
+  FASTLSTM_DEVICE explicit Lanes(int lane) : lane_(lane) {}
+  FASTLSTM_DEVICE Iterator begin() const { return {lane_}; }
+  FASTLSTM_DEVICE Iterator end() const { return {lane_ + 1}; }
+
+ private:
+  int lane_;
+};
+
+class Warp {
+ public:
+  FASTLSTM_DEVICE int block() const { return static_cast<int>(blockIdx.x); }
+  FASTLSTM_DEVICE int index() const { return static_cast<int>(threadIdx.x) / 32; }
+  FASTLSTM_DEVICE Lanes lanes() const { return Lanes(static_cast<int>(threadIdx.x) % 32); }
+  FASTLSTM_DEVICE uint4* shared() const {  // the block's
+    extern __shared__ uint4 memory[];
+    return memory;
+  }
+  FASTLSTM_DEVICE void sync() const { __syncwarp(); }
+  FASTLSTM_DEVICE void block_sync() const { __syncthreads(); }
+};
+
+// Everything the block did before its last barrier is visible to whoever reads `value` with load_acquire.
+FASTLSTM_DEVICE void store_release(uint32_t* flag, uint32_t value) {
+  asm volatile("st.release.gpu.global.u32 [%0], %1;" ::"l"(flag), "r"(value) : "memory");
+}
+
+FASTLSTM_DEVICE uint32_t load_acquire(const uint32_t* flag) {
+  uint32_t value;
+  asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(value) : "l"(flag) : "memory");
+  return value;
+}
+
+// A word of the exchange: from L2, never from this SM's L1.
+FASTLSTM_DEVICE uint4 load_published(const uint4* p) {
+  uint4 x;
+  asm volatile("ld.relaxed.gpu.global.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w)
+               : "l"(p)
+               : "memory");
+  return x;
+}
+
+// A spin that came to its end: an error of the launch, as any invalid access is; never a hang.
+FASTLSTM_DEVICE void give_up(uint32_t* fault, uint32_t epoch) {
+  store_release(fault, epoch);
+  __trap();
+}
+
+FASTLSTM_DEVICE uint32_t to_tf32(uint32_t x) {
+  uint32_t rounded;
+  asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(rounded) : "f"(__uint_as_float(x)));
+  return rounded;
+}
+
+template <class T>
+struct Mma;  // acc += A B, for A [16, 32 bytes of T] and B [32 bytes of T, 8]; layouts as in the PTX ISA
+
+#define FASTLSTM_MMA(T, INSTRUCTION)                                                               \
+  template <>                                                                                      \
+  struct Mma<T> {                                                                                  \
+    static FASTLSTM_DEVICE void run(float4& c, uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, \
+                                    uint32_t b0, uint32_t b1) {                                    \
+      asm("mma.sync.aligned." INSTRUCTION                                                          \
+          " {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, "                           \
+          "%3};"                                                                                   \
+          : "+f"(c.x), "+f"(c.y), "+f"(c.z), "+f"(c.w)                                             \
+          : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));                                 \
+    }                                                                                              \
+  };
+FASTLSTM_MMA(__half, "m16n8k16.row.col.f32.f16.f16.f32")
+FASTLSTM_MMA(__nv_bfloat16, "m16n8k16.row.col.f32.bf16.bf16.f32")
+FASTLSTM_MMA(float, "m16n8k8.row.col.f32.tf32.tf32.f32")
+#undef FASTLSTM_MMA
+
+// acc [16, 8] += A [16, 64 bytes of T] B [64 bytes of T, 8]. Lane l holds 16 bytes of each row it has to do
+// with, those from byte 16 * (l % 4) on: of A's rows l / 4 (top) and l / 4 + 8 (bottom), and of B's column
+// l / 4. That is another order of the sum's terms than the instruction's own, the same one in A and B.
+// acc: x, y are row l / 4, columns 2 * (l % 4) and the next; z, w the same columns of row l / 4 + 8.
+template <class T>
+FASTLSTM_DEVICE void multiply_chunk(PerLane<float4>& acc, const PerLane<uint4>& top,
+                                    const PerLane<uint4>& bottom, const PerLane<uint4>& b) {
+  Mma<T>::run(acc[0], top[0].x, bottom[0].x, top[0].y, bottom[0].y, b[0].x, b[0].y);
+  Mma<T>::run(acc[0], top[0].z, bottom[0].z, top[0].w, bottom[0].w, b[0].z, b[0].w);
+}
+
+// F::run(s, warp) in `blocks` blocks that are all on the device at once; fails rather than run fewer.
+template <class F, class S>
+__global__ void __launch_bounds__(kWarps * 32, 1) persistent(const __grid_constant__ S s) {
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 800  // older ones lack the products; the planner knows
+  F::run(s, Warp());
+#endif
+}
+
+// The most blocks of this kernel that can be on the current device at once; 0 where that cannot be asked.
+template <class F, class S>
+int blocks_together(int64_t shared_bytes) {
+  const auto kernel = persistent<F, S>;
+  const int bytes = static_cast<int>(shared_bytes);
+  int device = 0, sms = 0, of_one = 0;
+  const bool known =
+      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes) == cudaSuccess &&
+      cudaGetDevice(&device) == cudaSuccess &&
+      cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, device) == cudaSuccess &&
+      cudaOccupancyMaxActiveBlocksPerMultiprocessor(&of_one, kernel, kWarps * 32, bytes) == cudaSuccess;
+  if (!known) cudaGetLastError();
+  return known ? of_one * sms : 0;
+}
+
+template <class F, class S>
+cudaError_t launch_together(S s, int blocks, int64_t shared_bytes, cudaStream_t stream) {
+  const auto kernel = persistent<F, S>;
+  const int bytes = static_cast<int>(shared_bytes);
+  const cudaError_t status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+  if (status != cudaSuccess) return status;
+  void* arguments[] = {&s};
+  return cudaLaunchCooperativeKernel(reinterpret_cast<const void*>(kernel), dim3(blocks), dim3(kWarps * 32),
+                                     arguments, bytes, stream);
+}
+
+}  // namespace fastlstm::cuda

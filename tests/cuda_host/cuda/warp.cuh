@@ -1,0 +1,188 @@
+// Stands before csrc/cuda/warp.cuh on the include path: the persistent kernels with a host thread in the
+// place of each warp. The lanes of a warp run one after the other; everything between warps and blocks is
+// real, barriers, flags and races included, so that ThreadSanitizer sees what a GPU would do to it.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include <atomic>
+#include <barrier>
+#include <chrono>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <deque>
+#include <random>
+#include <thread>
+#include <vector>
+
+#define FASTLSTM_DEVICE inline
+
+namespace fastlstm::cuda {
+
+constexpr int kWarps = 8;
+inline uint32_t kMostTries = uint32_t{1} << 26;
+inline int longest_delay_us = 0;  // random pauses before barriers, flags and loads of the state; 0 for none
+inline int silent_block = -1;     // never raises its flags
+
+inline void random_delay() {
+  if (longest_delay_us == 0) return;
+  thread_local std::minstd_rand draw(
+      static_cast<unsigned>(std::hash<std::thread::id>()(std::this_thread::get_id()) >> 4));
+  if (draw() % 4 != 0) return;
+  std::this_thread::sleep_for(std::chrono::microseconds(draw() % longest_delay_us));
+}
+
+template <class X>
+class PerLane {
+ public:
+  X& operator[](int lane) { return x_[lane]; }
+  const X& operator[](int lane) const { return x_[lane]; }
+
+ private:
+  X x_[32];
+};
+
+class Lanes {
+ public:
+  struct Iterator {
+    int lane;
+    int operator*() const { return lane; }
+    void operator++() { ++lane; }
+    bool operator!=(const Iterator& end) const { return lane != end.lane; }
+  };
+  Iterator begin() const { return {0}; }
+  Iterator end() const { return {32}; }
+};
+
+struct Block {
+  Block(int index, int64_t bytes) : index(index), shared(bytes / 16, {~0u, ~0u, ~0u, ~0u}) {}  // NaN
+  int index;
+  std::vector<uint4> shared;
+  std::barrier<> barrier{kWarps};
+};
+
+class Warp {
+ public:
+  Warp(Block& block, int index) : block_(&block), index_(index) {}
+  int block() const { return block_->index; }
+  int index() const { return index_; }
+  Lanes lanes() const { return {}; }
+  uint4* shared() const { return block_->shared.data(); }
+  void sync() const {}
+  void block_sync() const {
+    random_delay();
+    block_->barrier.arrive_and_wait();
+  }
+
+ private:
+  Block* block_;
+  int index_;
+};
+
+inline thread_local int this_block = 0;
+
+inline void store_release(uint32_t* flag, uint32_t value) {
+  random_delay();
+  if (this_block != silent_block) std::atomic_ref<uint32_t>(*flag).store(value, std::memory_order_release);
+}
+
+inline uint32_t load_acquire(const uint32_t* flag) {
+  std::this_thread::yield();
+  return std::atomic_ref<uint32_t>(*const_cast<uint32_t*>(flag)).load(std::memory_order_acquire);
+}
+
+inline uint4 load_published(const uint4* p) { return *p; }
+
+[[noreturn]] inline void give_up(uint32_t*, uint32_t epoch) {
+  std::fprintf(stderr, "block %d waited in vain for epoch %u\n", this_block, epoch);
+  std::_Exit(3);
+}
+
+inline uint32_t to_tf32(uint32_t x) {
+  const bool finite = (x & 0x7f800000u) != 0x7f800000u;
+  return finite ? (x + 0x1000u) & 0xffffe000u : x;
+}
+
+// The elements of T in a register of a fragment.
+inline void unpack(uint32_t word, float (&x)[1], float) {
+  word &= 0xffffe000u;  // the tensor cores see no more of a float
+  std::memcpy(x, &word, 4);
+}
+template <class T>
+inline void unpack(uint32_t word, float (&x)[2], T) {
+  T both[2];
+  std::memcpy(static_cast<void*>(both), &word, 4);
+  for (int e = 0; e < 2; ++e) x[e] = static_cast<float>(both[e]);
+}
+
+// mma.sync.m16n8k16 of float16 or bfloat16, and m16n8k8 of TF32: which lane holds what is the PTX ISA's,
+// sections "Matrix Fragments for mma.m16n8k16" and "... for mma.m16n8k8".
+template <class T>
+inline void mma(PerLane<float4>& acc, const PerLane<uint32_t> (&a)[4], const PerLane<uint32_t> (&b)[2]) {
+  constexpr int E = 4 / sizeof(T);  // elements of a register
+  float A[16][8 * E], B[8 * E][8];
+  for (int lane = 0; lane < 32; ++lane) {
+    const int group = lane / 4, within = lane % 4;
+    float x[E];
+    for (int r = 0; r < 4; ++r) {
+      unpack(a[r][lane], x, T());
+      for (int e = 0; e < E; ++e) A[group + r % 2 * 8][within * E + r / 2 * 4 * E + e] = x[e];
+    }
+    for (int r = 0; r < 2; ++r) {
+      unpack(b[r][lane], x, T());
+      for (int e = 0; e < E; ++e) B[within * E + r * 4 * E + e][group] = x[e];
+    }
+  }
+  float C[16][8] = {};
+  for (int m = 0; m < 16; ++m)
+    for (int k = 0; k < 8 * E; ++k)
+      for (int n = 0; n < 8; ++n) C[m][n] += A[m][k] * B[k][n];
+  for (int lane = 0; lane < 32; ++lane) {
+    const int group = lane / 4, n = lane % 4 * 2;
+    float4& c = acc[lane];
+    c.x += C[group][n], c.y += C[group][n + 1], c.z += C[group + 8][n], c.w += C[group + 8][n + 1];
+  }
+}
+
+template <class T>
+inline void multiply_chunk(PerLane<float4>& acc, const PerLane<uint4>& top, const PerLane<uint4>& bottom,
+                           const PerLane<uint4>& b) {
+  PerLane<uint32_t> first[4], second[4], b_first[2], b_second[2];
+  for (int lane = 0; lane < 32; ++lane) {
+    first[0][lane] = top[lane].x, first[1][lane] = bottom[lane].x;
+    first[2][lane] = top[lane].y, first[3][lane] = bottom[lane].y;
+    second[0][lane] = top[lane].z, second[1][lane] = bottom[lane].z;
+    second[2][lane] = top[lane].w, second[3][lane] = bottom[lane].w;
+    b_first[0][lane] = b[lane].x, b_first[1][lane] = b[lane].y;
+    b_second[0][lane] = b[lane].z, b_second[1][lane] = b[lane].w;
+  }
+  mma<T>(acc, first, b_first);
+  mma<T>(acc, second, b_second);
+}
+
+template <class F, class S>
+int blocks_together(int64_t) {
+  return 1 << 20;
+}
+
+template <class F, class S>
+cudaError_t launch_together(const S& s, int blocks, int64_t shared_bytes, cudaStream_t) {
+  std::deque<Block> all;
+  std::vector<std::thread> warps;
+  for (int b = 0; b < blocks; ++b) {
+    Block& block = all.emplace_back(b, shared_bytes);
+    for (int w = 0; w < kWarps; ++w) {
+      warps.emplace_back([&s, &block, w] {
+        this_block = block.index;
+        F::run(s, Warp(block, w));
+      });
+    }
+  }
+  for (std::thread& warp : warps) warp.join();
+  return cudaSuccess;
+}
+
+}  // namespace fastlstm::cuda

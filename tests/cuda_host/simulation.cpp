@@ -1,0 +1,223 @@
+// The exchange protocol of the persistent kernels under random delays: simulation FIRST_SEED SEEDS DELAY_US
+// [silent]
+//
+// Each seed is a layer of random sizes, masks and launches, run forward and backward by the persistent
+// kernels with a thread for each warp of each block, and step by step by the step-wise kernels' elements; the
+// results must agree. Meant to be compiled with -fsanitize=thread. With "silent" one block never raises its
+// flags: the spins of the others must end, with exit status 3.
+#include <cmath>
+#include <functional>
+#include <string>
+
+#include "cuda/pack_weights.cu"
+#include "cuda/persistent_backward.h"
+#include "cuda/persistent_forward.h"
+
+namespace fastlstm::cuda {
+namespace {
+
+template <class T>
+float worst_difference(const char* name, const std::vector<T>& a, const std::vector<T>& b) {
+  float scale = 1e-3f, off = 0;
+  for (size_t i = 0; i < a.size(); ++i) {
+    const float x = widen(a[i]), y = widen(b[i]);
+    scale = std::max(scale, std::abs(y));
+    off = std::max(off, x == y ? 0 : std::isnan(x - y) ? INFINITY : std::abs(x - y));
+  }
+  const float allowed = sizeof(T) == 2 ? 0.04f : 4e-3f;  // a few ulp of bfloat16 or TF32
+  if (!(off <= allowed * scale)) std::fprintf(stderr, "%s differs by %g at scale %g\n", name, off, scale);
+  return off <= allowed * scale ? 0 : off;
+}
+
+template <class T>
+struct Problem {
+  std::minstd_rand draw;
+  int64_t T_, B, H;
+  int D;
+  std::vector<int64_t> lengths;
+  std::unique_ptr<bool[]> resets;
+  Steps steps;
+  std::vector<T> w_hh, bias, h0, c0, dy, dh_n, dc_n;
+  std::vector<float> gates_x;
+
+  int below(int n) { return static_cast<int>(draw() % n); }
+  std::vector<T> numbers(int64_t n, float scale) {
+    std::vector<T> x(n);
+    for (T& value : x) narrow(scale * (static_cast<int>(draw() % 2001) - 1000) / 1000.0f, value);
+    return x;
+  }
+
+  explicit Problem(unsigned seed) : draw(seed + 1) {
+    draw.discard(10);
+    T_ = 4 + below(5), B = 1 + below(20), H = 1 + below(80), D = 1 + below(2);
+    if (below(2)) {
+      for (int b = 0; b < B; ++b) lengths.push_back(below(static_cast<int>(T_) + 1));
+    }
+    if (below(2)) {
+      resets = std::make_unique<bool[]>(T_ * B);
+      for (int i = 0; i < T_ * B; ++i) resets[i] = below(4) == 0;
+    }
+    steps = {T_, B, lengths.empty() ? nullptr : lengths.data(), resets.get()};
+    w_hh = numbers(D * 4 * H * H, 1 / std::sqrt(static_cast<float>(H))), bias = numbers(D * 4 * H, 0.5f);
+    h0 = numbers(D * B * H, 1), c0 = numbers(D * B * H, 1), dy = numbers(T_ * B * D * H, 1);
+    dh_n = numbers(D * B * H, 1), dc_n = numbers(D * B * H, 1);
+    for (const T x : numbers(D * T_ * B * 4 * H, 1)) gates_x.push_back(widen(x));
+  }
+};
+
+// What a run leaves behind, and the state it carries.
+template <class T>
+struct Run {
+  std::vector<T> h, y, h_n, c_n, cells, gates, dgates;
+  std::vector<float> c, dc, dh, carry, gates_h;
+  ForwardStep<T> forward = {};
+  BackwardStep<T> backward = {};
+
+  explicit Run(const Problem<T>& p) {
+    const int64_t state = p.D * p.B * p.H, all = p.T_ * state;
+    h.resize(state), h_n.resize(state), c_n.resize(state), y.resize(all), cells.resize(all);
+    gates.resize(4 * all), dgates.resize(4 * all), gates_h.resize(4 * state);
+    c.resize(state), dc.resize(state), dh.resize(state), carry.resize(state);
+    forward.steps = backward.steps = p.steps, forward.H = backward.H = p.H, forward.D = backward.D = p.D;
+    forward.gates_x = p.gates_x.data(), forward.slots = backward.slots = p.T_;
+    for (int d = 0; d < p.D; ++d) forward.bias_ih[d] = p.bias.data() + d * 4 * p.H;
+    forward.c0 = backward.c0 = p.c0.data(), forward.c = c.data(), forward.c_n = c_n.data();
+    forward.cells = cells.data(), forward.gates = gates.data();
+    forward.state = {p.H, p.h0.data(), h.data(), y.data(), h_n.data()};
+    backward.gradient = {p.H,           p.dy.data(), p.B * p.D * p.H, p.D * p.H,
+                         p.dh_n.data(), dh.data(),   carry.data()};
+    backward.gates = gates.data(), backward.cells = cells.data(), backward.dc_n = p.dc_n.data();
+    backward.dc = dc.data(), backward.dgates = dgates.data();
+  }
+
+  // out [D, B, n] = in [D, B, k] times W_hh or its transpose
+  template <class In, class Weight>
+  static void product(const Problem<T>& p, std::vector<float>& out, int64_t n, const In& in, int64_t k,
+                      Weight w) {
+    for (int64_t row = 0; row < p.D * p.B; ++row)
+      for (int64_t i = 0; i < n; ++i) {
+        double sum = 0;
+        for (int64_t j = 0; j < k; ++j) sum += double{in(row, j)} * widen(w(row / p.B, i, j));
+        out[row * n + i] = static_cast<float>(sum);
+      }
+  }
+
+  void step_by_step(const Problem<T>& p) {
+    const int64_t H = p.H;
+    const auto each = [&](auto f) {
+      for (int d = 0; d < p.D; ++d)
+        for (int64_t b = 0; b < p.B; ++b)
+          for (int64_t j = 0; j < H; ++j) f(d, b, j);
+    };
+    for (int64_t s = 0; s < p.T_; ++s) {
+      ForwardStep<T>& f = forward;
+      f.first = s == 0, f.t[0] = f.slot[0] = s, f.t[1] = f.slot[1] = p.T_ - 1 - s;
+      if (f.first) {
+        each([&](int d, int64_t b, int64_t j) {
+          const int64_t at = (d * p.B + b) * H + j;
+          h[at] = p.h0[at];
+          if (enters_fresh(p.steps, d, f.t[d], b)) narrow(0.0f, h[at]);
+        });
+      }
+      product(
+          p, gates_h, 4 * H, [&](int64_t row, int64_t k) { return widen(h[row * H + k]); }, H,
+          [&](int64_t d, int64_t i, int64_t k) { return p.w_hh[(d * 4 * H + i) * H + k]; });
+      f.gates_h = gates_h.data();
+      f.c_n = s == p.T_ - 1 ? c_n.data() : nullptr, f.state.h_n = s == p.T_ - 1 ? h_n.data() : nullptr;
+      each([&](int d, int64_t b, int64_t j) { forward_element<T, 1>(f, d, b, j); });
+    }
+    for (int64_t s = 0; s < p.T_; ++s) {
+      BackwardStep<T>& f = backward;
+      f.first = s == 0, f.t[0] = f.slot[0] = p.T_ - 1 - s, f.t[1] = f.slot[1] = s;
+      each([&](int d, int64_t b, int64_t j) { backward_element<T, 1>(f, d, b, j); });
+      const auto in = [&](int64_t row, int64_t k) {
+        const int64_t d = row / p.B, b = row % p.B;
+        return widen(dgates[((d * p.T_ + f.slot[d]) * p.B + b) * 4 * H + k]);
+      };
+      product(p, dh, H, in, 4 * H,
+              [&](int64_t d, int64_t i, int64_t k) { return p.w_hh[(d * 4 * H + k) * H + i]; });
+    }
+  }
+
+  // Forward and backward, each in two launches.
+  template <class Forward, class Backward>
+  void persistent(Problem<T>& p, const Variant& v, const Variant& v_back, int columns, int sms) {
+    const Recurrence r = {p.H, p.H, p.B, p.D, sizeof(T)};
+    const DeviceLimits device = {sms, 1 << 20};
+    launches<Forward>(p, Phase::forward, lay_out(Phase::forward, r, device, v, columns),
+                      [&](const Persistent& s) { return PersistentForward<T>{s, forward}; });
+    launches<Backward>(p, Phase::backward, lay_out(Phase::backward, r, device, v_back, columns),
+                       [&](const Persistent& s) { return PersistentBackward<T>{s, backward, dh.data()}; });
+  }
+  template <class Body, class Make>
+  void launches(Problem<T>& p, Phase phase, const Layout& layout, Make make) {
+    PackWeights<T> pack = {layout, phase, p.H, p.D};
+    for (int d = 0; d < p.D; ++d) {
+      pack.w_hh[d] = p.w_hh.data() + d * 4 * p.H * p.H, pack.row[d] = p.H, pack.column[d] = 1;
+    }
+    std::vector<uint4> packed(pack.words());
+    pack.packed = packed.data();
+    launch_pack_weights(pack, nullptr);
+    const int64_t slices = p.D * layout.slices;
+    std::vector<uint4> exchange(slices * 2 * layout.state, uint4{});
+    std::vector<uint32_t> flags(slices * layout.members + 1);
+    const int first = 1 + p.below(static_cast<int>(p.T_) - 1);
+    Persistent s = {layout, packed.data(), exchange.data(), flags.data(), &flags.back(), 0, 0, first, {0, 0}};
+    launch_together<Body>(make(s), layout.blocks(p.D), layout.shared, nullptr);
+    s.epoch = s.count, s.begin = first, s.count = static_cast<int>(p.T_) - first;
+    launch_together<Body>(make(s), layout.blocks(p.D), layout.shared, nullptr);
+  }
+};
+
+template <class T, class Forward, class Backward>
+bool agree(unsigned seed, const Variant& v, const Variant& v_back, int columns) {
+  Problem<T> p(seed);
+  Run<T> expected(p), found(p);
+  expected.step_by_step(p);
+  const int members = static_cast<int>((p.H + v.units - 1) / v.units);
+  found.template persistent<Forward, Backward>(p, v, v_back, columns, members * p.D * (1 + p.below(2)));
+  const float off =
+      worst_difference("y", found.y, expected.y) + worst_difference("h_n", found.h_n, expected.h_n) +
+      worst_difference("c_n", found.c_n, expected.c_n) +
+      worst_difference("cells", found.cells, expected.cells) +
+      worst_difference("gates", found.gates, expected.gates) +
+      worst_difference("dgates", found.dgates, expected.dgates) +
+      worst_difference("dc", found.dc, expected.dc) + worst_difference("dh", found.dh, expected.dh);
+  if (off != 0) {
+    std::fprintf(stderr, "seed %u: T=%d B=%d H=%d D=%d units=%d columns=%d\n", seed, static_cast<int>(p.T_),
+                 static_cast<int>(p.B), static_cast<int>(p.H), p.D, v.units, columns);
+  }
+  return off == 0;
+}
+
+bool agree(unsigned seed) {
+  using B = __nv_bfloat16;
+  const Variant narrow = kForwardVariants[1], wide = kForwardVariants[2];
+  const Variant narrow_back = kBackwardVariants[1], wide_back = kBackwardVariants[2];
+  switch (seed % 3) {
+    case 0:
+      return agree<B, ForwardBlock<B, 32, 1, 1>, BackwardBlock<B, 32, 4, 1>>(seed, narrow, narrow_back, 1);
+    case 1:
+      return agree<B, ForwardBlock<B, 16, 4, 2>, BackwardBlock<B, 16, 16, 2>>(seed, wide, wide_back, 2);
+    default:
+      return agree<float, ForwardBlock<float, 32, 1, 1>, BackwardBlock<float, 32, 4, 1>>(seed, narrow,
+                                                                                         narrow_back, 1);
+  }
+}
+
+}  // namespace
+}  // namespace fastlstm::cuda
+
+int main(int argc, char** argv) {
+  if (argc < 4) return 2;
+  fastlstm::cuda::longest_delay_us = std::atoi(argv[3]);
+  if (argc > 4) {
+    fastlstm::cuda::silent_block = 1;
+    fastlstm::cuda::kMostTries = 1000;
+  }
+  const unsigned first = std::atoi(argv[1]);
+  int wrong = 0;
+  for (unsigned seed = first; seed < first + std::atoi(argv[2]); ++seed)
+    wrong += !fastlstm::cuda::agree(seed);
+  return wrong != 0;
+}

@@ -1,0 +1,117 @@
+"""The persistent kernels on a GPU: cuDNN's numbers, the step-wise kernels' numbers over many launches, no hang."""
+
+from __future__ import annotations
+
+import os
+import random
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+import fastlstm
+from fastlstm.backends import native
+
+from .cases import Case
+from .gpu_support import BFLOAT16, HALF, TF32, Precision, check, gpu, require, run, same
+from .runners import error
+
+pytestmark = gpu
+
+COUNT = int(os.environ.get("FASTLSTM_FUZZ_COUNT", "500"))
+PRECISIONS = (TF32, HALF, BFLOAT16)
+RAGGED = {"lengths": (4, 0, 7, 1, 6), "resets": ((0, 0), (3, 0), (5, 0), (2, 2), (6, 2), (6, 3), (4, 4))}
+# Quick enough for compute-sanitizer: one block and several, both directions, masks.
+SMALL = (
+    Case(T=5, B=3, I=4, H=8, hx="tuple"),
+    Case(T=6, B=19, I=4, H=70, hx="tuple", cells=True),
+    Case(T=7, B=5, I=4, H=40, hx="tuple", bidirectional=True, cells=True, **RAGGED),
+)
+# Every variant of csrc/cuda/plan.h on an H100, slices of 8 and of 16 rows, one slice to a group and several.
+SIZES = [(H, B) for H in (31, 128, 256, 500, 512, 640, 768, 1024, 1536, 2048) for B in (1, 16, 100)]
+
+
+@pytest.fixture(autouse=True)
+def persistent() -> Iterator[None]:
+    if "cuda" not in native.devices:
+        pytest.skip(f"fastlstm._C was built for {native.devices or native.load_error}")
+    before = native.extension.persistent_enabled()
+    native.set_persistent(True)
+    yield
+    native.set_persistent(before)
+
+
+def kernels(case: Case) -> str:
+    x = torch.empty(1, 1, case.I, dtype=case.dtype, device="cuda")
+    return fastlstm.explain(fastlstm.LSTM(**case.arguments(), dtype=case.dtype, device="cuda"), x).kernels
+
+
+@pytest.mark.parametrize("precision", PRECISIONS, ids=str)
+@pytest.mark.parametrize("case", SMALL, ids=str)
+def test_small(case, precision):
+    check(case, precision, "native", rival="reference")
+
+
+@pytest.mark.parametrize("precision", PRECISIONS, ids=str)
+@pytest.mark.parametrize(("H", "B"), SIZES)
+def test_parity_with_cudnn(H, B, precision):
+    case = Case(T=24, B=B, I=64, H=H, hx="tuple", dtype=precision.dtype)
+    with precision.flags(), fastlstm.use_backend("native"):
+        if "does not fit" in kernels(case):
+            pytest.skip(kernels(case))
+    check(case, precision, "native")
+
+
+@pytest.mark.parametrize("precision", PRECISIONS, ids=str)
+def test_the_same_bits_every_time(precision):
+    case = Case(T=200, B=64, I=64, H=512, bidirectional=True, dtype=precision.dtype)
+    first = run(case, precision, "native")
+    for _ in range(20):
+        same(run(case, precision, "native"), first)
+
+
+def against_steps(case: Case, precision: Precision) -> None:
+    """The step-wise kernels' results: h and dgates are rounded alike, so only the order of sums differs."""
+    native.set_persistent(False)
+    steps = run(case, precision, "native")
+    native.set_persistent(True)
+    for name, got in run(case, precision, "native").items():
+        scale = float(steps[name].double().abs().max()) if got.numel() else 0.0
+        off = error(got, steps[name])
+        assert off <= 16 * precision.eps * scale, f"{case!r} {precision}, {name}: {off:.3g} at scale {scale:.3g}"
+
+
+def test_random_launches():
+    """FASTLSTM_FUZZ_COUNT layers, forward and backward, of random sizes and masks: no hang and no mismatch."""
+    rng = random.Random(20240229)
+    for index in range(COUNT):
+        T, B = rng.choice((4, 5, 16, 33)), rng.choice((1, 3, 8, 9, 16, 17, 40, 130))
+        H = rng.choice((1, 8, 31, 32, 33, 64, 100, 128, 200, 256, 300, 384, 512, 600, 768, 1024))
+        lengths = tuple(rng.randint(0, T) for _ in range(B)) if rng.random() < 0.3 else None
+        resets = None
+        if rng.random() < 0.3:
+            resets = tuple((t, b) for t in range(T) for b in range(B) if rng.random() < 0.1)
+        precision = rng.choice(PRECISIONS)
+        case = Case(
+            T=T, B=B, I=8, H=H, bidirectional=rng.random() < 0.3, hx=rng.choice(("none", "tuple")), lengths=lengths,
+            resets=resets, dtype=precision.dtype, seed=index,
+        )  # fmt: skip
+        require("native", case)
+        against_steps(case, precision)
+    torch.cuda.synchronize()
+
+
+def test_launches_on_many_streams():
+    """Cooperative launches side by side: each gets all its blocks, or waits; never some of them."""
+    case = Case(T=64, B=64, I=64, H=512, dtype=torch.bfloat16)
+    expected = run(case, BFLOAT16, "native")
+    found = []
+    streams = [torch.cuda.Stream() for _ in range(4)]
+    torch.cuda.synchronize()
+    for _ in range(5):
+        for stream in streams:
+            with torch.cuda.stream(stream):
+                found.append(run(case, BFLOAT16, "native"))
+    torch.cuda.synchronize()
+    for results in found:
+        same(results, expected)

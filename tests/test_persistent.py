@@ -1,0 +1,161 @@
+"""The persistent CUDA kernels without a GPU: their plan, their exchange under ThreadSanitizer, and their switch.
+
+Their numbers are in tests/test_cuda_host.py, their registers in tests/test_cuda_compile.py.
+"""
+
+from __future__ import annotations
+
+import itertools
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+
+import fastlstm
+from fastlstm.backends import native
+from fastlstm.ops.schema import LayerCall, LayerShape
+
+from .test_cuda_host import ROOT, cuda_headers, why_not
+
+# Streaming multiprocessors and the shared memory a block may ask for.
+H100, A100, RTX4090 = (132, 227 << 10), (108, 163 << 10), (128, 99 << 10)
+REGISTERS = 128 << 10  # bytes of W_hh a block may keep in registers
+
+needs_extension = pytest.mark.skipif(native.extension is None, reason=native.load_error)
+
+
+def plan(phase, H, B, D=1, element=2, device=H100, P=None):
+    return native.extension.persistent_plan(phase, H, P or H, B, D, element, *device)
+
+
+@needs_extension
+@pytest.mark.parametrize("phase", ["forward", "backward"])
+@pytest.mark.parametrize("device", [H100, A100, RTX4090], ids=["H100", "A100", "RTX4090"])
+def test_a_plan_covers_the_layer_and_fits_the_device(phase, device):
+    sizes = (1, 7, 32, 33, 100, 128, 256, 384, 512, 640, 768, 1000, 1024, 1536, 2048, 4096, 10**6)
+    served = 0
+    for H, B, D, element in itertools.product(sizes, (1, 8, 9, 64, 100, 1000), (1, 2), (2, 4)):
+        reason, p = plan(phase, H, B, D, element, device)
+        if reason:
+            continue
+        served += 1
+        rows = 4 * p["units"] if phase == "forward" else p["units"]
+        K = p["members"] * p["units"] * (1 if phase == "forward" else 4)
+        told = f"{phase} H={H} B={B} D={D} element={element}: {p}"
+        assert p["members"] * p["units"] >= H, told
+        assert p["slices"] * p["columns"] * 8 >= B, told
+        assert 1 <= p["groups"] <= p["slices"], told
+        assert p["blocks"] == D * p["groups"] * p["members"] <= device[0], told
+        assert p["chunks"] * 8 * 64 >= K * element, told
+        assert p["held"] <= p["chunks"], told
+        assert p["held"] * 8 * rows * 64 <= REGISTERS, told
+        assert p["shared"] <= device[1], told
+    assert served > 100
+
+
+@needs_extension
+def test_what_the_plan_serves_never_depends_on_the_batch():
+    for phase, H, D, element in itertools.product(("forward", "backward"), (64, 700, 1024, 2048, 2100), (1, 2), (2, 4)):
+        assert len({bool(plan(phase, H, B, D, element)[0]) for B in (1, 8, 64, 777)}) == 1
+
+
+@needs_extension
+def test_where_the_plan_ends():
+    """W_hh in the registers and shared memory of one wave of blocks: what issue and hardware allow on an H100."""
+    for phase in ("forward", "backward"):
+        assert plan(phase, 2048, 128)[0] == ""
+        assert plan(phase, 1024, 64, element=4)[0] == ""
+        assert plan(phase, 1024, 64, D=2)[0] == ""
+        assert "H=2048, 64 MiB" in plan(phase, 2048, 128, element=4)[0]
+        assert "of both directions at H=2048" in plan(phase, 2048, 128, D=2)[0]
+        assert "H=1000000" in plan(phase, 10**6, 1)[0]
+        assert "proj_size" in plan(phase, 64, 8, P=32)[0]
+        assert "TF32" in plan(phase, 64, 8, element=0)[0]
+        assert "no GPU" in plan(phase, 64, 8, device=(0, 0))[0]
+
+
+@needs_extension
+def test_more_units_a_block_where_they_fit():
+    """What a block takes in per step grows with the members of its group, so the smallest group wins."""
+    assert plan("forward", 1024, 64)[1]["members"] == 32
+    assert plan("forward", 1024, 64, element=4)[1]["members"] == 64
+    assert plan("forward", 2048, 64)[1]["members"] == 128
+    # Slices of 8 rows as long as the groups take them side by side, then of 16.
+    assert [plan("forward", 512, B)[1]["columns"] for B in (8, 64, 72)] == [1, 1, 2]
+
+
+@needs_extension
+def test_off_unless_asked_for(monkeypatch):
+    assert not native.extension.persistent_enabled()
+    if "cuda" not in native.devices:
+        with pytest.raises(RuntimeError, match="must be built for cuda"):
+            native.set_persistent(True)
+    assert not native.extension.persistent_enabled()
+    native.set_persistent(False)
+    call = LayerCall(torch.device("cuda"), torch.bfloat16, 64, LayerShape(64, 64, 1, True), False, False)
+    assert native.kernels(call).startswith("step by step: persistent kernels are off")
+    assert fastlstm.explain(fastlstm.LSTM(3, 4), torch.zeros(2, 2, 3)).kernels == ""
+
+
+@needs_extension
+def test_explain_tells_the_kernels(monkeypatch):
+    class Extension:
+        persistent_plan = staticmethod(native.extension.persistent_plan)
+        persistent_enabled = staticmethod(lambda: True)
+
+    class Gpu:
+        multi_processor_count, shared_memory_per_block_optin, major = *H100, 9
+
+    monkeypatch.setattr(native, "extension", Extension)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: Gpu)
+
+    def told(H, dtype):
+        return native.kernels(
+            LayerCall(torch.device("cuda"), dtype, H, LayerShape(H, H, 1, True), lengths=False, reset_mask=False)
+        )
+
+    assert told(512, torch.bfloat16).endswith("forward in groups of 16 blocks; backward in groups of 16 blocks")
+    assert "have persistent kernels" in told(512, torch.float64)
+    assert "does not fit" in told(4096, torch.float16)
+    Gpu.major = 7
+    assert "no GPU that can launch blocks together" in told(512, torch.float16)
+
+
+@pytest.fixture(scope="module")
+def simulation(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """tests/cuda_host/simulation.cpp, compiled with ThreadSanitizer."""
+    if reason := why_not():
+        pytest.skip(reason)
+    built = tmp_path_factory.mktemp("simulation") / "simulation"
+    command = ["g++", "-std=c++20", "-O1", "-g", "-Wall", "-Werror", "-Wno-unknown-pragmas", "-fsanitize=thread"]
+    command += [f"-I{ROOT / 'tests' / 'cuda_host'}", f"-I{ROOT / 'csrc'}", f"-isystem{cuda_headers()}", "-pthread"]
+    ran = subprocess.run(
+        [*command, str(ROOT / "tests" / "cuda_host" / "simulation.cpp"), "-o", str(built)],
+        capture_output=True,
+        text=True,
+    )
+    if "cannot find -ltsan" in ran.stderr or "libtsan" in ran.stderr:
+        pytest.skip("g++ has no ThreadSanitizer here")
+    assert ran.returncode == 0, ran.stderr
+    return built
+
+
+def simulate(simulation: Path, *arguments: object) -> subprocess.CompletedProcess[str]:
+    # Address space randomisation of some kernels leaves ThreadSanitizer no room for its shadow.
+    command = [*(("setarch", "-R") if shutil.which("setarch") else ()), str(simulation), *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300)
+
+
+@pytest.mark.parametrize("delay_us", [0, 300])
+def test_the_exchange_has_no_races(simulation, delay_us):
+    """Layers of random sizes, masks and launches: ThreadSanitizer is silent, the numbers are the step-wise kernels'."""
+    ran = simulate(simulation, 10 * delay_us, 12, delay_us)
+    assert ran.returncode == 0, ran.stderr[-4000:]
+
+
+def test_a_lost_flag_is_a_fault_and_not_a_hang(simulation):
+    ran = simulate(simulation, 3, 1, 0, "silent")
+    assert ran.returncode == 3, ran.stderr[-4000:]
+    assert "waited in vain for epoch 1" in ran.stderr
