@@ -38,8 +38,8 @@ class LayerFunction : public torch::autograd::Function<LayerFunction> {
   static variable_list forward(AutogradContext* ctx, const at::Tensor& x, const OptionalTensor& h0,
                                const OptionalTensor& c0, at::TensorList weights,
                                const OptionalTensor& lengths, const OptionalTensor& reset_mask,
-                               bool keep_cells, LayerResults* results) {
-    *results = below_autograd(x, h0, c0, weights, lengths, reset_mask, keep_cells, true);
+                               bool keep_cells, bool keep_reserve, LayerResults* results) {
+    *results = below_autograd(x, h0, c0, weights, lengths, reset_mask, keep_cells, keep_reserve);
     const auto& [y, h_n, c_n, cells, reserve] = *results;
     variable_list saved = {x,
                            h0.value_or(at::Tensor()),
@@ -94,7 +94,7 @@ class LayerFunction : public torch::autograd::Function<LayerFunction> {
     variable_list out = {needs[0] ? dx : at::Tensor(), needs[1] ? dh0 : at::Tensor(),
                          needs[2] ? dc0 : at::Tensor()};
     for (size_t k = 0; k < weights.size(); ++k) out.push_back(needs[3 + k] ? dweights[k] : at::Tensor());
-    out.resize(out.size() + 4);  // lengths, reset_mask, keep_cells, results
+    out.resize(out.size() + 5);  // lengths, reset_mask, keep_cells, keep_reserve, results
     return out;
   }
 };
@@ -102,10 +102,14 @@ class LayerFunction : public torch::autograd::Function<LayerFunction> {
 LayerResults layer(const at::Tensor& x, const OptionalTensor& h0, const OptionalTensor& c0,
                    at::TensorList weights, const OptionalTensor& lengths, const OptionalTensor& reset_mask,
                    bool keep_cells, bool keep_reserve) {
-  if (!keep_reserve || !at::GradMode::is_enabled())
+  const auto requires_grad = [](const OptionalTensor& t) { return t && t->requires_grad(); };
+  bool differentiable = x.requires_grad() || requires_grad(h0) || requires_grad(c0);
+  for (const at::Tensor& w : weights) differentiable |= w.requires_grad();
+  if (!differentiable || !at::GradMode::is_enabled())
     return below_autograd(x, h0, c0, weights, lengths, reset_mask, keep_cells, keep_reserve);
   LayerResults results;
-  variable_list out = LayerFunction::apply(x, h0, c0, weights, lengths, reset_mask, keep_cells, &results);
+  variable_list out =
+      LayerFunction::apply(x, h0, c0, weights, lengths, reset_mask, keep_cells, keep_reserve, &results);
   auto& [y, h_n, c_n, cells, reserve] = results;
   return {out[0], out[1], out[2], keep_cells ? out[3] : cells, reserve};
 }

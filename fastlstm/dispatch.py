@@ -35,10 +35,12 @@ class use_backend:
     def __init__(self, name: str) -> None:
         global _requested
         _check_name(name, "backend")
-        self._previous = _requested
+        self._name, self._previous = name, _requested
         _requested = name
 
     def __enter__(self) -> use_backend:
+        global _requested
+        _requested = self._name
         return self
 
     def __exit__(
@@ -150,7 +152,7 @@ def layer(
     if name == "reference" or _transforming():
         check(x, h0, c0, weights, lengths, reset_mask)
         # Under torch.compile the reference's ops are what a graph can hold and fuse.
-        if name == "reference" or torch.compiler.is_compiling() or transforms.forward_mode():
+        if name == "reference" or torch.compiler.is_compiling() or transforms.plain_ops_only():
             return reference.layer(x, h0, c0, weights, lengths, reset_mask)
         return transforms.layer(name, x, h0, c0, weights, lengths, reset_mask, keep_cells)
     keep_reserve = torch.is_grad_enabled() and _any_requires_grad(x, h0, c0, weights)
@@ -159,7 +161,10 @@ def layer(
         op = torch.ops.fastlstm.recomputed_layer.default
         y, h_n, c_n, cells, _, _ = op(name, recompute, x, h0, c0, weights, lengths, reset_mask, keep_cells)
         return y, h_n, c_n, cells
-    if name == "native" and not torch.compiler.is_compiling():
+    # The shortcut around the boxed call sees no __torch_function__, of a subclass or a mode.
+    if name == "native" and not (
+        torch.compiler.is_compiling() or torch.overrides.has_torch_function((x, h0, c0, *weights))
+    ):
         op = native.extension.layer  # type: ignore[union-attr]
     else:
         op = getattr(torch.ops.fastlstm, f"{name}_layer").default

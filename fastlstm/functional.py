@@ -141,8 +141,9 @@ def lstm_cell(
         RuntimeError: sizes, dtypes or devices that do not fit together, in torch.nn.LSTMCell's words.
     """
     weights = [weight_ih, weight_hh]
-    if bias_ih is not None and bias_hh is not None:
-        weights += [bias_ih, bias_hh]
+    if bias_ih is not None or bias_hh is not None:
+        none = weight_ih.new_zeros(weight_ih.shape[0])
+        weights += [none if bias is None else bias for bias in (bias_ih, bias_hh)]
     if torch._C._is_any_autocast_enabled() and torch.is_autocast_enabled(input.device.type):
         dtype = torch.get_autocast_dtype(input.device.type)
         if input.device.type == "cpu":  # no autocast rule for cells there: the state keeps its precision

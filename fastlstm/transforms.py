@@ -23,11 +23,12 @@ from .backends import eager
 from .ops.schema import LayerShape
 
 
-def forward_mode() -> bool:
-    """Whether forward-mode AD is at work, by torch.func.jvp or a dual level: only plain PyTorch ops serve it."""
+def plain_ops_only() -> bool:
+    """Whether forward-mode AD (torch.func.jvp, a dual level) or functionalize is at work, which have no rule here."""
     if torch.autograd.forward_ad._current_level >= 0:
         return True
-    return any(level.key() == TransformType.Jvp for level in torch._C._functorch.get_interpreter_stack() or ())
+    refused = (TransformType.Jvp, TransformType.Functionalize)
+    return any(level.key() in refused for level in torch._C._functorch.get_interpreter_stack() or ())
 
 
 def layer(
@@ -40,7 +41,7 @@ def layer(
     reset_mask: Tensor | None,
     keep_cells: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """y, h_n, c_n and cells of one layer under any transform but forward-mode AD."""
+    """y, h_n, c_n and cells of one layer under any transform but those of `plain_ops_only`."""
     stack = torch._C._functorch.get_interpreter_stack() or ()
     keep_reserve = any(level.key() == TransformType.Grad for level in stack)
     tensors = (x, h0, c0, lengths, reset_mask, *weights)

@@ -175,3 +175,13 @@ def test_dtype_errors(x, hx):
         nn.LSTMCell(3, 4)(x, hx)
     with pytest.raises(RuntimeError, match=r"must have the same dtype, got|as x is, got"):
         fastlstm.LSTMCell(3, 4)(x, hx)
+
+
+@pytest.mark.parametrize("given", ["bias_ih", "bias_hh"])
+def test_one_bias_alone(given, backend):
+    weights = [torch.randn(16, n) for n in (3, 4)]
+    x, hx, bias = torch.randn(2, 3), (torch.randn(2, 4), torch.randn(2, 4)), torch.randn(16)
+    biases = {"bias_ih": None, "bias_hh": None, given: bias}
+    found = fastlstm.functional.lstm_cell(x, hx, *weights, **biases)
+    expected = torch.lstm_cell(x, hx, *weights, *(torch.zeros(16) if b is None else b for b in biases.values()))
+    torch.testing.assert_close(found, expected)

@@ -246,3 +246,21 @@ def test_remembered_choices_tell_biases_from_a_second_direction(monkeypatch):
     for kwargs, name in (({}, "native"), ({"bias": False, "bidirectional": True}, "eager")):
         weights = list(fastlstm.LSTM(3, 4, **kwargs).parameters())
         assert dispatch._choose(X, weights, None, None) == name
+
+
+def test_a_backend_named_once_may_be_used_twice():
+    eager = fastlstm.use_backend("eager")
+    for _ in range(2):
+        with eager:
+            assert dispatch._requested == "eager"
+        assert dispatch._requested != "eager"
+
+
+def test_subclasses_of_tensors_keep_their_type():
+    class Named(torch.Tensor):
+        pass
+
+    lstm = fastlstm.LSTM(3, 4)
+    for name in ("auto", "eager"):
+        with fastlstm.use_backend(name):
+            assert type(lstm(torch.randn(2, 1, 3).as_subclass(Named))[0]) is Named

@@ -257,3 +257,19 @@ def test_backward_refuses_what_does_not_fit(name, change, op_backend):
     arguments[index] = arguments[index][:-1] if name == "needs" else change(arguments[index])
     with pytest.raises(RuntimeError, match=f"{name} must"):
         backward(*arguments)
+
+
+@pytest.mark.parametrize("B", [1, 3, 20])
+def test_no_input_features(B, op_backend, poisoned_empty):
+    arguments = forward_arguments(Case(T=3, B=B, I=1, H=8))
+    arguments[0] = arguments[0][..., :0]
+    arguments[3][0] = arguments[3][0][:, :0]
+    y = ops(op_backend)[0](*arguments)[0]
+    torch.testing.assert_close(y, reference.layer(*arguments[:6])[0])
+
+
+def test_a_backward_without_a_reserve_is_refused(op_backend):
+    arguments = forward_arguments(Case(T=3), keep_reserve=False, requires_grad=True)
+    y = ops(op_backend)[0](*arguments)[0]
+    with pytest.raises(RuntimeError, match="reserve must be"):
+        y.sum().backward()

@@ -132,3 +132,8 @@ def test_under_compile(transform, compiled, backend):
         got = compile_(transform(loss))(x)
     torch.testing.assert_close(got, transform(loss)(x))
     torch._dynamo.reset()
+
+
+def test_functionalize(backend):
+    ours, theirs = twins()
+    torch.testing.assert_close(torch.func.functionalize(lambda x: ours(x)[0])(X), theirs(X)[0])

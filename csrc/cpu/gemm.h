@@ -111,7 +111,8 @@ FASTLSTM_INLINE void panel_product(int64_t rows, int64_t K, const T* a, int64_t 
   constexpr int64_t W2 = kPanel<T>;
   const int64_t tiles = (rows + kTileRows - 1) / kTileRows;
   const int64_t step = (W2 + tiles - 1) / tiles;
-  for (int64_t k = 0; k < K; k += kDepth) {
+  int64_t k = 0;
+  do {  // once even for K = 0, whose product is zero
     const int64_t pass = std::min(kDepth, K - k);
     const T* b = panel + k * W2;
     Ahead<T> ahead = {b + pass * W2, step};
@@ -119,7 +120,8 @@ FASTLSTM_INLINE void panel_product(int64_t rows, int64_t K, const T* a, int64_t 
       panel_rows<T>(M, pass, a + m * lda + k, lda, b, c + m * ldc, ldc, add || k > 0, ahead);
       ahead.from += pass * step;
     });
-  }
+    k += kDepth;
+  } while (k < K);
 }
 
 template <class T, bool transposed_a>

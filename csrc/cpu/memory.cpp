@@ -68,7 +68,7 @@ class Recycler final : public c10::Allocator {
     std::unique_ptr<Block> block(static_cast<Block*>(context));
     Recycler& self = get();
     const std::unique_lock<std::mutex> lock(self.mutex_, std::try_to_lock);
-    if (!lock || block->bytes > kMost) return;
+    if (!lock || block->bytes < kLeast || block->bytes > kMost) return;
     self.idle_bytes_ += block->bytes;
     self.idle_.push_back(std::move(block));
     while (self.idle_bytes_ > kMost) self.drop_oldest();

@@ -87,6 +87,8 @@ def _state(x: Tensor, given: Tensor | None, d: int, features: int) -> Tensor:
 
 def _forward(backend, interval, x, h0, c0, weights, lengths, reset_mask, keep_cells):
     check(x, h0, c0, weights, lengths, reset_mask)
+    if interval < 1:
+        raise RuntimeError(f"interval must be at least 1, got {interval}")
     op = getattr(torch.ops.fastlstm, f"{backend}_layer").default
     s = LayerShape.of(weights)
     y, h_n, c_n, cells, h_at, c_at = _outputs(x, interval, weights, keep_cells)
@@ -121,16 +123,17 @@ def _outputs(x: Tensor, interval: int, weights: list[Tensor], keep_cells: bool) 
 def _backward(
     backend, interval, dy, dh_n, dc_n, dcells, x, h0, c0, weights, lengths, reset_mask, h_at, c_at, needs
 ):  # one argument for each of the schema's
+    check(x, h0, c0, weights, lengths, reset_mask)
     forward = getattr(torch.ops.fastlstm, f"{backend}_layer").default
     backward = getattr(torch.ops.fastlstm, f"{backend}_layer_backward").default
     s, n = LayerShape.of(weights), LayerShape.of(weights).per_direction
     # Sums over segments are taken in float32 at least.
     total = torch.promote_types(x.dtype, torch.float32)
-    dx = torch.zeros_like(x, dtype=total if s.D == 2 else x.dtype) if needs[0] else x.new_empty(0)
+    dx = x.new_zeros(x.shape, dtype=total if s.D == 2 else x.dtype) if needs[0] else x.new_empty(0)
     dh0, dc0, dweights = [], [], []
     for d in range(s.D):
         own, wanted = weights[d * n : (d + 1) * n], needs[3 + d * n : 3 + (d + 1) * n]
-        sums = [torch.zeros_like(w, dtype=total) if want else x.new_empty(0) for w, want in zip(own, wanted)]  # noqa: B905
+        sums = [w.new_zeros(w.shape if want else 0, dtype=total) for w, want in zip(own, wanted, strict=True)]
         dh, dc = _state(x, dh_n, d, s.P), _state(x, dc_n, d, s.H)
         begins = _begins(lengths, reset_mask, reverse=d == 1)
         dy_d = None if dy is None else dy[..., d * s.P : (d + 1) * s.P]
