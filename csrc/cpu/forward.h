@@ -194,9 +194,9 @@ struct AheadProduct {
   const ForwardArgs<T>& a;
   const Member& me;
   T* pre;
-  bool used = false;                       // or the steps have rows enough for a product each
-  int64_t t0 = 0, begin_s = 0, end_s = 0;  // it holds steps [begin_s, end_s) of the order, from time t0 on
-  int64_t first_row[kAheadRows];           // of each step, in order of time: where its rows begin in pre
+  bool used = false;              // or the steps have rows enough for a product each
+  int64_t t0 = 0, end_s = 0;      // it holds the steps of the order before end_s, from time t0 on
+  int64_t first_row[kAheadRows];  // of each step, in order of time: where its rows begin in pre
 
   int64_t rows_at(int64_t t) const {
     return std::max<int64_t>(0, std::min(me.row_end, a.rows.count_at(t)) - me.row_begin);
@@ -210,7 +210,6 @@ struct AheadProduct {
   }
 
   void make(int64_t s) {
-    begin_s = s;
     end_s = s + 1;
     used = a.packed_ih && a.rows.T > 1 && rows_at(time(s)) < kFewRows;
     if (!used) return;
