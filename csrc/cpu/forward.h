@@ -26,36 +26,66 @@ int64_t forward_packed_size(int64_t H, int64_t K) {
   return unit_blocks<T>(H) * K * kGateBlock<T>;
 }
 
+// Units [u0, u0 + W) of a weight [4H, K] into out [2][K][2][W]; from H on the last unit again, for results
+// that nobody reads.
+template <class T>
+void pack_block(const T* weight, int64_t H, int64_t K, int64_t u0, T* out) {
+  constexpr int64_t W = kWidth<T>, W2 = kPanel<T>;
+  // Columns of a gate at a time: their panel stays in L1 until the other gate of its lines is written.
+  constexpr int64_t kColumns = 8192 / (W2 * sizeof(T));
+  for (int64_t k0 = 0; k0 < K; k0 += kColumns)
+    for (int64_t gate = 0; gate < 4; ++gate) {
+      const T* row[W];
+      for (int64_t u = 0; u < W; ++u) row[u] = weight + (gate * H + std::min(u0 + u, H - 1)) * K;
+      T* to = out + gate / 2 * K * W2 + gate % 2 * W;
+      const int64_t k1 = std::min(k0 + kColumns, K);
+      int64_t k = k0;
+      for (; k + W <= k1; k += W) {
+        Vec<T> block[W];
+#pragma GCC unroll 16
+        for (int64_t u = 0; u < W; ++u) block[u] = load(row[u] + k);
+        transpose<T>(block);
+#pragma GCC unroll 16
+        for (int64_t j = 0; j < W; ++j) store(to + (k + j) * W2, block[j]);
+      }
+      for (; k < k1; ++k)
+#pragma GCC unroll 16
+        for (int64_t u = 0; u < W; ++u) to[k * W2 + u] = row[u][k];
+    }
+}
+
 template <class T>
 void pack_forward(const T* weight, int64_t H, int64_t K, int64_t begin, int64_t end, T* packed) {
-  constexpr int64_t W = kWidth<T>;
-  constexpr int64_t kColumns =
-      8192 / (kPanel<T> * sizeof(T));  // of each row at a time: their panel stays in L1
-  for (int64_t u0 = begin; u0 < end; u0 += W) {
-    const int64_t n = std::min(W, H - u0);
-    T* block = packed + u0 / W * K * kGateBlock<T>;
-    for (int64_t k0 = 0; k0 < K; k0 += kColumns)
-      for (int64_t gate = 0; gate < 4; ++gate)
-        for (int64_t u = 0; u < W; ++u) {
-          const T* row = weight + (gate * H + u0 + std::min(u, n - 1)) * K;
-          T* out = block + gate / 2 * K * kPanel<T> + gate % 2 * W + u;
-          const int64_t k1 = std::min(k0 + kColumns, K);
-          if (u < n)
-            for (int64_t k = k0; k < k1; ++k) out[k * kPanel<T>] = row[k];
-          else
-            for (int64_t k = k0; k < k1; ++k) out[k * kPanel<T>] = 0;
-        }
-  }
+  for (int64_t u = begin; u < end; u += kWidth<T>)
+    pack_block(weight, H, K, u, packed + u / kWidth<T> * K * kGateBlock<T>);
 }
 
 // Rows of a unit block that are kept of it.
-inline int64_t ahead_rows(int64_t N) { return std::min(kAheadRows, N); }
+inline int64_t ahead_rows(int64_t N) { return N <= kOnceRows ? N : kAheadRows; }
+
+// A member's scratch: pre-activations of a row group or of some steps, a block of a weight, and with
+// projection the h of all units before it.
+template <class T>
+struct ForwardScratch {
+  int64_t block, hidden, size;
+  ForwardScratch(int64_t N, int64_t I, int64_t H, int64_t P)
+      : block(std::max(kRowGroup, ahead_rows(N) * unit_blocks<T>(H)) * kGateBlock<T>),
+        hidden(block + std::max(I, P) * kGateBlock<T>),
+        size(hidden + (P == H ? 0 : kRowGroup * (H + (P + kPanel<T>)))) {}
+};
 
 template <class T>
-int64_t forward_scratch(int64_t N, int64_t H, int64_t P) {
-  // pre-activations of a row group or of some steps, and with projection the h of all units before it
-  return std::max(kRowGroup, ahead_rows(N) * unit_blocks<T>(H)) * kGateBlock<T> +
-         (P == H ? 0 : kRowGroup * (H + (P + kPanel<T>)));
+int64_t forward_scratch(int64_t N, int64_t I, int64_t H, int64_t P) {
+  return ForwardScratch<T>(N, I, H, P).size;
+}
+
+// The packed weights [., K] of the unit block at u, for which `scratch` is the place if they are not packed
+// yet.
+template <class T>
+FASTLSTM_INLINE const T* packed_block(const GateWeight<T>& w, int64_t H, int64_t K, int64_t u, T* scratch) {
+  if (w.packed) return w.packed + u / kWidth<T> * K * kGateBlock<T>;
+  pack_block(w.stored, H, K, u, scratch);
+  return scratch;
 }
 
 // out [rows][4 gates][W] (+)= a [rows, K] times the packed weights of one unit block.
@@ -96,6 +126,7 @@ struct ForwardStep {
   T* h_out;        // [B, P]
   T* gates;        // [count, 4H] or null
   int64_t next_t;  // the step after this one in the direction's order, or -1
+  T* block;        // a unit block's weights, where they are packed for one use
   T* hidden;       // [kRowGroup, H] with projection
 
   // Whether sorted row r enters the next step with zero state.
@@ -152,14 +183,29 @@ struct ForwardStep {
     }
   }
 
-  // Rows [r0, r1), at most kRowGroup, of the unit block at u0, from packed weights. `pre` [rows][4][W] holds
-  // x W_ih^T already if `ahead`.
-  FASTLSTM_INLINE void block_packed(int64_t r0, int64_t r1, int64_t u0, T* pre, bool ahead) const {
+  // out [rows][4][W] (+)= v [rows, K] times the unit block at u0 of a weight.
+  FASTLSTM_INLINE void multiply(int64_t rows, int64_t K, const T* v, const GateWeight<T>& w, int64_t u0,
+                                T* out, bool add) const {
+    constexpr int W = kWidth<T>;
+    if (!w.direct) return block_product(rows, K, v, K, packed_block(w, a.H, K, u0, block), out, add);
+    const int64_t n = std::min<int64_t>(W, a.H - u0);
+    for (int64_t r = 0; r < rows; ++r, v += K, out += kGateBlock<T>)
+      for (int64_t u = 0; u < n; ++u) {
+        Vec<T> acc[4] = {};
+        dot_lanes(v, w.stored, K, a.H, u0 + u, acc);
+        for (int gate = 0; gate < 4; ++gate)
+          out[gate * W + u] = sum<T>(acc[gate]) + (add ? out[gate * W + u] : T(0));
+      }
+  }
+
+  // Rows [r0, r1), at most kRowGroup, of the unit block at u0. `pre` [rows][4][W] holds x W_ih^T already if
+  // `ahead`.
+  FASTLSTM_INLINE void units(int64_t r0, int64_t r1, int64_t u0, T* pre, bool ahead) const {
     constexpr int W = kWidth<T>;
     constexpr int64_t ld = kGateBlock<T>;
-    const int64_t rows = r1 - r0, block = u0 / W;
-    if (!ahead) block_product(rows, a.I, x + r0 * a.I, a.I, a.packed_ih + block * a.I * ld, pre, false);
-    block_product(rows, a.P, h_in + r0 * a.P, a.P, a.packed_hh + block * a.P * ld, pre, true);
+    const int64_t rows = r1 - r0;
+    if (!ahead) multiply(rows, a.I, x + r0 * a.I, a.ih, u0, pre, false);
+    multiply(rows, a.P, h_in + r0 * a.P, a.hh, u0, pre, true);
     const int n = static_cast<int>(std::min<int64_t>(W, a.H - u0));
     for (int64_t r = r0; r < r1; ++r) {
       if (gates) {  // a row's gates lie 4H elements after the last one's, where no hardware prefetch finds
@@ -171,21 +217,6 @@ struct ForwardStep {
       cell(r, r - r0, u0, n, pre + (r - r0) * ld);
     }
   }
-
-  // The same for one row from the weights as stored: dot products along their rows. For few rows and steps
-  // this beats packing, whose cost is that of several passes over the weights.
-  FASTLSTM_INLINE void block_direct(int64_t r, int64_t r_group, int64_t u0) const {
-    constexpr int W = kWidth<T>;
-    const int n = static_cast<int>(std::min<int64_t>(W, a.H - u0));
-    alignas(64) T product[4 * W] = {};
-    for (int u = 0; u < n; ++u) {
-      Vec<T> acc[4] = {};
-      dot_lanes(x + r * a.I, a.w_ih, a.I, a.H, u0 + u, acc);
-      dot_lanes(h_in + r * a.P, a.w_hh, a.P, a.H, u0 + u, acc);
-      for (int gate = 0; gate < 4; ++gate) product[gate * W + u] = sum<T>(acc[gate]);
-    }
-    cell(r, r_group, u0, n, product);
-  }
 };
 
 // x W_ih^T of a member's rows and units for some steps at once, in pre [unit blocks][ahead_rows][4][W].
@@ -194,9 +225,10 @@ struct AheadProduct {
   const ForwardArgs<T>& a;
   const Member& me;
   T* pre;
-  bool used = false;              // or the steps have rows enough for a product each
-  int64_t t0 = 0, end_s = 0;      // it holds the steps of the order before end_s, from time t0 on
-  int64_t first_row[kAheadRows];  // of each step, in order of time: where its rows begin in pre
+  T* block;                      // a unit block's weights, where they are packed for one use
+  bool used = false;             // or the steps have rows enough for a product each
+  int64_t t0 = 0, end_s = 0;     // it holds the steps of the order before end_s, from time t0 on
+  int64_t first_row[kOnceRows];  // of each step, in order of time: where its rows begin in pre
 
   int64_t rows_at(int64_t t) const {
     return std::max<int64_t>(0, std::min(me.row_end, a.rows.count_at(t)) - me.row_begin);
@@ -211,12 +243,13 @@ struct AheadProduct {
 
   void make(int64_t s) {
     end_s = s + 1;
-    used = a.packed_ih && a.rows.T > 1 && rows_at(time(s)) < kFewRows;
+    used = a.rows.T > 1 && !a.ih.direct && (!a.ih.packed || rows_at(time(s)) < kFewRows);
     if (!used) return;
+    const int64_t most = ahead_rows(a.rows.N);
     int64_t total = rows_at(time(s));
-    for (; end_s < a.rows.T && end_s - s < kAheadRows; ++end_s) {
+    for (; end_s < a.rows.T && end_s - s < most; ++end_s) {
       const int64_t rows = rows_at(time(end_s));
-      if (total + rows > kAheadRows) break;
+      if (total + rows > most) break;
       total += rows;
     }
     const int64_t steps = end_s - s;
@@ -229,11 +262,11 @@ struct AheadProduct {
     constexpr int64_t ld = kGateBlock<T>;
     const bool whole = me.row_begin == 0 && me.row_end == a.rows.B;
     T* out = pre;
-    for (int64_t u = me.unit_begin; u < me.unit_end; u += kWidth<T>, out += ahead_rows(a.rows.N) * ld) {
-      const T* block = a.packed_ih + u / kWidth<T> * a.I * ld;
+    for (int64_t u = me.unit_begin; u < me.unit_end; u += kWidth<T>, out += most * ld) {
+      const T* weights = packed_block(a.ih, a.H, a.I, u, block);
       const auto product = [&](int64_t k, int64_t rows) {
         const T* x = a.x + (a.rows.offset_at(t0 + k) + me.row_begin) * a.I;
-        if (rows > 0) block_product(rows, a.I, x, a.I, block, out + first_row[k] * ld, false);
+        if (rows > 0) block_product(rows, a.I, x, a.I, weights, out + first_row[k] * ld, false);
       };
       if (whole)
         product(0, total);
@@ -247,9 +280,10 @@ template <class T>
 void forward(const ForwardArgs<T>& a, const Member& me) {
   constexpr int64_t W = kWidth<T>;
   const int64_t steps = a.rows.T;
-  T* scratch = a.scratch + me.index * forward_scratch<T>(a.rows.N, a.H, a.P);
-  T* hidden = scratch + forward_scratch<T>(a.rows.N, a.H, a.H);
-  AheadProduct<T> product{a, me, scratch};
+  const ForwardScratch<T> parts(a.rows.N, a.I, a.H, a.P);
+  T* scratch = a.scratch + me.index * parts.size;
+  T* hidden = scratch + parts.hidden;
+  AheadProduct<T> product{a, me, scratch, scratch + parts.block};
   for (int64_t s = 0; s < steps; ++s) {
     const int64_t t = product.time(s), offset = a.rows.offset_at(t);
     const int64_t next_t = s + 1 < steps ? product.time(s + 1) : -1;
@@ -262,18 +296,14 @@ void forward(const ForwardArgs<T>& a, const Member& me) {
                               a.h + ((s + 1) % 2) * a.rows.B * a.P,
                               a.gates ? a.gates + offset * 4 * a.H : nullptr,
                               next_t,
+                              scratch + parts.block,
                               hidden};
     const int64_t end = std::min(me.row_end, a.rows.count_at(t));
     for_row_tiles(std::max<int64_t>(0, end - me.row_begin), kRowGroup, [&](int64_t first, int64_t count) {
       const int64_t r0 = me.row_begin + first, r1 = r0 + count;
-      if (a.packed_hh) {
-        T* block = pre;
-        for (int64_t u = me.unit_begin; u < me.unit_end; u += W, block += next_block)
-          step.block_packed(r0, r1, u, block, product.used);
-      } else {
-        for (int64_t r = r0; r < r1; ++r)
-          for (int64_t u = me.unit_begin; u < me.unit_end; u += W) step.block_direct(r, r - r0, u);
-      }
+      T* block = pre;
+      for (int64_t u = me.unit_begin; u < me.unit_end; u += W, block += next_block)
+        step.units(r0, r1, u, block, product.used);
       if (a.w_hr) step.project(r0, r1, hidden + kRowGroup * a.H);
     });
     if (me.barrier) me.barrier->wait();

@@ -56,7 +56,9 @@ LayerResults forward(const at::Tensor& x, const OptionalTensor& h0, const Option
   std::vector<Rows> rows;
   for (int64_t d = 0; d < D; ++d) rows.push_back(ragged.rows(d));
   const Plan plan = make_plan(D, s.T, double(N) / s.T, s.I, H, P, sizeof(T), kernel.unit_block);
-  const bool pack = s.proj() || worth_packing(N, B);
+  // Packing whole weights pays where they are read again and again; see GateWeight.
+  const bool direct_hh = !worth_packing(N, B), direct_ih = direct_hh && N <= 12;
+  const bool pack_ih = N > kOnceRows && s.T > 1, pack_hh = !direct_hh && s.T > 1;
 
   Workspace<T> space;
   std::vector<int64_t> h_at, c_at, bias_at, ih_at, hh_at, hr_at;
@@ -64,11 +66,11 @@ LayerResults forward(const at::Tensor& x, const OptionalTensor& h0, const Option
     h_at.push_back(space.take(2 * B * P));
     c_at.push_back(space.take(B * H));
     bias_at.push_back(space.take(4 * H));
-    ih_at.push_back(space.take(pack ? kernel.forward_packed_size(H, s.I) : 0));
-    hh_at.push_back(space.take(pack ? kernel.forward_packed_size(H, P) : 0));
+    ih_at.push_back(space.take(pack_ih ? kernel.forward_packed_size(H, s.I) : 0));
+    hh_at.push_back(space.take(pack_hh ? kernel.forward_packed_size(H, P) : 0));
     hr_at.push_back(space.take(s.proj() ? kernel.columns_packed_size(H, P) : 0));
   }
-  const int64_t scratch_at = space.take(plan.threads() * kernel.forward_scratch(N, H, P));
+  const int64_t scratch_at = space.take(plan.threads() * kernel.forward_scratch(N, s.I, H, P));
   space.allocate(x);
 
   std::vector<ForwardArgs<T>> args;
@@ -88,10 +90,8 @@ LayerResults forward(const at::Tensor& x, const OptionalTensor& h0, const Option
     }
     std::copy_n(h, B * P, h + B * P);  // a reverse row may begin at an odd step
     gather_state<T>(c0c, d, rows[d], H, space.at(c_at[d]), H);
-    if (pack) {
-      pack_forward<T>(w_ih, H, space.at(ih_at[d]));
-      pack_forward<T>(w_hh, H, space.at(hh_at[d]));
-    }
+    if (pack_ih) pack_forward<T>(w_ih, H, space.at(ih_at[d]));
+    if (pack_hh) pack_forward<T>(w_hh, H, space.at(hh_at[d]));
     if (s.proj()) pack_columns<T>(w.hr.t(), space.at(hr_at[d]));
     args.push_back({rows[d],
                     s.I,
@@ -101,10 +101,8 @@ LayerResults forward(const at::Tensor& x, const OptionalTensor& h0, const Option
                     input.const_data_ptr<T>(),
                     keep_reserve ? reserve.mutable_data_ptr<T>() + d * s.rows() * 4 * H : nullptr,
                     space.at(bias_at[d]),
-                    w_ih.const_data_ptr<T>(),
-                    w_hh.const_data_ptr<T>(),
-                    pack ? space.at(ih_at[d]) : nullptr,
-                    pack ? space.at(hh_at[d]) : nullptr,
+                    {w_ih.const_data_ptr<T>(), pack_ih ? space.at(ih_at[d]) : nullptr, direct_ih},
+                    {w_hh.const_data_ptr<T>(), pack_hh ? space.at(hh_at[d]) : nullptr, direct_hh},
                     s.proj() ? space.at(hr_at[d]) : nullptr,
                     h,
                     space.at(c_at[d]),

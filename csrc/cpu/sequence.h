@@ -26,25 +26,34 @@ struct Rows {
   bool fresh_at(int64_t t, int64_t r) const { return fresh && fresh[offset_at(t) + r]; }
 };
 
+// Up to so many rows in all, a weight is used for all of them at once.
+constexpr int64_t kOnceRows = 192;
+
+// A weight [4H, K] of forward, and how its kernel reads it.
+template <class T>
+struct GateWeight {
+  const T* stored;  // as torch.nn.LSTM stores it
+  const T* packed;  // by pack_forward, or null: from `stored`,
+  bool direct;      // as dot products along its rows, or packing each block of units where it is used
+};
+
 template <class T>
 struct ForwardArgs {
   Rows rows;
   int64_t I, H, P;
   bool reverse;
-  const T* x;          // [N, I]
-  T* gates;            // [N, 4H]  out: the activated gates in the layout of gate_at, or null
-  const T* bias;       // [4H]  bias_ih + bias_hh
-  const T* w_ih;       // [4H, I]  as torch.nn.LSTM stores it
-  const T* w_hh;       // [4H, P]  likewise
-  const T* packed_ih;  // both by pack_forward, or null: run from the weights as stored
-  const T* packed_hh;
-  const T* w_hr;  // pack_columns of weight_hr^T [H, P], or null without projection
+  const T* x;        // [N, I]
+  T* gates;          // [N, 4H]  out: the activated gates in the layout of gate_at, or null
+  const T* bias;     // [4H]  bias_ih + bias_hh
+  GateWeight<T> ih;  // K = I. Blocks packed where used: for N <= kOnceRows, or T = 1
+  GateWeight<T> hh;  // K = P. Blocks packed where used: for T = 1
+  const T* w_hr;     // pack_columns of weight_hr^T [H, P], or null without projection
   T* h;      // [2, B, P]  state, sorted rows; step s of the order reads h[s % 2] and writes h[(s + 1) % 2]
   T* c;      // [B, H]     state
   T* y;      // [T, B, .]  out, row t * B + b at y + row * y_stride
   T* cells;  // likewise with cells_stride, or null
   int64_t y_stride, cells_stride;
-  T* scratch;  // per member, forward_scratch(N, H, P) elements
+  T* scratch;  // per member, forward_scratch(N, I, H, P) elements
 };
 
 // Where gate `gate` of unit u lies in a row of the saved gates: blocks of `width` units (one vector), in a
@@ -129,7 +138,7 @@ struct Kernels {
   void (*pack_columns)(const T* b, int64_t K, int64_t row_stride, int64_t column_stride, int64_t begin,
                        int64_t end, T* packed);
   int64_t (*padded_columns)(int64_t N);
-  int64_t (*forward_scratch)(int64_t N, int64_t H, int64_t P);
+  int64_t (*forward_scratch)(int64_t N, int64_t I, int64_t H, int64_t P);
   int64_t (*backward_scratch)(int64_t H, int64_t P);
   void (*forward)(const ForwardArgs<T>&, const Member&);
   void (*backward)(const BackwardArgs<T>&, const Member&);

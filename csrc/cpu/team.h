@@ -36,8 +36,8 @@ inline Plan make_plan(int64_t D, int64_t T, double rows, int64_t I, int64_t H, i
   if (most <= 1) return plan;
   const double weights = 4.0 * H * (I + P) * size;
   // Splitting rows reads all weights in every thread: fine while they stay in its L2 and the rows fill a tile
-  // each.
-  const bool rows_fit = rows / most >= (weights <= (1 << 20) ? 6 : 24);
+  // each, in more than one step.
+  const bool rows_fit = T > 1 && rows / most >= (weights <= (1 << 20) ? 6 : 24);
   if (P != H || rows_fit) {
     plan.members = static_cast<int>(std::max(1.0, std::min<double>(most, rows)));
     return plan;

@@ -7,6 +7,7 @@
 #include <cstdint>
 #include <cstring>
 #include <limits>
+#include <utility>
 
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -93,6 +94,33 @@ FASTLSTM_INLINE T sum(Vec<T> v) {
   T total = 0;
   for (int k = 0; k < kWidth<T>; ++k) total += v[k];
   return total;
+}
+
+// Rows a and b of a matrix with their off-diagonal blocks of d x d elements swapped: the halves of a step of
+// transpose().
+template <class T, int d, std::size_t... lane>
+FASTLSTM_INLINE void swap_blocks(Vec<T>& a, Vec<T>& b, std::index_sequence<lane...>) {
+  constexpr int W = kWidth<T>;
+#if defined(__clang__)
+  const Vec<T> low = __builtin_shufflevector(a, b, (lane & d ? W + lane - d : lane)...);
+  const Vec<T> high = __builtin_shufflevector(a, b, (lane & d ? W + lane : lane + d)...);
+#else
+  const Vec<T> low = __builtin_shuffle(a, b, Bits<T>{(lane & d ? W + lane - d : lane)...});
+  const Vec<T> high = __builtin_shuffle(a, b, Bits<T>{(lane & d ? W + lane : lane + d)...});
+#endif
+  a = low;
+  b = high;
+}
+
+// The transpose of W rows of W elements.
+template <class T, int d = kWidth<T> / 2>
+FASTLSTM_INLINE void transpose(Vec<T>* rows) {
+  if constexpr (d > 0) {
+#pragma GCC unroll 16
+    for (int i = 0; i < kWidth<T>; ++i)
+      if (!(i & d)) swap_blocks<T, d>(rows[i], rows[i + d], std::make_index_sequence<kWidth<T>>());
+    transpose<T, d / 2>(rows);
+  }
 }
 
 // Per type: exp's argument limits, 2^n through the exponent field, ln 2 in two parts, and q of
