@@ -170,3 +170,29 @@ def layer(
         op = getattr(torch.ops.fastlstm, f"{name}_layer").default
     y, h_n, c_n, cells, _ = op(x, h0, c0, weights, lengths, reset_mask, keep_cells, keep_reserve)
     return y, h_n, c_n, cells
+
+
+def stack(
+    input: Tensor,
+    hx: tuple[Tensor, Tensor] | None,
+    weights: list[Tensor],
+    num_layers: int,
+    bidirectional: bool,
+    batch_first: bool,
+) -> tuple[Tensor, tuple[Tensor, Tensor]] | None:
+    """All of a torch.nn.LSTM call in one call into the native extension, or None where something is to be looked at.
+
+    For CPU tensors without lengths, resets, dropout, autocast or a transform: a tiny call would spend most of its time
+    in Python otherwise. Results and errors are those of functional.lstm and `layer`, which serve everything else.
+    """
+    if (
+        native.extension is None
+        or not isinstance(input, Tensor)
+        or _requested not in ("auto", "native")
+        or torch.compiler.is_compiling()
+        or torch._C._is_any_autocast_enabled()
+        or _transforming()
+        or torch.overrides.has_torch_function((input, *(hx or ()), *weights))
+    ):
+        return None
+    return native.extension.stack(input, hx, weights, num_layers, 2 if bidirectional else 1, batch_first)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from . import functional
+from . import dispatch, functional
 from .functional import States
 from .ragged import PackedLayout
 
@@ -91,6 +91,11 @@ class LSTM(nn.RNNBase):
         weights = self.current_weights()
         if isinstance(input, PackedSequence):
             return self._forward_packed(input, hx, weights, lengths, reset_mask, return_cell_states)
+        drops = self.training and self.dropout > 0 and self.num_layers > 1
+        if lengths is None and reset_mask is None and not (drops or return_cell_states or self.recompute):
+            result = dispatch.stack(input, hx, weights, self.num_layers, self.bidirectional, self.batch_first)
+            if result is not None:
+                return result
         if input.dim() not in (2, 3):
             raise ValueError(f"LSTM: Expected input to be 2D or 3D, got {input.dim()}D instead")
         batched = input.dim() == 3

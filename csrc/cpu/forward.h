@@ -99,9 +99,11 @@ FASTLSTM_INLINE void block_product(int64_t rows, int64_t K, const T* a, int64_t 
   panel_product(rows, K, a, lda, block + K * W2, out + W2, ld, add);  // g, o
 }
 
-// acc[gate] += the dot products, lane by lane, of v [K] with unit u's rows of a weight [4H, K] as stored.
+// acc[gate] += the products, lane by lane, of v [K] with unit u's rows of a weight [4H, K] as stored. A row a
+// gate: more at a time, next to each other, would hide from the hardware prefetcher.
 template <class T>
-FASTLSTM_INLINE void dot_lanes(const T* v, const T* weight, int64_t K, int64_t H, int64_t u, Vec<T>* acc) {
+FASTLSTM_INLINE void multiply_rows(const T* v, const T* weight, int64_t K, int64_t H, int64_t u,
+                                   Vec<T>* acc) {
   constexpr int W = kWidth<T>;
   const T* w = weight + u * K;
   const int64_t whole = K / W * W;
@@ -134,27 +136,24 @@ struct ForwardStep {
     return a.rows.fresh && next_t >= 0 && r < a.rows.count_at(next_t) && a.rows.fresh_at(next_t, r);
   }
 
-  // Units [u0, u0 + n), n <= W, of row r: `product` holds x W_ih^T + h W_hh^T as [4][W].
-  FASTLSTM_INLINE void cell(int64_t r, int64_t r_group, int64_t u0, int n, const T* product) const {
+  // Units [u0, u0 + n), n <= W, of row r, whose activated gates are at `gate` as [4][W]: the new c and h.
+  FASTLSTM_INLINE void cell(int64_t r, int64_t r_group, int64_t u0, int n, const T* gate) const {
     constexpr int W = kWidth<T>;
     const int64_t H = a.H;
     T* c = a.c + r * H + u0;
     const bool full = n == W;
     auto get = [&](const T* p) { return full ? load(p) : load_part(p, n); };
     auto put = [&](T* p, Vec<T> v) { full ? store(p, v) : store_part(p, v, n); };
-    const T* bias = a.bias + u0;
-    const Gates<Vec<T>> gate = activate<Activation<T>>(
-        Gates<Vec<T>>{load(product) + get(bias), load(product + W) + get(bias + H),
-                      load(product + 2 * W) + get(bias + 2 * H), load(product + 3 * W) + get(bias + 3 * H)});
+    const Gates<Vec<T>> g = {load(gate), load(gate + W), load(gate + 2 * W), load(gate + 3 * W)};
     const Vec<T> c_prev = a.rows.fresh_at(t, r) ? Vec<T>{} : get(c);
-    const Vec<T> c_next = next_c(gate, c_prev);
-    const Vec<T> h = gate.o * Activation<T>::tanh(c_next);
+    const Vec<T> c_next = next_c(g, c_prev);
+    const Vec<T> h = g.o * Activation<T>::tanh(c_next);
     if (gates) {
-      T* g = gates + r * 4 * H + 4 * u0;
-      put(g, gate.i);
-      put(g + n, gate.f);
-      put(g + 2 * n, gate.g);
-      put(g + 3 * n, gate.o);
+      T* saved = gates + r * 4 * H + 4 * u0;
+      put(saved, g.i);
+      put(saved + n, g.f);
+      put(saved + 2 * n, g.g);
+      put(saved + 3 * n, g.o);
     }
     put(c, c_next);
     const int64_t row = t * a.rows.B + a.rows.batch_row_at(r);
@@ -183,19 +182,30 @@ struct ForwardStep {
     }
   }
 
-  // out [rows][4][W] (+)= v [rows, K] times the unit block at u0 of a weight.
-  FASTLSTM_INLINE void multiply(int64_t rows, int64_t K, const T* v, const GateWeight<T>& w, int64_t u0,
-                                T* out, bool add) const {
+  // pre [rows][4][W] (+)= the pre-activations of rows from r0 on and the unit block at u0; those of x are
+  // there already if `ahead`.
+  FASTLSTM_INLINE void products(int64_t rows, int64_t r0, int64_t u0, T* pre, bool ahead) const {
     constexpr int W = kWidth<T>;
-    if (!w.direct) return block_product(rows, K, v, K, packed_block(w, a.H, K, u0, block), out, add);
+    const T *xr = x + r0 * a.I, *hr = h_in + r0 * a.P;
+    if (!a.hh.direct) {
+      if (!ahead) block_product(rows, a.I, xr, a.I, packed_block(a.ih, a.H, a.I, u0, block), pre, false);
+      return block_product(rows, a.P, hr, a.P, packed_block(a.hh, a.H, a.P, u0, block), pre, true);
+    }
     const int64_t n = std::min<int64_t>(W, a.H - u0);
-    for (int64_t r = 0; r < rows; ++r, v += K, out += kGateBlock<T>)
+    for (int64_t r = 0; r < rows; ++r) {
+      Vec<T> lanes[4][W] = {};
       for (int64_t u = 0; u < n; ++u) {
         Vec<T> acc[4] = {};
-        dot_lanes(v, w.stored, K, a.H, u0 + u, acc);
-        for (int gate = 0; gate < 4; ++gate)
-          out[gate * W + u] = sum<T>(acc[gate]) + (add ? out[gate * W + u] : T(0));
+        if (!ahead) multiply_rows(xr + r * a.I, a.ih.stored, a.I, a.H, u0 + u, acc);
+        multiply_rows(hr + r * a.P, a.hh.stored, a.P, a.H, u0 + u, acc);
+        for (int gate = 0; gate < 4; ++gate) lanes[gate][u] = acc[gate];
       }
+      for (int gate = 0; gate < 4; ++gate) {
+        T* out = pre + r * kGateBlock<T> + gate * W;
+        const Vec<T> dots = sums<T>(lanes[gate]);
+        store(out, ahead ? load(out) + dots : dots);
+      }
+    }
   }
 
   // Rows [r0, r1), at most kRowGroup, of the unit block at u0. `pre` [rows][4][W] holds x W_ih^T already if
@@ -204,9 +214,20 @@ struct ForwardStep {
     constexpr int W = kWidth<T>;
     constexpr int64_t ld = kGateBlock<T>;
     const int64_t rows = r1 - r0;
-    if (!ahead) multiply(rows, a.I, x + r0 * a.I, a.ih, u0, pre, false);
-    multiply(rows, a.P, h_in + r0 * a.P, a.hh, u0, pre, true);
+    products(rows, r0, u0, pre, ahead);
     const int n = static_cast<int>(std::min<int64_t>(W, a.H - u0));
+    // Gates and cells apart: a cell waits for its gates and then for its tanh, and the scheduler of a CPU
+    // reaches other rows' work only where all of it fits a few dozen instructions.
+    Vec<T> bias[4];
+    for (int gate = 0; gate < 4; ++gate) bias[gate] = load_part(a.bias + gate * a.H + u0, n);
+    for (T* p = pre; p < pre + rows * ld; p += ld) {
+      const Gates<Vec<T>> gate = activate<Activation<T>>(Gates<Vec<T>>{
+          load(p) + bias[0], load(p + W) + bias[1], load(p + 2 * W) + bias[2], load(p + 3 * W) + bias[3]});
+      store(p, gate.i);
+      store(p + W, gate.f);
+      store(p + 2 * W, gate.g);
+      store(p + 3 * W, gate.o);
+    }
     for (int64_t r = r0; r < r1; ++r) {
       if (gates) {  // a row's gates lie 4H elements after the last one's, where no hardware prefetch finds
                     // them

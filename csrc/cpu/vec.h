@@ -89,12 +89,6 @@ template <class T>
 FASTLSTM_INLINE Vec<T> splat(T x) {
   return Vec<T>{} + x;
 }
-template <class T>
-FASTLSTM_INLINE T sum(Vec<T> v) {
-  T total = 0;
-  for (int k = 0; k < kWidth<T>; ++k) total += v[k];
-  return total;
-}
 
 // Rows a and b of a matrix with their off-diagonal blocks of d x d elements swapped: the halves of a step of
 // transpose().
@@ -120,6 +114,21 @@ FASTLSTM_INLINE void transpose(Vec<T>* rows) {
     for (int i = 0; i < kWidth<T>; ++i)
       if (!(i & d)) swap_blocks<T, d>(rows[i], rows[i + d], std::make_index_sequence<kWidth<T>>());
     transpose<T, d / 2>(rows);
+  }
+}
+
+// The sums of W vectors, one a lane.
+template <class T, int d = kWidth<T> / 2>
+FASTLSTM_INLINE Vec<T> sums(Vec<T>* v) {
+  if constexpr (d == 0) {
+    return v[0];
+  } else {
+#pragma GCC unroll 16
+    for (int i = 0; i < d; ++i) {
+      swap_blocks<T, d>(v[i], v[i + d], std::make_index_sequence<kWidth<T>>());
+      v[i] += v[i + d];
+    }
+    return sums<T, d / 2>(v);
   }
 }
 
