@@ -130,8 +130,8 @@ FEATURES = (
 )
 
 
-# Steps of the sequence in a model that is compiled, and who can: nn.LSTM is unrolled, so a short one must do for it.
-COMPILED = {8: ("nn", "fastlstm"), 512: ("fastlstm",)}
+# Steps of the sequence in a model that is compiled, and who can: nn.LSTM is unrolled, so that its time grows with T.
+COMPILED = {8: ("nn", "fastlstm"), 16: ("nn", "fastlstm"), 512: ("fastlstm",)}
 
 
 def chosen(matching: str = "") -> list[Feature]:

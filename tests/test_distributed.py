@@ -137,7 +137,7 @@ def test_activation_checkpointing_replays_dropout(use_reentrant, recompute, back
 
 @pytest.mark.filterwarnings("ignore")
 def test_lightning(tmp_path):
-    lightning = pytest.importorskip("lightning")
+    lightning = pytest.importorskip("pytorch_lightning")
 
     class Lit(lightning.LightningModule):
         def __init__(self) -> None:

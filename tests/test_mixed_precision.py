@@ -9,6 +9,8 @@ import torch
 from torch import nn
 
 import fastlstm
+from fastlstm.tutorials.common import implementation
+from fastlstm.tutorials.gradient_regression import BATCH, GradientRegression
 
 from .twins import data, twins
 
@@ -57,6 +59,31 @@ def float32_error():
 @pytest.mark.parametrize(("dtype", "scaled"), [(torch.bfloat16, False), (torch.float16, True), (torch.bfloat16, True)])
 def test_training_converges_as_in_float32(dtype, scaled):
     assert train(dtype, scaled) < max(2 * float32_error(), 0.02)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_tutorial_meets_its_bar_under_the_scaler(dtype):
+    """gradient_regression in its quick form: its model, data, optimizer and bar, in mixed precision."""
+    task = GradientRegression(quick=True)
+    model, history, generator = task.build(implementation("fastlstm")), {}, task.generator()
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3, weight_decay=1e-5)
+    scaler = torch.amp.GradScaler("cpu")
+    windows, slopes = task.training
+    for _ in range(task.epochs):
+        for rows in torch.randperm(len(slopes), generator=generator).split(BATCH):
+            with torch.autocast("cpu", dtype):
+                predicted = model(windows[rows])
+                assert predicted.dtype == dtype
+                loss = nn.functional.mse_loss(predicted.float(), slopes[rows])
+            optimizer.zero_grad()
+            scaler.scale(loss).backward()
+            scaler.step(optimizer)
+            scaler.update()
+    history["validation"] = [task.mse(model, *task.validation)]
+    untrained = task.mse(task.build(implementation("fastlstm")), *task.validation)
+    (check,) = task.checks(model, history)
+    assert check.passed, check
+    assert untrained > 2 * check.bar
 
 
 def test_the_scaler_skips_a_step_that_overflows(backend):

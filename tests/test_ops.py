@@ -245,6 +245,18 @@ def test_forward_refuses_what_does_not_fit(index, change, text, op_backend):
         ops(op_backend)[0](*arguments)
 
 
+@pytest.mark.parametrize("lengths", [(4, 5, 2), (4, -1, 2)])
+def test_lengths_out_of_range_are_refused(lengths, op_backend):
+    """In the words of the module's own check."""
+    forward, backward = ops(op_backend)
+    arguments = forward_arguments(Case(T=4, **EVERYTHING))
+    backwards = backward_arguments(forward, arguments)
+    arguments[4] = backwards[8] = torch.tensor(lengths)
+    for op, args in ((forward, arguments), (backward, backwards)):
+        with pytest.raises(ValueError, match=rf"lengths must lie in \[0, T=4\], got {lengths[1]} in row 1"):
+            op(*args)
+
+
 BACKWARD_NAMES = ("dy", "dh_n", "dc_n", "dcells", None, None, None, None, None, None, "y", "cells", "reserve", "needs")
 
 

@@ -137,7 +137,7 @@ def test_without_gradient_nothing_is_kept_or_slower():
         b, _ = lstm(x)
     assert torch.equal(a, b)
     lstm.recompute = True
-    short, _ = lstm(x[:64])  # one interval: the ordinary op
+    short, _ = lstm(x[:128])  # one interval: the ordinary op
     assert "recomputed" not in short.grad_fn.name()
 
 
@@ -178,6 +178,44 @@ def test_the_ops_keep_their_promises():
         checks = ("test_schema", "test_autograd_registration", "test_faketensor")
         result = torch.library.opcheck(torch.ops.fastlstm.recomputed_layer.default, args, test_utils=checks)
         assert set(result.values()) == {"SUCCESS"}, (name, result)
+
+
+def ops_arguments():
+    """Of the forward op, with lengths and cells, and of the backward op after it."""
+    given = tensors(OPTIONS[10])
+    x, weights = torch.nan_to_num(given.leaves["x"].detach()), [w.detach() for w in given.weights.values()]
+    states = [t.detach() for t in given.hx]
+    forward = ["eager", 3, x, *states, weights, torch.as_tensor(given.lengths), given.reset_mask, True]
+    *results, h_at, c_at = torch.ops.fastlstm.recomputed_layer(*forward)
+    needs = [True] * (3 + len(weights))
+    return forward, ["eager", 3, *map(torch.ones_like, results), *forward[2:-1], h_at, c_at, needs]
+
+
+@pytest.mark.parametrize("index", [2, 3, 4, 5, 6, 7, 8, 10, 11, 12, 13])  # every tensor but the weights
+def test_the_backward_op_refuses_what_does_not_fit(index):
+    _, arguments = ops_arguments()
+    torch.ops.fastlstm.recomputed_layer_backward(*arguments)
+    for wrong in (arguments[index][:-1], arguments[index].to(torch.complex64)):
+        changed = [*arguments[:index], wrong, *arguments[index + 1 :]]
+        with pytest.raises(RuntimeError, match="must"):
+            torch.ops.fastlstm.recomputed_layer_backward(*changed)
+
+
+def test_both_ops_refuse_lengths_out_of_range_and_the_rest():
+    for op, arguments, lengths in zip(
+        (torch.ops.fastlstm.recomputed_layer, torch.ops.fastlstm.recomputed_layer_backward),
+        ops_arguments(),
+        (6, 10),
+        strict=True,
+    ):
+        changed = [*arguments]
+        changed[lengths] = torch.tensor([7, 8, 0, 3])
+        with pytest.raises(ValueError, match=r"lengths must lie in \[0, T=7\], got 8 in row 1"):
+            op(*changed)
+        with pytest.raises(RuntimeError, match="interval must be at least 1, got 0"):
+            op("eager", 0, *arguments[2:])
+    with pytest.raises(RuntimeError, match="needs must have 11 flags, got 10"):
+        op(*arguments[:-1], arguments[-1][:-1])
 
 
 def test_how_it_is_set():

@@ -124,6 +124,19 @@ void bias_gradient(int64_t rows, const T* dgates, bool add, const at::Tensor& db
   });
 }
 
+// Whether w [4H, D * 4H] is the part of an identity that is direction d's: so fastlstm/transforms.py asks for
+// the gradients of the gates, and dx is these without a product.
+template <class T>
+bool is_identity(const at::Tensor& w, const LayerSizes& s, int64_t d) {
+  const int64_t G = 4 * s.H;
+  if (s.I != s.D * G) return false;
+  const T* row = w.const_data_ptr<T>();
+  for (int64_t r = 0; r < G; ++r, row += s.I)
+    for (int64_t c = 0; c < s.I; ++c)
+      if (row[c] != T(c == d * G + r)) return false;
+  return true;
+}
+
 // h before the projection [N, H] = o * tanh(c).
 template <class T>
 at::Tensor unprojected(const at::Tensor& gates, const at::Tensor& cells, const LayerSizes& s,
@@ -239,9 +252,11 @@ LayerGradients backward(const OptionalTensor& dy_in, const OptionalTensor& dh_n,
                              : D == 1  ? new_empty({N, s.I}, x)
                                        : new_zeros({N, s.I}, x);
   std::vector<at::Tensor> w_ih, states(D), hidden(D);
+  std::vector<bool> identity;
   for (int64_t d = 0; d < D; ++d) {
     const int64_t at = d * s.per_direction;
     w_ih.push_back(weights[at].contiguous());
+    identity.push_back(needs[0] && is_identity<T>(w_ih[d], s, d));
     if (needs[3 + at + 1] && !ragged.plain()) states[d] = entering_states<T>(y, h0, s, ragged, d);
     if (s.proj() && needs[3 + at + s.per_direction - 1])
       hidden[d] = unprojected<T>(reserve.select(0, d), cells, s, ragged, d);
@@ -262,9 +277,13 @@ LayerGradients backward(const OptionalTensor& dy_in, const OptionalTensor& dh_n,
       const int64_t at = d * s.per_direction, n = span.rows();
       const T* dgates = args[d].dgates;
       const auto need = [&](int64_t k) { return needs[3 + at + k]; };
-      if (needs[0] && n > 0)
-        product<T>(n, s.I, 4 * H, {dgates, 4 * H}, {w_ih[d].const_data_ptr<T>(), s.I}, D > 1,
-                   dx_rows.mutable_data_ptr<T>() + span.begin * s.I, s.I);
+      if (needs[0] && n > 0) {
+        T* dx = dx_rows.mutable_data_ptr<T>() + span.begin * s.I;
+        if (identity[d])
+          for (int64_t r = 0; r < n; ++r) std::copy_n(dgates + r * 4 * H, 4 * H, dx + r * s.I + d * 4 * H);
+        else
+          product<T>(n, s.I, 4 * H, {dgates, 4 * H}, {w_ih[d].const_data_ptr<T>(), s.I}, D > 1, dx, s.I);
+      }
       if (need(0))
         weight_gradient<T>(n, dgates, input.const_data_ptr<T>() + span.begin * s.I, s.I, add, dweights[at]);
       if (need(1) && ragged.plain())

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from .schema import BACKWARD, FORWARD, backward_outputs, check, check_backward, forward_outputs
+from .schema import BACKWARD, FORWARD, backward_outputs, check, check_backward, check_range, forward_outputs
 
 LIBRARY = torch.library.Library("fastlstm", "DEF")
 
@@ -29,7 +29,7 @@ def define(backend: str, forward: Callable[..., Any] | None = None, backward: Ca
         torch.library.register_fake(f"fastlstm::{name}", fake, lib=LIBRARY)
     if forward is not None and backward is not None:
         LIBRARY.impl(layer, without_autocast(_checked(_check_forward, forward)), "CompositeExplicitAutograd")
-        LIBRARY.impl(layer_backward, without_autocast(_checked(check_backward, backward)), "CompositeExplicitAutograd")
+        LIBRARY.impl(layer_backward, without_autocast(_checked(_check_backward, backward)), "CompositeExplicitAutograd")
         op = getattr(torch.ops.fastlstm, layer_backward).default
         torch.library.register_autograd(
             f"fastlstm::{layer}",
@@ -41,6 +41,13 @@ def define(backend: str, forward: Callable[..., Any] | None = None, backward: Ca
 
 def _check_forward(x, h0, c0, weights, lengths, reset_mask, keep_cells, keep_reserve):
     check(x, h0, c0, weights, lengths, reset_mask)
+    check_range(lengths, x.shape[0])
+
+
+def _check_backward(*args):
+    check_backward(*args)
+    x, lengths = args[4], args[8]
+    check_range(lengths, x.shape[0])
 
 
 def _checked(check: Callable[..., None], kernel: Callable[..., Any]) -> Callable[..., Any]:
@@ -97,6 +104,7 @@ def _autograd_backward(op: Callable[..., Any], ctx: Any, dy, dh_n, dc_n, dcells,
     return (*grads, None, None, None, None)
 
 
+@without_autocast
 def differentiable_backward(
     dy: Tensor | None,
     dh_n: Tensor | None,
@@ -111,9 +119,6 @@ def differentiable_backward(
     needs: list[bool],
 ) -> Gradients:
     """Backward for `create_graph=True`: the reference's gradients, themselves differentiable to any order."""
-    if torch._C._is_any_autocast_enabled():
-        with torch.autocast(x.device.type, enabled=False):
-            return differentiable_backward(dy, dh_n, dc_n, dcells, x, h0, c0, weights, lengths, reset_mask, needs)
     inputs = [x, h0, c0, *weights]
     # Views, so that a tensor given in two roles gets its own gradient for each.
     x, h0, c0, *weights = [None if t is None else t.view_as(t) for t in inputs]  # type: ignore[misc, assignment]

@@ -131,15 +131,25 @@ def check(
             raise RuntimeError(f"Input and parameter tensors must have the same dtype, got {x.dtype} and {w.dtype}")
     H, P, D, (T, B, features) = shape.H, shape.P, shape.D, x.shape
     for direction in split_weights(weights):
-        _check("weight_ih", "[4H, I]", direction.ih, (4 * H, features))
-        _check("weight_hh", "[4H, P]", direction.hh, (4 * H, P))
-        _check("bias_ih", "[4H]", direction.bias_ih, (4 * H,))
-        _check("bias_hh", "[4H]", direction.bias_hh, (4 * H,))
-        _check("weight_hr", "[P, H]", direction.hr, (P, H))
-    _check("h0", "[D, B, P]", h0, (D, B, P), x.dtype, x.device)
-    _check("c0", "[D, B, H]", c0, (D, B, H), x.dtype, x.device)
-    _check("lengths", "[B]", lengths, (B,), torch.int64, x.device)
-    _check("reset_mask", "[T, B]", reset_mask, (T, B), torch.bool, x.device)
+        check_tensor("weight_ih", "[4H, I]", direction.ih, (4 * H, features))
+        check_tensor("weight_hh", "[4H, P]", direction.hh, (4 * H, P))
+        check_tensor("bias_ih", "[4H]", direction.bias_ih, (4 * H,))
+        check_tensor("bias_hh", "[4H]", direction.bias_hh, (4 * H,))
+        check_tensor("weight_hr", "[P, H]", direction.hr, (P, H))
+    check_tensor("h0", "[D, B, P]", h0, (D, B, P), x.dtype, x.device)
+    check_tensor("c0", "[D, B, H]", c0, (D, B, H), x.dtype, x.device)
+    check_tensor("lengths", "[B]", lengths, (B,), torch.int64, x.device)
+    check_tensor("reset_mask", "[T, B]", reset_mask, (T, B), torch.bool, x.device)
+
+
+def check_range(lengths: Tensor | None, T: int) -> None:
+    """Raise ValueError unless lengths on the CPU lie in [0, T]; elsewhere reading them would wait for the device."""
+    if lengths is None or lengths.device.type != "cpu" or lengths.numel() == 0:
+        return
+    low, high = torch.aminmax(lengths)
+    if low < 0 or high > T:
+        row = int(lengths.argmin() if low < 0 else lengths.argmax())
+        raise ValueError(f"lengths must lie in [0, T={T}], got {int(lengths.flatten()[row])} in row {row}")
 
 
 def check_backward(
@@ -162,22 +172,33 @@ def check_backward(
     check(x, h0, c0, weights, lengths, reset_mask)
     s = LayerShape.of(weights)
     T, B = x.shape[:2]
-    H, P, D = s.H, s.P, s.D
-    for name, sizes, tensor, expected in (
-        ("reserve", "[D, T, B, 4H]", reserve, (D, T, B, 4 * H)),
-        ("y", "[T, B, D*P]", y, (T, B, D * P)),
-        ("cells", "[T, B, D*H]", cells, (T, B, D * H)),
-        ("dy", "[T, B, D*P]", dy, (T, B, D * P)),
-        ("dh_n", "[D, B, P]", dh_n, (D, B, P)),
-        ("dc_n", "[D, B, H]", dc_n, (D, B, H)),
-        ("dcells", "[T, B, D*H]", dcells, (T, B, D * H)),
-    ):
-        _check(name, sizes, tensor, expected, x.dtype, x.device)
+    check_tensor("reserve", "[D, T, B, 4H]", reserve, (s.D, T, B, 4 * s.H), x.dtype, x.device)
+    check_tensor("y", "[T, B, D*P]", y, (T, B, s.D * s.P), x.dtype, x.device)
+    check_tensor("cells", "[T, B, D*H]", cells, (T, B, s.D * s.H), x.dtype, x.device)
+    check_gradients(dy, dh_n, dc_n, dcells, x, weights, needs)
+
+
+def check_gradients(
+    dy: Tensor | None,
+    dh_n: Tensor | None,
+    dc_n: Tensor | None,
+    dcells: Tensor | None,
+    x: Tensor,
+    weights: list[Tensor],
+    needs: list[bool],
+) -> None:
+    """Raise RuntimeError unless the gradients that arrive, and `needs`, fit x and weights that `check` has passed."""
+    s = LayerShape.of(weights)
+    T, B = x.shape[:2]
+    check_tensor("dy", "[T, B, D*P]", dy, (T, B, s.D * s.P), x.dtype, x.device)
+    check_tensor("dh_n", "[D, B, P]", dh_n, (s.D, B, s.P), x.dtype, x.device)
+    check_tensor("dc_n", "[D, B, H]", dc_n, (s.D, B, s.H), x.dtype, x.device)
+    check_tensor("dcells", "[T, B, D*H]", dcells, (T, B, s.D * s.H), x.dtype, x.device)
     if len(needs) != 3 + len(weights):
         raise RuntimeError(f"needs must have {3 + len(weights)} flags, got {len(needs)}")
 
 
-def _check(
+def check_tensor(
     name: str,
     sizes: str,
     tensor: Tensor | None,
