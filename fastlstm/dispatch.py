@@ -186,10 +186,11 @@ def stack(
     in Python otherwise. Results and errors are those of functional.lstm and `layer`, which serve everything else.
     """
     if (
-        native.extension is None
-        or not isinstance(input, Tensor)
+        torch.compiler.is_compiling()
+        or native.extension is None
         or _requested not in ("auto", "native")
-        or torch.compiler.is_compiling()
+        or not isinstance(input, Tensor)
+        or not (hx is None or isinstance(hx, tuple))
         or torch._C._is_any_autocast_enabled()
         or _transforming()
         or torch.overrides.has_torch_function((input, *(hx or ()), *weights))

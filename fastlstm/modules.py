@@ -91,7 +91,7 @@ class LSTM(nn.RNNBase):
         weights = self.current_weights()
         if isinstance(input, PackedSequence):
             return self._forward_packed(input, hx, weights, lengths, reset_mask, return_cell_states)
-        drops = self.training and self.dropout > 0 and self.num_layers > 1
+        drops = self.num_layers > 1 and self.training and self.dropout > 0
         if lengths is None and reset_mask is None and not (drops or return_cell_states or self.recompute):
             result = dispatch.stack(input, hx, weights, self.num_layers, self.bidirectional, self.batch_first)
             if result is not None:

@@ -32,7 +32,8 @@ def no_memory(monkeypatch):
 
 @pytest.fixture
 def asked(monkeypatch, no_memory):
-    """(backend, call) of every choice made."""
+    """(backend, call) of every choice made; the shortcut past them, for which there is nothing to choose, is off."""
+    monkeypatch.setattr(dispatch, "stack", lambda *arguments: None)
     calls = []
     real = dispatch.select
 
@@ -47,6 +48,31 @@ def asked(monkeypatch, no_memory):
 def test_named_backend_runs_the_call(backend, asked):
     fastlstm.LSTM(3, 4, 2)(X)
     assert [name for name, _ in asked] == [backend, backend]
+
+
+def test_the_shortcut_is_for_what_native_would_run(monkeypatch):
+    """Around the layers' choices, in the extension: only where each of them would be native."""
+    if backends.native.extension is None:
+        pytest.skip("the extension is not built")
+    lstm, x = fastlstm.LSTM(3, 4, 2), torch.rand(5, 2, 3)
+    weights = lstm.current_weights()
+    arguments = (x, None, weights, 2, False, False)
+    taken = {}
+    for name in dispatch.NAMES:
+        with fastlstm.use_backend(name):
+            taken[name] = dispatch.stack(*arguments) is not None
+    assert taken == {name: name in ("auto", "native") for name in dispatch.NAMES}
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert dispatch.stack(*arguments) is None
+    h0 = torch.zeros(2, 2, 4)
+    for hx in ((h0[:1], h0), (h0, h0.double()), (h0,), (h0, None), [h0, h0], h0):
+        assert dispatch.stack(x, hx, *arguments[2:]) is None
+    for other in (x[0], x.double(), x[..., :2], x[:0], x.to("meta"), x.long(), [1.0]):
+        assert dispatch.stack(other, *arguments[1:]) is None
+    torch.func.vmap(lambda x: taken.update(vmap=dispatch.stack(x, *arguments[1:])) or x)(x[None])
+    assert taken["vmap"] is None
+    monkeypatch.setattr(backends.native, "extension", None)
+    assert dispatch.stack(*arguments) is None
 
 
 def test_context_ends_with_the_block(asked):
