@@ -14,6 +14,8 @@ namespace fastlstm::cuda {
 
 // Whether the persistent kernels may run at all: off, since no GPU has run them yet (docs/gpu-notes.md).
 inline std::atomic<bool> persistent_enabled{false};
+// 'A' or 'B' for that tier wherever it can serve, to measure and test it; 0: the one predicted to be faster.
+inline std::atomic<char> persistent_tier{0};
 
 struct DeviceLimits {
   int sms;          // streaming multiprocessors
@@ -53,6 +55,9 @@ struct Layout {
   int64_t state;   // 16-byte words of a slice's state: [columns, chunks, 32 lanes]
   int64_t shared;  // bytes of shared memory of a block
 
+  int64_t shared_weights() const {  // bytes of A that registers do not hold
+    return int64_t{std::max(0, rounds - held)} * 8 * width * 1024;
+  }
   int in_cluster() const { return cluster ? members : 0; }  // blocks
   int64_t blocks(int D) const { return int64_t{D} * groups * members; }
 };
@@ -74,15 +79,16 @@ struct Variant {
   int units;
   int held[2];  // rounds in registers for slices of 8 and of 16 rows, as ptxas can place them
 };
-constexpr Variant kForwardVariants[] = {{32, {2, 1}}, {32, {1, 1}}, {16, {4, 4}}};
-constexpr Variant kBackwardVariants[] = {{32, {8, 5}}, {32, {4, 4}}, {16, {16, 16}}};
+constexpr Variant kForwardVariants[] = {{32, {2, 1}}, {16, {4, 4}}};
+constexpr Variant kBackwardVariants[] = {{32, {8, 5}}, {16, {16, 16}}};
 
-// Tier A: all of the blocks' registers that W_hh may have, 128 a thread. The state is close by, so the warps
-// share K between two parts only: they read it four times, and add two shares for a sum instead of eight.
-constexpr int kClusterUnits = 32, kClusterParts = 2;
+// Tier A: 32 units a block where a cluster of them is large enough, else 48, in 16 bits. A state is close by,
+// so the warps cut K into two parts only: they read it four times, and add two shares for a sum instead of
+// eight.
+constexpr int kClusterParts = 2;
 constexpr int kInboxStride = 10;  // floats from unit to unit of what the blocks push where they scatter
-constexpr int cluster_held(Phase phase, int element) {
-  return phase == Phase::forward ? 8 : element == 2 ? 4 : 2;
+constexpr int cluster_held(Phase phase, int units, int element) {  // rounds, as ptxas can place them
+  return phase == Phase::forward ? (units == 32 ? 8 : 5) : units == 32 ? 8 / element : 3;
 }
 
 constexpr int64_t up(int64_t n, int64_t by) { return (n + by - 1) / by; }
@@ -95,10 +101,9 @@ inline Layout lay_out(Phase phase, const Recurrence& r, const DeviceLimits& devi
   p.members = static_cast<int>(up(r.H, v.units));
   p.width = (forward ? 4 : 1) * v.units / 16;
   const int64_t K = static_cast<int64_t>(p.members) * v.units * (forward ? 1 : 4);
-  p.rounds = std::max(p.held, static_cast<int>(up(up(K * r.element, kChunkBytesOfK), kPlanWarps)));
-  const int64_t weights = static_cast<int64_t>(p.rounds - p.held) * kPlanWarps * p.width * 1024;
+  p.rounds = static_cast<int>(up(up(K * r.element, kChunkBytesOfK), kPlanWarps));
   const int64_t partial_sums = static_cast<int64_t>(kPlanWarps) * 8 * columns * (16 * p.width + 4) * 4;
-  p.shared = weights + partial_sums;
+  p.shared = p.shared_weights() + partial_sums;
   p.state = static_cast<int64_t>(columns) * p.rounds * kPlanWarps * 32;
   p.slices = static_cast<int>(up(r.B, 8 * columns));
   p.groups = std::min(p.slices, device.sms / (p.members * r.D));
@@ -106,10 +111,10 @@ inline Layout lay_out(Phase phase, const Recurrence& r, const DeviceLimits& devi
 }
 
 // A cluster for each slice: as they never wait for each other, any number of them may be launched.
-inline Layout lay_out_clusters(Phase phase, const Recurrence& r, int held) {
+inline Layout lay_out_clusters(Phase phase, const Recurrence& r, int units, int held) {
   Layout p = {};
   p.cluster = true, p.scatters = phase == Phase::backward;
-  p.units = kClusterUnits, p.held = held, p.columns = 1;
+  p.units = units, p.held = held, p.columns = 1;
   p.members = static_cast<int>(up(r.H, p.units));
   p.slices = p.groups = static_cast<int>(up(r.B, 8));
   int64_t chunks, received;  // of the state; bytes that lie beside the states
@@ -125,8 +130,7 @@ inline Layout lay_out_clusters(Phase phase, const Recurrence& r, int held) {
     received = int64_t{p.parts} * 8 * (4 * p.units + 4) * 4;  // the warps' shares of the sums
   }
   p.state = chunks * 32;
-  const int64_t weights = static_cast<int64_t>(std::max(0, p.rounds - p.held)) * kPlanWarps * p.width * 1024;
-  p.shared = 16 + 2 * p.state * 16 + weights + received;
+  p.shared = 16 + 2 * p.state * 16 + p.shared_weights() + received;
   return p;
 }
 
@@ -141,7 +145,7 @@ inline double predicted(const Recurrence& r, const DeviceLimits& device, const L
   constexpr double kFlagTrip = 0.6, kPushTrip = 0.25, kCell = 0.15, kTurn = 0.1;  // us
   const double rows = 8 * p.columns, units = p.members * p.units;
   const double mma = 4 * units * p.units * rows / kMma * r.element / 2;
-  const double weights = std::max(0, p.rounds - p.held) * 8192.0 * p.width / kShared;
+  const double weights = p.shared_weights() / kShared;
   if (p.cluster) {
     const double push = (p.members - 1) * p.units * rows * (p.scatters ? 4 : r.element) / kPeers;
     const double read = 16.0 * p.state * (kPlanWarps / p.parts) / kShared;
@@ -160,30 +164,31 @@ inline double predicted(const Recurrence& r, const DeviceLimits& device, const L
   return std::max(work + kFlagTrip, turns > 1 ? turns * (work + kTurn) : 0);
 }
 
-// Why clusters cannot serve; "" if they can.
-inline std::string why_no_clusters(const Recurrence& r, const DeviceLimits& device, const Layout& p) {
-  if (device.cluster == 0) return "this GPU has no thread-block clusters";
-  if (p.members > device.cluster) {
-    return "a cluster of " + std::to_string(p.members) + " blocks exceeds " + std::to_string(device.cluster);
+// The best layout of tier A, or why there is none.
+inline Plan plan_clusters(Phase phase, const Recurrence& r, const DeviceLimits& device) {
+  if (device.cluster == 0) return {"this GPU has no thread-block clusters"};
+  const int units = r.H <= 32 * device.cluster || r.element != 2 ? 32 : 48;
+  if (up(r.H, units) > device.cluster) {
+    return {"a cluster of " + std::to_string(up(r.H, units)) + " blocks exceeds " +
+            std::to_string(device.cluster)};
   }
+  const Layout p = lay_out_clusters(phase, r, units, cluster_held(phase, units, r.element));
   if (device.clusters < 1 || p.shared > device.shared) {
-    return "no cluster of " + std::to_string(p.members) + " such blocks fits this GPU";
+    return {"no cluster of " + std::to_string(p.members) + " such blocks fits this GPU"};
   }
-  const bool countable = p.blocks(r.D) <= std::numeric_limits<int>::max();
-  return countable ? "" : "the batch has too many slices for one launch";
+  if (p.blocks(r.D) > std::numeric_limits<int>::max())
+    return {"the batch has too many slices for one launch"};
+  return {"", p};
 }
 
 // The best layout of tier B; without members if none fits.
 inline Layout lay_out_anywhere(Phase phase, const Recurrence& r, const DeviceLimits& device) {
   const auto& variants = phase == Phase::forward ? kForwardVariants : kBackwardVariants;
-  // A layer of more units than this fits no wave of blocks, and would overflow the search.
-  for (int k = 0; k < 3 && r.H <= 32 * static_cast<int64_t>(device.sms); ++k) {
-    const Variant& v = variants[k];
+  // More units fit no wave of blocks, and would overflow the search.
+  if (r.H > 32 * static_cast<int64_t>(device.sms)) return {};
+  for (const Variant& v : variants) {
     const Layout one = lay_out(phase, r, device, v, 1);
-    // The next variant fits a small state without padding, with as many units.
-    const bool padded = k + 1 < 3 && variants[k + 1].units == v.units &&
-                        lay_out(phase, r, device, variants[k + 1], 1).rounds < v.held[0];
-    if (padded || one.shared > device.shared || one.members * r.D > device.sms) continue;
+    if (one.shared > device.shared || one.members * r.D > device.sms) continue;
     if (one.slices <= one.groups) return one;
     // Twice the rows at once where the groups cannot take all slices of 8 side by side.
     const Layout two = lay_out(phase, r, device, v, 2);
@@ -192,31 +197,33 @@ inline Layout lay_out_anywhere(Phase phase, const Recurrence& r, const DeviceLim
   return {};
 }
 
-inline Plan plan(Phase phase, const Recurrence& r, const DeviceLimits& device) {
+inline Plan plan(Phase phase, const Recurrence& r, const DeviceLimits& device, char asked = 0) {
   if (r.P != r.H) return {"proj_size > 0 has no persistent kernel"};
   if (r.element == 0)
     return {"only float16, bfloat16, and float32 at TF32 precision have persistent kernels"};
   if (r.H < 1 || r.B < 1) return {"there is nothing to compute"};
   if (device.sms < 1) return {"there is no GPU that can launch blocks together"};
-  const Layout a = lay_out_clusters(phase, r, cluster_held(phase, r.element)),
-               b = lay_out_anywhere(phase, r, device);
-  const std::string no_a = why_no_clusters(r, device, a);
-  if (b.members == 0 && !no_a.empty()) {
+  const Plan a = plan_clusters(phase, r, device);
+  const Layout b = lay_out_anywhere(phase, r, device);
+  const bool fits_a = a.reason.empty(), fits_b = b.members > 0;
+  if (!fits_a && !fits_b) {
     const std::string both = r.D == 2 ? " of both directions" : "";
     return {"W_hh" + both + " at H=" + std::to_string(r.H) + ", " +
             std::to_string((4 * r.H * r.H * r.element * r.D) >> 20) +
             " MiB, does not fit into the registers and shared memory of " + std::to_string(device.sms) +
             " SMs"};
   }
-  if (!no_a.empty()) return {"", b, "tier B: " + no_a};
-  if (b.members == 0) return {"", a, "tier A: tier B needs more SMs"};
-  const double time_a = predicted(r, device, a), time_b = predicted(r, device, b);
+  if (!fits_b) return {"", a.layout, "tier A: tier B needs more SMs"};
+  if (!fits_a) return {"", b, "tier B: " + a.reason};
+  if (asked == 'A') return {"", a.layout, "tier A: asked for"};
+  if (asked == 'B') return {"", b, "tier B: asked for"};
+  const double time_a = predicted(r, device, a.layout), time_b = predicted(r, device, b);
   const auto us = [](double time) {
     const auto hundredths = static_cast<int64_t>(100 * time + 0.5);
     const std::string digits = std::to_string(100 + hundredths % 100).substr(1);
     return std::to_string(hundredths / 100) + "." + digits + " us a step";
   };
-  if (time_a < time_b) return {"", a, "tier A: predicted " + us(time_a) + ", tier B " + us(time_b)};
+  if (time_a < time_b) return {"", a.layout, "tier A: predicted " + us(time_a) + ", tier B " + us(time_b)};
   return {"", b, "tier B: predicted " + us(time_b) + ", tier A " + us(time_a)};
 }
 

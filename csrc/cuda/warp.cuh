@@ -57,8 +57,8 @@ class Warp {
   // Of all blocks of the cluster: what each did before is visible to the others after.
   FASTLSTM_DEVICE void cluster_sync() const {
     asm volatile(
-        "barrier.cluster.arrive.release.aligned;\n\t"
-        "barrier.cluster.wait.acquire.aligned;" ::
+        "barrier.cluster.arrive.release;\n\t"
+        "barrier.cluster.wait.acquire;" ::
             : "memory");
   }
 };
