@@ -17,9 +17,8 @@ class ClusterMember {
   static constexpr bool kCluster = true;
   static constexpr int kSliceRows = 8;
 
-  FASTLSTM_DEVICE void leave(const Warp& warp) const {
-    warp.cluster_sync();
-  }  // no block ends before its peers
+  // No block ends before its peers, although all that was pushed to it has been received.
+  FASTLSTM_DEVICE void leave(const Warp& warp) const { warp.cluster_sync(); }
 
  protected:
   FASTLSTM_DEVICE ClusterMember(const Persistent& s, const Warp& warp, const Member& member, int words)
@@ -117,19 +116,18 @@ class ScatterCluster : public ClusterMember {
   FASTLSTM_DEVICE void send(const Warp& warp, int, int n) const {
     warp.block_sync();
     Mailbox::prepare(warp, box(warp), n, s_.layout.members * UNITS * 8 * 4);
-    PerLane<uint4> b[kChunks];
     PerLane<float4> acc[HELD];
-    for (const int lane : warp.lanes()) {
 #pragma unroll
-      for (int k = 0; k < kChunks; ++k) b[k][lane] = operand(state(warp, n)[k * 32 + lane], T());
-#pragma unroll
-      for (int i = 0; i < HELD; ++i) acc[i][lane] = {0, 0, 0, 0};
+    for (int i = 0; i < HELD; ++i) {
+      for (const int lane : warp.lanes()) acc[i][lane] = {0, 0, 0, 0};
     }
 #pragma unroll
     for (int k = 0; k < kChunks; ++k) {
+      const PerLane<uint4> b = chunk(warp, n, k);
 #pragma unroll
-      for (int i = 0; i < HELD; ++i)
-        multiply_chunk<T>(acc[i], a_.held[i][2 * k], a_.held[i][2 * k + 1], b[k]);
+      for (int i = 0; i < HELD; ++i) {
+        multiply_chunk<T>(acc[i], a_.held[i][2 * k], a_.held[i][2 * k + 1], b);
+      }
     }
 #pragma unroll
     for (int i = 0; i < HELD; ++i) push_tile(warp, n, i, acc[i]);
@@ -141,7 +139,7 @@ class ScatterCluster : public ClusterMember {
       for (int k = 0; k < kChunks; ++k) {
         PerLane<uint4> a[2];
         a_.load(warp, i, 2 * k, 2 * k + 2, a);
-        multiply_chunk<T>(sum, a[0], a[1], b[k]);
+        multiply_chunk<T>(sum, a[0], a[1], chunk(warp, n, k));
       }
       push_tile(warp, n, i, sum);
     }
@@ -151,7 +149,7 @@ class ScatterCluster : public ClusterMember {
 
   FASTLSTM_DEVICE float sum(const Warp& warp, int n, int row, int column) const {
     float total = 0;
-#pragma unroll 1
+#pragma unroll 4  // so many loads on their way; the order of the sum stays
     for (int member = 0; member < s_.layout.members; ++member) total += inbox(warp, n, member, row)[column];
     return total;
   }
@@ -162,6 +160,12 @@ class ScatterCluster : public ClusterMember {
   // rows stay together.
   static constexpr int kStride = kInboxStride;
   static constexpr int kInboxWords = UNITS * kStride / 4;
+
+  FASTLSTM_DEVICE PerLane<uint4> chunk(const Warp& warp, int n, int k) const {
+    PerLane<uint4> b;
+    for (const int lane : warp.lanes()) b[lane] = operand(state(warp, n)[k * 32 + lane], T());
+    return b;
+  }
 
   // What a member pushed for one of the block's units, [8 rows].
   FASTLSTM_DEVICE float* inbox(const Warp& warp, int n, int member, int unit) const {
