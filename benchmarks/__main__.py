@@ -52,7 +52,12 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--seconds", type=float, metavar="S", help="start no case later than this")
     parser.add_argument("--resume", action="store_true", help="keep the rows of the CSV, and measure the other cases")
     parser.add_argument(
-        "--persistent", action="store_true", help="with fastlstm's persistent CUDA kernels on (docs/gpu-notes.md)"
+        "--persistent",
+        nargs="?",
+        const="",
+        choices=("", "A", "B"),
+        metavar="TIER",
+        help="with fastlstm's persistent CUDA kernels on, of tier A or B alone if told (docs/gpu-notes.md)",
     )
     return parser.parse_args(arguments)
 
@@ -109,8 +114,8 @@ def main(arguments: list[str] | None = None) -> int:
     if options.suite == "gpu" and gpu.why_not():
         say(f"[red]{gpu.why_not()}[/]")
         return 2
-    if options.persistent:
-        native.set_persistent(True)
+    if options.persistent is not None:
+        native.set_persistent(True, tier=options.persistent)
     if options.threads:
         torch.set_num_threads(options.threads)
     try:

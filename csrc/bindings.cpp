@@ -100,24 +100,28 @@ std::optional<std::tuple<at::Tensor, std::pair<at::Tensor, at::Tensor>>> stack(
            layers == 1 ? std::pair(h_n[0], c_n[0]) : std::pair(at::cat(h_n), at::cat(c_n))}};
 }
 
-// The plan of csrc/cuda/plan.h: (why not, or "", and the layout's numbers by name).
-std::pair<std::string, std::map<std::string, int64_t>> persistent_plan(const std::string& phase, int64_t H,
-                                                                       int64_t P, int64_t B, int D,
-                                                                       int element, int sms, int64_t shared) {
+// The plan of csrc/cuda/plan.h: (why not, or "", the layout's numbers by name, and its tier in words).
+std::tuple<std::string, std::map<std::string, int64_t>, std::string> persistent_plan(
+    const std::string& phase, int64_t H, int64_t P, int64_t B, int D, int element, int sms, int64_t shared,
+    int cluster, const std::string& tier) {
   TORCH_CHECK(phase == "forward" || phase == "backward", "phase must be forward or backward, got ", phase);
   const cuda::Plan found = cuda::plan(phase == "forward" ? cuda::Phase::forward : cuda::Phase::backward,
-                                      {H, P, B, D, element}, {sms, shared});
+                                      {H, P, B, D, element}, {sms, shared, cluster}, tier.c_str()[0]);
   const cuda::Layout& l = found.layout;
   return {found.reason,
-          {{"units", l.units},
+          {{"cluster", l.cluster},
+           {"units", l.units},
+           {"width", l.width},
+           {"rounds", l.rounds},
            {"held", l.held},
+           {"parts", l.parts},
            {"columns", l.columns},
-           {"chunks", l.chunks},
            {"members", l.members},
            {"groups", l.groups},
            {"slices", l.slices},
            {"shared", l.shared},
-           {"blocks", l.blocks(D)}}};
+           {"blocks", l.blocks(D)}},
+          found.tier};
 }
 
 }  // namespace
@@ -131,6 +135,13 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("persistent_plan", &fastlstm::persistent_plan,
         "How the persistent CUDA kernels lay out a layer, or why not.");
   m.def("persistent_enabled", [] { return fastlstm::cuda::persistent_enabled.load(); });
-  m.def("enable_persistent", [](bool on) { fastlstm::cuda::persistent_enabled = on; });
+  m.def("persistent_tier", [] {
+    const char tier = fastlstm::cuda::persistent_tier;
+    return tier ? std::string(1, tier) : std::string();
+  });
+  m.def("enable_persistent", [](bool on, const std::string& tier) {
+    TORCH_CHECK(tier.empty() || tier == "A" || tier == "B", "tier must be A, B or empty, got ", tier);
+    fastlstm::cuda::persistent_enabled = on, fastlstm::cuda::persistent_tier = tier.c_str()[0];
+  });
   m.def("activation", &fastlstm::activation, "The CPU kernels' sigmoid or tanh of a tensor, for tests.");
 }

@@ -58,4 +58,13 @@ def explain(
     call = dispatch.describe(data, weights, data if packed or lengths is not None else None, reset_mask)
     reasons = dispatch.choices(call)
     backend = next((name for name, reason in reasons.items() if reason == "runs"), "")
-    return Explanation(backend, reasons, native.kernels(call) if backend == "native" else "")
+    return Explanation(backend, reasons, native.kernels(call, _rows(module, input)) if backend == "native" else "")
+
+
+def _rows(module: nn.Module, input: Tensor | PackedSequence) -> int:
+    """B of a call."""
+    if isinstance(input, PackedSequence):
+        return int(input.batch_sizes[0])
+    if isinstance(module, LSTMCell):
+        return input.shape[0] if input.dim() == 2 else 1
+    return input.shape[0 if module.batch_first else 1] if input.dim() == 3 else 1

@@ -4,16 +4,17 @@
 # Stages, all by default: build, small, parity, gradients, execution, first_call, memcheck, racecheck, initcheck,
 # synccheck, bfloat16, float16, tf32, float32 (the benchmark suite, a dtype at a time) and triton (the same on Triton,
 # T=512); and for the persistent kernels, which are off otherwise (docs/gpu-notes.md), latency, persistent_small,
-# persistent_tests, persistent_launches, persistent_memcheck, persistent_racecheck, persistent_initcheck,
-# persistent_synccheck, persistent_bfloat16, persistent_float16, persistent_tf32. Each ends within STAGE_SECONDS (580); a
-# benchmark stage that ran out of time goes on when started again with the same OUT. Logs, test results and CSVs go to
-# OUT; the exit status is that of the worst stage, and a failed stage does not stop the next one. A stage whose tool is
-# missing is skipped, and says so.
+# persistent_tests, persistent_launches_A and _B (10,000 random launches of a tier each), persistent_memcheck,
+# persistent_racecheck, persistent_initcheck, persistent_synccheck, persistent_bfloat16, persistent_float16,
+# persistent_tf32, persistent_A and _B (the benchmarks of a tier alone). Each ends within STAGE_SECONDS (580); a benchmark
+# stage that ran out of time goes on when started again with the same OUT. Logs, test results and CSVs go to OUT; the
+# exit status is that of the worst stage, and a failed stage does not stop the next one. A stage whose tool is missing is
+# skipped, and says so.
 # Needs torch with CUDA, nvcc, numpy, setuptools >= 77 and pytest; the last three and rich are installed if pip can.
 # PYTHON=python3 names the interpreter; TORCH_CUDA_ARCH_LIST is respected.
 set -uo pipefail
 if [ $# -lt 1 ]; then
-  sed -n '2,13p' "$0" | sed 's/^# \?//' >&2
+  sed -n '2,14p' "$0" | sed 's/^# \?//' >&2
   exit 2
 fi
 mkdir -p "$1"
@@ -23,9 +24,9 @@ cd "$(dirname "$0")/.."
 python=${PYTHON:-python3}
 seconds=${STAGE_SECONDS:-580}
 all=(build small parity gradients execution first_call memcheck racecheck initcheck synccheck
-  bfloat16 float16 tf32 float32 triton latency persistent_small persistent_tests persistent_launches
-  persistent_memcheck persistent_racecheck persistent_initcheck persistent_synccheck
-  persistent_bfloat16 persistent_float16 persistent_tf32)
+  bfloat16 float16 tf32 float32 triton latency persistent_small persistent_tests persistent_launches_A
+  persistent_launches_B persistent_memcheck persistent_racecheck persistent_initcheck persistent_synccheck
+  persistent_bfloat16 persistent_float16 persistent_tf32 persistent_A persistent_B)
 stages=("$@")
 [ $# -gt 0 ] || stages=("${all[@]}")
 skipped=75 # the exit status of a stage that cannot run here
@@ -160,9 +161,12 @@ persistent_tests() {
   FASTLSTM_BACKEND=native timeout "$seconds" "$python" -m pytest -m gpu --persistent tests/test_gpu_*.py -rs \
     --durations=20 --junitxml="$out/persistent_tests.xml"
 }
-persistent_launches() {
-  FASTLSTM_FUZZ_COUNT=10000 timeout "$seconds" "$python" -m pytest -m gpu -x tests/test_gpu_persistent.py -k launches
+launches() { # TIER
+  FASTLSTM_FUZZ_COUNT=10000 timeout "$seconds" "$python" -m pytest -m gpu -x tests/test_gpu_persistent.py \
+    -k "random_launches and $1"
 }
+persistent_launches_A() { launches A; }
+persistent_launches_B() { launches B; }
 persistent_memcheck() { sanitize memcheck tests/test_gpu_persistent.py -k small; }
 persistent_racecheck() { sanitize racecheck tests/test_gpu_persistent.py -k small; }
 persistent_initcheck() { sanitize initcheck tests/test_gpu_persistent.py -k small; }
@@ -170,6 +174,9 @@ persistent_synccheck() { sanitize synccheck tests/test_gpu_persistent.py -k smal
 persistent_bfloat16() { measure persistent_benchmarks --dtype bfloat16 --persistent; }
 persistent_float16() { measure persistent_benchmarks --dtype float16 --persistent; }
 persistent_tf32() { measure persistent_benchmarks --dtype tf32 --persistent; }
+# Each tier by itself, for the planner: what it predicts decides between them.
+persistent_A() { measure persistent_A --filter "B=64 " --impl native --persistent A; }
+persistent_B() { measure persistent_B --filter "B=64 " --impl native --persistent B; }
 
 for stage in "${stages[@]}"; do
   if [[ " ${all[*]} " != *" $stage "* ]]; then

@@ -18,18 +18,17 @@ KERNELS = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
 ARCHITECTURES = {"sm_80": "compute_80", "sm_90a": "compute_90a", "sm_100": "compute_100"}
 
 # The persistent kernels' unrolled products keep ptxas busy for a minute an architecture: pytest -m slow. Float16
-# differs from bfloat16 in its conversions alone, and Blackwell runs what was compiled for compute_80.
+# differs from bfloat16 in its conversions alone.
 LARGE = [path for path in KERNELS if path.name.startswith("persistent_")]
 COMPILED = [
     pytest.param(
         source,
         architecture,
         id=f"{source.name}-{architecture}",
-        marks=[pytest.mark.slow] if source in LARGE and architecture != "sm_90a" else [],
+        marks=[pytest.mark.slow] if source in LARGE and (architecture != "sm_90a" or "fp16" in source.name) else [],
     )
     for source in KERNELS
     for architecture in ARCHITECTURES
-    if source not in LARGE or (architecture != "sm_100" and "fp16" not in source.name)
 ]
 
 needs_nvcc = pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not on the PATH")

@@ -72,7 +72,7 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> None:
     library.define("native_layer" + schema.FORWARD)
     library.define("native_layer_backward" + schema.BACKWARD)
     library.define("multiply(Tensor(a!) out, Tensor a, Tensor b, bool add) -> int")
-    library.define("persistent(bool enabled, int sms) -> ()")
+    library.define("persistent(bool enabled, str tier) -> ()")
     torch.ops.load_library(str(built))
     register.define(NAME, torch.ops.fastlstm_cuda_host.native_layer, torch.ops.fastlstm_cuda_host.native_layer_backward)
     LIBRARIES.append(library)
@@ -88,12 +88,12 @@ def backend(compiled: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
         yield NAME
 
 
-@pytest.fixture
-def persistent(backend: str) -> Iterator[str]:
-    """The same with the persistent kernels in use, on a device of 8 SMs; float32 multiplies in TF32."""
-    torch.ops.fastlstm_cuda_host.persistent(True, 8)
+@pytest.fixture(params=["A", "B"])
+def persistent(request: pytest.FixtureRequest, backend: str) -> Iterator[str]:
+    """The same with the persistent kernels of one tier in use, on a device of 8 SMs; float32 multiplies in TF32."""
+    torch.ops.fastlstm_cuda_host.persistent(True, request.param)
     yield backend
-    torch.ops.fastlstm_cuda_host.persistent(False, 0)
+    torch.ops.fastlstm_cuda_host.persistent(False, "")
 
 
 RAGGED = {"lengths": (4, 0, 7, 1, 6), "resets": ((0, 0), (3, 0), (5, 0), (2, 2), (6, 2), (6, 3), (4, 4))}
@@ -146,14 +146,26 @@ def test_parity_of_the_persistent_kernels(case, dtype, persistent, poisoned_empt
     check(case.to(dtype), persistent)
 
 
-@pytest.mark.parametrize("case", PERSISTENT, ids=str)
-def test_tf32_of_the_persistent_kernels(case, persistent, poisoned_empty):
+def near_float32(case: Case, backend: str) -> None:
     """Against products in float32: within a few ulp of TF32, which nn.LSTM has none of on a CPU."""
-    found = run_backend(case, persistent)
-    torch.ops.fastlstm_cuda_host.persistent(False, 0)
-    for name, value in run_backend(case, persistent).items():
+    found = run_backend(case, backend)
+    torch.ops.fastlstm_cuda_host.persistent(False, "")
+    for name, value in run_backend(case, backend).items():
         allowed = 8 * 2.0**-11 * float(value.abs().max()) if value.numel() else 0
         assert error(found[name], value) <= allowed, name
+
+
+@pytest.mark.parametrize("case", PERSISTENT, ids=str)
+def test_tf32_of_the_persistent_kernels(case, persistent, poisoned_empty):
+    near_float32(case, persistent)
+
+
+@pytest.mark.parametrize("persistent", ["A"], indirect=True)
+def test_the_largest_clusters(persistent, poisoned_empty):
+    """As many blocks as a cluster may have, and W_hh partly in shared memory; 32 units a block and 48."""
+    near_float32(Case(T=4, B=9, I=4, H=500, hx="tuple", cells=True, lengths=(4, 2, 3, 0, 4, 4, 1, 3, 4)), persistent)
+    torch.ops.fastlstm_cuda_host.persistent(True, "A")
+    check(Case(T=4, B=3, I=4, H=730, hx="tuple", dtype=torch.bfloat16), persistent)
 
 
 def test_random_cases_of_the_persistent_kernels(persistent, poisoned_empty):

@@ -19,38 +19,58 @@ from fastlstm.ops.schema import LayerCall, LayerShape
 
 from .test_cuda_host import ROOT, cuda_headers, why_not
 
-# Streaming multiprocessors and the shared memory a block may ask for.
-H100, A100, RTX4090 = (132, 227 << 10), (108, 163 << 10), (128, 99 << 10)
-REGISTERS = 128 << 10  # bytes of W_hh a block may keep in registers
+# Streaming multiprocessors, the shared memory a block may ask for, and the most blocks of a cluster.
+H100, A100, RTX4090 = (132, 227 << 10, 16), (108, 163 << 10, 0), (128, 99 << 10, 0)
+HOPPER_WITHOUT_CLUSTERS = (*H100[:2], 0)
+REGISTERS = 144 << 10  # bytes of W_hh a block may keep in registers
 
 needs_extension = pytest.mark.skipif(native.extension is None, reason=native.load_error)
 
 
-def plan(phase, H, B, D=1, element=2, device=H100, P=None):
-    return native.extension.persistent_plan(phase, H, P or H, B, D, element, *device)
+def plan(phase, H, B, D=1, element=2, device=H100, P=None, tier=""):
+    """Why not, or "", and the layout; its tier in words under "tier"."""
+    reason, layout, tier = native.extension.persistent_plan(phase, H, P or H, B, D, element, *device, tier)
+    return reason, {**layout, "tier": tier}
 
 
 @needs_extension
 @pytest.mark.parametrize("phase", ["forward", "backward"])
-@pytest.mark.parametrize("device", [H100, A100, RTX4090], ids=["H100", "A100", "RTX4090"])
-def test_a_plan_covers_the_layer_and_fits_the_device(phase, device):
+@pytest.mark.parametrize(
+    "device",
+    [H100, HOPPER_WITHOUT_CLUSTERS, A100, RTX4090],
+    ids=["H100", "H100 without clusters", "A100", "RTX4090"],
+)
+@pytest.mark.parametrize("tier", ["", "A"])
+def test_a_plan_covers_the_layer_and_fits_the_device(phase, device, tier):
     sizes = (1, 7, 32, 33, 100, 128, 256, 384, 512, 640, 768, 1000, 1024, 1536, 2048, 4096, 10**6)
     served = 0
     for H, B, D, element in itertools.product(sizes, (1, 8, 9, 64, 100, 1000), (1, 2), (2, 4)):
-        reason, p = plan(phase, H, B, D, element, device)
+        reason, p = plan(phase, H, B, D, element, device, tier=tier)
         if reason:
             continue
         served += 1
-        rows = 4 * p["units"] if phase == "forward" else p["units"]
-        K = p["members"] * p["units"] * (1 if phase == "forward" else 4)
         told = f"{phase} H={H} B={B} D={D} element={element}: {p}"
-        assert p["members"] * p["units"] >= H, told
+        # A: its rows and bytes of K, and how many of either the warps cover in their rounds.
+        whole, own = p["members"] * p["units"], 4 * p["units"]
+        if phase == "forward":
+            rows, K = own, whole
+        elif p["cluster"]:
+            rows, K = whole, own
+        else:
+            rows, K = p["units"], 4 * whole
+        if phase == "backward" and p["cluster"]:
+            covered, covered_K = 8 * 16 * p["rounds"], 64 * p["width"]
+        else:
+            covered, covered_K = 8 // p["parts"] * 16 * p["width"], p["parts"] * 64 * p["rounds"]
+        assert covered >= rows, told
+        assert covered_K >= K * element, told
+        assert whole >= H, told
         assert p["slices"] * p["columns"] * 8 >= B, told
         assert 1 <= p["groups"] <= p["slices"], told
-        assert p["blocks"] == D * p["groups"] * p["members"] <= device[0], told
-        assert p["chunks"] * 8 * 64 >= K * element, told
-        assert p["held"] <= p["chunks"], told
-        assert p["held"] * 8 * rows * 64 <= REGISTERS, told
+        assert p["blocks"] == D * p["groups"] * p["members"], told
+        assert p["members"] <= device[2] if p["cluster"] else p["blocks"] <= device[0], told
+        assert p["groups"] == p["slices"] or not p["cluster"], told
+        assert p["held"] * p["width"] * 8 * 1024 <= REGISTERS, told
         assert p["shared"] <= device[1], told
     assert served > 100
 
@@ -73,7 +93,7 @@ def test_where_the_plan_ends():
         assert "H=1000000" in plan(phase, 10**6, 1)[0]
         assert "proj_size" in plan(phase, 64, 8, P=32)[0]
         assert "TF32" in plan(phase, 64, 8, element=0)[0]
-        assert "no GPU" in plan(phase, 64, 8, device=(0, 0))[0]
+        assert "no GPU" in plan(phase, 64, 8, device=(0, 0, 0))[0]
 
 
 @needs_extension
@@ -83,7 +103,31 @@ def test_more_units_a_block_where_they_fit():
     assert plan("forward", 1024, 64, element=4)[1]["members"] == 64
     assert plan("forward", 2048, 64)[1]["members"] == 128
     # Slices of 8 rows as long as the groups take them side by side, then of 16.
-    assert [plan("forward", 512, B)[1]["columns"] for B in (8, 64, 72)] == [1, 1, 2]
+    plans = [plan("forward", 512, B, device=HOPPER_WITHOUT_CLUSTERS)[1] for B in (8, 64, 72)]
+    assert [p["columns"] for p in plans] == [1, 1, 2]
+
+
+@needs_extension
+def test_clusters_where_they_are_predicted_faster():
+    """docs/gpu-notes.md, "Predicted time per step"; the plan says what the other tier was predicted to take."""
+    told = plan("forward", 512, 64)[1]
+    assert (told["cluster"], told["members"]) == (1, 16)
+    assert told["tier"] == "tier A: predicted 1.09 us a step, tier B 1.27 us a step"
+    assert plan("backward", 512, 64)[1]["tier"] == "tier A: predicted 1.24 us a step, tier B 1.59 us a step"
+    # W_hh at TF32 is half in shared memory, and a state is twice as long.
+    assert plan("forward", 512, 64, element=4)[1]["tier"].startswith("tier B: predicted 1.63 us a step, tier A 2.11")
+    assert plan("backward", 512, 64, element=4)[1]["cluster"]
+    # Clusters take their turns one after the other, groups of tier B hide one slice's exchange behind another's work.
+    assert not plan("forward", 256, 1024)[1]["cluster"]
+    assert plan("forward", 768, 64, tier="A")[1]["units"] == 48
+    assert plan("forward", 769, 64)[1]["tier"] == "tier B: a cluster of 17 blocks exceeds 16"
+    assert plan("forward", 513, 64, element=4)[1]["tier"] == "tier B: a cluster of 17 blocks exceeds 16"
+    assert plan("forward", 512, 64, device=(132, 227 << 10, 8))[1]["tier"] == "tier B: a cluster of 11 blocks exceeds 8"
+    assert plan("forward", 512, 64, device=A100)[1]["tier"] == "tier B: this GPU has no thread-block clusters"
+    assert plan("forward", 512, 64, element=4, tier="A")[1]["cluster"]
+    assert not plan("forward", 512, 64, tier="B")[1]["cluster"]
+    # A cluster needs no other at its side.
+    assert plan("forward", 512, 64, D=2, device=(16, 227 << 10, 16))[1]["tier"] == "tier A: tier B needs more SMs"
 
 
 @needs_extension
@@ -94,8 +138,10 @@ def test_off_unless_asked_for(monkeypatch):
             native.set_persistent(True)
     assert not native.extension.persistent_enabled()
     native.set_persistent(False)
+    with pytest.raises(RuntimeError, match="tier must be A, B or empty, got C"):
+        native.set_persistent(False, tier="C")
     call = LayerCall(torch.device("cuda"), torch.bfloat16, 64, LayerShape(64, 64, 1, True), False, False)
-    assert native.kernels(call).startswith("step by step: persistent kernels are off")
+    assert native.kernels(call, 1).startswith("step by step: persistent kernels are off")
     assert fastlstm.explain(fastlstm.LSTM(3, 4), torch.zeros(2, 2, 3)).kernels == ""
 
 
@@ -104,21 +150,26 @@ def test_explain_tells_the_kernels(monkeypatch):
     class Extension:
         persistent_plan = staticmethod(native.extension.persistent_plan)
         persistent_enabled = staticmethod(lambda: True)
+        persistent_tier = staticmethod(lambda: "")
 
     class Gpu:
-        multi_processor_count, shared_memory_per_block_optin, major = *H100, 9
+        multi_processor_count, shared_memory_per_block_optin, major = *H100[:2], 9
 
     monkeypatch.setattr(native, "extension", Extension)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: Gpu)
 
-    def told(H, dtype):
-        return native.kernels(
-            LayerCall(torch.device("cuda"), dtype, H, LayerShape(H, H, 1, True), lengths=False, reset_mask=False)
-        )
+    def told(H, dtype, B=64):
+        shape = LayerShape(H, H, 1, True)
+        return native.kernels(LayerCall(torch.device("cuda"), dtype, H, shape, lengths=False, reset_mask=False), B)
 
-    assert told(512, torch.bfloat16).endswith("forward in groups of 16 blocks; backward in groups of 16 blocks")
+    assert "forward in clusters of 16 blocks (tier A: predicted 1.09 us" in told(512, torch.bfloat16)
+    assert "backward in clusters of 16 blocks (tier A: predicted 1.24 us" in told(512, torch.bfloat16)
+    assert "forward in groups of 16 blocks (tier B: predicted" in told(512, torch.bfloat16, B=1024)
+    assert "forward in groups of 32 blocks (tier B: a cluster of 22 blocks exceeds 16)" in told(1024, torch.bfloat16)
     assert "have persistent kernels" in told(512, torch.float64)
     assert "does not fit" in told(4096, torch.float16)
+    Gpu.major = 8
+    assert "this GPU has no thread-block clusters" in told(512, torch.float16)
     Gpu.major = 7
     assert "no GPU that can launch blocks together" in told(512, torch.float16)
 
@@ -151,11 +202,12 @@ def simulate(simulation: Path, *arguments: object) -> subprocess.CompletedProces
 @pytest.mark.parametrize("delay_us", [0, 300])
 def test_the_exchange_has_no_races(simulation, delay_us):
     """Layers of random sizes, masks and launches: ThreadSanitizer is silent, the numbers are the step-wise kernels'."""
-    ran = simulate(simulation, 10 * delay_us, 12, delay_us)
+    ran = simulate(simulation, 10 * delay_us, 20, delay_us)
     assert ran.returncode == 0, ran.stderr[-4000:]
 
 
-def test_a_lost_flag_is_a_fault_and_not_a_hang(simulation):
-    ran = simulate(simulation, 3, 1, 0, "silent")
+@pytest.mark.parametrize("seed", [0, 8], ids=["flags", "clusters"])
+def test_a_lost_flag_or_push_is_a_fault_and_not_a_hang(simulation, seed):
+    ran = simulate(simulation, seed, 1, 0, "silent")
     assert ran.returncode == 3, ran.stderr[-4000:]
-    assert "waited in vain for epoch 1" in ran.stderr
+    assert "waited in vain for epoch" in ran.stderr

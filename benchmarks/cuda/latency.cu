@@ -3,15 +3,19 @@
 // Prints CSV: what, blocks, bytes handed on by each block, nanoseconds a round (median of 20 launches of
 // 2,000 rounds).
 //
-//   flags    the exchange of csrc/cuda/exchange.h: every block writes its bytes, raises its flag
-//   (st.release), waits for
-//            all flags (ld.acquire), and reads everybody's bytes from L2
-//   cluster  barrier.cluster alone, and with each block pushing its bytes into all others' shared memory
-//   before it
-//            (sm_90 and later)
+//   flags    tier B's exchange: every block writes its bytes, raises its flag (st.release), waits for all
+//   flags
+//            (ld.acquire), and reads everybody's bytes from L2
+//   push     tier A's (sm_90 and later): every block pushes its bytes into all others' shared memory
+//   (st.async),
+//            waits for all that is pushed to it (mbarrier), and reads everybody's bytes there
+//   cluster  barrier.cluster alone, and with each block storing its bytes into all others' shared memory
+//   before
+//            it: what push has to beat
 #include <algorithm>
 #include <cstdio>
 #include <cstdlib>
+#include <initializer_list>
 #include <vector>
 
 #include "cuda/exchange.h"
@@ -54,33 +58,62 @@ __global__ void __launch_bounds__(kThreads) flags_round(uint32_t* flags, uint32_
   sink[blockIdx.x * kThreads + threadIdx.x] = sum;  // rounds * (rounds + 1) / 2 for each word read
 }
 
-__global__ void __launch_bounds__(kThreads) cluster_round(int words, int members, uint32_t* sink) {
+__global__ void __launch_bounds__(kThreads) cluster_round(int words, int members, uint32_t*, uint32_t* sink) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-  extern __shared__ uint4 received[];  // [2, members, words]
-  uint32_t rank, sum = 0;
-  asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+  const Warp warp;
+  uint4* const received = warp.shared();  // [2, members, words]
+  const int rank = warp.block(), all = members * words;
+  uint32_t sum = 0;
+  warp.cluster_sync();
 #pragma unroll 1
   for (int round = 0; round < kRounds; ++round) {
-    const int slot = round % 2 * members * words;
-    for (int peer = 0; words > 0 && peer < members; ++peer) {
+    uint4* const slot = received + round % 2 * all;
+    for (int peer = 0; peer < members; ++peer) {
       for (int i = static_cast<int>(threadIdx.x); i < words; i += kThreads) {
-        const uint32_t own =
-            static_cast<uint32_t>(__cvta_generic_to_shared(received + slot + rank * words + i));
-        uint32_t there;
-        asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(own), "r"(peer));
-        asm volatile("st.shared::cluster.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(there), "r"(sum), "r"(round),
-                     "r"(i), "r"(rank)
-                     : "memory");
+        asm volatile(
+            "st.shared::cluster.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(of_peer(slot + rank * words + i, peer)),
+            "r"(sum), "r"(0), "r"(round + 1), "r"(0)
+            : "memory");
       }
     }
-    asm volatile("barrier.cluster.arrive.release.aligned;\n\tbarrier.cluster.wait.acquire.aligned;" ::
-                     : "memory");
-    for (int i = static_cast<int>(threadIdx.x); i < members * words; i += kThreads)
-      sum += received[slot + i].y;
+    warp.cluster_sync();
+    for (int i = static_cast<int>(threadIdx.x); i < all; i += kThreads) sum += slot[i].z;
   }
   sink[blockIdx.x * kThreads + threadIdx.x] = sum;
-  asm volatile("barrier.cluster.arrive.release.aligned;\n\tbarrier.cluster.wait.acquire.aligned;" ::
-                   : "memory");
+#endif
+}
+
+__global__ void __launch_bounds__(kThreads)
+    push_round(int words, int members, uint32_t* fault, uint32_t* sink) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  const Warp warp;
+  Mailbox* const box = reinterpret_cast<Mailbox*>(warp.shared());
+  uint4* const received = warp.shared() + 1;  // [2, members, words]
+  const int rank = warp.block(), all = members * words;
+  uint32_t sum = 0;
+  Mailbox::open(warp, box);
+#pragma unroll 1
+  for (int round = 0; round < kRounds; ++round) {
+    uint4* const slot = received + round % 2 * all;
+    for (int i = static_cast<int>(threadIdx.x); i < words; i += kThreads) {
+      slot[rank * words + i] = {sum, 0, static_cast<uint32_t>(round) + 1, 0};
+    }
+    warp.block_sync();
+    Mailbox::prepare(warp, box, round, (members - 1) * words * 16);
+    for (int i = 1 + warp.index(); i < members; i += kWarps) {
+      for (const int lane : warp.lanes()) {
+        for (int word = lane; word < words; word += 32) {
+          uint4* const from = slot + rank * words + word;
+          push(warp, (rank + i) % members, from, &box->slots[round % 2], *from);
+        }
+      }
+    }
+    Mailbox::await(warp, box, round, static_cast<uint32_t>(round) + 1, fault);
+    for (int i = static_cast<int>(threadIdx.x); i < all; i += kThreads) sum += slot[i].z;
+    warp.block_sync();
+  }
+  sink[blockIdx.x * kThreads + threadIdx.x] = sum;
+  warp.cluster_sync();
 #endif
 }
 
@@ -101,6 +134,51 @@ double nanoseconds(Launch launch) {
   }
   std::sort(found.begin(), found.end());
   return found[found.size() / 2] * 1e6 / kRounds;
+}
+
+// What all threads read of the rounds' numbers; `readers` blocks read `words` words of each of `members`.
+void check_sums(const char* what, const uint32_t* sink, int words, int readers, int members) {
+  std::vector<uint32_t> sums(readers * kThreads);
+  check(cudaMemcpy(sums.data(), sink, sums.size() * sizeof(uint32_t), cudaMemcpyDeviceToHost), "copy");
+  uint64_t total = 0;
+  for (uint32_t sum : sums) total += sum;
+  const uint64_t expected = uint64_t{kRounds} * (kRounds + 1) / 2 * words * readers * members;
+  if (total == expected) return;
+  std::fprintf(stderr, "%s, %d blocks, %d words: read %llu, expected %llu\n", what, members, words,
+               static_cast<unsigned long long>(total), static_cast<unsigned long long>(expected));
+  std::exit(1);
+}
+
+using ClusterKernel = void (*)(int, int, uint32_t*, uint32_t*);
+
+// Rows of the CSV for clusters of 2 to 16 blocks; those that the device has no room for are left out.
+void measure_clusters(const char* what, ClusterKernel kernel, std::initializer_list<int> sizes,
+                      uint32_t* fault, uint32_t* sink) {
+  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1), "cluster size");
+  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                             (1 + 2 * 16 * std::max(sizes)) * static_cast<int>(sizeof(uint4))),
+        "shared memory");
+  for (int blocks : {2, 4, 8, 12, 16}) {
+    for (int words : sizes) {
+      cudaLaunchAttribute attribute;
+      attribute.id = cudaLaunchAttributeClusterDimension;
+      attribute.val.clusterDim = {static_cast<unsigned>(blocks), 1, 1};
+      cudaLaunchConfig_t config = {};
+      config.gridDim = dim3(blocks), config.blockDim = dim3(kThreads);
+      config.dynamicSmemBytes = (1 + 2 * blocks * words) * sizeof(uint4);
+      config.attrs = &attribute, config.numAttrs = 1;
+      int most = 0;
+      if (cudaOccupancyMaxActiveClusters(&most, kernel, &config) != cudaSuccess || most < 1) {
+        cudaGetLastError();
+        std::fprintf(stderr, "%s: no cluster of %d blocks fits\n", what, blocks);
+        break;
+      }
+      const double ns = nanoseconds(
+          [&](int) { check(cudaLaunchKernelEx(&config, kernel, words, blocks, fault, sink), what); });
+      check_sums(what, sink, words, blocks, blocks);
+      std::printf("%s,%d,%d,%.1f\n", what, blocks, words * 16, ns);
+    }
+  }
 }
 
 }  // namespace
@@ -129,38 +207,12 @@ int main() {
                                           dim3(kThreads), arguments, 0, nullptr),
               "flags");
       });
-      std::vector<uint32_t> sums(blocks * kThreads);
-      check(cudaMemcpy(sums.data(), sink, sums.size() * sizeof(uint32_t), cudaMemcpyDeviceToHost), "copy");
-      uint64_t total = 0;
-      for (uint32_t sum : sums) total += sum;
-      const uint64_t expected = uint64_t{kRounds} * (kRounds + 1) / 2 * words * blocks * blocks;
-      if (total != expected) {
-        std::fprintf(stderr, "flags, %d blocks, %d words: read %llu, expected %llu\n", blocks, words,
-                     static_cast<unsigned long long>(total), static_cast<unsigned long long>(expected));
-        return 1;
-      }
+      check_sums("flags", sink, words, blocks, blocks);
       std::printf("flags,%d,%d,%.1f\n", blocks, words * 16, ns);
     }
   }
   if (gpu.major < 9) return 0;
-  check(cudaFuncSetAttribute(cluster_round, cudaFuncAttributeNonPortableClusterSizeAllowed, 1),
-        "cluster size");
-  check(cudaFuncSetAttribute(cluster_round, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                             2 * 16 * kMostWords * 16),
-        "shared memory");
-  for (int blocks : {2, 4, 8, 16}) {
-    for (int words : {0, 32, 64, kMostWords}) {
-      cudaLaunchAttribute attribute;
-      attribute.id = cudaLaunchAttributeClusterDimension;
-      attribute.val.clusterDim = {static_cast<unsigned>(blocks), 1, 1};
-      cudaLaunchConfig_t config = {};
-      config.gridDim = dim3(blocks), config.blockDim = dim3(kThreads);
-      config.dynamicSmemBytes = 2 * blocks * words * sizeof(uint4);
-      config.attrs = &attribute, config.numAttrs = 1;
-      const double ns = nanoseconds(
-          [&](int) { check(cudaLaunchKernelEx(&config, cluster_round, words, blocks, sink), "cluster"); });
-      std::printf("cluster,%d,%d,%.1f\n", blocks, words * 16, ns);
-    }
-  }
+  measure_clusters("push", push_round, {8, 32, 64, kMostWords}, flags + sms, sink);
+  measure_clusters("cluster", cluster_round, {0, 32, 64, kMostWords}, flags + sms, sink);
   return 0;
 }

@@ -24,7 +24,9 @@ DeviceLimits device_limits() {
     return value;
   };
   const bool able = ask(cudaDevAttrComputeCapabilityMajor) >= 8 && ask(cudaDevAttrCooperativeLaunch) != 0;
-  return {able ? ask(cudaDevAttrMultiProcessorCount) : 0, ask(cudaDevAttrMaxSharedMemoryPerBlockOptin)};
+  // 16 is what Hopper and Blackwell allow; whether a cluster of so many fits is asked before it is launched.
+  return {able ? ask(cudaDevAttrMultiProcessorCount) : 0, ask(cudaDevAttrMaxSharedMemoryPerBlockOptin),
+          ask(cudaDevAttrClusterLaunch) != 0 ? 16 : 0};
 }
 
 void check(cudaError_t status) { C10_CUDA_CHECK(status); }

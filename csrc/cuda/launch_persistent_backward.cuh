@@ -2,23 +2,34 @@
 // type, by files of their own that compile side by side.
 #pragma once
 
+#include "cuda/group_cluster.h"
+#include "cuda/group_flags.h"
 #include "cuda/persistent_backward.h"
 
 namespace fastlstm::cuda {
 namespace {
 
-// f(BackwardBlock) of the layout, one of the variants in cuda/plan.h for slices of 8 and of 16 rows.
+template <class T, int UNITS, int HELD, int COLUMNS>
+using BackwardFlags = BackwardBlock<T, FlagGroup<T, UNITS, UNITS, 4 * UNITS, HELD, COLUMNS>>;
+template <class T, int UNITS>
+using BackwardCluster =
+    BackwardBlock<T, ScatterCluster<T, UNITS, cluster_held(Phase::backward, UNITS, sizeof(T))>>;
+
+// f(the layout's block): tier A's, or of tier B one of the variants in cuda/plan.h for slices of 8 and of 16
+// rows.
 template <class T, class F>
-auto with_backward_block(const Layout& p, F&& f) -> decltype(f(BackwardBlock<T, 16, 16, 1>())) {
+auto with_backward_block(const Layout& p, F&& f) -> decltype(f(BackwardCluster<T, 32>())) {
   const auto is = [&](int units, int held, int columns) {
     return p.units == units && p.held == held && p.columns == columns;
   };
-  if (is(32, 8, 1)) return f(BackwardBlock<T, 32, 8, 1>());
-  if (is(32, 5, 2)) return f(BackwardBlock<T, 32, 5, 2>());
-  if (is(32, 4, 1)) return f(BackwardBlock<T, 32, 4, 1>());
-  if (is(32, 4, 2)) return f(BackwardBlock<T, 32, 4, 2>());
-  if (is(16, 16, 1)) return f(BackwardBlock<T, 16, 16, 1>());
-  if (is(16, 16, 2)) return f(BackwardBlock<T, 16, 16, 2>());
+  if constexpr (sizeof(T) == 2) {
+    if (p.cluster && p.units == 48) return f(BackwardCluster<T, 48>());
+  }
+  if (p.cluster) return f(BackwardCluster<T, 32>());
+  if (is(32, 8, 1)) return f(BackwardFlags<T, 32, 8, 1>());
+  if (is(32, 5, 2)) return f(BackwardFlags<T, 32, 5, 2>());
+  if (is(16, 16, 1)) return f(BackwardFlags<T, 16, 16, 1>());
+  if (is(16, 16, 2)) return f(BackwardFlags<T, 16, 16, 2>());
   return {};
 }
 
@@ -26,8 +37,9 @@ auto with_backward_block(const Layout& p, F&& f) -> decltype(f(BackwardBlock<T, 
 
 template <class T>
 int persistent_bwd_blocks(const Layout& p) {
-  return with_backward_block<T>(
-      p, [&](auto block) { return blocks_together<decltype(block), PersistentBackward<T>>(p.shared); });
+  return with_backward_block<T>(p, [&](auto block) {
+    return blocks_together<decltype(block), PersistentBackward<T>>(p.in_cluster(), p.shared);
+  });
 }
 
 template <class T>
@@ -35,7 +47,8 @@ cudaError_t launch_persistent_bwd(const PersistentBackward<T>& s, cudaStream_t s
   const Layout& p = s.layout;
   cudaError_t status = cudaErrorInvalidConfiguration;
   with_backward_block<T>(p, [&](auto block) {
-    status = launch_together<decltype(block), PersistentBackward<T>>(s, p.blocks(s.step.D), p.shared, stream);
+    status = launch_together<decltype(block), PersistentBackward<T>>(s, static_cast<int>(p.blocks(s.step.D)),
+                                                                     p.in_cluster(), p.shared, stream);
     return 0;
   });
   return status;

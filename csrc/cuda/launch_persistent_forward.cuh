@@ -2,22 +2,34 @@
 // type, by files of their own that compile side by side.
 #pragma once
 
+#include "cuda/group_cluster.h"
+#include "cuda/group_flags.h"
 #include "cuda/persistent_forward.h"
 
 namespace fastlstm::cuda {
 namespace {
 
-// f(ForwardBlock) of the layout, one of the variants in cuda/plan.h for slices of 8 and of 16 rows.
+template <class T, int UNITS, int HELD, int COLUMNS>
+using ForwardFlags = ForwardBlock<T, FlagGroup<T, UNITS, 4 * UNITS, UNITS, HELD, COLUMNS>>;
+template <class T, int UNITS>
+using ForwardCluster =
+    ForwardBlock<T, GatherCluster<T, UNITS, cluster_held(Phase::forward, UNITS, sizeof(T))>>;
+
+// f(the layout's block): tier A's, or of tier B one of the variants in cuda/plan.h for slices of 8 and of 16
+// rows.
 template <class T, class F>
-auto with_forward_block(const Layout& p, F&& f) -> decltype(f(ForwardBlock<T, 16, 4, 1>())) {
+auto with_forward_block(const Layout& p, F&& f) -> decltype(f(ForwardCluster<T, 32>())) {
   const auto is = [&](int units, int held, int columns) {
     return p.units == units && p.held == held && p.columns == columns;
   };
-  if (is(32, 2, 1)) return f(ForwardBlock<T, 32, 2, 1>());
-  if (is(32, 1, 1)) return f(ForwardBlock<T, 32, 1, 1>());
-  if (is(32, 1, 2)) return f(ForwardBlock<T, 32, 1, 2>());
-  if (is(16, 4, 1)) return f(ForwardBlock<T, 16, 4, 1>());
-  if (is(16, 4, 2)) return f(ForwardBlock<T, 16, 4, 2>());
+  if constexpr (sizeof(T) == 2) {
+    if (p.cluster && p.units == 48) return f(ForwardCluster<T, 48>());
+  }
+  if (p.cluster) return f(ForwardCluster<T, 32>());
+  if (is(32, 2, 1)) return f(ForwardFlags<T, 32, 2, 1>());
+  if (is(32, 1, 2)) return f(ForwardFlags<T, 32, 1, 2>());
+  if (is(16, 4, 1)) return f(ForwardFlags<T, 16, 4, 1>());
+  if (is(16, 4, 2)) return f(ForwardFlags<T, 16, 4, 2>());
   return {};
 }
 
@@ -25,8 +37,9 @@ auto with_forward_block(const Layout& p, F&& f) -> decltype(f(ForwardBlock<T, 16
 
 template <class T>
 int persistent_fwd_blocks(const Layout& p) {
-  return with_forward_block<T>(
-      p, [&](auto block) { return blocks_together<decltype(block), PersistentForward<T>>(p.shared); });
+  return with_forward_block<T>(p, [&](auto block) {
+    return blocks_together<decltype(block), PersistentForward<T>>(p.in_cluster(), p.shared);
+  });
 }
 
 template <class T>
@@ -34,7 +47,8 @@ cudaError_t launch_persistent_fwd(const PersistentForward<T>& s, cudaStream_t st
   const Layout& p = s.layout;
   cudaError_t status = cudaErrorInvalidConfiguration;
   with_forward_block<T>(p, [&](auto block) {
-    status = launch_together<decltype(block), PersistentForward<T>>(s, p.blocks(s.step.D), p.shared, stream);
+    status = launch_together<decltype(block), PersistentForward<T>>(s, static_cast<int>(p.blocks(s.step.D)),
+                                                                    p.in_cluster(), p.shared, stream);
     return 0;
   });
   return status;

@@ -17,13 +17,22 @@ PersistentPass<T>::PersistentPass(const Layer& l, Phase phase, bool tf32, cudaSt
     if (!persistent_enabled || l.T < kLeastSteps) return;
     const int element = std::is_same_v<T, float> && !tf32 ? 0 : static_cast<int>(c10::elementSize(l.dtype));
     const int D = static_cast<int>(l.D);
-    const Plan found = plan(phase, {l.H, l.P, l.B, D, element}, device_limits());
+    const Recurrence r = {l.H, l.P, l.B, D, element};
+    DeviceLimits device = device_limits();
+    Plan found = plan(phase, r, device, persistent_tier);
+    const auto most = [&] {
+      return phase == Phase::forward ? persistent_fwd_blocks<T>(found.layout)
+                                     : persistent_bwd_blocks<T>(found.layout);
+    };
+    if (found.layout.cluster) {
+      // How many clusters there is room for depends on where the device's SMs lie, which the runtime knows.
+      device.clusters = most() / found.layout.members;
+      found = plan(phase, r, device, persistent_tier);
+    }
     if (!found.reason.empty()) return;
-    layout_ = found.layout;
     // Fewer where the process is limited to a part of the device.
-    const int most =
-        phase == Phase::forward ? persistent_fwd_blocks<T>(layout_) : persistent_bwd_blocks<T>(layout_);
-    if (most < layout_.blocks(D)) return;
+    if (!found.layout.cluster && most() < found.layout.blocks(D)) return;
+    layout_ = found.layout;
 
     PackWeights<T> pack = {layout_, phase, l.H, D};
     for (int d = 0; d < D; ++d) {
@@ -33,7 +42,7 @@ PersistentPass<T>::PersistentPass(const Layer& l, Phase phase, bool tf32, cudaSt
     packed_ = at::empty({16 * pack.words()}, l.options.dtype(at::kByte));
     pack.packed = out<uint4>(packed_);
     check(launch_pack_weights(pack, stream));
-    const int64_t slices = l.D * layout_.slices;
+    const int64_t slices = layout_.cluster ? 0 : l.D * layout_.slices;  // in global memory
     exchange_ = at::zeros({slices * 2 * layout_.state * 16}, l.options.dtype(at::kByte));
     flags_ = at::zeros({slices * layout_.members + 1}, l.options.dtype(at::kInt));
   }

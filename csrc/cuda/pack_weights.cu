@@ -21,18 +21,25 @@ FASTLSTM_HD __nv_bfloat16 rounded(__nv_bfloat16 x) { return x; }
 
 template <class T>
 struct Pack {
-  // `tile` counts the [chunks, 8 warps, rows / 16, 2] of a member, `lane` its lanes.
+  // `half` counts the [rounds, 8 warps, width, 2] of a member, `lane` its lanes.
   template <int V>
-  static __device__ __forceinline__ void run(const PackWeights<T>& s, int d, int64_t tile, int64_t lane) {
+  static __device__ __forceinline__ void run(const PackWeights<T>& s, int d, int64_t half, int64_t lane) {
     constexpr int E = 16 / sizeof(T);  // elements of a lane
     const Layout& p = s.layout;
-    const int halves = (s.phase == Phase::forward ? 4 : 1) * p.units / 8;
-    const int64_t per_member = int64_t{p.chunks} * kPlanWarps * halves;
-    const int member = static_cast<int>(tile / per_member);
-    const int64_t within = tile % per_member;
-    const int warp = static_cast<int>(within / halves % kPlanWarps);
-    const int64_t i = within / halves / kPlanWarps;
-    const int64_t m = within % halves * 8 + lane / 4, chunk = warp * p.chunks + i;
+    const int64_t per_member = int64_t{p.rounds} * kPlanWarps * p.width * 2;
+    const int member = static_cast<int>(half / per_member);
+    const int64_t of_warp = half % per_member / (2 * p.width);
+    const int warp = static_cast<int>(of_warp % kPlanWarps);
+    const int64_t round = of_warp / kPlanWarps, within = half % (2 * p.width) / 2;
+    // Where the fragment lies in A, in 16 rows and 64 bytes of K.
+    int64_t tile, chunk;
+    if (p.scatters) {
+      const int64_t at = round * kPlanWarps + warp, all = p.members * p.units / 16;
+      tile = at < all ? (at + member * p.units / 16) % all : at, chunk = within;
+    } else {
+      tile = warp / p.parts * p.width + within, chunk = warp % p.parts * p.rounds + round;
+    }
+    const int64_t m = tile * 16 + half % 2 * 8 + lane / 4;
     Packed<T, E> word;
 #pragma unroll
     for (int e = 0; e < E; ++e) {
@@ -41,6 +48,8 @@ struct Pack {
       int64_t gate, unit, column;
       if (s.phase == Phase::forward) {
         gate = m / p.units, unit = int64_t{member} * p.units + m % p.units, column = k;
+      } else if (p.scatters) {
+        gate = k / p.units, unit = int64_t{member} * p.units + k % p.units, column = m;
       } else {
         const int64_t part = 4 * p.units;
         gate = k % part / p.units, unit = k / part * p.units + k % p.units;
@@ -53,7 +62,7 @@ struct Pack {
       }
       word.v[e] = x;
     }
-    reinterpret_cast<Packed<T, E>*>(s.packed)[(d * p.members * per_member + tile) * 32 + lane] = word;
+    reinterpret_cast<Packed<T, E>*>(s.packed)[(d * p.members * per_member + half) * 32 + lane] = word;
   }
 };
 

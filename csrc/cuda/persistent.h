@@ -18,10 +18,11 @@ struct PackWeights {
   int D;
   const T* w_hh[2];           // [4H, H]  of any strides
   int64_t row[2], column[2];  // strides
-  uint4* packed;              // [D, members, chunks, 8 warps, rows / 16, 2, 32 lanes]  out
+  uint4* packed;              // [D, members, rounds, 8 warps, width, 2, 32 lanes]  out
 
-  int64_t rows() const { return phase == Phase::forward ? 4 * layout.units : layout.units; }
-  int64_t words() const { return int64_t{D} * layout.members * layout.chunks * kPlanWarps * rows() * 4; }
+  int64_t words() const {
+    return int64_t{D} * layout.members * layout.rounds * kPlanWarps * layout.width * 64;
+  }
 };
 template <class T>
 cudaError_t launch_pack_weights(const PackWeights<T>& pack, cudaStream_t stream);
@@ -31,8 +32,8 @@ cudaError_t launch_pack_weights(const PackWeights<T>& pack, cudaStream_t stream)
 struct Persistent {
   Layout layout;
   const uint4* packed;  // PackWeights' out
-  uint4* exchange;      // [D, slices, 2, columns, chunks * 8, 32]  states of two steps in turn
-  uint32_t* flags;      // [D, slices, members]  the epoch each member has published
+  uint4* exchange;      // [D, slices, 2, state]  states of two steps in turn; not of clusters, nor flags
+  uint32_t* flags;      // [D, slices, members]   the epoch each member has published
   uint32_t* fault;      // [1]  the epoch a block waited for in vain, before its trap
   uint32_t epoch;       // the last one of the launches before
   int64_t begin;        // the first step in each direction's order (of backward: in the reverse of it)
@@ -48,7 +49,7 @@ struct PersistentForward : Persistent {
   ForwardStep<T> step;
 };
 template <class T>
-int persistent_fwd_blocks(const Layout& p);  // that the current device can hold at once
+int persistent_fwd_blocks(const Layout& p);  // that the current device can hold at once, in whole clusters
 template <class T>
 cudaError_t launch_persistent_fwd(const PersistentForward<T>& s, cudaStream_t stream);
 
@@ -59,7 +60,7 @@ struct PersistentBackward : Persistent {
   Acc<T>* dh;  // [D, B, H]  out after the last step: dgates W_hh; null when nobody reads it
 };
 template <class T>
-int persistent_bwd_blocks(const Layout& p);  // that the current device can hold at once
+int persistent_bwd_blocks(const Layout& p);  // as persistent_fwd_blocks
 template <class T>
 cudaError_t launch_persistent_bwd(const PersistentBackward<T>& s, cudaStream_t stream);
 

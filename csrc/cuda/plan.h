@@ -1,21 +1,28 @@
 // How a layer's recurrence is laid over the device for the persistent kernels, or why it is not: a pure
-// function of sizes, type and device, and of B for the division of the batch alone. No header but the
+// function of sizes, type and device. Whether it is served at all never depends on B. No header but the
 // standard's, so that every build has it and the tests can ask it.
 #pragma once
 
 #include <algorithm>
 #include <atomic>
+#include <cmath>
 #include <cstdint>
+#include <limits>
 #include <string>
 
 namespace fastlstm::cuda {
 
 // Whether the persistent kernels may run at all: off, since no GPU has run them yet (docs/gpu-notes.md).
 inline std::atomic<bool> persistent_enabled{false};
+// 'A' or 'B' for that tier wherever it can serve, to measure and test it; 0: the one predicted to be faster.
+inline std::atomic<char> persistent_tier{0};
 
 struct DeviceLimits {
-  int sms;         // streaming multiprocessors
-  int64_t shared;  // bytes of shared memory one block may ask for
+  int sms;          // streaming multiprocessors
+  int64_t shared;   // bytes of shared memory one block may ask for
+  int cluster = 0;  // the most blocks of a cluster; 0 where there are none
+  // Clusters on the device at once, where the runtime has been asked for a layout.
+  int clusters = std::numeric_limits<int>::max();
 };
 
 enum class Phase { forward, backward };
@@ -26,27 +33,39 @@ struct Recurrence {
   int element;  // bytes: 2 for float16 and bfloat16, 4 for TF32; 0 for what tensor cores have no product for
 };
 
-// The product of a step is A [rows, K] times the state [K, 8 * columns]; A stays in the block. A row of A or
-// of the state is cut into chunks of 64 bytes of K, which the 8 warps of a block divide among them.
-//   forward   A [4 * units, H]: the gates' rows of the block's units          state: h [B, H]
-//   backward  A [units, 4 * members * units]: the block's columns of W_hh     state: dgates [B, 4H]
+// The product of a step is A [rows, K] times a state [K, 8 * columns]; A stays in the block. It is cut into
+// fragments of 16 rows and 64 bytes of K (a chunk), which the 8 warps of a block divide among them.
+//   forward            A [4 * units, H]: the gates' rows of the block's units          state: h
+//   backward, tier B   A [units, 4 * members * units]: the block's columns of W_hh     state: all dgates
+//   backward, tier A   A [members * units, 4 * units]: the forward's, transposed       state: its own dgates
+// Tier A: a group is a thread-block cluster, whose blocks push into each other's shared memory. Tier B: it is
+// any blocks of one launch that are on the device together, and states go through L2.
 struct Layout {
+  bool cluster;    // tier A
+  bool scatters;   // tier A's backward: blocks hand on products, for the others to add
   int units;       // hidden units of a block
-  int held;        // chunks of A in registers, per warp; the others are in shared memory
+  int width;       // fragments a warp multiplies in a round: of its rows, or where it scatters of its K
+  int rounds;      // of a warp, for all of its K or, where it scatters, its rows; the last may be padding
+  int held;        // rounds whose fragments are in registers; the others are in shared memory
+  int parts;       // into which the warps cut K; those of one part divide the rows
   int columns;     // tiles of 8 rows of the batch in a slice, which a block takes at once
-  int chunks;      // per warp; the last warps' may be padding
   int members;     // blocks of a group, which holds one copy of W_hh
   int groups;      // per direction; they never wait for each other
   int slices;      // of the batch; group g takes slices g, g + groups, ...
-  int64_t state;   // 16-byte words of a slice's state: [columns, 8 * chunks, 32 lanes]
+  int64_t state;   // 16-byte words of a slice's state: [columns, chunks, 32 lanes]
   int64_t shared;  // bytes of shared memory of a block
 
-  int blocks(int D) const { return D * groups * members; }
+  int64_t shared_weights() const {  // bytes of A that registers do not hold
+    return int64_t{std::max(0, rounds - held)} * 8 * width * 1024;
+  }
+  int in_cluster() const { return cluster ? members : 0; }  // blocks
+  int64_t blocks(int D) const { return int64_t{D} * groups * members; }
 };
 
 struct Plan {
   std::string reason;  // why the step-wise path runs instead; empty when the layout serves
   Layout layout = {};
+  std::string tier = {};  // which one, and why not the other
 };
 
 constexpr int kPlanWarps = 8;       // kWarps in cuda/warp.cuh
@@ -54,59 +73,158 @@ constexpr int kChunkBytesOfK = 64;  // 16 bytes of a lane, four lanes to a row
 // A persistent launch loads all of W_hh first; for fewer steps than this it does not pay.
 constexpr int64_t kLeastSteps = 4;
 
-// What the kernels are compiled for, best first: as many units as fit, since what a block must take in per
-// step is the whole state, whatever part of it the block makes.
+// Tier B, what the kernels are compiled for, best first: as many units as fit, since what a block must take
+// in per step is the whole state, whatever part of it the block makes.
 struct Variant {
   int units;
-  int held[2];  // chunks in registers for slices of 8 and of 16 rows, as ptxas can place them
+  int held[2];  // rounds in registers for slices of 8 and of 16 rows, as ptxas can place them
 };
-constexpr Variant kForwardVariants[] = {{32, {2, 1}}, {32, {1, 1}}, {16, {4, 4}}};
-constexpr Variant kBackwardVariants[] = {{32, {8, 5}}, {32, {4, 4}}, {16, {16, 16}}};
+constexpr Variant kForwardVariants[] = {{32, {2, 1}}, {16, {4, 4}}};
+constexpr Variant kBackwardVariants[] = {{32, {8, 5}}, {16, {16, 16}}};
+
+// Tier A: 32 units a block where a cluster of them is large enough, else 48, in 16 bits. A state is close by,
+// so the warps cut K into two parts only: they read it four times, and add two shares for a sum instead of
+// eight.
+constexpr int kClusterParts = 2;
+constexpr int kInboxStride = 10;  // floats from unit to unit of what the blocks push where they scatter
+constexpr int cluster_held(Phase phase, int units, int element) {  // rounds, as ptxas can place them
+  return phase == Phase::forward ? (units == 32 ? 8 : 5) : units == 32 ? 8 / element : 3;
+}
+
+constexpr int64_t up(int64_t n, int64_t by) { return (n + by - 1) / by; }
 
 inline Layout lay_out(Phase phase, const Recurrence& r, const DeviceLimits& device, const Variant& v,
                       int columns) {
   const bool forward = phase == Phase::forward;
   Layout p = {};
-  p.units = v.units, p.held = v.held[columns - 1], p.columns = columns;
-  p.members = static_cast<int>((r.H + v.units - 1) / v.units);
-  const int64_t rows = forward ? 4 * v.units : v.units;
+  p.units = v.units, p.held = v.held[columns - 1], p.columns = columns, p.parts = kPlanWarps;
+  p.members = static_cast<int>(up(r.H, v.units));
+  p.width = (forward ? 4 : 1) * v.units / 16;
   const int64_t K = static_cast<int64_t>(p.members) * v.units * (forward ? 1 : 4);
-  const int64_t chunks = (K * r.element + kChunkBytesOfK - 1) / kChunkBytesOfK;
-  p.chunks = std::max(p.held, static_cast<int>((chunks + kPlanWarps - 1) / kPlanWarps));
-  const int64_t weights = static_cast<int64_t>(p.chunks - p.held) * kPlanWarps * rows * kChunkBytesOfK;
-  const int64_t partial_sums = static_cast<int64_t>(kPlanWarps) * 8 * columns * (rows + 4) * 4;
-  p.shared = weights + partial_sums;
-  p.state = static_cast<int64_t>(columns) * p.chunks * kPlanWarps * 32;
-  p.slices = static_cast<int>((r.B + 8 * columns - 1) / (8 * columns));
+  p.rounds = static_cast<int>(up(up(K * r.element, kChunkBytesOfK), kPlanWarps));
+  const int64_t partial_sums = static_cast<int64_t>(kPlanWarps) * 8 * columns * (16 * p.width + 4) * 4;
+  p.shared = p.shared_weights() + partial_sums;
+  p.state = static_cast<int64_t>(columns) * p.rounds * kPlanWarps * 32;
+  p.slices = static_cast<int>(up(r.B, 8 * columns));
   p.groups = std::min(p.slices, device.sms / (p.members * r.D));
   return p;
 }
 
-inline Plan plan(Phase phase, const Recurrence& r, const DeviceLimits& device) {
+// A cluster for each slice: as they never wait for each other, any number of them may be launched.
+inline Layout lay_out_clusters(Phase phase, const Recurrence& r, int units, int held) {
+  Layout p = {};
+  p.cluster = true, p.scatters = phase == Phase::backward;
+  p.units = units, p.held = held, p.columns = 1;
+  p.members = static_cast<int>(up(r.H, p.units));
+  p.slices = p.groups = static_cast<int>(up(r.B, 8));
+  int64_t chunks, received;  // of the state; bytes that lie beside the states
+  if (p.scatters) {
+    chunks = up(4 * p.units * r.element, kChunkBytesOfK);
+    p.parts = 1, p.width = static_cast<int>(chunks);
+    p.rounds = static_cast<int>(up(p.members * p.units / 16, kPlanWarps));
+    received = int64_t{2} * p.members * p.units * kInboxStride * 4;
+  } else {
+    p.parts = kClusterParts, p.width = 4 * p.units / 16 * p.parts / kPlanWarps;
+    p.rounds = static_cast<int>(up(up(int64_t{p.members} * p.units * r.element, kChunkBytesOfK), p.parts));
+    chunks = int64_t{p.rounds} * p.parts;
+    received = int64_t{p.parts} * 8 * (4 * p.units + 4) * 4;  // the warps' shares of the sums
+  }
+  p.state = chunks * 32;
+  p.shared = 16 + 2 * p.state * 16 + p.shared_weights() + received;
+  return p;
+}
+
+// Microseconds of a step of all slices, predicted from published figures of an H100; docs/gpu-notes.md tells
+// which. On other devices only the order of the two tiers has a meaning.
+inline double predicted(const Recurrence& r, const DeviceLimits& device, const Layout& p) {
+  constexpr double kClock = 1755;                      // MHz
+  constexpr double kL2 = 64, kAllL2 = 5.5e6 / kClock;  // bytes a clock: an SM's, and all of theirs
+  constexpr double kShared = 128;                      // bytes a clock of an SM
+  constexpr double kPeers = 2.65e6 / kClock / 132;     // bytes a clock an SM takes in of other SMs'
+  constexpr double kMma = 0.63 * 2048;                 // multiply-adds a clock of an SM, in 16 bits
+  constexpr double kFlagTrip = 0.6, kPushTrip = 0.25, kCell = 0.15, kTurn = 0.1;  // us
+  const double rows = 8 * p.columns, units = p.members * p.units;
+  const double mma = 4 * units * p.units * rows / kMma * r.element / 2;
+  const double weights = p.shared_weights() / kShared;
+  if (p.cluster) {
+    const double push = (p.members - 1) * p.units * rows * (p.scatters ? 4 : r.element) / kPeers;
+    const double read = 16.0 * p.state * (kPlanWarps / p.parts) / kShared;
+    // Products are pushed while others are made; h when it is whole.
+    const double terms = p.scatters ? units * rows * 4 : 2 * p.parts * 4.0 * p.units * rows * 4;
+    const double product = std::max(mma, weights + read);
+    const double work = (p.scatters ? std::max(product, push) : product + push) + terms / kShared;
+    const double fit = std::max(1, std::min(device.clusters, device.sms / p.members));
+    return (work / kClock + kCell + kPushTrip) * std::ceil(r.D * p.slices / fit);
+  }
+  const double taken = 16.0 * p.state;
+  const double fetch = std::max(taken / kL2, taken * p.blocks(r.D) / kAllL2);
+  const double sums = 2.0 * kPlanWarps * rows * 16 * p.width * 4 / kShared;
+  const double work = (std::max({fetch, weights, mma}) + sums) / kClock + kCell;
+  const double turns = std::ceil(static_cast<double>(p.slices) / p.groups);
+  return std::max(work + kFlagTrip, turns > 1 ? turns * (work + kTurn) : 0);
+}
+
+// The best layout of tier A, or why there is none.
+inline Plan plan_clusters(Phase phase, const Recurrence& r, const DeviceLimits& device) {
+  if (device.cluster == 0) return {"this GPU has no thread-block clusters"};
+  const int units = r.H <= 32 * device.cluster || r.element != 2 ? 32 : 48;
+  if (up(r.H, units) > device.cluster) {
+    return {"a cluster of " + std::to_string(up(r.H, units)) + " blocks exceeds " +
+            std::to_string(device.cluster)};
+  }
+  const Layout p = lay_out_clusters(phase, r, units, cluster_held(phase, units, r.element));
+  if (device.clusters < 1 || p.shared > device.shared) {
+    return {"no cluster of " + std::to_string(p.members) + " such blocks fits this GPU"};
+  }
+  if (p.blocks(r.D) > std::numeric_limits<int>::max())
+    return {"the batch has too many slices for one launch"};
+  return {"", p};
+}
+
+// The best layout of tier B; without members if none fits.
+inline Layout lay_out_anywhere(Phase phase, const Recurrence& r, const DeviceLimits& device) {
+  const auto& variants = phase == Phase::forward ? kForwardVariants : kBackwardVariants;
+  // More units fit no wave of blocks, and would overflow the search.
+  if (r.H > 32 * static_cast<int64_t>(device.sms)) return {};
+  for (const Variant& v : variants) {
+    const Layout one = lay_out(phase, r, device, v, 1);
+    if (one.shared > device.shared || one.members * r.D > device.sms) continue;
+    if (one.slices <= one.groups) return one;
+    // Twice the rows at once where the groups cannot take all slices of 8 side by side.
+    const Layout two = lay_out(phase, r, device, v, 2);
+    return two.shared <= device.shared ? two : one;
+  }
+  return {};
+}
+
+inline Plan plan(Phase phase, const Recurrence& r, const DeviceLimits& device, char asked = 0) {
   if (r.P != r.H) return {"proj_size > 0 has no persistent kernel"};
   if (r.element == 0)
     return {"only float16, bfloat16, and float32 at TF32 precision have persistent kernels"};
   if (r.H < 1 || r.B < 1) return {"there is nothing to compute"};
   if (device.sms < 1) return {"there is no GPU that can launch blocks together"};
-  const auto& variants = phase == Phase::forward ? kForwardVariants : kBackwardVariants;
-  // A layer of more units than this fits no wave of blocks, and would overflow the search.
-  for (int k = 0; k < 3 && r.H <= 32 * static_cast<int64_t>(device.sms); ++k) {
-    const Variant& v = variants[k];
-    const Layout one = lay_out(phase, r, device, v, 1);
-    // The next variant fits a small state without padding, with as many units.
-    const bool padded = k + 1 < 3 && variants[k + 1].units == v.units &&
-                        lay_out(phase, r, device, variants[k + 1], 1).chunks < v.held[0];
-    if (padded || one.shared > device.shared || one.members * r.D > device.sms) continue;
-    if (one.slices <= one.groups) return {"", one};
-    // Twice the rows at once where the groups cannot take all slices of 8 side by side.
-    const Layout two = lay_out(phase, r, device, v, 2);
-    return {"", two.shared <= device.shared ? two : one};
+  const Plan a = plan_clusters(phase, r, device);
+  const Layout b = lay_out_anywhere(phase, r, device);
+  const bool fits_a = a.reason.empty(), fits_b = b.members > 0;
+  if (!fits_a && !fits_b) {
+    const std::string both = r.D == 2 ? " of both directions" : "";
+    return {"W_hh" + both + " at H=" + std::to_string(r.H) + ", " +
+            std::to_string((4 * r.H * r.H * r.element * r.D) >> 20) +
+            " MiB, does not fit into the registers and shared memory of " + std::to_string(device.sms) +
+            " SMs"};
   }
-  const std::string both = r.D == 2 ? " of both directions" : "";
-  return {"W_hh" + both + " at H=" + std::to_string(r.H) + ", " +
-          std::to_string((4 * r.H * r.H * r.element * r.D) >> 20) +
-          " MiB, does not fit into the registers and shared memory of " + std::to_string(device.sms) +
-          " SMs"};
+  if (!fits_b) return {"", a.layout, "tier A: tier B needs more SMs"};
+  if (!fits_a) return {"", b, "tier B: " + a.reason};
+  if (asked == 'A') return {"", a.layout, "tier A: asked for"};
+  if (asked == 'B') return {"", b, "tier B: asked for"};
+  const double time_a = predicted(r, device, a.layout), time_b = predicted(r, device, b);
+  const auto us = [](double time) {
+    const auto hundredths = static_cast<int64_t>(100 * time + 0.5);
+    const std::string digits = std::to_string(100 + hundredths % 100).substr(1);
+    return std::to_string(hundredths / 100) + "." + digits + " us a step";
+  };
+  if (time_a < time_b) return {"", a.layout, "tier A: predicted " + us(time_a) + ", tier B " + us(time_b)};
+  return {"", b, "tier B: predicted " + us(time_b) + ", tier A " + us(time_a)};
 }
 
 }  // namespace fastlstm::cuda

@@ -1,9 +1,9 @@
 // A matrix that stays in a block, in registers and shared memory, and its product with a state that all
-// blocks of the group made: the two halves of a persistent step that depend on how lanes hold matrices.
+// blocks of the group made; and how the elements of a slice are dealt to threads.
 #pragma once
 
-#include "cuda/exchange.h"
 #include "cuda/persistent.h"
+#include "cuda/warp.cuh"
 
 namespace fastlstm::cuda {
 
@@ -29,41 +29,82 @@ FASTLSTM_DEVICE uint4 operand(uint4 x, T) {
   return x;
 }
 
-// A [16 * ROWS, K], K divided among the warps, for products with [K, 8 * COLUMNS]. The first HELD chunks of a
-// warp are in its registers.
-template <class T, int ROWS, int HELD, int COLUMNS>
+// The block's part of W_hh as the operand A: fragments of 16 rows and 64 bytes of K. In each of its rounds a
+// warp multiplies WIDTH of them; those of its first HELD rounds are in its registers.
+template <int WIDTH, int HELD>
 class Resident {
  public:
-  static constexpr int kRows = 16 * ROWS, kColumns = 8 * COLUMNS;
-  // Stored with stride kRows + 4, a warp's accumulators and a warp's reads each fall in banks of their own.
-  static constexpr int kStride = kRows + 4;
-
-  // packed: [chunks, kWarps, ROWS, 2, 32], the block's part of W_hh.
-  FASTLSTM_DEVICE Resident(const Warp& warp, const uint4* packed, int chunks) : chunks_(chunks) {
-    const uint4* const own = packed + warp.index() * kPerWarp;
+  // packed: [members, rounds, kWarps, WIDTH, 2, 32]. The rounds that are not held go to the block's shared
+  // memory, from word `at` on: [rounds - HELD, kWarps, WIDTH, 2, 32].
+  FASTLSTM_DEVICE Resident(const Warp& warp, const uint4* packed, int64_t member, int rounds, int at)
+      : rounds_(rounds), at_(at) {
+    const uint4* const own = packed + (member * rounds * kWarps + warp.index()) * kWords;
     for (const int lane : warp.lanes()) {
 #pragma unroll
       for (int i = 0; i < HELD; ++i) {
 #pragma unroll
-        for (int r = 0; r < 2 * ROWS; ++r) held_[i][r][lane] = own[i * kWarps * kPerWarp + r * 32 + lane];
+        for (int r = 0; r < 2 * WIDTH; ++r) {
+          held[i][r][lane] = i < rounds ? own[i * kWarps * kWords + r * 32 + lane] : uint4{};
+        }
       }
 #pragma unroll 1
-      for (int i = HELD; i < chunks; ++i) {
+      for (int i = HELD; i < rounds; ++i) {
 #pragma unroll 1
-        for (int r = 0; r < 2 * ROWS; ++r) {
+        for (int r = 0; r < 2 * WIDTH; ++r) {
           // A lane reads only what it wrote itself, so no barrier is needed.
-          rest(warp, i)[r * 32 + lane] = own[i * kWarps * kPerWarp + r * 32 + lane];
+          rest(warp, i)[r * 32 + lane] = own[i * kWarps * kWords + r * 32 + lane];
         }
       }
     }
   }
 
+  FASTLSTM_DEVICE int rounds() const { return rounds_; }
+  // The first word of shared memory behind.
+  FASTLSTM_DEVICE int end() const { return at_ + (rounds_ > HELD ? rounds_ - HELD : 0) * kWarps * kWords; }
+
+  // The halves first ... last - 1 of the fragments of a round that is not held.
+  FASTLSTM_DEVICE void load(const Warp& warp, int i, int first, int last, PerLane<uint4>* a) const {
+    const uint4* const own = rest(warp, i);
+#pragma unroll
+    for (int r = first; r < last; ++r) {
+      for (const int lane : warp.lanes()) a[r - first][lane] = own[r * 32 + lane];
+    }
+  }
+
+  PerLane<uint4> held[HELD][2 * WIDTH];  // [.][2 r] the fragment's upper eight rows, [2 r + 1] the lower
+
+ private:
+  static constexpr int kWords = WIDTH * 2 * 32;  // of a warp's round
+
+  FASTLSTM_DEVICE uint4* rest(const Warp& warp, int i) const {
+    return warp.shared() + at_ + ((i - HELD) * kWarps + warp.index()) * kWords;
+  }
+
+  int rounds_, at_;
+};
+
+// A [kRows, K] times a whole state [K, 8 * COLUMNS]. The warps cut K into PARTS and the rows among the warps
+// of a part, TILES of 16 to each; a warp's round is 64 bytes of K. LOAD reads a word of the state.
+template <class T, int TILES, int HELD, int COLUMNS, int PARTS, uint4 (*LOAD)(const uint4*)>
+class Gathered {
+ public:
+  static constexpr int kRows = 16 * TILES * kWarps / PARTS, kColumns = 8 * COLUMNS;
+  // Stored with stride kRows + 4, a warp's accumulators and a warp's reads each fall in banks of their own.
+  static constexpr int kStride = kRows + 4;
+
+  // Shared memory from word `at` on: Resident's, then the warps' products, [PARTS, kColumns, kStride].
+  FASTLSTM_DEVICE Gathered(const Warp& warp, const uint4* packed, int64_t member, int rounds, int at)
+      : a_(warp, packed, member, rounds, at) {}
+
+  // The chunks of a whole state's row.
+  FASTLSTM_DEVICE int chunks() const { return PARTS * a_.rounds(); }
+
   // The warp's share of A times `state`, into its part of the sums; sum() after a block_sync.
   FASTLSTM_DEVICE void multiply(const Warp& warp, const uint4* state) {
-    PerLane<float4> acc[ROWS][COLUMNS];
+    PerLane<float4> acc[TILES][COLUMNS];
     PerLane<uint4> b[kAhead][COLUMNS];
 #pragma unroll
-    for (int r = 0; r < ROWS; ++r) {
+    for (int r = 0; r < TILES; ++r) {
 #pragma unroll
       for (int c = 0; c < COLUMNS; ++c) {
         for (const int lane : warp.lanes()) acc[r][c][lane] = {0, 0, 0, 0};
@@ -73,23 +114,26 @@ class Resident {
     for (int k = 0; k < kAhead; ++k) fetch(warp, state, k, b[k]);
 #pragma unroll
     for (int i = 0; i < HELD; ++i) {
-      take(warp, held_[i], b[i % kAhead], acc);
+      if (i < a_.rounds()) take(warp, a_.held[i], b[i % kAhead], acc);
       fetch(warp, state, i + kAhead, b[i % kAhead]);
     }
 #pragma unroll 1
-    for (int first = HELD; first < chunks_; first += kAhead) {
+    for (int first = HELD; first < a_.rounds(); first += kAhead) {
 #pragma unroll
       for (int k = 0; k < kAhead; ++k) {
         const int i = first + k;
-        if (i < chunks_) {
-          take_shared(warp, rest(warp, i), b[(HELD + k) % kAhead], acc);
+        if (i < a_.rounds()) {
+          PerLane<uint4> a[2 * TILES];
+          a_.load(warp, i, 0, 2 * TILES, a);
+          take(warp, a, b[(HELD + k) % kAhead], acc);
           fetch(warp, state, i + kAhead, b[(HELD + k) % kAhead]);
         }
       }
     }
-    float* const own = sums(warp) + warp.index() * kColumns * kStride;
+    float* const own =
+        sums(warp) + warp.index() % PARTS * kColumns * kStride + warp.index() / PARTS * 16 * TILES;
 #pragma unroll
-    for (int r = 0; r < ROWS; ++r) {
+    for (int r = 0; r < TILES; ++r) {
 #pragma unroll
       for (int c = 0; c < COLUMNS; ++c) {
         for (const int lane : warp.lanes()) {
@@ -106,64 +150,47 @@ class Resident {
     const float* const at = sums(warp) + column * kStride + row;
     float total = at[0];
 #pragma unroll
-    for (int w = 1; w < kWarps; ++w) total += at[w * kColumns * kStride];
+    for (int part = 1; part < PARTS; ++part) total += at[part * kColumns * kStride];
     return total;
   }
 
  private:
-  static constexpr int kPerWarp = ROWS * 2 * 32;  // words of a chunk
   // Chunks of the state on their way at once. Eight warps then have 16 KiB in flight, which is about the
   // bandwidth of an SM's path to L2 times its latency; more of them make ptxas spill.
-  static constexpr int kAhead = sizeof(T) == 4 && ROWS * COLUMNS == 16 ? 1 : 4 / COLUMNS;
+  static constexpr int kAhead = sizeof(T) == 4 && TILES * COLUMNS == 16 ? 1 : 4 / COLUMNS;
 
-  // Shared memory: the chunks that are not held, [chunks - HELD, kWarps, ROWS, 2, 32], of which this is the
-  // warp's own part of chunk i; then the warps' products, [kWarps, kColumns, kStride].
-  FASTLSTM_DEVICE uint4* rest(const Warp& warp, int i) const {
-    return warp.shared() + ((i - HELD) * kWarps + warp.index()) * kPerWarp;
-  }
   FASTLSTM_DEVICE float* sums(const Warp& warp) const {
-    return reinterpret_cast<float*>(warp.shared() + (chunks_ - HELD) * kWarps * kPerWarp);
+    return reinterpret_cast<float*>(warp.shared() + a_.end());
   }
 
   FASTLSTM_DEVICE void fetch(const Warp& warp, const uint4* state, int i,
                              PerLane<uint4> (&b)[COLUMNS]) const {
-    if (i >= chunks_) return;
+    if (i >= a_.rounds()) return;
 #pragma unroll
     for (int c = 0; c < COLUMNS; ++c) {
       for (const int lane : warp.lanes()) {
-        b[c][lane] = load_published(state + ((c * kWarps + warp.index()) * int64_t{chunks_} + i) * 32 + lane);
+        const int64_t part = c * PARTS + warp.index() % PARTS;
+        b[c][lane] = LOAD(state + (part * a_.rounds() + i) * 32 + lane);
       }
     }
   }
 
-  FASTLSTM_DEVICE static void take(const Warp& warp, const PerLane<uint4> (&a)[2 * ROWS],
+  FASTLSTM_DEVICE static void take(const Warp& warp, const PerLane<uint4> (&a)[2 * TILES],
                                    const PerLane<uint4> (&fetched)[COLUMNS],
-                                   PerLane<float4> (&acc)[ROWS][COLUMNS]) {
+                                   PerLane<float4> (&acc)[TILES][COLUMNS]) {
     PerLane<uint4> b[COLUMNS];
 #pragma unroll
     for (int c = 0; c < COLUMNS; ++c) {
       for (const int lane : warp.lanes()) b[c][lane] = operand(fetched[c][lane], T());
     }
 #pragma unroll
-    for (int r = 0; r < ROWS; ++r) {
+    for (int r = 0; r < TILES; ++r) {
 #pragma unroll
       for (int c = 0; c < COLUMNS; ++c) multiply_chunk<T>(acc[r][c], a[2 * r], a[2 * r + 1], b[c]);
     }
   }
 
-  FASTLSTM_DEVICE static void take_shared(const Warp& warp, const uint4* chunk,
-                                          const PerLane<uint4> (&fetched)[COLUMNS],
-                                          PerLane<float4> (&acc)[ROWS][COLUMNS]) {
-    PerLane<uint4> a[2 * ROWS];
-#pragma unroll
-    for (int r = 0; r < 2 * ROWS; ++r) {
-      for (const int lane : warp.lanes()) a[r][lane] = chunk[r * 32 + lane];
-    }
-    take(warp, a, fetched, acc);
-  }
-
-  PerLane<uint4> held_[HELD][2 * ROWS];
-  int chunks_;
+  Resident<TILES, HELD> a_;
 };
 
 // Which part of the layer a block has.
@@ -175,25 +202,7 @@ struct Member {
     group = warp.block() % per_direction / p.members;
     index = warp.block() % p.members;
   }
-};
-
-// A slice's exchange as one warp sees it. Each member's part is `part` elements of K.
-struct Slice {
-  int at;           // in [D, slices]
-  int first, last;  // the members whose parts the warp multiplies
-
-  template <class T>
-  static FASTLSTM_DEVICE Slice of(const Layout& p, const Warp& warp, int d, int slice, int part, T) {
-    const int share = p.chunks * kChunkOf<T>, begin = warp.index() * share;
-    const int last = (begin + share + part - 1) / part;
-    return {d * p.slices + slice, begin / part, last < p.members ? last : p.members};
-  }
-  FASTLSTM_DEVICE uint4* slot(const Persistent& s, uint32_t epoch) const {
-    return s.exchange + (int64_t{2} * at + epoch % 2) * s.layout.state;
-  }
-  FASTLSTM_DEVICE uint32_t* flags(const Persistent& s) const {
-    return s.flags + int64_t{at} * s.layout.members;
-  }
+  FASTLSTM_DEVICE int64_t of_all(const Layout& p) const { return int64_t{d} * p.members + index; }
 };
 
 // The elements (unit, row) of a slice, dealt to the block's threads: always the same ones to the same thread.

@@ -54,6 +54,13 @@ class Warp {
   }
   FASTLSTM_DEVICE void sync() const { __syncwarp(); }
   FASTLSTM_DEVICE void block_sync() const { __syncthreads(); }
+  // Of all blocks of the cluster: what each did before is visible to the others after.
+  FASTLSTM_DEVICE void cluster_sync() const {
+    asm volatile(
+        "barrier.cluster.arrive.release;\n\t"
+        "barrier.cluster.wait.acquire;" ::
+            : "memory");
+  }
 };
 
 // Everything the block did before its last barrier is visible to whoever reads `value` with load_acquire.
@@ -75,6 +82,70 @@ FASTLSTM_DEVICE uint4 load_published(const uint4* p) {
                : "l"(p)
                : "memory");
   return x;
+}
+
+// Counts what arrives in the shared memory it lies in, an mbarrier of one expected arrival. Each of its
+// phases ends once expect() was called in it and as many bytes were pushed as that call said.
+struct alignas(8) Arrivals {
+  uint64_t state;
+};
+
+FASTLSTM_DEVICE uint32_t in_shared(const void* p) {
+  return static_cast<uint32_t>(__cvta_generic_to_shared(p));
+}
+
+// By one thread, before a cluster_sync.
+FASTLSTM_DEVICE void start(Arrivals* arrivals) {
+  asm volatile(
+      "mbarrier.init.shared::cta.b64 [%0], 1;\n\t"
+      "fence.mbarrier_init.release.cluster;" ::"r"(in_shared(arrivals))
+      : "memory");
+}
+
+// By one thread, once in each phase; some of the bytes may have come before.
+FASTLSTM_DEVICE void expect(Arrivals* arrivals, uint32_t bytes) {
+  asm volatile(
+      "mbarrier.arrive.expect_tx.release.cta.shared::cta.b64 _, [%0], %1;" ::"r"(in_shared(arrivals)),
+      "r"(bytes)
+      : "memory");
+}
+
+// Whether the phase of this parity has ended; then all that was pushed in it can be read. It is asked of the
+// current phase or the one before, whose parities differ. Not try_wait: that may sleep for as long as it
+// likes, and a bound on the number of polls would bound no time.
+FASTLSTM_DEVICE bool arrived(const Arrivals* arrivals, uint32_t parity) {
+  uint32_t ended;
+  asm volatile(
+      "{\n\t.reg .pred ended;\n\t"
+      "mbarrier.test_wait.parity.acquire.cluster.shared::cta.b64 ended, [%1], %2;\n\t"
+      "selp.u32 %0, 1, 0, ended;\n\t}"
+      : "=r"(ended)
+      : "r"(in_shared(arrivals)), "r"(parity)
+      : "memory");
+  return ended != 0;
+}
+
+FASTLSTM_DEVICE uint32_t of_peer(const void* own, int peer) {
+  uint32_t there;
+  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(in_shared(own)), "r"(peer));
+  return there;
+}
+
+// Stores x in the shared memory of another block of the cluster, or this one, at the place and with the
+// arrivals that are `to` and `arrivals` in this one. Nobody waits here; the arrivals tell when it is done.
+FASTLSTM_DEVICE void push(const Warp&, int peer, uint4* to, Arrivals* arrivals, uint4 x) {
+  asm volatile(
+      "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 [%0], {%1, %2, %3, %4}, [%5];" ::"r"(
+          of_peer(to, peer)),
+      "r"(x.x), "r"(x.y), "r"(x.z), "r"(x.w), "r"(of_peer(arrivals, peer))
+      : "memory");
+}
+FASTLSTM_DEVICE void push(const Warp&, int peer, float2* to, Arrivals* arrivals, float2 x) {
+  asm volatile(
+      "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v2.f32 [%0], {%1, %2}, [%3];" ::"r"(
+          of_peer(to, peer)),
+      "f"(x.x), "f"(x.y), "r"(of_peer(arrivals, peer))
+      : "memory");
 }
 
 // A spin that came to its end: an error of the launch, as any invalid access is; never a hang.
@@ -120,38 +191,77 @@ FASTLSTM_DEVICE void multiply_chunk(PerLane<float4>& acc, const PerLane<uint4>& 
   Mma<T>::run(acc[0], top[0].z, bottom[0].z, top[0].w, bottom[0].w, b[0].z, b[0].w);
 }
 
-// F::run(s, warp) in `blocks` blocks that are all on the device at once; fails rather than run fewer.
+// What F needs of the architecture it is compiled for; on older ones its kernel is empty.
+template <class F>
+constexpr int kLeastArchitecture = F::kCluster ? 90 : 80;
+
 template <class F, class S>
 __global__ void __launch_bounds__(kWarps * 32, 1) persistent(const __grid_constant__ S s) {
-#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 800  // older ones lack the products; the planner knows
-  F::run(s, Warp());
+#if defined(__CUDA_ARCH__)
+  if constexpr (__CUDA_ARCH__ >= 10 * kLeastArchitecture<F>) F::run(s, Warp());
 #endif
+}
+
+// `blocks` blocks; in clusters of `cluster`, or, if that is 0, all on the device at once or not at all.
+struct Together {
+  cudaLaunchAttribute attribute;
+  cudaLaunchConfig_t config;
+
+  Together(int blocks, int cluster, int64_t shared_bytes, cudaStream_t stream) : attribute(), config() {
+    config.gridDim = dim3(blocks), config.blockDim = dim3(kWarps * 32);
+    config.dynamicSmemBytes = static_cast<size_t>(shared_bytes), config.stream = stream;
+    config.attrs = &attribute, config.numAttrs = 1;
+    if (cluster > 0) {
+      attribute.id = cudaLaunchAttributeClusterDimension;
+      attribute.val.clusterDim.x = static_cast<unsigned>(cluster);
+      attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
+    } else {
+      attribute.id = cudaLaunchAttributeCooperative, attribute.val.cooperative = 1;
+    }
+  }
+  Together(const Together&) = delete;
+};
+
+template <class Kernel>
+cudaError_t allow(Kernel kernel, int cluster, int64_t shared_bytes) {
+  const cudaError_t status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                                  static_cast<int>(shared_bytes));
+  if (status != cudaSuccess || cluster <= 8) return status;  // 8 are allowed everywhere
+  return cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
 }
 
 // The most blocks of this kernel that can be on the current device at once; 0 where that cannot be asked.
 template <class F, class S>
-int blocks_together(int64_t shared_bytes) {
+int blocks_together(int cluster, int64_t shared_bytes) {
   const auto kernel = persistent<F, S>;
-  const int bytes = static_cast<int>(shared_bytes);
-  int device = 0, sms = 0, of_one = 0;
-  const bool known =
-      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes) == cudaSuccess &&
-      cudaGetDevice(&device) == cudaSuccess &&
-      cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, device) == cudaSuccess &&
-      cudaOccupancyMaxActiveBlocksPerMultiprocessor(&of_one, kernel, kWarps * 32, bytes) == cudaSuccess;
+  int device = 0, sms = 0, most = 0;
+  cudaFuncAttributes attributes;
+  bool known = cudaFuncGetAttributes(&attributes, kernel) == cudaSuccess &&
+               attributes.ptxVersion >= kLeastArchitecture<F> &&
+               allow(kernel, cluster, shared_bytes) == cudaSuccess;
+  if (known && cluster > 0) {
+    const Together launch(cluster, cluster, shared_bytes, nullptr);
+    known = cudaOccupancyMaxActiveClusters(&most, kernel, &launch.config) == cudaSuccess;
+    most *= cluster;
+  } else if (known) {
+    known = cudaGetDevice(&device) == cudaSuccess &&
+            cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, device) == cudaSuccess &&
+            cudaOccupancyMaxActiveBlocksPerMultiprocessor(&most, kernel, kWarps * 32,
+                                                          static_cast<size_t>(shared_bytes)) == cudaSuccess;
+    most *= sms;
+  }
   if (!known) cudaGetLastError();
-  return known ? of_one * sms : 0;
+  return known ? most : 0;
 }
 
+// F::run(s, warp) in all warps of these blocks.
 template <class F, class S>
-cudaError_t launch_together(S s, int blocks, int64_t shared_bytes, cudaStream_t stream) {
+cudaError_t launch_together(const S& s, int blocks, int cluster, int64_t shared_bytes, cudaStream_t stream) {
   const auto kernel = persistent<F, S>;
-  const int bytes = static_cast<int>(shared_bytes);
-  const cudaError_t status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+  const cudaError_t status = allow(kernel, cluster, shared_bytes);
   if (status != cudaSuccess) return status;
-  void* arguments[] = {&s};
-  return cudaLaunchCooperativeKernel(reinterpret_cast<const void*>(kernel), dim3(blocks), dim3(kWarps * 32),
-                                     arguments, bytes, stream);
+  const Together launch(blocks, cluster, shared_bytes, stream);
+  return cudaLaunchKernelEx(&launch.config, kernel, s);
 }
 
 }  // namespace fastlstm::cuda

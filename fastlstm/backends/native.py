@@ -25,24 +25,28 @@ except ImportError as error:  # not built, or built for another torch
     load_error = str(error)
 
 
-def set_persistent(on: bool) -> None:
+def set_persistent(on: bool, tier: str = "") -> None:
     """Turn the persistent CUDA kernels on or off, for every later call of the process; they are off by default.
 
     On, float16, bfloat16 and float32 at TF32 precision run many steps in one launch where the layer fits the GPU
     (`fastlstm.explain` tells), and everything else runs step by step as ever. No GPU has run these kernels yet; their
     tests ran on the CPU (docs/gpu-notes.md). So they are for whoever measures them.
 
+    Args:
+        tier: "A" (thread-block clusters) or "B" (groups of blocks that meet in L2) wherever that one can serve; else
+            the one that the planner predicts to be faster.
+
     Raises:
-        RuntimeError: when the extension was built without CUDA.
+        RuntimeError: when the extension was built without CUDA, or there is no such tier.
     """
     if on and "cuda" not in devices:
         raise RuntimeError(f"fastlstm._C must be built for cuda, got {', '.join(devices) or load_error}")
     if extension is not None:
-        extension.enable_persistent(on)
+        extension.enable_persistent(on, tier)
 
 
-def kernels(call: LayerCall) -> str:
-    """Which CUDA kernels serve `call` when this backend runs it, and why; "" on other devices."""
+def kernels(call: LayerCall, B: int) -> str:
+    """Which CUDA kernels serve `call` of B rows when this backend runs it, and why; "" on other devices."""
     if extension is None or call.device.type != "cuda":
         return ""
     if not extension.persistent_enabled():
@@ -51,11 +55,14 @@ def kernels(call: LayerCall) -> str:
     sms = gpu.multi_processor_count if gpu.major >= 8 else 0
     told = []
     for phase in ("forward", "backward"):
-        reason, layout = extension.persistent_plan(
-            phase, call.shape.H, call.shape.P, 1, call.shape.D, _element(call.dtype), sms,
+        reason, layout, tier = extension.persistent_plan(
+            phase, call.shape.H, call.shape.P, B, call.shape.D, _element(call.dtype), sms,
             gpu.shared_memory_per_block_optin,  # type: ignore[attr-defined]
+            16 if gpu.major >= 9 else 0,  # the most blocks of a cluster, as csrc/cuda/device.cpp has it
+            extension.persistent_tier(),
         )  # fmt: skip
-        told.append(f"{phase} {reason}" if reason else f"{phase} in groups of {layout['members']} blocks")
+        groups = "clusters" if layout["cluster"] else "groups"
+        told.append(f"{phase} {reason}" if reason else f"{phase} in {groups} of {layout['members']} blocks ({tier})")
     return f"persistent from 4 steps on: {'; '.join(told)}"
 
 

@@ -29,8 +29,8 @@ OnDeviceOf::OnDeviceOf(const at::Tensor&) {}
 OnDeviceOf::~OnDeviceOf() = default;
 cudaStream_t OnDeviceOf::stream() const { return nullptr; }
 
-DeviceLimits limits = {8, 227 << 10};
-DeviceLimits device_limits() { return limits; }
+// Few SMs, so that slices take turns in tier B; clusters need none in particular.
+DeviceLimits device_limits() { return {8, 227 << 10, 16}; }
 
 void check(cudaError_t status) { TORCH_CHECK(status == cudaSuccess); }
 
@@ -44,9 +44,9 @@ int64_t multiply(at::Tensor out, const at::Tensor& a, const at::Tensor& b, bool 
 }  // namespace fastlstm::cuda
 
 TORCH_LIBRARY_IMPL(fastlstm_cuda_host, CompositeExplicitAutograd, m) {
-  m.impl("persistent", [](bool enabled, int64_t sms) {
+  m.impl("persistent", [](bool enabled, std::string_view tier) {
     fastlstm::cuda::persistent_enabled = enabled;
-    fastlstm::cuda::limits.sms = static_cast<int>(sms);
+    fastlstm::cuda::persistent_tier = tier.empty() ? '\0' : tier[0];
   });
 }
 

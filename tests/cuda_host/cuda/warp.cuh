@@ -1,6 +1,7 @@
 // Stands before csrc/cuda/warp.cuh on the include path: the persistent kernels with a host thread in the
 // place of each warp. The lanes of a warp run one after the other; everything between warps and blocks is
-// real, barriers, flags and races included, so that ThreadSanitizer sees what a GPU would do to it.
+// real, barriers, flags, pushes between blocks and races included, so that ThreadSanitizer sees what a GPU
+// would do to it.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -8,6 +9,7 @@
 
 #include <atomic>
 #include <barrier>
+#include <bit>
 #include <chrono>
 #include <cstdint>
 #include <cstdio>
@@ -25,7 +27,7 @@ namespace fastlstm::cuda {
 constexpr int kWarps = 8;
 inline uint32_t kMostTries = uint32_t{1} << 26;
 inline int longest_delay_us = 0;  // random pauses before barriers, flags and loads of the state; 0 for none
-inline int silent_block = -1;     // never raises its flags
+inline int silent_block = -1;     // never raises its flags, nor pushes
 
 inline void random_delay() {
   if (longest_delay_us == 0) return;
@@ -57,11 +59,42 @@ class Lanes {
   Iterator end() const { return {32}; }
 };
 
+inline void deliver(bool all);
+
+// Of a cluster's warps. Pushes go on while a warp waits here: they do not heed it.
+class ClusterBarrier {
+ public:
+  explicit ClusterBarrier(int warps) : warps_(warps) {}
+  void wait() {
+    const int round = round_.load(std::memory_order_acquire);
+    if (arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 == warps_) {
+      arrived_.store(0, std::memory_order_relaxed);
+      round_.store(round + 1, std::memory_order_release);
+    }
+    while (round_.load(std::memory_order_acquire) == round) {
+      deliver(false);
+      std::this_thread::yield();
+    }
+  }
+
+ private:
+  const int warps_;
+  std::atomic<int> arrived_{0}, round_{0};
+};
+
 struct Block {
-  Block(int index, int64_t bytes) : index(index), shared(bytes / 16, {~0u, ~0u, ~0u, ~0u}) {}  // NaN
-  int index;
+  Block(int index, int rank, int64_t bytes, std::vector<Block*>& cluster, ClusterBarrier& all)
+      : index(index),
+        rank(rank),
+        shared(bytes / 16, {~0u, ~0u, ~0u, ~0u}),
+        cluster(cluster),
+        all(all) {}  // NaN
+  int index, rank;   // rank: in the cluster
   std::vector<uint4> shared;
   std::barrier<> barrier{kWarps};
+  std::vector<Block*>& cluster;  // its blocks, by rank
+  ClusterBarrier& all;           // of the cluster's warps
+  std::atomic<int> running{kWarps};
 };
 
 class Warp {
@@ -76,6 +109,17 @@ class Warp {
     random_delay();
     block_->barrier.arrive_and_wait();
   }
+  void cluster_sync() const {
+    random_delay();
+    block_->all.wait();
+  }
+  // The place in a peer's shared memory that corresponds to `own`.
+  template <class X>
+  X* of_peer(int peer, X* own) const {
+    const auto offset = reinterpret_cast<char*>(own) - reinterpret_cast<char*>(shared());
+    return reinterpret_cast<X*>(reinterpret_cast<char*>(block_->cluster[peer]->shared.data()) + offset);
+  }
+  Block* peer(int rank) const { return block_->cluster[rank]; }
 
  private:
   Block* block_;
@@ -99,6 +143,89 @@ inline uint4 load_published(const uint4* p) { return *p; }
 [[noreturn]] inline void give_up(uint32_t*, uint32_t epoch) {
   std::fprintf(stderr, "block %d waited in vain for epoch %u\n", this_block, epoch);
   std::_Exit(3);
+}
+
+[[noreturn]] inline void misuse(const char* what) {
+  std::fprintf(stderr, "block %d %s\n", this_block, what);
+  std::_Exit(4);
+}
+
+// An mbarrier in 8 bytes of shared memory, as the PTX ISA has it: a phase ends when no arrival is pending and
+// as many bytes came as were expected, and all that can be asked is whether the current phase is of one
+// parity.
+struct alignas(8) Arrivals {
+  uint64_t state;
+};
+struct Phases {  // what `state` holds
+  uint16_t valid, count;
+  int32_t pending : 2, bytes : 30;  // bytes: expected and not yet come; below zero where they came first
+};
+static_assert(sizeof(Phases) == sizeof(Arrivals));
+constexpr uint16_t kValid = 0x5a17;
+
+inline void start(Arrivals* arrivals) {
+  // Not atomic: whoever uses it without a barrier of the cluster between has a race.
+  arrivals->state = std::bit_cast<uint64_t>(Phases{kValid, 0, 1, 0});
+}
+
+inline void arrive(Arrivals* arrivals, int arriving, int bytes) {
+  std::atomic_ref<uint64_t> state(arrivals->state);
+  uint64_t seen = state.load(std::memory_order_acquire), next;
+  do {
+    Phases p = std::bit_cast<Phases>(seen);
+    if (p.valid != kValid) misuse("counts arrivals that were not started");
+    if (arriving > p.pending) misuse("expects the bytes of a phase twice");
+    p.pending -= arriving, p.bytes += bytes;
+    if (p.pending == 0 && p.bytes < 0) misuse("receives more than it expects in a phase");
+    if (p.pending == 0 && p.bytes == 0) p.pending = 1, ++p.count;
+    next = std::bit_cast<uint64_t>(p);
+  } while (!state.compare_exchange_weak(seen, next, std::memory_order_acq_rel, std::memory_order_acquire));
+}
+
+// What a thread has pushed and what has not yet come: in any order, at any time until the thread ends.
+struct Push {
+  Block* to;
+  Arrivals* arrivals;
+  void* at;
+  int bytes;
+  uint4 data;
+};
+inline thread_local std::vector<Push> in_flight;
+inline thread_local std::minstd_rand shuffle(1);
+
+inline void deliver(bool all) {
+  while (!in_flight.empty() && (all || shuffle() % 8 != 0)) {
+    std::swap(in_flight[shuffle() % in_flight.size()], in_flight.back());
+    const Push push = in_flight.back();
+    in_flight.pop_back();
+    if (push.to->running == 0) misuse("pushed to a block that has ended");
+    std::memcpy(push.at, &push.data, push.bytes);
+    arrive(push.arrivals, 0, -push.bytes);
+    random_delay();
+  }
+}
+
+template <class X>
+void push(const Warp& warp, int peer, X* to, Arrivals* arrivals, X x) {
+  if (this_block == silent_block) return;
+  Push pushed = {warp.peer(peer), warp.of_peer(peer, arrivals), warp.of_peer(peer, to), sizeof(X), {}};
+  std::memcpy(&pushed.data, &x, sizeof(X));
+  in_flight.push_back(pushed);
+}
+
+inline void expect(Arrivals* arrivals, uint32_t bytes) {
+  random_delay();
+  arrive(arrivals, 1, static_cast<int>(bytes));
+}
+
+inline bool arrived(const Arrivals* arrivals, uint32_t parity) {
+  deliver(false);
+  std::this_thread::yield();
+  const uint64_t seen =
+      std::atomic_ref<uint64_t>(const_cast<Arrivals*>(arrivals)->state).load(std::memory_order_acquire);
+  const Phases p = std::bit_cast<Phases>(seen);
+  if (p.valid != kValid) misuse("asks for arrivals that were not started");
+  return p.count % 2 != parity;
 }
 
 inline uint32_t to_tf32(uint32_t x) {
@@ -163,25 +290,40 @@ inline void multiply_chunk(PerLane<float4>& acc, const PerLane<uint4>& top, cons
   mma<T>(acc, second, b_second);
 }
 
-template <class F, class S>
-int blocks_together(int64_t) {
-  return 1 << 20;
-}
+inline int most_in_cluster = 16;
 
 template <class F, class S>
-cudaError_t launch_together(const S& s, int blocks, int64_t shared_bytes, cudaStream_t) {
-  std::deque<Block> all;
-  std::vector<std::thread> warps;
-  for (int b = 0; b < blocks; ++b) {
-    Block& block = all.emplace_back(b, shared_bytes);
-    for (int w = 0; w < kWarps; ++w) {
-      warps.emplace_back([&s, &block, w] {
-        this_block = block.index;
-        F::run(s, Warp(block, w));
-      });
+int blocks_together(int cluster, int64_t) {
+  return cluster > most_in_cluster ? 0 : 1 << 20;
+}
+
+// A warp of F for each thread; clusters one after the other, as they would be on a device without room for
+// more.
+template <class F, class S>
+cudaError_t launch_together(const S& s, int blocks, int cluster, int64_t shared_bytes, cudaStream_t) {
+  const int at_once = cluster > 0 ? cluster : blocks;
+  if (blocks % at_once != 0 || F::kCluster != (cluster > 0)) return cudaErrorInvalidConfiguration;
+  for (int first = 0; first < blocks; first += at_once) {
+    std::deque<Block> all;
+    std::vector<Block*> by_rank;
+    ClusterBarrier together(at_once * kWarps);
+    for (int rank = 0; rank < at_once; ++rank) {
+      by_rank.push_back(&all.emplace_back(first + rank, rank, shared_bytes, by_rank, together));
     }
+    std::vector<std::thread> warps;
+    for (Block& block : all) {
+      for (int w = 0; w < kWarps; ++w) {
+        warps.emplace_back([&s, &block, w] {
+          this_block = block.index;
+          shuffle.seed(static_cast<unsigned>(block.index * kWarps + w + 1));
+          F::run(s, Warp(block, w));
+          deliver(true);
+          --block.running;
+        });
+      }
+    }
+    for (std::thread& warp : warps) warp.join();
   }
-  for (std::thread& warp : warps) warp.join();
   return cudaSuccess;
 }
 
