@@ -23,8 +23,11 @@ demo: $(READY)
 	$(BIN)/python -m fastlstm.tutorials daily_series --plots demo
 	@echo "The plot is in demo/"
 
+# Two workers, a file of tests to each: what a small machine has cores for.
+WORKERS := -n 2 --dist loadfile
+
 test: $(READY)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(WORKERS)
 
 # Bounded here for CI; FASTLSTM_FUZZ_COUNT=1000 make fuzz is the full run.
 fuzz: $(READY)
@@ -32,7 +35,7 @@ fuzz: $(READY)
 
 # The CPU kernels' tests under AddressSanitizer and UndefinedBehaviorSanitizer.
 sanitize: $(READY)
-	scripts/sanitize.sh $(BIN)/python
+	scripts/sanitize.sh $(BIN)/python $(WORKERS)
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Builds the extension with AddressSanitizer and UndefinedBehaviorSanitizer in build/sanitize and runs the tests of the
-# CPU kernels on it. usage: scripts/sanitize.sh PYTHON [pytest arguments]; without any, what CI runs.
+# CPU kernels on it. usage: scripts/sanitize.sh PYTHON [more pytest arguments]
 set -euo pipefail
 python=$(realpath -s "$1")
 shift
@@ -21,8 +21,7 @@ compiler=${CXX:-c++}
 export LD_PRELOAD="$($compiler -print-file-name=libasan.so) $($compiler -print-file-name=libubsan.so)"
 export ASAN_OPTIONS=detect_leaks=0 # Python and torch keep what they allocate
 export UBSAN_OPTIONS=print_stacktrace=1
-if [ $# -eq 0 ]; then
-    set -- tests/test_parity.py tests/test_ragged.py tests/test_chunks.py tests/test_ops.py tests/test_threads.py \
-        tests/test_activations.py tests/test_cell.py -k "not eager and not triton and not reference and not opcheck"
-fi
-exec "$python" -m pytest -p no:cacheprovider --capture=sys "$@" # a report goes to the file descriptor
+# A report goes to the file descriptor, hence --capture=sys.
+exec "$python" -m pytest -p no:cacheprovider --capture=sys \
+    tests/test_parity.py tests/test_ragged.py tests/test_chunks.py tests/test_ops.py tests/test_threads.py \
+    tests/test_activations.py tests/test_cell.py -k "not eager and not triton and not reference and not opcheck" "$@"
