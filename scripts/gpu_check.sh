@@ -163,7 +163,7 @@ persistent_tests() {
 }
 launches() { # TIER
   FASTLSTM_FUZZ_COUNT=10000 timeout "$seconds" "$python" -m pytest -m gpu -x tests/test_gpu_persistent.py \
-    -k "random_launches and $1"
+    -k "random_launches[$1]"
 }
 persistent_launches_A() { launches A; }
 persistent_launches_B() { launches B; }

@@ -49,7 +49,9 @@ struct Mailbox {
   // By all warps of a block, before anything is pushed to it: the cluster's blocks start together from here.
   FASTLSTM_DEVICE static void open(const Warp& warp, Mailbox* box) {
     for (const int lane : warp.lanes()) {
-      if (warp.index() == 0 && lane < 2) start(&box->slots[lane]);
+      if (warp.index() != 0 || lane != 0) continue;
+      start(&box->slots[0]);
+      start(&box->slots[1]);
     }
     warp.cluster_sync();
   }
@@ -59,6 +61,7 @@ struct Mailbox {
     for (const int lane : warp.lanes()) {
       if (warp.index() == 0 && lane == 0) expect(&box->slots[n % 2], static_cast<uint32_t>(bytes));
     }
+    warp.sync();  // what follows may be a product of the whole warp
   }
 
   // By one warp: after this, its lanes may read what was pushed for state n.

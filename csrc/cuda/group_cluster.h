@@ -70,7 +70,7 @@ class GatherCluster : public ClusterMember {
     // Each block begins with the peer after itself, so that no peer is everybody's first.
 #pragma unroll 1
     for (int i = 1 + warp.index(); i < members; i += kWarps) {
-      const int peer = (member_.index + i) % members;
+      const int next = member_.index + i, peer = next < members ? next : next - members;  // % is slow
       for (const int lane : warp.lanes()) {
 #pragma unroll
         for (int word = lane; word < kWords; word += 32) {
@@ -179,7 +179,8 @@ class ScatterCluster : public ClusterMember {
   FASTLSTM_DEVICE void push_tile(const Warp& warp, int n, int i, const PerLane<float4>& acc) const {
     const int all = s_.layout.members * kTiles, at = i * kWarps + warp.index();
     if (at >= all) return;
-    const int tile = (at + member_.index * kTiles) % all, peer = tile / kTiles;
+    const int next = at + member_.index * kTiles, tile = next < all ? next : next - all;  // % is slow
+    const int peer = tile / kTiles;
     Arrivals* const arrivals = &box(warp)->slots[n % 2];
     for (const int lane : warp.lanes()) {
       float* const to = inbox(warp, n, member_.index, tile % kTiles * 16 + lane / 4) + lane % 4 * 2;

@@ -222,10 +222,16 @@ struct Together {
   Together(const Together&) = delete;
 };
 
+// Lets a kernel be launched with all the shared memory that the current device gives one block. Not with what
+// a launch needs: the attribute is the kernel's, for all threads of the process, whose layers differ in size.
 template <class Kernel>
-cudaError_t allow(Kernel kernel, int cluster, int64_t shared_bytes) {
-  const cudaError_t status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                                  static_cast<int>(shared_bytes));
+cudaError_t allow(Kernel kernel, int cluster) {
+  int device = 0, shared_bytes = 0;
+  cudaError_t status = cudaGetDevice(&device);
+  if (status == cudaSuccess)
+    status = cudaDeviceGetAttribute(&shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  if (status == cudaSuccess)
+    status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
   if (status != cudaSuccess || cluster <= 8) return status;  // 8 are allowed everywhere
   return cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
 }
@@ -237,8 +243,7 @@ int blocks_together(int cluster, int64_t shared_bytes) {
   int device = 0, sms = 0, most = 0;
   cudaFuncAttributes attributes;
   bool known = cudaFuncGetAttributes(&attributes, kernel) == cudaSuccess &&
-               attributes.ptxVersion >= kLeastArchitecture<F> &&
-               allow(kernel, cluster, shared_bytes) == cudaSuccess;
+               attributes.ptxVersion >= kLeastArchitecture<F> && allow(kernel, cluster) == cudaSuccess;
   if (known && cluster > 0) {
     const Together launch(cluster, cluster, shared_bytes, nullptr);
     known = cudaOccupancyMaxActiveClusters(&most, kernel, &launch.config) == cudaSuccess;
@@ -258,7 +263,7 @@ int blocks_together(int cluster, int64_t shared_bytes) {
 template <class F, class S>
 cudaError_t launch_together(const S& s, int blocks, int cluster, int64_t shared_bytes, cudaStream_t stream) {
   const auto kernel = persistent<F, S>;
-  const cudaError_t status = allow(kernel, cluster, shared_bytes);
+  const cudaError_t status = allow(kernel, cluster);
   if (status != cudaSuccess) return status;
   const Together launch(blocks, cluster, shared_bytes, stream);
   return cudaLaunchKernelEx(&launch.config, kernel, s);

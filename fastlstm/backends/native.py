@@ -46,7 +46,10 @@ def set_persistent(on: bool, tier: str = "") -> None:
 
 
 def kernels(call: LayerCall, B: int) -> str:
-    """Which CUDA kernels serve `call` of B rows when this backend runs it, and why; "" on other devices."""
+    """Which CUDA kernels serve `call` of B rows when this backend runs it, and why; "" on other devices.
+
+    As planned from the device's sizes: where the runtime then finds room for fewer clusters, tier B serves instead.
+    """
     if extension is None or call.device.type != "cuda":
         return ""
     if not extension.persistent_enabled():
