@@ -49,10 +49,11 @@ LayerResults layer(const at::Tensor& x, const OptionalTensor& h0, const Optional
 
 // What torch.nn.LSTM returns, for a stack of layers with no lengths, resets or dropout; nothing where the
 // arguments do not fit together, which is for the checks in Python to say, or are not plain CPU tensors. In
-// Python these steps cost three times what a tiny layer does. hx: (h_0, c_0) or None.
+// Python these steps cost three times what a tiny layer does. hx: (h_0, c_0) or None; I, H, P: the module's
+// sizes.
 std::optional<std::tuple<at::Tensor, std::pair<at::Tensor, at::Tensor>>> stack(
     const at::Tensor& input, const py::object& hx, const std::vector<at::Tensor>& weights, int64_t layers,
-    int64_t D, bool batch_first) {
+    int64_t D, bool batch_first, int64_t I, int64_t H, int64_t P) {
   const auto given = [](const py::handle& t) { return THPVariable_Check(t.ptr()); };
   at::Tensor h0, c0;
   if (!hx.is_none()) {
@@ -66,11 +67,12 @@ std::optional<std::tuple<at::Tensor, std::pair<at::Tensor, at::Tensor>>> stack(
   };
   const int64_t n = static_cast<int64_t>(weights.size()) / layers;
   const at::ScalarType type = input.scalar_type();
-  if (!fits(input, 3) || !fits(weights[0], 2) || !fits(weights[1], 2) ||
-      input.size(2) != weights[0].size(1) || input.size(batch_first) == 0 ||
+  if (input.key_set().has(c10::DispatchKey::Python) || !fits(input, 3) || !fits(weights[0], 2) ||
+      !fits(weights[1], 2) || input.size(2) != I || input.size(batch_first) == 0 ||
+      weights[0].size(0) != 4 * H || weights[0].size(1) != I || weights[1].size(1) != P ||
       !(type == at::kFloat || type == at::kDouble || type == at::kBFloat16 || type == at::kHalf))
     return {};
-  const int64_t B = input.size(!batch_first), H = weights[0].size(0) / 4, P = weights[1].size(1);
+  const int64_t B = input.size(!batch_first);
   const auto states_fit = [&](const at::Tensor& t, int64_t features) {
     return fits(t, 3) && t.size(0) == layers * D && t.size(1) == B && t.size(2) == features;
   };

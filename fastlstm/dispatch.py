@@ -179,11 +179,13 @@ def stack(
     num_layers: int,
     bidirectional: bool,
     batch_first: bool,
+    sizes: tuple[int, int, int],
 ) -> tuple[Tensor, tuple[Tensor, Tensor]] | None:
     """All of a torch.nn.LSTM call in one call into the native extension, or None where something is to be looked at.
 
     For CPU tensors without lengths, resets, dropout, autocast or a transform: a tiny call would spend most of its time
     in Python otherwise. Results and errors are those of functional.lstm and `layer`, which serve everything else.
+    `sizes` are the module's I, H and P.
     """
     if (
         torch.compiler.is_compiling()
@@ -196,4 +198,4 @@ def stack(
         or torch.overrides.has_torch_function((input, *(hx or ()), *weights))
     ):
         return None
-    return native.extension.stack(input, hx, weights, num_layers, 2 if bidirectional else 1, batch_first)
+    return native.extension.stack(input, hx, weights, num_layers, 2 if bidirectional else 1, batch_first, *sizes)

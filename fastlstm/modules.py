@@ -92,8 +92,10 @@ class LSTM(nn.RNNBase):
         if isinstance(input, PackedSequence):
             return self._forward_packed(input, hx, weights, lengths, reset_mask, return_cell_states)
         drops = self.num_layers > 1 and self.training and self.dropout > 0
-        if lengths is None and reset_mask is None and not (drops or return_cell_states or self.recompute):
-            result = dispatch.stack(input, hx, weights, self.num_layers, self.bidirectional, self.batch_first)
+        general = drops or return_cell_states or self.recompute is not False
+        if lengths is None and reset_mask is None and not general:
+            sizes = (self.input_size, self.hidden_size, self.proj_size or self.hidden_size)
+            result = dispatch.stack(input, hx, weights, self.num_layers, self.bidirectional, self.batch_first, sizes)
             if result is not None:
                 return result
         if input.dim() not in (2, 3):

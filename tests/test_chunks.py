@@ -42,3 +42,49 @@ def test_chunked_equals_reference(bidirectional, masks):
 def test_rounding_does_not_grow_with_the_length_of_a_sum(case, backend):
     """A BLAS sums long rows in parts; one running sum over 8192 products is already past the bar."""
     check(case, backend)
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"bidirectional": True}, {"proj_size": 3}, {"bidirectional": True, "proj_size": 3}], ids=str
+)
+@pytest.mark.parametrize("rows", [97, 150, 192])
+@pytest.mark.parametrize("recompute", [False, 2])
+@pytest.mark.parametrize("backend", ["native"], indirect=True)
+def test_many_short_rows_and_a_longer_one(rows, options, recompute, backend):
+    """More rows in a step than one pass takes, of which all steps together are few."""
+    torch.manual_seed(0)
+    lstm = fastlstm.LSTM(5, 7, dtype=torch.float64, **options)
+    lstm.recompute = recompute
+    x = torch.randn(4, rows, 5, dtype=torch.float64, requires_grad=True)
+    lengths = torch.ones(rows, dtype=torch.long)
+    lengths[0] = min(4, 193 - rows)
+
+    def results(name):
+        with fastlstm.use_backend(name):
+            y, (h, c) = lstm(x, lengths=lengths)
+        return [y, h, c, *torch.autograd.grad((y * y).sum() + h.sum() + c.sum(), [x, *lstm.parameters()])]
+
+    for ours, truth in zip(results(backend), results("reference"), strict=True):
+        torch.testing.assert_close(ours, truth, rtol=1e-9, atol=1e-10)
+
+
+@pytest.mark.parametrize("directions", [(0,), (1,), (0, 1)], ids=str)
+@pytest.mark.parametrize(("T", "B"), [(4, 3), (160, 128)])
+@pytest.mark.parametrize("backend", ["native"], indirect=True)
+def test_a_weight_that_is_an_identity(T, B, directions, backend):
+    """Of one direction or both: the native backward has a shortcut for what transforms.py asks of it."""
+    torch.manual_seed(0)
+    H = 4
+    lstm = fastlstm.LSTM(8 * H, H, bidirectional=True, dtype=torch.float64)
+    with torch.no_grad():
+        for d in directions:
+            weight = lstm.weight_ih_l0_reverse if d else lstm.weight_ih_l0
+            weight.copy_(torch.eye(8 * H)[d * 4 * H : (d + 1) * 4 * H])
+    x = torch.randn(T, B, 8 * H, dtype=torch.float64, requires_grad=True)
+
+    def gradients(name):
+        with fastlstm.use_backend(name):
+            return torch.autograd.grad(lstm(x)[0].pow(2).sum(), [x, *lstm.parameters()])
+
+    for ours, truth in zip(gradients(backend), gradients("eager"), strict=True):
+        torch.testing.assert_close(ours, truth, rtol=1e-9, atol=1e-9)

@@ -56,7 +56,7 @@ def test_the_shortcut_is_for_what_native_would_run(monkeypatch):
         pytest.skip("the extension is not built")
     lstm, x = fastlstm.LSTM(3, 4, 2), torch.rand(5, 2, 3)
     weights = lstm.current_weights()
-    arguments = (x, None, weights, 2, False, False)
+    arguments = (x, None, weights, 2, False, False, (3, 4, 4))
     taken = {}
     for name in dispatch.NAMES:
         with fastlstm.use_backend(name):
@@ -67,10 +67,14 @@ def test_the_shortcut_is_for_what_native_would_run(monkeypatch):
     h0 = torch.zeros(2, 2, 4)
     for hx in ((h0[:1], h0), (h0, h0.double()), (h0,), (h0, None), [h0, h0], h0):
         assert dispatch.stack(x, hx, *arguments[2:]) is None
+    for sizes in ((2, 4, 4), (3, 5, 5), (3, 4, 2)):
+        assert dispatch.stack(*arguments[:-1], sizes) is None
     for other in (x[0], x.double(), x[..., :2], x[:0], x.to("meta"), x.long(), [1.0]):
         assert dispatch.stack(other, *arguments[1:]) is None
     torch.func.vmap(lambda x: taken.update(vmap=dispatch.stack(x, *arguments[1:])) or x)(x[None])
     assert taken["vmap"] is None
+    with torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        assert dispatch.stack(mode.from_tensor(x), *arguments[1:]) is None
     monkeypatch.setattr(backends.native, "extension", None)
     assert dispatch.stack(*arguments) is None
 

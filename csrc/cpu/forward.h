@@ -322,7 +322,7 @@ void forward(const ForwardArgs<T>& a, const Member& me) {
     const int64_t end = std::min(me.row_end, a.rows.count_at(t));
     for_row_tiles(std::max<int64_t>(0, end - me.row_begin), kRowGroup, [&](int64_t first, int64_t count) {
       const int64_t r0 = me.row_begin + first, r1 = r0 + count;
-      T* block = pre;
+      T* block = product.used ? pre + first * kGateBlock<T> : pre;
       for (int64_t u = me.unit_begin; u < me.unit_end; u += W, block += next_block)
         step.units(r0, r1, u, block, product.used);
       if (a.w_hr) step.project(r0, r1, hidden + kRowGroup * a.H);

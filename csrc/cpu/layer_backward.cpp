@@ -279,8 +279,12 @@ LayerGradients backward(const OptionalTensor& dy_in, const OptionalTensor& dh_n,
       const auto need = [&](int64_t k) { return needs[3 + at + k]; };
       if (needs[0] && n > 0) {
         T* dx = dx_rows.mutable_data_ptr<T>() + span.begin * s.I;
-        if (identity[d])
-          for (int64_t r = 0; r < n; ++r) std::copy_n(dgates + r * 4 * H, 4 * H, dx + r * s.I + d * 4 * H);
+        if (identity[d])  // what product() would add or, with one direction, store
+          for (int64_t r = 0; r < n; ++r)
+            for (int64_t k = 0; k < 4 * H; ++k) {
+              T& to = dx[r * s.I + d * 4 * H + k];
+              to = dgates[r * 4 * H + k] + (D > 1 ? to : T(0));
+            }
         else
           product<T>(n, s.I, 4 * H, {dgates, 4 * H}, {w_ih[d].const_data_ptr<T>(), s.I}, D > 1, dx, s.I);
       }
