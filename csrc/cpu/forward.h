@@ -10,8 +10,6 @@ namespace fastlstm::FASTLSTM_ISA {
 // A unit block is one vector of W units; its weights are packed as two panels, [K][i, f][W] and [K][g, o][W].
 template <class T>
 constexpr int64_t kGateBlock = 4 * kWidth<T>;
-// Rows whose pre-activations wait in scratch while one unit block's weights pass.
-constexpr int64_t kRowGroup = 96;
 // With fewer rows than kFewRows a step, x W_ih^T is made for kAheadRows rows of several steps at once:
 // reading W_ih anew for each step would cost more than the product.
 constexpr int64_t kFewRows = 48, kAheadRows = 96;

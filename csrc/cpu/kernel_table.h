@@ -8,7 +8,7 @@ namespace fastlstm::FASTLSTM_ISA {
 template <class T>
 void column_sums(const T* x, int64_t N, int64_t columns, int64_t begin, int64_t end, T* out) {
   constexpr int64_t W = kWidth<T>;
-  constexpr int64_t kBlock = 256;  // rows summed apart, so that rounding grows with N / 256 and not with N
+  constexpr int64_t kBlock = 32;  // rows summed apart, so that rounding grows with N / 32 and not with N
   for (int64_t j = begin; j < end; j += W) {
     const int n = static_cast<int>(std::min(W, end - j));
     Vec<T> total = {};

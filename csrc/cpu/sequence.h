@@ -26,7 +26,9 @@ struct Rows {
   bool fresh_at(int64_t t, int64_t r) const { return fresh && fresh[offset_at(t) + r]; }
 };
 
-// Up to so many rows in all, a weight is used for all of them at once.
+// Rows of a step whose pre-activations wait in scratch while one unit block's weights pass.
+constexpr int64_t kRowGroup = 96;
+// Up to so many rows of all steps, x W_ih^T is made for all of them at once.
 constexpr int64_t kOnceRows = 192;
 
 // A weight [4H, K] of forward, and how its kernel reads it.
@@ -45,8 +47,8 @@ struct ForwardArgs {
   const T* x;        // [N, I]
   T* gates;          // [N, 4H]  out: the activated gates in the layout of gate_at, or null
   const T* bias;     // [4H]  bias_ih + bias_hh
-  GateWeight<T> ih;  // K = I. Blocks packed where used: for N <= kOnceRows, or T = 1
-  GateWeight<T> hh;  // K = P. Blocks packed where used: for T = 1
+  GateWeight<T> ih;  // K = I. Blocks packed where used: for N <= kOnceRows, or N <= kRowGroup if T = 1
+  GateWeight<T> hh;  // K = P. Blocks packed where used: for N <= kRowGroup and T = 1
   const T* w_hr;     // pack_columns of weight_hr^T [H, P], or null without projection
   T* h;      // [2, B, P]  state, sorted rows; step s of the order reads h[s % 2] and writes h[(s + 1) % 2]
   T* c;      // [B, H]     state
