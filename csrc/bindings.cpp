@@ -1,5 +1,5 @@
 // The module fastlstm._C. Its ops attach to the schemas that fastlstm/ops/register.py declares; what stands
-// here is for Python to ask what was built.
+// here is for Python to ask what was built, and to call the forward op at less cost than a boxed call.
 #include <torch/csrc/autograd/python_variable.h>
 #include <torch/extension.h>
 
@@ -37,12 +37,17 @@ at::Tensor activation(const at::Tensor& x, const std::string& name) {
   return x.scalar_type() == at::kFloat ? apply<float>(x, name == "tanh") : apply<double>(x, name == "tanh");
 }
 
+const c10::TypedOperatorHandle<LayerForward>& forward_op() {
+  static const auto op =
+      c10::Dispatcher::singleton().findSchemaOrThrow("fastlstm::native_layer", "").typed<LayerForward>();
+  return op;
+}
+
 // torch.ops.fastlstm.native_layer without the boxed call, which costs more than a tiny layer.
 LayerResults layer(const at::Tensor& x, const OptionalTensor& h0, const OptionalTensor& c0,
                    const std::vector<at::Tensor>& weights, const OptionalTensor& lengths,
                    const OptionalTensor& reset_mask, bool keep_cells, bool keep_reserve) {
-  static const auto op =
-      c10::Dispatcher::singleton().findSchemaOrThrow("fastlstm::native_layer", "").typed<LayerForward>();
+  const auto& op = forward_op();
   py::gil_scoped_release release;
   return op.call(x, h0, c0, weights, lengths, reset_mask, keep_cells, keep_reserve);
 }
@@ -78,8 +83,7 @@ std::optional<std::tuple<at::Tensor, std::pair<at::Tensor, at::Tensor>>> stack(
   };
   if (h0.defined() && !(states_fit(h0, P) && states_fit(c0, H))) return {};
 
-  static const auto op =
-      c10::Dispatcher::singleton().findSchemaOrThrow("fastlstm::native_layer", "").typed<LayerForward>();
+  const auto& op = forward_op();
   py::gil_scoped_release release;
   at::Tensor x = batch_first ? input.transpose(0, 1) : input;
   const bool grad = at::GradMode::is_enabled();

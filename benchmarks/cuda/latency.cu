@@ -4,14 +4,11 @@
 // 2,000 rounds).
 //
 //   flags    tier B's exchange: every block writes its bytes, raises its flag (st.release), waits for all
-//   flags
-//            (ld.acquire), and reads everybody's bytes from L2
+//            flags (ld.acquire), and reads everybody's bytes from L2
 //   push     tier A's (sm_90 and later): every block pushes its bytes into all others' shared memory
-//   (st.async),
-//            waits for all that is pushed to it (mbarrier), and reads everybody's bytes there
+//            (st.async), waits for all pushed to it (mbarrier), and reads everybody's bytes there
 //   cluster  barrier.cluster alone, and with each block storing its bytes into all others' shared memory
-//   before
-//            it: what push has to beat
+//            before it: what push has to beat
 #include <algorithm>
 #include <cstdio>
 #include <cstdlib>

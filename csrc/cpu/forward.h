@@ -98,7 +98,7 @@ FASTLSTM_INLINE void block_product(int64_t rows, int64_t K, const T* a, int64_t 
 }
 
 // acc[gate] += the products, lane by lane, of v [K] with unit u's rows of a weight [4H, K] as stored. A row a
-// gate: more at a time, next to each other, would hide from the hardware prefetcher.
+// gate: eight neighbouring rows at a time were slower.
 template <class T>
 FASTLSTM_INLINE void multiply_rows(const T* v, const T* weight, int64_t K, int64_t H, int64_t u,
                                    Vec<T>* acc) {
