@@ -11,13 +11,6 @@ namespace {
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
 
-using DifferentiableBackward = LayerGradients(const OptionalTensor& dy, const OptionalTensor& dh_n,
-                                              const OptionalTensor& dc_n, const OptionalTensor& dcells,
-                                              const at::Tensor& x, const OptionalTensor& h0,
-                                              const OptionalTensor& c0, at::TensorList weights,
-                                              const OptionalTensor& lengths, const OptionalTensor& reset_mask,
-                                              c10::List<bool> needs);
-
 template <class F>
 const c10::TypedOperatorHandle<F> find(const char* name) {
   return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<F>();

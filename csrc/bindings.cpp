@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <map>
 
+#include "cell_step.h"
 #include "contract.h"
 #include "cpu/sequence.h"
 #include "cuda/plan.h"
@@ -106,6 +107,33 @@ std::optional<std::tuple<at::Tensor, std::pair<at::Tensor, at::Tensor>>> stack(
            layers == 1 ? std::pair(h_n[0], c_n[0]) : std::pair(at::cat(h_n), at::cat(c_n))}};
 }
 
+// (h, c) of an LSTMCell, or None where its arguments are for the checks in Python to look at: tensors, hx a
+// tuple of two or None, the biases both given or None.
+py::object cell(const py::handle& input, const py::handle& hx, const py::handle& w_ih, const py::handle& w_hh,
+                const py::handle& bias_ih, const py::handle& bias_hh) {
+  bool fits = true;
+  const auto tensor = [&](PyObject* t) {
+    if (THPVariable_Check(t)) return THPVariable_Unpack(t);
+    fits = false;
+    return at::Tensor();
+  };
+  StepInputs in;
+  in.x = tensor(input.ptr()), in.w_ih = tensor(w_ih.ptr()), in.w_hh = tensor(w_hh.ptr());
+  if (!bias_ih.is_none() || !bias_hh.is_none())
+    in.bias_ih = tensor(bias_ih.ptr()), in.bias_hh = tensor(bias_hh.ptr());
+  if (!hx.is_none()) {
+    if (!PyTuple_Check(hx.ptr()) || PyTuple_GET_SIZE(hx.ptr()) != 2) return py::none();
+    in.h0 = tensor(PyTuple_GET_ITEM(hx.ptr(), 0)), in.c0 = tensor(PyTuple_GET_ITEM(hx.ptr(), 1));
+  }
+  if (!fits) return py::none();
+  at::Tensor h, c;
+  {
+    py::gil_scoped_release release;
+    if (!cell_step(in, h, c)) fits = false;
+  }
+  return fits ? py::object(py::make_tuple(std::move(h), std::move(c))) : py::none();
+}
+
 // The plan of csrc/cuda/plan.h: (why not, or "", the layout's numbers by name, and its tier in words).
 std::tuple<std::string, std::map<std::string, int64_t>, std::string> persistent_plan(
     const std::string& phase, int64_t H, int64_t P, int64_t B, int D, int element, int sms, int64_t shared,
@@ -138,6 +166,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("isa", &fastlstm::isa_name, "The instruction set the CPU kernels run on: baseline, avx2 or avx512.");
   m.def("layer", &fastlstm::layer, "Calls the op fastlstm::native_layer.");
   m.def("stack", &fastlstm::stack, "A stack of layers as torch.nn.LSTM runs it, or None.");
+  m.def("cell", &fastlstm::cell, "A step as torch.nn.LSTMCell runs it, or None.");
   m.def("persistent_plan", &fastlstm::persistent_plan,
         "How the persistent CUDA kernels lay out a layer, or why not.");
   m.def("persistent_enabled", [] { return fastlstm::cuda::persistent_enabled.load(); });

@@ -29,6 +29,14 @@ using LayerBackward = LayerGradients(const OptionalTensor& dy, const OptionalTen
                                      const at::Tensor& cells, const at::Tensor& reserve,
                                      c10::List<bool> needs);
 
+// dx, dh0, dc0, dweights as differentiable functions (fastlstm/ops/register.py)
+using DifferentiableBackward = LayerGradients(const OptionalTensor& dy, const OptionalTensor& dh_n,
+                                              const OptionalTensor& dc_n, const OptionalTensor& dcells,
+                                              const at::Tensor& x, const OptionalTensor& h0,
+                                              const OptionalTensor& c0, at::TensorList weights,
+                                              const OptionalTensor& lengths, const OptionalTensor& reset_mask,
+                                              c10::List<bool> needs);
+
 // The sizes of a layer, read off x and its weights.
 struct LayerSizes {
   int64_t T, B, I, H, P, D;

@@ -6,6 +6,7 @@ The choice rests on device, dtype and sizes of the weights, never on T or B, so 
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from types import TracebackType
 
 import torch
@@ -187,15 +188,30 @@ def stack(
     in Python otherwise. Results and errors are those of functional.lstm and `layer`, which serve everything else.
     `sizes` are the module's I, H and P.
     """
-    if (
+    if not isinstance(input, Tensor) or not _plain(input, hx, weights):
+        return None
+    D = 2 if bidirectional else 1
+    return native.extension.stack(input, hx, weights, num_layers, D, batch_first, *sizes)  # type: ignore[union-attr]
+
+
+def cell(
+    input: Tensor, hx: tuple[Tensor, Tensor] | None, weights: tuple[Tensor | None, ...]
+) -> tuple[Tensor, Tensor] | None:
+    """The same for torch.nn.LSTMCell: (h, c), or None where functional.lstm_cell is to look at the call.
+
+    `weights` are weight_ih, weight_hh, bias_ih and bias_hh.
+    """
+    return native.extension.cell(input, hx, *weights) if _plain(input, hx, weights) else None  # type: ignore[union-attr]
+
+
+def _plain(input: Tensor, hx: object, weights: Sequence[Tensor | None]) -> bool:
+    """Whether the extension may be asked to run a call without a look at it: no compiler, transform or autocast."""
+    return not (
         torch.compiler.is_compiling()
         or native.extension is None
         or _requested not in ("auto", "native")
-        or not isinstance(input, Tensor)
         or not (hx is None or isinstance(hx, tuple))
         or torch._C._is_any_autocast_enabled()
         or _transforming()
         or torch.overrides.has_torch_function((input, *(hx or ()), *weights))
-    ):
-        return None
-    return native.extension.stack(input, hx, weights, num_layers, 2 if bidirectional else 1, batch_first, *sizes)
+    )

@@ -221,8 +221,20 @@ class LSTMCell(nn.RNNCellBase):
     ) -> None:
         super().__init__(input_size, hidden_size, bias, num_chunks=4, device=device, dtype=dtype)
 
+    def current_weights(self) -> tuple[Any, ...]:
+        """weight_ih, weight_hh, bias_ih and bias_hh as they are now; see LSTM.current_weights."""
+        own = self._parameters
+        return tuple(
+            getattr(self, name) if (weight := own.get(name)) is None else weight
+            for name in ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
+        )
+
     def forward(self, input: Tensor, hx: States | None = None) -> States:
         """(h, c), each [B, H] or [H], from input [B, I] or [I] and hx = (h, c) likewise, or None for zeros."""
+        weights = self.current_weights()
+        result = dispatch.cell(input, hx, weights)
+        if result is not None:
+            return result
         if input.dim() not in (1, 2):
             raise ValueError(f"LSTMCell: Expected input to be 1D or 2D, got {input.dim()}D instead")
         if hx is not None:
@@ -237,5 +249,5 @@ class LSTMCell(nn.RNNCellBase):
         if not batched:
             input = input.unsqueeze(0)
             hx = None if hx is None else (hx[0].unsqueeze(0), hx[1].unsqueeze(0))
-        h, c = functional.lstm_cell(input, hx, self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh)
+        h, c = functional.lstm_cell(input, hx, *weights)
         return (h, c) if batched else (h.squeeze(0), c.squeeze(0))

@@ -23,12 +23,8 @@ void pack_columns(const T* b, int64_t K, int64_t row_stride, int64_t column_stri
   for (int64_t n0 = begin; n0 < end; n0 += W2) {
     const int64_t n = std::min(W2, end - n0);
     T* panel = packed + n0 * K;
-    for (int64_t k = 0; k < K; ++k) {
-      const T* row = b + k * row_stride + n0 * column_stride;
-      T* out = panel + k * W2;
-      for (int64_t j = 0; j < n; ++j) out[j] = row[j * column_stride];
-      for (int64_t j = n; j < W2; ++j) out[j] = 0;
-    }
+    for (int64_t k = 0; k < K; ++k)
+      copy_panel_row(b + k * row_stride + n0 * column_stride, column_stride, n, panel + k * W2);
   }
 }
 

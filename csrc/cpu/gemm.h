@@ -124,6 +124,19 @@ FASTLSTM_INLINE void panel_product(int64_t rows, int64_t K, const T* a, int64_t 
   } while (k < K);
 }
 
+// n <= kPanel elements `stride` apart into a row of a panel, zeros behind them.
+template <class T>
+FASTLSTM_INLINE void copy_panel_row(const T* from, int64_t stride, int64_t n, T* to) {
+  constexpr int64_t W = kWidth<T>;
+  if (stride == 1) {
+    const int first = static_cast<int>(std::min(W, n));
+    store(to, load_part(from, first));
+    store(to + W, load_part(from + first, static_cast<int>(n) - first));
+    return;
+  }
+  for (int64_t j = 0; j < kPanel<T>; ++j) to[j] = j < n ? from[j * stride] : T(0);
+}
+
 template <class T, bool transposed_a>
 FASTLSTM_INLINE void small_product_of(int64_t m, int64_t n, int64_t K, const T* a, int64_t lda, const T* b,
                                       int64_t b_row, int64_t b_column, bool add, T* c, int64_t ldc,
@@ -137,9 +150,7 @@ FASTLSTM_INLINE void small_product_of(int64_t m, int64_t n, int64_t K, const T* 
     const T* bj = b + j * b_column;
     int64_t ldb = b_row;
     if (!whole || b_column != 1) {
-      for (int64_t k = 0; k < K; ++k)
-        for (int64_t i = 0; i < W2; ++i)
-          panel[k * W2 + i] = i < columns ? bj[k * b_row + i * b_column] : T(0);
+      for (int64_t k = 0; k < K; ++k) copy_panel_row(bj + k * b_row, b_column, columns, panel + k * W2);
       bj = panel;
       ldb = W2;
     }

@@ -105,7 +105,7 @@ LayerResults forward(const at::Tensor& x, const OptionalTensor& h0, const Option
                     {w_ih.const_data_ptr<T>(), pack_ih ? space.at(ih_at[d]) : nullptr, direct_ih},
                     {w_hh.const_data_ptr<T>(), pack_hh ? space.at(hh_at[d]) : nullptr, direct_hh},
                     s.proj() ? space.at(hr_at[d]) : nullptr,
-                    h,
+                    {h, h + B * P},
                     space.at(c_at[d]),
                     y.mutable_data_ptr<T>() + d * P,
                     keep_cells ? cells.mutable_data_ptr<T>() + d * H : nullptr,

@@ -50,7 +50,7 @@ struct ForwardArgs {
   GateWeight<T> ih;  // K = I. Blocks packed where used: for N <= kOnceRows, or N <= kRowGroup if T = 1
   GateWeight<T> hh;  // K = P. Blocks packed where used: for N <= kRowGroup and T = 1
   const T* w_hr;     // pack_columns of weight_hr^T [H, P], or null without projection
-  T* h;      // [2, B, P]  state, sorted rows; step s of the order reads h[s % 2] and writes h[(s + 1) % 2]
+  T* h[2];   // [B, P]     state, sorted rows; step s of the order reads h[s % 2] and writes h[(s + 1) % 2]
   T* c;      // [B, H]     state
   T* y;      // [T, B, .]  out, row t * B + b at y + row * y_stride
   T* cells;  // likewise with cells_stride, or null

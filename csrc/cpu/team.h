@@ -30,14 +30,14 @@ inline Plan make_plan(int64_t D, int64_t T, double rows, int64_t I, int64_t H, i
   const double step = rows * 4 * H * (I + P + 16);
   Plan plan{D};
   const int available = at::in_parallel_region() ? 1 : at::get_num_threads();
-  if (available == 1 || step * T * D < 2e6) return plan;
+  if (available == 1 || step * T * D < 1e6) return plan;
   plan.concurrent = D == 2;
   const int most = available / (plan.concurrent ? 2 : 1);
   if (most <= 1) return plan;
   const double weights = 4.0 * H * (I + P) * size;
   // Splitting rows reads all weights in every thread: fine while they stay in its L2 and the rows fill a tile
-  // each, in more than one step.
-  const bool rows_fit = T > 1 && rows / most >= (weights <= (1 << 20) ? 6 : 24);
+  // each. In a single step each thread packs them for itself, for which it must have several tiles.
+  const bool rows_fit = rows / most >= (T == 1 || weights > (1 << 20) ? 24 : 6) && (T > 1 || weights <= (1 << 20));
   if (P != H || rows_fit) {
     plan.members = static_cast<int>(std::max(1.0, std::min<double>(most, rows)));
     return plan;

@@ -1,0 +1,120 @@
+// LSTMCell's call in one piece: its checks, its autograd node and cpu/one_step.h, for plain CPU tensors. Through
+// the layer's op a small cell would spend most of its time in views, their autograd nodes and dispatching.
+#include "cell_step.h"
+
+#include <ATen/ATen.h>
+#include <ATen/core/dispatch/Dispatcher.h>
+#include <ATen/record_function.h>
+#include <torch/csrc/autograd/custom_function.h>
+
+#include "contract.h"
+#include "cpu/one_step.h"
+
+namespace fastlstm {
+namespace {
+
+using torch::autograd::AutogradContext;
+using torch::autograd::variable_list;
+
+// The gradients as differentiable functions of everything, by the layer's formula.
+StepGradients differentiable(const at::Tensor& dh, const at::Tensor& dc, const StepInputs& in,
+                             const std::array<bool, 7>& needs) {
+  static const auto op = c10::Dispatcher::singleton()
+                             .findSchemaOrThrow("fastlstm::differentiable_backward", "")
+                             .typed<DifferentiableBackward>();
+  const int64_t B = in.B(), H = in.H();
+  const auto as = [&](const at::Tensor& t, int64_t n) {
+    return t.defined() ? OptionalTensor(t.reshape({1, B, n})) : std::nullopt;
+  };
+  variable_list weights = {in.w_ih, in.w_hh};
+  if (in.bias_ih.defined()) weights.insert(weights.end(), {in.bias_ih, in.bias_hh});
+  c10::List<bool> flags;
+  for (size_t k = 0; k < 3 + weights.size(); ++k) flags.push_back(needs[k]);
+  auto [dx, dh0, dc0, dweights] = op.call({}, as(dh, H), as(dc, H), {}, *as(in.x, in.I()), as(in.h0, H),
+                                          as(in.c0, H), weights, {}, {}, flags);
+  dweights.resize(4);
+  StepGradients out = {dx, dh0, dc0, dweights[0], dweights[1], dweights[2], dweights[3]};
+  const std::array<const at::Tensor*, 3> like = {&in.x, &in.h0, &in.c0};
+  for (size_t k = 0; k < 7; ++k) {
+    if (!needs[k]) out[k] = at::Tensor();
+    if (needs[k] && k < 3) out[k] = out[k].reshape(like[k]->sizes());
+  }
+  return out;
+}
+
+class CellFunction : public torch::autograd::Function<CellFunction> {
+ public:
+  // The arguments that `in` holds, which the base class looks for, in StepInputs' order.
+  static variable_list forward(AutogradContext* ctx, const StepInputs* in, const at::Tensor&,
+                               const OptionalTensor&, const OptionalTensor&, const at::Tensor&,
+                               const at::Tensor&, const OptionalTensor&, const OptionalTensor&) {
+    const StepResults r = step_forward(*in, true);
+    ctx->save_for_backward(
+        {in->x, in->h0, in->c0, in->w_ih, in->w_hh, in->bias_ih, in->bias_hh, r.c, r.gates});
+    ctx->set_materialize_grads(false);  // else an unused h or c would arrive in backward as zeros
+    return {r.h, r.c};
+  }
+
+  static variable_list backward(AutogradContext* ctx, variable_list grads) {
+    const variable_list saved = ctx->get_saved_variables();
+    const StepInputs in = {saved[0], saved[1], saved[2], saved[3], saved[4], saved[5], saved[6]};
+    std::array<bool, 7> needs;
+    size_t edge = 0;  // which exist for the tensors that were given only
+    for (size_t k = 0; k < 7; ++k) needs[k] = saved[k].defined() && ctx->needs_input_grad(edge++);
+    StepGradients found = at::GradMode::is_enabled()
+                              ? differentiable(grads[0], grads[1], in, needs)
+                              : step_backward(grads[0], grads[1], in, saved[7], saved[8], needs);
+    variable_list out = {at::Tensor()};  // of `in`
+    out.insert(out.end(), std::make_move_iterator(found.begin()), std::make_move_iterator(found.end()));
+    return out;
+  }
+};
+
+// Whether t has no dispatch of its own: subclasses, wrappers of transforms, lazy negation, other layouts.
+bool plain(const at::Tensor& t) {
+  static const c10::DispatchKeySet keys = at::empty({0}).key_set();
+  const c10::DispatchKeySet autograd = c10::autograd_dispatch_keyset_with_ADInplaceOrView;
+  return (t.key_set() | autograd) == (keys | autograd);
+}
+
+}  // namespace
+
+bool cell_step(const StepInputs& in, at::Tensor& h, at::Tensor& c) {
+  const at::ScalarType type = in.x.scalar_type();
+  const int64_t dim = in.x.dim();
+  if (c10::impl::tls_local_dispatch_key_set().included_.has(c10::DispatchKey::Python) ||
+      !(type == at::kFloat || type == at::kDouble) || !(dim == 1 || dim == 2) || in.w_ih.dim() != 2 ||
+      in.w_hh.dim() != 2)
+    return false;
+  const int64_t B = in.B(), H = in.H(), I = in.I();
+  const auto fits = [&](const at::Tensor& t, int64_t n) {
+    return plain(t) && t.scalar_type() == type && t.dim() == dim && t.size(-1) == n && t.numel() == B * n;
+  };
+  const auto weight_fits = [&](const at::Tensor& w, int64_t n) {
+    return plain(w) && w.scalar_type() == type && w.size(0) == 4 * H && w.numel() == 4 * H * n;
+  };
+  if (B == 0 || H == 0 || I == 0 || !fits(in.x, I) || !weight_fits(in.w_ih, I) || !weight_fits(in.w_hh, H))
+    return false;
+  if (in.h0.defined() && !(fits(in.h0, H) && fits(in.c0, H))) return false;
+  if (in.bias_ih.defined() && !(in.bias_ih.dim() == 1 && weight_fits(in.bias_ih, 1) && in.bias_hh.dim() == 1 &&
+                                weight_fits(in.bias_hh, 1)))
+    return false;
+
+  RECORD_FUNCTION("fastlstm::cell", {});
+  const auto requires_grad = [](const at::Tensor& t) { return t.defined() && t.requires_grad(); };
+  if (at::GradMode::is_enabled() &&
+      (requires_grad(in.x) || requires_grad(in.h0) || requires_grad(in.c0) || requires_grad(in.w_ih) ||
+       requires_grad(in.w_hh) || requires_grad(in.bias_ih) || requires_grad(in.bias_hh))) {
+    const auto given = [](const at::Tensor& t) { return t.defined() ? OptionalTensor(t) : std::nullopt; };
+    const variable_list out =
+        CellFunction::apply(&in, in.x, given(in.h0), given(in.c0), in.w_ih, in.w_hh, given(in.bias_ih),
+                            given(in.bias_hh));
+    h = out[0], c = out[1];
+  } else {
+    StepResults r = step_forward(in, false);
+    h = std::move(r.h), c = std::move(r.c);
+  }
+  return true;
+}
+
+}  // namespace fastlstm

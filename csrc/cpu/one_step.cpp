@@ -1,0 +1,216 @@
+#include "cpu/one_step.h"
+
+#include "cpu/layer.h"
+
+namespace fastlstm {
+namespace {
+
+Rows rows_of(int64_t B) { return {1, B, B, nullptr, nullptr, nullptr, nullptr}; }
+
+StepInputs contiguous(const StepInputs& in) {
+  const auto of = [](const at::Tensor& t) { return t.defined() ? t.contiguous() : t; };
+  return {of(in.x), of(in.h0), of(in.c0), of(in.w_ih), of(in.w_hh), of(in.bias_ih), of(in.bias_hh)};
+}
+
+template <class T>
+const T* data(const at::Tensor& t) {
+  return t.defined() ? t.const_data_ptr<T>() : nullptr;
+}
+
+template <class T>
+void copy_or_zero(const T* from, int64_t n, T* to) {
+  if (from)
+    std::copy_n(from, n, to);
+  else
+    std::fill_n(to, n, T(0));
+}
+
+template <class T>
+StepResults forward_of(const StepInputs& given, bool keep_gates) {
+  const StepInputs in = contiguous(given);
+  const Kernels<T>& kernel = kernels<T>();
+  const int64_t B = in.B(), I = in.I(), H = in.H();
+  const auto state = [&] { return in.x.dim() == 2 ? new_empty({B, H}, in.x) : new_empty({H}, in.x); };
+  StepResults out{state(), state(), at::Tensor()};
+  if (keep_gates) out.gates = new_empty({B, 4 * H}, in.x);
+
+  const std::vector<Rows> rows = {rows_of(B)};
+  const Plan plan = make_plan(1, 1, double(B), I, H, H, sizeof(T), kernel.unit_block);
+  const bool direct_hh = !worth_packing(B, B), direct_ih = direct_hh && B <= 12;
+  // A member packs a block of weights where it uses it, if it uses it once.
+  const int64_t passes = plan.split_units ? B : (B + plan.members - 1) / plan.members;
+  const bool pack = passes > kRowGroup;
+
+  Workspace<T> space;
+  const int64_t bias_at = space.take(4 * H), h_at = space.take(in.h0.defined() ? 0 : B * H),
+                ih_at = space.take(pack ? kernel.forward_packed_size(H, I) : 0),
+                hh_at = space.take(pack ? kernel.forward_packed_size(H, H) : 0),
+                scratch_at = space.take(plan.threads() * kernel.forward_scratch(B, I, H, H));
+  space.allocate(in.x);
+  T* bias = space.at(bias_at);
+  const T *bias_ih = data<T>(in.bias_ih), *bias_hh = data<T>(in.bias_hh);
+  for (int64_t k = 0; k < 4 * H; ++k) bias[k] = bias_ih ? bias_ih[k] + bias_hh[k] : T(0);
+  const T* h0 = data<T>(in.h0);
+  if (!h0) copy_or_zero<T>(nullptr, B * H, space.at(h_at)), h0 = space.at(h_at);
+  T *h = out.h.mutable_data_ptr<T>(), *c = out.c.mutable_data_ptr<T>();
+  copy_or_zero(data<T>(in.c0), B * H, c);
+  const auto packed = [&](const at::Tensor& w, int64_t at) -> const T* {
+    if (!pack) return nullptr;
+    kernel.pack_forward(w.const_data_ptr<T>(), H, w.size(1), 0, H, space.at(at));
+    return space.at(at);
+  };
+  const ForwardArgs<T> args = {rows[0],
+                               I,
+                               H,
+                               H,
+                               false,
+                               data<T>(in.x),
+                               keep_gates ? out.gates.mutable_data_ptr<T>() : nullptr,
+                               bias,
+                               {data<T>(in.w_ih), packed(in.w_ih, ih_at), direct_ih},
+                               {data<T>(in.w_hh), packed(in.w_hh, hh_at), direct_hh},
+                               nullptr,
+                               {const_cast<T*>(h0), h},  // the only step reads the first, and y is the second
+                               c,
+                               h,
+                               nullptr,
+                               H,
+                               0,
+                               space.at(scratch_at)};
+  run_plan(plan, rows, H, kernel.unit_block, [&](int64_t, const Member& me) { kernel.forward(args, me); });
+  return out;
+}
+
+// Up to so many multiply-adds a weight's gradient, tiles that read both factors where they lie keep up with a
+// BLAS; above, its packing pays.
+constexpr int64_t kOwnProducts = int64_t{1} << 22;
+
+template <class T>
+StepGradients through_layer(const at::Tensor& dh, const at::Tensor& dc, const StepInputs& in,
+                            const at::Tensor& c, const at::Tensor& gates, const std::array<bool, 7>& needs) {
+  const int64_t B = in.B(), I = in.I(), H = in.H();
+  const auto as = [&](const at::Tensor& t, int64_t n) {
+    return t.defined() ? OptionalTensor(t.reshape({1, B, n})) : std::nullopt;
+  };
+  std::vector<at::Tensor> weights = {in.w_ih, in.w_hh};
+  if (in.bias_ih.defined()) weights.insert(weights.end(), {in.bias_ih, in.bias_hh});
+  c10::List<bool> flags;
+  for (size_t k = 0; k < 3 + weights.size(); ++k) flags.push_back(needs[k]);
+  const at::Tensor cells = *as(c, H);  // y, of which one step reads nothing, has its shape
+  auto [dx, dh0, dc0, dweights] =
+      backward<T>({}, as(dh, H), as(dc, H), {}, *as(in.x, I), as(in.h0, H), as(in.c0, H), weights, {}, {},
+                  cells, cells, gates.view({1, 1, B, 4 * H}), flags);
+  dweights.resize(4);
+  const auto shaped = [](const at::Tensor& t, bool need, const at::Tensor& like) {
+    return need ? t.view(like.sizes()) : at::Tensor();
+  };
+  return {shaped(dx, needs[0], in.x), shaped(dh0, needs[1], in.h0), shaped(dc0, needs[2], in.c0),
+          needs[3] ? dweights[0] : at::Tensor(), needs[4] ? dweights[1] : at::Tensor(),
+          needs[5] ? dweights[2] : at::Tensor(), needs[6] ? dweights[3] : at::Tensor()};
+}
+
+template <class T>
+StepGradients backward_of(const at::Tensor& dh, const at::Tensor& dc, const StepInputs& given,
+                          const at::Tensor& c, const at::Tensor& gates, const std::array<bool, 7>& needs) {
+  const int64_t B = given.B(), I = given.I(), H = given.H(), G = 4 * H;
+  if (B * G * std::max(I, H) > kOwnProducts) return through_layer<T>(dh, dc, given, c, gates, needs);
+  const StepInputs in = contiguous(given);
+  const Kernels<T>& kernel = kernels<T>();
+  const std::array<const at::Tensor*, 7> inputs = {&in.x,    &in.h0,      &in.c0,     &in.w_ih,
+                                                   &in.w_hh, &in.bias_ih, &in.bias_hh};
+  StepGradients out;
+  std::array<T*, 7> to = {};
+  for (size_t k = 0; k < 7; ++k)
+    if (needs[k]) {
+      out[k] = new_empty(inputs[k]->sizes(), in.x);
+      to[k] = out[k].mutable_data_ptr<T>();
+    }
+
+  const std::vector<Rows> rows = {rows_of(B)};
+  Plan plan = make_plan(1, 1, double(B), 2 * I, H, 2 * H, sizeof(T), kernel.unit_block);
+  if (plan.split_units) plan = Plan{1};
+  const bool pack = worth_packing(B, B);
+  const int64_t ld = kernel.padded_columns(H), widest = std::max(B, G);
+  Workspace<T> space;
+  const int64_t dh_at = space.take(B * ld), dc_at = space.take(B * H), c0_at = space.take(in.c0.defined() ? 0 : B * H),
+                dgates_at = space.take(B * G),
+                packed_at = space.take(pack ? kernel.columns_packed_size(G, H) : 0),
+                scratch_size = kernel.small_product_scratch(widest),
+                scratch_at = space.take(plan.threads() * scratch_size);
+  space.allocate(in.x);
+  const at::Tensor dh_in = dh.defined() ? dh.contiguous() : dh, dc_in = dc.defined() ? dc.contiguous() : dc;
+  copy_or_zero(data<T>(dc_in), B * H, space.at(dc_at));
+  std::fill_n(space.at(dh_at), B * ld, T(0));
+  const T* c0 = data<T>(in.c0);
+  if (!c0) copy_or_zero<T>(nullptr, B * H, space.at(c0_at)), c0 = space.at(c0_at);
+  if (pack) kernel.pack_columns(data<T>(in.w_hh), G, H, 1, 0, H, space.at(packed_at));
+  T* dgates = space.at(dgates_at);
+  const BackwardArgs<T> args = {rows[0],
+                                H,
+                                H,
+                                false,
+                                0,
+                                1,
+                                0,
+                                data<T>(gates),
+                                data<T>(c),
+                                c0,
+                                data<T>(dh_in),
+                                nullptr,
+                                H,
+                                H,
+                                H,
+                                data<T>(in.w_hh),
+                                pack ? space.at(packed_at) : nullptr,
+                                nullptr,
+                                dgates,
+                                nullptr,
+                                space.at(dh_at),
+                                space.at(dc_at),
+                                nullptr};
+  Barrier barrier(plan.members);
+  run_plan(plan, rows, H, kernel.unit_block, [&](int64_t, const Member& me) {
+    T* scratch = space.at(scratch_at) + me.index * scratch_size;
+    const int64_t r0 = me.row_begin, own = me.row_end - r0;
+    kernel.backward(args, me);
+    if (to[0])
+      kernel.small_product(own, I, G, dgates + r0 * G, G, false, data<T>(in.w_ih), I, 1, false, to[0] + r0 * I, I,
+                           scratch);
+    for (int64_t r = r0; to[1] && r < me.row_end; ++r)
+      std::copy_n(space.at(dh_at) + r * ld, H, to[1] + r * H);
+    if (to[2]) std::copy_n(space.at(dc_at) + r0 * H, own * H, to[2] + r0 * H);
+    // All rows from here on, of a member's share of the gates.
+    const bool alone = own == B;
+    if (!alone) barrier.wait();
+    const int64_t share = (G / 16 + plan.members - 1) / plan.members * 16;
+    const int64_t g0 = alone ? 0 : std::min(G, me.index * share),
+                  g1 = alone || me.row_end == B ? G : std::min(G, g0 + share);
+    if (to[3])
+      kernel.small_product(g1 - g0, I, B, dgates + g0, G, true, data<T>(in.x), I, 1, false, to[3] + g0 * I, I,
+                           scratch);
+    if (to[4] && in.h0.defined())
+      kernel.small_product(g1 - g0, H, B, dgates + g0, G, true, data<T>(in.h0), H, 1, false, to[4] + g0 * H, H,
+                           scratch);
+    else if (to[4])
+      std::fill(to[4] + g0 * H, to[4] + g1 * H, T(0));
+    T* const db = to[5] ? to[5] : to[6];
+    if (db) kernel.column_sums(dgates, B, G, g0, g1, db);
+    if (to[5] && to[6]) std::copy(db + g0, db + g1, to[6] + g0);
+  });
+  return out;
+}
+
+}  // namespace
+
+StepResults step_forward(const StepInputs& in, bool keep_gates) {
+  return in.x.scalar_type() == at::kDouble ? forward_of<double>(in, keep_gates)
+                                           : forward_of<float>(in, keep_gates);
+}
+
+StepGradients step_backward(const at::Tensor& dh, const at::Tensor& dc, const StepInputs& in,
+                            const at::Tensor& c, const at::Tensor& gates, const std::array<bool, 7>& needs) {
+  return in.x.scalar_type() == at::kDouble ? backward_of<double>(dh, dc, in, c, gates, needs)
+                                           : backward_of<float>(dh, dc, in, c, gates, needs);
+}
+
+}  // namespace fastlstm
