@@ -48,6 +48,9 @@ def product(a, b, acc, PRECISION: tl.constexpr):
     """acc + a @ b, accumulated in fp32; PRECISION, "ieee" or "tf32", says how fp32 operands are multiplied."""
     if INTERPRETED:
         a, b = a.to(tl.float32), b.to(tl.float32)
+    if PRECISION == "ieee" and a.dtype == tl.float32:
+        # A block's sum apart from the others': in one run over all of K its rounding grows with K.
+        return acc + tl.dot(a, b, input_precision=PRECISION)
     return tl.dot(a, b, acc, input_precision=PRECISION)
 
 
