@@ -54,7 +54,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--kernels",
         choices=("steps", "A", "B"),
-        help="fastlstm's CUDA kernels: step by step, or persistent ones of that tier where they fit; else the planner's",
+        help="fastlstm's CUDA kernels: step by step, or persistent ones of a tier where they fit; else as planned",
     )
     return parser.parse_args(arguments)
 

@@ -86,9 +86,10 @@ constexpr Variant kBackwardVariants[] = {{32, {8, 3}}, {16, {16, 16}}};
 // shares for a sum instead of eight.
 constexpr int kClusterUnits = 32;
 constexpr int kClusterParts = 2;
-constexpr int kInboxStride = 10;  // floats from unit to unit of what the blocks push where they scatter
-constexpr int cluster_held(Phase phase, int element) {  // rounds, as ptxas can place them
-  return phase == Phase::forward ? 8 : 8 / element;
+// Floats from unit to unit of what the blocks push where they scatter.
+constexpr int inbox_stride(int columns) { return 8 * columns + 2; }
+constexpr int cluster_held(Phase phase, int element, int columns) {  // rounds, as ptxas can place them
+  return (phase == Phase::forward ? 8 : 8 / element) / columns;
 }
 
 constexpr int64_t up(int64_t n, int64_t by) { return (n + by - 1) / by; }
@@ -111,25 +112,25 @@ inline Layout lay_out(Phase phase, const Recurrence& r, const DeviceLimits& devi
 }
 
 // A cluster for each slice: as they never wait for each other, any number of them may be launched.
-inline Layout lay_out_clusters(Phase phase, const Recurrence& r, int held) {
+inline Layout lay_out_clusters(Phase phase, const Recurrence& r, int held, int columns) {
   Layout p = {};
   p.cluster = true, p.scatters = phase == Phase::backward;
-  p.units = kClusterUnits, p.held = held, p.columns = 1;
+  p.units = kClusterUnits, p.held = held, p.columns = columns;
   p.members = static_cast<int>(up(r.H, p.units));
-  p.slices = p.groups = static_cast<int>(up(r.B, 8));
+  p.slices = p.groups = static_cast<int>(up(r.B, 8 * columns));
   int64_t chunks, received;  // of the state; bytes that lie beside the states
   if (p.scatters) {
     chunks = up(4 * p.units * r.element, kChunkBytesOfK);
     p.parts = 1, p.width = static_cast<int>(chunks);
     p.rounds = static_cast<int>(up(p.members * p.units / 16, kPlanWarps));
-    received = int64_t{2} * p.members * p.units * kInboxStride * 4;
+    received = int64_t{2} * p.members * p.units * inbox_stride(columns) * 4;
   } else {
     p.parts = kClusterParts, p.width = 4 * p.units / 16 * p.parts / kPlanWarps;
     p.rounds = static_cast<int>(up(up(int64_t{p.members} * p.units * r.element, kChunkBytesOfK), p.parts));
     chunks = int64_t{p.rounds} * p.parts;
-    received = int64_t{p.parts} * 8 * (4 * p.units + 4) * 4;  // the warps' shares of the sums
+    received = int64_t{p.parts} * 8 * columns * (4 * p.units + 4) * 4;  // the warps' shares of the sums
   }
-  p.state = chunks * 32;
+  p.state = columns * chunks * 32;
   p.shared = 16 + 2 * p.state * 16 + p.shared_weights() + received;
   return p;
 }
@@ -145,7 +146,8 @@ inline double predicted(const Recurrence& r, const DeviceLimits& device, const L
   constexpr double kMma = 0.63 * 2048;                 // multiply-adds a clock of an SM, in 16 bits
   constexpr double kPushTrip = 0.4, kTurn = 2.0;       // us
   const double flag_trip = 0.8 + 0.033 * p.members;    // us: more flags to poll, and later ones
-  const double cell = p.scatters ? 1.4 : 1.0;          // us, with the barriers around it
+  // us, with the barriers around it; a thread has an element for every 8 rows
+  const double cell = (p.scatters ? 1.4 : 1.0) * (p.cluster ? 0.6 + 0.4 * p.columns : 1);
   const double rows = 8 * p.columns, units = p.members * p.units;
   const double mma = 4 * units * p.units * rows / kMma * r.element / 2;
   const double weights = p.shared_weights() / kShared;
@@ -180,13 +182,17 @@ inline Plan plan_clusters(Phase phase, const Recurrence& r, const DeviceLimits& 
   if (members > device.cluster) {
     return {"a cluster of " + std::to_string(members) + " blocks exceeds " + std::to_string(device.cluster)};
   }
-  const Layout p = lay_out_clusters(phase, r, cluster_held(phase, r.element));
-  if (device.clusters < 1 || p.shared > device.shared) {
-    return {"no cluster of " + std::to_string(p.members) + " such blocks fits this GPU"};
+  // Slices of 8 rows, or of 16 where that saves turns. In TF32 backward's registers have no room for 16.
+  Layout best = {};
+  for (const int columns : {1, 2}) {
+    if (columns == 2 && phase == Phase::backward && r.element == 4) continue;
+    const Layout p = lay_out_clusters(phase, r, cluster_held(phase, r.element, columns), columns);
+    if (device.clusters < 1 || p.shared > device.shared || p.blocks(r.D) > std::numeric_limits<int>::max())
+      continue;
+    if (best.members == 0 || predicted(r, device, p) < predicted(r, device, best)) best = p;
   }
-  if (p.blocks(r.D) > std::numeric_limits<int>::max())
-    return {"the batch has too many slices for one launch"};
-  return {"", p};
+  if (best.members == 0) return {"no cluster of " + std::to_string(members) + " such blocks fits this GPU"};
+  return {"", best};
 }
 
 // The best layout of tier B; without members if none fits.
