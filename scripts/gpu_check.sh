@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Everything there is to check on a machine with a GPU, in one command:
 #   scripts/gpu_check.sh OUT [STAGE ...]
-# Stages, all by default: build, small, parity, gradients, execution, first_call, memcheck, racecheck, initcheck,
+# Stages, all by default: build, small, parity, gradients, execution, features, first_call, memcheck, racecheck, initcheck,
 # synccheck, bfloat16, float16, tf32, float32 (the benchmark suite, a dtype at a time) and triton (the same on Triton,
 # T=512); and for the persistent kernels, which are off otherwise (docs/gpu-notes.md), latency, persistent_small,
 # persistent_tests, persistent_launches_A and _B (10,000 random launches of a tier each), persistent_memcheck,
@@ -23,7 +23,7 @@ shift
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python3}
 seconds=${STAGE_SECONDS:-580}
-all=(build small parity gradients execution first_call memcheck racecheck initcheck synccheck
+all=(build small parity gradients execution features first_call memcheck racecheck initcheck synccheck
   bfloat16 float16 tf32 float32 triton latency persistent_small persistent_tests persistent_launches_A
   persistent_launches_B persistent_memcheck persistent_racecheck persistent_initcheck persistent_synccheck
   persistent_bfloat16 persistent_float16 persistent_tf32 persistent_A persistent_B)
@@ -98,6 +98,7 @@ small() { suite small; }
 parity() { suite parity; }
 gradients() { suite gradients; }
 execution() { suite execution; }
+features() { suite features; }
 
 # Triton's first training step, compilation included, nothing in its cache.
 first_call() {

@@ -18,11 +18,13 @@ from fastlstm import dispatch
 from .cases import Case, Tensors, tensors
 from .runners import Results, error, gradients
 
+# FASTLSTM_TEST_DEVICE=cpu runs those tests of the GPU suite that can run anywhere on CPU tensors.
+DEVICE = os.environ.get("FASTLSTM_TEST_DEVICE", "cuda")
 # Every GPU test module sets `pytestmark = gpu`.
 gpu = [
     pytest.mark.gpu,
     pytest.mark.skipif(
-        not torch.cuda.is_available(),
+        DEVICE == "cuda" and not torch.cuda.is_available(),
         reason=f"no GPU: torch.cuda.is_available() is False for torch {torch.__version__}, CUDA {torch.version.cuda}",
     ),
 ]
