@@ -77,7 +77,6 @@ from .test_transforms_deep import (  # noqa: F401
     test_dropout_under_vmap,
     test_hessian_and_its_two_other_ways,
     test_hessian_vector_product_and_third_derivative,
-    test_lengths_out_of_range_are_noticed_under_vmap,
     test_per_sample_gradients,
     test_per_sample_gradients_of_an_ensemble,
     test_per_sample_gradients_of_ragged_rows,
