@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Everything there is to check on a machine with a GPU, in one command:
 #   scripts/gpu_check.sh OUT [STAGE ...]
-# Stages, all by default: build, small, parity, gradients, execution, features, first_call, memcheck, racecheck, initcheck,
-# synccheck, bfloat16, float16, tf32, float32 (the benchmark suite, a dtype at a time) and triton (the same on Triton,
+# Stages, all by default: build, small, parity, gradients, execution, features, first_call, memcheck, racecheck,
+# initcheck, synccheck, bfloat16, float16, tf32, float32 (the benchmark suite, a dtype at a time) and triton (on Triton,
 # T=512); and for the persistent kernels, which are off otherwise (docs/gpu-notes.md), latency, persistent_small,
 # persistent_tests, persistent_launches_A and _B (10,000 random launches of a tier each), persistent_memcheck,
 # persistent_racecheck, persistent_initcheck, persistent_synccheck, persistent_bfloat16, persistent_float16,

@@ -30,7 +30,7 @@ CONFIGURATIONS: tuple[dict[str, Any], ...] = (
 
 
 def twins(*sizes: int, cell: bool = False, **kwargs: Any) -> tuple[nn.Module, nn.Module]:
-    """(fastlstm's, torch's) from the same seed; 3 features, 4 hidden units and HERE's dtype (float64) unless told otherwise."""
+    """(fastlstm's, torch's) from one seed; 3 features, 4 hidden units, HERE's dtype (float64) unless told otherwise."""
     made = []
     for cls in (fastlstm.LSTMCell, nn.LSTMCell) if cell else (fastlstm.LSTM, nn.LSTM):
         torch.manual_seed(0)
