@@ -18,11 +18,13 @@ from fastlstm import dispatch
 from .cases import Case, Tensors, tensors
 from .runners import Results, error, gradients
 
+# FASTLSTM_TEST_DEVICE=cpu runs those tests of the GPU suite that can run anywhere on CPU tensors.
+DEVICE = os.environ.get("FASTLSTM_TEST_DEVICE", "cuda")
 # Every GPU test module sets `pytestmark = gpu`.
 gpu = [
     pytest.mark.gpu,
     pytest.mark.skipif(
-        not torch.cuda.is_available(),
+        DEVICE == "cuda" and not torch.cuda.is_available(),
         reason=f"no GPU: torch.cuda.is_available() is False for torch {torch.__version__}, CUDA {torch.version.cuda}",
     ),
 ]
@@ -93,7 +95,9 @@ def on_device(case: Case, dtype: torch.dtype, device: str = "cuda") -> Tensors:
     hx = None
     if given.hx is not None:
         own = [moved["h0"], moved.get("c0", moved["h0"])]
-        hx = type(given.hx)(m.expand(s.shape) for m, s in zip(own, given.hx, strict=True))
+        # A node of autograd only where it must be: its backward runs on this stream, not where a graph is captured.
+        pairs = zip(own, given.hx, strict=True)
+        hx = type(given.hx)(m if m.shape == s.shape else m.expand(s.shape) for m, s in pairs)
     lengths = None if given.lengths is None else torch.as_tensor(given.lengths).to(device)
     reset_mask = None if given.reset_mask is None else given.reset_mask.to(device)
     weights = {name: moved[name] for name in given.weights}

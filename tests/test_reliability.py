@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader, Dataset
 
 import fastlstm
 
+from .place import HERE
 from .test_threads import together
 
 ROOT = Path(__file__).parent.parent
@@ -94,9 +95,10 @@ def test_dropout_repeats_under_a_seed(backend):
             found.append(output.data if len(output) == 4 else output)
         assert torch.equal(found[0], found[1])
         assert not torch.equal(found[0], found[2])
-        state = torch.get_rng_state()
+        rng = torch if HERE.device == "cpu" else torch.get_device_module(HERE.device)
+        state = rng.get_rng_state()
         first = lstm(x)[0]
-        torch.set_rng_state(state)
+        rng.set_rng_state(state)
         assert torch.equal(lstm(x)[0], first)
 
 

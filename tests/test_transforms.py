@@ -11,6 +11,7 @@ from torch.func import functional_call, grad, jacrev, jvp, stack_module_state, v
 
 import fastlstm
 
+from .place import HERE
 from .twins import data, twins
 
 X = data(4, 3, 3)
@@ -47,7 +48,7 @@ def test_vmap_over_inputs_and_ragged_arguments(backend):
 
 
 def test_ensemble(backend):
-    models = [fastlstm.LSTM(3, 4, 2, dtype=torch.float64) for _ in range(3)]
+    models = [fastlstm.LSTM(3, 4, 2, dtype=HERE.dtype) for _ in range(3)]
     params, buffers = stack_module_state(models)
     base = fastlstm.LSTM(3, 4, 2, device="meta")
     got = vmap(lambda p, b: functional_call(base, (p, b), (X,))[0])(params, buffers)

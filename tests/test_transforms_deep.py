@@ -12,6 +12,7 @@ from torch.func import functional_call, grad, hessian, jacfwd, jacrev, stack_mod
 import fastlstm
 
 from .cases import Case
+from .place import HERE
 from .runners import require
 from .twins import data, flat, twins
 
@@ -113,7 +114,7 @@ def test_an_ensemble_and_its_gradients(backend):
 
 
 def test_per_sample_gradients_of_an_ensemble(backend):
-    models = [fastlstm.LSTM(3, 4, dtype=torch.float64) for _ in range(2)]
+    models = [fastlstm.LSTM(3, 4, dtype=HERE.dtype) for _ in range(2)]
     params, _ = stack_module_state(models)
     params = {name: w.detach() for name, w in params.items()}
     inputs = data(N, T, B, 3)
