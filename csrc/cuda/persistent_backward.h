@@ -190,10 +190,10 @@ struct BackwardBlock {
   // Into L2 what the block will read at the launch's step i: of each row its gates, c of the step before, dy.
   static FASTLSTM_DEVICE void fetch(const PersistentBackward<T>& s, const Warp& warp, const Member& member,
                                     int slice, int i) {
-    if (i >= s.count) return;
     const BackwardStep<T>& f = s.step;
     const int64_t B = f.steps.B, H = f.H, t = moment(s, member.d, i).t, before = step_before(member.d, t);
     const int unit = member.index * kUnits;
+    if (i >= s.count || unit >= H) return;
     for (const int lane : warp.lanes()) {
       const int row = (warp.index() * 32 + lane) / 8, what = lane % 8;
       const int64_t b = int64_t{slice} * kSliceRows + row;

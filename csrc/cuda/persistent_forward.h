@@ -194,14 +194,14 @@ struct ForwardBlock {
   // Into L2 what the block will read at the launch's step i: one line, or two, for each row and gate.
   static FASTLSTM_DEVICE void fetch(const PersistentForward<T>& s, const Warp& warp, const Member& member,
                                     int slice, int i) {
-    if (i >= s.count) return;
     const int64_t B = s.step.steps.B, H = s.step.H, slot = moment(s, member.d, i).slot;
+    const int unit = member.index * kUnits;
+    if (i >= s.count || unit >= H) return;
     for (const int lane : warp.lanes()) {
       const int row = (warp.index() * 32 + lane) / 4, gate = lane % 4;
       const int64_t b = int64_t{slice} * kSliceRows + row;
       if (row >= kSliceRows || b >= B) continue;
-      prefetch(s.step.gates_x + (((member.d * s.step.slots + slot) * B + b) * 4 + gate) * H +
-               member.index * kUnits);
+      prefetch(s.step.gates_x + (((member.d * s.step.slots + slot) * B + b) * 4 + gate) * H + unit);
     }
   }
 

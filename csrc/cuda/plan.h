@@ -93,6 +93,8 @@ constexpr int cluster_held(Phase phase, int element, int columns) {  // rounds, 
 }
 
 constexpr int64_t up(int64_t n, int64_t by) { return (n + by - 1) / by; }
+// Blocks of a cluster: one alone is none, and may not push even to itself.
+constexpr int64_t cluster_members(int64_t H) { return std::max<int64_t>(2, up(H, kClusterUnits)); }
 
 inline Layout lay_out(Phase phase, const Recurrence& r, const DeviceLimits& device, const Variant& v,
                       int columns) {
@@ -116,7 +118,7 @@ inline Layout lay_out_clusters(Phase phase, const Recurrence& r, int held, int c
   Layout p = {};
   p.cluster = true, p.scatters = phase == Phase::backward;
   p.units = kClusterUnits, p.held = held, p.columns = columns;
-  p.members = static_cast<int>(up(r.H, p.units));
+  p.members = static_cast<int>(cluster_members(r.H));
   p.slices = p.groups = static_cast<int>(up(r.B, 8 * columns));
   int64_t chunks, received;  // of the state; bytes that lie beside the states
   if (p.scatters) {
@@ -178,7 +180,7 @@ inline double predicted_by_step(Phase phase, const Recurrence& r) {
 // The best layout of tier A, or why there is none.
 inline Plan plan_clusters(Phase phase, const Recurrence& r, const DeviceLimits& device) {
   if (device.cluster == 0) return {"this GPU has no thread-block clusters"};
-  const int64_t members = up(r.H, kClusterUnits);
+  const int64_t members = cluster_members(r.H);
   if (members > device.cluster) {
     return {"a cluster of " + std::to_string(members) + " blocks exceeds " + std::to_string(device.cluster)};
   }
