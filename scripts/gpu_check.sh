@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
 # Everything there is to check on a machine with a GPU, in one command:
 #   scripts/gpu_check.sh OUT [STAGE ...]
-# Stages, all by default: build, small, parity, gradients, execution, features, first_call, memcheck, racecheck,
-# initcheck, synccheck, bfloat16, float16, tf32, float32 (the benchmark suite, a dtype at a time) and triton (on Triton,
-# T=512); and for the persistent kernels, which are off otherwise (docs/gpu-notes.md), latency, persistent_small,
+# Stages, all by default: build, small, parity, gradients, execution, features, hostile, first_call, memcheck,
+# racecheck, initcheck, synccheck, bfloat16, float16, tf32, float32 (the benchmark suite, a dtype at a time) and triton
+# (on Triton, T=512); and for the persistent kernels, which are off otherwise (docs/gpu-notes.md), latency, persistent_small,
 # persistent_tests, persistent_launches_A and _B (10,000 random launches of a tier each), persistent_memcheck,
 # persistent_racecheck, persistent_initcheck, persistent_synccheck, persistent_bfloat16, persistent_float16,
 # persistent_tf32, persistent_A and _B (the benchmarks of a tier alone). Each ends within STAGE_SECONDS (580); a benchmark
@@ -23,7 +23,7 @@ shift
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python3}
 seconds=${STAGE_SECONDS:-580}
-all=(build small parity gradients execution features first_call memcheck racecheck initcheck synccheck
+all=(build small parity gradients execution features hostile first_call memcheck racecheck initcheck synccheck
   bfloat16 float16 tf32 float32 triton latency persistent_small persistent_tests persistent_launches_A
   persistent_launches_B persistent_memcheck persistent_racecheck persistent_initcheck persistent_synccheck
   persistent_bfloat16 persistent_float16 persistent_tf32 persistent_A persistent_B)
@@ -99,6 +99,7 @@ parity() { suite parity; }
 gradients() { suite gradients; }
 execution() { suite execution; }
 features() { suite features; }
+hostile() { suite hostile; }
 
 # Triton's first training step, compilation included, nothing in its cache.
 first_call() {
