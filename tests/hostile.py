@@ -70,7 +70,7 @@ class Call:
 
 
 def misaligned(t: Tensor, shift: int) -> Tensor:
-    """The values of t at an address `shift` bytes past an aligned one; `shift` elements on a GPU, which faults on less."""
+    """The values of t at an address `shift` bytes past an aligned one; elements on a GPU, which faults on less."""
     t = t.contiguous()
     if not t.numel():
         return t
