@@ -33,6 +33,14 @@ OURS = [name for name in ("native", "triton") if os.environ.get("FASTLSTM_BACKEN
 backends = pytest.mark.parametrize("backend", OURS)
 
 
+@pytest.fixture(name="backend", params=[*OURS, "eager"])
+def each_backend(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Each backend in turn, asked for by name, on DEVICE; a module that imports it has it in place of conftest's."""
+    require(request.param, Case(), DEVICE)
+    with fastlstm.use_backend(request.param):
+        yield request.param
+
+
 @dataclass(frozen=True)
 class Precision:
     """A dtype and, for float32, what torch's flags say of TF32."""
@@ -84,24 +92,8 @@ def require(backend: str, case: Case, device: str = "cuda") -> None:
 
 
 def on_device(case: Case, dtype: torch.dtype, device: str = "cuda") -> Tensors:
-    """The case's tensors on a GPU, their lengths and masks too, in the same forms and layouts."""
-    given = tensors(case, dtype)
-    moved = {}
-    for name, leaf in given.leaves.items():
-        there = torch.empty_strided(leaf.shape, leaf.stride(), dtype=leaf.dtype, device=device)
-        there.copy_(leaf.detach())
-        is_weight = name in given.weights
-        moved[name] = nn.Parameter(there, leaf.requires_grad) if is_weight else there.requires_grad_(leaf.requires_grad)
-    hx = None
-    if given.hx is not None:
-        own = [moved["h0"], moved.get("c0", moved["h0"])]
-        # A node of autograd only where it must be: its backward runs on this stream, not where a graph is captured.
-        pairs = zip(own, given.hx, strict=True)
-        hx = type(given.hx)(m if m.shape == s.shape else m.expand(s.shape) for m, s in pairs)
-    lengths = None if given.lengths is None else torch.as_tensor(given.lengths).to(device)
-    reset_mask = None if given.reset_mask is None else given.reset_mask.to(device)
-    weights = {name: moved[name] for name in given.weights}
-    return Tensors(moved, weights, moved["x"], hx, lengths, reset_mask)
+    """The case's tensors on a GPU."""
+    return tensors(case, dtype, device)
 
 
 def ours(case: Case, given: Tensors) -> Callable[[], Results]:

@@ -43,9 +43,8 @@ def floor(dtype: torch.dtype, truth: Tensor) -> float:
 
 def require(backend: str, case: Case) -> None:
     """Skip the test, with the backend's own reason, where it cannot run `case`."""
-    dtype = HERE.dtype if case.dtype == torch.float64 else case.dtype
-    weights = list(case.module(fastlstm.LSTM, {}).to_empty(device=HERE.device).to(dtype).parameters())
-    x = torch.empty(1, 1, case.I, dtype=dtype, device=HERE.device)
+    weights = list(case.module(fastlstm.LSTM, {}).to_empty(device=HERE.device).to(case.dtype).parameters())
+    x = torch.empty(1, 1, case.I, dtype=case.dtype, device=HERE.device)
     group = weights[: len(weights) // case.layers]
     call = dispatch.describe(x, group, x if case.lengths else None, x if case.resets else None)
     reason = None if backend == "reference" else dispatch.BACKENDS[backend].supports(call)

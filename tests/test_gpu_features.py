@@ -6,18 +6,21 @@ parameters of its test are moved. FASTLSTM_TEST_DEVICE=cpu runs all of it on CPU
 
 from __future__ import annotations
 
+import copy
 import functools
+import io
+import pickle
 import sys
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import fastlstm
 
-from .gpu_support import DEVICE, OURS, gpu
+from .gpu_support import DEVICE, each_backend, gpu  # noqa: F401
 from .place import HERE
 from .test_compile import (  # noqa: F401
     fresh_compiler,
@@ -33,17 +36,21 @@ from .test_compile import (  # noqa: F401
     test_one_graph_with_every_argument,
     test_the_graph_holds_one_op_a_layer,
 )
+from .test_distributed import test_activation_checkpointing_replays_dropout  # noqa: F401
 from .test_gradients import (  # noqa: F401
     test_anomaly_mode,
     test_backward_in_eval_mode,
+    test_backward_twice_with_retain_graph,
     test_checkpointing,
     test_double_backward_of_part_of_the_weights,
+    test_gradgradcheck,
     test_gradient_penalty_equals_nn_lstms,
     test_gradients_accumulate,
     test_one_tensor_in_two_roles,
 )
 from .test_mixed_precision import (  # noqa: F401
     test_autocast_of_every_form_of_call,
+    test_modules_in_half_precision_train,
     test_the_scaler_skips_a_step_that_overflows,
     test_training_converges_as_in_float32,
 )
@@ -69,6 +76,7 @@ from .test_transforms import (  # noqa: F401
     test_grad,
     test_jacobian_and_nested_gradients,
     test_jvp_agrees_with_vjp,
+    test_under_compile,
     test_vmap_over_inputs_and_ragged_arguments,
 )
 from .test_transforms_deep import (  # noqa: F401
@@ -83,12 +91,14 @@ from .test_transforms_deep import (  # noqa: F401
     test_per_sample_gradients_of_states,
     test_vmap_in_vmap,
 )
+from .twins import data, twins
 
 pytestmark = gpu
 MODULES = [
     sys.modules[f"tests.test_{name}"]
     for name in (
         "compile",
+        "distributed",
         "gradients",
         "mixed_precision",
         "recompute",
@@ -109,15 +119,6 @@ def moved(value: Any) -> Any:
     return type(value)(map(moved, value)) if type(value) in (tuple, list) else value
 
 
-@pytest.fixture(params=[*OURS, "eager"])
-def backend(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Each backend in turn, asked for by name; skips with the reason where it cannot run here."""
-    if DEVICE == "cpu" and request.param == "triton":
-        pytest.skip("Triton runs on a GPU")
-    with fastlstm.use_backend(request.param):
-        yield request.param
-
-
 @pytest.fixture(autouse=True)
 def place(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """The test's tensors on the device; nn.LSTM without cuDNN, which has no double backward and none in eval mode."""
@@ -135,3 +136,57 @@ def place(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> It
             for name, value in asked.params.items():
                 asked.params[name] = moved(value)
         yield
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="peaks are counted on a GPU")
+def test_recompute_halves_the_peak_of_a_long_training_step(backend):
+    """Of y, dy and what one interval needs, against gates and cells of every step beside them."""
+    T, B, H = 4096, 16, 64
+    lstm, x = fastlstm.LSTM(H, H), torch.randn(T, B, H)
+    weights, peaks, found = list(lstm.parameters()), {}, {}
+    for recompute in (False, True, False, True):  # the first two leave workspaces behind
+        lstm.recompute = recompute
+        torch.cuda.synchronize()
+        resting = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        found[recompute] = torch.autograd.grad(lstm(x)[0].sum(), weights)
+        peaks[recompute] = torch.cuda.max_memory_allocated() - resting
+    for a, b in zip(*found.values(), strict=True):
+        assert float((a - b).abs().max()) <= 1e-4 * float(a.abs().max())
+    assert peaks[True] <= 0.6 * peaks[False], {key: f"{peak / 2**20:.1f} MiB" for key, peak in peaks.items()}
+
+
+def test_modules_travel(backend):
+    """pickle, deepcopy, state_dict and .to, with the optimizer's view of the weights: the device's numbers stay."""
+    ours, theirs = twins(num_layers=2, bidirectional=True)
+    x = data(4, 2, 3)
+    expected = ours(x)[0]
+    buffer = io.BytesIO()
+    torch.save(ours, buffer)
+    buffer.seek(0)
+    for other in (
+        copy.deepcopy(ours),
+        pickle.loads(pickle.dumps(ours)),
+        torch.load(buffer, weights_only=False),
+        fastlstm.convert(copy.deepcopy(theirs)),
+    ):
+        assert {w.device for w in other.parameters()} == {x.device}
+        torch.testing.assert_close(other(x)[0], expected)
+    torch.testing.assert_close(nn.Sequential(ours).to("cpu")[0].weight_hh_l0, theirs.weight_hh_l0.cpu())
+    if backend != "triton":
+        torch.testing.assert_close(ours(x.cpu())[0], expected.cpu())
+    theirs.load_state_dict(ours.state_dict())  # from CPU into the device's parameters
+    torch.testing.assert_close(theirs(x)[0], expected)
+    there = ours.to(DEVICE)
+    torch.testing.assert_close(there(x)[0], expected)
+    on_cpu = torch.load(io.BytesIO(_saved(there.state_dict())), map_location="cpu")
+    assert {w.device.type for w in on_cpu.values()} == {"cpu"}
+    fresh = fastlstm.LSTM(3, 4, 2, bidirectional=True, dtype=HERE.dtype)
+    fresh.load_state_dict(on_cpu)
+    torch.testing.assert_close(fresh(x)[0], expected)
+
+
+def _saved(state: dict[str, Tensor]) -> bytes:
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    return buffer.getvalue()

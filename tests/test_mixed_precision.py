@@ -112,7 +112,7 @@ def test_modules_in_half_precision_train(dtype, options, backend):
         pytest.skip("no projection")
     ours, theirs = twins(**options)
     ours.to(dtype)
-    theirs.load_state_dict({name: w.double() for name, w in ours.state_dict().items()})
+    theirs.double().load_state_dict({name: w.double() for name, w in ours.state_dict().items()})
     x = X.to(dtype)
     output, (h_n, c_n) = ours(x)
     assert {t.dtype for t in (output, h_n, c_n)} == {dtype}

@@ -59,7 +59,7 @@ def test_ensemble(backend):
 
 
 def test_jvp_agrees_with_vjp(backend):
-    require(backend, Case(proj=2))
+    require(backend, Case(proj=2, dtype=HERE.dtype))
     ours, _ = twins(proj_size=2)
     tangent = data(4, 3, 3, seed=1)
     output, moved = jvp(lambda x: ours(x)[0], (X,), (tangent,))
