@@ -12,7 +12,6 @@
 #include <limits>
 #include <utility>
 
-
 #define FASTLSTM_ISA amx
 #define FASTLSTM_VECTOR_BYTES 64
 #define FASTLSTM_AMX_TARGET "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,fma,amx-tile,amx-bf16"
@@ -36,11 +35,12 @@ bool detect() {
   // torch's variable names no level with AMX: whoever sets it asks for less.
   if (std::getenv("ATEN_CPU_CAPABILITY") || std::strcmp(isa_name(), "avx512") != 0) return false;
   unsigned a, b, c, d;
-  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || !(d >> 22 & 1) || !(d >> 24 & 1)) return false;  // bf16, tile
+  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || !(d >> 22 & 1) || !(d >> 24 & 1))
+    return false;                                                               // bf16, tile
   if (!__get_cpuid_count(7, 1, &a, &b, &c, &d) || !(a >> 5 & 1)) return false;  // avx512_bf16
   unsigned low, high;
   asm volatile("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
-  if ((low >> 17 & 3) != 3) return false;  // the system saves tile configuration and data
+  if ((low >> 17 & 3) != 3) return false;                     // the system saves tile configuration and data
   constexpr int kRequestPermission = 0x1023, kTileData = 18;  // arch_prctl(ARCH_REQ_XCOMP_PERM)
   return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
 }

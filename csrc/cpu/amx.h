@@ -1,6 +1,6 @@
 // bfloat16 kernels for CPUs with AMX: products of bfloat16 tiles summed in float32. c, dc, dh and
-// pre-activations are float32; h is rounded to bfloat16, as torch.nn.LSTM's own kernels do. One direction of one
-// layer without projection over the whole sequence; no torch here. Names and the order of rows as in
+// pre-activations are float32; h is rounded to bfloat16, as torch.nn.LSTM's own kernels do. One direction of
+// one layer without projection over the whole sequence; no torch here. Names and the order of rows as in
 // cpu/sequence.h; `padded` is a multiple of kAmxDepth.
 #pragma once
 

@@ -7,8 +7,8 @@
 namespace fastlstm {
 namespace {
 
-// float16, and bfloat16 that the AMX kernels do not serve, run in float32, c and h included, and are rounded once,
-// on the way out.
+// float16, and bfloat16 that the AMX kernels do not serve, run in float32, c and h included, and are rounded
+// once, on the way out.
 OptionalTensor to_float(const OptionalTensor& t) { return t ? OptionalTensor(t->to(at::kFloat)) : t; }
 
 std::vector<at::Tensor> to(at::TensorList tensors, at::ScalarType dtype) {

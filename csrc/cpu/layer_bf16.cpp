@@ -8,8 +8,8 @@
 namespace fastlstm {
 namespace {
 
-using at::BFloat16;
 using amx::Bf16;
+using at::BFloat16;
 
 const Bf16* bits(const BFloat16* p) { return reinterpret_cast<const Bf16*>(p); }
 Bf16* bits(BFloat16* p) { return reinterpret_cast<Bf16*>(p); }
@@ -21,8 +21,8 @@ at::Tensor float_like() {
   return empty;
 }
 
-// As make_plan, for products so fast that threads pay later, and tiles of 32 rows that few rows leave empty: rows
-// are split where every thread has that many.
+// As make_plan, for products so fast that threads pay later, and tiles of 32 rows that few rows leave empty:
+// rows are split where every thread has that many.
 Plan plan_bf16(int64_t D, int64_t T, double rows, int64_t I, int64_t H) {
   const double step = rows * 4 * H * (I + H + 256);
   Plan plan{D};
@@ -43,9 +43,8 @@ Plan plan_bf16(int64_t D, int64_t T, double rows, int64_t I, int64_t H) {
 
 void pack_gates(const at::Tensor& weight, int64_t H, Bf16* packed) {
   const int64_t K = weight.size(1);
-  for_blocks(H, amx::kAmxWidth, K * amx::kAmxWidth, [&](int64_t begin, int64_t end) {
-    amx::pack_gates(bits(weight), H, K, begin, end, packed);
-  });
+  for_blocks(H, amx::kAmxWidth, K * amx::kAmxWidth,
+             [&](int64_t begin, int64_t end) { amx::pack_gates(bits(weight), H, K, begin, end, packed); });
 }
 
 // state [D, B, n] of direction d into sorted rows of stride ld, the rest of them untouched; zeros for none.
@@ -53,7 +52,8 @@ template <class T>
 void gather(const OptionalTensor& state, int64_t d, const Rows& rows, int64_t n, T* out, int64_t ld) {
   for (int64_t r = 0; r < rows.B; ++r) {
     if (state)
-      std::copy_n(state->const_data_ptr<BFloat16>() + (d * rows.B + rows.batch_row_at(r)) * n, n, out + r * ld);
+      std::copy_n(state->const_data_ptr<BFloat16>() + (d * rows.B + rows.batch_row_at(r)) * n, n,
+                  out + r * ld);
     else
       std::fill_n(out + r * ld, n, T(0));
   }
@@ -152,22 +152,11 @@ LayerResults forward_bf16(const at::Tensor& x, const OptionalTensor& h0, const O
     gather(c0c, d, rows[d], H, floats.at(c_at[d]), H);
     pack_gates(w.ih.contiguous(), H, bits(space.at(ih_at[d])));
     pack_gates(w.hh.contiguous(), H, bits(space.at(hh_at[d])));
-    args.push_back({rows[d],
-                    s.I,
-                    H,
-                    d == 1,
-                    bits(input),
-                    bias,
-                    bits(space.at(ih_at[d])),
-                    bits(space.at(hh_at[d])),
-                    keep_reserve ? writable_bits(reserve) + d * s.rows() * 4 * H : nullptr,
-                    bits(h),
-                    floats.at(c_at[d]),
-                    writable_bits(y) + d * H,
-                    keep_cells ? writable_bits(cells) + d * H : nullptr,
-                    D * H,
-                    D * H,
-                    bits(space.at(scratch_at))});
+    args.push_back(
+        {rows[d], s.I, H, d == 1, bits(input), bias, bits(space.at(ih_at[d])), bits(space.at(hh_at[d])),
+         keep_reserve ? writable_bits(reserve) + d * s.rows() * 4 * H : nullptr, bits(h), floats.at(c_at[d]),
+         writable_bits(y) + d * H, keep_cells ? writable_bits(cells) + d * H : nullptr, D * H, D * H,
+         bits(space.at(scratch_at))});
   }
   run_plan(plan, rows, H, amx::kAmxUnits, [&](int64_t d, const Member& me) { amx::forward(args[d], me); });
 
@@ -236,9 +225,8 @@ LayerGradients backward_bf16(const OptionalTensor& dy_in, const OptionalTensor& 
     const at::Tensor w_hh = w.hh.contiguous();
     w_ih.push_back(w.ih);
     Bf16* packed = bits(space.at(packed_at[d]));
-    for_blocks(H, amx::kAmxUnits, G * amx::kAmxUnits, [&](int64_t begin, int64_t end) {
-      amx::pack_columns(bits(w_hh), G, H, begin, end, packed);
-    });
+    for_blocks(H, amx::kAmxUnits, G * amx::kAmxUnits,
+               [&](int64_t begin, int64_t end) { amx::pack_columns(bits(w_hh), G, H, begin, end, packed); });
     gather(contiguous(dh_n), d, rows[d], H, floats.at(dh_at[d]), ld);
     gather(contiguous(dc_n), d, rows[d], H, floats.at(dc_at[d]), H);
     gather(contiguous(c0), d, rows[d], H, floats.at(c0_at[d]), H);
@@ -249,25 +237,10 @@ LayerGradients backward_bf16(const OptionalTensor& dy_in, const OptionalTensor& 
     d_hh.emplace_back(dweights[at + 1], chunk == s.T && !(h0 && ragged.plain()));
     need_input |= needs[3 + at];
     if (needs[3 + at + 1] && !ragged.plain()) states[d] = entering_states<BFloat16>(y, h0, s, ragged, d);
-    args.push_back({rows[d],
-                    H,
-                    d == 1,
-                    0,
-                    0,
-                    0,
-                    bits(reserve) + d * s.rows() * G,
-                    bits(cells) + d * H,
-                    floats.at(c0_at[d]),
-                    dy ? bits(*dy) + d * H : nullptr,
-                    dcells ? bits(*dcells) + d * H : nullptr,
-                    D * H,
-                    D * H,
-                    D * H,
-                    packed,
-                    writable_bits(dgates[d]),
-                    floats.at(dh_at[d]),
-                    floats.at(dc_at[d]),
-                    floats.at(db_at[d])});
+    args.push_back({rows[d], H, d == 1, 0, 0, 0, bits(reserve) + d * s.rows() * G, bits(cells) + d * H,
+                    floats.at(c0_at[d]), dy ? bits(*dy) + d * H : nullptr,
+                    dcells ? bits(*dcells) + d * H : nullptr, D * H, D * H, D * H, packed,
+                    writable_bits(dgates[d]), floats.at(dh_at[d]), floats.at(dc_at[d]), floats.at(db_at[d])});
   }
   const at::Tensor input = need_input ? packed_input<BFloat16>(x, s, ragged) : at::Tensor();
   const at::Tensor y_rows = y.view({s.rows(), D * H});
