@@ -69,8 +69,9 @@ struct Quick {
 
 // Tiles 0 to 3, [R][2], += a [16 R, 32 depth] times packed [depth][2] tiles.
 // Two row tiles share every load of a weight. Prefetching weights from the L2 gained nothing.
-template <int R>
-FASTLSTM_INLINE void multiply_pair(int64_t depth, const Bf16* a, int64_t lda, const Bf16* w) {
+// `between` is called once for each tile of depth: vector work there runs while the tile unit multiplies.
+template <int R, class F>
+FASTLSTM_INLINE void multiply_pair(int64_t depth, const Bf16* a, int64_t lda, const Bf16* w, F&& between) {
   const int64_t bytes = lda * sizeof(Bf16);
   for (int64_t k = 0; k < depth; ++k, a += kAmxDepth, w += 2 * kTile) {
     _tile_loadd(4, a, bytes);
@@ -83,6 +84,7 @@ FASTLSTM_INLINE void multiply_pair(int64_t depth, const Bf16* a, int64_t lda, co
       _tile_dpbf16ps(2, 5, 6);
       _tile_dpbf16ps(3, 5, 7);
     }
+    between();
   }
 }
 
@@ -156,15 +158,16 @@ int64_t forward_scratch(int64_t I) { return kAmxGroup * padded(I) + kAmxDepth; }
 namespace {
 
 // pre [16 R][4][16] of one block of units.
-template <int R>
-void gate_products(const ForwardArgs& a, const Bf16* x, const Bf16* h, int64_t u0, float* pre) {
+template <int R, class F>
+FASTLSTM_INLINE void gate_products(const ForwardArgs& a, const Bf16* x, const Bf16* h, int64_t u0, float* pre,
+                                   F&& between) {
   const int64_t ldx = padded(a.I), ldh = padded(a.H), dx = ldx / kAmxDepth, dh = ldh / kAmxDepth;
   const Bf16* w_ih = a.w_ih + u0 / kAmxWidth * 4 * dx * kTile;
   const Bf16* w_hh = a.w_hh + u0 / kAmxWidth * 4 * dh * kTile;
   for (int64_t pair = 0; pair < 2; ++pair) {
     clear_tiles();
-    multiply_pair<R>(dx, x, ldx, w_ih + pair * dx * 2 * kTile);
-    multiply_pair<R>(dh, h, ldh, w_hh + pair * dh * 2 * kTile);
+    multiply_pair<R>(dx, x, ldx, w_ih + pair * dx * 2 * kTile, between);
+    multiply_pair<R>(dh, h, ldh, w_hh + pair * dh * 2 * kTile, between);
     store_pair<R>(pre + pair * 32, 64);
   }
 }
@@ -194,6 +197,32 @@ FASTLSTM_INLINE void forward_cell(const ForwardArgs& a, int64_t t, int64_t next_
   put(h_out + r * padded(H) + u0, cleared ? V{} : h, n);
 }
 
+// Rows [r, end) of units [u0, u0 + n) whose products are made and whose cells are not.
+struct PendingCells {
+  const ForwardArgs& a;
+  int64_t t, next_t;
+  Bf16* h_out;
+  int64_t r = 0, end = 0, u0 = 0;
+  int n = 0;
+  V bias[4] = {};
+  const float* pre = nullptr;  // of row r
+
+  __attribute__((noinline)) void one() {
+    if (n == kAmxWidth)
+      forward_cell(a, t, next_t, r, u0, kAmxWidth, bias, pre, h_out);
+    else
+      forward_cell(a, t, next_t, r, u0, n, bias, pre, h_out);
+    ++r;
+    pre += 64;
+  }
+  FASTLSTM_INLINE void next() {
+    if (r < end) one();
+  }
+  void finish() {
+    while (r < end) one();
+  }
+};
+
 }  // namespace
 
 void forward(const ForwardArgs& a, const Member& me) {
@@ -201,37 +230,40 @@ void forward(const ForwardArgs& a, const Member& me) {
   const int64_t steps = a.rows.T, B = a.rows.B, H = a.H, I = a.I, ldx = padded(I), ldh = padded(H);
   Bf16* x = a.scratch + me.index * forward_scratch(I);
   std::fill_n(x, forward_scratch(I), Bf16(0));  // the padding of a row is multiplied by zeros
-  alignas(64) float pre[2 * kAmxRows * 64];
+  alignas(64) float buffers[2][2 * kAmxRows * 64];
+  int buffer = 0;
   for (int64_t s = 0; s < steps; ++s) {
     const int64_t t = a.reverse ? steps - 1 - s : s;
     const int64_t next_t = s + 1 == steps ? -1 : (a.reverse ? t - 1 : t + 1);
     const int64_t end = std::min(me.row_end, a.rows.count_at(t));
     const Bf16* h_in = a.h + (s % 2) * (B + kAmxRows) * ldh;
     Bf16* h_out = a.h + ((s + 1) % 2) * (B + kAmxRows) * ldh;
+    PendingCells pending{a, t, next_t, h_out};
     for (int64_t g0 = me.row_begin; g0 < end; g0 += kAmxGroup) {
       const int64_t g1 = std::min(end, g0 + kAmxGroup);
       for (int64_t r = g0; r < g1; ++r)
         std::memcpy(x + (r - g0) * ldx, a.x + (t * B + a.rows.batch_row_at(r)) * I, I * sizeof(Bf16));
-      for (int64_t u0 = me.unit_begin; u0 < me.unit_end; u0 += kAmxWidth) {
-        const int n = static_cast<int>(std::min(kAmxWidth, H - u0));
-        V bias[4];
-        for (int64_t gate = 0; gate < 4; ++gate) bias[gate] = load_part(a.bias + gate * H + u0, n);
+      for (int64_t u0 = me.unit_begin; u0 < me.unit_end; u0 += kAmxWidth)
         for (int64_t r0 = g0; r0 < g1; r0 += 2 * kAmxRows) {
           const int64_t r1 = std::min(g1, r0 + 2 * kAmxRows);
+          float* pre = buffers[buffer ^= 1];
+          const auto between = [&] { pending.next(); };
           // Rows behind the last are computed and not read.
           if (r1 - r0 > kAmxRows)
-            gate_products<2>(a, x + (r0 - g0) * ldx, h_in + r0 * ldh, u0, pre);
+            gate_products<2>(a, x + (r0 - g0) * ldx, h_in + r0 * ldh, u0, pre, between);
           else
-            gate_products<1>(a, x + (r0 - g0) * ldx, h_in + r0 * ldh, u0, pre);
-          if (n == kAmxWidth)
-            for (int64_t r = r0; r < r1; ++r)
-              forward_cell(a, t, next_t, r, u0, kAmxWidth, bias, pre + (r - r0) * 64, h_out);
-          else
-            for (int64_t r = r0; r < r1; ++r)
-              forward_cell(a, t, next_t, r, u0, n, bias, pre + (r - r0) * 64, h_out);
+            gate_products<1>(a, x + (r0 - g0) * ldx, h_in + r0 * ldh, u0, pre, between);
+          pending.finish();
+          pending.r = r0;
+          pending.end = r1;
+          pending.u0 = u0;
+          pending.n = static_cast<int>(std::min(kAmxWidth, H - u0));
+          for (int64_t gate = 0; gate < 4; ++gate)
+            pending.bias[gate] = load_part(a.bias + gate * H + u0, pending.n);
+          pending.pre = pre;
         }
-      }
     }
+    pending.finish();
     if (me.barrier) me.barrier->wait();
   }
 }
@@ -299,10 +331,10 @@ void backward(const BackwardArgs& a, const Member& me) {
         const Bf16* w = a.w_hh + n0 * ldg;
         clear_tiles();
         if (r1 - r0 > kAmxRows) {
-          multiply_pair<2>(ldg / kAmxDepth, dgates + r0 * ldg, ldg, w);
+          multiply_pair<2>(ldg / kAmxDepth, dgates + r0 * ldg, ldg, w, [] {});
           store_pair<2>(dh, 32);
         } else {
-          multiply_pair<1>(ldg / kAmxDepth, dgates + r0 * ldg, ldg, w);
+          multiply_pair<1>(ldg / kAmxDepth, dgates + r0 * ldg, ldg, w, [] {});
           store_pair<1>(dh, 32);
         }
         for (int64_t r = r0; r < r1; ++r) {
