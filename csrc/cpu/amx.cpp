@@ -1,7 +1,7 @@
 // The kernels of cpu/amx.h. Only what stands inside the target region may use it; see isa_avx512.cpp.
 #include "cpu/amx.h"
 
-#if defined(__x86_64__) && defined(__linux__)
+#if defined(__x86_64__) && defined(__linux__) && (defined(__clang__) || __GNUC__ >= 11)
 #include <cpuid.h>
 #include <sys/syscall.h>
 #include <unistd.h>
