@@ -52,12 +52,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--seconds", type=float, metavar="S", help="start no case later than this")
     parser.add_argument("--resume", action="store_true", help="keep the rows of the CSV, and measure the other cases")
     parser.add_argument(
-        "--persistent",
-        nargs="?",
-        const="",
-        choices=("", "A", "B"),
-        metavar="TIER",
-        help="with fastlstm's persistent CUDA kernels on, of tier A or B alone if told (docs/gpu-notes.md)",
+        "--kernels",
+        choices=("steps", "A", "B"),
+        help="fastlstm's CUDA kernels: step by step, or persistent ones of a tier where they fit; else as planned",
     )
     return parser.parse_args(arguments)
 
@@ -114,8 +111,9 @@ def main(arguments: list[str] | None = None) -> int:
     if options.suite == "gpu" and gpu.why_not():
         say(f"[red]{gpu.why_not()}[/]")
         return 2
-    if options.persistent is not None:
-        native.set_persistent(True, tier=options.persistent)
+    if options.kernels:
+        steps = options.kernels == "steps"
+        native.set_persistent(not steps, tier="" if steps else options.kernels)
     if options.threads:
         torch.set_num_threads(options.threads)
     try:

@@ -35,10 +35,10 @@ FASTLSTM_HD V next_c(const Gates<V>& a, V c_prev) {
 // of the pre-activations. dc becomes the gradient of c_{t-1}.
 template <class V>
 FASTLSTM_HD Gates<V> cell_backward(const Gates<V>& a, V c_prev, V tanh_c, V dh, V& dc) {
-  const V do_ = dh * tanh_c;
-  dc = dc + dh * a.o * (1 - tanh_c * tanh_c);
-  const Gates<V> pre = {dc * a.g * a.i * (1 - a.i), dc * c_prev * a.f * (1 - a.f), dc * a.i * (1 - a.g * a.g),
-                        do_ * a.o * (1 - a.o)};
+  // dh and dc come last: all else is known before they are.
+  dc = dc + dh * (a.o * (1 - tanh_c * tanh_c));
+  const Gates<V> pre = {dc * (a.g * (a.i * (1 - a.i))), dc * (c_prev * (a.f * (1 - a.f))),
+                        dc * (a.i * (1 - a.g * a.g)), dh * (tanh_c * (a.o * (1 - a.o)))};
   dc = dc * a.f;
   return pre;
 }

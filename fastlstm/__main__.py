@@ -26,7 +26,9 @@ def main() -> int:
         print(f"extension  not available: {native.load_error}")
     else:
         built, isa = ", ".join(native.extension.devices()), native.extension.isa()
-        print(f"extension  built for {built}; CPU kernels run on {isa}")
+        bfloat16 = native.extension.bfloat16_isa()
+        also = f", bfloat16 on {bfloat16}" if bfloat16 != isa else ""
+        print(f"extension  built for {built}; CPU kernels run on {isa}{also}")
     print(f"threads    {torch.get_num_threads()}")
     devices = [torch.device("cpu")]
     if torch.cuda.is_available():

@@ -217,14 +217,14 @@ def check_lengths(lengths: Tensor | Sequence[int], x: Tensor) -> Tensor:
         raise TypeError(f"lengths must be integers, got {lengths.dtype}")
     if lengths.shape != (B,):
         raise ValueError(f"lengths must be [B] = [{B}], got {list(lengths.shape)}")
-    if lengths.device.type == "cpu" and not torch.compiler.is_compiling() and B > 0:
-        values = lengths
-        while torch._C._functorch.is_functorch_wrapped_tensor(values):  # vmap cannot branch on them
-            values = torch._C._functorch.get_unwrapped(values)
+    values, compiling = lengths, torch.compiler.is_compiling()
+    while not compiling and torch._C._functorch.is_functorch_wrapped_tensor(values):  # vmap has no rule for checks
+        values = torch._C._functorch.get_unwrapped(values)
+    if values.device.type == "cpu" and not compiling and B > 0:
         check_range(values, T)
-    elif lengths.device.type != "meta" and B > 0:
+    elif values.device.type != "meta" and B > 0:
         # No host synchronisation and no data-dependent branch in a graph.
-        torch._assert_async(((lengths >= 0) & (lengths <= T)).all(), "lengths must lie in [0, T]")
+        torch._assert_async(((values >= 0) & (values <= T)).all(), "lengths must lie in [0, T]")
     return lengths.to(device=x.device, dtype=torch.int64, non_blocking=x.device.type != "cpu")
 
 

@@ -1,20 +1,19 @@
 #!/usr/bin/env bash
 # Everything there is to check on a machine with a GPU, in one command:
 #   scripts/gpu_check.sh OUT [STAGE ...]
-# Stages, all by default: build, small, parity, gradients, execution, first_call, memcheck, racecheck, initcheck,
-# synccheck, bfloat16, float16, tf32, float32 (the benchmark suite, a dtype at a time) and triton (the same on Triton,
-# T=512); and for the persistent kernels, which are off otherwise (docs/gpu-notes.md), latency, persistent_small,
-# persistent_tests, persistent_launches_A and _B (10,000 random launches of a tier each), persistent_memcheck,
-# persistent_racecheck, persistent_initcheck, persistent_synccheck, persistent_bfloat16, persistent_float16,
-# persistent_tf32, persistent_A and _B (the benchmarks of a tier alone). Each ends within STAGE_SECONDS (580); a benchmark
-# stage that ran out of time goes on when started again with the same OUT. Logs, test results and CSVs go to OUT; the
-# exit status is that of the worst stage, and a failed stage does not stop the next one. A stage whose tool is missing is
-# skipped, and says so.
+# Stages, all by default: build, small, parity, gradients, execution, features, hostile, persistent (the suite), steps
+# (the suite without the persistent kernels), first_call, memcheck, racecheck, initcheck, synccheck, bfloat16,
+# float16, tf32, float32 (the benchmark suite, a dtype at a time), triton (the same on Triton, T=512), latency,
+# launches_A and launches_B (10,000 random launches of a tier of the persistent kernels), persistent_memcheck,
+# _racecheck, _initcheck and _synccheck, and kernels_steps, kernels_A and kernels_B (the benchmark with those kernels
+# alone). Each ends within STAGE_SECONDS (580); a benchmark stage that ran out of time goes on when started again with
+# the same OUT. Logs, test results and CSVs go to OUT; the exit status is that of the worst stage, and a failed stage
+# does not stop the next one. A stage whose tool is missing is skipped, and says so.
 # Needs torch with CUDA, nvcc, numpy, setuptools >= 77 and pytest; the last three and rich are installed if pip can.
 # PYTHON=python3 names the interpreter; TORCH_CUDA_ARCH_LIST is respected.
 set -uo pipefail
 if [ $# -lt 1 ]; then
-  sed -n '2,14p' "$0" | sed 's/^# \?//' >&2
+  sed -n '2,13p' "$0" | sed 's/^# \?//' >&2
   exit 2
 fi
 mkdir -p "$1"
@@ -23,10 +22,9 @@ shift
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python3}
 seconds=${STAGE_SECONDS:-580}
-all=(build small parity gradients execution first_call memcheck racecheck initcheck synccheck
-  bfloat16 float16 tf32 float32 triton latency persistent_small persistent_tests persistent_launches_A
-  persistent_launches_B persistent_memcheck persistent_racecheck persistent_initcheck persistent_synccheck
-  persistent_bfloat16 persistent_float16 persistent_tf32 persistent_A persistent_B)
+all=(build small parity gradients execution features hostile persistent steps first_call memcheck racecheck initcheck
+  synccheck bfloat16 float16 tf32 float32 triton latency launches_A launches_B persistent_memcheck
+  persistent_racecheck persistent_initcheck persistent_synccheck kernels_steps kernels_A kernels_B)
 stages=("$@")
 [ $# -gt 0 ] || stages=("${all[@]}")
 skipped=75 # the exit status of a stage that cannot run here
@@ -98,6 +96,13 @@ small() { suite small; }
 parity() { suite parity; }
 gradients() { suite gradients; }
 execution() { suite execution; }
+features() { suite features; }
+hostile() { suite hostile; }
+persistent() { suite persistent; }
+steps() {
+  FASTLSTM_BACKEND=native timeout "$seconds" "$python" -m pytest -m gpu --steps tests/test_gpu_*.py -rs \
+    --deselect tests/test_gpu_persistent.py --durations=10 --junitxml="$out/steps.xml"
+}
 
 # Triton's first training step, compilation included, nothing in its cache.
 first_call() {
@@ -155,28 +160,20 @@ latency() {
   return "${PIPESTATUS[0]}"
 }
 
-# The persistent kernels never wait for ever; should they yet, the time limits end them.
-persistent_small() { timeout "$seconds" "$python" -m pytest -m gpu -x tests/test_gpu_persistent.py -k small; }
-persistent_tests() {
-  FASTLSTM_BACKEND=native timeout "$seconds" "$python" -m pytest -m gpu --persistent tests/test_gpu_*.py -rs \
-    --durations=20 --junitxml="$out/persistent_tests.xml"
-}
 launches() { # TIER
   FASTLSTM_FUZZ_COUNT=10000 timeout "$seconds" "$python" -m pytest -m gpu -x tests/test_gpu_persistent.py \
     -k "random_launches[$1]"
 }
-persistent_launches_A() { launches A; }
-persistent_launches_B() { launches B; }
+launches_A() { launches A; }
+launches_B() { launches B; }
 persistent_memcheck() { sanitize memcheck tests/test_gpu_persistent.py -k small; }
 persistent_racecheck() { sanitize racecheck tests/test_gpu_persistent.py -k small; }
 persistent_initcheck() { sanitize initcheck tests/test_gpu_persistent.py -k small; }
 persistent_synccheck() { sanitize synccheck tests/test_gpu_persistent.py -k small; }
-persistent_bfloat16() { measure persistent_benchmarks --dtype bfloat16 --persistent; }
-persistent_float16() { measure persistent_benchmarks --dtype float16 --persistent; }
-persistent_tf32() { measure persistent_benchmarks --dtype tf32 --persistent; }
-# Each tier by itself, for the planner: what it predicts decides between them.
-persistent_A() { measure persistent_A --filter "B=64 " --impl native --persistent A; }
-persistent_B() { measure persistent_B --filter "B=64 " --impl native --persistent B; }
+# Each kind of kernels by itself, for the planner: what it predicts decides between them.
+kernels_steps() { measure kernels_steps --filter "B=64 " --impl native --kernels steps; }
+kernels_A() { measure kernels_A --filter "B=64 " --impl native --kernels A; }
+kernels_B() { measure kernels_B --filter "B=64 " --impl native --kernels B; }
 
 for stage in "${stages[@]}"; do
   if [[ " ${all[*]} " != *" $stage "* ]]; then

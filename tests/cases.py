@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .place import HERE
+
 OUTPUTS = ("output", "h_n", "c_n", "cells")
 # How hx is given: a tuple, a list, one row expanded over the batch, permuted memory, or one tensor in both roles.
 HX_FORMS = ("none", "tuple", "list", "expanded", "strided", "shared")
@@ -98,12 +100,38 @@ class Tensors:
         return {name: leaf for name, leaf in self.leaves.items() if leaf.requires_grad}
 
 
-def tensors(case: Case, dtype: torch.dtype | None = None) -> Tensors:
-    """The case's tensors: drawn in float64, rounded to the case's dtype, then given in `dtype`.
+def tensors(case: Case, dtype: torch.dtype | None = None, device: str | None = None) -> Tensors:
+    """The case's tensors: drawn in float64, rounded to the case's dtype, then given in `dtype`, where HERE says.
 
     So the truth in float64 and the run in bfloat16 see the same numbers. Padding holds NaN.
     """
-    dtype = dtype or case.dtype
+    with torch.device("cpu"):
+        given = _drawn(case, dtype or case.dtype)
+    device = device or HERE.device
+    return given if device == "cpu" else _moved(given, device)
+
+
+def _moved(given: Tensors, device: str) -> Tensors:
+    """Lengths and masks too, in the same forms and layouts."""
+    moved = {}
+    for name, leaf in given.leaves.items():
+        there = torch.empty_strided(leaf.shape, leaf.stride(), dtype=leaf.dtype, device=device)
+        there.copy_(leaf.detach())
+        is_weight = name in given.weights
+        moved[name] = nn.Parameter(there, leaf.requires_grad) if is_weight else there.requires_grad_(leaf.requires_grad)
+    hx = None
+    if given.hx is not None:
+        own = [moved["h0"], moved.get("c0", moved["h0"])]
+        # A node of autograd only where it must be: its backward runs on this stream, not where a graph is captured.
+        pairs = zip(own, given.hx, strict=True)
+        hx = type(given.hx)(m if m.shape == s.shape else m.expand(s.shape) for m, s in pairs)
+    lengths = None if given.lengths is None else torch.as_tensor(given.lengths).to(device)
+    reset_mask = None if given.reset_mask is None else given.reset_mask.to(device)
+    weights = {name: moved[name] for name in given.weights}
+    return Tensors(moved, weights, moved["x"], hx, lengths, reset_mask)
+
+
+def _drawn(case: Case, dtype: torch.dtype) -> Tensors:
     generator = torch.Generator().manual_seed(case.seed)
 
     def draw(*shape: int) -> Tensor:

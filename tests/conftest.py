@@ -19,14 +19,12 @@ torch.set_num_threads(1)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption(
-        "--persistent", action="store_true", help="with the persistent CUDA kernels on (docs/gpu-notes.md)"
-    )
+    parser.addoption("--steps", action="store_true", help="without the persistent CUDA kernels (docs/gpu-notes.md)")
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    if config.getoption("--persistent"):
-        native.set_persistent(True)
+    if config.getoption("--steps"):
+        native.set_persistent(False)
 
 
 @pytest.fixture(params=[*dispatch.BACKENDS, "reference"])

@@ -18,17 +18,27 @@ from fastlstm import dispatch
 from .cases import Case, Tensors, tensors
 from .runners import Results, error, gradients
 
+# FASTLSTM_TEST_DEVICE=cpu runs those tests of the GPU suite that can run anywhere on CPU tensors.
+DEVICE = os.environ.get("FASTLSTM_TEST_DEVICE", "cuda")
 # Every GPU test module sets `pytestmark = gpu`.
 gpu = [
     pytest.mark.gpu,
     pytest.mark.skipif(
-        not torch.cuda.is_available(),
+        DEVICE == "cuda" and not torch.cuda.is_available(),
         reason=f"no GPU: torch.cuda.is_available() is False for torch {torch.__version__}, CUDA {torch.version.cuda}",
     ),
 ]
 # The backends with kernels of their own for the GPU. FASTLSTM_BACKEND narrows the suite to one.
 OURS = [name for name in ("native", "triton") if os.environ.get("FASTLSTM_BACKEND", "auto") in ("auto", name)]
 backends = pytest.mark.parametrize("backend", OURS)
+
+
+@pytest.fixture(name="backend", params=[*OURS, "eager"])
+def each_backend(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Each backend in turn, asked for by name, on DEVICE; a module that imports it has it in place of conftest's."""
+    require(request.param, Case(), DEVICE)
+    with fastlstm.use_backend(request.param):
+        yield request.param
 
 
 @dataclass(frozen=True)
@@ -82,22 +92,8 @@ def require(backend: str, case: Case, device: str = "cuda") -> None:
 
 
 def on_device(case: Case, dtype: torch.dtype, device: str = "cuda") -> Tensors:
-    """The case's tensors on a GPU, their lengths and masks too, in the same forms and layouts."""
-    given = tensors(case, dtype)
-    moved = {}
-    for name, leaf in given.leaves.items():
-        there = torch.empty_strided(leaf.shape, leaf.stride(), dtype=leaf.dtype, device=device)
-        there.copy_(leaf.detach())
-        is_weight = name in given.weights
-        moved[name] = nn.Parameter(there, leaf.requires_grad) if is_weight else there.requires_grad_(leaf.requires_grad)
-    hx = None
-    if given.hx is not None:
-        own = [moved["h0"], moved.get("c0", moved["h0"])]
-        hx = type(given.hx)(m.expand(s.shape) for m, s in zip(own, given.hx, strict=True))
-    lengths = None if given.lengths is None else torch.as_tensor(given.lengths).to(device)
-    reset_mask = None if given.reset_mask is None else given.reset_mask.to(device)
-    weights = {name: moved[name] for name in given.weights}
-    return Tensors(moved, weights, moved["x"], hx, lengths, reset_mask)
+    """The case's tensors on a GPU."""
+    return tensors(case, dtype, device)
 
 
 def ours(case: Case, given: Tensors) -> Callable[[], Results]:

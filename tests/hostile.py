@@ -1,4 +1,4 @@
-"""Calls that no well-meaning program makes: python -m tests.hostile BACKEND SEED COUNT, a process that may die.
+"""Calls that no well-meaning program makes: python -m tests.hostile BACKEND SEED COUNT [DEVICE]. It may die.
 
 Configuration k is a random Case with one thing wrong or odd about it, drawn from seed + k and printed before it runs:
 the last line names what crashed. Odd but valid calls must give the reference's results and gradients; wrong ones must
@@ -20,6 +20,7 @@ from torch import Tensor
 import fastlstm
 
 from .cases import Case, random_case, tensors
+from .place import HERE
 
 ERRORS = (RuntimeError, ValueError, TypeError, IndexError, AttributeError, OverflowError, MemoryError)
 
@@ -69,11 +70,13 @@ class Call:
 
 
 def misaligned(t: Tensor, shift: int) -> Tensor:
-    """The values of t at an address `shift` bytes past an aligned one."""
+    """The values of t at an address `shift` bytes past an aligned one; elements on a GPU, which faults on less."""
     t = t.contiguous()
-    buffer = bytearray(t.numel() * t.element_size() + 64)
     if not t.numel():
         return t
+    if t.device.type != "cpu":
+        return torch.cat([t.new_empty(shift), t.view(-1)])[shift:].view(t.shape)
+    buffer = bytearray(t.numel() * t.element_size() + 64)
     moved = torch.frombuffer(buffer, dtype=t.dtype, count=t.numel(), offset=shift).view(t.shape)
     return moved.copy_(t)
 
@@ -83,7 +86,7 @@ def overlapping(t: Tensor) -> Tensor:
     if t.dim() < 2 or not t.numel():
         return t
     size = t.shape[-1] + sum(n - 1 for n in t.shape[:-1])
-    return torch.randn(size).to(t.dtype).as_strided(t.shape, [1] * t.dim())
+    return torch.randn(size).to(t).as_strided(t.shape, [1] * t.dim())
 
 
 def special(t: Tensor, value: float, rng: random.Random) -> Tensor:
@@ -136,7 +139,7 @@ def _vast(t: Tensor, rng: random.Random) -> Tensor:
 
 
 def _bad_lengths(c: Call, rng: random.Random) -> None:
-    good = _lengths(c, rng, torch.int64)
+    good = _lengths(c, rng, torch.int64).cpu()  # beyond T on a GPU they are a device-side assertion
     T = c.x.shape[1] if c.case.batch_first else c.x.shape[0]
     bad = [good + T + 1, good - T - 1, good + 2**62, good - 2**63, good.float(), good.bool(), good[None], good[:-1],
            torch.cat([good, good, good]), good.to("meta"), [T + 1] * len(good), ["a"] * len(good), T + 1, "all",
@@ -150,14 +153,14 @@ def _bad_mask(c: Call, rng: random.Random) -> None:
     mask = torch.zeros(shape, dtype=torch.bool)
     c.reset_mask = rng.choice(
         [mask.float(), mask.long(), mask[..., None], mask[:, :0], torch.zeros(shape[0] + 1, shape[1] + 2).bool(), True,
-         mask.tolist(), mask.to("meta"), mask[:, 0], "none"]
+         mask.tolist(), mask.to("meta"), mask.any(1), "none"]
     )  # fmt: skip
 
 
 OTHER_DTYPES = (torch.int64, torch.bool, torch.complex64, torch.float16, torch.float64, torch.bfloat16, torch.uint8)
 WRONG: dict[str, Callable[[Call, random.Random], Any]] = {
     "dtype": lambda c, r: c.change(r, lambda t: t.to(r.choice(OTHER_DTYPES))),
-    "device": lambda c, r: c.change(r, lambda t: t.to("meta")),
+    "device": lambda c, r: c.change(r, lambda t: t.to(r.choice(("meta", "cpu")) if HERE.device != "cpu" else "meta")),
     "lengths": _bad_lengths,
     "reset_mask": _bad_mask,
     "vast": lambda c, r: c.change(r, lambda t: _vast(t, r)),
@@ -176,11 +179,14 @@ WRONG: dict[str, Callable[[Call, random.Random], Any]] = {
 }
 
 
-def draw(seed: int) -> tuple[str, Call]:
-    """Configuration `seed`: what is odd about it, and the call."""
+def draw(seed: int, backend: str = "native") -> tuple[str, Call]:
+    """Configuration `seed`: what is odd about it, and the call; where HERE says."""
     rng = random.Random(seed)
     torch.manual_seed(seed)
-    case = replace(random_case(rng, (torch.float64, torch.float32)), packed=False, unbatched=False, strided=())
+    dtypes = (torch.float32,) if backend == "triton" else (torch.float64, torch.float32)
+    case = replace(random_case(rng, dtypes), packed=False, unbatched=False, strided=())
+    if backend == "triton":  # a compilation each
+        case = replace(case, proj=0, H=rng.choice((3, 16, 33)), layers=1, frozen=())
     given = tensors(replace(case, lengths=None, resets=case.resets if rng.random() < 0.5 else None))
     hx = given.hx if given.hx is None else tuple(given.hx)
     call = Call(given.input.detach(), hx, [w.detach() for w in given.weights.values()], None, given.reset_mask, case)
@@ -189,7 +195,8 @@ def draw(seed: int) -> tuple[str, Call]:
     if rng.random() < 0.3 and min(call.x.shape) > 0:
         call.lengths = _lengths(call, rng, torch.int64)
     kind = rng.choice([*ODD, *WRONG])
-    where = (ODD.get(kind) or WRONG[kind])(call, rng)
+    with torch.device(HERE.device):
+        where = (ODD.get(kind) or WRONG[kind])(call, rng)
     for place in call.places() if kind in ODD else []:
         if rng.random() < 0.6:
             call.put(place, call.get(place).detach().requires_grad_())
@@ -249,14 +256,18 @@ def judge(kind: str, call: Call, backend: str) -> str:
     return differ(got, truth, 0 if in_weight else 3 + call.case.cells)
 
 
-def main(backend: str, seed: int, count: int) -> int:
+def main(backend: str, seed: int, count: int, device: str = "cpu") -> int:
     torch.set_num_threads(1)
+    torch.backends.cudnn.rnn.fp32_precision = "ieee"
+    HERE.device = device
     warnings.simplefilter("ignore")
     bad = 0
     for k in range(seed, seed + count):
-        kind, call = draw(k)
+        kind, call = draw(k, backend)
         print(f"{k} {kind}", flush=True)
         found = judge(kind, call, backend)
+        if device == "cuda":
+            torch.cuda.synchronize()  # a kernel that failed is named by the last line
         if found:
             bad += 1
             print(f"WRONG {k} {kind}: {found}\n  {call.case}", flush=True)
@@ -265,4 +276,4 @@ def main(backend: str, seed: int, count: int) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3])))
+    sys.exit(main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), *sys.argv[4:]))

@@ -19,6 +19,7 @@ import fastlstm
 from fastlstm import dispatch
 
 from .cases import OUTPUTS, Case, Tensors, tensors
+from .place import HERE
 
 Results = dict[str, Tensor]
 # The tolerance's floor in ulp of the tensor's largest value: where nn.LSTM happens to be exact, we need not be.
@@ -42,8 +43,8 @@ def floor(dtype: torch.dtype, truth: Tensor) -> float:
 
 def require(backend: str, case: Case) -> None:
     """Skip the test, with the backend's own reason, where it cannot run `case`."""
-    weights = list(case.module(fastlstm.LSTM, {}).to_empty(device="cpu").to(case.dtype).parameters())
-    x = torch.empty(1, 1, case.I, dtype=case.dtype)
+    weights = list(case.module(fastlstm.LSTM, {}).to_empty(device=HERE.device).to(case.dtype).parameters())
+    x = torch.empty(1, 1, case.I, dtype=case.dtype, device=HERE.device)
     group = weights[: len(weights) // case.layers]
     call = dispatch.describe(x, group, x if case.lengths else None, x if case.resets else None)
     reason = None if backend == "reference" else dispatch.BACKENDS[backend].supports(call)

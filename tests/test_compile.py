@@ -13,6 +13,7 @@ from torch.export import Dim, export
 
 import fastlstm
 
+from .place import HERE
 from .twins import data, flat
 
 
@@ -22,9 +23,9 @@ class Model(nn.Module):
     def __init__(self, **kwargs) -> None:
         super().__init__()
         torch.manual_seed(0)
-        self.lstm = fastlstm.LSTM(3, 4, **{"num_layers": 2, "bidirectional": True, **kwargs}, dtype=torch.float64)
+        self.lstm = fastlstm.LSTM(3, 4, **{"num_layers": 2, "bidirectional": True, **kwargs}, dtype=HERE.dtype)
         width = (2 if self.lstm.bidirectional else 1) * (self.lstm.proj_size or 4)
-        self.head = nn.Linear(width, 2, dtype=torch.float64)
+        self.head = nn.Linear(width, 2, dtype=HERE.dtype)
 
     def forward(self, x, hx=None, **kwargs):
         output, (h_n, c_n), *cells = self.lstm(x, hx, **kwargs)
@@ -89,14 +90,19 @@ def test_inductor():
         torch.testing.assert_close(loss_and_gradients(compiled, model, X, **call), expected)
 
 
+@pytest.mark.parametrize("training", [True, False], ids=["training", "inference"])
 @pytest.mark.parametrize("ragged", [False, True])
 @torch._dynamo.config.patch(error_on_recompile=True)
-def test_no_recompilation_for_another_t_or_b(ragged):
+def test_no_recompilation_for_another_t_or_b(ragged, training):
     model = Model()
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True, dynamic=True)
     for T, B in ((6, 7), (9, 7), (6, 5), (11, 2), (2, 13)):  # 3 and 4 would be taken for I and H
         x = data(T, B, 3)
         call = {"lengths": torch.arange(B) % T, "reset_mask": x[..., 0] > 1} if ragged else {}
+        if not training:
+            with torch.no_grad():
+                torch.testing.assert_close(compiled(x, **call), model(x, **call))
+            continue
         expected = loss_and_gradients(model, model, x, **call)
         torch.testing.assert_close(loss_and_gradients(compiled, model, x, **call), expected)
 
@@ -148,7 +154,7 @@ def test_lengths_out_of_range_are_noticed_in_a_graph(backend):
 
 
 def test_cell():
-    cell = fastlstm.LSTMCell(3, 4, dtype=torch.float64)
+    cell = fastlstm.LSTMCell(3, 4, dtype=HERE.dtype)
     compiled = torch.compile(cell, backend="aot_eager", fullgraph=True)
     hx = (data(3, 4), data(3, 4, seed=1))
     for args in ((X[0],), (X[0], hx)):
@@ -160,7 +166,7 @@ def test_cell():
 
 
 def test_converted_model_compiles():
-    model = nn.ModuleList([nn.LSTM(3, 4, dtype=torch.float64)])
+    model = nn.ModuleList([nn.LSTM(3, 4, dtype=HERE.dtype)])
     expected = model[0](X)
     compiled = torch.compile(fastlstm.convert(model)[0], backend="aot_eager", fullgraph=True)
     torch.testing.assert_close(flat(compiled(X)), flat(expected))

@@ -202,7 +202,10 @@ def test_flags_of_tf32(rnn, matmul, backend):
 @backends
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_autocast(dtype, backend):
-    """float32 weights and input: results of autocast's dtype, as by nn.LSTM, and gradients in float32."""
+    """float32 weights and input: results of autocast's dtype, nn.LSTM's numbers, and gradients in float32.
+
+    cuDNN's LSTM gives float16 whatever autocast's dtype is.
+    """
     case = Case(T=9, B=7, I=12, H=40, bidirectional=True, hx="tuple")
     require(backend, case.to(dtype))
     found = {}
@@ -216,7 +219,7 @@ def test_autocast(dtype, backend):
         found[kind] = {"output": output, "h_n": h_n, "c_n": c_n, **dict(zip(given.wanted(), grads, strict=True))}
     for name, theirs in found["theirs"].items():
         got = found["ours"][name]
-        assert got.dtype == theirs.dtype, name
+        assert got.dtype == (dtype if name in ("output", "h_n", "c_n") else torch.float32), name
         limit = 16 * torch.finfo(dtype).eps * float(theirs.detach().abs().max())
         assert float((got - theirs).detach().abs().max()) <= limit, name
 

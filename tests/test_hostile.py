@@ -13,8 +13,8 @@ import pytest
 BATCH = 500  # configurations a process
 
 
-def run_hostile(backend: str, seed: int, count: int) -> None:
-    command = [sys.executable, "-m", "tests.hostile", backend, str(seed), str(count)]
+def run_hostile(backend: str, seed: int, count: int, device: str = "cpu") -> None:
+    command = [sys.executable, "-m", "tests.hostile", backend, str(seed), str(count), device]
     root = Path(__file__).parent.parent
     done = subprocess.run(command, cwd=root, timeout=60 + 2 * count, capture_output=True, text=True)
     lines = done.stdout.splitlines()

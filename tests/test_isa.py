@@ -25,6 +25,8 @@ from tests.cases import Case
 torch.set_num_threads(1)
 assert torch.backends.cpu.get_cpu_capability() == sys.argv[1], torch.backends.cpu.get_cpu_capability()
 assert backends.native.extension.isa() == sys.argv[2], backends.native.extension.isa()
+# No level of torch's variable names AMX, so each of them lowers bfloat16 to the float32 kernels.
+assert backends.native.extension.bfloat16_isa() == sys.argv[2], backends.native.extension.bfloat16_isa()
 cases = [OPTIONS[k] for k in (2, 6, 14, 18, 19, 21, 22)] + [Case(*SIZES[k], hx="tuple") for k in (0, 2, 4, 5)]
 for dtype in DTYPES:
     for case in cases:

@@ -12,6 +12,7 @@ import fastlstm
 from fastlstm.tutorials.common import implementation
 from fastlstm.tutorials.gradient_regression import BATCH, GradientRegression
 
+from .place import HERE
 from .twins import data, twins
 
 X = data(6, 3, 3).float()
@@ -34,12 +35,12 @@ def train(dtype=None, scaled=False, steps=80):
     """Mean squared error after training on sines of random phase; under autocast to `dtype` if given."""
     model, generator = Forecast(), torch.Generator().manual_seed(1)
     optimizer = torch.optim.Adam(model.parameters(), lr=0.02)
-    scaler = torch.amp.GradScaler("cpu", enabled=scaled, init_scale=2.0**14, growth_interval=20)
+    scaler = torch.amp.GradScaler(HERE.device, enabled=scaled, init_scale=2.0**14, growth_interval=20)
     losses = []
     for _ in range(steps):
-        phase = torch.rand(1, 8, 1, generator=generator) * 6.28
+        phase = torch.rand(1, 8, 1, generator=generator, device="cpu").to(HERE.device) * 6.28
         series = (torch.arange(31)[:, None, None] * 0.4 + phase).sin()
-        with torch.autocast("cpu", dtype or torch.bfloat16, enabled=dtype is not None):
+        with torch.autocast(HERE.device, dtype or torch.bfloat16, enabled=dtype is not None):
             loss = (model(series[:-1]).float() - series[1:]).pow(2).mean()
         optimizer.zero_grad()
         scaler.scale(loss).backward()
@@ -67,11 +68,11 @@ def test_a_tutorial_meets_its_bar_under_the_scaler(dtype):
     task = GradientRegression(quick=True)
     model, history, generator = task.build(implementation("fastlstm")), {}, task.generator()
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-3, weight_decay=1e-5)
-    scaler = torch.amp.GradScaler("cpu")
+    scaler = torch.amp.GradScaler(HERE.device)
     windows, slopes = task.training
     for _ in range(task.epochs):
         for rows in torch.randperm(len(slopes), generator=generator).split(BATCH):
-            with torch.autocast("cpu", dtype):
+            with torch.autocast(HERE.device, dtype):
                 predicted = model(windows[rows])
                 assert predicted.dtype == dtype
                 loss = nn.functional.mse_loss(predicted.float(), slopes[rows])
@@ -88,9 +89,12 @@ def test_a_tutorial_meets_its_bar_under_the_scaler(dtype):
 
 def test_the_scaler_skips_a_step_that_overflows(backend):
     lstm = fastlstm.LSTM(3, 4)
-    optimizer, scaler = torch.optim.SGD(lstm.parameters(), lr=0.1), torch.amp.GradScaler("cpu", init_scale=2.0**40)
+    optimizer, scaler = (
+        torch.optim.SGD(lstm.parameters(), lr=0.1),
+        torch.amp.GradScaler(HERE.device, init_scale=2.0**40),
+    )
     before = [w.detach().clone() for w in lstm.parameters()]
-    with torch.autocast("cpu", torch.float16):
+    with torch.autocast(HERE.device, torch.float16):
         loss = lstm(X)[0].float().pow(2).sum()
     scaler.scale(loss).backward()
     assert not all(w.grad.isfinite().all() for w in lstm.parameters())  # float16 ends at 65504
@@ -108,7 +112,7 @@ def test_modules_in_half_precision_train(dtype, options, backend):
         pytest.skip("no projection")
     ours, theirs = twins(**options)
     ours.to(dtype)
-    theirs.load_state_dict({name: w.double() for name, w in ours.state_dict().items()})
+    theirs.double().load_state_dict({name: w.double() for name, w in ours.state_dict().items()})
     x = X.to(dtype)
     output, (h_n, c_n) = ours(x)
     assert {t.dtype for t in (output, h_n, c_n)} == {dtype}
@@ -124,7 +128,7 @@ def test_modules_in_half_precision_train(dtype, options, backend):
 def test_autocast_of_every_form_of_call(backend):
     """lengths, reset_mask, cell states, packed input: the low dtype out, float32 gradients, float32's numbers."""
     ours, _ = twins(bidirectional=True, dtype=torch.float32)
-    packed = nn.utils.rnn.pack_padded_sequence(X, torch.tensor([6, 2, 3]), enforce_sorted=False)
+    packed = nn.utils.rnn.pack_padded_sequence(X, [6, 2, 3], enforce_sorted=False)
     calls = (
         {"lengths": [6, 0, 3]},
         {"reset_mask": X[..., 0] > 0},
@@ -135,7 +139,7 @@ def test_autocast_of_every_form_of_call(backend):
         found = []
         for enabled in (False, True):
             ours.zero_grad()
-            with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            with torch.autocast(HERE.device, torch.bfloat16, enabled=enabled):
                 output, *rest = ours(packed) if call is None else ours(X, **call)
             output = output.data if call is None else output
             assert output.dtype == (torch.bfloat16 if enabled else torch.float32)

@@ -11,6 +11,7 @@ from torch.autograd import gradgradcheck
 import fastlstm
 
 from .cases import Case, random_case, tensors
+from .place import HERE
 from .runners import check, require, run_backend
 from .test_compile import Model, loss_and_gradients
 from .test_gradients import CASES, function
@@ -158,7 +159,7 @@ def test_compiles_to_one_graph_without_recompilation(interval):
 def test_autocast_and_transforms(interval, backend):
     ours, theirs = twins(dtype=torch.float32)
     x = data(5, 2, 3).float()
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(HERE.device, torch.bfloat16):
         output, _ = ours(x)
     assert output.dtype == torch.bfloat16
     output.float().pow(2).sum().backward()

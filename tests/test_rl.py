@@ -7,6 +7,7 @@ from torch import nn
 
 import fastlstm
 
+from .place import HERE
 from .twins import data
 
 T, B = 12, 5
@@ -15,9 +16,10 @@ T, B = 12, 5
 class Policy(nn.Module):
     """Actor and critic on one LSTM; observations [T, B, 3], two actions."""
 
-    def __init__(self, H: int = 8, dtype: torch.dtype = torch.float64) -> None:
+    def __init__(self, H: int = 8, dtype: torch.dtype | None = None) -> None:
         super().__init__()
         torch.manual_seed(0)
+        dtype = dtype or HERE.dtype
         self.lstm = fastlstm.LSTM(3, H, dtype=dtype)
         self.actor, self.critic = nn.Linear(H, 2, dtype=dtype), nn.Linear(H, 1, dtype=dtype)
 

@@ -12,6 +12,7 @@ from torch.func import functional_call, grad, hessian, jacfwd, jacrev, stack_mod
 import fastlstm
 
 from .cases import Case
+from .place import HERE
 from .runners import require
 from .twins import data, flat, twins
 
@@ -47,7 +48,7 @@ def looped(module, inputs, options=({},) * N):
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_per_sample_gradients(options, backend):
-    require(backend, Case(proj=options.get("proj_size", 0), dtype=torch.float64))
+    require(backend, Case(proj=options.get("proj_size", 0), dtype=HERE.dtype))
     ours, theirs = twins(**options)
     inputs = data(N, *((B, T) if "batch_first" in options else (T, B)), 3)
     got = vmap(grad(lambda w, x: loss(ours, w, x)), in_dims=(None, 0))(weights_of(ours), inputs)
@@ -57,7 +58,7 @@ def test_per_sample_gradients(options, backend):
 @pytest.mark.parametrize("options", OPTIONS[:3], ids=str)
 def test_per_sample_gradients_of_ragged_rows(options, backend):
     """Lengths and masks of their own for each sample; the padding holds NaN."""
-    require(backend, Case(proj=options.get("proj_size", 0), dtype=torch.float64, lengths=(1,), resets=((0, 0),)))
+    require(backend, Case(proj=options.get("proj_size", 0), dtype=HERE.dtype, lengths=(1,), resets=((0, 0),)))
     ours, _ = twins(**options)
     padding = torch.arange(T)[None, :, None] >= LENGTHS[:, None]
     inputs = data(N, T, B, 3).masked_fill(padding[..., None], float("nan"))
@@ -113,7 +114,7 @@ def test_an_ensemble_and_its_gradients(backend):
 
 
 def test_per_sample_gradients_of_an_ensemble(backend):
-    models = [fastlstm.LSTM(3, 4, dtype=torch.float64) for _ in range(2)]
+    models = [fastlstm.LSTM(3, 4, dtype=HERE.dtype) for _ in range(2)]
     params, _ = stack_module_state(models)
     params = {name: w.detach() for name, w in params.items()}
     inputs = data(N, T, B, 3)

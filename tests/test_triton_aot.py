@@ -168,6 +168,18 @@ def test_compiles_without_spills_within_shared_memory(target, kind, H, row, reco
     assert not wrong, "\n".join(wrong)
 
 
+def test_ieee_products_are_summed_in_blocks(recorded):
+    """Each block of K apart and then added: over K = 1024 in one run an H100 gave more than twice cuDNN's error."""
+    found = recorded("sm_90", "ieee", lambda: run(arguments(2, 3, 300, torch.float32)))
+    for keys in found.values():
+        ((_, (source, gpu, options)),) = keys.items()
+        text = triton.compile(source, target=gpu, options=options).asm["ttgir"]
+        dots = re.findall(r"(%\w+) = tt\.dot .*maxNumImpreciseAcc", text)
+        assert dots
+        assert len(dots) == len(re.findall(r"tt\.dot ", text))
+        assert all(re.search(rf"arith\.addf .*{dot}\b", text) for dot in dots)
+
+
 SHAPES = ((1, 1), (1, 16), (16, 1), (2, 3), (15, 7), (17, 33), (16, 16), (40, 64), (3, 100), (128, 2))  # (T, B)
 
 

@@ -12,6 +12,8 @@ from torch.nn.utils.rnn import PackedSequence
 
 import fastlstm
 
+from .place import HERE
+
 # nn.LSTM's every constructor option at least once; (input_size, hidden_size) come first.
 CONFIGURATIONS: tuple[dict[str, Any], ...] = (
     {},
@@ -28,16 +30,18 @@ CONFIGURATIONS: tuple[dict[str, Any], ...] = (
 
 
 def twins(*sizes: int, cell: bool = False, **kwargs: Any) -> tuple[nn.Module, nn.Module]:
-    """(fastlstm's, torch's) from the same seed; 3 features, 4 hidden units and float64 unless told otherwise."""
+    """(fastlstm's, torch's) from one seed; 3 features, 4 hidden units, HERE's dtype (float64) unless told otherwise."""
     made = []
     for cls in (fastlstm.LSTMCell, nn.LSTMCell) if cell else (fastlstm.LSTM, nn.LSTM):
         torch.manual_seed(0)
-        made.append(cls(*(sizes or (3, 4)), **{"dtype": torch.float64, **kwargs}))
+        made.append(cls(*(sizes or (3, 4)), **{"dtype": HERE.dtype, **kwargs}))
     return made[0], made[1]
 
 
 def data(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    generator = torch.Generator().manual_seed(seed)
+    drawn = torch.randn(*shape, dtype=torch.float64, generator=generator, device="cpu")
+    return drawn.to(HERE.device, HERE.dtype)
 
 
 def flat(results: Any) -> list[Tensor]:

@@ -2,6 +2,7 @@
 #include <cstdlib>
 #include <cstring>
 
+#include "cpu/amx.h"
 #include "cpu/sequence.h"
 
 namespace fastlstm {
@@ -56,6 +57,8 @@ const char* isa_name() {
       return "baseline";
   }
 }
+
+const char* bfloat16_isa_name() { return amx::available() ? "amx" : isa_name(); }
 
 template <class T>
 const Kernels<T>& kernels() {

@@ -2,6 +2,7 @@
 // chunk the products and sums over its rows.
 #include <ATen/ATen.h>
 
+#include "cpu/chunks.h"
 #include "cpu/layer.h"
 
 namespace fastlstm {
@@ -38,46 +39,12 @@ void product(int64_t m, int64_t n, int64_t k, Operand<T> a, Operand<T> b, bool a
     at::mm_out(out, left, right);
 }
 
-// The packed rows [begin, end) of steps [first, first + steps) of direction d's own order, and the first of
-// them in time.
-struct Span {
-  int64_t t0, begin, end;
-  Span(const LayerSizes& s, const Ragged& ragged, int64_t d, int64_t first, int64_t steps)
-      : t0(d == 1 ? s.T - first - steps : first),
-        begin(ragged.rows(d).offset_at(t0)),
-        end(t0 + steps == s.T ? ragged.N() : ragged.rows(d).offset_at(t0 + steps)) {}
-  int64_t rows() const { return end - begin; }
-};
-
 // Steps whose gates [., 4H] go through a buffer at once: at least `rows` of them for efficient products, else
 // as few as stay in cache between the products and the time loop. What is reused need not be fetched from the
 // system, either.
 int64_t chunk_steps(const LayerSizes& s, int64_t size, int64_t rows, int64_t bytes) {
   rows = std::max(rows, bytes / std::max<int64_t>(1, 4 * s.H * size));
   return std::clamp<int64_t>(rows / s.B, 1, s.T);
-}
-
-// The state [N, P] that enters each step, from y [T, B, D*P]: what dW_hh multiplies.
-template <class T>
-at::Tensor entering_states(const at::Tensor& y, const OptionalTensor& h0, const LayerSizes& s,
-                           const Ragged& ragged, int64_t d) {
-  at::Tensor states = new_empty({ragged.N(), s.P}, y);
-  T* out = states.mutable_data_ptr<T>();
-  const T* from = y.const_data_ptr<T>() + d * s.P;
-  const T* initial = h0 ? h0->const_data_ptr<T>() + d * s.B * s.P : nullptr;
-  const Rows rows = ragged.rows(d);
-  ragged.for_each_row([&](int64_t packed_row, int64_t row, int64_t t, int64_t r) {
-    const int64_t before = d == 1 ? t + 1 : t - 1;
-    const bool held = before >= 0 && before < s.T && r < rows.count_at(before);
-    T* to = out + packed_row * s.P;
-    if (rows.fresh_at(t, r) || (!held && !initial))
-      std::fill_n(to, s.P, T(0));
-    else if (held)
-      std::copy_n(from + (before * s.B + rows.batch_row_at(r)) * s.D * s.P, s.P, to);
-    else
-      std::copy_n(initial + rows.batch_row_at(r) * s.P, s.P, to);
-  });
-  return states;
 }
 
 // A weight's gradient dw [m, n] (+)= dgates [rows, m]^T times states [rows, n] with row stride ld.

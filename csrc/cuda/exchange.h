@@ -70,10 +70,11 @@ struct Mailbox {
     for (const int lane : warp.lanes()) {
       static_cast<void>(lane);
 #pragma unroll 1
-      for (uint32_t tries = 0; !arrived(&box->slots[n % 2], n / 2 % 2); ++tries) {
+      for (uint32_t tries = 0; !ended(&box->slots[n % 2], n / 2 % 2); ++tries) {
         if (tries == kMostTries) give_up(fault, epoch);
       }
     }
+    acquire_pushed();
     warp.sync();
   }
 };

@@ -15,7 +15,6 @@ FASTLSTM_DEVICE uint4 load_received(const uint4* p) { return *p; }
 class ClusterMember {
  public:
   static constexpr bool kCluster = true;
-  static constexpr int kSliceRows = 8;
 
   // No block ends before its peers, although all that was pushed to it has been received.
   FASTLSTM_DEVICE void leave(const Warp& warp) const { warp.cluster_sync(); }
@@ -47,12 +46,12 @@ class ClusterMember {
   const int words_;
 };
 
-// Forward: the state is h, [chunks, 8 rows, 64 bytes]. Every member has all of it and pushes its own part to
-// the others.
-template <class T, int UNITS, int HELD>
+// Forward: the state is h, [COLUMNS, chunks, 8 rows, 64 bytes]. Every member has all of it and pushes its own
+// part to the others.
+template <class T, int UNITS, int HELD, int COLUMNS>
 class GatherCluster : public ClusterMember {
  public:
-  static constexpr int kUnits = UNITS;
+  static constexpr int kUnits = UNITS, kSliceRows = 8 * COLUMNS;
 
   FASTLSTM_DEVICE GatherCluster(const Persistent& s, const Warp& warp, const Member& member)
       : ClusterMember(s, warp, member, static_cast<int>(s.layout.state)),
@@ -63,7 +62,7 @@ class GatherCluster : public ClusterMember {
   }
 
   FASTLSTM_DEVICE void send(const Warp& warp, int slice, int n) const {
-    constexpr int kOfWord = 16 / static_cast<int>(sizeof(T)), kWords = UNITS * 8 / kOfWord;
+    constexpr int kOfWord = 16 / static_cast<int>(sizeof(T)), kWords = UNITS * kSliceRows / kOfWord;
     const int members = s_.layout.members;
     warp.block_sync();
     Mailbox::prepare(warp, box(warp), n, (members - 1) * kWords * 16);
@@ -74,7 +73,8 @@ class GatherCluster : public ClusterMember {
       for (const int lane : warp.lanes()) {
 #pragma unroll
         for (int word = lane; word < kWords; word += 32) {
-          uint4* const from = reinterpret_cast<uint4*>(own(warp, slice, n, word % 8, word / 8 * kOfWord));
+          uint4* const from =
+              reinterpret_cast<uint4*>(own(warp, slice, n, word % kSliceRows, word / kSliceRows * kOfWord));
           push(warp, peer, from, &box(warp)->slots[n % 2], *from);
         }
       }
@@ -92,20 +92,20 @@ class GatherCluster : public ClusterMember {
   }
 
  private:
-  Gathered<T, UNITS / 16, HELD, 1, kClusterParts, load_received> product_;
+  Gathered<T, UNITS / 16, HELD, COLUMNS, kClusterParts, load_received> product_;
 };
 
-// Backward: the state is the block's own gradients of the gates alone, [chunks, 8 rows, 64 bytes]. A member
-// multiplies it by all columns of its rows of W_hh and pushes to each member the terms of that one's units;
-// they are added in the members' order, so that results are the same bits every time. In 16 bits that is half
-// the traffic of handing on the gradients, in TF32 a quarter.
-template <class T, int UNITS, int HELD>
+// Backward: the state is the block's own gradients of the gates alone, [COLUMNS, chunks, 8 rows, 64 bytes]. A
+// member multiplies it by all columns of its rows of W_hh and pushes to each member the terms of that one's
+// units; they are added in the members' order, so that results are the same bits every time. In 16 bits that
+// is half the traffic of handing on the gradients, in TF32 a quarter.
+template <class T, int UNITS, int HELD, int COLUMNS>
 class ScatterCluster : public ClusterMember {
  public:
-  static constexpr int kUnits = UNITS;
+  static constexpr int kUnits = UNITS, kSliceRows = 8 * COLUMNS;
 
   FASTLSTM_DEVICE ScatterCluster(const Persistent& s, const Warp& warp, const Member& member)
-      : ClusterMember(s, warp, member, kChunks * 32),
+      : ClusterMember(s, warp, member, COLUMNS * kChunks * 32),
         a_(warp, s.packed, member.of_all(s.layout), s.layout.rounds,
            end() + 2 * s.layout.members * kInboxWords) {}
 
@@ -115,31 +115,41 @@ class ScatterCluster : public ClusterMember {
 
   FASTLSTM_DEVICE void send(const Warp& warp, int, int n) const {
     warp.block_sync();
-    Mailbox::prepare(warp, box(warp), n, s_.layout.members * UNITS * 8 * 4);
-    PerLane<float4> acc[HELD];
+    Mailbox::prepare(warp, box(warp), n, s_.layout.members * UNITS * kSliceRows * 4);
+    PerLane<float4> acc[HELD][COLUMNS];
 #pragma unroll
     for (int i = 0; i < HELD; ++i) {
-      for (const int lane : warp.lanes()) acc[i][lane] = {0, 0, 0, 0};
+#pragma unroll
+      for (int c = 0; c < COLUMNS; ++c) {
+        for (const int lane : warp.lanes()) acc[i][c][lane] = {0, 0, 0, 0};
+      }
     }
 #pragma unroll
     for (int k = 0; k < kChunks; ++k) {
-      const PerLane<uint4> b = chunk(warp, n, k);
 #pragma unroll
-      for (int i = 0; i < HELD; ++i) {
-        multiply_chunk<T>(acc[i], a_.held[i][2 * k], a_.held[i][2 * k + 1], b);
+      for (int c = 0; c < COLUMNS; ++c) {
+        const PerLane<uint4> b = chunk(warp, n, c, k);
+#pragma unroll
+        for (int i = 0; i < HELD; ++i) {
+          multiply_chunk<T>(acc[i][c], a_.held[i][2 * k], a_.held[i][2 * k + 1], b);
+        }
       }
     }
 #pragma unroll
     for (int i = 0; i < HELD; ++i) push_tile(warp, n, i, acc[i]);
 #pragma unroll 1
     for (int i = HELD; i < a_.rounds(); ++i) {
-      PerLane<float4> sum;
-      for (const int lane : warp.lanes()) sum[lane] = {0, 0, 0, 0};
+      PerLane<float4> sum[COLUMNS];
+#pragma unroll
+      for (int c = 0; c < COLUMNS; ++c) {
+        for (const int lane : warp.lanes()) sum[c][lane] = {0, 0, 0, 0};
+      }
 #pragma unroll
       for (int k = 0; k < kChunks; ++k) {
         PerLane<uint4> a[2];
         a_.load(warp, i, 2 * k, 2 * k + 2, a);
-        multiply_chunk<T>(sum, a[0], a[1], chunk(warp, n, k));
+#pragma unroll
+        for (int c = 0; c < COLUMNS; ++c) multiply_chunk<T>(sum[c], a[0], a[1], chunk(warp, n, c, k));
       }
       push_tile(warp, n, i, sum);
     }
@@ -158,16 +168,17 @@ class ScatterCluster : public ClusterMember {
   static constexpr int kChunks = 4 * UNITS / kChunkOf<T>, kTiles = UNITS / 16;
   // Floats from unit to unit of an inbox: a warp's reads, 32 units of one row, fall in 16 banks, and pairs of
   // rows stay together.
-  static constexpr int kStride = kInboxStride;
+  static constexpr int kStride = inbox_stride(COLUMNS);
   static constexpr int kInboxWords = UNITS * kStride / 4;
 
-  FASTLSTM_DEVICE PerLane<uint4> chunk(const Warp& warp, int n, int k) const {
+  FASTLSTM_DEVICE PerLane<uint4> chunk(const Warp& warp, int n, int column, int k) const {
     PerLane<uint4> b;
-    for (const int lane : warp.lanes()) b[lane] = operand(state(warp, n)[k * 32 + lane], T());
+    for (const int lane : warp.lanes())
+      b[lane] = operand(state(warp, n)[(column * kChunks + k) * 32 + lane], T());
     return b;
   }
 
-  // What a member pushed for one of the block's units, [8 rows].
+  // What a member pushed for one of the block's units, [kSliceRows].
   FASTLSTM_DEVICE float* inbox(const Warp& warp, int n, int member, int unit) const {
     return reinterpret_cast<float*>(warp.shared() + end() +
                                     (n % 2 * s_.layout.members + member) * kInboxWords) +
@@ -176,17 +187,21 @@ class ScatterCluster : public ClusterMember {
 
   // The 16 terms of each row that the warp's round i made go to the member whose units they are. W_hh is
   // packed so that each block begins with its own, and no member is everybody's first.
-  FASTLSTM_DEVICE void push_tile(const Warp& warp, int n, int i, const PerLane<float4>& acc) const {
+  FASTLSTM_DEVICE void push_tile(const Warp& warp, int n, int i,
+                                 const PerLane<float4> (&acc)[COLUMNS]) const {
     const int all = s_.layout.members * kTiles, at = i * kWarps + warp.index();
     if (at >= all) return;
     const int next = at + member_.index * kTiles, tile = next < all ? next : next - all;  // % is slow
     const int peer = tile / kTiles;
     Arrivals* const arrivals = &box(warp)->slots[n % 2];
-    for (const int lane : warp.lanes()) {
-      float* const to = inbox(warp, n, member_.index, tile % kTiles * 16 + lane / 4) + lane % 4 * 2;
-      const float4 x = acc[lane];
-      push(warp, peer, reinterpret_cast<float2*>(to), arrivals, {x.x, x.y});
-      push(warp, peer, reinterpret_cast<float2*>(to + 8 * kStride), arrivals, {x.z, x.w});
+#pragma unroll
+    for (int c = 0; c < COLUMNS; ++c) {
+      for (const int lane : warp.lanes()) {
+        float* const to = inbox(warp, n, member_.index, tile % kTiles * 16 + lane / 4) + 8 * c + lane % 4 * 2;
+        const float4 x = acc[c][lane];
+        push(warp, peer, reinterpret_cast<float2*>(to), arrivals, {x.x, x.y});
+        push(warp, peer, reinterpret_cast<float2*>(to + 8 * kStride), arrivals, {x.z, x.w});
+      }
     }
   }
 

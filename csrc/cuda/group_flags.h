@@ -24,7 +24,7 @@ class FlagGroup {
       : s_(s), member_(member), product_(warp, s.packed, member.of_all(s.layout), s.layout.rounds, 0) {}
 
   FASTLSTM_DEVICE T* own(const Warp&, int slice, int n, int row, int k) const {
-    return state_element<T>(slot(slice, n), product_.chunks(), row, int64_t{member_.index} * PART + k);
+    return state_element<T>(slot(slice, n), product_.chunks(), row, member_.index * PART + k);
   }
 
   FASTLSTM_DEVICE void send(const Warp& warp, int slice, int n) const {

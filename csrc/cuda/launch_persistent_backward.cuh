@@ -11,23 +11,23 @@ namespace {
 
 template <class T, int UNITS, int HELD, int COLUMNS>
 using BackwardFlags = BackwardBlock<T, FlagGroup<T, UNITS, UNITS, 4 * UNITS, HELD, COLUMNS>>;
-template <class T, int UNITS>
-using BackwardCluster =
-    BackwardBlock<T, ScatterCluster<T, UNITS, cluster_held(Phase::backward, UNITS, sizeof(T))>>;
+template <class T, int COLUMNS>
+using BackwardCluster = BackwardBlock<
+    T, ScatterCluster<T, kClusterUnits, cluster_held(Phase::backward, sizeof(T), COLUMNS), COLUMNS>>;
 
-// f(the layout's block): tier A's, or of tier B one of the variants in cuda/plan.h for slices of 8 and of 16
+// f(the layout's block): tier A's, or of tier B one of the variants in cuda/plan.h; for slices of 8 and of 16
 // rows.
 template <class T, class F>
-auto with_backward_block(const Layout& p, F&& f) -> decltype(f(BackwardCluster<T, 32>())) {
+auto with_backward_block(const Layout& p, F&& f) -> decltype(f(BackwardCluster<T, 1>())) {
   const auto is = [&](int units, int held, int columns) {
     return p.units == units && p.held == held && p.columns == columns;
   };
   if constexpr (sizeof(T) == 2) {
-    if (p.cluster && p.units == 48) return f(BackwardCluster<T, 48>());
+    if (p.cluster && p.columns == 2) return f(BackwardCluster<T, 2>());
   }
-  if (p.cluster) return f(BackwardCluster<T, 32>());
+  if (p.cluster) return f(BackwardCluster<T, 1>());
   if (is(32, 8, 1)) return f(BackwardFlags<T, 32, 8, 1>());
-  if (is(32, 5, 2)) return f(BackwardFlags<T, 32, 5, 2>());
+  if (is(32, 3, 2)) return f(BackwardFlags<T, 32, 3, 2>());
   if (is(16, 16, 1)) return f(BackwardFlags<T, 16, 16, 1>());
   if (is(16, 16, 2)) return f(BackwardFlags<T, 16, 16, 2>());
   return {};

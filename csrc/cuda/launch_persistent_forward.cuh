@@ -11,25 +11,24 @@ namespace {
 
 template <class T, int UNITS, int HELD, int COLUMNS>
 using ForwardFlags = ForwardBlock<T, FlagGroup<T, UNITS, 4 * UNITS, UNITS, HELD, COLUMNS>>;
-template <class T, int UNITS>
+template <class T, int COLUMNS>
 using ForwardCluster =
-    ForwardBlock<T, GatherCluster<T, UNITS, cluster_held(Phase::forward, UNITS, sizeof(T))>>;
+    ForwardBlock<T,
+                 GatherCluster<T, kClusterUnits, cluster_held(Phase::forward, sizeof(T), COLUMNS), COLUMNS>>;
 
-// f(the layout's block): tier A's, or of tier B one of the variants in cuda/plan.h for slices of 8 and of 16
+// f(the layout's block): tier A's, or of tier B one of the variants in cuda/plan.h; for slices of 8 and of 16
 // rows.
 template <class T, class F>
-auto with_forward_block(const Layout& p, F&& f) -> decltype(f(ForwardCluster<T, 32>())) {
+auto with_forward_block(const Layout& p, F&& f) -> decltype(f(ForwardCluster<T, 1>())) {
   const auto is = [&](int units, int held, int columns) {
     return p.units == units && p.held == held && p.columns == columns;
   };
-  if constexpr (sizeof(T) == 2) {
-    if (p.cluster && p.units == 48) return f(ForwardCluster<T, 48>());
-  }
-  if (p.cluster) return f(ForwardCluster<T, 32>());
+  if (p.cluster && p.columns == 2) return f(ForwardCluster<T, 2>());
+  if (p.cluster) return f(ForwardCluster<T, 1>());
   if (is(32, 2, 1)) return f(ForwardFlags<T, 32, 2, 1>());
   if (is(32, 1, 2)) return f(ForwardFlags<T, 32, 1, 2>());
-  if (is(16, 4, 1)) return f(ForwardFlags<T, 16, 4, 1>());
-  if (is(16, 4, 2)) return f(ForwardFlags<T, 16, 4, 2>());
+  if (is(16, 3, 1)) return f(ForwardFlags<T, 16, 3, 1>());
+  if (is(16, 3, 2)) return f(ForwardFlags<T, 16, 3, 2>());
   return {};
 }
 

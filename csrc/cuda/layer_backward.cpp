@@ -98,6 +98,17 @@ void add_recurrent(const Layer& l, const Products& multiply, const Chunk& chunk,
   }
 }
 
+// The sums of the columns of a tall matrix [n, m]. In one go at::sum asks for 128 MiB of scratch memory.
+at::Tensor column_sums(const at::Tensor& rows, at::ScalarType dtype) {
+  constexpr int64_t kRun = 128;
+  const int64_t n = rows.size(0), runs = n / kRun, whole = runs * kRun;
+  if (runs < 2) return at::sum(rows, {0}, false, dtype);
+  at::Tensor sums =
+      at::sum(rows.narrow(0, 0, whole).view({runs, kRun, rows.size(1)}), {1}, false, dtype).sum(0);
+  if (whole < n) sums.add_(at::sum(rows.narrow(0, whole, n - whole), {0}, false, dtype));
+  return sums;
+}
+
 // What a chunk adds to the gradients of x and of the weights.
 template <class T>
 void add_chunk(const Layer& l, const Products& multiply, const Given& given, const Chunk& chunk,
@@ -122,7 +133,7 @@ void add_chunk(const Layer& l, const Products& multiply, const Given& given, con
       add_recurrent(l, multiply, chunk, y, h0, sums.hh);
     }
   }
-  if (sums.bias.wanted()) sums.bias.add(at::sum(chunk.dgates, {0}, false, l.sum_dtype));
+  if (sums.bias.wanted()) sums.bias.add(column_sums(chunk.dgates, l.sum_dtype));
   if (sums.hr.wanted()) sums.hr.add(multiply, chunk.dprojected.t(), chunk.hidden);
 }
 

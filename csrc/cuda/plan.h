@@ -1,6 +1,6 @@
 // How a layer's recurrence is laid over the device for the persistent kernels, or why it is not: a pure
-// function of sizes, type and device. Whether it is served at all never depends on B. No header but the
-// standard's, so that every build has it and the tests can ask it.
+// function of sizes, type and device. No header but the standard's, so that every build has it and the tests
+// can ask it.
 #pragma once
 
 #include <algorithm>
@@ -12,9 +12,9 @@
 
 namespace fastlstm::cuda {
 
-// Whether the persistent kernels may run at all: off, since no GPU has run them yet (docs/gpu-notes.md).
-inline std::atomic<bool> persistent_enabled{false};
-// 'A' or 'B' for that tier wherever it can serve, to measure and test it; 0: the one predicted to be faster.
+// Whether the persistent kernels may run at all; off to measure and test the step-wise ones.
+inline std::atomic<bool> persistent_enabled{true};
+// 'A' or 'B' for that tier wherever it can serve, to measure and test it; 0: what is predicted to be fastest.
 inline std::atomic<char> persistent_tier{0};
 
 struct DeviceLimits {
@@ -79,19 +79,22 @@ struct Variant {
   int units;
   int held[2];  // rounds in registers for slices of 8 and of 16 rows, as ptxas can place them
 };
-constexpr Variant kForwardVariants[] = {{32, {2, 1}}, {16, {4, 4}}};
-constexpr Variant kBackwardVariants[] = {{32, {8, 5}}, {16, {16, 16}}};
+constexpr Variant kForwardVariants[] = {{32, {2, 1}}, {16, {3, 3}}};
+constexpr Variant kBackwardVariants[] = {{32, {8, 3}}, {16, {16, 16}}};
 
-// Tier A: 32 units a block where a cluster of them is large enough, else 48, in 16 bits. A state is close by,
-// so the warps cut K into two parts only: they read it four times, and add two shares for a sum instead of
-// eight.
+// Tier A. A state is close by, so the warps cut K into two parts only: they read it four times, and add two
+// shares for a sum instead of eight.
+constexpr int kClusterUnits = 32;
 constexpr int kClusterParts = 2;
-constexpr int kInboxStride = 10;  // floats from unit to unit of what the blocks push where they scatter
-constexpr int cluster_held(Phase phase, int units, int element) {  // rounds, as ptxas can place them
-  return phase == Phase::forward ? (units == 32 ? 8 : 5) : units == 32 ? 8 / element : 3;
+// Floats from unit to unit of what the blocks push where they scatter.
+constexpr int inbox_stride(int columns) { return 8 * columns + 2; }
+constexpr int cluster_held(Phase phase, int element, int columns) {  // rounds, as ptxas can place them
+  return (phase == Phase::forward ? 8 : 8 / element) / columns;
 }
 
 constexpr int64_t up(int64_t n, int64_t by) { return (n + by - 1) / by; }
+// Blocks of a cluster: one alone is none, and may not push even to itself.
+constexpr int64_t cluster_members(int64_t H) { return std::max<int64_t>(2, up(H, kClusterUnits)); }
 
 inline Layout lay_out(Phase phase, const Recurrence& r, const DeviceLimits& device, const Variant& v,
                       int columns) {
@@ -111,38 +114,42 @@ inline Layout lay_out(Phase phase, const Recurrence& r, const DeviceLimits& devi
 }
 
 // A cluster for each slice: as they never wait for each other, any number of them may be launched.
-inline Layout lay_out_clusters(Phase phase, const Recurrence& r, int units, int held) {
+inline Layout lay_out_clusters(Phase phase, const Recurrence& r, int held, int columns) {
   Layout p = {};
   p.cluster = true, p.scatters = phase == Phase::backward;
-  p.units = units, p.held = held, p.columns = 1;
-  p.members = static_cast<int>(up(r.H, p.units));
-  p.slices = p.groups = static_cast<int>(up(r.B, 8));
+  p.units = kClusterUnits, p.held = held, p.columns = columns;
+  p.members = static_cast<int>(cluster_members(r.H));
+  p.slices = p.groups = static_cast<int>(up(r.B, 8 * columns));
   int64_t chunks, received;  // of the state; bytes that lie beside the states
   if (p.scatters) {
     chunks = up(4 * p.units * r.element, kChunkBytesOfK);
     p.parts = 1, p.width = static_cast<int>(chunks);
     p.rounds = static_cast<int>(up(p.members * p.units / 16, kPlanWarps));
-    received = int64_t{2} * p.members * p.units * kInboxStride * 4;
+    received = int64_t{2} * p.members * p.units * inbox_stride(columns) * 4;
   } else {
     p.parts = kClusterParts, p.width = 4 * p.units / 16 * p.parts / kPlanWarps;
     p.rounds = static_cast<int>(up(up(int64_t{p.members} * p.units * r.element, kChunkBytesOfK), p.parts));
     chunks = int64_t{p.rounds} * p.parts;
-    received = int64_t{p.parts} * 8 * (4 * p.units + 4) * 4;  // the warps' shares of the sums
+    received = int64_t{p.parts} * 8 * columns * (4 * p.units + 4) * 4;  // the warps' shares of the sums
   }
-  p.state = chunks * 32;
+  p.state = columns * chunks * 32;
   p.shared = 16 + 2 * p.state * 16 + p.shared_weights() + received;
   return p;
 }
 
-// Microseconds of a step of all slices, predicted from published figures of an H100; docs/gpu-notes.md tells
-// which. On other devices only the order of the two tiers has a meaning.
+// Microseconds of a step of all slices, without the products before and after the loop: a model whose
+// constants were fitted to times of an H100 (docs/gpu-notes.md, "Time per step"). On other devices only the
+// order of what it compares has a meaning.
 inline double predicted(const Recurrence& r, const DeviceLimits& device, const Layout& p) {
   constexpr double kClock = 1755;                      // MHz
-  constexpr double kL2 = 64, kAllL2 = 5.5e6 / kClock;  // bytes a clock: an SM's, and all of theirs
+  constexpr double kL2 = 64, kAllL2 = 4.0e6 / kClock;  // bytes a clock: an SM's, and all of theirs
   constexpr double kShared = 128;                      // bytes a clock of an SM
   constexpr double kPeers = 2.65e6 / kClock / 132;     // bytes a clock an SM takes in of other SMs'
   constexpr double kMma = 0.63 * 2048;                 // multiply-adds a clock of an SM, in 16 bits
-  constexpr double kFlagTrip = 0.6, kPushTrip = 0.25, kCell = 0.15, kTurn = 0.1;  // us
+  constexpr double kPushTrip = 0.4, kTurn = 2.0;       // us
+  const double flag_trip = 0.8 + 0.033 * p.members;    // us: more flags to poll, and later ones
+  // us, with the barriers around it; a thread has an element for every 8 rows
+  const double cell = (p.scatters ? 1.4 : 1.0) * (p.cluster ? 0.6 + 0.4 * p.columns : 1);
   const double rows = 8 * p.columns, units = p.members * p.units;
   const double mma = 4 * units * p.units * rows / kMma * r.element / 2;
   const double weights = p.shared_weights() / kShared;
@@ -154,31 +161,40 @@ inline double predicted(const Recurrence& r, const DeviceLimits& device, const L
     const double product = std::max(mma, weights + read);
     const double work = (p.scatters ? std::max(product, push) : product + push) + terms / kShared;
     const double fit = std::max(1, std::min(device.clusters, device.sms / p.members));
-    return (work / kClock + kCell + kPushTrip) * std::ceil(r.D * p.slices / fit);
+    return (work / kClock + cell + kPushTrip) * std::ceil(r.D * p.slices / fit);
   }
   const double taken = 16.0 * p.state;
   const double fetch = std::max(taken / kL2, taken * p.blocks(r.D) / kAllL2);
   const double sums = 2.0 * kPlanWarps * rows * 16 * p.width * 4 / kShared;
-  const double work = (std::max({fetch, weights, mma}) + sums) / kClock + kCell;
+  const double work = (std::max({fetch, weights, mma}) + sums) / kClock + cell;
   const double turns = std::ceil(static_cast<double>(p.slices) / p.groups);
-  return std::max(work + kFlagTrip, turns > 1 ? turns * (work + kTurn) : 0);
+  return turns == 1 ? work + flag_trip : turns * (work + kTurn);
+}
+
+// The same of the step-wise kernels: the host's two launches, or W_hh on its way to the SMs.
+inline double predicted_by_step(Phase phase, const Recurrence& r) {
+  const double host = phase == Phase::forward ? 12 : 17;
+  return std::max(host, 0.6e-6 * 4 * r.H * r.H * r.element * r.D);
 }
 
 // The best layout of tier A, or why there is none.
 inline Plan plan_clusters(Phase phase, const Recurrence& r, const DeviceLimits& device) {
   if (device.cluster == 0) return {"this GPU has no thread-block clusters"};
-  const int units = r.H <= 32 * device.cluster || r.element != 2 ? 32 : 48;
-  if (up(r.H, units) > device.cluster) {
-    return {"a cluster of " + std::to_string(up(r.H, units)) + " blocks exceeds " +
-            std::to_string(device.cluster)};
+  const int64_t members = cluster_members(r.H);
+  if (members > device.cluster) {
+    return {"a cluster of " + std::to_string(members) + " blocks exceeds " + std::to_string(device.cluster)};
   }
-  const Layout p = lay_out_clusters(phase, r, units, cluster_held(phase, units, r.element));
-  if (device.clusters < 1 || p.shared > device.shared) {
-    return {"no cluster of " + std::to_string(p.members) + " such blocks fits this GPU"};
+  // Slices of 8 rows, or of 16 where that saves turns. In TF32 backward's registers have no room for 16.
+  Layout best = {};
+  for (const int columns : {1, 2}) {
+    if (columns == 2 && phase == Phase::backward && r.element == 4) continue;
+    const Layout p = lay_out_clusters(phase, r, cluster_held(phase, r.element, columns), columns);
+    if (device.clusters < 1 || p.shared > device.shared || p.blocks(r.D) > std::numeric_limits<int>::max())
+      continue;
+    if (best.members == 0 || predicted(r, device, p) < predicted(r, device, best)) best = p;
   }
-  if (p.blocks(r.D) > std::numeric_limits<int>::max())
-    return {"the batch has too many slices for one launch"};
-  return {"", p};
+  if (best.members == 0) return {"no cluster of " + std::to_string(members) + " such blocks fits this GPU"};
+  return {"", best};
 }
 
 // The best layout of tier B; without members if none fits.
@@ -213,18 +229,24 @@ inline Plan plan(Phase phase, const Recurrence& r, const DeviceLimits& device, c
             " MiB, does not fit into the registers and shared memory of " + std::to_string(device.sms) +
             " SMs"};
   }
-  if (!fits_b) return {"", a.layout, "tier A: tier B needs more SMs"};
-  if (!fits_a) return {"", b, "tier B: " + a.reason};
-  if (asked == 'A') return {"", a.layout, "tier A: asked for"};
-  if (asked == 'B') return {"", b, "tier B: asked for"};
-  const double time_a = predicted(r, device, a.layout), time_b = predicted(r, device, b);
+  constexpr double kNever = std::numeric_limits<double>::infinity();
+  const double time_a = fits_a ? predicted(r, device, a.layout) : kNever;
+  const double time_b = fits_b ? predicted(r, device, b) : kNever;
+  const double by_step = predicted_by_step(phase, r);
   const auto us = [](double time) {
-    const auto hundredths = static_cast<int64_t>(100 * time + 0.5);
-    const std::string digits = std::to_string(100 + hundredths % 100).substr(1);
-    return std::to_string(hundredths / 100) + "." + digits + " us a step";
+    const auto tenths = static_cast<int64_t>(10 * time + 0.5);
+    return std::to_string(tenths / 10) + "." + std::to_string(tenths % 10) + " us a step";
   };
-  if (time_a < time_b) return {"", a.layout, "tier A: predicted " + us(time_a) + ", tier B " + us(time_b)};
-  return {"", b, "tier B: predicted " + us(time_b) + ", tier A " + us(time_a)};
+  const bool take_a = fits_a && (asked == 'A' || !fits_b || (asked == 0 && time_a < time_b));
+  const double taken = take_a ? time_a : time_b;
+  if (asked == 0 && by_step < taken)
+    return {"predicted " + us(by_step) + ", persistent kernels " + us(taken)};
+  std::string why = asked ? "asked for " + std::string(1, asked) : "predicted " + us(taken);
+  why += !fits_a   ? "; not A: " + a.reason
+         : !fits_b ? "; not B: it needs more SMs"
+         : asked   ? ""
+                   : ", tier " + std::string(take_a ? "B " : "A ") + us(take_a ? time_b : time_a);
+  return {"", take_a ? a.layout : b, std::string(take_a ? "tier A: " : "tier B: ") + why};
 }
 
 }  // namespace fastlstm::cuda

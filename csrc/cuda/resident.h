@@ -16,9 +16,9 @@ constexpr int kChunkOf = kChunkBytesOfK / static_cast<int>(sizeof(T));
 // Element k of row n of a slice's state, which lies as the lanes load it: [columns, chunks, 8 rows, 64
 // bytes].
 template <class T>
-FASTLSTM_DEVICE T* state_element(uint4* state, int chunks, int n, int64_t k) {
+FASTLSTM_DEVICE T* state_element(uint4* state, int chunks, int n, int k) {
   constexpr int E = kChunkOf<T>;
-  return reinterpret_cast<T*>(state) + ((n / 8 * int64_t{chunks} + k / E) * 8 + n % 8) * E + k % E;
+  return reinterpret_cast<T*>(state) + ((n / 8 * chunks + k / E) * 8 + n % 8) * E + k % E;
 }
 
 FASTLSTM_DEVICE uint4 operand(uint4 x, float) {
@@ -205,10 +205,13 @@ struct Member {
   FASTLSTM_DEVICE int64_t of_all(const Layout& p) const { return int64_t{d} * p.members + index; }
 };
 
+// So many steps ahead a block begins to fetch what its steps read of memory, which takes about one of them.
+constexpr int kStepsAhead = 3;
+
 // The elements (unit, row) of a slice, dealt to the block's threads: always the same ones to the same thread.
 struct Element {
-  int unit, row;
-  int64_t j, b;
+  int unit, row;  // in the slice
+  int j, b;       // in the layer; a launch has no 2^31 rows, nor W_hh 2^31 units
   bool exists;
 
   template <int UNITS, int ROWS>
@@ -216,7 +219,7 @@ struct Element {
                                     int64_t B) {
     const int e = (q * kWarps + warp.index()) * 32 + lane;
     Element x = {e % UNITS, e / UNITS};
-    x.j = int64_t{member} * UNITS + x.unit, x.b = int64_t{slice} * ROWS + x.row;
+    x.j = member * UNITS + x.unit, x.b = slice * ROWS + x.row;
     x.exists = x.row < ROWS && x.j < H && x.b < B;
     return x;
   }

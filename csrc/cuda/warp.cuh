@@ -84,6 +84,9 @@ FASTLSTM_DEVICE uint4 load_published(const uint4* p) {
   return x;
 }
 
+// Begins to bring the line at p from memory into L2.
+FASTLSTM_DEVICE void prefetch(const void* p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
+
 // Counts what arrives in the shared memory it lies in, an mbarrier of one expected arrival. Each of its
 // phases ends once expect() was called in it and as many bytes were pushed as that call said.
 struct alignas(8) Arrivals {
@@ -110,19 +113,25 @@ FASTLSTM_DEVICE void expect(Arrivals* arrivals, uint32_t bytes) {
       : "memory");
 }
 
-// Whether the phase of this parity has ended; then all that was pushed in it can be read. It is asked of the
-// current phase or the one before, whose parities differ. Not try_wait: that may sleep for as long as it
-// likes, and a bound on the number of polls would bound no time.
-FASTLSTM_DEVICE bool arrived(const Arrivals* arrivals, uint32_t parity) {
-  uint32_t ended;
+// Whether the phase of this parity has ended. It is asked of the current phase or the one before, whose
+// parities differ. Not try_wait: that may sleep for as long as it likes, and a bound on the number of polls
+// would bound no time.
+FASTLSTM_DEVICE bool ended(const Arrivals* arrivals, uint32_t parity) {
+  uint32_t yes;
   asm volatile(
       "{\n\t.reg .pred ended;\n\t"
-      "mbarrier.test_wait.parity.acquire.cluster.shared::cta.b64 ended, [%1], %2;\n\t"
+      "mbarrier.test_wait.parity.relaxed.cluster.shared::cta.b64 ended, [%1], %2;\n\t"
       "selp.u32 %0, 1, 0, ended;\n\t}"
-      : "=r"(ended)
+      : "=r"(yes)
       : "r"(in_shared(arrivals)), "r"(parity)
       : "memory");
-  return ended != 0;
+  return yes != 0;
+}
+
+// After it, what was pushed in a phase that has ended can be read. Of shared memory alone: an acquire of all
+// memory would throw away what the SM's L1 holds, in every step.
+FASTLSTM_DEVICE void acquire_pushed() {
+  asm volatile("fence.acquire.sync_restrict::shared::cluster.cluster;" ::: "memory");
 }
 
 FASTLSTM_DEVICE uint32_t of_peer(const void* own, int peer) {

@@ -26,15 +26,15 @@ except ImportError as error:  # not built, or built for another torch
 
 
 def set_persistent(on: bool, tier: str = "") -> None:
-    """Turn the persistent CUDA kernels on or off, for every later call of the process; they are off by default.
+    """Turn the persistent CUDA kernels on or off, for every later call of the process; they are on by default.
 
-    On, float16, bfloat16 and float32 at TF32 precision run many steps in one launch where the layer fits the GPU
-    (`fastlstm.explain` tells), and everything else runs step by step as ever. No GPU has run these kernels yet; their
-    tests ran on the CPU (docs/gpu-notes.md). So they are for whoever measures them.
+    On, float16, bfloat16 and float32 at TF32 precision run many steps in one launch where the layer fits the GPU and
+    that is predicted to be faster (`fastlstm.explain` tells); everything else runs step by step. Meant for measuring
+    and testing the one against the other (docs/gpu-notes.md).
 
     Args:
-        tier: "A" (thread-block clusters) or "B" (groups of blocks that meet in L2) wherever that one can serve; else
-            the one that the planner predicts to be faster.
+        tier: "A" (thread-block clusters) or "B" (groups of blocks that meet in L2) wherever that one can serve,
+            whatever is predicted.
 
     Raises:
         RuntimeError: when the extension was built without CUDA, or there is no such tier.
@@ -48,12 +48,12 @@ def set_persistent(on: bool, tier: str = "") -> None:
 def kernels(call: LayerCall, B: int) -> str:
     """Which CUDA kernels serve `call` of B rows when this backend runs it, and why; "" on other devices.
 
-    As planned from the device's sizes: where the runtime then finds room for fewer clusters, tier B serves instead.
+    As planned from the device's sizes: where the runtime then finds room for fewer clusters, the plan may change.
     """
     if extension is None or call.device.type != "cuda":
         return ""
     if not extension.persistent_enabled():
-        return "step by step: persistent kernels are off (fastlstm.backends.native.set_persistent)"
+        return "step by step: persistent kernels were turned off (fastlstm.backends.native.set_persistent)"
     gpu = torch.cuda.get_device_properties(call.device)
     sms = gpu.multi_processor_count if gpu.major >= 8 else 0
     told = []
@@ -65,7 +65,11 @@ def kernels(call: LayerCall, B: int) -> str:
             extension.persistent_tier(),
         )  # fmt: skip
         groups = "clusters" if layout["cluster"] else "groups"
-        told.append(f"{phase} {reason}" if reason else f"{phase} in {groups} of {layout['members']} blocks ({tier})")
+        told.append(
+            f"{phase} step by step: {reason}"
+            if reason
+            else f"{phase} in {groups} of {layout['members']} blocks ({tier})"
+        )
     return f"persistent from 4 steps on: {'; '.join(told)}"
 
 

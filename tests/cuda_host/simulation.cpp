@@ -207,12 +207,12 @@ bool agree_by_flags(unsigned seed) {
 }
 
 // HELD and HELD_BACK rounds in registers, some fewer than planned, so that shared memory has a part of W_hh.
-template <class T, int UNITS, int HELD, int HELD_BACK>
+template <class T, int HELD, int HELD_BACK, int COLUMNS>
 bool agree_in_clusters(unsigned seed) {
-  return agree<T, ForwardBlock<T, GatherCluster<T, UNITS, HELD>>,
-               BackwardBlock<T, ScatterCluster<T, UNITS, HELD_BACK>>>(
+  return agree<T, ForwardBlock<T, GatherCluster<T, kClusterUnits, HELD, COLUMNS>>,
+               BackwardBlock<T, ScatterCluster<T, kClusterUnits, HELD_BACK, COLUMNS>>>(
       seed, [&](Phase phase, const Recurrence& r) {
-        return lay_out_clusters(phase, r, UNITS, phase == Phase::forward ? HELD : HELD_BACK);
+        return lay_out_clusters(phase, r, phase == Phase::forward ? HELD : HELD_BACK, COLUMNS);
       });
 }
 
@@ -226,9 +226,9 @@ bool agree(unsigned seed) {
     case 2:
       return agree_by_flags<float, 32, 1, 4, 1>(seed);
     case 3:
-      return seed % 2 ? agree_in_clusters<B, 32, 1, 4>(seed) : agree_in_clusters<B, 48, 1, 3>(seed);
+      return seed % 2 ? agree_in_clusters<B, 1, 4, 1>(seed) : agree_in_clusters<B, 4, 2, 2>(seed);
     default:
-      return agree_in_clusters<float, 32, 8, 2>(seed);
+      return agree_in_clusters<float, 8, 2, 1>(seed);
   }
 }
 

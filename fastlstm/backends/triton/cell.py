@@ -48,6 +48,10 @@ def product(a, b, acc, PRECISION: tl.constexpr):
     """acc + a @ b, accumulated in fp32; PRECISION, "ieee" or "tf32", says how fp32 operands are multiplied."""
     if INTERPRETED:
         a, b = a.to(tl.float32), b.to(tl.float32)
+    if PRECISION == "ieee" and a.dtype == tl.float32:
+        # A block's sum apart from the others': in one run over all of K its rounding grows with K. The compiler makes
+        # one run of `acc + dot` again, unless the dot has this option, which means something for 8-bit types alone.
+        return acc + tl.dot(a, b, input_precision=PRECISION, max_num_imprecise_acc=1)
     return tl.dot(a, b, acc, input_precision=PRECISION)
 
 

@@ -111,10 +111,19 @@ def _products(dx, dweights, dgates, x, h0, weights, lengths, reset_mask, y, need
             entering = _entering(y[..., d * s.H : (d + 1) * s.H], h0, d, valid, reset_mask)
             _multiply(dw[1], rows.t(), entering.flatten(0, 1))
         if s.bias and (need[2] or need[3]):
-            db = rows.sum(0)
+            db = _column_sums(rows)
             for k in (2, 3):
                 if need[k]:
                     dw[k].copy_(db)
+
+
+def _column_sums(rows: Tensor, run: int = 128) -> Tensor:
+    """[m] in fp32 from [n, m]. In one go torch.sum takes 128 MiB of scratch memory for a tall matrix on CUDA."""
+    runs = len(rows) // run
+    if runs < 2:
+        return rows.sum(0, dtype=torch.float32)
+    sums = rows[: runs * run].unflatten(0, (runs, run)).sum(1, dtype=torch.float32).sum(0)
+    return sums.add_(rows[runs * run :].sum(0, dtype=torch.float32))
 
 
 def _multiply(out: Tensor, a: Tensor, b: Tensor, plus: Tensor | None = None) -> None:

@@ -140,6 +140,9 @@ inline uint32_t load_acquire(const uint32_t* flag) {
 
 inline uint4 load_published(const uint4* p) { return *p; }
 
+// Fetched as if it were read, so that what does not exist is found.
+inline void prefetch(const void* p) { static_cast<void>(*static_cast<const volatile char*>(p)); }
+
 [[noreturn]] inline void give_up(uint32_t*, uint32_t epoch) {
   std::fprintf(stderr, "block %d waited in vain for epoch %u\n", this_block, epoch);
   std::_Exit(3);
@@ -218,7 +221,7 @@ inline void expect(Arrivals* arrivals, uint32_t bytes) {
   arrive(arrivals, 1, static_cast<int>(bytes));
 }
 
-inline bool arrived(const Arrivals* arrivals, uint32_t parity) {
+inline bool ended(const Arrivals* arrivals, uint32_t parity) {
   deliver(false);
   std::this_thread::yield();
   const uint64_t seen =
@@ -227,6 +230,8 @@ inline bool arrived(const Arrivals* arrivals, uint32_t parity) {
   if (p.valid != kValid) misuse("asks for arrivals that were not started");
   return p.count % 2 != parity;
 }
+
+inline void acquire_pushed() {}  // ended() has acquired
 
 inline uint32_t to_tf32(uint32_t x) {
   const bool finite = (x & 0x7f800000u) != 0x7f800000u;

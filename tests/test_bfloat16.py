@@ -1,0 +1,114 @@
+"""bfloat16 on the CPU: which kernels serve it, and that the AMX kernels (csrc/cpu/amx.h) are as exact as nn.LSTM."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+import fastlstm
+from fastlstm import backends
+
+from .cases import Case
+from .runners import check, require
+
+# Around the tiles: 16 rows, 32 inputs, 16 and 32 units, groups of 128 rows; chunks of a quarter of the steps.
+CASES = (
+    Case(T=1, B=1, I=1, H=1),
+    Case(T=3, B=15, I=31, H=15, hx="tuple"),
+    Case(T=4, B=16, I=32, H=16, hx="tuple", bidirectional=True),
+    Case(T=4, B=17, I=33, H=17, hx="tuple", bidirectional=True),
+    Case(T=5, B=33, I=65, H=47, hx="tuple"),
+    Case(T=3, B=145, I=7, H=40, hx="tuple", bias=False),
+    Case(T=2, B=300, I=40, H=96),
+    Case(T=160, B=32, I=20, H=64, hx="tuple"),  # several chunks
+    Case(T=160, B=32, I=20, H=64, bidirectional=True, layers=2),
+    Case(T=40, B=32, I=128, H=256, hx="tuple"),  # units are split among threads
+    Case(T=40, B=96, I=64, H=64, hx="tuple"),  # rows are
+    Case(T=9, B=20, I=5, H=35, lengths=tuple(k % 10 for k in range(20)), hx="tuple", bidirectional=True),
+    Case(T=9, B=20, I=5, H=35, lengths=tuple(1 + k % 9 for k in range(20)), packed=True, layers=2),
+    Case(T=7, B=18, I=3, H=33, resets=((0, 0), (3, 0), (4, 17), (6, 16)), hx="tuple", bidirectional=True),
+    Case(T=7, B=2, lengths=(4, 6), resets=((2, 0), (4, 0), (5, 1)), cells=True, hx="tuple", bidirectional=True),
+    Case(T=9, B=4, I=3, H=33, x_scale=100.0),
+    Case(T=5, B=3, I=3, H=20, x_grad=False, hx="tuple", hx_grad=False),
+)
+
+
+@pytest.fixture(autouse=True)
+def native():
+    require("native", Case())
+
+
+def flags() -> set[str]:
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    return next((set(line.split()) for line in lines if line.startswith("flags")), set())
+
+
+def test_amx_serves_bfloat16_where_the_cpu_has_it():
+    expected = backends.native.extension.isa()
+    if {"amx_bf16", "amx_tile", "avx512_bf16"} <= flags() and "ATEN_CPU_CAPABILITY" not in os.environ:
+        expected = "amx"
+    assert backends.native.extension.bfloat16_isa() == expected
+
+
+def test_amx_is_what_runs():
+    """h is rounded to bfloat16 between the steps, as nothing in float32 does."""
+    if backends.native.extension.bfloat16_isa() != "amx":
+        pytest.skip("no AMX here")
+    torch.manual_seed(0)
+    x = torch.randn(30, 4, 8, dtype=torch.bfloat16)
+    lstm = fastlstm.LSTM(8, 64).bfloat16()
+    with torch.no_grad():
+        y = lstm(x)[0]
+        in_float32 = lstm.float()(x.float())[0].bfloat16()
+    assert not torch.equal(y, in_float32)
+    torch.testing.assert_close(y, in_float32, atol=2e-2, rtol=0)
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_parity(case, threads):
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        check(replace(case, dtype=torch.bfloat16), "native")
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_empty_batch():
+    lstm = fastlstm.LSTM(5, 7).bfloat16()
+    x = torch.zeros(3, 0, 5, dtype=torch.bfloat16, requires_grad=True)
+    y, (h_n, c_n) = lstm(x)
+    assert y.shape == (3, 0, 7)
+    assert h_n.shape == c_n.shape == (1, 0, 7)
+    y.sum().backward()
+    assert all(p.grad is not None and not p.grad.any() for p in lstm.parameters())
+
+
+def test_nan_stays_in_its_row():
+    lstm = fastlstm.LSTM(5, 20).bfloat16()
+    x = torch.randn(4, 3, 5, dtype=torch.bfloat16)
+    x[1, 1, 2] = float("nan")
+    y = lstm(x)[0]
+    assert y[1:, 1].isnan().all()
+    assert not y[0].isnan().any()
+    assert not y[:, [0, 2]].isnan().any()
+
+
+@pytest.mark.parametrize("shape", [(40, 32, 64, 256), (40, 96, 64, 64)])
+def test_results_are_the_same_at_every_run(shape):
+    T, B, I, H = shape  # noqa: E741
+    lstm = fastlstm.LSTM(I, H).bfloat16()
+    x = torch.randn(T, B, I, dtype=torch.bfloat16, requires_grad=True)
+
+    def run():
+        y = lstm(x)[0]
+        return [y, *torch.autograd.grad(y.float().pow(2).sum(), [x, *lstm.parameters()])]
+
+    first = run()
+    for _ in range(5):
+        assert all(torch.equal(a, b) for a, b in zip(first, run(), strict=True))
