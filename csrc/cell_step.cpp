@@ -1,5 +1,6 @@
-// LSTMCell's call in one piece: its checks, its autograd node and cpu/one_step.h, for plain CPU tensors. Through
-// the layer's op a small cell would spend most of its time in views, their autograd nodes and dispatching.
+// LSTMCell's call in one piece: its checks, its autograd node and cpu/one_step.h, for plain CPU tensors.
+// Through the layer's op a small cell would spend most of its time in views, their autograd nodes and
+// dispatching.
 #include "cell_step.h"
 
 #include <ATen/ATen.h>
@@ -49,8 +50,7 @@ class CellFunction : public torch::autograd::Function<CellFunction> {
                                const OptionalTensor&, const OptionalTensor&, const at::Tensor&,
                                const at::Tensor&, const OptionalTensor&, const OptionalTensor&) {
     const StepResults r = step_forward(*in, true);
-    ctx->save_for_backward(
-        {in->x, in->h0, in->c0, in->w_ih, in->w_hh, in->bias_ih, in->bias_hh, r.c, r.gates});
+    ctx->save_for_backward({in->x, in->h0, in->c0, in->w_ih, in->w_hh, in->bias_ih, in->bias_hh, r.reserve});
     ctx->set_materialize_grads(false);  // else an unused h or c would arrive in backward as zeros
     return {r.h, r.c};
   }
@@ -61,9 +61,8 @@ class CellFunction : public torch::autograd::Function<CellFunction> {
     std::array<bool, 7> needs;
     size_t edge = 0;  // which exist for the tensors that were given only
     for (size_t k = 0; k < 7; ++k) needs[k] = saved[k].defined() && ctx->needs_input_grad(edge++);
-    StepGradients found = at::GradMode::is_enabled()
-                              ? differentiable(grads[0], grads[1], in, needs)
-                              : step_backward(grads[0], grads[1], in, saved[7], saved[8], needs);
+    StepGradients found = at::GradMode::is_enabled() ? differentiable(grads[0], grads[1], in, needs)
+                                                     : step_backward(grads[0], grads[1], in, saved[7], needs);
     variable_list out = {at::Tensor()};  // of `in`
     out.insert(out.end(), std::make_move_iterator(found.begin()), std::make_move_iterator(found.end()));
     return out;
@@ -80,9 +79,11 @@ bool plain(const at::Tensor& t) {
 }  // namespace
 
 bool cell_step(const StepInputs& in, at::Tensor& h, at::Tensor& c) {
+  // A mode that wants to see ops, or a tracer, would see none of them here.
+  constexpr c10::DispatchKeySet watched{c10::DispatchKey::Python, c10::DispatchKey::Tracer};
   const at::ScalarType type = in.x.scalar_type();
   const int64_t dim = in.x.dim();
-  if (c10::impl::tls_local_dispatch_key_set().included_.has(c10::DispatchKey::Python) ||
+  if (c10::impl::tls_local_dispatch_key_set().included_.has_any(watched) ||
       !(type == at::kFloat || type == at::kDouble) || !(dim == 1 || dim == 2) || in.w_ih.dim() != 2 ||
       in.w_hh.dim() != 2)
     return false;
@@ -96,8 +97,8 @@ bool cell_step(const StepInputs& in, at::Tensor& h, at::Tensor& c) {
   if (B == 0 || H == 0 || I == 0 || !fits(in.x, I) || !weight_fits(in.w_ih, I) || !weight_fits(in.w_hh, H))
     return false;
   if (in.h0.defined() && !(fits(in.h0, H) && fits(in.c0, H))) return false;
-  if (in.bias_ih.defined() && !(in.bias_ih.dim() == 1 && weight_fits(in.bias_ih, 1) && in.bias_hh.dim() == 1 &&
-                                weight_fits(in.bias_hh, 1)))
+  if (in.bias_ih.defined() && !(in.bias_ih.dim() == 1 && weight_fits(in.bias_ih, 1) &&
+                                in.bias_hh.dim() == 1 && weight_fits(in.bias_hh, 1)))
     return false;
 
   RECORD_FUNCTION("fastlstm::cell", {});
@@ -106,9 +107,8 @@ bool cell_step(const StepInputs& in, at::Tensor& h, at::Tensor& c) {
       (requires_grad(in.x) || requires_grad(in.h0) || requires_grad(in.c0) || requires_grad(in.w_ih) ||
        requires_grad(in.w_hh) || requires_grad(in.bias_ih) || requires_grad(in.bias_hh))) {
     const auto given = [](const at::Tensor& t) { return t.defined() ? OptionalTensor(t) : std::nullopt; };
-    const variable_list out =
-        CellFunction::apply(&in, in.x, given(in.h0), given(in.c0), in.w_ih, in.w_hh, given(in.bias_ih),
-                            given(in.bias_hh));
+    const variable_list out = CellFunction::apply(&in, in.x, given(in.h0), given(in.c0), in.w_ih, in.w_hh,
+                                                  given(in.bias_ih), given(in.bias_hh));
     h = out[0], c = out[1];
   } else {
     StepResults r = step_forward(in, false);

@@ -5,8 +5,8 @@
 
 namespace fastlstm {
 
-// h and c, with their autograd node where one is wanted; false, and nothing done, where the tensors do not fit
-// together or are not plain float32 or float64 CPU tensors.
+// h and c, with their autograd node where one is wanted; false, and nothing done, where the tensors do not
+// fit together or are not plain float32 or float64 CPU tensors.
 bool cell_step(const StepInputs& in, at::Tensor& h, at::Tensor& c);
 
 }  // namespace fastlstm

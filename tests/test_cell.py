@@ -104,6 +104,62 @@ def test_state_and_weights_swapped():
     assert_same(*pair, x, STATES)
 
 
+def test_states_may_be_changed_in_place(backend):
+    """As nn.LSTMCell's: a mask on the states between steps, as loops over episodes have it."""
+
+    def gradients(cell):
+        h, c = cell(data(2, 3))
+        h.mul_(0.5)
+        c.mul_(2)
+        h, c = cell(data(2, 3, seed=1), (h, c))
+        c.mul_(3)
+        return torch.autograd.grad((h.sum() + c.sum()), list(cell.parameters()))
+
+    ours, theirs = twins(cell=True)
+    torch.testing.assert_close(gradients(ours), gradients(theirs))
+
+
+def test_second_order(backend):
+    def curvature(cell):
+        x = data(2, 3).requires_grad_()
+        h, c = cell(x, (data(2, 4, seed=1), data(2, 4, seed=2)))
+        (dx,) = torch.autograd.grad(h.square().sum() + c.square().sum(), x, create_graph=True)
+        return torch.autograd.grad(dx.square().sum(), [x, *cell.parameters()])
+
+    ours, theirs = twins(cell=True)
+    torch.testing.assert_close(curvature(ours), curvature(theirs))
+
+
+def test_traced():
+    """torch.jit.trace records ops: the call in one piece (csrc/cell_step.cpp) must not hide them."""
+    cell, _ = twins(cell=True)
+    x = data(2, 3, seed=5)
+    with torch.no_grad():
+        traced = torch.jit.trace(cell, (data(2, 3), STATES))
+        torch.testing.assert_close(traced(x, STATES), cell(x, STATES))
+
+
+# Both sides of the sizes at which csrc/cpu/one_step.cpp changes its products, packs weights, or takes a second thread.
+@pytest.mark.parametrize(("B", "I", "H"), [(1, 3, 20), (2, 1, 5), (9, 1, 33), (97, 51, 51), (30, 70, 17), (70, 9, 140)])
+@pytest.mark.parametrize("used", ["h", "c", "both"])
+def test_every_subset_of_gradients(B, I, H, used, backend):  # noqa: E741
+    pair = twins(I, H, cell=True)
+    count = 3 + len(list(pair[0].parameters()))
+    for subset in (*([k] for k in range(count)), range(count), range(3), range(3, count)):
+        found = []
+        for cell in pair:
+            leaves = [data(B, n, seed=k) for k, n in enumerate((I, H, H))]
+            chosen = [[*leaves, *cell.parameters()][k] for k in subset]
+            for tensor in (*leaves, *cell.parameters()):
+                tensor.requires_grad_(any(tensor is t for t in chosen))
+            h, c = cell(leaves[0], (leaves[1], leaves[2]))
+            results = {"h": [h], "c": [c], "both": [h, c]}[used]
+            weights = [data(B, H, seed=7 + k) for k in range(len(results))]
+            found.append(torch.autograd.grad(results, chosen, weights, allow_unused=True))
+        for mine, yours in zip(*found, strict=True):
+            torch.testing.assert_close(mine, torch.zeros_like(mine) if yours is None else yours)
+
+
 def test_empty_batch(backend):
     ours, theirs = twins(cell=True)
     x = torch.zeros(0, 3, dtype=torch.float64)

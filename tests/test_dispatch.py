@@ -32,8 +32,9 @@ def no_memory(monkeypatch):
 
 @pytest.fixture
 def asked(monkeypatch, no_memory):
-    """(backend, call) of every choice made; the shortcut past them, for which there is nothing to choose, is off."""
-    monkeypatch.setattr(dispatch, "stack", lambda *arguments: None)
+    """(backend, call) of every choice made; the shortcuts past them, for which there is nothing to choose, are off."""
+    for shortcut in ("stack", "cell"):
+        monkeypatch.setattr(dispatch, shortcut, lambda *arguments: None)
     calls = []
     real = dispatch.select
 
@@ -77,6 +78,33 @@ def test_the_shortcut_is_for_what_native_would_run(monkeypatch):
         assert dispatch.stack(mode.from_tensor(x), *arguments[1:]) is None
     monkeypatch.setattr(backends.native, "extension", None)
     assert dispatch.stack(*arguments) is None
+
+
+def test_the_shortcut_of_a_cell(monkeypatch):
+    if backends.native.extension is None:
+        pytest.skip("the extension is not built")
+    cell, x, h = fastlstm.LSTMCell(3, 4), torch.rand(2, 3), torch.zeros(2, 4)
+    weights = cell.current_weights()
+    taken = {}
+    for name in dispatch.NAMES:
+        with fastlstm.use_backend(name):
+            taken[name] = dispatch.cell(x, None, weights) is not None
+    assert taken == {name: name in ("auto", "native") for name in dispatch.NAMES}
+    assert dispatch.cell(x[0], (h[0], h[0]), weights) is not None
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert dispatch.cell(x, None, weights) is None
+    for hx in ((h[:1], h), (h, h.double()), (h,), (h, None), [h, h], h, (h[0], h[0]), (h.to("meta"), h)):
+        assert dispatch.cell(x, hx, weights) is None
+    for other in (x[None], x.double(), x.bfloat16(), x[:, :2], x[:0], x.to("meta"), x.long(), x.to_sparse(), 1.0):
+        assert dispatch.cell(other, None, weights) is None
+    assert dispatch.cell(x, None, (*weights[:3], None)) is None
+    torch.func.vmap(lambda x: taken.update(vmap=dispatch.cell(x, None, weights)) or x)(x[None])
+    assert taken["vmap"] is None
+    with torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        assert dispatch.cell(mode.from_tensor(x), None, weights) is None
+        assert dispatch.cell(x, None, weights) is None  # a mode sees every op
+    monkeypatch.setattr(backends.native, "extension", None)
+    assert dispatch.cell(x, None, weights) is None
 
 
 def test_context_ends_with_the_block(asked):

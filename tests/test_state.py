@@ -276,3 +276,19 @@ def test_distributed_wrappers(wrap, tmp_path):
             torch.testing.assert_close(grad, getattr(theirs, name).grad)
     finally:
         distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("layers", [1, 2])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+def test_final_states_may_be_changed_in_place(layers, dtype, backend):
+    """As nn.LSTM's: truncated backpropagation masks them before the next piece."""
+
+    def gradients(module):
+        output, (h_n, c_n) = module(X.to(dtype))
+        h_n.mul_(0.5)
+        c_n.mul_(2)
+        return torch.autograd.grad(output.sum() + h_n.sum() + c_n.sum(), list(module.parameters()))
+
+    ours, theirs = twins(num_layers=layers, dtype=dtype)
+    close = {} if dtype == torch.float64 else {"rtol": 5e-2, "atol": 5e-2}
+    torch.testing.assert_close(gradients(ours), gradients(theirs), **close)

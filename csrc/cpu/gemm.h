@@ -141,7 +141,7 @@ template <class T, bool transposed_a>
 FASTLSTM_INLINE void small_product_of(int64_t m, int64_t n, int64_t K, const T* a, int64_t lda, const T* b,
                                       int64_t b_row, int64_t b_column, bool add, T* c, int64_t ldc,
                                       T* scratch) {
-  constexpr int64_t W2 = kPanel<T>;
+  constexpr int64_t W = kWidth<T>, W2 = kPanel<T>;
   T* panel = scratch;             // [K, W2]
   T* partial = scratch + K * W2;  // [kTileRows, W2]
   for (int64_t j = 0; j < n; j += W2) {
@@ -158,10 +158,17 @@ FASTLSTM_INLINE void small_product_of(int64_t m, int64_t n, int64_t K, const T* 
       const T* ar = a + (transposed_a ? r : r * lda);
       T* cr = c + r * ldc + j;
       if (whole) return tile_rows<T, 2, transposed_a>(rows, K, ar, lda, bj, ldb, cr, ldc, add);
-      tile_rows<T, 2, transposed_a>(rows, K, ar, lda, bj, ldb, partial, W2, false);
+      if (columns > W)
+        tile_rows<T, 2, transposed_a>(rows, K, ar, lda, bj, ldb, partial, W2, false);
+      else
+        tile_rows<T, 1, transposed_a>(rows, K, ar, lda, bj, ldb, partial, W2, false);
       for (int q = 0; q < rows; ++q)
-        for (int64_t i = 0; i < columns; ++i)
-          cr[q * ldc + i] = partial[q * W2 + i] + (add ? cr[q * ldc + i] : T(0));
+        for (int64_t i = 0; i < columns; i += W) {
+          const int part = static_cast<int>(std::min(W, columns - i));
+          T* out = cr + q * ldc + i;
+          const Vec<T> v = load(partial + q * W2 + i);
+          store_part(out, add ? load_part(out, part) + v : v, part);
+        }
     });
   }
 }

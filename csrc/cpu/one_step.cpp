@@ -26,13 +26,14 @@ void copy_or_zero(const T* from, int64_t n, T* to) {
 }
 
 template <class T>
-StepResults forward_of(const StepInputs& given, bool keep_gates) {
+StepResults forward_of(const StepInputs& given, bool keep_reserve) {
   const StepInputs in = contiguous(given);
   const Kernels<T>& kernel = kernels<T>();
   const int64_t B = in.B(), I = in.I(), H = in.H();
   const auto state = [&] { return in.x.dim() == 2 ? new_empty({B, H}, in.x) : new_empty({H}, in.x); };
   StepResults out{state(), state(), at::Tensor()};
-  if (keep_gates) out.gates = new_empty({B, 4 * H}, in.x);
+  if (keep_reserve) out.reserve = new_empty({5 * B * H}, in.x);
+  T* const gates = keep_reserve ? out.reserve.mutable_data_ptr<T>() : nullptr;
 
   const std::vector<Rows> rows = {rows_of(B)};
   const Plan plan = make_plan(1, 1, double(B), I, H, H, sizeof(T), kernel.unit_block);
@@ -65,7 +66,7 @@ StepResults forward_of(const StepInputs& given, bool keep_gates) {
                                H,
                                false,
                                data<T>(in.x),
-                               keep_gates ? out.gates.mutable_data_ptr<T>() : nullptr,
+                               gates,
                                bias,
                                {data<T>(in.w_ih), packed(in.w_ih, ih_at), direct_ih},
                                {data<T>(in.w_hh), packed(in.w_hh, hh_at), direct_hh},
@@ -73,9 +74,9 @@ StepResults forward_of(const StepInputs& given, bool keep_gates) {
                                {const_cast<T*>(h0), h},  // the only step reads the first, and y is the second
                                c,
                                h,
-                               nullptr,
+                               gates ? gates + 4 * B * H : nullptr,
                                H,
-                               0,
+                               H,
                                space.at(scratch_at)};
   run_plan(plan, rows, H, kernel.unit_block, [&](int64_t, const Member& me) { kernel.forward(args, me); });
   return out;
@@ -87,7 +88,7 @@ constexpr int64_t kOwnProducts = int64_t{1} << 22;
 
 template <class T>
 StepGradients through_layer(const at::Tensor& dh, const at::Tensor& dc, const StepInputs& in,
-                            const at::Tensor& c, const at::Tensor& gates, const std::array<bool, 7>& needs) {
+                            const at::Tensor& reserve, const std::array<bool, 7>& needs) {
   const int64_t B = in.B(), I = in.I(), H = in.H();
   const auto as = [&](const at::Tensor& t, int64_t n) {
     return t.defined() ? OptionalTensor(t.reshape({1, B, n})) : std::nullopt;
@@ -96,24 +97,28 @@ StepGradients through_layer(const at::Tensor& dh, const at::Tensor& dc, const St
   if (in.bias_ih.defined()) weights.insert(weights.end(), {in.bias_ih, in.bias_hh});
   c10::List<bool> flags;
   for (size_t k = 0; k < 3 + weights.size(); ++k) flags.push_back(needs[k]);
-  const at::Tensor cells = *as(c, H);  // y, of which one step reads nothing, has its shape
+  const at::Tensor cells = reserve.narrow(0, 4 * B * H, B * H).view({1, B, H});
   auto [dx, dh0, dc0, dweights] =
       backward<T>({}, as(dh, H), as(dc, H), {}, *as(in.x, I), as(in.h0, H), as(in.c0, H), weights, {}, {},
-                  cells, cells, gates.view({1, 1, B, 4 * H}), flags);
+                  cells, cells, reserve.narrow(0, 0, 4 * B * H).view({1, 1, B, 4 * H}), flags);
   dweights.resize(4);
   const auto shaped = [](const at::Tensor& t, bool need, const at::Tensor& like) {
     return need ? t.view(like.sizes()) : at::Tensor();
   };
-  return {shaped(dx, needs[0], in.x), shaped(dh0, needs[1], in.h0), shaped(dc0, needs[2], in.c0),
-          needs[3] ? dweights[0] : at::Tensor(), needs[4] ? dweights[1] : at::Tensor(),
-          needs[5] ? dweights[2] : at::Tensor(), needs[6] ? dweights[3] : at::Tensor()};
+  return {shaped(dx, needs[0], in.x),
+          shaped(dh0, needs[1], in.h0),
+          shaped(dc0, needs[2], in.c0),
+          needs[3] ? dweights[0] : at::Tensor(),
+          needs[4] ? dweights[1] : at::Tensor(),
+          needs[5] ? dweights[2] : at::Tensor(),
+          needs[6] ? dweights[3] : at::Tensor()};
 }
 
 template <class T>
 StepGradients backward_of(const at::Tensor& dh, const at::Tensor& dc, const StepInputs& given,
-                          const at::Tensor& c, const at::Tensor& gates, const std::array<bool, 7>& needs) {
+                          const at::Tensor& reserve, const std::array<bool, 7>& needs) {
   const int64_t B = given.B(), I = given.I(), H = given.H(), G = 4 * H;
-  if (B * G * std::max(I, H) > kOwnProducts) return through_layer<T>(dh, dc, given, c, gates, needs);
+  if (B * G * std::max(I, H) > kOwnProducts) return through_layer<T>(dh, dc, given, reserve, needs);
   const StepInputs in = contiguous(given);
   const Kernels<T>& kernel = kernels<T>();
   const std::array<const at::Tensor*, 7> inputs = {&in.x,    &in.h0,      &in.c0,     &in.w_ih,
@@ -132,8 +137,8 @@ StepGradients backward_of(const at::Tensor& dh, const at::Tensor& dc, const Step
   const bool pack = worth_packing(B, B);
   const int64_t ld = kernel.padded_columns(H), widest = std::max(B, G);
   Workspace<T> space;
-  const int64_t dh_at = space.take(B * ld), dc_at = space.take(B * H), c0_at = space.take(in.c0.defined() ? 0 : B * H),
-                dgates_at = space.take(B * G),
+  const int64_t dh_at = space.take(B * ld), dc_at = space.take(B * H),
+                c0_at = space.take(in.c0.defined() ? 0 : B * H), dgates_at = space.take(B * G),
                 packed_at = space.take(pack ? kernel.columns_packed_size(G, H) : 0),
                 scratch_size = kernel.small_product_scratch(widest),
                 scratch_at = space.take(plan.threads() * scratch_size);
@@ -152,8 +157,8 @@ StepGradients backward_of(const at::Tensor& dh, const at::Tensor& dc, const Step
                                 0,
                                 1,
                                 0,
-                                data<T>(gates),
-                                data<T>(c),
+                                data<T>(reserve),
+                                data<T>(reserve) + 4 * B * H,
                                 c0,
                                 data<T>(dh_in),
                                 nullptr,
@@ -174,8 +179,8 @@ StepGradients backward_of(const at::Tensor& dh, const at::Tensor& dc, const Step
     const int64_t r0 = me.row_begin, own = me.row_end - r0;
     kernel.backward(args, me);
     if (to[0])
-      kernel.small_product(own, I, G, dgates + r0 * G, G, false, data<T>(in.w_ih), I, 1, false, to[0] + r0 * I, I,
-                           scratch);
+      kernel.small_product(own, I, G, dgates + r0 * G, G, false, data<T>(in.w_ih), I, 1, false,
+                           to[0] + r0 * I, I, scratch);
     for (int64_t r = r0; to[1] && r < me.row_end; ++r)
       std::copy_n(space.at(dh_at) + r * ld, H, to[1] + r * H);
     if (to[2]) std::copy_n(space.at(dc_at) + r0 * H, own * H, to[2] + r0 * H);
@@ -189,8 +194,8 @@ StepGradients backward_of(const at::Tensor& dh, const at::Tensor& dc, const Step
       kernel.small_product(g1 - g0, I, B, dgates + g0, G, true, data<T>(in.x), I, 1, false, to[3] + g0 * I, I,
                            scratch);
     if (to[4] && in.h0.defined())
-      kernel.small_product(g1 - g0, H, B, dgates + g0, G, true, data<T>(in.h0), H, 1, false, to[4] + g0 * H, H,
-                           scratch);
+      kernel.small_product(g1 - g0, H, B, dgates + g0, G, true, data<T>(in.h0), H, 1, false, to[4] + g0 * H,
+                           H, scratch);
     else if (to[4])
       std::fill(to[4] + g0 * H, to[4] + g1 * H, T(0));
     T* const db = to[5] ? to[5] : to[6];
@@ -202,15 +207,15 @@ StepGradients backward_of(const at::Tensor& dh, const at::Tensor& dc, const Step
 
 }  // namespace
 
-StepResults step_forward(const StepInputs& in, bool keep_gates) {
-  return in.x.scalar_type() == at::kDouble ? forward_of<double>(in, keep_gates)
-                                           : forward_of<float>(in, keep_gates);
+StepResults step_forward(const StepInputs& in, bool keep_reserve) {
+  return in.x.scalar_type() == at::kDouble ? forward_of<double>(in, keep_reserve)
+                                           : forward_of<float>(in, keep_reserve);
 }
 
 StepGradients step_backward(const at::Tensor& dh, const at::Tensor& dc, const StepInputs& in,
-                            const at::Tensor& c, const at::Tensor& gates, const std::array<bool, 7>& needs) {
-  return in.x.scalar_type() == at::kDouble ? backward_of<double>(dh, dc, in, c, gates, needs)
-                                           : backward_of<float>(dh, dc, in, c, gates, needs);
+                            const at::Tensor& reserve, const std::array<bool, 7>& needs) {
+  return in.x.scalar_type() == at::kDouble ? backward_of<double>(dh, dc, in, reserve, needs)
+                                           : backward_of<float>(dh, dc, in, reserve, needs);
 }
 
 }  // namespace fastlstm

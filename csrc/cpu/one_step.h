@@ -19,15 +19,17 @@ struct StepInputs {
 };
 
 struct StepResults {
-  at::Tensor h, c;   // [B, H] or [H]
-  at::Tensor gates;  // [B, 4H]  activated, in the layout of gate_at; undefined unless asked for
+  at::Tensor h, c;  // [B, H] or [H]
+  // [5 * B * H]  for backward: the activated gates [B, 4H] in the layout of gate_at, and c again [B, H],
+  // because torch.nn.LSTMCell lets its caller change the c it returns in place. Undefined unless asked for.
+  at::Tensor reserve;
 };
-StepResults step_forward(const StepInputs& in, bool keep_gates);
+StepResults step_forward(const StepInputs& in, bool keep_reserve);
 
 // In the order of StepInputs; undefined where not needed.
 using StepGradients = std::array<at::Tensor, 7>;
 // dh, dc: gradients of h and c, either may be undefined.
 StepGradients step_backward(const at::Tensor& dh, const at::Tensor& dc, const StepInputs& in,
-                            const at::Tensor& c, const at::Tensor& gates, const std::array<bool, 7>& needs);
+                            const at::Tensor& reserve, const std::array<bool, 7>& needs);
 
 }  // namespace fastlstm

@@ -81,12 +81,16 @@ def forward(x, h0, c0, weights, lengths, reset_mask, keep_cells, keep_reserve):
     def joined(parts: Sequence[Tensor]) -> Tensor:
         return torch.cat([p.to(x.dtype) for p in parts], dim=-1)
 
+    def stacked(parts: Sequence[Tensor]) -> Tensor:
+        """Not torch.stack's view: the caller of an op could not change that in place."""
+        return torch.cat([p.to(x.dtype)[None] for p in parts])
+
     return (
         joined(y),
-        torch.stack(h_n).to(x.dtype),
-        torch.stack(c_n).to(x.dtype),
+        stacked(h_n),
+        stacked(c_n),
         joined(cells) if keep_cells or keep_reserve else x.new_empty(0),
-        torch.stack(gates).to(x.dtype) if keep_reserve else x.new_empty(0),
+        stacked(gates) if keep_reserve else x.new_empty(0),
     )
 
 
