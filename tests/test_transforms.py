@@ -103,11 +103,11 @@ def test_cell(backend):
 
 def test_after_a_transform_the_backend_is_at_work_again():
     ours, _ = twins()
-    before = ours(X)[0].grad_fn.name()
+    before = type(ours(X)[0].grad_fn)
     grad(lambda x: ours(x)[0].sum())(X)
     with pytest.raises(ZeroDivisionError):
         vmap(lambda x: ours(x)[0] / (1 // 0))(X[None])
-    assert ours(X)[0].grad_fn.name() == before
+    assert type(ours(X)[0].grad_fn) is before
 
 
 def test_flops_and_module_trackers_do_not_break():
