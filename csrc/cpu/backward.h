@@ -39,12 +39,17 @@ template <class T>
 void product_packed(int64_t rows, int64_t K, const T* a, int64_t lda, const T* packed, int64_t n_begin,
                     int64_t n_end, T* c, int64_t ldc) {
   constexpr int64_t W2 = kPanel<T>;
-  if (rows <= 2) {
-    for (int64_t n = n_begin; n < n_end; n += W2)
-      tile_rows<T, 2, false, 2>(static_cast<int>(rows), K, a, lda, packed + n * K, W2, c + n, ldc, false);
-    return;
+  int64_t n = n_begin;
+  for (; rows <= kWideRows && n + 2 * W2 <= n_end; n += 2 * W2)
+    wide_product(rows, K, a, lda, packed + n * K, c + n, ldc, false);
+  for (; n < n_end; n += W2) {
+    if (n_end - n <= kWidth<T>)  // half a panel
+      for_row_tiles(rows, kTileRows, [&](int64_t m, int M) {
+        tile_rows<T, 1>(M, K, a + m * lda, lda, packed + n * K, W2, c + m * ldc + n, ldc, false);
+      });
+    else
+      panel_product(rows, K, a, lda, packed + n * K, c + n, ldc);
   }
-  for (int64_t n = n_begin; n < n_end; n += W2) panel_product(rows, K, a, lda, packed + n * K, c + n, ldc);
 }
 
 // The same from B [K, N] as stored, for so few rows and steps that packing would not pay.

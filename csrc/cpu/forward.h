@@ -91,8 +91,7 @@ template <class T>
 FASTLSTM_INLINE void block_product(int64_t rows, int64_t K, const T* a, int64_t lda, const T* block, T* out,
                                    bool add) {
   constexpr int64_t ld = kGateBlock<T>, W2 = kPanel<T>;
-  if (rows == 1) return tile<T, 1, 4>(K, a, lda, block, W2, out, ld, add, K * W2);
-  if (rows == 2) return tile<T, 2, 4>(K, a, lda, block, W2, out, ld, add, K * W2);
+  if (rows <= kWideRows) return wide_product(rows, K, a, lda, block, out, ld, add);
   panel_product(rows, K, a, lda, block, out, ld, add);                // i, f
   panel_product(rows, K, a, lda, block + K * W2, out + W2, ld, add);  // g, o
 }

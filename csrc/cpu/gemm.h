@@ -6,16 +6,19 @@
 
 #include <algorithm>
 
+#include "cpu/sequence.h"
 #include "cpu/vec.h"
 
 namespace fastlstm::FASTLSTM_ISA {
 
 // Rows of a tile: rows x 2 accumulators, 2 columns of B and one broadcast fill the registers (16, or 32 with
 // AVX-512 and on aarch64).
+// Up to kWideRows rows take two panels at once, 4 columns of B: else each multiply-add waits for the one
+// before.
 #if FASTLSTM_VECTOR_BYTES == 64 || defined(__aarch64__)
-constexpr int kTileRows = 12;
+constexpr int kTileRows = 12, kWideRows = 6;
 #else
-constexpr int kTileRows = 6;
+constexpr int kTileRows = 6, kWideRows = 2;
 #endif
 template <class T>
 constexpr int kPanel = 2 * kWidth<T>;
@@ -36,25 +39,39 @@ constexpr int64_t kDepth = 16384 / (2 * FASTLSTM_VECTOR_BYTES);
 // c[m][n] (+)= sum over k of a[m][k] b[k][n], for M rows and NV vectors of columns, row strides lda, ldb,
 // ldc. With transposed_a, a is given as a[k][m]. Columns of b come two vectors a panel, panels `next_panel`
 // elements apart.
+// A function of its own for every shape: inlined beside the others it would have its pointers spilled.
 template <class T, int M, int NV, bool transposed_a = false, bool fetch = false>
-FASTLSTM_INLINE void tile(int64_t K, const T* a, int64_t lda, const T* b, int64_t ldb, T* c, int64_t ldc,
-                          bool add, int64_t next_panel = kPanel<T>, Ahead<T> ahead = {nullptr, 0}) {
+__attribute__((noinline)) void tile(int64_t K, const T* a, int64_t lda, const T* b, int64_t ldb, T* c,
+                                    int64_t ldc, bool add, int64_t next_panel = kPanel<T>,
+                                    Ahead<T> ahead = {nullptr, 0}) {
   constexpr int W = kWidth<T>;
+  // A pointer to every third row, the two after it by lda and 2 lda: one a row would not fit the registers.
+  constexpr int kBases = transposed_a ? 1 : (M + 2) / 3;
   int64_t k = 0;
   do {
     const int64_t end = std::min(K, k + kDepth);
-    Vec<T> acc[M][NV] = {};
-    for (; k < end; ++k) {
-      Vec<T> bk[NV];
-      if constexpr (fetch) __builtin_prefetch(ahead.from + k * ahead.step, 0, 2);
+    const T* base[kBases];
 #pragma GCC unroll 8
-      for (int n = 0; n < NV; ++n) bk[n] = load(b + n / 2 * next_panel + k * ldb + n % 2 * W);
+    for (int g = 0; g < kBases; ++g) base[g] = a + (transposed_a ? k * lda : 3 * g * lda + k);
+    const T* from = ahead.from + k * ahead.step;
+    const T* bk = b + k * ldb;
+    Vec<T> acc[M][NV] = {};
+    for (; k < end; ++k, bk += ldb) {
+      Vec<T> columns[NV];
+      if constexpr (fetch) {
+        __builtin_prefetch(from, 0, 2);
+        from += ahead.step;
+      }
+#pragma GCC unroll 8
+      for (int n = 0; n < NV; ++n) columns[n] = load(bk + n / 2 * next_panel + n % 2 * W);
 #pragma GCC unroll 16
       for (int m = 0; m < M; ++m) {
-        const T am = transposed_a ? a[k * lda + m] : a[m * lda + k];
+        const T am = transposed_a ? base[0][m] : base[m / 3][m % 3 * lda];
 #pragma GCC unroll 8
-        for (int n = 0; n < NV; ++n) acc[m][n] += am * bk[n];
+        for (int n = 0; n < NV; ++n) acc[m][n] += am * columns[n];
       }
+#pragma GCC unroll 8
+      for (int g = 0; g < kBases; ++g) base[g] += transposed_a ? lda : 1;
     }
 #pragma GCC unroll 16
     for (int m = 0; m < M; ++m)
@@ -70,11 +87,19 @@ FASTLSTM_INLINE void tile(int64_t K, const T* a, int64_t lda, const T* b, int64_
 // The same for any number of rows up to kTileRows.
 template <class T, int NV, bool transposed_a = false, int M = kTileRows>
 FASTLSTM_INLINE void tile_rows(int rows, int64_t K, const T* a, int64_t lda, const T* b, int64_t ldb, T* c,
-                               int64_t ldc, bool add) {
+                               int64_t ldc, bool add, int64_t next_panel = kPanel<T>) {
   if constexpr (M > 0) {
-    if (rows == M) return tile<T, M, NV, transposed_a>(K, a, lda, b, ldb, c, ldc, add);
-    tile_rows<T, NV, transposed_a, M - 1>(rows, K, a, lda, b, ldb, c, ldc, add);
+    if (rows == M) return tile<T, M, NV, transposed_a>(K, a, lda, b, ldb, c, ldc, add, next_panel);
+    tile_rows<T, NV, transposed_a, M - 1>(rows, K, a, lda, b, ldb, c, ldc, add, next_panel);
   }
+}
+
+// c [rows, 2 * kPanel] (+)= a [rows, K] times two neighbouring packed panels, for up to kWideRows rows.
+template <class T>
+FASTLSTM_INLINE void wide_product(int64_t rows, int64_t K, const T* a, int64_t lda, const T* panels, T* c,
+                                  int64_t ldc, bool add) {
+  constexpr int64_t W2 = kPanel<T>;
+  tile_rows<T, 4, false, kWideRows>(static_cast<int>(rows), K, a, lda, panels, W2, c, ldc, add, K * W2);
 }
 
 // The same on a packed panel, fetching what comes after it.
@@ -137,50 +162,51 @@ FASTLSTM_INLINE void copy_panel_row(const T* from, int64_t stride, int64_t n, T*
   for (int64_t j = 0; j < kPanel<T>; ++j) to[j] = j < n ? from[j * stride] : T(0);
 }
 
+// c [rows, columns] (+)= a [rows, K] times a panel of that many columns; of less than a whole one by way of
+// `partial` [kTileRows, kPanel].
 template <class T, bool transposed_a>
-FASTLSTM_INLINE void small_product_of(int64_t m, int64_t n, int64_t K, const T* a, int64_t lda, const T* b,
-                                      int64_t b_row, int64_t b_column, bool add, T* c, int64_t ldc,
-                                      T* scratch) {
+FASTLSTM_INLINE void edge_tile(int rows, int64_t columns, int64_t K, const T* a, int64_t lda, const T* panel,
+                               int64_t ldb, bool add, T* c, int64_t ldc, T* partial) {
   constexpr int64_t W = kWidth<T>, W2 = kPanel<T>;
-  T* panel = scratch;             // [K, W2]
-  T* partial = scratch + K * W2;  // [kTileRows, W2]
-  for (int64_t j = 0; j < n; j += W2) {
-    const int64_t columns = std::min(W2, n - j);
-    const bool whole = columns == W2;
-    const T* bj = b + j * b_column;
-    int64_t ldb = b_row;
-    if (!whole || b_column != 1) {
-      for (int64_t k = 0; k < K; ++k) copy_panel_row(bj + k * b_row, b_column, columns, panel + k * W2);
-      bj = panel;
+  if (columns == W2) return tile_rows<T, 2, transposed_a>(rows, K, a, lda, panel, ldb, c, ldc, add);
+  if (columns > W)
+    tile_rows<T, 2, transposed_a>(rows, K, a, lda, panel, ldb, partial, W2, false);
+  else
+    tile_rows<T, 1, transposed_a>(rows, K, a, lda, panel, ldb, partial, W2, false);
+  for (int q = 0; q < rows; ++q)
+    for (int64_t i = 0; i < columns; i += W) {
+      const int part = static_cast<int>(std::min(W, columns - i));
+      T* out = c + q * ldc + i;
+      const Vec<T> v = load(partial + q * W2 + i);
+      store_part(out, add ? load_part(out, part) + v : v, part);
+    }
+}
+
+template <class T, bool transposed_a>
+FASTLSTM_INLINE void small_product_of(const Product<T>& p) {
+  constexpr int64_t W2 = kPanel<T>;
+  T* panel = p.scratch;               // [k, W2]
+  T* partial = p.scratch + p.k * W2;  // [kTileRows, W2]
+  for (int64_t j = 0; j < p.n; j += W2) {
+    const int64_t columns = std::min(W2, p.n - j);
+    const T* b = p.b + j;
+    int64_t ldb = p.ldb;
+    if (columns < W2) {
+      for (int64_t k = 0; k < p.k; ++k) copy_panel_row(b + k * ldb, 1, columns, panel + k * W2);
+      b = panel;
       ldb = W2;
     }
-    for_row_tiles(m, kTileRows, [&](int64_t r, int rows) {
-      const T* ar = a + (transposed_a ? r : r * lda);
-      T* cr = c + r * ldc + j;
-      if (whole) return tile_rows<T, 2, transposed_a>(rows, K, ar, lda, bj, ldb, cr, ldc, add);
-      if (columns > W)
-        tile_rows<T, 2, transposed_a>(rows, K, ar, lda, bj, ldb, partial, W2, false);
-      else
-        tile_rows<T, 1, transposed_a>(rows, K, ar, lda, bj, ldb, partial, W2, false);
-      for (int q = 0; q < rows; ++q)
-        for (int64_t i = 0; i < columns; i += W) {
-          const int part = static_cast<int>(std::min(W, columns - i));
-          T* out = cr + q * ldc + i;
-          const Vec<T> v = load(partial + q * W2 + i);
-          store_part(out, add ? load_part(out, part) + v : v, part);
-        }
+    for_row_tiles(p.m, kTileRows, [&](int64_t r, int rows) {
+      const T* a = p.a + (transposed_a ? r : r * p.lda);
+      edge_tile<T, transposed_a>(rows, columns, p.k, a, p.lda, b, ldb, p.add, p.c + r * p.ldc + j, p.ldc,
+                                 partial);
     });
   }
 }
 
-// C [m, n] (+)= A [m, K] B [K, n] for products so small that calling a BLAS costs more than they do.
 template <class T>
-void small_product(int64_t m, int64_t n, int64_t K, const T* a, int64_t lda, bool transposed_a, const T* b,
-                   int64_t b_row, int64_t b_column, bool add, T* c, int64_t ldc, T* scratch) {
-  if (transposed_a)
-    small_product_of<T, true>(m, n, K, a, lda, b, b_row, b_column, add, c, ldc, scratch);
-  else
-    small_product_of<T, false>(m, n, K, a, lda, b, b_row, b_column, add, c, ldc, scratch);
+void small_product(const Product<T>& p) {
+  p.transposed_a ? small_product_of<T, true>(p) : small_product_of<T, false>(p);
 }
 
 // Elements of scratch that takes.

@@ -8,35 +8,27 @@
 namespace fastlstm {
 namespace {
 
-// Row-major C [m, n] = A [m, k] B [k, n] (+ C if add), through ATen where that is worth a call. A and B are
-// given by their rows' stride, or if transposed by that of the rows of A^T, B^T.
+// A product through ATen where that is worth a call; p.scratch is found here.
 template <class T>
-struct Operand {
-  const T* data;
-  int64_t stride;
-  bool transposed = false;
-};
-template <class T>
-void product(int64_t m, int64_t n, int64_t k, Operand<T> a, Operand<T> b, bool add, T* c, int64_t ldc) {
-  if (m * n * k <= (1 << 19)) {
+void multiply(Product<T> p) {
+  if (p.m * p.n * p.k <= (1 << 20)) {
     const Kernels<T>& kernel = kernels<T>();
     thread_local std::vector<T> scratch;
-    scratch.resize(std::max<size_t>(scratch.size(), kernel.small_product_scratch(k)));
-    return kernel.small_product(m, n, k, a.data, a.stride, a.transposed, b.data, b.transposed ? 1 : b.stride,
-                                b.transposed ? b.stride : 1, add, c, ldc, scratch.data());
+    scratch.resize(std::max<size_t>(scratch.size(), kernel.small_product_scratch(p.k)));
+    p.scratch = scratch.data();
+    return kernel.small_product(p);
   }
-  const auto view = [](const T* data, int64_t rows, int64_t columns, int64_t stride, bool transposed) {
-    return at::from_blob(const_cast<T*>(data), {rows, columns},
-                         {transposed ? 1 : stride, transposed ? stride : 1},
+  const auto view = [](const T* data, int64_t rows, int64_t columns, int64_t row, int64_t column) {
+    return at::from_blob(const_cast<T*>(data), {rows, columns}, {row, column},
                          at::TensorOptions(c10::CppTypeToScalarType<T>::value));
   };
-  at::Tensor out = view(c, m, n, ldc, false);
-  const at::Tensor left = view(a.data, m, k, a.stride, a.transposed),
-                   right = view(b.data, k, n, b.stride, b.transposed);
-  if (add)
-    at::addmm_out(out, out, left, right);
+  at::Tensor out = view(p.c, p.m, p.n, p.ldc, 1);
+  const at::Tensor a = p.transposed_a ? view(p.a, p.m, p.k, 1, p.lda) : view(p.a, p.m, p.k, p.lda, 1);
+  const at::Tensor b = view(p.b, p.k, p.n, p.ldb, 1);
+  if (p.add)
+    at::addmm_out(out, out, a, b);
   else
-    at::mm_out(out, left, right);
+    at::mm_out(out, a, b);
 }
 
 // Steps whose gates [., 4H] go through a buffer at once: at least `rows` of them for efficient products, else
@@ -53,7 +45,7 @@ void weight_gradient(int64_t rows, const T* dgates, const T* states, int64_t ld,
                      const at::Tensor& dw) {
   const int64_t m = dw.size(0), n = dw.size(1);
   if (rows > 0)
-    product<T>(m, n, rows, {dgates, m, true}, {states, ld}, add, dw.mutable_data_ptr<T>(), n);
+    multiply<T>({m, n, rows, dgates, m, true, states, ld, add, dw.mutable_data_ptr<T>(), n, nullptr});
   else if (!add)
     std::fill_n(dw.mutable_data_ptr<T>(), m * n, T(0));
 }
@@ -246,14 +238,15 @@ LayerGradients backward(const OptionalTensor& dy_in, const OptionalTensor& dh_n,
       const auto need = [&](int64_t k) { return needs[3 + at + k]; };
       if (needs[0] && n > 0) {
         T* dx = dx_rows.mutable_data_ptr<T>() + span.begin * s.I;
-        if (identity[d])  // what product() would add or, with one direction, store
+        if (identity[d])  // what multiply() would add or, with one direction, store
           for (int64_t r = 0; r < n; ++r)
             for (int64_t k = 0; k < 4 * H; ++k) {
               T& to = dx[r * s.I + d * 4 * H + k];
               to = dgates[r * 4 * H + k] + (D > 1 ? to : T(0));
             }
         else
-          product<T>(n, s.I, 4 * H, {dgates, 4 * H}, {w_ih[d].const_data_ptr<T>(), s.I}, D > 1, dx, s.I);
+          multiply<T>({n, s.I, 4 * H, dgates, 4 * H, false, w_ih[d].const_data_ptr<T>(), s.I, D > 1, dx, s.I,
+                       nullptr});
       }
       if (need(0))
         weight_gradient<T>(n, dgates, input.const_data_ptr<T>() + span.begin * s.I, s.I, add, dweights[at]);

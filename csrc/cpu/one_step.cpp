@@ -179,8 +179,8 @@ StepGradients backward_of(const at::Tensor& dh, const at::Tensor& dc, const Step
     const int64_t r0 = me.row_begin, own = me.row_end - r0;
     kernel.backward(args, me);
     if (to[0])
-      kernel.small_product(own, I, G, dgates + r0 * G, G, false, data<T>(in.w_ih), I, 1, false,
-                           to[0] + r0 * I, I, scratch);
+      kernel.small_product(
+          {own, I, G, dgates + r0 * G, G, false, data<T>(in.w_ih), I, false, to[0] + r0 * I, I, scratch});
     for (int64_t r = r0; to[1] && r < me.row_end; ++r)
       std::copy_n(space.at(dh_at) + r * ld, H, to[1] + r * H);
     if (to[2]) std::copy_n(space.at(dc_at) + r0 * H, own * H, to[2] + r0 * H);
@@ -191,11 +191,11 @@ StepGradients backward_of(const at::Tensor& dh, const at::Tensor& dc, const Step
     const int64_t g0 = alone ? 0 : std::min(G, me.index * share),
                   g1 = alone || me.row_end == B ? G : std::min(G, g0 + share);
     if (to[3])
-      kernel.small_product(g1 - g0, I, B, dgates + g0, G, true, data<T>(in.x), I, 1, false, to[3] + g0 * I, I,
-                           scratch);
+      kernel.small_product(
+          {g1 - g0, I, B, dgates + g0, G, true, data<T>(in.x), I, false, to[3] + g0 * I, I, scratch});
     if (to[4] && in.h0.defined())
-      kernel.small_product(g1 - g0, H, B, dgates + g0, G, true, data<T>(in.h0), H, 1, false, to[4] + g0 * H,
-                           H, scratch);
+      kernel.small_product(
+          {g1 - g0, H, B, dgates + g0, G, true, data<T>(in.h0), H, false, to[4] + g0 * H, H, scratch});
     else if (to[4])
       std::fill(to[4] + g0 * H, to[4] + g1 * H, T(0));
     T* const db = to[5] ? to[5] : to[6];

@@ -126,6 +126,21 @@ struct Member {
   Barrier* barrier;
 };
 
+// C [m, n] (+)= A [m, k] B [k, n], row-major with strides; A is given as A^T [k, m] if transposed_a.
+template <class T>
+struct Product {
+  int64_t m, n, k;
+  const T* a;
+  int64_t lda;
+  bool transposed_a;
+  const T* b;
+  int64_t ldb;
+  bool add;
+  T* c;
+  int64_t ldc;
+  T* scratch;
+};
+
 // One ISA's kernels for T = float or double.
 template <class T>
 struct Kernels {
@@ -144,12 +159,10 @@ struct Kernels {
   int64_t (*backward_scratch)(int64_t H, int64_t P);
   void (*forward)(const ForwardArgs<T>&, const Member&);
   void (*backward)(const BackwardArgs<T>&, const Member&);
-  // C [m, n] (+)= A [m, K] B [K, n] on this thread, for products too small to be worth a BLAS call. A has row
-  // stride lda, or is given as A^T with that; B has any two strides. scratch holds small_product_scratch(K)
+  // On this thread, for products too small to be worth a BLAS call. scratch holds small_product_scratch(k)
   // elements.
-  void (*small_product)(int64_t m, int64_t n, int64_t K, const T* a, int64_t lda, bool transposed_a,
-                        const T* b, int64_t b_row, int64_t b_column, bool add, T* c, int64_t ldc, T* scratch);
-  int64_t (*small_product_scratch)(int64_t K);
+  void (*small_product)(const Product<T>&);
+  int64_t (*small_product_scratch)(int64_t k);
   // out[j] = sum over the N rows of x[.][j], for columns [begin, end) of x [N, columns].
   void (*column_sums)(const T* x, int64_t N, int64_t columns, int64_t begin, int64_t end, T* out);
   void (*sigmoid)(const T* x, T* y, int64_t n);
