@@ -17,6 +17,39 @@ namespace {
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
 
+// Whether t has no dispatch of its own: subclasses, wrappers of transforms, lazy negation, other layouts.
+bool plain(const at::Tensor& t) {
+  static const c10::DispatchKeySet keys = at::empty({0}).key_set();
+  const c10::DispatchKeySet autograd = c10::autograd_dispatch_keyset_with_ADInplaceOrView;
+  return (t.key_set() | autograd) == (keys | autograd);
+}
+
+// Whether a mode that wants to see ops, or a tracer, is at work: they would see none here.
+bool watched() {
+  constexpr c10::DispatchKeySet keys{c10::DispatchKey::Python, c10::DispatchKey::Tracer};
+  return c10::impl::tls_local_dispatch_key_set().included_.has_any(keys);
+}
+
+// Whether cpu/one_step.h can read the tensors as they lie: plain, of one type and of the sizes of a cell.
+bool fits(const StepInputs& in) {
+  const at::ScalarType type = in.x.scalar_type();
+  const int64_t dim = in.x.dim();
+  if (!(type == at::kFloat || type == at::kDouble) || !(dim == 1 || dim == 2) || in.w_ih.dim() != 2 ||
+      in.w_hh.dim() != 2)
+    return false;
+  const int64_t B = in.B(), H = in.H(), I = in.I();
+  const auto state_fits = [&](const at::Tensor& t, int64_t n) {
+    return plain(t) && t.scalar_type() == type && t.dim() == dim && t.size(-1) == n && t.numel() == B * n;
+  };
+  const auto weight_fits = [&](const at::Tensor& w, int64_t n) {
+    return plain(w) && w.scalar_type() == type && w.size(0) == 4 * H && w.numel() == 4 * H * n;
+  };
+  const auto bias_fits = [&](const at::Tensor& w) { return w.dim() == 1 && weight_fits(w, 1); };
+  return B > 0 && H > 0 && I > 0 && state_fits(in.x, I) && weight_fits(in.w_ih, I) &&
+         weight_fits(in.w_hh, H) && (!in.h0.defined() || (state_fits(in.h0, H) && state_fits(in.c0, H))) &&
+         (!in.bias_ih.defined() || (bias_fits(in.bias_ih) && bias_fits(in.bias_hh)));
+}
+
 // The gradients as differentiable functions of everything, by the layer's formula.
 StepGradients differentiable(const at::Tensor& dh, const at::Tensor& dc, const StepInputs& in,
                              const std::array<bool, 7>& needs) {
@@ -61,45 +94,31 @@ class CellFunction : public torch::autograd::Function<CellFunction> {
     std::array<bool, 7> needs;
     size_t edge = 0;  // which exist for the tensors that were given only
     for (size_t k = 0; k < 7; ++k) needs[k] = saved[k].defined() && ctx->needs_input_grad(edge++);
-    StepGradients found = at::GradMode::is_enabled() ? differentiable(grads[0], grads[1], in, needs)
-                                                     : step_backward(grads[0], grads[1], in, saved[7], needs);
+    // Gradients may come as subclasses or with a negation to be done, and a saved-tensor hook may give back
+    // anything.
+    const auto readable = [](const at::Tensor& t) { return !t.defined() || plain(t); };
+    const bool create_graph = at::GradMode::is_enabled();
+    const bool raw = !create_graph && !watched() && readable(grads[0]) && readable(grads[1]) && fits(in) &&
+                     plain(saved[7]) && saved[7].numel() == 5 * in.B() * in.H();
+    StepGradients found;
+    if (raw) {
+      found = step_backward(grads[0], grads[1], in, saved[7].contiguous(), needs);
+    } else {
+      const at::AutoGradMode formula_needs_it(true);
+      found = differentiable(grads[0], grads[1], in, needs);
+      for (at::Tensor& t : found)
+        if (!create_graph && t.defined()) t = t.detach();
+    }
     variable_list out = {at::Tensor()};  // of `in`
     out.insert(out.end(), std::make_move_iterator(found.begin()), std::make_move_iterator(found.end()));
     return out;
   }
 };
 
-// Whether t has no dispatch of its own: subclasses, wrappers of transforms, lazy negation, other layouts.
-bool plain(const at::Tensor& t) {
-  static const c10::DispatchKeySet keys = at::empty({0}).key_set();
-  const c10::DispatchKeySet autograd = c10::autograd_dispatch_keyset_with_ADInplaceOrView;
-  return (t.key_set() | autograd) == (keys | autograd);
-}
-
 }  // namespace
 
 bool cell_step(const StepInputs& in, at::Tensor& h, at::Tensor& c) {
-  // A mode that wants to see ops, or a tracer, would see none of them here.
-  constexpr c10::DispatchKeySet watched{c10::DispatchKey::Python, c10::DispatchKey::Tracer};
-  const at::ScalarType type = in.x.scalar_type();
-  const int64_t dim = in.x.dim();
-  if (c10::impl::tls_local_dispatch_key_set().included_.has_any(watched) ||
-      !(type == at::kFloat || type == at::kDouble) || !(dim == 1 || dim == 2) || in.w_ih.dim() != 2 ||
-      in.w_hh.dim() != 2)
-    return false;
-  const int64_t B = in.B(), H = in.H(), I = in.I();
-  const auto fits = [&](const at::Tensor& t, int64_t n) {
-    return plain(t) && t.scalar_type() == type && t.dim() == dim && t.size(-1) == n && t.numel() == B * n;
-  };
-  const auto weight_fits = [&](const at::Tensor& w, int64_t n) {
-    return plain(w) && w.scalar_type() == type && w.size(0) == 4 * H && w.numel() == 4 * H * n;
-  };
-  if (B == 0 || H == 0 || I == 0 || !fits(in.x, I) || !weight_fits(in.w_ih, I) || !weight_fits(in.w_hh, H))
-    return false;
-  if (in.h0.defined() && !(fits(in.h0, H) && fits(in.c0, H))) return false;
-  if (in.bias_ih.defined() && !(in.bias_ih.dim() == 1 && weight_fits(in.bias_ih, 1) &&
-                                in.bias_hh.dim() == 1 && weight_fits(in.bias_hh, 1)))
-    return false;
+  if (watched() || !fits(in)) return false;
 
   RECORD_FUNCTION("fastlstm::cell", {});
   const auto requires_grad = [](const at::Tensor& t) { return t.defined() && t.requires_grad(); };

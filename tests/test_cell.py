@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+from contextlib import nullcontext
 from itertools import product
 
 import pytest
@@ -128,6 +129,26 @@ def test_second_order(backend):
 
     ours, theirs = twins(cell=True)
     torch.testing.assert_close(curvature(ours), curvature(theirs))
+
+
+@pytest.mark.parametrize("lazy", ["negation", "zero", "hooks"])
+def test_gradients_and_saved_tensors_that_are_not_plain(lazy, backend):
+    """Backward must not read their memory as it lies: conj's imaginary parts, ZeroTensors, what a hook gives back."""
+
+    def gradients(cell):
+        x = data(2, 3).requires_grad_()
+        strided = (lambda t: t, lambda t: torch.stack([t, t * 0], -1)[..., 0])
+        with torch.autograd.graph.saved_tensors_hooks(*strided) if lazy == "hooks" else nullcontext():
+            h, c = cell(x, STATES)
+        grad = {
+            "negation": torch._neg_view(data(2, 4, seed=3)),
+            "zero": torch._efficientzerotensor((2, 4), dtype=h.dtype, device=h.device),
+            "hooks": data(2, 4, seed=3),
+        }[lazy]
+        return torch.autograd.grad([h, c], [x, *cell.parameters()], [grad, data(2, 4, seed=4)])
+
+    ours, theirs = twins(cell=True)
+    torch.testing.assert_close(gradients(ours), gradients(theirs))
 
 
 def test_traced():

@@ -11,7 +11,7 @@ namespace {
 // A product through ATen where that is worth a call; p.scratch is found here.
 template <class T>
 void multiply(Product<T> p) {
-  if (p.m * p.n * p.k <= (1 << 20)) {
+  if (p.m * p.n * p.k <= (1 << 20) && p.k <= (1 << 13)) {  // a deeper one's scratch would be megabytes
     const Kernels<T>& kernel = kernels<T>();
     thread_local std::vector<T> scratch;
     scratch.resize(std::max<size_t>(scratch.size(), kernel.small_product_scratch(p.k)));
