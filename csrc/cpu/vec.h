@@ -190,17 +190,23 @@ FASTLSTM_INLINE void reduce_exp(Vec<T> x, Vec<T>& scale, Vec<T>& p) {
 // activation: so an estimate of 1 / d to 2^-14, Newton's steps, each of which doubles its bits, and n's own
 // remainder.
 #if defined(__x86_64__) && FASTLSTM_VECTOR_BYTES == 64
+FASTLSTM_INLINE Vec<float> remainder(Vec<float> n, Vec<float> d, Vec<float> q) {  // n - d q, rounded once
+  return (Vec<float>)_mm512_fnmadd_ps((__m512)d, (__m512)q, (__m512)n);
+}
+FASTLSTM_INLINE Vec<double> remainder(Vec<double> n, Vec<double> d, Vec<double> q) {
+  return (Vec<double>)_mm512_fnmadd_pd((__m512d)d, (__m512d)q, (__m512d)n);
+}
 FASTLSTM_INLINE Vec<float> estimate(Vec<float> d) { return (Vec<float>)_mm512_rcp14_ps((__m512)d); }
 FASTLSTM_INLINE Vec<double> estimate(Vec<double> d) {
   const Vec<double> r = (Vec<double>)_mm512_rcp14_pd((__m512d)d);
-  return r + r * (1.0 - d * r);
+  return r + r * remainder(splat<double>(1), d, r);
 }
 template <class T>
 FASTLSTM_INLINE Vec<T> quotient(Vec<T> n, Vec<T> d) {
   Vec<T> r = estimate(d);
-  r += r * (T(1) - d * r);
+  r += r * remainder(splat<T>(1), d, r);
   const Vec<T> q = n * r;
-  return q + r * (n - d * q);
+  return q + r * remainder(n, d, q);
 }
 #else
 template <class T>
