@@ -9,7 +9,6 @@
 #include <torch/csrc/autograd/custom_function.h>
 
 #include "contract.h"
-#include "cpu/one_step.h"
 
 namespace fastlstm {
 namespace {
@@ -56,24 +55,12 @@ StepGradients differentiable(const at::Tensor& dh, const at::Tensor& dc, const S
   static const auto op = c10::Dispatcher::singleton()
                              .findSchemaOrThrow("fastlstm::differentiable_backward", "")
                              .typed<DifferentiableBackward>();
-  const int64_t B = in.B(), H = in.H();
-  const auto as = [&](const at::Tensor& t, int64_t n) {
-    return t.defined() ? OptionalTensor(t.reshape({1, B, n})) : std::nullopt;
-  };
-  variable_list weights = {in.w_ih, in.w_hh};
-  if (in.bias_ih.defined()) weights.insert(weights.end(), {in.bias_ih, in.bias_hh});
-  c10::List<bool> flags;
-  for (size_t k = 0; k < 3 + weights.size(); ++k) flags.push_back(needs[k]);
-  auto [dx, dh0, dc0, dweights] = op.call({}, as(dh, H), as(dc, H), {}, *as(in.x, in.I()), as(in.h0, H),
-                                          as(in.c0, H), weights, {}, {}, flags);
-  dweights.resize(4);
-  StepGradients out = {dx, dh0, dc0, dweights[0], dweights[1], dweights[2], dweights[3]};
-  const std::array<const at::Tensor*, 3> like = {&in.x, &in.h0, &in.c0};
-  for (size_t k = 0; k < 7; ++k) {
-    if (!needs[k]) out[k] = at::Tensor();
-    if (needs[k] && k < 3) out[k] = out[k].reshape(like[k]->sizes());
-  }
-  return out;
+  return through_layer(dh, dc, in, needs,
+                       [](const OptionalTensor& dh_n, const OptionalTensor& dc_n, const at::Tensor& x,
+                          const OptionalTensor& h0, const OptionalTensor& c0, at::TensorList weights,
+                          const c10::List<bool>& flags) {
+                         return op.call({}, dh_n, dc_n, {}, x, h0, c0, weights, {}, {}, flags);
+                       });
 }
 
 class CellFunction : public torch::autograd::Function<CellFunction> {

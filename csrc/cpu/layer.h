@@ -4,6 +4,7 @@
 #include <ATen/Parallel.h>
 
 #include <algorithm>
+#include <functional>
 #include <vector>
 
 #include "contract.h"
@@ -83,6 +84,18 @@ void gather_state(const OptionalTensor& state, int64_t d, const Rows& rows, int6
     else
       std::fill_n(out + r * ld, n, T(0));
   }
+}
+
+// bias_ih + bias_hh [4H], zeros without.
+template <class T>
+void sum_biases(const at::Tensor& bias_ih, const at::Tensor& bias_hh, int64_t H, T* out) {
+  if (!bias_ih.defined()) {
+    std::fill_n(out, 4 * H, T(0));
+    return;
+  }
+  const at::Tensor ih = bias_ih.contiguous(), hh = bias_hh.contiguous();
+  std::transform(ih.const_data_ptr<T>(), ih.const_data_ptr<T>() + 4 * H, hh.const_data_ptr<T>(), out,
+                 std::plus<T>());
 }
 
 inline OptionalTensor contiguous(const OptionalTensor& t) { return t ? OptionalTensor(t->contiguous()) : t; }

@@ -14,18 +14,6 @@ void pack_forward(const at::Tensor& weight, int64_t H, T* packed) {
   });
 }
 
-// bias_ih + bias_hh [4H], zeros without.
-template <class T>
-void sum_biases(const DirectionWeights& w, int64_t H, T* out) {
-  if (!w.bias_ih.defined()) {
-    std::fill_n(out, 4 * H, T(0));
-    return;
-  }
-  const at::Tensor ih = w.bias_ih.contiguous(), hh = w.bias_hh.contiguous();
-  std::transform(ih.const_data_ptr<T>(), ih.const_data_ptr<T>() + 4 * H, hh.const_data_ptr<T>(), out,
-                 std::plus<T>());
-}
-
 }  // namespace
 
 template <class T>
@@ -81,7 +69,7 @@ LayerResults forward(const at::Tensor& x, const OptionalTensor& h0, const Option
     const DirectionWeights w(s, weights, d);
     const at::Tensor w_ih = w.ih.contiguous(), w_hh = w.hh.contiguous();
     hold.insert(hold.end(), {w_ih, w_hh});
-    sum_biases<T>(w, H, space.at(bias_at[d]));
+    sum_biases(w.bias_ih, w.bias_hh, H, space.at(bias_at[d]));
     T* h = space.at(h_at[d]);
     gather_state<T>(h0c, d, rows[d], P, h, P);
     if (rows[d].fresh) {  // steps clear the state for the next; the first has none before it

@@ -49,8 +49,7 @@ StepResults forward_of(const StepInputs& given, bool keep_reserve) {
                 scratch_at = space.take(plan.threads() * kernel.forward_scratch(B, I, H, H));
   space.allocate(in.x);
   T* bias = space.at(bias_at);
-  const T *bias_ih = data<T>(in.bias_ih), *bias_hh = data<T>(in.bias_hh);
-  for (int64_t k = 0; k < 4 * H; ++k) bias[k] = bias_ih ? bias_ih[k] + bias_hh[k] : T(0);
+  sum_biases(in.bias_ih, in.bias_hh, H, bias);
   const T* h0 = data<T>(in.h0);
   if (!h0) copy_or_zero<T>(nullptr, B * H, space.at(h_at)), h0 = space.at(h_at);
   T *h = out.h.mutable_data_ptr<T>(), *c = out.c.mutable_data_ptr<T>();
@@ -87,38 +86,21 @@ StepResults forward_of(const StepInputs& given, bool keep_reserve) {
 constexpr int64_t kOwnProducts = int64_t{1} << 22;
 
 template <class T>
-StepGradients through_layer(const at::Tensor& dh, const at::Tensor& dc, const StepInputs& in,
-                            const at::Tensor& reserve, const std::array<bool, 7>& needs) {
-  const int64_t B = in.B(), I = in.I(), H = in.H();
-  const auto as = [&](const at::Tensor& t, int64_t n) {
-    return t.defined() ? OptionalTensor(t.reshape({1, B, n})) : std::nullopt;
-  };
-  std::vector<at::Tensor> weights = {in.w_ih, in.w_hh};
-  if (in.bias_ih.defined()) weights.insert(weights.end(), {in.bias_ih, in.bias_hh});
-  c10::List<bool> flags;
-  for (size_t k = 0; k < 3 + weights.size(); ++k) flags.push_back(needs[k]);
-  const at::Tensor cells = reserve.narrow(0, 4 * B * H, B * H).view({1, B, H});
-  auto [dx, dh0, dc0, dweights] =
-      backward<T>({}, as(dh, H), as(dc, H), {}, *as(in.x, I), as(in.h0, H), as(in.c0, H), weights, {}, {},
-                  cells, cells, reserve.narrow(0, 0, 4 * B * H).view({1, 1, B, 4 * H}), flags);
-  dweights.resize(4);
-  const auto shaped = [](const at::Tensor& t, bool need, const at::Tensor& like) {
-    return need ? t.view(like.sizes()) : at::Tensor();
-  };
-  return {shaped(dx, needs[0], in.x),
-          shaped(dh0, needs[1], in.h0),
-          shaped(dc0, needs[2], in.c0),
-          needs[3] ? dweights[0] : at::Tensor(),
-          needs[4] ? dweights[1] : at::Tensor(),
-          needs[5] ? dweights[2] : at::Tensor(),
-          needs[6] ? dweights[3] : at::Tensor()};
-}
-
-template <class T>
 StepGradients backward_of(const at::Tensor& dh, const at::Tensor& dc, const StepInputs& given,
                           const at::Tensor& reserve, const std::array<bool, 7>& needs) {
   const int64_t B = given.B(), I = given.I(), H = given.H(), G = 4 * H;
-  if (B * G * std::max(I, H) > kOwnProducts) return through_layer<T>(dh, dc, given, reserve, needs);
+  if (B * G * std::max(I, H) > kOwnProducts) {
+    const at::Tensor gates = reserve.narrow(0, 0, B * G).view({1, 1, B, G});
+    const at::Tensor cells = reserve.narrow(0, B * G, B * H).view({1, B, H});
+    // y, of which one step reads nothing, has the shape of cells.
+    return through_layer(dh, dc, given, needs,
+                         [&](const OptionalTensor& dh_n, const OptionalTensor& dc_n, const at::Tensor& x,
+                             const OptionalTensor& h0, const OptionalTensor& c0, at::TensorList weights,
+                             const c10::List<bool>& flags) {
+                           return backward<T>({}, dh_n, dc_n, {}, x, h0, c0, weights, {}, {}, cells, cells,
+                                              gates, flags);
+                         });
+  }
   const StepInputs in = contiguous(given);
   const Kernels<T>& kernel = kernels<T>();
   const std::array<const at::Tensor*, 7> inputs = {&in.x,    &in.h0,      &in.c0,     &in.w_ih,

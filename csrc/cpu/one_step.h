@@ -5,6 +5,9 @@
 #include <ATen/core/Tensor.h>
 
 #include <array>
+#include <vector>
+
+#include "contract.h"
 
 namespace fastlstm {
 
@@ -28,6 +31,31 @@ StepResults step_forward(const StepInputs& in, bool keep_reserve);
 
 // In the order of StepInputs; undefined where not needed.
 using StepGradients = std::array<at::Tensor, 7>;
+
+// The gradients of a step from those of a layer of one step: backward(dh_n, dc_n, x, h0, c0, weights, needs)
+// gives LayerGradients, its arguments as the contract has them.
+template <class F>
+StepGradients through_layer(const at::Tensor& dh, const at::Tensor& dc, const StepInputs& in,
+                            const std::array<bool, 7>& needs, F&& backward) {
+  const auto as = [&](const at::Tensor& t, int64_t n) {
+    return t.defined() ? OptionalTensor(t.reshape({1, in.B(), n})) : std::nullopt;
+  };
+  std::vector<at::Tensor> weights = {in.w_ih, in.w_hh};
+  if (in.bias_ih.defined()) weights.insert(weights.end(), {in.bias_ih, in.bias_hh});
+  c10::List<bool> flags;
+  for (size_t k = 0; k < 3 + weights.size(); ++k) flags.push_back(needs[k]);
+  auto [dx, dh0, dc0, dweights] = backward(as(dh, in.H()), as(dc, in.H()), *as(in.x, in.I()),
+                                           as(in.h0, in.H()), as(in.c0, in.H()), weights, flags);
+  dweights.resize(4);
+  StepGradients out = {dx, dh0, dc0, dweights[0], dweights[1], dweights[2], dweights[3]};
+  const std::array<const at::Tensor*, 3> like = {&in.x, &in.h0, &in.c0};
+  for (size_t k = 0; k < 7; ++k) {
+    if (!needs[k]) out[k] = at::Tensor();
+    if (needs[k] && k < 3) out[k] = out[k].reshape(like[k]->sizes());
+  }
+  return out;
+}
+
 // dh, dc: gradients of h and c, either may be undefined.
 StepGradients step_backward(const at::Tensor& dh, const at::Tensor& dc, const StepInputs& in,
                             const at::Tensor& reserve, const std::array<bool, 7>& needs);

@@ -50,23 +50,6 @@ inline Plan make_plan(int64_t D, int64_t T, double rows, int64_t I, int64_t H, i
   return plan;
 }
 
-// f(index, members, barrier) on that many threads at once.
-template <class F>
-void run_team(int members, F&& f) {
-  if (members == 1) return f(0, 1, nullptr);
-  Barrier barrier(members);
-#pragma omp parallel num_threads(members)
-  {
-    // A runtime that grants fewer threads must not leave a barrier waiting for the others.
-    if (omp_get_num_threads() != members) {
-#pragma omp single
-      f(0, 1, nullptr);
-    } else {
-      f(omp_get_thread_num(), members, &barrier);
-    }
-  }
-}
-
 // Sorted row at which member k of n begins, so that all have about the same number of steps.
 inline int64_t row_boundary(const Rows& rows, int k, int n) {
   if (k == 0) return 0;
@@ -100,17 +83,25 @@ void run_plan(const Plan& plan, const std::vector<Rows>& rows, int64_t H, int64_
   const auto serial = [&] {
     for (int64_t d = 0; d < plan.D; ++d) member(d, 0, 1, false, nullptr, 0);
   };
+  const int threads = plan.threads();
+  if (threads == 1) return serial();
   Barrier first(plan.members), second(plan.members);
-  run_team(plan.threads(), [&](int index, int threads, Barrier*) {
-    if (threads == 1) return serial();
-    const int k = index % plan.members;
-    if (plan.concurrent) {
-      const int64_t d = index / plan.members;
-      member(d, k, plan.members, plan.split_units, d == 0 ? &first : &second, index);
+#pragma omp parallel num_threads(threads)
+  {
+    // A runtime that grants fewer threads must not leave a barrier waiting for the others.
+    if (omp_get_num_threads() != threads) {
+#pragma omp single
+      serial();
     } else {
-      for (int64_t d = 0; d < plan.D; ++d) member(d, k, plan.members, plan.split_units, &first, index);
+      const int index = omp_get_thread_num(), k = index % plan.members;
+      if (plan.concurrent) {
+        const int64_t d = index / plan.members;
+        member(d, k, plan.members, plan.split_units, d == 0 ? &first : &second, index);
+      } else {
+        for (int64_t d = 0; d < plan.D; ++d) member(d, k, plan.members, plan.split_units, &first, index);
+      }
     }
-  });
+  }
 }
 
 }  // namespace fastlstm

@@ -186,35 +186,6 @@ FASTLSTM_INLINE void reduce_exp(Vec<T> x, Vec<T>& scale, Vec<T>& p) {
   std::memcpy(&scale, &s, sizeof(scale));
 }
 
-// n / d, d in [1, 2^127), within 1.5 ulp. On AVX-512 an estimate of 1 / d to 2^-14, Newton's steps, each of
-// which doubles its bits, and n's own remainder: a division takes some 10 cycles on Sapphire Rapids, the
-// estimate 2 (timed side by side).
-#if defined(__x86_64__) && FASTLSTM_VECTOR_BYTES == 64
-FASTLSTM_INLINE Vec<float> remainder(Vec<float> n, Vec<float> d, Vec<float> q) {  // n - d q, rounded once
-  return (Vec<float>)_mm512_fnmadd_ps((__m512)d, (__m512)q, (__m512)n);
-}
-FASTLSTM_INLINE Vec<double> remainder(Vec<double> n, Vec<double> d, Vec<double> q) {
-  return (Vec<double>)_mm512_fnmadd_pd((__m512d)d, (__m512d)q, (__m512d)n);
-}
-FASTLSTM_INLINE Vec<float> estimate(Vec<float> d) { return (Vec<float>)_mm512_rcp14_ps((__m512)d); }
-FASTLSTM_INLINE Vec<double> estimate(Vec<double> d) {
-  const Vec<double> r = (Vec<double>)_mm512_rcp14_pd((__m512d)d);
-  return r + r * remainder(splat<double>(1), d, r);
-}
-template <class T>
-FASTLSTM_INLINE Vec<T> quotient(Vec<T> n, Vec<T> d) {
-  Vec<T> r = estimate(d);
-  r += r * remainder(splat<T>(1), d, r);
-  const Vec<T> q = n * r;
-  return q + r * remainder(n, d, q);
-}
-#else
-template <class T>
-FASTLSTM_INLINE Vec<T> quotient(Vec<T> n, Vec<T> d) {
-  return n / d;
-}
-#endif
-
 // The activations; max error and range as tested by tests/test_activations.py: 2.5 ulp for every
 // finite argument, down to results of 1.2e-38 (float) and 3e-308 (double), below which sigmoid stays at about
 // that.
@@ -229,7 +200,7 @@ struct Activation {
     z = z < C::kMin ? splat<T>(C::kMin) : z;
     V scale, p;
     reduce_exp<T>(z, scale, p);
-    return quotient<T>(splat<T>(1), T(1) + (scale + scale * p));
+    return T(1) / (T(1) + (scale + scale * p));
   }
   // expm1(2x) / (expm1(2x) + 2): no cancellation near 0; on |x|, where an error of expm1 cancels in the
   // quotient
@@ -246,7 +217,7 @@ struct Activation {
     V scale, p;
     reduce_exp<T>(z, scale, p);
     const V em1 = scale * p + (scale - T(1));
-    const V positive = quotient<T>(em1, em1 + T(2));
+    const V positive = em1 / (em1 + T(2));
     std::memcpy(&bits, &positive, sizeof(bits));
     bits |= sign;
     std::memcpy(&z, &bits, sizeof(z));
