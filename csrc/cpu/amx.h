@@ -17,7 +17,9 @@ constexpr int64_t kAmxUnits = 32;   // members own multiples of this many units
 constexpr int64_t kAmxGroup = 128;  // rows of a step whose x is laid out at once
 
 inline int64_t padded(int64_t n) { return (n + kAmxDepth - 1) / kAmxDepth * kAmxDepth; }
-inline int64_t amx_row_tiles(int64_t rows) { return (rows + kAmxRows - 1) / kAmxRows; }
+// Elements from row to row of a left operand of depth n: an odd multiple of 64 bytes, so that 16 rows fall
+// into different sets of the L1.
+inline int64_t row_stride(int64_t n) { return padded(n) | kAmxDepth; }
 
 struct ForwardArgs {
   Rows rows;
@@ -28,10 +30,10 @@ struct ForwardArgs {
   const Bf16* w_ih;   // pack_gates of weight_ih
   const Bf16* w_hh;   // pack_gates of weight_hh
   Bf16* gates;        // [N, 4H]  out: the activated gates in the layout of gate_at, or null
-  Bf16* h;            // [2, B + 16, padded H]  state, sorted rows, zeros in the padding; see cpu/sequence.h
-  float* c;           // [B, H]  state
-  Bf16* y;            // [T, B, .]  out
-  Bf16* cells;        // [T, B, .]  out, or null
+  Bf16* h;      // [2, B + 16, row_stride(H)]  state, sorted rows, zeros in the padding; see cpu/sequence.h
+  float* c;     // [B, H]  state
+  Bf16* y;      // [T, B, .]  out
+  Bf16* cells;  // [T, B, .]  out, or null
   int64_t y_stride, cells_stride;
   Bf16* scratch;  // per member, forward_scratch(I) elements
 };
@@ -49,7 +51,7 @@ struct BackwardArgs {
   const Bf16* dcells;    // [T, B, .] or null
   int64_t cells_stride, dy_stride, dcells_stride;
   const Bf16* w_hh;  // pack_columns of weight_hh
-  Bf16* dgates;      // [. + 16, padded 4H]  out for these steps; the padding of a row holds zeros
+  Bf16* dgates;      // [. + 16, row_stride(4H)]  out for these steps; the padding of a row holds zeros
   float* dh;         // [B + 16, padded H]  in: of h_n, out: of h0; sorted rows
   float* dc;         // [B, H]  in: of c_n, out: of c0
   float* db;         // [members, 4H]  sums of dgates over the rows of each member, added to

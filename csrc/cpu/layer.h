@@ -33,13 +33,15 @@ bool amx_serves(const LayerSizes& s, at::ScalarType dtype);
 LayerForward forward_bf16;
 LayerBackward backward_bf16;
 
-// One allocation cut into aligned parts: take() what is needed, then allocate(), then resolve with at().
+// One allocation cut into parts aligned to 64 bytes: take() what is needed, then allocate(), then resolve
+// with at().
 template <class T>
 class Workspace {
  public:
   int64_t take(int64_t elements) {
     const int64_t offset = total_;
-    total_ += (elements + 15) / 16 * 16;
+    constexpr int64_t kLine = 64 / sizeof(T);
+    total_ += (elements + kLine - 1) / kLine * kLine;
     return offset;
   }
   void allocate(const at::Tensor& like) {

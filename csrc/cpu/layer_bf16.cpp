@@ -32,7 +32,7 @@ Plan plan_bf16(int64_t D, int64_t T, double rows, int64_t I, int64_t H) {
   const int most = available / (plan.concurrent ? 2 : 1);
   if (most <= 1) return plan;
   const double weights = 8.0 * H * (I + H);  // bytes; each thread that splits rows reads all of them
-  if (T > 1 && rows / most >= 2 * amx::kAmxRows && weights <= (1 << 20)) {
+  if (T > 1 && rows / most >= amx::kAmxRows && weights <= (1 << 20)) {
     plan.members = most;
   } else if (step >= 4e5) {
     plan.members = static_cast<int>(std::min<int64_t>(most, std::max<int64_t>(1, H / amx::kAmxUnits)));
@@ -114,7 +114,7 @@ LayerResults forward_bf16(const at::Tensor& x, const OptionalTensor& h0, const O
   std::vector<Rows> rows;
   for (int64_t d = 0; d < D; ++d) rows.push_back(ragged.rows(d));
   const Plan plan = plan_bf16(D, s.T, double(N) / s.T, s.I, H);
-  const int64_t ld = amx::padded(H), h_size = (B + amx::kAmxRows) * ld;
+  const int64_t ld = amx::row_stride(H), h_size = (B + amx::kAmxRows) * ld;
 
   Workspace<BFloat16> space;
   Workspace<float> floats;
@@ -200,7 +200,7 @@ LayerGradients backward_bf16(const OptionalTensor& dy_in, const OptionalTensor& 
   const OptionalTensor dy = contiguous(dy_in), dcells = contiguous(dcells_in), h0 = contiguous(h0_in);
   // Steps whose dgates wait for a product: a quarter of all, but rows enough for an efficient one.
   const int64_t chunk = std::min(s.T, std::max((s.T + 3) / 4, (1024 + B - 1) / B));
-  const int64_t ld = amx::padded(H), ldg = amx::padded(G);
+  const int64_t ld = amx::padded(H), ldg = amx::row_stride(G);
 
   Workspace<BFloat16> space;
   Workspace<float> floats;
@@ -232,7 +232,7 @@ LayerGradients backward_bf16(const OptionalTensor& dy_in, const OptionalTensor& 
     gather(contiguous(c0), d, rows[d], H, floats.at(c0_at[d]), H);
     std::fill_n(floats.at(db_at[d]), plan.threads() * G, 0.0f);
     dgates.push_back(new_empty({chunk * B + amx::kAmxRows, ldg}, x));
-    if (ldg > G) dgates[d].narrow(1, G, ldg - G).zero_();
+    dgates[d].narrow(1, G, ldg - G).zero_();
     d_ih.emplace_back(dweights[at], chunk == s.T);
     d_hh.emplace_back(dweights[at + 1], chunk == s.T && !(h0 && ragged.plain()));
     need_input |= needs[3 + at];
