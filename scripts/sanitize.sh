@@ -24,4 +24,5 @@ export UBSAN_OPTIONS=print_stacktrace=1
 # A report goes to the file descriptor, hence --capture=sys.
 exec "$python" -m pytest -p no:cacheprovider --capture=sys \
     tests/test_parity.py tests/test_ragged.py tests/test_chunks.py tests/test_ops.py tests/test_threads.py \
-    tests/test_activations.py tests/test_cell.py -k "not eager and not triton and not reference and not opcheck" "$@"
+    tests/test_activations.py tests/test_cell.py tests/test_bfloat16.py \
+    -k "not eager and not triton and not reference and not opcheck" "$@"
