@@ -165,7 +165,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("devices", &fastlstm::devices, "Device types the extension was built for.");
   m.def("isa", &fastlstm::isa_name, "The instruction set the CPU kernels run on: baseline, avx2 or avx512.");
   m.def("bfloat16_isa", &fastlstm::bfloat16_isa_name,
-        "What bfloat16 layers without projection run on: amx, or isa() in float32.");
+        "What bfloat16 layers without projection run on: amx, avx512_bf16, or isa() in float32.");
   m.def("layer", &fastlstm::layer, "Calls the op fastlstm::native_layer.");
   m.def("stack", &fastlstm::stack, "A stack of layers as torch.nn.LSTM runs it, or None.");
   m.def("cell", &fastlstm::cell, "A step as torch.nn.LSTMCell runs it, or None.");

@@ -2,7 +2,7 @@
 #include <cstdlib>
 #include <cstring>
 
-#include "cpu/amx.h"
+#include "cpu/bf16.h"
 #include "cpu/sequence.h"
 
 namespace fastlstm {
@@ -58,7 +58,7 @@ const char* isa_name() {
   }
 }
 
-const char* bfloat16_isa_name() { return amx::available() ? "amx" : isa_name(); }
+const char* bfloat16_isa_name() { return bf16::kernels() ? bf16::kernels()->name : isa_name(); }
 
 template <class T>
 const Kernels<T>& kernels() {

@@ -27,9 +27,9 @@ LayerGradients backward(const OptionalTensor& dy_in, const OptionalTensor& dh_n,
                         const OptionalTensor& reset_mask, const at::Tensor& y_in, const at::Tensor& cells_in,
                         const at::Tensor& reserve_in, const c10::List<bool>& needs);
 
-// The same for bfloat16 on the kernels of cpu/amx.h, which serve layers without projection where the CPU has
+// The same for bfloat16 on the kernels of cpu/bf16.h, which serve layers without projection where the CPU has
 // them (cpu/layer_bf16.cpp).
-bool amx_serves(const LayerSizes& s, at::ScalarType dtype);
+bool bf16_serves(const LayerSizes& s, at::ScalarType dtype);
 LayerForward forward_bf16;
 LayerBackward backward_bf16;
 

@@ -1,15 +1,15 @@
-// Forward and backward of a bfloat16 layer without projection on the kernels of cpu/amx.h.
+// Forward and backward of a bfloat16 layer without projection on the kernels of cpu/bf16.h.
 #include <ATen/ATen.h>
 
-#include "cpu/amx.h"
+#include "cpu/bf16.h"
 #include "cpu/chunks.h"
 #include "cpu/layer.h"
 
 namespace fastlstm {
 namespace {
 
-using amx::Bf16;
 using at::BFloat16;
+using bf16::Bf16;
 
 const Bf16* bits(const BFloat16* p) { return reinterpret_cast<const Bf16*>(p); }
 Bf16* bits(BFloat16* p) { return reinterpret_cast<Bf16*>(p); }
@@ -32,19 +32,19 @@ Plan plan_bf16(int64_t D, int64_t T, double rows, int64_t I, int64_t H) {
   const int most = available / (plan.concurrent ? 2 : 1);
   if (most <= 1) return plan;
   const double weights = 8.0 * H * (I + H);  // bytes; each thread that splits rows reads all of them
-  if (T > 1 && rows / most >= amx::kAmxRows && weights <= (1 << 20)) {
+  if (T > 1 && rows / most >= bf16::kTileRows && weights <= (1 << 20)) {
     plan.members = most;
   } else if (step >= 4e5) {
-    plan.members = static_cast<int>(std::min<int64_t>(most, std::max<int64_t>(1, H / amx::kAmxUnits)));
+    plan.members = static_cast<int>(std::min<int64_t>(most, std::max<int64_t>(1, H / bf16::kUnits)));
     plan.split_units = plan.members > 1;
   }
   return plan;
 }
 
-void pack_gates(const at::Tensor& weight, int64_t H, Bf16* packed) {
+void pack_gates(const bf16::Kernels& kernel, const at::Tensor& weight, int64_t H, Bf16* packed) {
   const int64_t K = weight.size(1);
-  for_blocks(H, amx::kAmxWidth, K * amx::kAmxWidth,
-             [&](int64_t begin, int64_t end) { amx::pack_gates(bits(weight), H, K, begin, end, packed); });
+  for_blocks(H, bf16::kBlock, K * bf16::kBlock,
+             [&](int64_t begin, int64_t end) { kernel.pack_gates(bits(weight), H, K, begin, end, packed); });
 }
 
 // state [D, B, n] of direction d into sorted rows of stride ld, the rest of them untouched; zeros for none.
@@ -85,8 +85,8 @@ class WeightGradient {
 
 }  // namespace
 
-bool amx_serves(const LayerSizes& s, at::ScalarType dtype) {
-  return dtype == at::kBFloat16 && !s.proj() && s.H > 0 && s.I > 0 && amx::available();
+bool bf16_serves(const LayerSizes& s, at::ScalarType dtype) {
+  return dtype == at::kBFloat16 && !s.proj() && s.H > 0 && s.I > 0 && bf16::kernels();
 }
 
 LayerResults forward_bf16(const at::Tensor& x, const OptionalTensor& h0, const OptionalTensor& c0,
@@ -95,6 +95,7 @@ LayerResults forward_bf16(const at::Tensor& x, const OptionalTensor& h0, const O
   const LayerSizes s(x, weights);
   s.check_inputs(x, h0, c0, lengths, reset_mask);
   const Ragged ragged(s, lengths, reset_mask);
+  const bf16::Kernels& kernel = *bf16::kernels();
   const int64_t N = ragged.N(), H = s.H, B = s.B, D = s.D;
   keep_cells |= keep_reserve;
 
@@ -114,23 +115,23 @@ LayerResults forward_bf16(const at::Tensor& x, const OptionalTensor& h0, const O
   std::vector<Rows> rows;
   for (int64_t d = 0; d < D; ++d) rows.push_back(ragged.rows(d));
   const Plan plan = plan_bf16(D, s.T, double(N) / s.T, s.I, H);
-  const int64_t ld = amx::row_stride(H), h_size = (B + amx::kAmxRows) * ld;
+  const int64_t ld = bf16::row_stride(H), h_size = (B + bf16::kTileRows) * ld;
 
   Workspace<BFloat16> space;
   Workspace<float> floats;
   std::vector<int64_t> h_at, c_at, bias_at, ih_at, hh_at;
   for (int64_t d = 0; d < D; ++d) {
     h_at.push_back(space.take(2 * h_size));
-    ih_at.push_back(space.take(amx::packed_gates_size(H, s.I)));
-    hh_at.push_back(space.take(amx::packed_gates_size(H, H)));
+    ih_at.push_back(space.take(bf16::packed_gates_size(H, s.I)));
+    hh_at.push_back(space.take(bf16::packed_gates_size(H, H)));
     c_at.push_back(floats.take(B * H));
     bias_at.push_back(floats.take(4 * H));
   }
-  const int64_t scratch_at = space.take(plan.threads() * amx::forward_scratch(s.I));
+  const int64_t scratch_at = space.take(plan.threads() * bf16::forward_scratch(s.I));
   space.allocate(x);
   floats.allocate(float_like());
 
-  std::vector<amx::ForwardArgs> args;
+  std::vector<bf16::ForwardArgs> args;
   const at::Tensor input = x.contiguous();
   const OptionalTensor h0c = contiguous(h0), c0c = contiguous(c0);
   for (int64_t d = 0; d < D; ++d) {
@@ -150,15 +151,15 @@ LayerResults forward_bf16(const at::Tensor& x, const OptionalTensor& h0, const O
     }
     std::copy_n(h, h_size, h + h_size);  // a reverse row may begin at an odd step
     gather(c0c, d, rows[d], H, floats.at(c_at[d]), H);
-    pack_gates(w.ih.contiguous(), H, bits(space.at(ih_at[d])));
-    pack_gates(w.hh.contiguous(), H, bits(space.at(hh_at[d])));
+    pack_gates(kernel, w.ih.contiguous(), H, bits(space.at(ih_at[d])));
+    pack_gates(kernel, w.hh.contiguous(), H, bits(space.at(hh_at[d])));
     args.push_back(
         {rows[d], s.I, H, d == 1, bits(input), bias, bits(space.at(ih_at[d])), bits(space.at(hh_at[d])),
          keep_reserve ? writable_bits(reserve) + d * s.rows() * 4 * H : nullptr, bits(h), floats.at(c_at[d]),
          writable_bits(y) + d * H, keep_cells ? writable_bits(cells) + d * H : nullptr, D * H, D * H,
          bits(space.at(scratch_at))});
   }
-  run_plan(plan, rows, H, amx::kAmxUnits, [&](int64_t d, const Member& me) { amx::forward(args[d], me); });
+  run_plan(plan, rows, H, bf16::kUnits, [&](int64_t d, const Member& me) { kernel.forward(args[d], me); });
 
   for (int64_t d = 0; d < D; ++d)
     for (int64_t r = 0; r < B; ++r) {
@@ -193,6 +194,7 @@ LayerGradients backward_bf16(const OptionalTensor& dy_in, const OptionalTensor& 
     return {wanted(0, x.sizes(), true), wanted(1, {D, B, H}, true), wanted(2, {D, B, H}, true), dweights};
 
   const Ragged ragged(s, lengths, reset_mask);
+  const bf16::Kernels& kernel = *bf16::kernels();
   const int64_t N = ragged.N();
   std::vector<Rows> rows;
   for (int64_t d = 0; d < D; ++d) rows.push_back(ragged.rows(d));
@@ -200,22 +202,22 @@ LayerGradients backward_bf16(const OptionalTensor& dy_in, const OptionalTensor& 
   const OptionalTensor dy = contiguous(dy_in), dcells = contiguous(dcells_in), h0 = contiguous(h0_in);
   // Steps whose dgates wait for a product: a quarter of all, but rows enough for an efficient one.
   const int64_t chunk = std::min(s.T, std::max((s.T + 3) / 4, (1024 + B - 1) / B));
-  const int64_t ld = amx::padded(H), ldg = amx::row_stride(G);
+  const int64_t ld = bf16::padded(H), ldg = bf16::row_stride(G);
 
   Workspace<BFloat16> space;
   Workspace<float> floats;
   std::vector<int64_t> dh_at, dc_at, c0_at, db_at, packed_at;
   for (int64_t d = 0; d < D; ++d) {
-    dh_at.push_back(floats.take((B + amx::kAmxRows) * ld));
+    dh_at.push_back(floats.take((B + bf16::kTileRows) * ld));
     dc_at.push_back(floats.take(B * H));
     c0_at.push_back(floats.take(B * H));
     db_at.push_back(floats.take(plan.threads() * G));
-    packed_at.push_back(space.take(amx::packed_columns_size(G, H)));
+    packed_at.push_back(space.take(bf16::packed_columns_size(G, H)));
   }
   space.allocate(x);
   floats.allocate(float_like());
 
-  std::vector<amx::BackwardArgs> args;
+  std::vector<bf16::BackwardArgs> args;
   std::vector<at::Tensor> dgates, states(D), w_ih;
   std::vector<WeightGradient> d_ih, d_hh;
   bool need_input = false;
@@ -225,13 +227,14 @@ LayerGradients backward_bf16(const OptionalTensor& dy_in, const OptionalTensor& 
     const at::Tensor w_hh = w.hh.contiguous();
     w_ih.push_back(w.ih);
     Bf16* packed = bits(space.at(packed_at[d]));
-    for_blocks(H, amx::kAmxUnits, G * amx::kAmxUnits,
-               [&](int64_t begin, int64_t end) { amx::pack_columns(bits(w_hh), G, H, begin, end, packed); });
+    for_blocks(H, bf16::kUnits, G * bf16::kUnits, [&](int64_t begin, int64_t end) {
+      kernel.pack_columns(bits(w_hh), G, H, begin, end, packed);
+    });
     gather(contiguous(dh_n), d, rows[d], H, floats.at(dh_at[d]), ld);
     gather(contiguous(dc_n), d, rows[d], H, floats.at(dc_at[d]), H);
     gather(contiguous(c0), d, rows[d], H, floats.at(c0_at[d]), H);
     std::fill_n(floats.at(db_at[d]), plan.threads() * G, 0.0f);
-    dgates.push_back(new_empty({chunk * B + amx::kAmxRows, ldg}, x));
+    dgates.push_back(new_empty({chunk * B + bf16::kTileRows, ldg}, x));
     dgates[d].narrow(1, G, ldg - G).zero_();
     d_ih.emplace_back(dweights[at], chunk == s.T);
     d_hh.emplace_back(dweights[at + 1], chunk == s.T && !(h0 && ragged.plain()));
@@ -254,7 +257,7 @@ LayerGradients backward_bf16(const OptionalTensor& dy_in, const OptionalTensor& 
       args[d].steps = end - first;
       args[d].base = Span(s, ragged, d, first, end - first).begin;
     }
-    run_plan(plan, rows, H, amx::kAmxUnits, [&](int64_t d, const Member& me) { amx::backward(args[d], me); });
+    run_plan(plan, rows, H, bf16::kUnits, [&](int64_t d, const Member& me) { kernel.backward(args[d], me); });
     for (int64_t d = 0; d < D; ++d) {
       const Span span(s, ragged, d, first, end - first);
       const int64_t at = d * s.per_direction, n = span.rows();

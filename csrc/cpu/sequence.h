@@ -171,7 +171,7 @@ struct Kernels {
 
 // The best ISA that this CPU has and ATEN_CPU_CAPABILITY ("default", "avx2", "avx512") allows.
 const char* isa_name();
-const char* bfloat16_isa_name();  // "amx" (cpu/amx.h), or isa_name()
+const char* bfloat16_isa_name();  // "amx" or "avx512_bf16" (cpu/bf16.h), or isa_name()
 template <class T>
 const Kernels<T>& kernels();
 

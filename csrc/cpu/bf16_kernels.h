@@ -1,37 +1,10 @@
-// Forward and backward of a layer in AMX tiles. Included once, by amx.cpp, inside its target region.
+// Forward and backward of a layer on the products of a unit, cpu/bf16_tiles_*.h, which the includer has
+// chosen.
 #pragma once
 
-#include "cpu/amx_tiles.h"
+#include "cpu/bf16_numbers.h"
 
-namespace fastlstm::amx {
-
-int64_t forward_scratch(int64_t I) { return kAmxGroup * row_stride(I); }
-
-namespace {
-
-// pre [rows][4][16] of one block of units and one or two row tiles.
-template <class F>
-FASTLSTM_INLINE void gate_products(const ForwardArgs& a, bool two, const Bf16* x, const Bf16* h, int64_t u0,
-                                   float* pre, F&& between) {
-  const int64_t ldx = row_stride(a.I), ldh = row_stride(a.H);
-  const int64_t dx = padded(a.I) / kAmxDepth, dh = padded(a.H) / kAmxDepth;
-  const int64_t next_ih = dx * 2 * kTile,
-                next_hh = dh * 2 * kTile;  // from the weights of i, f to those of g, o
-  const Bf16* w_ih = a.w_ih + u0 / kAmxWidth * 2 * next_ih;
-  const Bf16* w_hh = a.w_hh + u0 / kAmxWidth * 2 * next_hh;
-  if (!two) {
-    clear_tiles();
-    multiply_one(dx, x, ldx, w_ih, next_ih, between);
-    multiply_one(dh, h, ldh, w_hh, next_hh, between);
-    return store_one(pre);
-  }
-  for (int64_t pair = 0; pair < 2; ++pair) {
-    clear_tiles();
-    multiply_two(dx, x, ldx, w_ih + pair * next_ih, between);
-    multiply_two(dh, h, ldh, w_hh + pair * next_hh, between);
-    store_two(pre + pair * 32, 64);
-  }
-}
+namespace fastlstm::FASTLSTM_ISA {
 
 // The cell for units [u0, u0 + n) of sorted row r at step t, from the products pre [4][16].
 FASTLSTM_INLINE void forward_cell(const ForwardArgs& a, int64_t t, int64_t next_t, int64_t r, int64_t u0,
@@ -69,8 +42,8 @@ struct PendingCells {
   const float* pre = nullptr;  // of row r
 
   __attribute__((noinline)) void one() {
-    if (n == kAmxWidth)
-      forward_cell(a, t, next_t, r, u0, kAmxWidth, bias, pre, h_out);
+    if (n == kBlock)
+      forward_cell(a, t, next_t, r, u0, kBlock, bias, pre, h_out);
     else
       forward_cell(a, t, next_t, r, u0, n, bias, pre, h_out);
     ++r;
@@ -84,38 +57,36 @@ struct PendingCells {
   }
 };
 
-}  // namespace
-
-void forward(const ForwardArgs& a, const Member& me) {
-  const TileScope tiles;
+inline void forward(const ForwardArgs& a, const Member& me) {
+  const UnitScope unit;
   const int64_t steps = a.rows.T, B = a.rows.B, H = a.H, I = a.I, ldx = row_stride(I), ldh = row_stride(H);
-  Bf16* x = a.scratch + me.index * forward_scratch(I);
-  std::fill_n(x, forward_scratch(I), Bf16(0));  // the padding of a row is multiplied by zeros
-  alignas(64) float buffers[2][2 * kAmxRows * 64];
+  Bf16* x = a.scratch + me.index * bf16::forward_scratch(I);
+  std::fill_n(x, bf16::forward_scratch(I), Bf16(0));  // the padding of a row is multiplied by zeros
+  alignas(64) float buffers[2][2 * kTileRows * 64];
   int buffer = 0;
   for (int64_t s = 0; s < steps; ++s) {
     const int64_t t = a.reverse ? steps - 1 - s : s;
     const int64_t next_t = s + 1 == steps ? -1 : (a.reverse ? t - 1 : t + 1);
     const int64_t end = std::min(me.row_end, a.rows.count_at(t));
-    const Bf16* h_in = a.h + (s % 2) * (B + kAmxRows) * ldh;
-    Bf16* h_out = a.h + ((s + 1) % 2) * (B + kAmxRows) * ldh;
+    const Bf16* h_in = a.h + (s % 2) * (B + kTileRows) * ldh;
+    Bf16* h_out = a.h + ((s + 1) % 2) * (B + kTileRows) * ldh;
     PendingCells pending{a, t, next_t, h_out};
-    for (int64_t g0 = me.row_begin; g0 < end; g0 += kAmxGroup) {
-      const int64_t g1 = std::min(end, g0 + kAmxGroup);
+    for (int64_t g0 = me.row_begin; g0 < end; g0 += kGroup) {
+      const int64_t g1 = std::min(end, g0 + kGroup);
       for (int64_t r = g0; r < g1; ++r)
         std::memcpy(x + (r - g0) * ldx, a.x + (t * B + a.rows.batch_row_at(r)) * I, I * sizeof(Bf16));
-      for (int64_t u0 = me.unit_begin; u0 < me.unit_end; u0 += kAmxWidth)
-        for (int64_t r0 = g0; r0 < g1; r0 += 2 * kAmxRows) {
-          const int64_t r1 = std::min(g1, r0 + 2 * kAmxRows);
+      for (int64_t u0 = me.unit_begin; u0 < me.unit_end; u0 += kBlock)
+        for (int64_t r0 = g0; r0 < g1; r0 += 2 * kTileRows) {
+          const int64_t r1 = std::min(g1, r0 + 2 * kTileRows);
           float* pre = buffers[buffer ^= 1];
           const auto between = [&] { pending.next(); };
           // Rows behind the last are computed and not read.
-          gate_products(a, r1 - r0 > kAmxRows, x + (r0 - g0) * ldx, h_in + r0 * ldh, u0, pre, between);
+          gate_products(a, r1 - r0, x + (r0 - g0) * ldx, h_in + r0 * ldh, u0, pre, between);
           pending.finish();
           pending.r = r0;
           pending.end = r1;
           pending.u0 = u0;
-          pending.n = static_cast<int>(std::min(kAmxWidth, H - u0));
+          pending.n = static_cast<int>(std::min(kBlock, H - u0));
           for (int64_t gate = 0; gate < 4; ++gate)
             pending.bias[gate] = load_part(a.bias + gate * H + u0, pending.n);
           pending.pre = pre;
@@ -125,8 +96,6 @@ void forward(const ForwardArgs& a, const Member& me) {
     if (me.barrier) me.barrier->wait();
   }
 }
-
-namespace {
 
 // The cell's gradients for units [u0, u0 + n) of sorted row r at step t.
 FASTLSTM_INLINE void backward_cell(const BackwardArgs& a, int64_t t, int64_t r, int64_t before, int64_t held,
@@ -183,11 +152,11 @@ struct PendingGradients {
     end = last_row;
   }
   __attribute__((noinline)) void one() {
-    if (u0 + kAmxWidth <= unit_end)
-      backward_cell(a, t, r, before, held, u0, kAmxWidth, db);
+    if (u0 + kBlock <= unit_end)
+      backward_cell(a, t, r, before, held, u0, kBlock, db);
     else
       backward_cell(a, t, r, before, held, u0, static_cast<int>(unit_end - u0), db);
-    u0 += kAmxWidth;
+    u0 += kBlock;
     if (u0 < unit_end) return;
     u0 = unit_begin;
     ++r;
@@ -200,13 +169,11 @@ struct PendingGradients {
   }
 };
 
-}  // namespace
-
-void backward(const BackwardArgs& a, const Member& me) {
-  const TileScope tiles;
-  const int64_t H = a.H, ld = padded(H), ldg = row_stride(4 * H), depth = padded(4 * H) / kAmxDepth;
-  const int64_t next = depth * 2 * kTile;  // from the weights of 32 columns to the next
-  alignas(64) float dh[2 * kAmxRows * 32];
+inline void backward(const BackwardArgs& a, const Member& me) {
+  const UnitScope unit;
+  const int64_t H = a.H, ld = padded(H), ldg = row_stride(4 * H);
+  const int64_t next = padded(4 * H) * kUnits;  // from the weights of 32 columns to the next
+  alignas(64) float dh[2 * kTileRows * 64];
   const auto rows_at = [&](int64_t t) { return std::min(me.row_end, a.rows.count_at(t)); };
   // The cells of a step run between the products of the one after it, as soon as those have made their dh.
   PendingGradients pending{a, a.db + me.index * 4 * H};
@@ -220,25 +187,15 @@ void backward(const BackwardArgs& a, const Member& me) {
     const int64_t pending_end = s > a.first ? rows_at(pending.t) : 0;
     const Bf16* dgates = a.dgates + (a.rows.offset_at(t) - a.base) * ldg;
     for (int64_t n0 = me.unit_begin, n1; n0 < me.unit_end; n0 = n1) {
-      // One row tile takes 64 columns, where there are so many.
-      const bool wide = rows <= kAmxRows && n0 + kAmxUnits < me.unit_end;
-      n1 = std::min(me.unit_end, n0 + (wide ? 2 : 1) * kAmxUnits);
-      const Bf16* w = a.w_hh + n0 / kAmxUnits * next;
-      for (int64_t r0 = me.row_begin; r0 < end; r0 += 2 * kAmxRows) {
-        const int64_t r1 = std::min(end, r0 + 2 * kAmxRows);
-        const bool two = r1 - r0 > kAmxRows;
-        const auto between = [&] { pending.next(); };
-        clear_tiles();
-        if (two) {
-          multiply_two(depth, dgates + r0 * ldg, ldg, w, between);
-          store_two(dh, 32);
-        } else {
-          multiply_one(depth, dgates + r0 * ldg, ldg, w, wide ? next : 0, between);
-          store_one(dh);
-        }
+      const bool wide = wide_columns(rows) && n0 + kUnits < me.unit_end;
+      n1 = std::min(me.unit_end, n0 + (wide ? 2 : 1) * kUnits);
+      const Bf16* w = a.w_hh + n0 / kUnits * next;
+      for (int64_t r0 = me.row_begin; r0 < end; r0 += 2 * kTileRows) {
+        const int64_t r1 = std::min(end, r0 + 2 * kTileRows);
+        column_products(r1 - r0, 4 * H, dgates + r0 * ldg, ldg, w, wide, dh, [&] { pending.next(); });
         for (int64_t r = r0; r < r1; ++r) {
           const bool fresh = a.rows.fresh_at(t, r);
-          const float* from = dh + (r - r0) * (two ? 32 : 64);
+          const float* from = dh + (r - r0) * 64;
           float* to = a.dh + r * ld + n0;
           for (int64_t j = 0; j < (wide ? 64 : 32); j += 16) store(to + j, fresh ? V{} : load(from + j));
         }
@@ -250,4 +207,6 @@ void backward(const BackwardArgs& a, const Member& me) {
   }
 }
 
-}  // namespace fastlstm::amx
+inline constexpr bf16::Kernels kTable = {FASTLSTM_UNIT, pack_gates, pack_columns, forward, backward};
+
+}  // namespace fastlstm::FASTLSTM_ISA

@@ -1,0 +1,57 @@
+// Chooses the kernels of cpu/bf16.h at run time.
+#include "cpu/bf16.h"
+
+#include <cstdlib>
+#include <cstring>
+
+#if defined(FASTLSTM_BF16_KERNELS)
+#include <cpuid.h>
+#if defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+#endif
+
+namespace fastlstm::bf16 {
+
+const Kernels& amx_kernels();
+const Kernels& avx512_kernels();
+
+namespace {
+
+#if defined(FASTLSTM_BF16_KERNELS)
+// Whether the CPU has AMX for bfloat16 and the system gives this process its registers.
+bool amx_granted() {
+#if defined(__linux__)
+  unsigned a, b, c, d;
+  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || !(d >> 22 & 1) || !(d >> 24 & 1))  // bf16, tile
+    return false;
+  unsigned low, high;
+  asm volatile("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
+  if ((low >> 17 & 3) != 3) return false;                     // the system saves tile configuration and data
+  constexpr int kRequestPermission = 0x1023, kTileData = 18;  // arch_prctl(ARCH_REQ_XCOMP_PERM)
+  return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+#else
+  return false;
+#endif
+}
+
+const Kernels* choose() {
+  if (std::strcmp(isa_name(), "avx512") != 0) return nullptr;
+  unsigned a, b, c, d;
+  if (!__get_cpuid_count(7, 1, &a, &b, &c, &d) || !(a >> 5 & 1)) return nullptr;  // avx512_bf16
+  const bool lowered = std::getenv("ATEN_CPU_CAPABILITY") != nullptr;
+  return !lowered && amx_granted() ? &amx_kernels() : &avx512_kernels();
+}
+#else
+const Kernels* choose() { return nullptr; }
+#endif
+
+}  // namespace
+
+const Kernels* kernels() {
+  static const Kernels* const chosen = choose();
+  return chosen;
+}
+
+}  // namespace fastlstm::bf16

@@ -1,0 +1,101 @@
+// What the kernels of cpu/bf16.h share: numbers in and out, activations, packed weights. Included by a unit
+// of cpu/bf16_tiles_*.h, inside its target region.
+//
+// A tile of the left operand is 16 rows of 32 numbers where they lie. Tiles of the right one are packed as
+// both instructions read them, [16 pairs of depth][16 columns][2], 1 KiB each.
+#pragma once
+
+#include "cpu/bf16.h"
+#include "cpu/vec.h"
+
+namespace fastlstm::FASTLSTM_ISA {
+
+using bf16::BackwardArgs;
+using bf16::Bf16;
+using bf16::ForwardArgs;
+using bf16::kBlock;
+using bf16::kGroup;
+using bf16::kTileDepth;
+using bf16::kTileRows;
+using bf16::kUnits;
+using bf16::padded;
+using bf16::row_stride;
+
+using V = Vec<float>;
+constexpr int64_t kTile = kTileRows * kTileDepth;  // elements of a packed tile
+
+FASTLSTM_INLINE V widen(__m256i x) { return (V)_mm512_slli_epi32(_mm512_cvtepu16_epi32(x), 16); }
+// The first n <= 16 numbers, the rest zero.
+FASTLSTM_INLINE V get(const Bf16* p, int n) {
+  return widen(_mm256_maskz_loadu_epi16(static_cast<__mmask16>((1u << n) - 1), p));
+}
+FASTLSTM_INLINE void put(Bf16* p, V v, int n) {
+  _mm256_mask_storeu_epi16(p, static_cast<__mmask16>((1u << n) - 1), (__m256i)_mm512_cvtneps_pbh((__m512)v));
+}
+
+// vec.h's activations with an estimated reciprocal and one step of Newton's method: 2^-22, of which bfloat16
+// keeps 2^-9, in a third of the division's time.
+struct Quick {
+  static FASTLSTM_INLINE V reciprocal(V d) {
+    const V r = (V)_mm512_rcp14_ps((__m512)d);
+    return r * (2.0f - d * r);
+  }
+  static FASTLSTM_INLINE V sigmoid(V x) {
+    // NaN passes: a comparison with it is false. Beyond 80 the reciprocal would lose its exponent.
+    V z = -x;
+    z = z > 80.0f ? splat<float>(80.0f) : z;
+    z = z < -80.0f ? splat<float>(-80.0f) : z;
+    V scale, p;
+    reduce_exp<float>(z, scale, p);
+    return reciprocal(1.0f + (scale + scale * p));
+  }
+  static FASTLSTM_INLINE V tanh(V x) {
+    V z = x + x;
+    z = z > 20.0f ? splat<float>(20.0f) : z;
+    z = z < -20.0f ? splat<float>(-20.0f) : z;
+    V scale, p;
+    reduce_exp<float>(z, scale, p);
+    const V em1 = scale * p + (scale - 1.0f);
+    return em1 * reciprocal(em1 + 2.0f);
+  }
+};
+
+// A block of 16 units: [gates i, f | g, o][depth][2] tiles.
+inline void pack_gates(const Bf16* weight, int64_t H, int64_t K, int64_t begin, int64_t end, Bf16* packed) {
+  const int64_t depth = padded(K) / kTileDepth;
+  for (int64_t u0 = begin; u0 < end; u0 += kBlock)
+    for (int64_t gate = 0; gate < 4; ++gate) {
+      Bf16* to = packed + (u0 / kBlock * 4 + gate / 2 * 2) * depth * kTile + gate % 2 * kTile;
+      for (int64_t k = 0; k < depth; ++k, to += 2 * kTile) {
+        const int n = static_cast<int>(std::min(kTileDepth, K - k * kTileDepth));
+        V rows[16];  // of 16 pairs each
+        for (int64_t j = 0; j < 16; ++j) {
+          const Bf16* from = weight + (gate * H + u0 + j) * K + k * kTileDepth;
+          rows[j] = u0 + j < H ? (V)_mm512_maskz_loadu_epi16(0xffffffffu >> (32 - n), from) : V{};
+        }
+        transpose<float>(rows);
+        for (int64_t j = 0; j < 16; ++j) _mm512_storeu_si512(to + j * 32, (__m512i)rows[j]);
+      }
+    }
+}
+
+// 32 columns: [depth][2] tiles.
+inline void pack_columns(const Bf16* b, int64_t K, int64_t N, int64_t begin, int64_t end, Bf16* packed) {
+  for (int64_t n0 = begin; n0 < end; n0 += kUnits) {
+    Bf16* to = packed + n0 * padded(K);
+    for (int64_t k0 = 0; k0 < padded(K); k0 += kTileDepth, to += 2 * kTile)
+      for (int64_t half = 0; half < 2; ++half) {
+        const int64_t n = std::clamp<int64_t>(N - n0 - half * 16, 0, 16);
+        const auto row = [&](int64_t k) {
+          const __mmask16 mask = k < K ? (1u << n) - 1 : 0;
+          return _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, b + k * N + n0 + half * 16));
+        };
+        for (int64_t p = 0; p < 16; ++p) {
+          const __m512i low = row(k0 + 2 * p), high = row(k0 + 2 * p + 1);
+          _mm512_storeu_si512(to + half * kTile + p * 32, _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
+        }
+      }
+  }
+}
+
+}  // namespace fastlstm::FASTLSTM_ISA
