@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import math
 import sys
-import warnings
 from pathlib import Path
 
 import torch
@@ -20,7 +19,7 @@ from benchmarks.cases import TORCH_DTYPES
 from benchmarks.console import escape, printer, progress
 from benchmarks.load import BUSY
 from benchmarks.results import Row
-from benchmarks.run import failures
+from benchmarks.run import failures, silence
 from fastlstm.backends import native
 
 
@@ -121,8 +120,7 @@ def main(arguments: list[str] | None = None) -> int:
     except ValueError as error:
         say(f"[red]{escape(str(error))}[/]")
         return 2
-    # Said of nn.LSTM once a process, in the middle of the table.
-    warnings.filterwarnings("ignore", message="LSTM with projections is not supported with oneDNN")
+    silence()
     about = machine.describe(device)
     say(
         f"suite {options.suite} on {about['device']}, {about['threads']} threads, torch {about['torch']}"

@@ -22,15 +22,15 @@ NAMES = ("cpu", "gpu", "quick", "grid", "scaling", "tutorials", "features")
 def suite_of(name: str) -> Suite:
     """A suite of cases; "tutorials" and "features" are not, they have programs of their own."""
     if name == "cpu":
-        return Suite("cpu", CPU)
+        return Suite("cpu", CPU, alone=True)
     if name == "quick":
         return Suite("quick", QUICK, plan=Plan(budget=0.4, min_rounds=5), attempts=1)
     if name == "grid":
         # Gate flops small: two hundred float64 references would otherwise take longer than the timing.
         plan = Plan(budget=0.5, min_rounds=5, patience=3.0)
-        return Suite("grid", sweeps.grid(), plan=plan, gate_flops=2e9, attempts=2)
+        return Suite("grid", sweeps.grid(), plan=plan, gate_flops=2e9, attempts=2, alone=True)
     if name == "scaling":
-        return Suite("scaling", sweeps.SCALING_T + sweeps.SCALING_PACKED, gate_flops=2e10)
+        return Suite("scaling", sweeps.SCALING_T + sweeps.SCALING_PACKED, gate_flops=2e10, alone=True)
     if name == "gpu":
         return Suite(
             "gpu",

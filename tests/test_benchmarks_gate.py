@@ -130,6 +130,20 @@ def test_a_right_one_is_timed_and_its_columns_agree():
         assert row.gate_T == 5
 
 
+def test_a_case_in_a_process_of_its_own_gives_the_same_rows():
+    case = Case(5, 3, 4, 6)
+    suite = run.Suite("test", [case], plan=HASTY, attempts=1, alone=True)
+    told = []
+    rows = run.run_suite(suite, peers.chosen([], "cpu"), lambda case, made: told.append((case.name, len(made))))
+    assert told == [(case.name, 4)]
+    assert {row.status for row in rows} == {"ok"}
+    here = measured(case, LoopOfReference)
+    for row in rows:
+        same = here[row.impl, row.mode]
+        assert row.p50_ms > 0
+        assert (row.flops, row.gate_T, row.rows) == (same.flops, same.gate_T, same.rows)
+
+
 def test_an_exception_is_a_row_and_a_failure():
     class Raises(LoopOfReference):
         def bend(self, output):
