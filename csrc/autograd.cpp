@@ -3,6 +3,8 @@
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 
+#include <algorithm>
+
 #include "contract.h"
 
 namespace fastlstm {
@@ -25,6 +27,15 @@ LayerResults below_autograd(const at::Tensor& x, const OptionalTensor& h0, const
 }
 
 OptionalTensor optional(const at::Tensor& t) { return t.defined() ? OptionalTensor(t) : std::nullopt; }
+
+// Whether the formula of plain ops takes these gradients and not the op: with create_graph=True, where many
+// arrive as one (is_grads_batched=True), and where one has a tangent of forward-mode AD.
+bool formula_serves(const variable_list& grads) {
+  constexpr c10::DispatchKeySet batched({c10::DispatchKey::Batched, c10::DispatchKey::FuncTorchBatched});
+  return at::GradMode::is_enabled() || std::any_of(grads.begin(), grads.end(), [&](const at::Tensor& t) {
+           return t.defined() && (t.key_set().has_any(batched) || t._fw_grad(/*level=*/0).defined());
+         });
+}
 
 class LayerFunction : public torch::autograd::Function<LayerFunction> {
  public:
@@ -72,7 +83,7 @@ class LayerFunction : public torch::autograd::Function<LayerFunction> {
     for (size_t k = 0; k < weights.size(); ++k) needs.push_back(ctx->needs_input_grad(edge++));
 
     LayerGradients found;
-    if (at::GradMode::is_enabled()) {
+    if (formula_serves(grads)) {
       static const auto op = find<DifferentiableBackward>("fastlstm::differentiable_backward");
       found = op.call(dy, dh_n, dc_n, dcells, x, h0, c0, weights, lengths, reset_mask, needs);
     } else {

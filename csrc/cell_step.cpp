@@ -81,21 +81,15 @@ class CellFunction : public torch::autograd::Function<CellFunction> {
     std::array<bool, 7> needs;
     size_t edge = 0;  // which exist for the tensors that were given only
     for (size_t k = 0; k < 7; ++k) needs[k] = saved[k].defined() && ctx->needs_input_grad(edge++);
-    // Gradients may come as subclasses or with a negation to be done, and a saved-tensor hook may give back
-    // anything.
-    const auto readable = [](const at::Tensor& t) { return !t.defined() || plain(t); };
-    const bool create_graph = at::GradMode::is_enabled();
-    const bool raw = !create_graph && !watched() && readable(grads[0]) && readable(grads[1]) && fits(in) &&
-                     plain(saved[7]) && saved[7].numel() == 5 * in.B() * in.H();
-    StepGradients found;
-    if (raw) {
-      found = step_backward(grads[0], grads[1], in, saved[7].contiguous(), needs);
-    } else {
-      const at::AutoGradMode formula_needs_it(true);
-      found = differentiable(grads[0], grads[1], in, needs);
-      for (at::Tensor& t : found)
-        if (!create_graph && t.defined()) t = t.detach();
-    }
+    // Gradients may come as subclasses, with a negation to be done or with a tangent, and a saved-tensor hook
+    // may give back anything.
+    const auto readable = [](const at::Tensor& t) {
+      return !t.defined() || (plain(t) && !t._fw_grad(/*level=*/0).defined());
+    };
+    const bool raw = !at::GradMode::is_enabled() && !watched() && readable(grads[0]) && readable(grads[1]) &&
+                     fits(in) && plain(saved[7]) && saved[7].numel() == 5 * in.B() * in.H();
+    StepGradients found = raw ? step_backward(grads[0], grads[1], in, saved[7].contiguous(), needs)
+                              : differentiable(grads[0], grads[1], in, needs);
     variable_list out = {at::Tensor()};  // of `in`
     out.insert(out.end(), std::make_move_iterator(found.begin()), std::make_move_iterator(found.end()));
     return out;

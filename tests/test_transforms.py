@@ -90,6 +90,57 @@ def test_jacobian_and_nested_gradients(backend):
     torch.testing.assert_close(second, torch.autograd.grad(first.pow(2).sum(), leaf)[0])
 
 
+@pytest.mark.parametrize("recompute", [False, 2])
+def test_batched_gradients_of_one_graph(recompute, backend):
+    """Those of a loop over them, through torch.autograd's own vmap and torch.func's."""
+    ours, _ = twins(num_layers=2, bidirectional=True)
+    ours.recompute = recompute
+    x = X.clone().requires_grad_()
+    y, (h_n, c_n) = ours(x, lengths=torch.tensor([4, 0, 2]))
+    wanted = [x, *ours.parameters()]
+
+    def gradients(*grads):
+        return torch.autograd.grad((y, h_n, c_n), wanted, grads, retain_graph=True)
+
+    grads = [data(5, *t.shape) for t in (y, h_n, c_n)]
+    alone = [gradients(*(g[k] for g in grads)) for k in range(5)]
+    expected = [torch.stack(one) for one in zip(*alone, strict=True)]
+    torch.testing.assert_close(list(vmap(gradients)(*grads)), expected)
+    batched = torch.autograd.grad((y, h_n, c_n), wanted, grads, retain_graph=True, is_grads_batched=True)
+    torch.testing.assert_close(list(batched), expected)
+
+
+def test_vectorized_jacobian_and_hessian(backend):
+    ours, theirs = twins()
+    x = data(2, 1, 3)
+    jacobian, hessian = torch.autograd.functional.jacobian, torch.autograd.functional.hessian
+    got = jacobian(lambda x: ours(x)[0], x, vectorize=True)
+    torch.testing.assert_close(got, jacobian(lambda x: theirs(x)[0], x))
+    got = hessian(lambda x: ours(x)[0].pow(2).sum(), x, vectorize=True)
+    torch.testing.assert_close(got, hessian(lambda x: theirs(x)[0].pow(2).sum(), x))
+
+
+def test_batched_gradients_of_a_cell(backend):
+    ours, theirs = twins(cell=True)
+    x = X[0]
+    got = torch.autograd.functional.jacobian(lambda x: ours(x), x, vectorize=True)
+    torch.testing.assert_close(got, torch.autograd.functional.jacobian(lambda x: theirs(x), x))
+
+
+@pytest.mark.parametrize("cell", [False, True])
+def test_tangent_of_an_arriving_gradient(cell, backend):
+    ours, _ = twins(cell=cell)
+    x = (X[0] if cell else X).clone().requires_grad_()
+    y = ours(x)[0]
+    grad, tangent = data(*y.shape), data(*y.shape, seed=1)
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(grad, tangent)
+        (found,) = torch.autograd.grad(y, x, dual, retain_graph=True)
+        found = torch.autograd.forward_ad.unpack_dual(found)
+    torch.testing.assert_close(found.primal, torch.autograd.grad(y, x, grad, retain_graph=True)[0])
+    torch.testing.assert_close(found.tangent, torch.autograd.grad(y, x, tangent)[0])
+
+
 def test_cell(backend):
     ours, theirs = twins(cell=True)
     got = vmap(lambda row: ours(row)[0])(X)

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .register import LIBRARY, differentiable_backward, without_autocast
+from .register import LIBRARY, differentiable_backward, formula_serves, without_autocast
 from .schema import LayerShape, backward_outputs, check, check_gradients, check_range, check_tensor
 
 # Steps between kept states where the user names no number. At T = 4096 they are less than a hundredth of what else
@@ -204,7 +204,7 @@ def _autograd_backward(ctx: Any, dy, dh_n, dc_n, dcells, *_: None) -> tuple[Any,
     need_x, need_h0, need_c0, need_weights = ctx.needs_input_grad[2:6]
     needs = [need_x, need_h0, need_c0, *need_weights]
     given = (dy, dh_n, dc_n, dcells, x, h0, c0, weights, lengths, reset_mask)
-    if torch.is_grad_enabled():
+    if formula_serves(dy, dh_n, dc_n, dcells):
         return (None, None, *differentiable_backward(*given, needs), None, None, None)
     op = torch.ops.fastlstm.recomputed_layer_backward.default
     dx, dh0, dc0, dw = op(ctx.backend, ctx.interval, *given, h_at, c_at, needs)

@@ -91,11 +91,27 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     ctx.mark_non_differentiable(*([reserve] if keep_cells else [cells, reserve]))
 
 
+# The keys of torch.autograd.grad's own vmap and of torch.func's; the first has no name in Python.
+_BATCHED = [torch._C._dispatch_key_parse(name) for name in ("Batched", "FuncTorchBatched")]
+
+
+def formula_serves(*grads: Tensor | None) -> bool:
+    """Whether `differentiable_backward` takes these gradients and not the op, as csrc/autograd.cpp decides.
+
+    It does with create_graph=True, where many gradients arrive as one (is_grads_batched=True), and under forward-mode
+    AD: the plain ops of the reference have rules for these.
+    """
+    if torch.is_grad_enabled() or torch.autograd.forward_ad._current_level >= 0:
+        return True
+    keys = [torch._C._dispatch_keys(grad) for grad in grads if grad is not None]
+    return any(held.has(key) for held in keys for key in _BATCHED)
+
+
 def _autograd_backward(op: Callable[..., Any], ctx: Any, dy, dh_n, dc_n, dcells, _) -> tuple[Any, ...]:
     x, h0, c0, lengths, reset_mask, y, cells, reserve, *weights = ctx.saved_tensors
     need_x, need_h0, need_c0, need_weights = ctx.needs_input_grad[:4]
     needs = [need_x, need_h0, need_c0, *need_weights]
-    if torch.is_grad_enabled():
+    if formula_serves(dy, dh_n, dc_n, dcells):
         grads = differentiable_backward(dy, dh_n, dc_n, dcells, x, h0, c0, weights, lengths, reset_mask, needs)
     else:
         dx, dh0, dc0, dw = op(dy, dh_n, dc_n, dcells, x, h0, c0, weights, lengths, reset_mask, y, cells, reserve, needs)
@@ -118,19 +134,21 @@ def differentiable_backward(
     reset_mask: Tensor | None,
     needs: list[bool],
 ) -> Gradients:
-    """Backward for `create_graph=True`: the reference's gradients, themselves differentiable to any order."""
+    """Backward where `formula_serves`: the reference's gradients, themselves differentiable to any order."""
     inputs = [x, h0, c0, *weights]
-    # Views, so that a tensor given in two roles gets its own gradient for each.
-    x, h0, c0, *weights = [None if t is None else t.view_as(t) for t in inputs]  # type: ignore[misc, assignment]
-    wanted = [t for t, need in zip([x, h0, c0, *weights], needs, strict=True) if need and t is not None]
-    outputs = reference.layer(x, h0, c0, weights, lengths, reset_mask)
+    again = torch.is_grad_enabled()
+    with torch.enable_grad():
+        # Views, so that a tensor given in two roles gets its own gradient for each.
+        x, h0, c0, *weights = [None if t is None else t.view_as(t) for t in inputs]  # type: ignore[misc, assignment]
+        wanted = [t for t, need in zip([x, h0, c0, *weights], needs, strict=True) if need and t is not None]
+        outputs = reference.layer(x, h0, c0, weights, lengths, reset_mask)
     pairs = [
         (out, grad)
         for out, grad in zip(outputs, (dy, dh_n, dc_n, dcells), strict=True)
         if grad is not None and out.requires_grad
     ]
     outs, grads = [p[0] for p in pairs], [p[1] for p in pairs]
-    found = iter(torch.autograd.grad(outs, wanted, grads, create_graph=True, allow_unused=True))
+    found = iter(torch.autograd.grad(outs, wanted, grads, create_graph=again, allow_unused=True))
     flat = [next(found) if need else None for need in needs]
     return flat[0], flat[1], flat[2], flat[3:]
 
@@ -152,4 +170,6 @@ LIBRARY.define(
     "Tensor? c0, Tensor[] weights, Tensor? lengths, Tensor? reset_mask, bool[] needs) "
     "-> (Tensor, Tensor, Tensor, Tensor[])"
 )
-LIBRARY.impl("differentiable_backward", _differentiable_backward_op, "CompositeImplicitAutograd")
+# The last two for gradients that arrive batched, by torch.autograd.grad's own vmap or by torch.func's.
+for _key in ("CompositeImplicitAutograd", "Batched", "FuncTorchBatchedDecomposition"):
+    LIBRARY.impl("differentiable_backward", _differentiable_backward_op, _key)
