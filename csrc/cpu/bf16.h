@@ -41,7 +41,9 @@ struct ForwardArgs {
   const Bf16* w_ih;   // pack_gates of weight_ih
   const Bf16* w_hh;   // pack_gates of weight_hh
   Bf16* gates;        // [N, 4H]  out: the activated gates in the layout of gate_at, or null
-  Bf16* h;      // [2, B + 16, row_stride(H)]  state, sorted rows, zeros in the padding; see cpu/sequence.h
+  // [2, B + 16, row_stride(H)]  state, sorted rows, zeros in the padding; see cpu/sequence.h. Tiles read rows
+  // behind a member's last, which others may be writing, and drop what they make of them.
+  Bf16* h;
   float* c;     // [B, H]  state
   Bf16* y;      // [T, B, .]  out
   Bf16* cells;  // [T, B, .]  out, or null
@@ -63,7 +65,7 @@ struct BackwardArgs {
   int64_t cells_stride, dy_stride, dcells_stride;
   const Bf16* w_hh;  // pack_columns of weight_hh
   Bf16* dgates;      // [. + 16, row_stride(4H)]  out for these steps; the padding of a row holds zeros
-  float* dh;         // [B + 16, padded H]  in: of h_n, out: of h0; sorted rows
+  float* dh;         // [B, padded H]  in: of h_n, out: of h0; sorted rows
   float* dc;         // [B, H]  in: of c_n, out: of c0
   float* db;         // [members, 4H]  sums of dgates over the rows of each member, added to
 };

@@ -10,7 +10,7 @@
 
 #define FASTLSTM_ISA amx
 #define FASTLSTM_VECTOR_BYTES 64
-#define FASTLSTM_UNIT "amx"
+#define FASTLSTM_BF16_NAME "amx"
 #if defined(__clang__)
 #pragma clang attribute push(                                                                       \
     __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,fma,amx-tile,amx-bf16"))), \
@@ -20,7 +20,7 @@
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,fma,amx-tile,amx-bf16")
 #endif
 #include "cpu/bf16_tiles_amx.h"
-// after the unit
+// after the products
 #include "cpu/bf16_kernels.h"
 #if defined(__clang__)
 #pragma clang attribute pop

@@ -10,7 +10,7 @@
 
 #define FASTLSTM_ISA avx512_bf16
 #define FASTLSTM_VECTOR_BYTES 64
-#define FASTLSTM_UNIT "avx512_bf16"
+#define FASTLSTM_BF16_NAME "avx512_bf16"
 #if defined(__clang__)
 #pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,fma"))), \
                              apply_to = function)
@@ -19,7 +19,7 @@
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,fma")
 #endif
 #include "cpu/bf16_tiles_avx512.h"
-// after the unit
+// after the products
 #include "cpu/bf16_kernels.h"
 #if defined(__clang__)
 #pragma clang attribute pop

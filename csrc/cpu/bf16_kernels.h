@@ -1,5 +1,5 @@
-// Forward and backward of a layer on the products of a unit, cpu/bf16_tiles_*.h, which the includer has
-// chosen.
+// Forward and backward of a layer on the products of cpu/bf16_tiles_*.h, of which the includer has chosen
+// one.
 #pragma once
 
 #include "cpu/bf16_numbers.h"
@@ -58,7 +58,7 @@ struct PendingCells {
 };
 
 inline void forward(const ForwardArgs& a, const Member& me) {
-  const UnitScope unit;
+  const ProductScope scope;
   const int64_t steps = a.rows.T, B = a.rows.B, H = a.H, I = a.I, ldx = row_stride(I), ldh = row_stride(H);
   Bf16* x = a.scratch + me.index * bf16::forward_scratch(I);
   std::fill_n(x, bf16::forward_scratch(I), Bf16(0));  // the padding of a row is multiplied by zeros
@@ -170,7 +170,7 @@ struct PendingGradients {
 };
 
 inline void backward(const BackwardArgs& a, const Member& me) {
-  const UnitScope unit;
+  const ProductScope scope;
   const int64_t H = a.H, ld = padded(H), ldg = row_stride(4 * H);
   const int64_t next = padded(4 * H) * kUnits;  // from the weights of 32 columns to the next
   alignas(64) float dh[2 * kTileRows * 64];
@@ -207,6 +207,6 @@ inline void backward(const BackwardArgs& a, const Member& me) {
   }
 }
 
-inline constexpr bf16::Kernels kTable = {FASTLSTM_UNIT, pack_gates, pack_columns, forward, backward};
+inline constexpr bf16::Kernels kTable = {FASTLSTM_BF16_NAME, pack_gates, pack_columns, forward, backward};
 
 }  // namespace fastlstm::FASTLSTM_ISA

@@ -1,5 +1,5 @@
-// What the kernels of cpu/bf16.h share: numbers in and out, activations, packed weights. Included by a unit
-// of cpu/bf16_tiles_*.h, inside its target region.
+// What the kernels of cpu/bf16.h share: numbers in and out, activations, packed weights. Included by
+// cpu/bf16_tiles_*.h, inside their target regions.
 //
 // A tile of the left operand is 16 rows of 32 numbers where they lie. Tiles of the right one are packed as
 // both instructions read them, [16 pairs of depth][16 columns][2], 1 KiB each.

@@ -1,4 +1,4 @@
-// Products in AMX tiles: what a unit gives the loops of cpu/bf16_kernels.h.
+// Products in AMX tiles, for the loops of cpu/bf16_kernels.h.
 #pragma once
 
 #include "cpu/bf16_numbers.h"
@@ -9,18 +9,18 @@ struct alignas(64) TileConfig {
   uint8_t palette = 1, start_row = 0, reserved[14] = {};
   uint16_t bytes[16] = {};
   uint8_t rows[16] = {};
-  TileConfig() {
+  constexpr TileConfig() {
     for (int i = 0; i < 8; ++i) bytes[i] = 64, rows[i] = kTileRows;
   }
 };
 
 // A thread's tile registers, all of full size, for as long as this lives.
-struct UnitScope {
-  UnitScope() {
-    const TileConfig config;
+struct ProductScope {
+  ProductScope() {
+    static constexpr TileConfig config;
     _tile_loadconfig(&config);
   }
-  ~UnitScope() { _tile_release(); }
+  ~ProductScope() { _tile_release(); }
 };
 
 // Tiles 0 to 3, [2 row tiles][2], += a [32, 32 depth] times packed [depth][2] tiles.
@@ -63,6 +63,7 @@ FASTLSTM_INLINE void multiply_one(int64_t depth, const Bf16* a, int64_t lda, con
 }
 
 FASTLSTM_INLINE void clear_tiles() {
+  asm volatile("" ::: "memory");  // what tiles load must be stored by now, which GCC's intrinsics do not say
   _tile_zero(0);
   _tile_zero(1);
   _tile_zero(2);
@@ -91,8 +92,8 @@ FASTLSTM_INLINE void gate_products(const ForwardArgs& a, int64_t rows, const Bf1
                                    int64_t u0, float* pre, F&& between) {
   const int64_t ldx = row_stride(a.I), ldh = row_stride(a.H);
   const int64_t dx = padded(a.I) / kTileDepth, dh = padded(a.H) / kTileDepth;
-  const int64_t next_ih = dx * 2 * kTile,
-                next_hh = dh * 2 * kTile;  // from the weights of i, f to those of g, o
+  // From the weights of i, f to those of g, o.
+  const int64_t next_ih = dx * 2 * kTile, next_hh = dh * 2 * kTile;
   const Bf16* w_ih = a.w_ih + u0 / kBlock * 2 * next_ih;
   const Bf16* w_hh = a.w_hh + u0 / kBlock * 2 * next_hh;
   if (rows <= kTileRows) {

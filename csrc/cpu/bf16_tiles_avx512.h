@@ -1,13 +1,14 @@
-// Products by AVX512_BF16's instruction, which multiplies 16 pairs and adds both products of each to a lane:
-// what a unit gives the loops of cpu/bf16_kernels.h.
+// Products by AVX512_BF16's instruction, which multiplies 16 pairs and adds both products of each to a lane;
+// for the loops of cpu/bf16_kernels.h.
 #pragma once
 
 #include "cpu/bf16_numbers.h"
 
 namespace fastlstm::FASTLSTM_ISA {
 
-struct UnitScope {
-  UnitScope() {}  // what AMX has to configure
+// Nothing to set up, unlike AMX; a constructor, so that no compiler calls it unused.
+struct ProductScope {
+  ProductScope() {}
 };
 
 // Rows of a register tile of 32 columns, and of one of 64: with fewer columns each sum would wait for the one
@@ -87,8 +88,8 @@ inline void sum_of_products(int64_t rows, const Operands& first, const Operands&
   if (wide && rows <= kWideRows) return tile_rows<4, kWideRows>(rows, first, second, out);
   for (int64_t half = 0; half < (wide ? 2 : 1); ++half)
     for (int64_t r = 0, count; r < rows; r += count) {
-      const int64_t left =
-          (rows - r + kLongRows - 1) / kLongRows;  // near-equal tiles: 8 + 8 rows, not 12 + 4
+      // Near-equal tiles: 8 + 8 rows, not 12 + 4.
+      const int64_t left = (rows - r + kLongRows - 1) / kLongRows;
       count = (rows - r + left - 1) / left;
       tile_rows<2, kLongRows>(count, first.from(r, half), second.from(r, half), out + r * 64 + half * 32);
     }

@@ -21,8 +21,8 @@ at::Tensor float_like() {
   return empty;
 }
 
-// As make_plan, for products so fast that threads pay later, and tiles of 32 rows that few rows leave empty:
-// rows are split where every thread has that many.
+// As make_plan, for products so fast that threads pay later. Rows are split where every thread has a tile of
+// them, which takes 64 columns at once.
 Plan plan_bf16(int64_t D, int64_t T, double rows, int64_t I, int64_t H) {
   const double step = rows * 4 * H * (I + H + 256);
   Plan plan{D};
@@ -60,10 +60,10 @@ void gather(const OptionalTensor& state, int64_t d, const Rows& rows, int64_t n,
 }
 
 // A weight's gradient: a product for each piece of the rows, summed in float32.
-class WeightGradient {
+class PiecewiseGradient {
  public:
-  WeightGradient() = default;
-  WeightGradient(at::Tensor out, bool one_piece) : out_(std::move(out)), one_piece_(one_piece) {}
+  PiecewiseGradient() = default;
+  PiecewiseGradient(at::Tensor out, bool one_piece) : out_(std::move(out)), one_piece_(one_piece) {}
   // dgates [rows, 4H], states [rows, n]
   void add(const at::Tensor& dgates, const at::Tensor& states) {
     if (one_piece_) {
@@ -208,7 +208,7 @@ LayerGradients backward_bf16(const OptionalTensor& dy_in, const OptionalTensor& 
   Workspace<float> floats;
   std::vector<int64_t> dh_at, dc_at, c0_at, db_at, packed_at;
   for (int64_t d = 0; d < D; ++d) {
-    dh_at.push_back(floats.take((B + bf16::kTileRows) * ld));
+    dh_at.push_back(floats.take(B * ld));
     dc_at.push_back(floats.take(B * H));
     c0_at.push_back(floats.take(B * H));
     db_at.push_back(floats.take(plan.threads() * G));
@@ -219,7 +219,7 @@ LayerGradients backward_bf16(const OptionalTensor& dy_in, const OptionalTensor& 
 
   std::vector<bf16::BackwardArgs> args;
   std::vector<at::Tensor> dgates, states(D), w_ih;
-  std::vector<WeightGradient> d_ih, d_hh;
+  std::vector<PiecewiseGradient> d_ih, d_hh;
   bool need_input = false;
   for (int64_t d = 0; d < D; ++d) {
     const int64_t at = d * s.per_direction;
