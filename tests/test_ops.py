@@ -285,3 +285,25 @@ def test_a_backward_without_a_reserve_is_refused(op_backend):
     y = ops(op_backend)[0](*arguments)[0]
     with pytest.raises(RuntimeError, match="reserve must be"):
         y.sum().backward()
+
+
+# Groups of one row and of several; products by tiles and, above a million multiply-adds, by the BLAS; no row, no step.
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize(
+    ("T", "rows", "groups", "m", "n"),
+    [(5, 1, 4, 12, 3), (3, 3, 2, 40, 33), (7, 2, 3, 1, 1), (40, 1, 2, 320, 100), (3, 0, 2, 4, 5), (0, 2, 2, 4, 5)],
+)
+def test_grouped_products(T, rows, groups, m, n, dtype):
+    a, b = torch.randn(T, groups * rows, 2 * m, dtype=dtype)[..., m:], torch.randn(T, groups * rows, n, dtype=dtype)
+    op = torch.ops.fastlstm.grouped_products.default
+    expected = torch.einsum("tgrm,tgrn->gmn", a.unflatten(1, (groups, rows)), b.unflatten(1, (groups, rows)))
+    torch.testing.assert_close(op(a, b, groups), expected)
+    opcheck(op, (a, b, groups), test_utils=["test_schema", "test_faketensor"])
+
+
+def test_grouped_products_of_what_does_not_fit():
+    op = torch.ops.fastlstm.grouped_products.default
+    a, b = torch.randn(3, 4, 5), torch.randn(3, 4, 2)
+    for arguments in ((a, b, 3), (a, b, 0), (a, b[1:], 2), (a, b[:, 1:], 2), (a[0], b, 2), (a, b.double(), 2)):
+        with pytest.raises(RuntimeError):
+            op(*arguments)

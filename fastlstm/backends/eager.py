@@ -217,8 +217,7 @@ def _products(a: Tensor, b: Tensor, groups: int) -> Tensor:
     """The sum over steps and rows of a's [T, B, m] outer products with b's [T, B, n]: [m, n], or [groups, m, n]."""
     if not groups:
         return a.flatten(0, 1).t() @ b.flatten(0, 1)
-    a, b = (t.unflatten(1, (groups, -1)).transpose(0, 1).flatten(1, 2) for t in (a, b))  # [groups, T * rows, .]
-    return a.transpose(1, 2) @ b
+    return torch.ops.fastlstm.grouped_products.default(a, b, groups)
 
 
 def _backward_direction(

@@ -173,3 +173,17 @@ LIBRARY.define(
 # The last two for gradients that arrive batched, by torch.autograd.grad's own vmap or by torch.func's.
 for _key in ("CompositeImplicitAutograd", "Batched", "FuncTorchBatchedDecomposition"):
     LIBRARY.impl("differentiable_backward", _differentiable_backward_op, _key)
+
+
+def _grouped_products(a: Tensor, b: Tensor, groups: int) -> Tensor:
+    a, b = (t.unflatten(1, (groups, -1)).transpose(0, 1).flatten(1, 2) for t in (a, b))  # [groups, T * rows, .]
+    return a.transpose(1, 2) @ b
+
+
+# The sums, over steps and the rows of each of `groups` parts of the batch, of a's [T, B, m] outer products with b's
+# [T, B, n]: [groups, m, n]. csrc/cpu/grouped.cpp has a kernel for CPU tensors.
+LIBRARY.define("grouped_products(Tensor a, Tensor b, int groups) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
+LIBRARY.impl("grouped_products", _grouped_products, "CompositeExplicitAutograd")
+torch.library.register_fake(
+    "fastlstm::grouped_products", lambda a, b, groups: a.new_empty(groups, a.shape[2], b.shape[2]), lib=LIBRARY
+)
