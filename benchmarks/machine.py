@@ -79,10 +79,10 @@ def describe(device: str) -> dict[str, object]:
 
 
 def slug(machine: dict[str, object]) -> str:
-    """Folder name under benchmarks/results: the device, and the threads on a CPU."""
+    """Folder name under benchmarks/results: the device; of a CPU also its vectors, which names hide, and threads."""
     name = str(machine["device"])
     if name == machine["cpu"]:
-        name += f" {machine['threads']} threads"
+        name += f" {machine['cpu_capability']} {machine['threads']} threads"
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
