@@ -17,35 +17,46 @@ int64_t chunk_steps(const LayerSizes& s, int64_t size, int64_t rows, int64_t byt
   return std::clamp<int64_t>(rows / s.B, 1, s.T);
 }
 
-// A weight's gradient dw [m, n], summed over chunks of at most `rows` rows: dgates [rows, m]^T times states
-// [rows, n]. Narrow ones are summed as their transpose, which MKL makes 1.1 to 2.3 times as fast for n from
-// 10 to 100, no faster from n = 256 on, and which nobody measured between: hence 112.
+// More rows than this are summed in float64, in parts of so many: a BLAS sums a deep product in few parts,
+// and its error grows with the depth.
+constexpr int64_t kDeep = 4096;
+
+// A weight's gradient dw [m, n], summed over N rows in chunks of at most `rows`: dgates [rows, m]^T times
+// states [rows, n]. Narrow ones are summed as their transpose, which MKL makes 1.1 to 2.3 times as fast for n
+// from 10 to 100, no faster from n = 256 on, and which nobody measured between: hence 112.
 class WeightGradient {
  public:
-  WeightGradient(const at::Tensor& dw, int64_t rows) : dw_(dw), sum_(dw) {
+  WeightGradient(const at::Tensor& dw, int64_t rows, int64_t N) : dw_(dw), sum_(dw) {
     const bool matrix = dw.dim() == 2;  // no bias, and wanted
-    if (!matrix || dw.size(1) > 112 || dw.numel() * rows <= kOwnProducts) return;
-    transposed_ = true;
-    sum_ = new_empty({dw.size(1), dw.size(0)}, dw);
+    if (!matrix) return;
+    transposed_ = dw.size(1) <= 112 && dw.numel() * rows > kOwnProducts;
+    if (transposed_) sum_ = new_empty({dw.size(1), dw.size(0)}, dw);
+    if (dw.scalar_type() == at::kFloat && N > 4 * kDeep) total_ = at::zeros_like(sum_, at::kDouble);
   }
   // States with row stride ld.
   template <class T>
   void add(int64_t rows, const T* dgates, const T* states, int64_t ld, bool add) {
-    const int64_t m = dw_.size(0), n = dw_.size(1);
+    const int64_t m = dw_.size(0), n = dw_.size(1), most = total_.defined() ? kDeep : rows;
     T* out = sum_.mutable_data_ptr<T>();
-    if (rows == 0 && !add)
-      std::fill_n(out, m * n, T(0));
-    else if (rows > 0 && transposed_)
-      multiply<T>({n, m, rows, states, ld, true, dgates, m, add, out, m, nullptr});
-    else if (rows > 0)
-      multiply<T>({m, n, rows, dgates, m, true, states, ld, add, out, n, nullptr});
+    if (rows == 0 && !add) std::fill_n(out, m * n, T(0));
+    for (int64_t r = 0; r < rows; r += most) {
+      const int64_t depth = std::min(most, rows - r);
+      const T *left = dgates + r * m, *right = states + r * ld;
+      const bool on = add && !total_.defined();
+      if (transposed_)
+        multiply<T>({n, m, depth, right, ld, true, left, m, on, out, m, nullptr});
+      else
+        multiply<T>({m, n, depth, left, m, true, right, ld, on, out, n, nullptr});
+      if (total_.defined()) total_.add_(sum_);
+    }
   }
   void finish() {
-    if (transposed_) dw_.copy_(sum_.t());
+    const at::Tensor& found = total_.defined() ? total_ : sum_;
+    if (!found.is_same(dw_)) dw_.copy_(transposed_ ? found.t() : found);
   }
 
  private:
-  at::Tensor dw_, sum_;
+  at::Tensor dw_, sum_, total_;
   bool transposed_ = false;
 };
 
@@ -202,7 +213,7 @@ LayerGradients backward(const OptionalTensor& dy_in, const OptionalTensor& dh_n,
   bool need_input = false;
   for (size_t k = 0; k < weights.size(); ++k) {
     dweights.push_back(wanted(3 + k, weights[k].sizes()));
-    gradients.emplace_back(dweights[k], std::min(N, chunk * B));
+    gradients.emplace_back(dweights[k], std::min(N, chunk * B), N);
     need_input |= needs[3 + k] && k % s.per_direction == 0;
   }
   const at::Tensor input = need_input ? packed_input<T>(x, s, ragged) : at::Tensor();

@@ -2,6 +2,10 @@
 #pragma once
 
 #include <ATen/ATen.h>
+#include <ATen/Parallel.h>
+
+#include <algorithm>
+#include <vector>
 
 #include "cpu/sequence.h"
 
@@ -10,15 +14,33 @@ namespace fastlstm {
 // Up to so many multiply-adds the tiles of cpu/gemm.h take less time than a BLAS call.
 inline constexpr int64_t kOwnProducts = 1 << 20;
 
-// A product through ATen where that is worth a call; p.scratch is found here.
+// Of so few rows, some of MKL's kernels (on an AMD CPU those of 1 to 3 rows more than a multiple of 4) are
+// slower than the tiles, and err 5 times as much.
+inline constexpr int64_t kFewRowsOfProduct = 12;
+
+// On the calling thread; p.scratch is found here.
 template <class T>
-void multiply(Product<T> p) {
-  if (p.m * p.n * p.k <= kOwnProducts && p.k <= (1 << 13)) {  // a deeper one's scratch would be megabytes
-    const Kernels<T>& kernel = kernels<T>();
-    thread_local std::vector<T> scratch;
-    scratch.resize(std::max<size_t>(scratch.size(), kernel.small_product_scratch(p.k)));
-    p.scratch = scratch.data();
-    return kernel.small_product(p);
+void multiply_in_tiles(Product<T> p) {
+  const Kernels<T>& kernel = kernels<T>();
+  thread_local std::vector<T> scratch;
+  scratch.resize(std::max<size_t>(scratch.size(), kernel.small_product_scratch(p.k)));
+  p.scratch = scratch.data();
+  kernel.small_product(p);
+}
+
+template <class T>
+void multiply(const Product<T>& p) {
+  if (p.m * p.n * p.k <= kOwnProducts && p.k <= (1 << 13))  // a deeper one's scratch would be megabytes
+    return multiply_in_tiles(p);
+  if (!p.transposed_a && p.m <= kFewRowsOfProduct) {
+    constexpr int64_t kColumns = 64;
+    return at::parallel_for(0, (p.n + kColumns - 1) / kColumns, 1, [&](int64_t begin, int64_t end) {
+      Product<T> part = p;
+      part.b += begin * kColumns;
+      part.c += begin * kColumns;
+      part.n = std::min(p.n, end * kColumns) - begin * kColumns;
+      multiply_in_tiles(part);
+    });
   }
   const auto view = [](const T* data, int64_t rows, int64_t columns, int64_t row, int64_t column) {
     return at::from_blob(const_cast<T*>(data), {rows, columns}, {row, column},
