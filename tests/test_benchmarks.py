@@ -245,6 +245,11 @@ def test_others_share_of_the_machine_is_a_share():
     assert share is None or 0 <= share <= 1
 
 
+@pytest.mark.parametrize("path", sorted(results.RESULTS.glob("*/*.csv")), ids=lambda p: f"{p.parent.name}/{p.name}")
+def test_every_committed_csv_has_a_report(path):
+    assert "| --- | ---: |" in report.markdown(results.read(path))
+
+
 def test_the_slug_is_a_folder_name():
     about = describe("cpu")
     assert slug(about).endswith(f"{torch.get_num_threads()}-threads")
