@@ -15,7 +15,8 @@ namespace fastlstm {
 inline constexpr int64_t kOwnProducts = 1 << 20;
 
 // Of so few rows, some of MKL's kernels (on an AMD CPU those of 1 to 3 rows more than a multiple of 4) are
-// slower than the tiles, and err 5 times as much.
+// slower than the tiles, and err 5 times as much. The tiles' scratch, megabytes from k = 16384 on, is small
+// beside such a matrix.
 inline constexpr int64_t kFewRowsOfProduct = 12;
 
 // On the calling thread; p.scratch is found here.
