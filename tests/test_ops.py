@@ -10,6 +10,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.library import opcheck
 
 from fastlstm import dispatch, reference
+from fastlstm.ops import register
 from fastlstm.ops.schema import LayerShape
 
 from .cases import Case, tensors
@@ -298,6 +299,7 @@ def test_grouped_products(T, rows, groups, m, n, dtype):
     op = torch.ops.fastlstm.grouped_products.default
     expected = torch.einsum("tgrm,tgrn->gmn", a.unflatten(1, (groups, rows)), b.unflatten(1, (groups, rows)))
     torch.testing.assert_close(op(a, b, groups), expected)
+    torch.testing.assert_close(register._grouped_products(a, b, groups), expected)  # where there is no kernel
     opcheck(op, (a, b, groups), test_utils=["test_schema", "test_faketensor"])
 
 

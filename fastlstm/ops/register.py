@@ -176,7 +176,9 @@ for _key in ("CompositeImplicitAutograd", "Batched", "FuncTorchBatchedDecomposit
 
 
 def _grouped_products(a: Tensor, b: Tensor, groups: int) -> Tensor:
-    a, b = (t.unflatten(1, (groups, -1)).transpose(0, 1).flatten(1, 2) for t in (a, b))  # [groups, T * rows, .]
+    a, b = (
+        t.unflatten(1, (groups, t.shape[1] // groups)).transpose(0, 1).flatten(1, 2) for t in (a, b)
+    )  # [groups, T * rows, .]
     return a.transpose(1, 2) @ b
 
 
