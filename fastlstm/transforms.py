@@ -12,6 +12,7 @@ What the arguments mean is said in fastlstm/ops/schema.py.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -21,6 +22,25 @@ from torch._C._functorch import TransformType
 from . import reference
 from .backends import eager
 from .ops.schema import LayerShape
+
+
+@dataclass(frozen=True)
+class _Call:
+    """What a call is, tensors apart. One object, because torch.func flattens the arguments at every level."""
+
+    backend: str
+    keep_cells: bool = False
+    keep_reserve: bool = False
+    needs: tuple[bool, ...] = ()  # of backward
+    groups: int = 0  # likewise; as in backends/eager.py
+
+    @property
+    def forward(self) -> Any:
+        return getattr(torch.ops.fastlstm, f"{self.backend}_layer").default
+
+    @property
+    def backward(self) -> Any:
+        return getattr(torch.ops.fastlstm, f"{self.backend}_layer_backward").default
 
 
 def plain_ops_only() -> bool:
@@ -45,19 +65,18 @@ def layer(
     stack = torch._C._functorch.get_interpreter_stack() or ()
     keep_reserve = any(level.key() == TransformType.Grad for level in stack)
     tensors = (x, h0, c0, lengths, reset_mask, *weights)
-    y, h_n, c_n, cells, _ = _Layer.apply(backend, keep_cells, keep_reserve, *tensors)
+    y, h_n, c_n, cells, _ = _Layer.apply(_Call(backend, keep_cells, keep_reserve), *tensors)
     return y, h_n, c_n, cells
 
 
-def _below(backend: str, keep_reserve: bool, *tensors: Tensor | None) -> tuple[Tensor, ...]:
+def _below(call: _Call, *tensors: Tensor | None) -> tuple[Tensor, ...]:
     """The results of `_Layer` for tensors that have one transform less; the op itself below the last one."""
     if torch._C._functorch.maybe_current_level() is not None:
-        return _Layer.apply(backend, True, keep_reserve, *tensors)
+        return _Layer.apply(replace(call, keep_cells=True), *tensors)
     x, h0, c0, lengths, reset_mask, *weights = tensors
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, h0, c0, *weights)):
-        keep_reserve = True
-    op = getattr(torch.ops.fastlstm, f"{backend}_layer").default
-    return op(x, h0, c0, weights, lengths, reset_mask, True, keep_reserve)
+    differentiable = any(t is not None and t.requires_grad for t in (x, h0, c0, *weights))
+    keep_reserve = call.keep_reserve or (torch.is_grad_enabled() and differentiable)
+    return call.forward(x, h0, c0, weights, lengths, reset_mask, True, keep_reserve)
 
 
 def _fold(t: Tensor | None, dim: int | None, N: int, rows: int) -> Tensor | None:
@@ -85,55 +104,51 @@ class _Layer(torch.autograd.Function):
     """The forward op: y, h_n, c_n, cells, reserve."""
 
     @staticmethod
-    def forward(backend, keep_cells, keep_reserve, x, h0, c0, lengths, reset_mask, *weights):
-        op = getattr(torch.ops.fastlstm, f"{backend}_layer").default
-        return op(x, h0, c0, list(weights), lengths, reset_mask, True, True)
+    def forward(call, x, h0, c0, lengths, reset_mask, *weights):
+        return call.forward(x, h0, c0, list(weights), lengths, reset_mask, True, True)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        ctx.backend, keep_cells, _, *tensors = inputs
+        ctx.call, *tensors = inputs
         y, _, _, cells, reserve = output
         ctx.save_for_backward(y, cells, reserve, *tensors)
         ctx.set_materialize_grads(False)
-        ctx.mark_non_differentiable(*([reserve] if keep_cells else [cells, reserve]))
+        ctx.mark_non_differentiable(*([reserve] if ctx.call.keep_cells else [cells, reserve]))
 
     @staticmethod
     def backward(ctx, dy, dh_n, dc_n, dcells, _):
         y, cells, reserve, x, h0, c0, lengths, reset_mask, *weights = ctx.saved_tensors
         need = ctx.needs_input_grad
-        needs = (*need[3:6], *need[8:])
+        call = _Call(ctx.call.backend, needs=(*need[1:4], *need[6:]))
         found = _Backward.apply(
-            ctx.backend, 0, needs, dy, dh_n, dc_n, dcells, x, h0, c0, lengths, reset_mask, y, cells, reserve, *weights
+            call, dy, dh_n, dc_n, dcells, x, h0, c0, lengths, reset_mask, y, cells, reserve, *weights
         )
-        dx, dh0, dc0, *dw = [g if wanted else None for g, wanted in zip(found, needs, strict=True)]
-        return (None, None, None, dx, dh0, dc0, None, None, *dw)
+        dx, dh0, dc0, *dw = [g if wanted else None for g, wanted in zip(found, call.needs, strict=True)]
+        return (None, dx, dh0, dc0, None, None, *dw)
 
     @staticmethod
-    def vmap(info, in_dims, backend, keep_cells, keep_reserve, *tensors):
-        N, dims = info.batch_size, in_dims[3:]
+    def vmap(info, in_dims, call, *tensors):
+        N, dims = info.batch_size, in_dims[1:]
         if any(d is not None for d in dims[5:]):
-            return _stacked([_below(backend, keep_reserve, *member) for member in _each(tensors, dims, N)])
+            return _stacked([_below(call, *member) for member in _each(tensors, dims, N)])
         folded = [_fold(t, d, N, rows) for t, d, rows in zip(tensors[:5], dims, (1, 1, 1, 0, 1), strict=False)]
-        *results, reserve = _below(backend, keep_reserve, *folded, *tensors[5:])
+        *results, reserve = _below(call, *folded, *tensors[5:])
         # The reserve's layout is the backend's own, so it stays folded.
         return (*(_unfold(t, N, 1) for t in results), reserve), (1, 1, 1, 1, None)
 
 
 class _Backward(torch.autograd.Function):
-    """The backward op. Gives dx, dh0, dc0 and each weight's gradient, [0] where `needs` does not want it.
-
-    `groups` as in backends/eager.py.
-    """
+    """The backward op. Gives dx, dh0, dc0 and each weight's gradient, [0] where `call.needs` does not want it."""
 
     @staticmethod
-    def forward(backend, groups, needs, dy, dh_n, dc_n, dcells, x, h0, c0, lengths, reset_mask, y, cells, reserve, *w):
-        op = getattr(torch.ops.fastlstm, f"{backend}_layer_backward").default
+    def forward(call, dy, dh_n, dc_n, dcells, x, h0, c0, lengths, reset_mask, y, cells, reserve, *w):
+        op, needs, groups = call.backward, call.needs, call.groups
         arriving, states, ragged = (dy, dh_n, dc_n, dcells), (h0, c0), (lengths, reset_mask)
         shape = LayerShape.of(list(w))
         if not groups:
             dx, dh0, dc0, dw = op(*arriving, x, *states, list(w), *ragged, y, cells, reserve, list(needs))
-        elif backend == "eager" or shape.proj:
-            none = reserve if backend == "eager" else reserve.new_empty(0)
+        elif call.backend == "eager" or shape.proj:
+            none = reserve if call.backend == "eager" else reserve.new_empty(0)
             dx, dh0, dc0, dw = eager.backward(
                 *arriving, x, *states, list(w), *ragged, y, cells, none, list(needs), groups
             )
@@ -150,7 +165,7 @@ class _Backward(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        _, ctx.groups, ctx.needs, *tensors = inputs
+        ctx.call, *tensors = inputs
         ctx.save_for_backward(*tensors)
 
     @staticmethod
@@ -164,27 +179,27 @@ class _Backward(torch.autograd.Function):
             full: list[Any] = [None] * len(given)
             for k, t in zip(present, tensors, strict=True):
                 full[k] = t
-            return _grouped(ctx.groups, ctx.needs, full, lengths, reset_mask)
+            return _grouped(ctx.call, full, lengths, reset_mask)
 
-        wanted = [g for g, need in zip(cotangents, ctx.needs, strict=True) if need]
+        wanted = [g for g, need in zip(cotangents, ctx.call.needs, strict=True) if need]
         pull: Callable[..., Any] = torch.func.vjp(gradients, *(given[k] for k in present))[1]
         found: list[Any] = [None] * len(given)
         for k, grad in zip(present, pull(tuple(wanted)), strict=True):
             found[k] = grad
-        return (None, None, None, *found[:7], None, None, None, None, None, *found[7:])
+        return (None, *found[:7], None, None, None, None, None, *found[7:])
 
     @staticmethod
-    def vmap(info, in_dims, backend, groups, needs, *tensors):
-        N, dims = info.batch_size, in_dims[3:]
+    def vmap(info, in_dims, call, *tensors):
+        N, dims, groups = info.batch_size, in_dims[1:], call.groups
         x_to_cells = (*dims[4:9], *dims[9:11])
         looped = dims[11] is not None or any(d is not None for d in dims[12:]) or all(d is None for d in x_to_cells)
         if looped:  # an ensemble, or many gradients of one output (jacrev)
-            return _stacked([_Backward.apply(backend, groups, needs, *args) for args in _each(tensors, dims, N)])
+            return _stacked([_Backward.apply(call, *args) for args in _each(tensors, dims, N)])
         rows = (1, 1, 1, 1, 1, 1, 1, 0, 1, 1, 1)
         folded = [_fold(t, d, N, r) for t, d, r in zip(tensors[:11], dims, rows, strict=False)]
-        found = _Backward.apply(backend, N * (groups or 1), needs, *folded, *tensors[11:])
+        found = _Backward.apply(replace(call, groups=N * (groups or 1)), *folded, *tensors[11:])
         results = []
-        for k, (grad, need) in enumerate(zip(found, needs, strict=True)):
+        for k, (grad, need) in enumerate(zip(found, call.needs, strict=True)):
             if not need:
                 results.append(grad.new_empty(N, 0))
             elif k < 3:
@@ -194,8 +209,9 @@ class _Backward(torch.autograd.Function):
         return tuple(results), (0,) * len(results)
 
 
-def _grouped(groups: int, needs: tuple[bool, ...], given: list[Any], lengths: Any, reset_mask: Any) -> Any:
+def _grouped(call: _Call, given: list[Any], lengths: Any, reset_mask: Any) -> Any:
     """_Backward's wanted results by the reference, from dy, dh_n, dc_n, dcells, x, h0, c0 and the weights."""
+    groups, needs = call.groups, call.needs
     if not groups:
         return _reference_gradients(needs, given, lengths, reset_mask)
 

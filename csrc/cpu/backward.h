@@ -100,13 +100,14 @@ FASTLSTM_INLINE void cell_gradients(const BackwardArgs<T>& a, int64_t t, int64_t
   put(dg + 2 * H, d.g);
   put(dg + 3 * H, d.o);
   put(dc_state, c_enter ? dc : Vec<T>{});
+  if (a.hidden) put(a.hidden + (packed_row - a.base) * H + u0, gate.o * tanh_c);
 }
 
 template <class T>
 void backward(const BackwardArgs<T>& a, const Member& me) {
   constexpr int64_t W = kWidth<T>;
   const int64_t steps = a.rows.T, B = a.rows.B, H = a.H, P = a.P, ld = padded_columns<T>(P);
-  T* hidden = a.scratch + me.index * backward_scratch<T>(H, P);  // [kRowGroup, padded H]
+  T* dhidden = a.scratch + me.index * backward_scratch<T>(H, P);  // [kRowGroup, padded H]
   const int64_t ld_hidden = padded_columns<T>(H);
   for (int64_t s = a.first + a.steps - 1; s >= a.first; --s) {
     const int64_t t = a.reverse ? steps - 1 - s : s;
@@ -128,14 +129,14 @@ void backward(const BackwardArgs<T>& a, const Member& me) {
             for (int64_t p = 0; p < P; ++p) dr[p] += dy[p];
           }
         }
-        product_packed(r1 - r0, P, a.dr + (offset + r0) * P, P, a.w_hr, 0, H, hidden, ld_hidden);
+        product_packed(r1 - r0, P, a.dr + (offset + r0) * P, P, a.w_hr, 0, H, dhidden, ld_hidden);
       }
       for (int64_t r = r0; r < r1; ++r) {
         const int64_t b = a.rows.batch_row_at(r), row = t * B + b;
         const T* c_enter = a.rows.fresh_at(t, r) ? nullptr
                            : r < held            ? a.cells + (before * B + b) * a.cells_stride
                                                  : a.c0 + r * H;
-        const T* dh = a.w_hr ? hidden + (r - r0) * ld_hidden : a.dh + r * ld;
+        const T* dh = a.w_hr ? dhidden + (r - r0) * ld_hidden : a.dh + r * ld;
         const T* dy = a.w_hr || !a.dy ? nullptr : a.dy + row * a.dy_stride;
         int64_t u = me.unit_begin;
         for (; u + W <= me.unit_end; u += W) cell_gradients(a, t, r, row, c_enter, dh, dy, u, W);

@@ -17,7 +17,7 @@ using Bf16 = uint16_t;
 
 constexpr int64_t kTileRows = 16;   // of a tile
 constexpr int64_t kTileDepth = 32;  // bfloat16 numbers in a row of a tile
-constexpr int64_t kBlock = 16;      // units of a block, and the block of gate_at
+constexpr int64_t kBlock = 16;      // units of a block, and of the saved gates
 constexpr int64_t kUnits = 32;      // members own multiples of this many units
 constexpr int64_t kGroup = 128;     // rows of a step whose x is laid out at once
 
@@ -40,7 +40,7 @@ struct ForwardArgs {
   const float* bias;  // [4H]  bias_ih + bias_hh
   const Bf16* w_ih;   // pack_gates of weight_ih
   const Bf16* w_hh;   // pack_gates of weight_hh
-  Bf16* gates;        // [N, 4H]  out: the activated gates in the layout of gate_at, or null
+  Bf16* gates;        // [N, 4H]  out: the activated gates as they are saved, or null
   // [2, B + 16, row_stride(H)]  state, sorted rows, zeros in the padding; see cpu/sequence.h. Tiles read rows
   // behind a member's last, which others may be writing, and drop what they make of them.
   Bf16* h;

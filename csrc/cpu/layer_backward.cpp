@@ -105,23 +105,6 @@ bool is_identity(const at::Tensor& w, const LayerSizes& s, int64_t d) {
   return true;
 }
 
-// h before the projection [N, H] = o * tanh(c).
-template <class T>
-at::Tensor unprojected(const at::Tensor& gates, const at::Tensor& cells, const LayerSizes& s,
-                       const Ragged& ragged, int64_t d) {
-  at::Tensor hidden = new_empty({ragged.N(), s.H}, gates);
-  T* out = hidden.mutable_data_ptr<T>();
-  const T* c = cells.const_data_ptr<T>() + d * s.H;
-  const T* saved = gates.const_data_ptr<T>();
-  ragged.for_each_row([&](int64_t packed_row, int64_t row, int64_t, int64_t) {
-    T* h = out + packed_row * s.H;
-    kernels<T>().tanh(c + row * s.D * s.H, h, s.H);
-    for (int64_t u = 0; u < s.H; ++u)
-      h[u] *= saved[packed_row * 4 * s.H + gate_at(s.H, kernels<T>().width, u, 3)];
-  });
-  return hidden;
-}
-
 }  // namespace
 
 template <class T>
@@ -157,8 +140,9 @@ LayerGradients backward(const OptionalTensor& dy_in, const OptionalTensor& dh_n,
 
   const int64_t chunk = chunk_steps(s, sizeof(T), 1024, int64_t{4} << 20);
 
+  const auto need_hr = [&](int64_t d) { return s.proj() && needs[3 + (d + 1) * s.per_direction - 1]; };
   Workspace<T> space;
-  std::vector<int64_t> dh_at, dc_at, c0_at, packed_at, hr_at, dgates_at, dr_at;
+  std::vector<int64_t> dh_at, dc_at, c0_at, packed_at, hr_at, dgates_at, dr_at, hidden_at;
   for (int64_t d = 0; d < D; ++d) {
     dh_at.push_back(space.take(B * ld));
     dc_at.push_back(space.take(B * H));
@@ -167,6 +151,7 @@ LayerGradients backward(const OptionalTensor& dy_in, const OptionalTensor& dh_n,
     hr_at.push_back(space.take(s.proj() ? kernel.columns_packed_size(P, H) : 0));
     dgates_at.push_back(space.take(chunk * B * 4 * H));
     dr_at.push_back(space.take(s.proj() ? chunk * B * P : 0));
+    hidden_at.push_back(space.take(need_hr(d) ? chunk * B * H : 0));
   }
   const int64_t scratch_at = space.take(plan.threads() * kernel.backward_scratch(H, P));
   space.allocate(x);
@@ -202,6 +187,7 @@ LayerGradients backward(const OptionalTensor& dy_in, const OptionalTensor& dh_n,
                     s.proj() ? space.at(hr_at[d]) : nullptr,
                     space.at(dgates_at[d]),
                     s.proj() ? space.at(dr_at[d]) : nullptr,
+                    need_hr(d) ? space.at(hidden_at[d]) : nullptr,
                     space.at(dh_at[d]),
                     space.at(dc_at[d]),
                     space.at(scratch_at)});
@@ -221,15 +207,13 @@ LayerGradients backward(const OptionalTensor& dy_in, const OptionalTensor& dh_n,
   const at::Tensor dx_rows = !needs[0] ? at::Tensor()
                              : D == 1  ? new_empty({N, s.I}, x)
                                        : new_zeros({N, s.I}, x);
-  std::vector<at::Tensor> w_ih, states(D), hidden(D);
+  std::vector<at::Tensor> w_ih, states(D);
   std::vector<bool> identity;
   for (int64_t d = 0; d < D; ++d) {
     const int64_t at = d * s.per_direction;
     w_ih.push_back(weights[at].contiguous());
     identity.push_back(needs[0] && is_identity<T>(w_ih[d], s, d));
     if (needs[3 + at + 1] && !ragged.plain()) states[d] = entering_states<T>(y, h0, s, ragged, d);
-    if (s.proj() && needs[3 + at + s.per_direction - 1])
-      hidden[d] = unprojected<T>(reserve.select(0, d), cells, s, ragged, d);
   }
 
   for (int64_t end = s.T; end > 0; end -= std::min(end, chunk)) {
@@ -239,6 +223,7 @@ LayerGradients backward(const OptionalTensor& dy_in, const OptionalTensor& dh_n,
       args[d].first = first;
       args[d].steps = end - first;
       args[d].base = Span(s, ragged, d, first, end - first).begin;
+      if (identity[d] && D == 1) args[d].dgates = dx_rows.mutable_data_ptr<T>() + args[d].base * s.I;
     }
     run_plan(plan, rows, H, kernel.unit_block,
              [&](int64_t d, const Member& me) { kernel.backward(args[d], me); });
@@ -249,13 +234,10 @@ LayerGradients backward(const OptionalTensor& dy_in, const OptionalTensor& dh_n,
       const auto need = [&](int64_t k) { return needs[3 + at + k]; };
       if (needs[0] && n > 0) {
         T* dx = dx_rows.mutable_data_ptr<T>() + span.begin * s.I;
-        if (identity[d])  // what multiply() would add or, with one direction, store
+        if (identity[d] && D == 2)  // with one direction dgates lies in dx
           for (int64_t r = 0; r < n; ++r)
-            for (int64_t k = 0; k < 4 * H; ++k) {
-              T& to = dx[r * s.I + d * 4 * H + k];
-              to = dgates[r * 4 * H + k] + (D > 1 ? to : T(0));
-            }
-        else
+            for (int64_t k = 0; k < 4 * H; ++k) dx[r * s.I + d * 4 * H + k] += dgates[r * 4 * H + k];
+        else if (!identity[d])
           multiply<T>({n, s.I, 4 * H, dgates, 4 * H, false, w_ih[d].const_data_ptr<T>(), s.I, D > 1, dx, s.I,
                        nullptr});
       }
@@ -265,9 +247,7 @@ LayerGradients backward(const OptionalTensor& dy_in, const OptionalTensor& dh_n,
       else if (need(1))
         gradients[at + 1].add(n, dgates, states[d].const_data_ptr<T>() + span.begin * P, P, add);
       if (s.bias && (need(2) || need(3))) bias_gradient<T>(n, dgates, add, dweights[at + (need(2) ? 2 : 3)]);
-      if (s.proj() && need(s.per_direction - 1))
-        gradients[at + s.per_direction - 1].add(n, args[d].dr, hidden[d].const_data_ptr<T>() + span.begin * H,
-                                                H, add);
+      if (need_hr(d)) gradients[at + s.per_direction - 1].add(n, args[d].dr, args[d].hidden, H, add);
     }
   }
   for (WeightGradient& gradient : gradients) gradient.finish();

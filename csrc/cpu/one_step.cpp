@@ -152,6 +152,7 @@ StepGradients backward_of(const at::Tensor& dh, const at::Tensor& dc, const Step
                                 nullptr,
                                 dgates,
                                 nullptr,
+                                nullptr,
                                 space.at(dh_at),
                                 space.at(dc_at),
                                 nullptr};

@@ -23,7 +23,7 @@ struct StepInputs {
 
 struct StepResults {
   at::Tensor h, c;  // [B, H] or [H]
-  // [5 * B * H]  for backward: the activated gates [B, 4H] in the layout of gate_at, and c again [B, H],
+  // [5 * B * H]  for backward: the activated gates [B, 4H] as they are saved, and c again [B, H],
   // because torch.nn.LSTMCell lets its caller change the c it returns in place. Undefined unless asked for.
   at::Tensor reserve;
 };

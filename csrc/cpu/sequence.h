@@ -5,6 +5,10 @@
 // the first count[t] of them at packed rows offset[t] ... of every [N, .] array. A dense batch has count B
 // and offset t * B. Sizes: T steps, B rows, N = sum of lengths, H units, P features of h (H without
 // projection). Gates i, f, g, o.
+//
+// Saved gates. A row of the activated gates [N, 4H] that forward keeps lies in blocks of one vector of units:
+// in a block its units of i, then of f, g, o, so that it is one piece of memory. The last block is as wide as
+// is left.
 #pragma once
 
 #include <atomic>
@@ -45,7 +49,7 @@ struct ForwardArgs {
   int64_t I, H, P;
   bool reverse;
   const T* x;        // [N, I]
-  T* gates;          // [N, 4H]  out: the activated gates in the layout of gate_at, or null
+  T* gates;          // [N, 4H]  out: the activated gates as they are saved, or null
   const T* bias;     // [4H]  bias_ih + bias_hh
   GateWeight<T> ih;  // K = I. Blocks packed where used: for N <= kOnceRows, or N <= kRowGroup if T = 1
   GateWeight<T> hh;  // K = P. Blocks packed where used: for N <= kRowGroup and T = 1
@@ -57,14 +61,6 @@ struct ForwardArgs {
   int64_t y_stride, cells_stride;
   T* scratch;  // per member, forward_scratch(N, I, H, P) elements
 };
-
-// Where gate `gate` of unit u lies in a row of the saved gates: blocks of `width` units (one vector), in a
-// block the units of i, then of f, g, o, so that a block is one piece of memory. The last block is as wide as
-// is left.
-inline int64_t gate_at(int64_t H, int64_t width, int64_t u, int64_t gate) {
-  const int64_t u0 = u / width * width, n = u0 + width <= H ? width : H - u0;
-  return 4 * u0 + gate * n + (u - u0);
-}
 
 template <class T>
 struct BackwardArgs {
@@ -84,6 +80,7 @@ struct BackwardArgs {
   const T* w_hr;    // pack_columns of weight_hr [P, H], or null without projection
   T* dgates;        // [., 4H]  out for these steps, gradients of the pre-activations
   T* dr;            // [., P]   likewise with projection, gradients of h in full
+  T* hidden;        // [., H]   likewise, h before the projection, or null
   T* dh;            // [B, padded P]  in: of h_n, out: of h0; sorted rows
   T* dc;            // [B, H]         in: of c_n, out: of c0
   T* scratch;       // per member, backward_scratch(H, P) elements
@@ -144,7 +141,7 @@ struct Product {
 // One ISA's kernels for T = float or double.
 template <class T>
 struct Kernels {
-  int64_t width;       // elements of a vector: the block of gate_at
+  int64_t width;       // elements of a vector
   int64_t unit_block;  // units are split among members in multiples of this
   // Units [begin, end) of a weight [4H, K] into panels: forward_packed_size(H, K) elements for all.
   int64_t (*forward_packed_size)(int64_t H, int64_t K);
