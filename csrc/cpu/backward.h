@@ -43,10 +43,8 @@ void product_packed(int64_t rows, int64_t K, const T* a, int64_t lda, const T* p
   for (; rows <= kWideRows && n + 2 * W2 <= n_end; n += 2 * W2)
     wide_product(rows, K, a, lda, packed + n * K, c + n, ldc, false);
   for (; n < n_end; n += W2) {
-    if (n_end - n <= kWidth<T>)  // half a panel
-      for_row_tiles(rows, kTileRows, [&](int64_t m, int M) {
-        tile_rows<T, 1>(M, K, a + m * lda, lda, packed + n * K, W2, c + m * ldc + n, ldc, false);
-      });
+    if (n_end - n <= kWidth<T>)
+      half_panel_product(rows, K, a, lda, packed + n * K, c + n, ldc);
     else
       panel_product(rows, K, a, lda, packed + n * K, c + n, ldc);
   }

@@ -8,8 +8,15 @@
 namespace fastlstm::FASTLSTM_ISA {
 
 // A unit block is one vector of W units; its weights are packed as two panels, [K][i, f][W] and [K][g, o][W].
+// The last block has n units, fewer than W if H is no multiple: where the 4n columns of its gates fit fewer
+// than four vectors they lie side by side, and the product of a row is [4][gap] instead of [4][W].
 template <class T>
 constexpr int64_t kGateBlock = 4 * kWidth<T>;
+template <class T>
+FASTLSTM_INLINE int64_t gate_gap(int64_t H, int64_t u0) {
+  constexpr int64_t W = kWidth<T>;
+  return H - u0 <= 3 * W / 4 ? H - u0 : W;
+}
 // With fewer rows than kFewRows a step, x W_ih^T is made for kAheadRows rows of several steps at once:
 // reading W_ih anew for each step would cost more than the product.
 constexpr int64_t kFewRows = 48, kAheadRows = 96;
@@ -24,19 +31,38 @@ int64_t forward_packed_size(int64_t H, int64_t K) {
   return unit_blocks<T>(H) * K * kGateBlock<T>;
 }
 
+// Columns of a weight's rows that are packed at a time: their panel stays in L1 until all gates of its lines
+// are written.
+template <class T>
+constexpr int64_t kColumns = 8192 / (kPanel<T> * sizeof(T));
+
+// The last units from u0 on of a weight [4H, K], n of them, into panels of columns: [K][4n], zeros behind.
+template <class T>
+void pack_side_by_side(const T* weight, int64_t H, int64_t K, int64_t u0, T* out) {
+  constexpr int64_t W = kWidth<T>, W2 = kPanel<T>;
+  const int64_t n = H - u0, padded = (4 * n + W - 1) / W * W;
+  for (int64_t k0 = 0; k0 < K; k0 += kColumns<T>) {
+    const int64_t k1 = std::min(k0 + kColumns<T>, K);
+    for (int64_t j = 0; j < padded; ++j) {
+      const T* row = j < 4 * n ? weight + (j / n * H + u0 + j % n) * K : nullptr;
+      T* to = out + j / W2 * K * W2 + j % W2;
+      for (int64_t k = k0; k < k1; ++k) to[k * W2] = row ? row[k] : T(0);
+    }
+  }
+}
+
 // Units [u0, u0 + W) of a weight [4H, K] into out [2][K][2][W]; from H on the last unit again, for results
-// that nobody reads.
+// that nobody reads. Side by side where gate_gap says so.
 template <class T>
 void pack_block(const T* weight, int64_t H, int64_t K, int64_t u0, T* out) {
   constexpr int64_t W = kWidth<T>, W2 = kPanel<T>;
-  // Columns of a gate at a time: their panel stays in L1 until the other gate of its lines is written.
-  constexpr int64_t kColumns = 8192 / (W2 * sizeof(T));
-  for (int64_t k0 = 0; k0 < K; k0 += kColumns)
+  if (gate_gap<T>(H, u0) < W) return pack_side_by_side(weight, H, K, u0, out);
+  for (int64_t k0 = 0; k0 < K; k0 += kColumns<T>)
     for (int64_t gate = 0; gate < 4; ++gate) {
       const T* row[W];
       for (int64_t u = 0; u < W; ++u) row[u] = weight + (gate * H + std::min(u0 + u, H - 1)) * K;
       T* to = out + gate / 2 * K * W2 + gate % 2 * W;
-      const int64_t k1 = std::min(k0 + kColumns, K);
+      const int64_t k1 = std::min(k0 + kColumns<T>, K);
       int64_t k = k0;
       for (; k + W <= k1; k += W) {
         Vec<T> block[W];
@@ -68,7 +94,7 @@ struct ForwardScratch {
   int64_t block, hidden, size;
   ForwardScratch(int64_t N, int64_t I, int64_t H, int64_t P)
       : block(std::max(kRowGroup, ahead_rows(N) * unit_blocks<T>(H)) * kGateBlock<T>),
-        hidden(block + std::max(I, P) * kGateBlock<T>),
+        hidden(block + (I + P) * kGateBlock<T>),
         size(hidden + (P == H ? 0 : kRowGroup * (H + (P + kPanel<T>)))) {}
 };
 
@@ -86,11 +112,18 @@ FASTLSTM_INLINE const T* packed_block(const GateWeight<T>& w, int64_t H, int64_t
   return scratch;
 }
 
-// out [rows][4 gates][W] (+)= a [rows, K] times the packed weights of one unit block.
+// out [rows][4 gates][gap], rows kGateBlock apart, (+)= a [rows, K] times the packed weights of one unit
+// block.
 template <class T>
-FASTLSTM_INLINE void block_product(int64_t rows, int64_t K, const T* a, int64_t lda, const T* block, T* out,
-                                   bool add) {
-  constexpr int64_t ld = kGateBlock<T>, W2 = kPanel<T>;
+FASTLSTM_INLINE void block_product(int64_t rows, int64_t K, const T* a, int64_t lda, const T* block,
+                                   int64_t gap, T* out, bool add) {
+  constexpr int64_t ld = kGateBlock<T>, W = kWidth<T>, W2 = kPanel<T>;
+  if (4 * gap <= W) return half_panel_product(rows, K, a, lda, block, out, ld, add);
+  if (gap < W) {
+    panel_product(rows, K, a, lda, block, out, ld, add);
+    if (4 * gap > W2) half_panel_product(rows, K, a, lda, block + K * W2, out + W2, ld, add);
+    return;
+  }
   if (rows <= kWideRows) return wide_product(rows, K, a, lda, block, out, ld, add);
   panel_product(rows, K, a, lda, block, out, ld, add);                // i, f
   panel_product(rows, K, a, lda, block + K * W2, out + W2, ld, add);  // g, o
@@ -125,7 +158,7 @@ struct ForwardStep {
   T* h_out;        // [B, P]
   T* gates;        // [count, 4H] or null
   int64_t next_t;  // the step after this one in the direction's order, or -1
-  T* block;        // a unit block's weights, where they are packed for one use
+  T* block;        // both weights of a unit block, where they are packed for one use
   T* hidden;       // [kRowGroup, H] with projection
 
   // Whether sorted row r enters the next step with zero state.
@@ -179,16 +212,28 @@ struct ForwardStep {
     }
   }
 
-  // pre [rows][4][W] (+)= the pre-activations of rows from r0 on and the unit block at u0; those of x are
+  // The packed weights of the unit block at u0, W_ih's only if they are to be used.
+  struct Weights {
+    const T *ih, *hh;
+  };
+  FASTLSTM_INLINE Weights weights(int64_t u0, bool ahead) const {
+    if (a.hh.direct) return {nullptr, nullptr};
+    return {ahead ? nullptr : packed_block(a.ih, a.H, a.I, u0, block),
+            packed_block(a.hh, a.H, a.P, u0, block + a.I * kGateBlock<T>)};
+  }
+
+  // pre [rows][4][gap] (+)= the pre-activations of rows from r0 on and the unit block at u0; those of x are
   // there already if `ahead`.
-  FASTLSTM_INLINE void products(int64_t rows, int64_t r0, int64_t u0, T* pre, bool ahead) const {
+  FASTLSTM_INLINE void products(int64_t rows, int64_t r0, int64_t u0, const Weights& w, T* pre,
+                                bool ahead) const {
     constexpr int W = kWidth<T>;
+    const int64_t gap = gate_gap<T>(a.H, u0);
     const T *xr = x + r0 * a.I, *hr = h_in + r0 * a.P;
     if (!a.hh.direct) {
-      if (!ahead) block_product(rows, a.I, xr, a.I, packed_block(a.ih, a.H, a.I, u0, block), pre, false);
-      return block_product(rows, a.P, hr, a.P, packed_block(a.hh, a.H, a.P, u0, block), pre, true);
+      if (!ahead) block_product(rows, a.I, xr, a.I, w.ih, gap, pre, false);
+      return block_product(rows, a.P, hr, a.P, w.hh, gap, pre, true);
     }
-    const int64_t n = std::min<int64_t>(W, a.H - u0);
+    const int n = static_cast<int>(std::min<int64_t>(W, a.H - u0));
     for (int64_t r = 0; r < rows; ++r) {
       Vec<T> lanes[4][W] = {};
       for (int64_t u = 0; u < n; ++u) {
@@ -198,28 +243,29 @@ struct ForwardStep {
         for (int gate = 0; gate < 4; ++gate) lanes[gate][u] = acc[gate];
       }
       for (int gate = 0; gate < 4; ++gate) {
-        T* out = pre + r * kGateBlock<T> + gate * W;
+        T* out = pre + r * kGateBlock<T> + gate * gap;
         const Vec<T> dots = sums<T>(lanes[gate]);
-        store(out, ahead ? load(out) + dots : dots);
+        store_part(out, ahead ? load_part(out, n) + dots : dots, n);
       }
     }
   }
 
-  // Rows [r0, r1), at most kRowGroup, of the unit block at u0. `pre` [rows][4][W] holds x W_ih^T already if
-  // `ahead`.
-  FASTLSTM_INLINE void units(int64_t r0, int64_t r1, int64_t u0, T* pre, bool ahead) const {
+  // Rows [r0, r1), at most kRowGroup, of the unit block at u0. `pre` [rows][4][gap] holds x W_ih^T already if
+  // `ahead`; the activated gates take its place as [rows][4][W].
+  FASTLSTM_INLINE void units(int64_t r0, int64_t r1, int64_t u0, const Weights& w, T* pre, bool ahead) const {
     constexpr int W = kWidth<T>;
     constexpr int64_t ld = kGateBlock<T>;
-    const int64_t rows = r1 - r0;
-    products(rows, r0, u0, pre, ahead);
+    const int64_t rows = r1 - r0, gap = gate_gap<T>(a.H, u0);
+    products(rows, r0, u0, w, pre, ahead);
     const int n = static_cast<int>(std::min<int64_t>(W, a.H - u0));
     // Gates and cells apart: a cell waits for its gates and then for its tanh, and the scheduler of a CPU
     // reaches other rows' work only where all of it fits a few dozen instructions.
     Vec<T> bias[4];
     for (int gate = 0; gate < 4; ++gate) bias[gate] = load_part(a.bias + gate * a.H + u0, n);
     for (T* p = pre; p < pre + rows * ld; p += ld) {
-      const Gates<Vec<T>> gate = activate<Activation<T>>(Gates<Vec<T>>{
-          load(p) + bias[0], load(p + W) + bias[1], load(p + 2 * W) + bias[2], load(p + 3 * W) + bias[3]});
+      const Gates<Vec<T>> gate =
+          activate<Activation<T>>(Gates<Vec<T>>{load(p) + bias[0], load(p + gap) + bias[1],
+                                                load(p + 2 * gap) + bias[2], load(p + 3 * gap) + bias[3]});
       store(p, gate.i);
       store(p + W, gate.f);
       store(p + 2 * W, gate.g);
@@ -282,9 +328,10 @@ struct AheadProduct {
     T* out = pre;
     for (int64_t u = me.unit_begin; u < me.unit_end; u += kWidth<T>, out += most * ld) {
       const T* weights = packed_block(a.ih, a.H, a.I, u, block);
+      const int64_t gap = gate_gap<T>(a.H, u);
       const auto product = [&](int64_t k, int64_t rows) {
         const T* x = a.x + (a.rows.offset_at(t0 + k) + me.row_begin) * a.I;
-        if (rows > 0) block_product(rows, a.I, x, a.I, weights, out + first_row[k] * ld, false);
+        if (rows > 0) block_product(rows, a.I, x, a.I, weights, gap, out + first_row[k] * ld, false);
       };
       if (whole)
         product(0, total);
@@ -316,14 +363,27 @@ void forward(const ForwardArgs<T>& a, const Member& me) {
                               next_t,
                               scratch + parts.block,
                               hidden};
-    const int64_t end = std::min(me.row_end, a.rows.count_at(t));
-    for_row_tiles(std::max<int64_t>(0, end - me.row_begin), kRowGroup, [&](int64_t first, int64_t count) {
-      const int64_t r0 = me.row_begin + first, r1 = r0 + count;
-      T* block = product.used ? pre + first * kGateBlock<T> : pre;
-      for (int64_t u = me.unit_begin; u < me.unit_end; u += W, block += next_block)
-        step.units(r0, r1, u, block, product.used);
-      if (a.w_hr) step.project(r0, r1, hidden + kRowGroup * a.H);
-    });
+    const int64_t r_begin = me.row_begin, end = std::min(me.row_end, a.rows.count_at(t));
+    const int64_t rows = std::max<int64_t>(0, end - r_begin);
+    T* projected = hidden + kRowGroup * a.H;
+    if (steps == 1 &&
+        !a.hh.packed) {  // all rows of a unit block, whose weights are packed for this step alone
+      for (int64_t u = me.unit_begin; u < me.unit_end; u += W) {
+        const auto weights = step.weights(u, false);
+        for_row_tiles(rows, kRowGroup, [&](int64_t first, int64_t count) {
+          step.units(r_begin + first, r_begin + first + count, u, weights, pre, false);
+        });
+      }
+      if (a.w_hr) step.project(r_begin, r_begin + rows, projected);
+    } else {
+      for_row_tiles(rows, kRowGroup, [&](int64_t first, int64_t count) {
+        const int64_t r0 = r_begin + first, r1 = r0 + count;
+        T* block = product.used ? pre + first * kGateBlock<T> : pre;
+        for (int64_t u = me.unit_begin; u < me.unit_end; u += W, block += next_block)
+          step.units(r0, r1, u, step.weights(u, product.used), block, product.used);
+        if (a.w_hr) step.project(r0, r1, projected);
+      });
+    }
     if (me.barrier) me.barrier->wait();
   }
 }

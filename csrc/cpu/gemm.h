@@ -149,6 +149,15 @@ FASTLSTM_INLINE void panel_product(int64_t rows, int64_t K, const T* a, int64_t 
   } while (k < K);
 }
 
+// c [rows, W] (+)= a [rows, K] times the first half of a packed panel.
+template <class T>
+FASTLSTM_INLINE void half_panel_product(int64_t rows, int64_t K, const T* a, int64_t lda, const T* panel,
+                                        T* c, int64_t ldc, bool add = false) {
+  for_row_tiles(rows, kTileRows, [&](int64_t m, int M) {
+    tile_rows<T, 1>(M, K, a + m * lda, lda, panel, kPanel<T>, c + m * ldc, ldc, add);
+  });
+}
+
 // n <= kPanel elements `stride` apart into a row of a panel, zeros behind them.
 template <class T>
 FASTLSTM_INLINE void copy_panel_row(const T* from, int64_t stride, int64_t n, T* to) {

@@ -46,8 +46,8 @@ LayerResults forward(const at::Tensor& x, const OptionalTensor& h0, const Option
   const Plan plan = make_plan(D, s.T, double(N) / s.T, s.I, H, P, sizeof(T), kernel.unit_block);
   // Packing whole weights pays where they are read again and again; see GateWeight.
   const bool direct_hh = !worth_packing(N, B), direct_ih = direct_hh && N <= 12;
-  const bool pack_ih = N > (s.T == 1 ? kRowGroup : kOnceRows);
-  const bool pack_hh = !direct_hh && (s.T > 1 || N > kRowGroup);
+  const bool once = s.T == 1 && (!s.proj() || N <= kRowGroup);
+  const bool pack_ih = !once && N > kOnceRows, pack_hh = !once && !direct_hh;
 
   Workspace<T> space;
   std::vector<int64_t> h_at, c_at, bias_at, ih_at, hh_at, hr_at;

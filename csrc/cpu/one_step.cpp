@@ -38,14 +38,9 @@ StepResults forward_of(const StepInputs& given, bool keep_reserve) {
   const std::vector<Rows> rows = {rows_of(B)};
   const Plan plan = make_plan(1, 1, double(B), I, H, H, sizeof(T), kernel.unit_block);
   const bool direct_hh = !worth_packing(B, B), direct_ih = direct_hh && B <= 12;
-  // A member packs a block of weights where it uses it, if it uses it once.
-  const int64_t passes = plan.split_units ? B : (B + plan.members - 1) / plan.members;
-  const bool pack = passes > kRowGroup;
 
   Workspace<T> space;
   const int64_t bias_at = space.take(4 * H), h_at = space.take(in.h0.defined() ? 0 : B * H),
-                ih_at = space.take(pack ? kernel.forward_packed_size(H, I) : 0),
-                hh_at = space.take(pack ? kernel.forward_packed_size(H, H) : 0),
                 scratch_at = space.take(plan.threads() * kernel.forward_scratch(B, I, H, H));
   space.allocate(in.x);
   T* bias = space.at(bias_at);
@@ -54,11 +49,6 @@ StepResults forward_of(const StepInputs& given, bool keep_reserve) {
   if (!h0) copy_or_zero<T>(nullptr, B * H, space.at(h_at)), h0 = space.at(h_at);
   T *h = out.h.mutable_data_ptr<T>(), *c = out.c.mutable_data_ptr<T>();
   copy_or_zero(data<T>(in.c0), B * H, c);
-  const auto packed = [&](const at::Tensor& w, int64_t at) -> const T* {
-    if (!pack) return nullptr;
-    kernel.pack_forward(w.const_data_ptr<T>(), H, w.size(1), 0, H, space.at(at));
-    return space.at(at);
-  };
   const ForwardArgs<T> args = {rows[0],
                                I,
                                H,
@@ -67,8 +57,8 @@ StepResults forward_of(const StepInputs& given, bool keep_reserve) {
                                data<T>(in.x),
                                gates,
                                bias,
-                               {data<T>(in.w_ih), packed(in.w_ih, ih_at), direct_ih},
-                               {data<T>(in.w_hh), packed(in.w_hh, hh_at), direct_hh},
+                               {data<T>(in.w_ih), nullptr, direct_ih},
+                               {data<T>(in.w_hh), nullptr, direct_hh},
                                nullptr,
                                {const_cast<T*>(h0), h},  // the only step reads the first, and y is the second
                                c,

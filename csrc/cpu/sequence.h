@@ -48,12 +48,12 @@ struct ForwardArgs {
   Rows rows;
   int64_t I, H, P;
   bool reverse;
-  const T* x;        // [N, I]
-  T* gates;          // [N, 4H]  out: the activated gates as they are saved, or null
-  const T* bias;     // [4H]  bias_ih + bias_hh
-  GateWeight<T> ih;  // K = I. Blocks packed where used: for N <= kOnceRows, or N <= kRowGroup if T = 1
-  GateWeight<T> hh;  // K = P. Blocks packed where used: for N <= kRowGroup and T = 1
-  const T* w_hr;     // pack_columns of weight_hr^T [H, P], or null without projection
+  const T* x;     // [N, I]
+  T* gates;       // [N, 4H]  out: the activated gates as they are saved, or null
+  const T* bias;  // [4H]  bias_ih + bias_hh
+  // Blocks packed where used: W_ih up to kOnceRows rows, both at T = 1, with projection up to kRowGroup rows.
+  GateWeight<T> ih, hh;  // K = I, K = P
+  const T* w_hr;         // pack_columns of weight_hr^T [H, P], or null without projection
   T* h[2];   // [B, P]     state, sorted rows; step s of the order reads h[s % 2] and writes h[(s + 1) % 2]
   T* c;      // [B, H]     state
   T* y;      // [T, B, .]  out, row t * B + b at y + row * y_stride
