@@ -31,7 +31,8 @@ class PackedLayout:
     def pad(self, data: Tensor) -> Tensor:
         """[N, n] to [T, B, n], zeros in the padding."""
         padded = data.new_zeros(self.T * self.B, data.shape[1])
-        return padded.index_copy_(0, self.positions, data).view(self.T, self.B, -1)
+        padded[self.positions] = data  # not index_copy_, for which vmap has no rule
+        return padded.view(self.T, self.B, -1)
 
     def pack(self, padded: Tensor) -> Tensor:
         """[T, B, n] to [N, n]."""
