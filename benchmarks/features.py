@@ -182,7 +182,7 @@ def _compile_time(name: str, impl: str, T: int) -> Row:
         loss.backward()
         row.p20_ms = row.p50_ms = row.p80_ms = (time.perf_counter() - start) * 1e3
         row.rounds, row.calls, row.others_cpu = 1, 1, share()
-    row.error, row.error_allowed = abs(float(loss) - float(model(x))), TOLERANCE
+    row.error, row.error_allowed = abs(float(loss.detach()) - float(model(x).detach())), TOLERANCE
     if not row.error <= TOLERANCE:
         row.status = f"WRONG: loss differs by {row.error:.2e}"
     return row

@@ -365,25 +365,21 @@ void forward(const ForwardArgs<T>& a, const Member& me) {
                               hidden};
     const int64_t r_begin = me.row_begin, end = std::min(me.row_end, a.rows.count_at(t));
     const int64_t rows = std::max<int64_t>(0, end - r_begin);
-    T* projected = hidden + kRowGroup * a.H;
-    if (steps == 1 &&
-        !a.hh.packed) {  // all rows of a unit block, whose weights are packed for this step alone
-      for (int64_t u = me.unit_begin; u < me.unit_end; u += W) {
-        const auto weights = step.weights(u, false);
-        for_row_tiles(rows, kRowGroup, [&](int64_t first, int64_t count) {
-          step.units(r_begin + first, r_begin + first + count, u, weights, pre, false);
+    // A unit block at a time for all rows, where its weights are packed for this step alone; else all blocks
+    // for a row group, and so with projection, which needs whole rows of h.
+    const bool by_block = steps == 1 && !a.hh.packed;
+    for_row_tiles(rows, by_block ? std::max(rows, kRowGroup) : kRowGroup, [&](int64_t first, int64_t count) {
+      const int64_t r0 = r_begin + first;
+      T* block = product.used ? pre + first * kGateBlock<T> : pre;
+      for (int64_t u = me.unit_begin; u < me.unit_end; u += W, block += next_block) {
+        const auto weights = step.weights(u, product.used);
+        for_row_tiles(count, kRowGroup, [&](int64_t part, int64_t n) {
+          T* own = product.used ? block + part * kGateBlock<T> : block;
+          step.units(r0 + part, r0 + part + n, u, weights, own, product.used);
         });
       }
-      if (a.w_hr) step.project(r_begin, r_begin + rows, projected);
-    } else {
-      for_row_tiles(rows, kRowGroup, [&](int64_t first, int64_t count) {
-        const int64_t r0 = r_begin + first, r1 = r0 + count;
-        T* block = product.used ? pre + first * kGateBlock<T> : pre;
-        for (int64_t u = me.unit_begin; u < me.unit_end; u += W, block += next_block)
-          step.units(r0, r1, u, step.weights(u, product.used), block, product.used);
-        if (a.w_hr) step.project(r0, r1, projected);
-      });
-    }
+      if (a.w_hr) step.project(r0, r0 + count, hidden + kRowGroup * a.H);
+    });
     if (me.barrier) me.barrier->wait();
   }
 }
