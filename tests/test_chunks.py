@@ -134,3 +134,25 @@ def test_a_weight_that_is_an_identity(T, B, directions, backend):
 
     for ours, truth in zip(gradients(backend), gradients("eager"), strict=True):
         torch.testing.assert_close(ours, truth, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("masks", ["plain", "lengths", "lengths and resets"])
+@pytest.mark.parametrize("backend", ["native"], indirect=True)
+def test_an_identity_over_several_chunks(masks, backend):
+    """Of one direction: the gradients of the gates then lie in dx, and those of the weights are read from there."""
+    torch.manual_seed(0)
+    T, B, H = 90, 60, 66
+    lstm = fastlstm.LSTM(4 * H, H, dtype=torch.float64)
+    with torch.no_grad():
+        lstm.weight_ih_l0.copy_(torch.eye(4 * H))
+    x = torch.randn(T, B, 4 * H, dtype=torch.float64, requires_grad=True)
+    lengths = torch.randint(0, T + 1, (B,)) if "lengths" in masks else None
+    resets = torch.rand(T, B) < 0.02 if "resets" in masks else None
+
+    def gradients(name):
+        with fastlstm.use_backend(name):
+            y = lstm(x, lengths=lengths, reset_mask=resets)[0]
+            return torch.autograd.grad(y.pow(2).sum(), [x, *lstm.parameters()])
+
+    for ours, truth in zip(gradients(backend), gradients("eager"), strict=True):
+        torch.testing.assert_close(ours, truth, rtol=1e-9, atol=1e-9)

@@ -87,7 +87,7 @@ void pack_forward(const T* weight, int64_t H, int64_t K, int64_t begin, int64_t 
 // Rows of a unit block that are kept of it.
 inline int64_t ahead_rows(int64_t N) { return N <= kOnceRows ? N : kAheadRows; }
 
-// A member's scratch: pre-activations of a row group or of some steps, a block of a weight, and with
+// A member's scratch: pre-activations of a row group or of some steps, a block of both weights, and with
 // projection the h of all units before it.
 template <class T>
 struct ForwardScratch {
@@ -283,7 +283,7 @@ struct ForwardStep {
   }
 };
 
-// x W_ih^T of a member's rows and units for some steps at once, in pre [unit blocks][ahead_rows][4][W].
+// x W_ih^T of a member's rows and units for some steps at once, in pre [unit blocks][ahead_rows][4][gap].
 template <class T>
 struct AheadProduct {
   const ForwardArgs<T>& a;

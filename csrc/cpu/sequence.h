@@ -68,7 +68,7 @@ struct BackwardArgs {
   int64_t H, P;
   bool reverse;
   int64_t first, steps;  // which steps of the direction's own order this call runs, last to first
-  int64_t base;          // packed row that row 0 of dgates and dr is
+  int64_t base;          // packed row that row 0 of dgates, dr and hidden is
   const T* gates;        // [N, 4H]  activated, as forward saved them
   const T* cells;        // [T, B, .] c of every step
   const T* c0;           // [B, H] sorted rows

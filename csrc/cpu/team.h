@@ -36,8 +36,8 @@ inline Plan make_plan(int64_t D, int64_t T, double rows, int64_t I, int64_t H, i
   if (most <= 1) return plan;
   const double weights = 4.0 * H * (I + P) * size;
   // Splitting rows reads all weights in every thread: fine while they stay in its L2 and each has some rows
-  // for them, fewer if they stay in its L1. In a single step each thread packs them for itself, for which it
-  // must have several tiles.
+  // for them, fewer if they are at most 64 KiB. In a single step each thread packs them for itself, for which
+  // it must have several tiles.
   const int least_rows = T == 1 || weights > (1 << 20) ? 24 : weights > (1 << 16) ? 4 : 2;
   const bool rows_fit = rows / most >= least_rows && (T > 1 || weights <= (1 << 20));
   if (P != H || rows_fit) {
