@@ -67,6 +67,15 @@ def test_non_finite_arguments(dtype):
     assert 0 <= sigmoid[[2, 4]].max() <= torch.finfo(dtype).tiny * 2
 
 
+@pytest.mark.parametrize("name", ["sigmoid", "tanh"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_nan_of_any_payload(dtype, name):
+    """Also what a lane past the end may find in uninitialized memory; make sanitize watches the arithmetic."""
+    integer, bits = (torch.int32, 31) if dtype == torch.float32 else (torch.int64, 63)
+    payloads = torch.tensor([-1, 2**bits - 1, 2**bits - 100, -100], dtype=integer)
+    assert native.extension.activation(payloads.view(dtype), name).isnan().all()
+
+
 @pytest.mark.parametrize("n", range(18))
 def test_any_number_of_elements(n):
     x = torch.linspace(-3, 3, max(n, 1))[:n].contiguous()

@@ -49,6 +49,21 @@ def test_vmap_over_inputs_and_ragged_arguments(backend):
         torch.testing.assert_close(got[k], ours(inputs[k], lengths=lengths[k], reset_mask=mask[k])[0])
 
 
+@pytest.mark.filterwarnings("error:.*performance drop")
+def test_vmap_over_packed_data(backend):
+    ours, _ = twins(bidirectional=True)
+    packed = nn.utils.rnn.pack_padded_sequence(data(5, 3, 3), [5, 2, 4], enforce_sorted=False)
+    inputs = data(4, *packed.data.shape)
+
+    def run(rows):
+        y, (h_n, c_n) = ours(packed._replace(data=rows))
+        return y.data, h_n, c_n
+
+    got = vmap(run)(inputs)
+    for k in range(4):
+        torch.testing.assert_close(tuple(t[k] for t in got), run(inputs[k]))
+
+
 def test_ensemble(backend):
     models = [fastlstm.LSTM(3, 4, 2, dtype=HERE.dtype) for _ in range(3)]
     params, buffers = stack_module_state(models)

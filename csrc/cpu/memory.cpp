@@ -87,7 +87,7 @@ class Recycler final : public c10::Allocator {
 };
 
 // Whether torch fills what it allocates (torch.utils.deterministic.fill_uninitialized_memory).
-bool filled_by_torch() {
+[[maybe_unused]] bool filled_by_torch() {
   return at::globalContext().deterministicAlgorithms() &&
          at::globalContext().deterministicFillUninitializedMemory();
 }

@@ -6,7 +6,6 @@
 
 #include <cstdint>
 #include <cstring>
-#include <limits>
 #include <utility>
 
 #if defined(__x86_64__)
@@ -21,15 +20,16 @@ namespace fastlstm::FASTLSTM_ISA {
 
 template <class T>
 struct VecOf;
+// Bits are unsigned: those of a NaN may overflow, and what becomes of them is of no matter.
 template <>
 struct VecOf<float> {
   typedef float type __attribute__((vector_size(FASTLSTM_VECTOR_BYTES)));
-  typedef int32_t bits __attribute__((vector_size(FASTLSTM_VECTOR_BYTES)));
+  typedef uint32_t bits __attribute__((vector_size(FASTLSTM_VECTOR_BYTES)));
 };
 template <>
 struct VecOf<double> {
   typedef double type __attribute__((vector_size(FASTLSTM_VECTOR_BYTES)));
-  typedef int64_t bits __attribute__((vector_size(FASTLSTM_VECTOR_BYTES)));
+  typedef uint64_t bits __attribute__((vector_size(FASTLSTM_VECTOR_BYTES)));
 };
 template <class T>
 using Vec = typename VecOf<T>::type;
@@ -140,7 +140,6 @@ template <class T>
 struct ExpConstants;
 template <>
 struct ExpConstants<float> {
-  using Int = int32_t;
   static constexpr float kMax = 88.0f, kMin = -87.0f;  // 2^n stays normal
   static constexpr float kRound = 12582912.0f;         // 1.5 * 2^23: adding it rounds to an integer
   static constexpr float kLog2e = 1.44269504f, kLn2Hi = 0.693359375f, kLn2Lo = -2.12194440e-4f;
@@ -152,7 +151,6 @@ struct ExpConstants<float> {
 };
 template <>
 struct ExpConstants<double> {
-  using Int = int64_t;
   static constexpr double kMax = 709.0, kMin = -708.0;
   static constexpr double kRound = 6755399441055744.0;  // 1.5 * 2^52
   static constexpr double kLog2e = 1.442695040888963407, kLn2Hi = 6.93147180369123816490e-01,
@@ -206,9 +204,9 @@ struct Activation {
   // quotient
   static FASTLSTM_INLINE V tanh(V x) {
     constexpr T kLimit = sizeof(T) == 4 ? 10 : 20;  // tanh is 1 to the last bit from 9.02 and 19.07 on
-    Bits<T> bits, sign = Bits<T>{} + std::numeric_limits<typename ExpConstants<T>::Int>::min();
+    Bits<T> bits;
     std::memcpy(&bits, &x, sizeof(bits));
-    sign &= bits;
+    const Bits<T> sign = bits >> (8 * sizeof(T) - 1) << (8 * sizeof(T) - 1);
     bits ^= sign;
     V z;
     std::memcpy(&z, &bits, sizeof(z));
