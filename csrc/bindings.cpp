@@ -44,10 +44,12 @@ const c10::TypedOperatorHandle<LayerForward>& forward_op() {
   return op;
 }
 
-// torch.ops.fastlstm.native_layer without the boxed call, which costs more than a tiny layer.
-LayerResults layer(const at::Tensor& x, const OptionalTensor& h0, const OptionalTensor& c0,
-                   const std::vector<at::Tensor>& weights, const OptionalTensor& lengths,
-                   const OptionalTensor& reset_mask, bool keep_cells, bool keep_reserve) {
+// torch.ops.fastlstm.native_layer without the boxed call, which costs more than a tiny layer; nothing where
+// the arguments do not fit together, which is for the checks in Python to say.
+std::optional<LayerResults> layer(const at::Tensor& x, const OptionalTensor& h0, const OptionalTensor& c0,
+                                  const std::vector<at::Tensor>& weights, const OptionalTensor& lengths,
+                                  const OptionalTensor& reset_mask, bool keep_cells, bool keep_reserve) {
+  if (!LayerSizes::fit(x, h0, c0, weights, lengths, reset_mask)) return {};
   const auto& op = forward_op();
   py::gil_scoped_release release;
   return op.call(x, h0, c0, weights, lengths, reset_mask, keep_cells, keep_reserve);
@@ -95,6 +97,7 @@ std::optional<std::tuple<at::Tensor, std::pair<at::Tensor, at::Tensor>>> stack(
       return !t.defined() ? OptionalTensor() : layers == 1 ? t : t.narrow(0, k * D, D);
     };
     const OptionalTensor h = part(h0), c = part(c0);
+    if (!LayerSizes::fit(x, h, c, own, {}, {})) return {};
     const auto requires_grad = [](const at::Tensor& t) { return t.requires_grad(); };
     const bool keep = grad && (x.requires_grad() || (h && h->requires_grad()) || (c && c->requires_grad()) ||
                                std::any_of(own.begin(), own.end(), requires_grad));
@@ -166,7 +169,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("isa", &fastlstm::isa_name, "The instruction set the CPU kernels run on: baseline, avx2 or avx512.");
   m.def("bfloat16_isa", &fastlstm::bfloat16_isa_name,
         "What bfloat16 layers without projection run on: amx, avx512_bf16, or isa() in float32.");
-  m.def("layer", &fastlstm::layer, "Calls the op fastlstm::native_layer.");
+  m.def("layer", &fastlstm::layer, "Calls the op fastlstm::native_layer, or None.");
   m.def("stack", &fastlstm::stack, "A stack of layers as torch.nn.LSTM runs it, or None.");
   m.def("cell", &fastlstm::cell, "A step as torch.nn.LSTMCell runs it, or None.");
   m.def("persistent_plan", &fastlstm::persistent_plan,

@@ -6,6 +6,7 @@
 #include <ATen/core/Tensor.h>
 
 #include <optional>
+#include <string>
 #include <tuple>
 #include <vector>
 
@@ -37,56 +38,62 @@ using DifferentiableBackward = LayerGradients(const OptionalTensor& dy, const Op
                                               const OptionalTensor& lengths, const OptionalTensor& reset_mask,
                                               c10::List<bool> needs);
 
+// What is wrong with a layer's arguments: the first thing that was found, nothing if they fit together.
+class Misfit {
+ public:
+  explicit Misfit(const at::Tensor& x) : x_(x) {}
+
+  template <class... Text>
+  void unless(bool fits, const Text&... text) {
+    if (!found_ && !fits) found_ = c10::str(text...);
+  }
+  void unless_sizes(const char* name, const at::Tensor& tensor, at::IntArrayRef expected) {
+    unless(tensor.sizes() == expected, name, " must be ", expected, ", got ", tensor.sizes());
+  }
+  // Of a dtype, too, and where x is.
+  void unless_like(const char* name, const OptionalTensor& tensor, at::IntArrayRef expected,
+                   at::ScalarType dtype) {
+    if (!tensor || !tensor->defined()) return;
+    unless_sizes(name, *tensor, expected);
+    unless(tensor->scalar_type() == dtype && tensor->device() == x_.device(), name, " must be ", dtype,
+           " on ", x_.device(), ", got ", tensor->scalar_type(), " on ", tensor->device());
+  }
+  bool found() const { return found_.has_value(); }
+  void raise() const { TORCH_CHECK(!found_, *found_); }
+
+ private:
+  const at::Tensor& x_;
+  std::optional<std::string> found_;
+};
+
 // The sizes of a layer, read off x and its weights.
 struct LayerSizes {
-  int64_t T, B, I, H, P, D;
-  int64_t per_direction;  // weights of one direction
-  bool bias;
+  int64_t T = 0, B = 0, I = 0, H = 0, P = 0, D = 0;
+  int64_t per_direction = 0;  // weights of one direction
+  bool bias = false;
 
   bool proj() const { return P != H; }
   int64_t rows() const { return T * B; }
 
   LayerSizes(const at::Tensor& x, at::TensorList weights) {
-    TORCH_CHECK(x.dim() == 3, "x must be [T, B, I], got ", x.sizes());
-    TORCH_CHECK(weights.size() >= 2 && weights[0].dim() == 2 && weights[1].dim() == 2,
-                "weights must begin with weight_ih [4H, I] and weight_hh [4H, P]");
-    T = x.size(0), B = x.size(1), I = x.size(2);
-    TORCH_CHECK(T > 0, "Expected sequence length to be larger than 0 in RNN");
-    H = weights[0].size(0) / 4, P = weights[1].size(1);
-    bias = weights.size() > 2 && weights[2].dim() == 1;
-    per_direction = 2 + 2 * bias + (P != H);
-    D = static_cast<int64_t>(weights.size()) / per_direction;
-    TORCH_CHECK(D * per_direction == static_cast<int64_t>(weights.size()) && (D == 1 || D == 2),
-                "weights must be ", per_direction, " tensors for each of 1 or 2 directions, got ",
-                weights.size());
-    for (int64_t d = 0; d < D; ++d) {
-      check("weight_ih", weights[d * per_direction], {4 * H, I});
-      check("weight_hh", weights[d * per_direction + 1], {4 * H, P});
-      if (bias) check("bias_ih", weights[d * per_direction + 2], {4 * H});
-      if (bias) check("bias_hh", weights[d * per_direction + 3], {4 * H});
-      if (proj()) check("weight_hr", weights[(d + 1) * per_direction - 1], {P, H});
-    }
-    for (const at::Tensor& w : weights)
-      TORCH_CHECK(w.scalar_type() == x.scalar_type() && w.device() == x.device(), "weights must be ",
-                  x.scalar_type(), " on ", x.device(), " as x is, got ", w.scalar_type(), " on ", w.device());
+    Misfit wrong(x);
+    read(x, weights, wrong);
+    wrong.raise();
   }
-
-  static void check(const char* name, const at::Tensor& tensor, at::IntArrayRef expected) {
-    TORCH_CHECK(tensor.sizes() == expected, name, " must be ", expected, ", got ", tensor.sizes());
-  }
-  static void check(const char* name, const OptionalTensor& tensor, at::IntArrayRef expected,
-                    at::ScalarType dtype, const at::Tensor& x) {
-    if (!tensor) return;
-    check(name, *tensor, expected);
-    TORCH_CHECK(tensor->scalar_type() == dtype && tensor->device() == x.device(), name, " must be ", dtype,
-                " on ", x.device(), ", got ", tensor->scalar_type(), " on ", tensor->device());
+  // Whether forward's arguments fit together: what the constructor and check_inputs() throw on.
+  static bool fit(const at::Tensor& x, const OptionalTensor& h0, const OptionalTensor& c0,
+                  at::TensorList weights, const OptionalTensor& lengths, const OptionalTensor& reset_mask) {
+    Misfit wrong(x);
+    LayerSizes s;
+    s.read(x, weights, wrong);
+    if (!wrong.found()) s.look_at_inputs(x, h0, c0, lengths, reset_mask, wrong);
+    return !wrong.found();
   }
   void check_inputs(const at::Tensor& x, const OptionalTensor& h0, const OptionalTensor& c0,
                     const OptionalTensor& lengths, const OptionalTensor& reset_mask) const {
-    check("h0", h0, {D, B, P}, x.scalar_type(), x);
-    check("c0", c0, {D, B, H}, x.scalar_type(), x);
-    check("lengths", lengths, {B}, at::kLong, x);
-    check("reset_mask", reset_mask, {T, B}, at::kBool, x);
+    Misfit wrong(x);
+    look_at_inputs(x, h0, c0, lengths, reset_mask, wrong);
+    wrong.raise();
   }
   // What backward takes beyond forward's arguments.
   void check_backward(const at::Tensor& x, const OptionalTensor& dy, const OptionalTensor& dh_n,
@@ -94,16 +101,57 @@ struct LayerSizes {
                       const at::Tensor& cells, const at::Tensor& reserve,
                       const c10::List<bool>& needs) const {
     const at::ScalarType dtype = x.scalar_type();
-    TORCH_CHECK(reserve.numel() == D * rows() * 4 * H, "reserve must be kept by forward for a backward");
-    check("reserve", reserve, {D, T, B, 4 * H}, dtype, x);
-    check("y", y, {T, B, D * P}, dtype, x);
-    check("cells", cells, {T, B, D * H}, dtype, x);
-    check("dy", dy, {T, B, D * P}, dtype, x);
-    check("dh_n", dh_n, {D, B, P}, dtype, x);
-    check("dc_n", dc_n, {D, B, H}, dtype, x);
-    check("dcells", dcells, {T, B, D * H}, dtype, x);
     const size_t flags = 3 + D * per_direction;
-    TORCH_CHECK(needs.size() == flags, "needs must have ", flags, " flags, got ", needs.size());
+    Misfit wrong(x);
+    wrong.unless(reserve.numel() == D * rows() * 4 * H, "reserve must be kept by forward for a backward");
+    wrong.unless_like("reserve", reserve, {D, T, B, 4 * H}, dtype);
+    wrong.unless_like("y", y, {T, B, D * P}, dtype);
+    wrong.unless_like("cells", cells, {T, B, D * H}, dtype);
+    wrong.unless_like("dy", dy, {T, B, D * P}, dtype);
+    wrong.unless_like("dh_n", dh_n, {D, B, P}, dtype);
+    wrong.unless_like("dc_n", dc_n, {D, B, H}, dtype);
+    wrong.unless_like("dcells", dcells, {T, B, D * H}, dtype);
+    wrong.unless(needs.size() == flags, "needs must have ", flags, " flags, got ", needs.size());
+    wrong.raise();
+  }
+
+ private:
+  LayerSizes() = default;
+
+  void read(const at::Tensor& x, at::TensorList weights, Misfit& wrong) {
+    wrong.unless(x.dim() == 3, "x must be [T, B, I], got ", x.sizes());
+    wrong.unless(weights.size() >= 2 && weights[0].dim() == 2 && weights[1].dim() == 2,
+                 "weights must begin with weight_ih [4H, I] and weight_hh [4H, P]");
+    if (wrong.found()) return;
+    T = x.size(0), B = x.size(1), I = x.size(2);
+    wrong.unless(T > 0, "Expected sequence length to be larger than 0 in RNN");
+    H = weights[0].size(0) / 4, P = weights[1].size(1);
+    bias = weights.size() > 2 && weights[2].dim() == 1;
+    per_direction = 2 + 2 * bias + (P != H);
+    D = static_cast<int64_t>(weights.size()) / per_direction;
+    wrong.unless(D * per_direction == static_cast<int64_t>(weights.size()) && (D == 1 || D == 2),
+                 "weights must be ", per_direction, " tensors for each of 1 or 2 directions, got ",
+                 weights.size());
+    if (wrong.found()) return;
+    for (int64_t d = 0; d < D; ++d) {
+      const at::Tensor* w = weights.data() + d * per_direction;
+      wrong.unless_sizes("weight_ih", w[0], {4 * H, I});
+      wrong.unless_sizes("weight_hh", w[1], {4 * H, P});
+      if (bias) wrong.unless_sizes("bias_ih", w[2], {4 * H});
+      if (bias) wrong.unless_sizes("bias_hh", w[3], {4 * H});
+      if (proj()) wrong.unless_sizes("weight_hr", w[per_direction - 1], {P, H});
+    }
+    for (const at::Tensor& w : weights)
+      wrong.unless(w.scalar_type() == x.scalar_type() && w.device() == x.device(), "weights must be ",
+                   x.scalar_type(), " on ", x.device(), " as x is, got ", w.scalar_type(), " on ",
+                   w.device());
+  }
+  void look_at_inputs(const at::Tensor& x, const OptionalTensor& h0, const OptionalTensor& c0,
+                      const OptionalTensor& lengths, const OptionalTensor& reset_mask, Misfit& wrong) const {
+    wrong.unless_like("h0", h0, {D, B, P}, x.scalar_type());
+    wrong.unless_like("c0", c0, {D, B, H}, x.scalar_type());
+    wrong.unless_like("lengths", lengths, {B}, at::kLong);
+    wrong.unless_like("reset_mask", reset_mask, {T, B}, at::kBool);
   }
 };
 

@@ -95,9 +95,8 @@ def choices(call: LayerCall) -> dict[str, str]:
 
 def describe(x: Tensor, weights: list[Tensor], lengths: Tensor | None, reset_mask: Tensor | None) -> LayerCall:
     """What `select` needs to know of a call."""
-    return LayerCall(
-        x.device, x.dtype, weights[0].shape[1], LayerShape.of(weights), lengths is not None, reset_mask is not None
-    )
+    shape = LayerShape.of(weights)
+    return LayerCall(x.device, x.dtype, weights[0].shape[1], shape, lengths is not None, reset_mask is not None)
 
 
 def _transforming() -> bool:
@@ -162,14 +161,19 @@ def layer(
         op = torch.ops.fastlstm.recomputed_layer.default
         y, h_n, c_n, cells, _, _ = op(name, recompute, x, h0, c0, weights, lengths, reset_mask, keep_cells)
         return y, h_n, c_n, cells
+    found = None
     # The shortcut around the boxed call sees no __torch_function__, of a subclass or a mode.
     if name == "native" and not (
         torch.compiler.is_compiling() or torch.overrides.has_torch_function((x, h0, c0, *weights))
     ):
-        op = native.extension.layer  # type: ignore[union-attr]
-    else:
+        layer_op = native.extension.layer  # type: ignore[union-attr]
+        found = layer_op(x, h0, c0, weights, lengths, reset_mask, keep_cells, keep_reserve)
+        if found is None:
+            check(x, h0, c0, weights, lengths, reset_mask)
+    if found is None:
         op = getattr(torch.ops.fastlstm, f"{name}_layer").default
-    y, h_n, c_n, cells, _ = op(x, h0, c0, weights, lengths, reset_mask, keep_cells, keep_reserve)
+        found = op(x, h0, c0, weights, lengths, reset_mask, keep_cells, keep_reserve)
+    y, h_n, c_n, cells, _ = found
     return y, h_n, c_n, cells
 
 

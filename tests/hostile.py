@@ -7,6 +7,7 @@ raise, or give what the reference gives. tests/test_hostile.py runs it.
 
 from __future__ import annotations
 
+import faulthandler
 import random
 import sys
 import warnings
@@ -257,6 +258,7 @@ def judge(kind: str, call: Call, backend: str) -> str:
 
 
 def main(backend: str, seed: int, count: int, device: str = "cpu") -> int:
+    faulthandler.enable()
     torch.set_num_threads(1)
     torch.backends.cudnn.rnn.fp32_precision = "ieee"
     HERE.device = device

@@ -271,6 +271,38 @@ def test_lengths_and_reset_mask_with_a_packed_sequence():
         lstm(packed(2, 2, 3), reset_mask=torch.zeros(2, 2, dtype=torch.bool))
 
 
+# A weight's place and what becomes of it, or what becomes of the list; and the error's words.
+MISFITS = {
+    "size": (3, lambda w: w[:-1], r"bias_hh must be \[4H\] = \[16\], got \[15\]"),
+    "dimensions": (3, torch.sum, r"bias_hh must be \[4H\] = \[16\], got \[\]"),
+    "dtype": (1, torch.Tensor.float, "must have the same dtype, got torch.float64 and torch.float32"),
+    "device": (1, lambda w: w.to("meta"), "tensors are not at the same device, found input tensor at cpu"),
+    "order": (None, lambda ws: ws[::-1], "weights must begin with weight_ih"),
+    "number": (None, lambda ws: [*ws, ws[0]], "weights must be 4 tensors for each of 1 or 2 directions, got 5"),
+}
+
+
+@pytest.mark.parametrize("grad", [False, True], ids=["no_grad", "grad"])
+@pytest.mark.parametrize("wrong", MISFITS)
+def test_weights_that_do_not_fit_together(wrong, grad, backend):
+    """In the same words on every backend, from the function and from a module whose weights were exchanged."""
+    place, change, text = MISFITS[wrong]
+    lstm = fastlstm.LSTM(3, 4, dtype=torch.float64)
+    weights = [w.detach() for w in lstm.parameters()]
+    if place is None:
+        weights = change(weights)
+    else:
+        weights[place] = change(weights[place])
+    x = X.double().requires_grad_(grad)
+    with pytest.raises(RuntimeError, match=text):
+        fastlstm.functional.lstm(x, None, weights, True, 1, 0.0, True, False, False)
+    if place is not None:
+        for name, weight in zip(list(lstm._parameters), weights, strict=True):
+            setattr(lstm, name, nn.Parameter(weight))
+        with pytest.raises(RuntimeError, match=text):
+            lstm(x)
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_input_with_other_weights_is_refused(dtype, backend):
     """Also where half precision is computed in float32, to which everything would be cast."""

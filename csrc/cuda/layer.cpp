@@ -10,10 +10,8 @@ at::Tensor readable(const at::Tensor& weight) {
   return weight.is_contiguous() || weight.t().is_contiguous() ? weight : weight.contiguous();
 }
 
-at::Tensor dense_on(const at::Device& device, const char* name, const OptionalTensor& given) {
-  if (!given || !given->defined()) return {};
-  TORCH_CHECK(given->device() == device, name, " must be on ", device, " as x is, got ", given->device());
-  return given->contiguous();
+at::Tensor dense(const OptionalTensor& given) {
+  return given && given->defined() ? given->contiguous() : at::Tensor();
 }
 
 }  // namespace
@@ -30,9 +28,8 @@ Layer::Layer(const at::Tensor& x, const OptionalTensor& given_h0, const Optional
     if (bias) w.bias_ih = w.bias_ih.contiguous(), w.bias_hh = w.bias_hh.contiguous();
     if (proj()) w.hr = readable(w.hr);
   }
-  h0 = dense_on(x.device(), "h0", given_h0), c0 = dense_on(x.device(), "c0", given_c0);
-  lengths = dense_on(x.device(), "lengths", given_lengths);
-  reset_mask = dense_on(x.device(), "reset_mask", given_mask);
+  h0 = dense(given_h0), c0 = dense(given_c0);
+  lengths = dense(given_lengths), reset_mask = dense(given_mask);
   steps = {T, B, in<int64_t>(lengths), in<bool>(reset_mask)};
 }
 

@@ -229,11 +229,8 @@ std::pair<at::Tensor, at::Tensor> Pass<T>::run(const at::Tensor& dx, std::vector
 }
 
 // A gradient as the kernels read it, its last stride 1; undefined for none.
-at::Tensor readable(const char* name, const OptionalTensor& given, at::IntArrayRef shape, const Layer& l) {
+at::Tensor readable(const OptionalTensor& given) {
   if (!given || !given->defined()) return {};
-  LayerSizes::check(name, *given, shape);
-  TORCH_CHECK(given->scalar_type() == l.dtype, name, " must be ", l.dtype, " as x is, got ",
-              given->scalar_type());
   return given->stride(-1) == 1 ? *given : given->contiguous();
 }
 
@@ -249,16 +246,12 @@ LayerGradients layer_backward(const OptionalTensor& dy, const OptionalTensor& dh
   const OnDeviceOf device(x);
   const Layer l(x, h0, c0, weights, lengths, reset_mask);
   const int64_t T = l.T, B = l.B, H = l.H, P = l.P;
-  TORCH_CHECK(needs.size() == 3 + weights.size(), "needs must have 3 + ", weights.size(), " flags, got ",
-              needs.size());
-  LayerSizes::check("y", y, {T, B, l.D * P});
-  LayerSizes::check("cells", cells, {T, B, l.D * H});
-  LayerSizes::check("reserve", reserve, {l.D, T, B, 4 * H});
+  l.check_backward(x, dy, dh_n, dc_n, dcells, y, cells, reserve, needs);
   const auto dense = [](const at::Tensor& t) { return t.defined() ? t.contiguous() : t; };
-  const Given given = {readable("dy", dy, {T, B, l.D * P}, l),
-                       dense(readable("dh_n", dh_n, {l.D, B, P}, l)),
-                       dense(readable("dc_n", dc_n, {l.D, B, H}, l)),
-                       readable("dcells", dcells, {T, B, l.D * H}, l),
+  const Given given = {readable(dy),
+                       dense(readable(dh_n)),
+                       dense(readable(dc_n)),
+                       readable(dcells),
                        l.lengths.defined() && x.stride(2) != 1 ? x.contiguous() : x,
                        dense(y),
                        dense(cells),

@@ -72,6 +72,8 @@ class LayerShape:
 
     @classmethod
     def of(cls, weights: list[Tensor]) -> LayerShape:
+        if len(weights) < 2 or weights[0].dim() != 2 or weights[1].dim() != 2:
+            raise RuntimeError("weights must begin with weight_ih [4H, I] and weight_hh [4H, P]")
         H, P = weights[0].shape[0] // 4, weights[1].shape[1]
         bias = len(weights) > 2 and weights[2].dim() == 1
         return cls(H, P, len(weights) // (2 + 2 * bias + (P != H)), bias)
@@ -112,8 +114,6 @@ def check(
     """Raise RuntimeError unless forward's arguments fit together. csrc/contract.h does the same for the native ops."""
     if x.dim() != 3:
         raise RuntimeError(f"x must be [T, B, I], got {list(x.shape)}")
-    if len(weights) < 2 or weights[0].dim() != 2 or weights[1].dim() != 2:
-        raise RuntimeError("weights must begin with weight_ih [4H, I] and weight_hh [4H, P]")
     shape = LayerShape.of(weights)
     if shape.D not in (1, 2) or len(weights) != shape.D * shape.per_direction:
         raise RuntimeError(
