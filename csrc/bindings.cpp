@@ -44,12 +44,20 @@ const c10::TypedOperatorHandle<LayerForward>& forward_op() {
   return op;
 }
 
+// Sizes that are symbols, of a FakeTensor: to ask for a number fixes them for the whole graph.
+bool symbolic(const OptionalTensor& t) {
+  return t && t->defined() && t->unsafeGetTensorImpl()->has_symbolic_sizes_strides();
+}
+
 // torch.ops.fastlstm.native_layer without the boxed call, which costs more than a tiny layer; nothing where
-// the arguments do not fit together, which is for the checks in Python to say.
+// the arguments do not fit together, which is for the checks in Python to say, or are the fake kernel's.
 std::optional<LayerResults> layer(const at::Tensor& x, const OptionalTensor& h0, const OptionalTensor& c0,
                                   const std::vector<at::Tensor>& weights, const OptionalTensor& lengths,
                                   const OptionalTensor& reset_mask, bool keep_cells, bool keep_reserve) {
-  if (!LayerSizes::fit(x, h0, c0, weights, lengths, reset_mask)) return {};
+  if (symbolic(x) || symbolic(h0) || symbolic(c0) || symbolic(lengths) || symbolic(reset_mask) ||
+      std::any_of(weights.begin(), weights.end(), symbolic) ||
+      !LayerSizes::fit(x, h0, c0, weights, lengths, reset_mask))
+    return {};
   const auto& op = forward_op();
   py::gil_scoped_release release;
   return op.call(x, h0, c0, weights, lengths, reset_mask, keep_cells, keep_reserve);

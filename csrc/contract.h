@@ -51,12 +51,15 @@ class Misfit {
     unless(tensor.sizes() == expected, name, " must be ", expected, ", got ", tensor.sizes());
   }
   // Of a dtype, too, and where x is.
+  void unless_like(const char* name, const at::Tensor& tensor, at::IntArrayRef expected,
+                   at::ScalarType dtype) {
+    unless_sizes(name, tensor, expected);
+    unless(tensor.scalar_type() == dtype && tensor.device() == x_.device(), name, " must be ", dtype, " on ",
+           x_.device(), ", got ", tensor.scalar_type(), " on ", tensor.device());
+  }
   void unless_like(const char* name, const OptionalTensor& tensor, at::IntArrayRef expected,
                    at::ScalarType dtype) {
-    if (!tensor || !tensor->defined()) return;
-    unless_sizes(name, *tensor, expected);
-    unless(tensor->scalar_type() == dtype && tensor->device() == x_.device(), name, " must be ", dtype,
-           " on ", x_.device(), ", got ", tensor->scalar_type(), " on ", tensor->device());
+    if (tensor && tensor->defined()) unless_like(name, *tensor, expected, dtype);
   }
   bool found() const { return found_.has_value(); }
   void raise() const { TORCH_CHECK(!found_, *found_); }

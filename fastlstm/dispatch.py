@@ -122,7 +122,10 @@ def _choose(x: Tensor, weights: list[Tensor], lengths: Tensor | None, reset_mask
         _requested, x.device, x.dtype, w_ih.shape, w_hh.shape, len(weights), weights[-1].dim(), lengths is None,
         reset_mask is None,
     )  # fmt: skip
-    name = _chosen.get(key)
+    try:
+        name = _chosen.get(key)
+    except TypeError:  # sizes that are symbols have no hash
+        return select(describe(x, weights, lengths, reset_mask))
     if name is None:
         name = _chosen[key] = select(describe(x, weights, lengths, reset_mask))
     return name

@@ -9,6 +9,8 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.functional_tensor import FunctionalTensor
 
 from .dispatch import layer
 from .ops.recompute import INTERVAL
@@ -57,8 +59,9 @@ def lstm(
         return_cell_states the cell states [T, B, D*H] ([B, T, D*H]).
 
     Raises:
-        RuntimeError: T = 0, or sizes, dtypes or devices that do not fit together.
-        ValueError, TypeError: lengths or reset_mask of a wrong shape, range or type, or recompute < 0.
+        RuntimeError: T = 0, or sizes, dtypes, devices or numbers of weights that do not fit together.
+        ValueError, TypeError: lengths or reset_mask of a wrong shape, range or type, a weight that is no tensor, or
+            recompute < 0.
     """
     interval = check_recompute(recompute)
     x = input.transpose(0, 1) if batch_first else input
@@ -69,6 +72,7 @@ def lstm(
     if reset_mask is not None:
         reset_mask = check_reset_mask(reset_mask, x, batch_first)
     weights = list(weights)
+    _check_weights(weights, bias, num_layers, bidirectional)
     autocast = torch._C._is_any_autocast_enabled() and torch.is_autocast_enabled(x.device.type)
     if autocast:
         x, hx, weights = _cast_for_autocast(x, hx, weights, torch.get_autocast_dtype(x.device.type))
@@ -102,11 +106,6 @@ def _layers(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     D = 2 if bidirectional else 1
     n = len(weights) // num_layers
-    if n * num_layers != len(weights) or n not in ((4 * D, 5 * D) if bias else (2 * D, 3 * D)):
-        raise RuntimeError(
-            f"{num_layers} layer(s) of {D} direction(s) with bias={bias} take {D * (4 if bias else 2)} weights each, "
-            f"or {D * (5 if bias else 3)} with projection, got {len(weights)} in all"
-        )
     if hx is not None:
         _check_states(x, hx)
     h_n, c_n = [], []
@@ -169,6 +168,25 @@ def _cast_for_autocast(
     return cast(x), None if hx is None else (cast(hx[0]), cast(hx[1])), [cast(w) for w in weights]
 
 
+def _check_weights(weights: list[Tensor], bias: bool, num_layers: int, bidirectional: bool) -> None:
+    """Their number and order; whether their sizes fit together each layer sees for itself."""
+    for k, w in enumerate(weights):
+        if not isinstance(w, Tensor):
+            raise TypeError(f"expected Tensor as element {k} in weights, but got {type(w).__name__}")
+    if num_layers < 1:
+        raise RuntimeError(f"num_layers must be at least 1, got {num_layers}")
+    D, one, projected = (2 if bidirectional else 1), (4 if bias else 2), (5 if bias else 3)
+    n = len(weights) // num_layers
+    if n * num_layers != len(weights) or n not in (D * one, D * projected):
+        raise RuntimeError(
+            f"{num_layers} layer(s) of {D} direction(s) with bias={bias} take {D * one} weights each, "
+            f"or {D * projected} with projection, got {len(weights)} in all"
+        )
+    if n > 2 and (weights[2].dim() == 1) != bias:
+        expected = "bias_ih [4H]" if bias else "no bias"
+        raise RuntimeError(f"weights must have {expected} as element 2 with bias={bias}, got {list(weights[2].shape)}")
+
+
 def _check_states(x: Tensor, hx: States) -> None:
     if len(hx) != 2:
         raise RuntimeError("lstm expects two hidden states")
@@ -220,7 +238,8 @@ def check_lengths(lengths: Tensor | Sequence[int], x: Tensor) -> Tensor:
     values, compiling = lengths, torch.compiler.is_compiling()
     while not compiling and torch._C._functorch.is_functorch_wrapped_tensor(values):  # vmap has no rule for checks
         values = torch._C._functorch.get_unwrapped(values)
-    if values.device.type == "cpu" and not compiling and B > 0:
+    known = not compiling and not isinstance(values, (FakeTensor, FunctionalTensor))
+    if values.device.type == "cpu" and known and B > 0:
         check_range(values, T)
     elif values.device.type != "meta" and B > 0:
         # No host synchronisation and no data-dependent branch in a graph.

@@ -9,7 +9,10 @@ import pytest
 import torch
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch._functorch.aot_autograd import aot_function, make_boxed_func
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.export import Dim, export
+from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 
 import fastlstm
 
@@ -201,6 +204,52 @@ def test_one_compilation_serves_training_of_every_t_and_b(ragged):
         x = data(T, B, 3)
         loss_and_gradients(compiled, model, x, **({"lengths": torch.arange(B) % T} if ragged else {}))
         assert counter.frame_count == 1, (T, B)
+
+
+@pytest.mark.parametrize("grad", [False, True], ids=["no_grad", "grad"])
+@pytest.mark.parametrize("lengths", [False, True], ids=["padded", "lengths"])
+def test_symbols_stay_symbols_outside_of_a_compiler(lengths, grad, backend):
+    """As make_fx and aot_function call a model: Python sees the symbols, and no number may be asked of them."""
+    if backend == "reference":
+        pytest.skip("its loop over the steps fixes T")
+    mode = FakeTensorMode(shape_env=ShapeEnv())
+    free = StatelessSymbolicContext(dynamic_sizes=[DimDynamic.DYNAMIC, DimDynamic.DYNAMIC, DimDynamic.STATIC])
+    x = mode.from_tensor(torch.empty(5, 6, 3, dtype=HERE.dtype, device=HERE.device), symbolic_context=free)
+    with mode, torch.set_grad_enabled(grad):
+        lstm = fastlstm.LSTM(3, 4, dtype=HERE.dtype, device=HERE.device)
+        kwargs = {"lengths": x.new_zeros(x.shape[1], dtype=torch.int64)} if lengths else {}
+        output, (h_n, _) = lstm(x, **kwargs)
+    assert output.shape == (*x.shape[:2], 4)
+    assert h_n.shape == (1, x.shape[1], 4)
+    assert not mode.shape_env.guards
+
+
+@pytest.mark.parametrize("ragged", [False, True], ids=["padded", "lengths"])
+def test_weights_with_symbolic_sizes(ragged, backend):
+    """functorch's aot_function traces once for all sizes, of the weights as well."""
+    if backend == "reference":
+        pytest.skip("its loop over the steps fixes T")
+    lstm = fastlstm.LSTM(3, 4, dtype=HERE.dtype, device=HERE.device)
+    graphs = []
+
+    def run(x, lengths, *weights):
+        return fastlstm.functional.lstm(
+            x, None, weights, True, 1, 0.0, True, False, False, lengths=lengths if ragged else None
+        )[0]
+
+    def keep(graph, _):
+        graphs.append(graph)
+        return make_boxed_func(graph)
+
+    traced = aot_function(run, fw_compiler=keep, bw_compiler=keep, dynamic=True)
+    for T, B in ((5, 6), (7, 9)):
+        x = data(T, B, 3).requires_grad_()
+        lengths = torch.arange(B, device=HERE.device) % T
+        expected = lstm(x, **({"lengths": lengths} if ragged else {}))[0]
+        output = traced(x, lengths, *lstm.parameters())
+        torch.testing.assert_close(output, expected)
+        torch.testing.assert_close(torch.autograd.grad(output.sum(), x), torch.autograd.grad(expected.sum(), x))
+    assert len(graphs) == 2
 
 
 def test_compile_time_does_not_grow_with_t():

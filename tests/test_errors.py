@@ -277,7 +277,7 @@ MISFITS = {
     "dimensions": (3, torch.sum, r"bias_hh must be \[4H\] = \[16\], got \[\]"),
     "dtype": (1, torch.Tensor.float, "must have the same dtype, got torch.float64 and torch.float32"),
     "device": (1, lambda w: w.to("meta"), "tensors are not at the same device, found input tensor at cpu"),
-    "order": (None, lambda ws: ws[::-1], "weights must begin with weight_ih"),
+    "order": (None, lambda ws: [ws[0], ws[3], ws[2], ws[1]], "weights must begin with weight_ih"),
     "number": (None, lambda ws: [*ws, ws[0]], "weights must be 4 tensors for each of 1 or 2 directions, got 5"),
 }
 
@@ -301,6 +301,26 @@ def test_weights_that_do_not_fit_together(wrong, grad, backend):
             setattr(lstm, name, nn.Parameter(weight))
         with pytest.raises(RuntimeError, match=text):
             lstm(x)
+
+
+# What becomes of a layer's weights [w_ih, w_hh], the arguments bias, num_layers, bidirectional, and the error.
+MISCOUNTED = {
+    "none": (lambda w: [], (False, 1, False), "take 2 weights each, or 3 with projection, got 0 in all"),
+    "one direction twice": (lambda w: w * 2, (True, 1, False), "must have bias_ih .* as element 2"),
+    "biases as a direction": (lambda w: [*w, *w[0][:, :2].T], (False, 1, True), "must have no bias as element 2"),
+    "a direction short": (lambda w: w, (False, 1, True), "take 4 weights each, or 6 with projection, got 2 in all"),
+    "a weight short": (lambda w: w[:1], (False, 1, False), "take 2 weights each, or 3 with projection, got 1 in all"),
+    "no layer": (lambda w: [], (False, 0, False), "num_layers must be at least 1, got 0"),
+    "None": (lambda w: [w[0], None], (False, 1, False), "expected Tensor as element 1 in weights, but got NoneType"),
+}
+
+
+@pytest.mark.parametrize("wrong", MISCOUNTED)
+def test_weights_that_the_arguments_do_not_describe(wrong, backend):
+    change, (bias, layers, bidirectional), text = MISCOUNTED[wrong]
+    weights = change([torch.rand(16, 3), torch.rand(16, 4)])
+    with pytest.raises(TypeError if wrong == "None" else RuntimeError, match=text):
+        fastlstm.functional.lstm(X, None, weights, bias, layers, 0.0, True, bidirectional, False)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
