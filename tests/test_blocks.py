@@ -8,8 +8,9 @@ from .runners import check
 
 # With vectors of 2 to 16 units the last block has every width; gate_gap in csrc/cpu/forward.h decides on its layout.
 WIDTHS = [*range(1, 17), 20, 29]
-# T, B: read as stored; x W_ih^T ahead, of dot products or of tiles; step by step; one step of one or more row groups.
-SHAPES = [(3, 2), (30, 1), (20, 3), (4, 70), (1, 20), (1, 210)]
+# T, B: read as stored, a row at a time and more; x W_ih^T ahead, of few rows; step by step; one step of one or more
+# row groups.
+SHAPES = [(4, 1), (2, 2), (1, 3), (1, 4), (3, 2), (30, 1), (20, 3), (4, 70), (1, 20), (1, 210)]
 
 
 @pytest.mark.parametrize("backend", ["native"], indirect=True)
@@ -27,3 +28,26 @@ def test_one_step_of_many_rows(B, backend):
     check(Case(T=1, B=B, I=70, H=130, hx="tuple", bidirectional=True), "native")
     check(Case(T=1, B=B, I=30, H=43, proj=11, hx="tuple"), "native")
     check(Case(T=1, B=B, I=30, H=43, proj=11, lengths=(1,) * (B - 2) + (0, 0)), "native")
+
+
+@pytest.mark.parametrize("backend", ["native"], indirect=True)
+@pytest.mark.parametrize("B", [1, 2, 3, 4, 5])
+@pytest.mark.parametrize("ragged", [False, True], ids=["padded", "lengths"])
+def test_few_rows_of_a_large_weight(ragged, B, backend):
+    """More than 512 KiB, read as stored up to 4 rows a step and 48 in all; x W_ih^T is made ahead."""
+    kwargs = {"hx": "tuple", "dtype": torch.float64}
+    if ragged:
+        kwargs |= {
+            "lengths": tuple(7 - 2 * b if b < 4 else 0 for b in range(B)),
+            "resets": ((1, 0), (4, 0), (2, B - 1)),
+        }
+    check(Case(T=7, B=B, I=5, H=131, **kwargs), "native")
+    check(Case(T=7, B=B, I=5, H=137, bidirectional=True, **kwargs), "native")
+    check(Case(T=7, B=B, I=5, H=200, proj=90, **kwargs), "native")
+    check(Case(T=20, B=B, I=5, H=131, **kwargs), "native")  # beyond 48 rows from B = 3 on
+
+
+@pytest.mark.parametrize("backend", ["native"], indirect=True)
+def test_a_weight_beyond_every_cache(backend):
+    """More than 4 MiB, read as stored however many the steps."""
+    check(Case(T=60, B=1, I=3, H=363, dtype=torch.float64), "native")

@@ -30,7 +30,8 @@ assert torch.backends.cpu.get_cpu_capability() == sys.argv[1], torch.backends.cp
 assert backends.native.extension.isa() == sys.argv[2], backends.native.extension.isa()
 assert backends.native.extension.bfloat16_isa() == sys.argv[3], backends.native.extension.bfloat16_isa()
 cases = [OPTIONS[k] for k in (2, 6, 14, 18, 19, 21, 22)] + [Case(*SIZES[k], hx="tuple") for k in (0, 2, 4, 5)]
-cases += [Case(T=T, B=B, H=H) for T, B in ((20, 3), (1, 130)) for H in (1, 2, 6, 7, 12, 29)]
+shapes = ((20, 3), (1, 130), (1, 4), (4, 1))
+cases += [Case(T=5, B=3, H=140)] + [Case(T=T, B=B, H=H) for T, B in shapes for H in (1, 2, 6, 7, 12, 29)]
 for dtype in DTYPES:
     for case in cases:
         check(replace(case, dtype=dtype), "native")

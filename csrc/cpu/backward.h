@@ -55,14 +55,15 @@ template <class T>
 void product_direct(int64_t rows, int64_t K, const T* a, int64_t lda, const T* b, int64_t N, int64_t n_begin,
                     int64_t n_end, T* c, int64_t ldc) {
   constexpr int64_t W = kWidth<T>;
-  for (int64_t r = 0; r < rows; ++r) {
-    int64_t n = n_begin;
-    for (; n + 8 * W <= n_end; n += 8 * W)
-      tile<T, 1, 8>(K, a + r * lda, lda, b + n, N, c + r * ldc + n, ldc, false);
-    for (; n + 4 * W <= n_end; n += 4 * W)
-      tile<T, 1, 4>(K, a + r * lda, lda, b + n, N, c + r * ldc + n, ldc, false);
-    for (; n < n_end; n += W) {
-      const int part = static_cast<int>(std::min<int64_t>(W, n_end - n));
+  int64_t n = n_begin;
+  for (; rows == 1 && n + 8 * W <= n_end; n += 8 * W) tile<T, 1, 8>(K, a, lda, b + n, N, c + n, ldc, false);
+  for (; n + 4 * W <= n_end; n += 4 * W)
+    for_row_tiles(rows, kWideRows, [&](int64_t r, int M) {
+      tile_rows<T, 4, false, kWideRows>(M, K, a + r * lda, lda, b + n, N, c + r * ldc + n, ldc, false);
+    });
+  for (; n < n_end; n += W) {
+    const int part = static_cast<int>(std::min<int64_t>(W, n_end - n));
+    for (int64_t r = 0; r < rows; ++r) {
       Vec<T> acc[4] = {};                      // four sums, since each addition waits for the one before
       for (int64_t k = 0; k + 4 <= K; k += 4)  // K = 4H
 #pragma GCC unroll 4

@@ -21,6 +21,13 @@ FASTLSTM_INLINE int64_t gate_gap(int64_t H, int64_t u0) {
 // reading W_ih anew for each step would cost more than the product.
 constexpr int64_t kFewRows = 48, kAheadRows = 96;
 
+// Rows at a time that read a weight as stored: their sums, four gates each, fill half the registers.
+#if FASTLSTM_VECTOR_BYTES == 64 || defined(__aarch64__)
+constexpr int kDirectTile = 4;
+#else
+constexpr int kDirectTile = 2;
+#endif
+
 template <class T>
 int64_t unit_blocks(int64_t H) {
   return (H + kWidth<T> - 1) / kWidth<T>;
@@ -129,24 +136,29 @@ FASTLSTM_INLINE void block_product(int64_t rows, int64_t K, const T* a, int64_t 
   panel_product(rows, K, a, lda, block + K * W2, out + W2, ld, add);  // g, o
 }
 
-// acc[gate] += the products, lane by lane, of v [K] with unit u's rows of a weight [4H, K] as stored. A row a
-// gate: eight neighbouring rows at a time were slower.
-template <class T>
+// acc[row][gate] += the products, lane by lane, of R rows of v [., K] with unit u's rows of a weight [4H, K]
+// as stored. A row a gate: eight neighbouring rows at a time were slower.
+template <class T, int R>
 FASTLSTM_INLINE void multiply_rows(const T* v, const T* weight, int64_t K, int64_t H, int64_t u,
-                                   Vec<T>* acc) {
+                                   Vec<T> (*acc)[4]) {
   constexpr int W = kWidth<T>;
-  const T* w = weight + u * K;
+  const T* w[4];
+  for (int gate = 0; gate < 4; ++gate) w[gate] = weight + (gate * H + u) * K;
   const int64_t whole = K / W * W;
-  for (int64_t k = 0; k < whole; k += W) {
-    const Vec<T> vk = load(v + k);
+  for (int64_t k = 0; k < whole; k += W)
 #pragma GCC unroll 4
-    for (int gate = 0; gate < 4; ++gate) acc[gate] += vk * load(w + gate * H * K + k);
-  }
-  if (const int tail = static_cast<int>(K - whole)) {
-    const Vec<T> vk = load_part(v + whole, tail);
+    for (int gate = 0; gate < 4; ++gate) {
+      const Vec<T> part = load(w[gate] + k);
 #pragma GCC unroll 4
-    for (int gate = 0; gate < 4; ++gate) acc[gate] += vk * load_part(w + gate * H * K + whole, tail);
-  }
+      for (int r = 0; r < R; ++r) acc[r][gate] += load(v + r * K + k) * part;
+    }
+  if (const int tail = static_cast<int>(K - whole))
+#pragma GCC unroll 4
+    for (int gate = 0; gate < 4; ++gate) {
+      const Vec<T> part = load_part(w[gate] + whole, tail);
+#pragma GCC unroll 4
+      for (int r = 0; r < R; ++r) acc[r][gate] += load_part(v + r * K + whole, tail) * part;
+    }
 }
 
 template <class T>
@@ -233,20 +245,35 @@ struct ForwardStep {
       if (!ahead) block_product(rows, a.I, xr, a.I, w.ih, gap, pre, false);
       return block_product(rows, a.P, hr, a.P, w.hh, gap, pre, true);
     }
-    const int n = static_cast<int>(std::min<int64_t>(W, a.H - u0));
-    for (int64_t r = 0; r < rows; ++r) {
-      Vec<T> lanes[4][W] = {};
-      for (int64_t u = 0; u < n; ++u) {
-        Vec<T> acc[4] = {};
-        if (!ahead) multiply_rows(xr + r * a.I, a.ih.stored, a.I, a.H, u0 + u, acc);
-        multiply_rows(hr + r * a.P, a.hh.stored, a.P, a.H, u0 + u, acc);
-        for (int gate = 0; gate < 4; ++gate) lanes[gate][u] = acc[gate];
+    for_row_tiles(rows, kDirectTile, [&](int64_t first, int R) {
+      direct_rows(R, xr + first * a.I, hr + first * a.P, u0, gap, pre + first * kGateBlock<T>, ahead);
+    });
+  }
+
+  // The same for up to kDirectTile rows of x and h, from the weights as stored.
+  template <int R = kDirectTile>
+  FASTLSTM_INLINE void direct_rows(int rows, const T* xr, const T* hr, int64_t u0, int64_t gap, T* pre,
+                                   bool ahead) const {
+    if constexpr (R > 0) {
+      if (rows < R) return direct_rows<R - 1>(rows, xr, hr, u0, gap, pre, ahead);
+      constexpr int W = kWidth<T>;
+      const int n = static_cast<int>(std::min<int64_t>(W, a.H - u0));
+      Vec<T> lanes[R][4][W];
+      for (int u = 0; u < W; ++u) {
+        Vec<T> acc[R][4] = {};
+        if (u < n) {
+          if (!ahead) multiply_rows<T, R>(xr, a.ih.stored, a.I, a.H, u0 + u, acc);
+          multiply_rows<T, R>(hr, a.hh.stored, a.P, a.H, u0 + u, acc);
+        }
+        for (int r = 0; r < R; ++r)
+          for (int gate = 0; gate < 4; ++gate) lanes[r][gate][u] = acc[r][gate];
       }
-      for (int gate = 0; gate < 4; ++gate) {
-        T* out = pre + r * kGateBlock<T> + gate * gap;
-        const Vec<T> dots = sums<T>(lanes[gate]);
-        store_part(out, ahead ? load_part(out, n) + dots : dots, n);
-      }
+      for (int r = 0; r < R; ++r)
+        for (int gate = 0; gate < 4; ++gate) {
+          T* out = pre + r * kGateBlock<T> + gate * gap;
+          const Vec<T> dots = sums<T>(lanes[r][gate]);
+          store_part(out, ahead ? load_part(out, n) + dots : dots, n);
+        }
     }
   }
 

@@ -56,8 +56,9 @@ class Workspace {
   T* data_ = nullptr;
 };
 
-// Products of few rows cost less from the weights as stored than packing them does.
-inline bool worth_packing(int64_t N, int64_t B) { return N > (B <= 2 ? 64 : 12); }
+// Up to so many rows of all steps, forward reads weights as they are stored: packing takes what 3 to 5 rows
+// save by it.
+constexpr int64_t kDirectRows = 4;
 
 // Calls f(begin, end) over [0, n) in parallel, in multiples of `block` of which each takes `work` elements.
 template <class F>

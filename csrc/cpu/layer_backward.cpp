@@ -134,7 +134,8 @@ LayerGradients backward(const OptionalTensor& dy_in, const OptionalTensor& dh_n,
   std::vector<Rows> rows;
   for (int64_t d = 0; d < D; ++d) rows.push_back(ragged.rows(d));
   const Plan plan = make_plan(D, s.T, double(N) / s.T, 0, H, P, sizeof(T), kernel.unit_block);
-  const bool pack = s.proj() || worth_packing(N, B);
+  // Packing, a copy here, pays where many rows a step read the weights.
+  const bool pack = s.proj() || N > (B <= 2 ? 64 : 12);
   const int64_t ld = kernel.padded_columns(P);
   const OptionalTensor dy = contiguous(dy_in), dcells = contiguous(dcells_in), h0 = contiguous(h0_in);
 
@@ -156,6 +157,10 @@ LayerGradients backward(const OptionalTensor& dy_in, const OptionalTensor& dh_n,
   const int64_t scratch_at = space.take(plan.threads() * kernel.backward_scratch(H, P));
   space.allocate(x);
 
+  // Columns of h; without projection these are a member's units.
+  const auto pack_hh = [&](const BackwardArgs<T>& a, int64_t begin, int64_t end) {
+    kernel.pack_columns(a.w_hh, 4 * H, P, 1, begin, end, a.packed);
+  };
   std::vector<BackwardArgs<T>> args;
   std::vector<at::Tensor> hold;
   for (int64_t d = 0; d < D; ++d) {
@@ -165,7 +170,6 @@ LayerGradients backward(const OptionalTensor& dy_in, const OptionalTensor& dh_n,
     gather_state<T>(contiguous(dh_n), d, rows[d], P, space.at(dh_at[d]), ld);
     gather_state<T>(contiguous(dc_n), d, rows[d], H, space.at(dc_at[d]), H);
     gather_state<T>(contiguous(c0), d, rows[d], H, space.at(c0_at[d]), H);
-    if (pack) pack_columns<T>(hold.back(), space.at(packed_at[d]));
     if (s.proj()) pack_columns<T>(w.hr, space.at(hr_at[d]));
     args.push_back({rows[d],
                     H,
@@ -191,6 +195,9 @@ LayerGradients backward(const OptionalTensor& dy_in, const OptionalTensor& dh_n,
                     space.at(dh_at[d]),
                     space.at(dc_at[d]),
                     space.at(scratch_at)});
+    if (pack && !plan.own_weights())
+      for_blocks(P, kernel.unit_block, 4 * H * kernel.unit_block,
+                 [&](int64_t begin, int64_t end) { pack_hh(args[d], begin, end); });
   }
   const auto wanted = [&](int64_t i, at::IntArrayRef sizes) {
     return needs[i] ? new_empty(sizes, x) : none();
@@ -225,8 +232,10 @@ LayerGradients backward(const OptionalTensor& dy_in, const OptionalTensor& dh_n,
       args[d].base = Span(s, ragged, d, first, end - first).begin;
       if (identity[d] && D == 1) args[d].dgates = dx_rows.mutable_data_ptr<T>() + args[d].base * s.I;
     }
-    run_plan(plan, rows, H, kernel.unit_block,
-             [&](int64_t d, const Member& me) { kernel.backward(args[d], me); });
+    run_plan(plan, rows, H, kernel.unit_block, [&](int64_t d, const Member& me) {
+      if (pack && !add && plan.own_weights()) pack_hh(args[d], me.unit_begin, std::min(P, me.unit_end));
+      kernel.backward(args[d], me);
+    });
     for (int64_t d = 0; d < D; ++d) {
       const Span span(s, ragged, d, first, end - first);
       const int64_t at = d * s.per_direction, n = span.rows();

@@ -4,14 +4,19 @@
 namespace fastlstm {
 namespace {
 
-// A contiguous weight [4H, K] into the panels of the forward kernel.
+// The weights of a direction that are packed before its steps, units [begin, end) of them.
 template <class T>
-void pack_forward(const at::Tensor& weight, int64_t H, T* packed) {
+void pack_forward(const ForwardArgs<T>& a, int64_t begin, int64_t end) {
   const Kernels<T>& k = kernels<T>();
-  const int64_t K = weight.size(1);
-  for_blocks(H, k.width, 4 * K * k.width, [&](int64_t begin, int64_t end) {
-    k.pack_forward(weight.const_data_ptr<T>(), H, K, begin, end, packed);
-  });
+  if (a.ih.packed) k.pack_forward(a.ih.stored, a.H, a.I, begin, end, a.ih.packed);
+  if (a.hh.packed) k.pack_forward(a.hh.stored, a.H, a.P, begin, end, a.hh.packed);
+}
+
+// Whether steps of B rows, N of all steps, read a W_hh of so many bytes as it is stored. As long as it stays
+// in an L2, packed or not, a few rows repay the packing; a larger one comes through the L3 to be packed and
+// back, and from 4 MiB on every step waits for the L3 either way.
+bool reads_as_stored(int64_t N, int64_t B, int64_t bytes) {
+  return bytes > (1 << 19) && B <= 4 && (N <= 48 || bytes > (1 << 22));
 }
 
 }  // namespace
@@ -45,7 +50,8 @@ LayerResults forward(const at::Tensor& x, const OptionalTensor& h0, const Option
   for (int64_t d = 0; d < D; ++d) rows.push_back(ragged.rows(d));
   const Plan plan = make_plan(D, s.T, double(N) / s.T, s.I, H, P, sizeof(T), kernel.unit_block);
   // Packing whole weights pays where they are read again and again; see GateWeight.
-  const bool direct_hh = !worth_packing(N, B), direct_ih = direct_hh && N <= 12;
+  const bool direct_ih = N <= kDirectRows,
+             direct_hh = direct_ih || reads_as_stored(N, B, 4 * H * P * sizeof(T));
   const bool once = s.T == 1 && (!s.proj() || N <= kRowGroup);
   const bool pack_ih = !once && N > kOnceRows, pack_hh = !once && !direct_hh;
 
@@ -79,8 +85,6 @@ LayerResults forward(const at::Tensor& x, const OptionalTensor& h0, const Option
     }
     std::copy_n(h, B * P, h + B * P);  // a reverse row may begin at an odd step
     gather_state<T>(c0c, d, rows[d], H, space.at(c_at[d]), H);
-    if (pack_ih) pack_forward<T>(w_ih, H, space.at(ih_at[d]));
-    if (pack_hh) pack_forward<T>(w_hh, H, space.at(hh_at[d]));
     if (s.proj()) pack_columns<T>(w.hr.t(), space.at(hr_at[d]));
     args.push_back({rows[d],
                     s.I,
@@ -100,9 +104,14 @@ LayerResults forward(const at::Tensor& x, const OptionalTensor& h0, const Option
                     D * P,
                     D * H,
                     space.at(scratch_at)});
+    if (!plan.own_weights())
+      for_blocks(H, kernel.width, (s.I + P) * 4 * kernel.width,
+                 [&](int64_t begin, int64_t end) { pack_forward(args[d], begin, end); });
   }
-  run_plan(plan, rows, H, kernel.unit_block,
-           [&](int64_t d, const Member& me) { kernel.forward(args[d], me); });
+  run_plan(plan, rows, H, kernel.unit_block, [&](int64_t d, const Member& me) {
+    if (plan.own_weights()) pack_forward(args[d], me.unit_begin, me.unit_end);
+    kernel.forward(args[d], me);
+  });
 
   for (int64_t d = 0; d < D; ++d)
     for (int64_t r = 0; r < B; ++r) {

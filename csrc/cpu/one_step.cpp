@@ -37,7 +37,7 @@ StepResults forward_of(const StepInputs& given, bool keep_reserve) {
 
   const std::vector<Rows> rows = {rows_of(B)};
   const Plan plan = make_plan(1, 1, double(B), I, H, H, sizeof(T), kernel.unit_block);
-  const bool direct_hh = !worth_packing(B, B), direct_ih = direct_hh && B <= 12;
+  const bool direct = B <= kDirectRows;
 
   Workspace<T> space;
   const int64_t bias_at = space.take(4 * H), h_at = space.take(in.h0.defined() ? 0 : B * H),
@@ -57,8 +57,8 @@ StepResults forward_of(const StepInputs& given, bool keep_reserve) {
                                data<T>(in.x),
                                gates,
                                bias,
-                               {data<T>(in.w_ih), nullptr, direct_ih},
-                               {data<T>(in.w_hh), nullptr, direct_hh},
+                               {data<T>(in.w_ih), nullptr, direct},
+                               {data<T>(in.w_hh), nullptr, direct},
                                nullptr,
                                {const_cast<T*>(h0), h},  // the only step reads the first, and y is the second
                                c,
@@ -106,7 +106,7 @@ StepGradients backward_of(const at::Tensor& dh, const at::Tensor& dc, const Step
   const std::vector<Rows> rows = {rows_of(B)};
   Plan plan = make_plan(1, 1, double(B), 2 * I, H, 2 * H, sizeof(T), kernel.unit_block);
   if (plan.split_units) plan = Plan{1};
-  const bool pack = worth_packing(B, B);
+  const bool pack = B > 12;
   const int64_t ld = kernel.padded_columns(H), widest = std::max(B, G);
   Workspace<T> space;
   const int64_t dh_at = space.take(B * ld), dc_at = space.take(B * H),

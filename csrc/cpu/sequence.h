@@ -39,7 +39,7 @@ constexpr int64_t kOnceRows = 192;
 template <class T>
 struct GateWeight {
   const T* stored;  // as torch.nn.LSTM stores it
-  const T* packed;  // by pack_forward, or null: from `stored`,
+  T* packed;        // by pack_forward, or null: from `stored`,
   bool direct;      // as dot products along its rows, or packing each block of units where it is used
 };
 
@@ -75,15 +75,15 @@ struct BackwardArgs {
   const T* dy;           // [T, B, .] or null
   const T* dcells;       // [T, B, .] or null
   int64_t cells_stride, dy_stride, dcells_stride;
-  const T* w_hh;    // [4H, P]
-  const T* packed;  // pack_columns of w_hh, or null: run from w_hh itself
-  const T* w_hr;    // pack_columns of weight_hr [P, H], or null without projection
-  T* dgates;        // [., 4H]  out for these steps, gradients of the pre-activations
-  T* dr;            // [., P]   likewise with projection, gradients of h in full
-  T* hidden;        // [., H]   likewise, h before the projection, or null
-  T* dh;            // [B, padded P]  in: of h_n, out: of h0; sorted rows
-  T* dc;            // [B, H]         in: of c_n, out: of c0
-  T* scratch;       // per member, backward_scratch(H, P) elements
+  const T* w_hh;  // [4H, P]
+  T* packed;      // pack_columns of w_hh, or null: run from w_hh itself
+  const T* w_hr;  // pack_columns of weight_hr [P, H], or null without projection
+  T* dgates;      // [., 4H]  out for these steps, gradients of the pre-activations
+  T* dr;          // [., P]   likewise with projection, gradients of h in full
+  T* hidden;      // [., H]   likewise, h before the projection, or null
+  T* dh;          // [B, padded P]  in: of h_n, out: of h0; sorted rows
+  T* dc;          // [B, H]         in: of c_n, out: of c0
+  T* scratch;     // per member, backward_scratch(H, P) elements
 };
 
 // A barrier for threads that all run: spins briefly, since a step lasts microseconds, then yields.

@@ -20,14 +20,18 @@ struct Plan {
   bool split_units = false;
 
   int threads() const { return members * (concurrent ? static_cast<int>(D) : 1); }
+  // Whether each thread is the only one to read its weights: it then packs them, so that they lie in its
+  // cache.
+  bool own_weights() const { return split_units || (concurrent && members == 1); }
 };
 
 // From the sizes of a layer; `rows` is the mean number of rows a step has, I that of input features if the
 // members make x W_ih^T too, `size` that of an element.
 inline Plan make_plan(int64_t D, int64_t T, double rows, int64_t I, int64_t H, int64_t P, int64_t size,
                       int64_t unit_block) {
-  // A step's multiply-adds; a fork and join cost about what 5e5 of them take, a barrier 1e4.
-  const double step = rows * 4 * H * (I + P + 16);
+  // A step's multiply-adds; a fork and join cost about what 5e5 of them take, a barrier 1e4. A single row
+  // waits for its weights, from the L2 or, in a single step, from where the last call left them.
+  const double step = std::max(rows, T == 1 ? 4.0 : 1.5) * 4 * H * (I + P + 16);
   Plan plan{D};
   const int available = at::in_parallel_region() ? 1 : at::get_num_threads();
   if (available == 1 || step * T * D < 1e6) return plan;
