@@ -69,6 +69,11 @@ void pack_block(const T* weight, int64_t H, int64_t K, int64_t u0, T* out) {
       const T* row[W];
       for (int64_t u = 0; u < W; ++u) row[u] = weight + (gate * H + std::min(u0 + u, H - 1)) * K;
       T* to = out + gate / 2 * K * W2 + gate % 2 * W;
+      if (K * sizeof(T) <= 512) {  // rows too short for hardware prefetching: the next gate's, of this block
+                                   // or the next
+        const T* soon = weight + (gate < 3 ? (gate + 1) * H + u0 : std::min(u0 + W, H - 1)) * K;
+        for (int64_t i = 0; i < W * K; i += 64 / sizeof(T)) __builtin_prefetch(soon + i, 0, 3);
+      }
       const int64_t k1 = std::min(k0 + kColumns<T>, K);
       int64_t k = k0;
       for (; k + W <= k1; k += W) {
@@ -167,6 +172,7 @@ struct ForwardStep {
   int64_t t;       // time
   const T* x;      // [count, I]
   const T* h_in;   // [B, P]
+  const T* c_in;   // [B, H]
   T* h_out;        // [B, P]
   T* gates;        // [count, 4H] or null
   int64_t next_t;  // the step after this one in the direction's order, or -1
@@ -182,12 +188,12 @@ struct ForwardStep {
   FASTLSTM_INLINE void cell(int64_t r, int64_t r_group, int64_t u0, int n, const T* gate) const {
     constexpr int W = kWidth<T>;
     const int64_t H = a.H;
-    T* c = a.c + r * H + u0;
+    const int64_t at = r * H + u0;
     const bool full = n == W;
     auto get = [&](const T* p) { return full ? load(p) : load_part(p, n); };
     auto put = [&](T* p, Vec<T> v) { full ? store(p, v) : store_part(p, v, n); };
     const Gates<Vec<T>> g = {load(gate), load(gate + W), load(gate + 2 * W), load(gate + 3 * W)};
-    const Vec<T> c_prev = a.rows.fresh_at(t, r) ? Vec<T>{} : get(c);
+    const Vec<T> c_prev = a.rows.fresh_at(t, r) ? Vec<T>{} : get(c_in + at);
     const Vec<T> c_next = next_c(g, c_prev);
     const Vec<T> h = g.o * Activation<T>::tanh(c_next);
     if (gates) {
@@ -197,7 +203,7 @@ struct ForwardStep {
       put(saved + 2 * n, g.g);
       put(saved + 3 * n, g.o);
     }
-    put(c, c_next);
+    put(a.c + at, c_next);
     const int64_t row = t * a.rows.B + a.rows.batch_row_at(r);
     if (a.cells) put(a.cells + row * a.cells_stride + u0, c_next);
     if (a.w_hr) {
@@ -385,6 +391,7 @@ void forward(const ForwardArgs<T>& a, const Member& me) {
                               t,
                               a.x + offset * a.I,
                               a.h[s % 2],
+                              s == 0 ? a.c0 : a.c,
                               a.h[(s + 1) % 2],
                               a.gates ? a.gates + offset * 4 * a.H : nullptr,
                               next_t,

@@ -5,24 +5,33 @@
 
 namespace fastlstm::FASTLSTM_ISA {
 
+// Sums of NV neighbouring vectors of columns, the last of n elements: a row's are read at once, since rows
+// lie pages apart.
+template <class T, int NV>
+FASTLSTM_INLINE void sum_vectors(const T* x, int64_t N, int64_t columns, int n, T* out) {
+  constexpr int64_t W = kWidth<T>;
+  constexpr int64_t kBlock = 32;  // rows summed apart, so that rounding grows with N / 32 and not with N
+  const auto get = [&](const T* row, int v) {
+    return v == NV - 1 && n < W ? load_part(row + v * W, n) : load(row + v * W);
+  };
+  Vec<T> total[NV] = {};
+  for (int64_t r0 = 0; r0 < N; r0 += kBlock) {
+    Vec<T> part[NV] = {};
+    for (int64_t r = r0; r < std::min(N, r0 + kBlock); ++r)
+#pragma GCC unroll 4
+      for (int v = 0; v < NV; ++v) part[v] += get(x + r * columns, v);
+    for (int v = 0; v < NV; ++v) total[v] += part[v];
+  }
+  for (int v = 0; v < NV; ++v) store_part(out + v * W, total[v], v == NV - 1 ? n : static_cast<int>(W));
+}
+
 template <class T>
 void column_sums(const T* x, int64_t N, int64_t columns, int64_t begin, int64_t end, T* out) {
   constexpr int64_t W = kWidth<T>;
-  constexpr int64_t kBlock = 32;  // rows summed apart, so that rounding grows with N / 32 and not with N
-  for (int64_t j = begin; j < end; j += W) {
-    const int n = static_cast<int>(std::min(W, end - j));
-    Vec<T> total = {};
-    for (int64_t r0 = 0; r0 < N; r0 += kBlock) {
-      Vec<T> part = {};
-      const int64_t r1 = std::min(N, r0 + kBlock);
-      if (n == W)
-        for (int64_t r = r0; r < r1; ++r) part += load(x + r * columns + j);
-      else
-        for (int64_t r = r0; r < r1; ++r) part += load_part(x + r * columns + j, n);
-      total += part;
-    }
-    store_part(out + j, total, n);
-  }
+  int64_t j = begin;
+  for (; j + 4 * W <= end; j += 4 * W) sum_vectors<T, 4>(x + j, N, columns, static_cast<int>(W), out + j);
+  for (; j < end; j += W)
+    sum_vectors<T, 1>(x + j, N, columns, static_cast<int>(std::min(W, end - j)), out + j);
 }
 
 template <class T, Vec<T> (*F)(Vec<T>)>

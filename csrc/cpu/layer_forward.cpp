@@ -99,6 +99,7 @@ LayerResults forward(const at::Tensor& x, const OptionalTensor& h0, const Option
                     s.proj() ? space.at(hr_at[d]) : nullptr,
                     {h, h + B * P},
                     space.at(c_at[d]),
+                    space.at(c_at[d]),
                     y.mutable_data_ptr<T>() + d * P,
                     keep_cells ? cells.mutable_data_ptr<T>() + d * H : nullptr,
                     D * P,

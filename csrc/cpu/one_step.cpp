@@ -48,7 +48,7 @@ StepResults forward_of(const StepInputs& given, bool keep_reserve) {
   const T* h0 = data<T>(in.h0);
   if (!h0) copy_or_zero<T>(nullptr, B * H, space.at(h_at)), h0 = space.at(h_at);
   T *h = out.h.mutable_data_ptr<T>(), *c = out.c.mutable_data_ptr<T>();
-  copy_or_zero(data<T>(in.c0), B * H, c);
+  const T* c0 = in.c0.defined() ? data<T>(in.c0) : h0;  // zeros, both
   const ForwardArgs<T> args = {rows[0],
                                I,
                                H,
@@ -61,6 +61,7 @@ StepResults forward_of(const StepInputs& given, bool keep_reserve) {
                                {data<T>(in.w_hh), nullptr, direct},
                                nullptr,
                                {const_cast<T*>(h0), h},  // the only step reads the first, and y is the second
+                               c0,
                                c,
                                h,
                                gates ? gates + 4 * B * H : nullptr,

@@ -54,10 +54,11 @@ struct ForwardArgs {
   // Blocks packed where used: W_ih up to kOnceRows rows, both at T = 1, with projection up to kRowGroup rows.
   GateWeight<T> ih, hh;  // K = I, K = P
   const T* w_hr;         // pack_columns of weight_hr^T [H, P], or null without projection
-  T* h[2];   // [B, P]     state, sorted rows; step s of the order reads h[s % 2] and writes h[(s + 1) % 2]
-  T* c;      // [B, H]     state
-  T* y;      // [T, B, .]  out, row t * B + b at y + row * y_stride
-  T* cells;  // likewise with cells_stride, or null
+  T* h[2];      // [B, P]     state, sorted rows; step s of the order reads h[s % 2] and writes h[(s + 1) % 2]
+  const T* c0;  // [B, H]  c that enters the first step, sorted rows; may be `c`
+  T* c;         // [B, H]     state
+  T* y;         // [T, B, .]  out, row t * B + b at y + row * y_stride
+  T* cells;     // likewise with cells_stride, or null
   int64_t y_stride, cells_stride;
   T* scratch;  // per member, forward_scratch(N, I, H, P) elements
 };
