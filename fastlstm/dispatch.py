@@ -160,7 +160,11 @@ def layer(
         return transforms.layer(name, x, h0, c0, weights, lengths, reset_mask, keep_cells)
     keep_reserve = torch.is_grad_enabled() and _any_requires_grad(x, h0, c0, weights)
     # A comparison with T would specialise a graph on it.
-    if recompute and keep_reserve and (torch.compiler.is_compiling() or x.shape[0] > recompute):
+    if (
+        recompute
+        and keep_reserve
+        and (torch.compiler.is_compiling() or isinstance(x.shape[0], torch.SymInt) or x.shape[0] > recompute)
+    ):
         op = torch.ops.fastlstm.recomputed_layer.default
         y, h_n, c_n, cells, _, _ = op(name, recompute, x, h0, c0, weights, lengths, reset_mask, keep_cells)
         return y, h_n, c_n, cells

@@ -182,9 +182,11 @@ def _check_weights(weights: list[Tensor], bias: bool, num_layers: int, bidirecti
             f"{num_layers} layer(s) of {D} direction(s) with bias={bias} take {D * one} weights each, "
             f"or {D * projected} with projection, got {len(weights)} in all"
         )
-    if n > 2 and (weights[2].dim() == 1) != bias:
-        expected = "bias_ih [4H]" if bias else "no bias"
-        raise RuntimeError(f"weights must have {expected} as element 2 with bias={bias}, got {list(weights[2].shape)}")
+    for k in range(2, len(weights), n) if n > 2 else ():
+        if (weights[k].dim() == 1) != bool(bias):
+            expected = "bias_ih [4H]" if bias else "no bias"
+            got = list(weights[k].shape)
+            raise RuntimeError(f"weights must have {expected} as element {k} with bias={bias}, got {got}")
 
 
 def _check_states(x: Tensor, hx: States) -> None:

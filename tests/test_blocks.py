@@ -49,5 +49,6 @@ def test_few_rows_of_a_large_weight(ragged, B, backend):
 
 @pytest.mark.parametrize("backend", ["native"], indirect=True)
 def test_a_weight_beyond_every_cache(backend):
-    """More than 4 MiB, read as stored however many the steps."""
+    """More than 4 MiB, read as stored however many the steps; beside a W_ih that is packed, beyond 192 rows."""
     check(Case(T=60, B=1, I=3, H=363, dtype=torch.float64), "native")
+    check(Case(T=100, B=2, I=3, H=513), "native")

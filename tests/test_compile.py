@@ -207,8 +207,8 @@ def test_one_compilation_serves_training_of_every_t_and_b(ragged):
 
 
 @pytest.mark.parametrize("grad", [False, True], ids=["no_grad", "grad"])
-@pytest.mark.parametrize("lengths", [False, True], ids=["padded", "lengths"])
-def test_symbols_stay_symbols_outside_of_a_compiler(lengths, grad, backend):
+@pytest.mark.parametrize("option", ["none", "hx", "lengths", "reset_mask", "recompute"])
+def test_symbols_stay_symbols_outside_of_a_compiler(option, grad, backend):
     """As make_fx and aot_function call a model: Python sees the symbols, and no number may be asked of them."""
     if backend == "reference":
         pytest.skip("its loop over the steps fixes T")
@@ -217,7 +217,13 @@ def test_symbols_stay_symbols_outside_of_a_compiler(lengths, grad, backend):
     x = mode.from_tensor(torch.empty(5, 6, 3, dtype=HERE.dtype, device=HERE.device), symbolic_context=free)
     with mode, torch.set_grad_enabled(grad):
         lstm = fastlstm.LSTM(3, 4, dtype=HERE.dtype, device=HERE.device)
-        kwargs = {"lengths": x.new_zeros(x.shape[1], dtype=torch.int64)} if lengths else {}
+        T, B = x.shape[:2]
+        kwargs = {
+            "hx": {"hx": (x.new_zeros(1, B, 4), x.new_zeros(1, B, 4))},
+            "lengths": {"lengths": x.new_zeros(B, dtype=torch.int64)},
+            "reset_mask": {"reset_mask": x.new_zeros(T, B, dtype=torch.bool)},
+        }.get(option, {})
+        lstm.recompute = 2 if option == "recompute" else False
         output, (h_n, _) = lstm(x, **kwargs)
     assert output.shape == (*x.shape[:2], 4)
     assert h_n.shape == (1, x.shape[1], 4)
@@ -248,7 +254,9 @@ def test_weights_with_symbolic_sizes(ragged, backend):
         expected = lstm(x, **({"lengths": lengths} if ragged else {}))[0]
         output = traced(x, lengths, *lstm.parameters())
         torch.testing.assert_close(output, expected)
-        torch.testing.assert_close(torch.autograd.grad(output.sum(), x), torch.autograd.grad(expected.sum(), x))
+        inputs = [x, *lstm.parameters()]
+        grads = [torch.autograd.grad(out.sum(), inputs) for out in (output, expected)]
+        torch.testing.assert_close(*grads)
     assert len(graphs) == 2
 
 

@@ -307,6 +307,11 @@ def test_weights_that_do_not_fit_together(wrong, grad, backend):
 MISCOUNTED = {
     "none": (lambda w: [], (False, 1, False), "take 2 weights each, or 3 with projection, got 0 in all"),
     "one direction twice": (lambda w: w * 2, (True, 1, False), "must have bias_ih .* as element 2"),
+    "one direction twice in the second layer": (
+        lambda w: [*w, *[v[:, 0] for v in w], *w * 2],
+        (True, 2, False),
+        "must have bias_ih .* as element 6",
+    ),
     "biases as a direction": (lambda w: [*w, *w[0][:, :2].T], (False, 1, True), "must have no bias as element 2"),
     "a direction short": (lambda w: w, (False, 1, True), "take 4 weights each, or 6 with projection, got 2 in all"),
     "a weight short": (lambda w: w[:1], (False, 1, False), "take 2 weights each, or 3 with projection, got 1 in all"),

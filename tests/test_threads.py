@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -55,6 +56,55 @@ def test_two_threads_in_one_call(case, backend, threads):
     second = run_backend(case, backend)
     for name, value in first.items():
         assert torch.equal(value, second[name]), f"{name} differs from run to run"
+
+
+# Grants one thread to every other parallel region of the extension, as a runtime may that has none to spare.
+FEWER = """
+#define _GNU_SOURCE
+#include <dlfcn.h>
+#include <stdio.h>
+#include <string.h>
+static int regions = 0;
+void GOMP_parallel(void (*body)(void *), void *data, unsigned threads, unsigned flags) {
+  void (*start)(void (*)(void *), void *, unsigned, unsigned) = dlsym(RTLD_NEXT, "GOMP_parallel");
+  Dl_info from;
+  int ours = dladdr(__builtin_return_address(0), &from) && strstr(from.dli_fname, "fastlstm/_C");
+  start(body, data, ours && threads != 1 && regions++ % 2 ? 1 : threads, flags);
+}
+__attribute__((destructor)) static void tell(void) { printf("%d regions\\n", regions); }
+"""
+PROGRAM = """
+import torch
+from tests.runners import check
+from tests.test_threads import SHARED
+torch.set_num_threads(2)
+for case in SHARED:
+    for _ in range(2):
+        check(case, "native")
+"""
+
+
+@pytest.mark.parametrize("backend", ["native"], indirect=True)
+def test_fewer_threads_than_asked_for(backend, tmp_path):
+    """Who packs which weights, and who waits for whom, must not rest on the number of threads that was hoped for."""
+    compiler = shutil.which("cc") or shutil.which("gcc")
+    if compiler is None or sys.platform != "linux":
+        pytest.skip("needs a C compiler on Linux, for a stand-in of GCC's OpenMP runtime")
+    source, library = tmp_path / "fewer.c", tmp_path / "fewer.so"
+    source.write_text(FEWER)
+    subprocess.run([compiler, "-shared", "-fPIC", "-o", library, source, "-ldl"], check=True)
+    preload = " ".join(filter(None, [os.environ.get("LD_PRELOAD"), str(library)]))
+    found = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", PROGRAM],
+        env={**os.environ, "LD_PRELOAD": preload},
+        cwd=Path(__file__).parent.parent,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert found.returncode == 0, found.stderr
+    if found.stdout == "0 regions\n":
+        pytest.skip("this build does not start its threads by GOMP_parallel")
 
 
 def together(count, work):

@@ -5,24 +5,24 @@
 
 namespace fastlstm::FASTLSTM_ISA {
 
-// Sums of NV neighbouring vectors of columns, the last of n elements: a row's are read at once, since rows
-// lie pages apart.
+// Sums of NV neighbouring vectors of columns, n elements of each, over N rows: a row's are read at once,
+// since rows lie pages apart.
 template <class T, int NV>
 FASTLSTM_INLINE void sum_vectors(const T* x, int64_t N, int64_t columns, int n, T* out) {
   constexpr int64_t W = kWidth<T>;
   constexpr int64_t kBlock = 32;  // rows summed apart, so that rounding grows with N / 32 and not with N
-  const auto get = [&](const T* row, int v) {
-    return v == NV - 1 && n < W ? load_part(row + v * W, n) : load(row + v * W);
-  };
   Vec<T> total[NV] = {};
   for (int64_t r0 = 0; r0 < N; r0 += kBlock) {
     Vec<T> part[NV] = {};
     for (int64_t r = r0; r < std::min(N, r0 + kBlock); ++r)
 #pragma GCC unroll 4
-      for (int v = 0; v < NV; ++v) part[v] += get(x + r * columns, v);
+      for (int v = 0; v < NV; ++v) {
+        const T* from = x + r * columns + v * W;
+        part[v] += n == W ? load(from) : load_part(from, n);
+      }
     for (int v = 0; v < NV; ++v) total[v] += part[v];
   }
-  for (int v = 0; v < NV; ++v) store_part(out + v * W, total[v], v == NV - 1 ? n : static_cast<int>(W));
+  for (int v = 0; v < NV; ++v) store_part(out + v * W, total[v], n);
 }
 
 template <class T>

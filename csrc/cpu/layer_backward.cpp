@@ -134,8 +134,7 @@ LayerGradients backward(const OptionalTensor& dy_in, const OptionalTensor& dh_n,
   std::vector<Rows> rows;
   for (int64_t d = 0; d < D; ++d) rows.push_back(ragged.rows(d));
   const Plan plan = make_plan(D, s.T, double(N) / s.T, 0, H, P, sizeof(T), kernel.unit_block);
-  // Packing, a copy here, pays where many rows a step read the weights.
-  const bool pack = s.proj() || N > (B <= 2 ? 64 : 12);
+  const bool pack = s.proj() || packs_backward(N, B);
   const int64_t ld = kernel.padded_columns(P);
   const OptionalTensor dy = contiguous(dy_in), dcells = contiguous(dcells_in), h0 = contiguous(h0_in);
 

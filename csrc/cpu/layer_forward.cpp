@@ -1,4 +1,5 @@
-// Forward of a layer on CPU tensors: packs the weights, then runs cpu/forward.h on the plan's threads.
+// Forward of a layer on CPU tensors: cpu/forward.h on the plan's threads, with weights that are packed
+// before.
 #include "cpu/layer.h"
 
 namespace fastlstm {
@@ -105,8 +106,8 @@ LayerResults forward(const at::Tensor& x, const OptionalTensor& h0, const Option
                     D * P,
                     D * H,
                     space.at(scratch_at)});
-    if (!plan.own_weights())
-      for_blocks(H, kernel.width, (s.I + P) * 4 * kernel.width,
+    if ((pack_ih || pack_hh) && !plan.own_weights())
+      for_blocks(H, kernel.width, (pack_ih * s.I + pack_hh * P) * 4 * kernel.width,
                  [&](int64_t begin, int64_t end) { pack_forward(args[d], begin, end); });
   }
   run_plan(plan, rows, H, kernel.unit_block, [&](int64_t d, const Member& me) {

@@ -107,7 +107,7 @@ StepGradients backward_of(const at::Tensor& dh, const at::Tensor& dc, const Step
   const std::vector<Rows> rows = {rows_of(B)};
   Plan plan = make_plan(1, 1, double(B), 2 * I, H, 2 * H, sizeof(T), kernel.unit_block);
   if (plan.split_units) plan = Plan{1};
-  const bool pack = B > 12;
+  const bool pack = packs_backward(B, B);
   const int64_t ld = kernel.padded_columns(H), widest = std::max(B, G);
   Workspace<T> space;
   const int64_t dh_at = space.take(B * ld), dc_at = space.take(B * H),

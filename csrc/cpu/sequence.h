@@ -55,7 +55,7 @@ struct ForwardArgs {
   GateWeight<T> ih, hh;  // K = I, K = P
   const T* w_hr;         // pack_columns of weight_hr^T [H, P], or null without projection
   T* h[2];      // [B, P]     state, sorted rows; step s of the order reads h[s % 2] and writes h[(s + 1) % 2]
-  const T* c0;  // [B, H]  c that enters the first step, sorted rows; may be `c`
+  const T* c0;  // [B, H]  c that enters the first step, sorted rows; rows that begin later find theirs in `c`
   T* c;         // [B, H]     state
   T* y;         // [T, B, .]  out, row t * B + b at y + row * y_stride
   T* cells;     // likewise with cells_stride, or null
