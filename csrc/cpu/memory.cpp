@@ -4,6 +4,7 @@
 #include <ATen/ops/empty_native.h>
 #include <c10/core/CPUAllocator.h>
 
+#include <algorithm>
 #include <cstring>
 #include <list>
 #include <memory>
@@ -16,7 +17,8 @@ constexpr size_t kLeast = size_t{1} << 20;  // smaller ones malloc itself keeps
 constexpr size_t kMost = size_t{1} << 29;   // bytes kept idle
 
 // A block is handed out again for a request of 4/5 to all of its size. What finds no block takes the place of
-// as many idle bytes, so that memory in use and idle together never exceed the most that was in use at once.
+// idle ones, the oldest first, where memory in use and idle together would exceed by an eighth the most that
+// was in use at once: forward's workspace and backward's never are, and must not drive each other out.
 class Recycler final : public c10::Allocator {
  public:
   static Recycler& get() {
@@ -29,6 +31,7 @@ class Recycler final : public c10::Allocator {
     if (!block) {
       block = std::make_unique<Block>();
       block->bytes = bytes;
+      block->counted = count(bytes);
       block->memory = c10::GetCPUAllocator()->allocate(bytes);
     }
     void* data = block->memory.get();
@@ -42,6 +45,7 @@ class Recycler final : public c10::Allocator {
  private:
   struct Block {
     size_t bytes;
+    bool counted;  // in in_use_
     c10::DataPtr memory;
   };
 
@@ -54,36 +58,45 @@ class Recycler final : public c10::Allocator {
       if ((*it)->bytes >= bytes && (*it)->bytes <= bytes + bytes / 4 &&
           (best == idle_.end() || (*it)->bytes < (*best)->bytes))
         best = it;
-    if (best == idle_.end()) {
-      for (size_t freed = 0; freed < bytes && !idle_.empty();) freed += drop_oldest();
-      return nullptr;
-    }
+    if (best == idle_.end()) return nullptr;
     std::unique_ptr<Block> found = std::move(*best);
     idle_bytes_ -= found->bytes;
+    in_use_ += found->bytes;
+    found->counted = true;
     idle_.erase(best);
     return found;
+  }
+
+  // Makes room for a new block.
+  bool count(size_t bytes) {
+    const std::unique_lock<std::mutex> lock(mutex_, std::try_to_lock);
+    if (!lock) return false;
+    in_use_ += bytes;
+    most_in_use_ = std::max(most_in_use_, in_use_);
+    while (in_use_ + idle_bytes_ > most_in_use_ + most_in_use_ / 8 && !idle_.empty()) drop_oldest();
+    return true;
   }
 
   static void give_back(void* context) {
     std::unique_ptr<Block> block(static_cast<Block*>(context));
     Recycler& self = get();
     const std::unique_lock<std::mutex> lock(self.mutex_, std::try_to_lock);
-    if (!lock || block->bytes < kLeast || block->bytes > kMost) return;
+    if (!lock) return;
+    if (block->counted) self.in_use_ -= block->bytes;
+    if (block->bytes < kLeast || block->bytes > kMost) return;
     self.idle_bytes_ += block->bytes;
     self.idle_.push_back(std::move(block));
     while (self.idle_bytes_ > kMost) self.drop_oldest();
   }
 
-  size_t drop_oldest() {
-    const size_t bytes = idle_.front()->bytes;
-    idle_bytes_ -= bytes;
+  void drop_oldest() {
+    idle_bytes_ -= idle_.front()->bytes;
     idle_.pop_front();
-    return bytes;
   }
 
   std::mutex mutex_;
   std::list<std::unique_ptr<Block>> idle_;
-  size_t idle_bytes_ = 0;
+  size_t idle_bytes_ = 0, in_use_ = 0, most_in_use_ = 0;
 };
 
 // Whether torch fills what it allocates (torch.utils.deterministic.fill_uninitialized_memory).

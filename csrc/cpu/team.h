@@ -31,7 +31,8 @@ inline Plan make_plan(int64_t D, int64_t T, double rows, int64_t I, int64_t H, i
                       int64_t unit_block) {
   // A step's multiply-adds; a fork and join cost about what 5e5 of them take, a barrier 1e4. A single row
   // waits for its weights, from the L2 or, in a single step, from where the last call left them.
-  const double step = std::max(rows, T == 1 ? 4.0 : 1.5) * 4 * H * (I + P + 16);
+  const int64_t width = unit_block / 2, units = (H + width - 1) / width * width;  // of whole vectors
+  const double step = std::max(rows, T == 1 ? 4.0 : 1.5) * 4 * units * (I + P + 16);
   Plan plan{D};
   const int available = at::in_parallel_region() ? 1 : at::get_num_threads();
   if (available == 1 || step * T * D < 1e6) return plan;
