@@ -6,7 +6,7 @@ import torch
 from .cases import Case
 from .runners import check
 
-# With vectors of 2 to 16 units the last block has every width; gate_gap in csrc/cpu/forward.h decides on its layout.
+# With vectors of 2 to 16 units the last block has every width; gate_gap in csrc/cpu/pack_forward.h decides on it.
 WIDTHS = [*range(1, 17), 20, 29]
 # T, B: read as stored, a row at a time and more; x W_ih^T ahead, of few rows; step by step; one step of one or more
 # row groups.

@@ -3,20 +3,11 @@
 #pragma once
 
 #include "cpu/gemm.h"
+#include "cpu/pack_forward.h"
 #include "cpu/sequence.h"
 
 namespace fastlstm::FASTLSTM_ISA {
 
-// A unit block is one vector of W units; its weights are packed as two panels, [K][i, f][W] and [K][g, o][W].
-// The last block has n units, fewer than W if H is no multiple: where the 4n columns of its gates fit fewer
-// than four vectors they lie side by side, and the product of a row is [4][gap] instead of [4][W].
-template <class T>
-constexpr int64_t kGateBlock = 4 * kWidth<T>;
-template <class T>
-FASTLSTM_INLINE int64_t gate_gap(int64_t H, int64_t u0) {
-  constexpr int64_t W = kWidth<T>;
-  return H - u0 <= 3 * W / 4 ? H - u0 : W;
-}
 // With fewer rows than kFewRows a step, x W_ih^T is made for kAheadRows rows of several steps at once:
 // reading W_ih anew for each step would cost more than the product.
 constexpr int64_t kFewRows = 48, kAheadRows = 96;
@@ -27,75 +18,6 @@ constexpr int kDirectTile = 4;
 #else
 constexpr int kDirectTile = 2;
 #endif
-
-template <class T>
-int64_t unit_blocks(int64_t H) {
-  return (H + kWidth<T> - 1) / kWidth<T>;
-}
-
-template <class T>
-int64_t forward_packed_size(int64_t H, int64_t K) {
-  return unit_blocks<T>(H) * K * kGateBlock<T>;
-}
-
-// Columns of a weight's rows that are packed at a time: their panel stays in L1 until all gates of its lines
-// are written.
-template <class T>
-constexpr int64_t kColumns = 8192 / (kPanel<T> * sizeof(T));
-
-// The last units from u0 on of a weight [4H, K], n of them, into panels of columns: [K][4n], zeros behind.
-template <class T>
-void pack_side_by_side(const T* weight, int64_t H, int64_t K, int64_t u0, T* out) {
-  constexpr int64_t W = kWidth<T>, W2 = kPanel<T>;
-  const int64_t n = H - u0, padded = (4 * n + W - 1) / W * W;
-  for (int64_t k0 = 0; k0 < K; k0 += kColumns<T>) {
-    const int64_t k1 = std::min(k0 + kColumns<T>, K);
-    for (int64_t j = 0; j < padded; ++j) {
-      const T* row = j < 4 * n ? weight + (j / n * H + u0 + j % n) * K : nullptr;
-      T* to = out + j / W2 * K * W2 + j % W2;
-      for (int64_t k = k0; k < k1; ++k) to[k * W2] = row ? row[k] : T(0);
-    }
-  }
-}
-
-// Units [u0, u0 + W) of a weight [4H, K] into out [2][K][2][W]; from H on the last unit again, for results
-// that nobody reads. Side by side where gate_gap says so.
-template <class T>
-void pack_block(const T* weight, int64_t H, int64_t K, int64_t u0, T* out) {
-  constexpr int64_t W = kWidth<T>, W2 = kPanel<T>;
-  if (gate_gap<T>(H, u0) < W) return pack_side_by_side(weight, H, K, u0, out);
-  for (int64_t k0 = 0; k0 < K; k0 += kColumns<T>)
-    for (int64_t gate = 0; gate < 4; ++gate) {
-      const T* row[W];
-      for (int64_t u = 0; u < W; ++u) row[u] = weight + (gate * H + std::min(u0 + u, H - 1)) * K;
-      T* to = out + gate / 2 * K * W2 + gate % 2 * W;
-      // Rows too short for hardware prefetching: the next gate's, of this block or the next.
-      if (k0 == 0 && K * sizeof(T) <= 512) {
-        const int64_t from = (gate < 3 ? (gate + 1) * H + u0 : std::min(u0 + W, H - 1)) * K;
-        const int64_t to_read = std::min(W * K, 4 * H * K - from);
-        for (int64_t i = 0; i < to_read; i += 64 / sizeof(T)) __builtin_prefetch(weight + from + i, 0, 3);
-      }
-      const int64_t k1 = std::min(k0 + kColumns<T>, K);
-      int64_t k = k0;
-      for (; k + W <= k1; k += W) {
-        Vec<T> block[W];
-#pragma GCC unroll 16
-        for (int64_t u = 0; u < W; ++u) block[u] = load(row[u] + k);
-        transpose<T>(block);
-#pragma GCC unroll 16
-        for (int64_t j = 0; j < W; ++j) store(to + (k + j) * W2, block[j]);
-      }
-      for (; k < k1; ++k)
-#pragma GCC unroll 16
-        for (int64_t u = 0; u < W; ++u) to[k * W2 + u] = row[u][k];
-    }
-}
-
-template <class T>
-void pack_forward(const T* weight, int64_t H, int64_t K, int64_t begin, int64_t end, T* packed) {
-  for (int64_t u = begin; u < end; u += kWidth<T>)
-    pack_block(weight, H, K, u, packed + u / kWidth<T> * K * kGateBlock<T>);
-}
 
 // Rows of a unit block that are kept of it.
 inline int64_t ahead_rows(int64_t N) { return N <= kOnceRows ? N : kAheadRows; }
