@@ -22,16 +22,17 @@ int64_t chunk_steps(const LayerSizes& s, int64_t size, int64_t rows, int64_t byt
 constexpr int64_t kDeep = 4096;
 
 // A weight's gradient dw [m, n], summed over N rows in chunks of at most `rows`: dgates [rows, m]^T times
-// states [rows, n]. Narrow ones are summed as their transpose, which MKL makes 1.1 to 2.3 times as fast for n
-// from 10 to 100, 1.06 to 1.2 times from 112 to 224, and no faster from n = 256 on. Transposing it at the end
-// takes what the N rows gain by it where they are few.
+// states [rows, n]. Narrow ones are summed as their transpose: MKL is 1.1 to 2.3 times as fast at it for n from
+// 10 to 100, 1.06 to 1.2 times from 112 to 224, and no faster from n = 256 on. Transposing it at the end takes
+// what the N rows gain by it where they are few, except for the narrowest.
 class WeightGradient {
  public:
   WeightGradient(const at::Tensor& dw, int64_t rows, int64_t N) : dw_(dw), sum_(dw) {
     const bool matrix = dw.dim() == 2;  // no bias, and wanted
     if (!matrix) return;
-    const int64_t n = dw.size(1), least = n <= 64 ? 0 : n <= 112 ? 1024 : n <= 224 ? 2048 : N + 1;
-    transposed_ = N >= least && dw.numel() * rows > kOwnProducts;
+    const int64_t n = dw.size(1);
+    const bool narrow = n <= 64 || (n <= 112 && N >= 1024) || (n <= 224 && N >= 2048);
+    transposed_ = narrow && dw.numel() * rows > kOwnProducts;
     if (transposed_) sum_ = new_empty({dw.size(1), dw.size(0)}, dw);
     if (dw.scalar_type() == at::kFloat && N > 4 * kDeep) total_ = at::zeros_like(sum_, at::kDouble);
   }
@@ -135,9 +136,10 @@ LayerGradients backward(const OptionalTensor& dy_in, const OptionalTensor& dh_n,
   const int64_t N = ragged.N();
   std::vector<Rows> rows;
   for (int64_t d = 0; d < D; ++d) rows.push_back(ragged.rows(d));
-  const Plan plan = make_plan(D, s.T, double(N) / s.T, 0, H, P, sizeof(T), kernel.unit_block);
+  const Plan plan = make_plan(kernel, D, s.T, double(N) / s.T, 0, H, P);
   const bool pack = s.proj() || packs_backward(N, B);
   const int64_t ld = kernel.padded_columns(P);
+  const int64_t packed_size = pack ? kernel.columns_packed_size(4 * H, P) : 0;
   const OptionalTensor dy = contiguous(dy_in), dcells = contiguous(dcells_in), h0 = contiguous(h0_in);
 
   const int64_t chunk = chunk_steps(s, sizeof(T), 1024, int64_t{4} << 20);
@@ -149,7 +151,7 @@ LayerGradients backward(const OptionalTensor& dy_in, const OptionalTensor& dh_n,
     dh_at.push_back(space.take(B * ld));
     dc_at.push_back(space.take(B * H));
     c0_at.push_back(space.take(B * H));
-    packed_at.push_back(space.take(pack ? kernel.columns_packed_size(4 * H, P) : 0));
+    packed_at.push_back(space.take(plan.copies * packed_size));
     hr_at.push_back(space.take(s.proj() ? kernel.columns_packed_size(P, H) : 0));
     dgates_at.push_back(space.take(chunk * B * 4 * H));
     dr_at.push_back(space.take(s.proj() ? chunk * B * P : 0));
@@ -234,8 +236,10 @@ LayerGradients backward(const OptionalTensor& dy_in, const OptionalTensor& dh_n,
       if (identity[d] && D == 1) args[d].dgates = dx_rows.mutable_data_ptr<T>() + args[d].base * s.I;
     }
     run_plan(plan, rows, H, kernel.unit_block, [&](int64_t d, const Member& me) {
-      if (pack && !add && plan.own_weights()) pack_hh(args[d], me.unit_begin, std::min(P, me.unit_end));
-      kernel.backward(args[d], me);
+      BackwardArgs<T> mine = args[d];
+      if (pack) mine.packed += plan.copy(me.index) * packed_size;
+      if (pack && !add && plan.own_weights()) pack_hh(mine, me.unit_begin, std::min(P, me.unit_end));
+      kernel.backward(mine, me);
     });
     for (int64_t d = 0; d < D; ++d) {
       const Span span(s, ragged, d, first, end - first);

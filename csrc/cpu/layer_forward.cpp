@@ -49,12 +49,15 @@ LayerResults forward(const at::Tensor& x, const OptionalTensor& h0, const Option
   const at::Tensor input = packed_input<T>(x, s, ragged);  // [N, I]
   std::vector<Rows> rows;
   for (int64_t d = 0; d < D; ++d) rows.push_back(ragged.rows(d));
-  const Plan plan = make_plan(D, s.T, double(N) / s.T, s.I, H, P, sizeof(T), kernel.unit_block);
+  const Plan plan = make_plan(kernel, D, s.T, double(N) / s.T, s.I, H, P);
   // Packing whole weights pays where they are read again and again; see GateWeight.
   const bool direct_ih = N <= kDirectRows,
              direct_hh = direct_ih || reads_as_stored(N, B, 4 * H * P * sizeof(T));
   const bool once = s.T == 1 && (!s.proj() || N <= kRowGroup);
   const bool pack_ih = !once && N > kOnceRows, pack_hh = !once && !direct_hh;
+
+  const int64_t ih_size = pack_ih ? kernel.forward_packed_size(H, s.I) : 0,
+                hh_size = pack_hh ? kernel.forward_packed_size(H, P) : 0;
 
   Workspace<T> space;
   std::vector<int64_t> h_at, c_at, bias_at, ih_at, hh_at, hr_at;
@@ -62,8 +65,8 @@ LayerResults forward(const at::Tensor& x, const OptionalTensor& h0, const Option
     h_at.push_back(space.take(2 * B * P));
     c_at.push_back(space.take(B * H));
     bias_at.push_back(space.take(4 * H));
-    ih_at.push_back(space.take(pack_ih ? kernel.forward_packed_size(H, s.I) : 0));
-    hh_at.push_back(space.take(pack_hh ? kernel.forward_packed_size(H, P) : 0));
+    ih_at.push_back(space.take(plan.copies * ih_size));
+    hh_at.push_back(space.take(plan.copies * hh_size));
     hr_at.push_back(space.take(s.proj() ? kernel.columns_packed_size(H, P) : 0));
   }
   const int64_t scratch_at = space.take(plan.threads() * kernel.forward_scratch(N, s.I, H, P));
@@ -111,8 +114,11 @@ LayerResults forward(const at::Tensor& x, const OptionalTensor& h0, const Option
                  [&](int64_t begin, int64_t end) { pack_forward(args[d], begin, end); });
   }
   run_plan(plan, rows, H, kernel.unit_block, [&](int64_t d, const Member& me) {
-    if (plan.own_weights()) pack_forward(args[d], me.unit_begin, me.unit_end);
-    kernel.forward(args[d], me);
+    ForwardArgs<T> mine = args[d];
+    if (pack_ih) mine.ih.packed += plan.copy(me.index) * ih_size;
+    if (pack_hh) mine.hh.packed += plan.copy(me.index) * hh_size;
+    if (plan.own_weights()) pack_forward(mine, me.unit_begin, me.unit_end);
+    kernel.forward(mine, me);
   });
 
   for (int64_t d = 0; d < D; ++d)

@@ -5,20 +5,22 @@
 #include <c10/core/CPUAllocator.h>
 
 #include <algorithm>
+#include <atomic>
 #include <cstring>
-#include <list>
+#include <map>
 #include <memory>
 #include <mutex>
+#include <utility>
 
 namespace fastlstm {
 namespace {
 
-constexpr size_t kLeast = size_t{1} << 20;  // smaller ones malloc itself keeps
+constexpr size_t kLeast = size_t{1} << 18;  // smaller ones malloc itself keeps
 constexpr size_t kMost = size_t{1} << 29;   // bytes kept idle
 
-// A block is handed out again for a request of 4/5 to all of its size. What finds no block takes the place of
-// idle ones, the oldest first, where memory in use and idle together would exceed by an eighth the most that
-// was in use at once: forward's workspace and backward's never are, and must not drive each other out.
+// A block is handed out again for a request of 4/5 to all of its size. Idle blocks go, the oldest first, where
+// memory in use and idle together would exceed by an eighth the most that was ever in use at once: forward's
+// workspace and backward's are never in use together, and must not drive each other out.
 class Recycler final : public c10::Allocator {
  public:
   static Recycler& get() {
@@ -28,12 +30,8 @@ class Recycler final : public c10::Allocator {
 
   c10::DataPtr allocate(size_t bytes) override {
     std::unique_ptr<Block> block = take(bytes);
-    if (!block) {
-      block = std::make_unique<Block>();
-      block->bytes = bytes;
-      block->counted = count(bytes);
-      block->memory = c10::GetCPUAllocator()->allocate(bytes);
-    }
+    if (!block) block = std::make_unique<Block>(Block{bytes, fresh(bytes)});
+    in_use_ += block->bytes;
     void* data = block->memory.get();
     return {data, block.release(), &give_back, c10::Device(c10::kCPU)};
   }
@@ -45,58 +43,78 @@ class Recycler final : public c10::Allocator {
  private:
   struct Block {
     size_t bytes;
-    bool counted;  // in in_use_
     c10::DataPtr memory;
   };
+  using Idle = std::map<std::pair<size_t, uint64_t>, std::unique_ptr<Block>>;  // by bytes, then turn
+
+  // A lock held by nobody alive, after a fork, must not stop the child: it goes without, like who comes while
+  // another thread has it.
+  std::unique_lock<std::mutex> lock() { return {mutex_, std::try_to_lock}; }
 
   std::unique_ptr<Block> take(size_t bytes) {
-    // A lock held by nobody alive, after a fork, must not stop the child: it goes without.
-    const std::unique_lock<std::mutex> lock(mutex_, std::try_to_lock);
-    if (!lock) return nullptr;
-    auto best = idle_.end();
-    for (auto it = idle_.begin(); it != idle_.end(); ++it)
-      if ((*it)->bytes >= bytes && (*it)->bytes <= bytes + bytes / 4 &&
-          (best == idle_.end() || (*it)->bytes < (*best)->bytes))
-        best = it;
-    if (best == idle_.end()) return nullptr;
-    std::unique_ptr<Block> found = std::move(*best);
-    idle_bytes_ -= found->bytes;
-    in_use_ += found->bytes;
-    found->counted = true;
-    idle_.erase(best);
-    return found;
+    const auto locked = lock();
+    if (!locked) return nullptr;
+    const auto found = idle_.lower_bound({bytes, 0});
+    if (found == idle_.end() || found->first.first > bytes + bytes / 4) {
+      trim(bytes);
+      return nullptr;
+    }
+    return remove(found);
   }
 
-  // Makes room for a new block.
-  bool count(size_t bytes) {
-    const std::unique_lock<std::mutex> lock(mutex_, std::try_to_lock);
-    if (!lock) return false;
-    in_use_ += bytes;
-    most_in_use_ = std::max(most_in_use_, in_use_);
-    while (in_use_ + idle_bytes_ > most_in_use_ + most_in_use_ / 8 && !idle_.empty()) drop_oldest();
-    return true;
+  c10::DataPtr fresh(size_t bytes) {
+    try {
+      return c10::GetCPUAllocator()->allocate(bytes);
+    } catch (const c10::Error&) {
+      {
+        const auto locked = lock();
+        if (!locked) throw;
+        drop(0);
+      }
+      return c10::GetCPUAllocator()->allocate(bytes);
+    }
   }
 
   static void give_back(void* context) {
     std::unique_ptr<Block> block(static_cast<Block*>(context));
     Recycler& self = get();
-    const std::unique_lock<std::mutex> lock(self.mutex_, std::try_to_lock);
-    if (!lock) return;
-    if (block->counted) self.in_use_ -= block->bytes;
+    const size_t used = self.in_use_.fetch_sub(block->bytes);
+    const auto locked = self.lock();
+    if (!locked) return;
+    self.most_in_use_ = std::max(self.most_in_use_, used);
     if (block->bytes < kLeast || block->bytes > kMost) return;
     self.idle_bytes_ += block->bytes;
-    self.idle_.push_back(std::move(block));
-    while (self.idle_bytes_ > kMost) self.drop_oldest();
+    const uint64_t turn = --self.turn_;
+    self.sizes_.emplace(turn, block->bytes);
+    self.idle_.emplace(std::pair(block->bytes, turn), std::move(block));
+    self.trim(0);
   }
 
-  void drop_oldest() {
-    idle_bytes_ -= idle_.front()->bytes;
-    idle_.pop_front();
+  // Drops what may not stay idle once so many bytes more are in use.
+  void trim(size_t more) {
+    const size_t use = in_use_ + more, most = std::max(most_in_use_, use);
+    drop(std::min(kMost, most + most / 8 - use));
+  }
+  void drop(size_t most_idle) {
+    while (idle_bytes_ > most_idle) {
+      const auto [turn, bytes] = *sizes_.rbegin();
+      remove(idle_.find({bytes, turn}));
+    }
+  }
+  std::unique_ptr<Block> remove(Idle::iterator it) {
+    std::unique_ptr<Block> block = std::move(it->second);
+    sizes_.erase(it->first.second);
+    idle_.erase(it);
+    idle_bytes_ -= block->bytes;
+    return block;
   }
 
-  std::mutex mutex_;
-  std::list<std::unique_ptr<Block>> idle_;
-  size_t idle_bytes_ = 0, in_use_ = 0, most_in_use_ = 0;
+  std::atomic<size_t> in_use_ = 0;
+  std::mutex mutex_;  // of what follows
+  Idle idle_;
+  std::map<uint64_t, size_t> sizes_;  // of idle blocks, by turn
+  uint64_t turn_ = UINT64_MAX;        // falls, so that of equal blocks the last used, in cache, comes first
+  size_t idle_bytes_ = 0, most_in_use_ = 0;
 };
 
 // Whether torch fills what it allocates (torch.utils.deterministic.fill_uninitialized_memory).

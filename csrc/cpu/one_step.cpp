@@ -36,7 +36,7 @@ StepResults forward_of(const StepInputs& given, bool keep_reserve) {
   T* const gates = keep_reserve ? out.reserve.mutable_data_ptr<T>() : nullptr;
 
   const std::vector<Rows> rows = {rows_of(B)};
-  const Plan plan = make_plan(1, 1, double(B), I, H, H, sizeof(T), kernel.unit_block);
+  const Plan plan = make_plan(kernel, 1, 1, double(B), I, H, H);
   const bool direct = B <= kDirectRows;
 
   Workspace<T> space;
@@ -105,14 +105,15 @@ StepGradients backward_of(const at::Tensor& dh, const at::Tensor& dc, const Step
     }
 
   const std::vector<Rows> rows = {rows_of(B)};
-  Plan plan = make_plan(1, 1, double(B), 2 * I, H, 2 * H, sizeof(T), kernel.unit_block);
-  if (plan.split_units) plan = Plan{1};
+  // Twice the products of forward. Rows are split, as for any P that is not H.
+  const Plan plan = make_plan(kernel, 1, 1, double(B), 2 * I, H, 2 * H);
   const bool pack = packs_backward(B, B);
   const int64_t ld = kernel.padded_columns(H), widest = std::max(B, G);
   Workspace<T> space;
   const int64_t dh_at = space.take(B * ld), dc_at = space.take(B * H),
                 c0_at = space.take(in.c0.defined() ? 0 : B * H), dgates_at = space.take(B * G),
-                packed_at = space.take(pack ? kernel.columns_packed_size(G, H) : 0),
+                packed_size = pack ? kernel.columns_packed_size(G, H) : 0,
+                packed_at = space.take(plan.threads() * packed_size),
                 scratch_size = kernel.small_product_scratch(widest),
                 scratch_at = space.take(plan.threads() * scratch_size);
   space.allocate(in.x);
@@ -121,7 +122,6 @@ StepGradients backward_of(const at::Tensor& dh, const at::Tensor& dc, const Step
   std::fill_n(space.at(dh_at), B * ld, T(0));
   const T* c0 = data<T>(in.c0);
   if (!c0) copy_or_zero<T>(nullptr, B * H, space.at(c0_at)), c0 = space.at(c0_at);
-  if (pack) kernel.pack_columns(data<T>(in.w_hh), G, H, 1, 0, H, space.at(packed_at));
   T* dgates = space.at(dgates_at);
   const BackwardArgs<T> args = {rows[0],
                                 H,
@@ -151,7 +151,12 @@ StepGradients backward_of(const at::Tensor& dh, const at::Tensor& dc, const Step
   run_plan(plan, rows, H, kernel.unit_block, [&](int64_t, const Member& me) {
     T* scratch = space.at(scratch_at) + me.index * scratch_size;
     const int64_t r0 = me.row_begin, own = me.row_end - r0;
-    kernel.backward(args, me);
+    BackwardArgs<T> mine = args;
+    if (pack) {  // for itself: as fast as to fetch what another thread has packed
+      mine.packed += me.index * packed_size;
+      kernel.pack_columns(mine.w_hh, G, H, 1, 0, H, mine.packed);
+    }
+    kernel.backward(mine, me);
     if (to[0])
       kernel.small_product(
           {own, I, G, dgates + r0 * G, G, false, data<T>(in.w_ih), I, false, to[0] + r0 * I, I, scratch});

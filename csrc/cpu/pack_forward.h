@@ -17,6 +17,7 @@ FASTLSTM_INLINE int64_t gate_gap(int64_t H, int64_t u0) {
   constexpr int64_t W = kWidth<T>;
   return H - u0 <= 3 * W / 4 ? H - u0 : W;
 }
+
 template <class T>
 int64_t unit_blocks(int64_t H) {
   return (H + kWidth<T> - 1) / kWidth<T>;

@@ -11,6 +11,9 @@
 
 namespace fastlstm {
 
+// Weights of so many bytes a thread packs sooner than it can fetch them packed from another's cache.
+constexpr double kSmallWeights = 1 << 16;
+
 // The threads of a layer: per direction a number of members that split either the rows (and never meet) or
 // the units (and meet at a barrier in every step).
 struct Plan {
@@ -18,39 +21,43 @@ struct Plan {
   int members = 1;          // per direction
   bool concurrent = false;  // directions on threads of their own
   bool split_units = false;
+  int copies = 1;  // of a direction's packed weights
 
   int threads() const { return members * (concurrent ? static_cast<int>(D) : 1); }
-  // Whether each thread is the only one to read its weights: it then packs them, so that they lie in its
-  // cache.
-  bool own_weights() const { return split_units || (concurrent && members == 1); }
+  // Whether each thread is the only one to read its packed weights: it then packs them, so that they lie in
+  // its cache.
+  bool own_weights() const { return split_units || copies > 1 || (concurrent && members == 1); }
+  // Which copy a member reads.
+  int64_t copy(int member) const { return copies > 1 ? member % members : 0; }
 };
 
 // From the sizes of a layer; `rows` is the mean number of rows a step has, I that of input features if the
-// members make x W_ih^T too, `size` that of an element.
-inline Plan make_plan(int64_t D, int64_t T, double rows, int64_t I, int64_t H, int64_t P, int64_t size,
-                      int64_t unit_block) {
+// members make x W_ih^T too.
+template <class E>
+Plan make_plan(const Kernels<E>& kernel, int64_t D, int64_t T, double rows, int64_t I, int64_t H, int64_t P) {
   // A step's multiply-adds; a fork and join cost about what 5e5 of them take, a barrier 1e4. A single row
   // waits for its weights, from the L2 or, in a single step, from where the last call left them.
-  const int64_t width = unit_block / 2, units = (H + width - 1) / width * width;  // of whole vectors
-  const double step = std::max(rows, T == 1 ? 4.0 : 1.5) * 4 * units * (I + P + 16);
+  const int64_t units = (H + kernel.width - 1) / kernel.width * kernel.width;  // of whole vectors
+  const double step = std::max(rows, T == 1 ? 4.0 : 2.0) * 4 * units * (I + P + 16);
   Plan plan{D};
   const int available = at::in_parallel_region() ? 1 : at::get_num_threads();
   if (available == 1 || step * T * D < 1e6) return plan;
   plan.concurrent = D == 2;
   const int most = available / (plan.concurrent ? 2 : 1);
   if (most <= 1) return plan;
-  const double weights = 4.0 * H * (I + P) * size;
+  const double weights = 4.0 * H * (I + P) * sizeof(E);
   // Splitting rows reads all weights in every thread: fine while they stay in its L2 and each has some rows
   // for them, fewer if they are at most 64 KiB. In a single step each thread packs them for itself, for which
   // it must have several tiles.
-  const int least_rows = T == 1 || weights > (1 << 20) ? 24 : weights > (1 << 16) ? 4 : 2;
+  const int least_rows = T == 1 || weights > (1 << 20) ? 24 : weights > kSmallWeights ? 4 : 2;
   const bool rows_fit = rows / most >= least_rows && (T > 1 || weights <= (1 << 20));
   if (P != H || rows_fit) {
     plan.members = static_cast<int>(std::max(1.0, std::min<double>(most, rows)));
+    if (weights <= kSmallWeights) plan.copies = plan.members;
     return plan;
   }
   if (step >= 6e4) {
-    plan.members = static_cast<int>(std::min<int64_t>(most, std::max<int64_t>(1, H / unit_block)));
+    plan.members = static_cast<int>(std::min<int64_t>(most, std::max<int64_t>(1, H / kernel.unit_block)));
     plan.split_units = plan.members > 1;
   }
   return plan;
