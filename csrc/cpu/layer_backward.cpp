@@ -22,9 +22,9 @@ int64_t chunk_steps(const LayerSizes& s, int64_t size, int64_t rows, int64_t byt
 constexpr int64_t kDeep = 4096;
 
 // A weight's gradient dw [m, n], summed over N rows in chunks of at most `rows`: dgates [rows, m]^T times
-// states [rows, n]. Narrow ones are summed as their transpose: MKL is 1.1 to 2.3 times as fast at it for n from
-// 10 to 100, 1.06 to 1.2 times from 112 to 224, and no faster from n = 256 on. Transposing it at the end takes
-// what the N rows gain by it where they are few, except for the narrowest.
+// states [rows, n]. Narrow ones are summed as their transpose: MKL is 1.1 to 2.3 times as fast at it for n
+// from 10 to 100, 1.06 to 1.2 times from 112 to 224, and no faster from n = 256 on. Transposing it at the end
+// takes what the N rows gain by it where they are few, except for the narrowest.
 class WeightGradient {
  public:
   WeightGradient(const at::Tensor& dw, int64_t rows, int64_t N) : dw_(dw), sum_(dw) {

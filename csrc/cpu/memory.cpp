@@ -18,9 +18,9 @@ namespace {
 constexpr size_t kLeast = size_t{1} << 18;  // smaller ones malloc itself keeps
 constexpr size_t kMost = size_t{1} << 29;   // bytes kept idle
 
-// A block is handed out again for a request of 4/5 to all of its size. Idle blocks go, the oldest first, where
-// memory in use and idle together would exceed by an eighth the most that was ever in use at once: forward's
-// workspace and backward's are never in use together, and must not drive each other out.
+// A block is handed out again for a request of 4/5 to all of its size. Idle blocks go, the oldest first,
+// where memory in use and idle together would exceed by an eighth the most that was ever in use at once:
+// forward's workspace and backward's are never in use together, and must not drive each other out.
 class Recycler final : public c10::Allocator {
  public:
   static Recycler& get() {
