@@ -1,5 +1,7 @@
 // The module fastlstm._C. Its ops attach to the schemas that fastlstm/ops/register.py declares; what stands
 // here is for Python to ask what was built, and to call the forward op at less cost than a boxed call.
+#include <ATen/PythonTorchFunctionTLS.h>
+#include <ATen/autocast_mode.h>
 #include <torch/csrc/autograd/python_variable.h>
 #include <torch/extension.h>
 
@@ -63,21 +65,53 @@ std::optional<LayerResults> layer(const at::Tensor& x, const OptionalTensor& h0,
   return op.call(x, h0, c0, weights, lengths, reset_mask, keep_cells, keep_reserve);
 }
 
+// Whether something stands between a call and its tensors that only Python knows of, or that changes what the
+// op is given: autocast, a transform of torch.func, a __torch_function__ mode.
+bool interposed() {
+  return at::autocast::is_autocast_enabled(at::kCPU) || at::impl::torch_function_mode_enabled() ||
+         c10::impl::tls_local_dispatch_key_set().included_.has(
+             c10::DispatchKey::FuncTorchDynamicLayerFrontMode);
+}
+
+// Tensors of a Python call, as long as each is a torch.Tensor or Parameter itself, no subclass, and has no
+// tangent of forward-mode AD; else `plain` turns false, and the tensor is undefined.
+struct Plain {
+  bool plain = !interposed();
+
+  at::Tensor operator()(PyObject* object) {
+    if (!THPVariable_CheckTypeExact(Py_TYPE(object))) {
+      plain = false;
+      return {};
+    }
+    const at::Tensor& t = THPVariable_Unpack(object);
+    plain &= !t._fw_grad(/*level=*/0).defined();
+    return t;
+  }
+  // (h_0, c_0), both undefined for None.
+  std::pair<at::Tensor, at::Tensor> states(PyObject* hx) {
+    if (hx == Py_None) return {};
+    if (!PyTuple_Check(hx) || PyTuple_GET_SIZE(hx) != 2) {
+      plain = false;
+      return {};
+    }
+    return {(*this)(PyTuple_GET_ITEM(hx, 0)), (*this)(PyTuple_GET_ITEM(hx, 1))};
+  }
+};
+
 // What torch.nn.LSTM returns, for a stack of layers with no lengths, resets or dropout; nothing where the
 // arguments do not fit together, which is for the checks in Python to say, or are not plain CPU tensors. In
 // Python these steps cost three times what a tiny layer does. hx: (h_0, c_0) or None; I, H, P: the module's
 // sizes.
 std::optional<std::tuple<at::Tensor, std::pair<at::Tensor, at::Tensor>>> stack(
-    const at::Tensor& input, const py::object& hx, const std::vector<at::Tensor>& weights, int64_t layers,
-    int64_t D, bool batch_first, int64_t I, int64_t H, int64_t P) {
-  const auto given = [](const py::handle& t) { return THPVariable_Check(t.ptr()); };
-  at::Tensor h0, c0;
-  if (!hx.is_none()) {
-    if (!py::isinstance<py::tuple>(hx)) return {};
-    const auto states = hx.cast<py::tuple>();
-    if (states.size() != 2 || !given(states[0]) || !given(states[1])) return {};
-    h0 = states[0].cast<at::Tensor>(), c0 = states[1].cast<at::Tensor>();
-  }
+    const py::handle& given, const py::handle& hx, const py::list& given_weights, int64_t layers, int64_t D,
+    bool batch_first, int64_t I, int64_t H, int64_t P) {
+  Plain tensor;
+  const at::Tensor input = tensor(given.ptr());
+  const auto [h0, c0] = tensor.states(hx.ptr());
+  std::vector<at::Tensor> weights;
+  weights.reserve(given_weights.size());
+  for (const py::handle& w : given_weights) weights.push_back(tensor(w.ptr()));
+  if (!tensor.plain) return {};
   const auto fits = [&](const at::Tensor& t, int64_t dim) {
     return t.device().is_cpu() && t.scalar_type() == input.scalar_type() && t.dim() == dim;
   };
@@ -118,29 +152,22 @@ std::optional<std::tuple<at::Tensor, std::pair<at::Tensor, at::Tensor>>> stack(
            layers == 1 ? std::pair(h_n[0], c_n[0]) : std::pair(at::cat(h_n), at::cat(c_n))}};
 }
 
-// (h, c) of an LSTMCell, or None where its arguments are for the checks in Python to look at: tensors, hx a
-// tuple of two or None, the biases both given or None.
+// (h, c) of an LSTMCell, or None where its arguments are for the checks in Python to look at: plain tensors,
+// hx a tuple of two or None, the biases both given or None.
 py::object cell(const py::handle& input, const py::handle& hx, const py::handle& w_ih, const py::handle& w_hh,
                 const py::handle& bias_ih, const py::handle& bias_hh) {
-  bool fits = true;
-  const auto tensor = [&](PyObject* t) {
-    if (THPVariable_Check(t)) return THPVariable_Unpack(t);
-    fits = false;
-    return at::Tensor();
-  };
+  Plain tensor;
   StepInputs in;
   in.x = tensor(input.ptr()), in.w_ih = tensor(w_ih.ptr()), in.w_hh = tensor(w_hh.ptr());
   if (!bias_ih.is_none() || !bias_hh.is_none())
     in.bias_ih = tensor(bias_ih.ptr()), in.bias_hh = tensor(bias_hh.ptr());
-  if (!hx.is_none()) {
-    if (!PyTuple_Check(hx.ptr()) || PyTuple_GET_SIZE(hx.ptr()) != 2) return py::none();
-    in.h0 = tensor(PyTuple_GET_ITEM(hx.ptr(), 0)), in.c0 = tensor(PyTuple_GET_ITEM(hx.ptr(), 1));
-  }
-  if (!fits) return py::none();
+  std::tie(in.h0, in.c0) = tensor.states(hx.ptr());
+  if (!tensor.plain) return py::none();
   at::Tensor h, c;
+  bool fits = true;
   {
     py::gil_scoped_release release;
-    if (!cell_step(in, h, c)) fits = false;
+    fits = cell_step(in, h, c);
   }
   return fits ? py::object(py::make_tuple(std::move(h), std::move(c))) : py::none();
 }

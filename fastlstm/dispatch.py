@@ -6,11 +6,11 @@ The choice rests on device, dtype and sizes of the weights, never on T or B, so 
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
 from types import TracebackType
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
 from . import reference, transforms
 from .backends import BACKENDS, native
@@ -114,7 +114,7 @@ _chosen: dict[tuple[object, ...], str] = {}
 
 
 def _choose(x: Tensor, weights: list[Tensor], lengths: Tensor | None, reset_mask: Tensor | None) -> str:
-    if torch.compiler.is_compiling():
+    if is_compiling():
         return select(describe(x, weights, lengths, reset_mask))
     w_ih, w_hh = weights[0], weights[1]
     # The last weight's dim tells four weights with biases from four of two directions.
@@ -155,7 +155,7 @@ def layer(
     if name == "reference" or _transforming():
         check(x, h0, c0, weights, lengths, reset_mask)
         # Under torch.compile the reference's ops are what a graph can hold and fuse.
-        if name == "reference" or torch.compiler.is_compiling() or transforms.plain_ops_only():
+        if name == "reference" or is_compiling() or transforms.plain_ops_only():
             return reference.layer(x, h0, c0, weights, lengths, reset_mask)
         return transforms.layer(name, x, h0, c0, weights, lengths, reset_mask, keep_cells)
     keep_reserve = torch.is_grad_enabled() and _any_requires_grad(x, h0, c0, weights)
@@ -163,16 +163,14 @@ def layer(
     if (
         recompute
         and keep_reserve
-        and (torch.compiler.is_compiling() or isinstance(x.shape[0], torch.SymInt) or x.shape[0] > recompute)
+        and (is_compiling() or isinstance(x.shape[0], torch.SymInt) or x.shape[0] > recompute)
     ):
         op = torch.ops.fastlstm.recomputed_layer.default
         y, h_n, c_n, cells, _, _ = op(name, recompute, x, h0, c0, weights, lengths, reset_mask, keep_cells)
         return y, h_n, c_n, cells
     found = None
     # The shortcut around the boxed call sees no __torch_function__, of a subclass or a mode.
-    if name == "native" and not (
-        torch.compiler.is_compiling() or torch.overrides.has_torch_function((x, h0, c0, *weights))
-    ):
+    if name == "native" and not (is_compiling() or torch.overrides.has_torch_function((x, h0, c0, *weights))):
         layer_op = native.extension.layer  # type: ignore[union-attr]
         found = layer_op(x, h0, c0, weights, lengths, reset_mask, keep_cells, keep_reserve)
         if found is None:
@@ -191,18 +189,20 @@ def stack(
     num_layers: int,
     bidirectional: bool,
     batch_first: bool,
-    sizes: tuple[int, int, int],
+    I: int,  # noqa: E741
+    H: int,
+    P: int,
 ) -> tuple[Tensor, tuple[Tensor, Tensor]] | None:
     """All of a torch.nn.LSTM call in one call into the native extension, or None where something is to be looked at.
 
-    For CPU tensors without lengths, resets, dropout, autocast or a transform: a tiny call would spend most of its time
-    in Python otherwise. Results and errors are those of functional.lstm and `layer`, which serve everything else.
-    `sizes` are the module's I, H and P.
+    For plain CPU tensors without lengths, resets, dropout, autocast or a transform: a tiny call would spend most of its
+    time in Python otherwise. Results and errors are those of functional.lstm and `layer`, which serve everything else.
+    I, H and P are the module's.
     """
-    if not isinstance(input, Tensor) or not _plain(input, hx, weights):
+    if not _extension_may_run():
         return None
     D = 2 if bidirectional else 1
-    return native.extension.stack(input, hx, weights, num_layers, D, batch_first, *sizes)  # type: ignore[union-attr]
+    return native.extension.stack(input, hx, weights, num_layers, D, batch_first, I, H, P)  # type: ignore[union-attr]
 
 
 def cell(
@@ -212,17 +212,9 @@ def cell(
 
     `weights` are weight_ih, weight_hh, bias_ih and bias_hh.
     """
-    return native.extension.cell(input, hx, *weights) if _plain(input, hx, weights) else None  # type: ignore[union-attr]
+    return native.extension.cell(input, hx, *weights) if _extension_may_run() else None  # type: ignore[union-attr]
 
 
-def _plain(input: Tensor, hx: object, weights: Sequence[Tensor | None]) -> bool:
-    """Whether the extension may be asked to run a call without a look at it: no compiler, transform or autocast."""
-    return not (
-        torch.compiler.is_compiling()
-        or native.extension is None
-        or _requested not in ("auto", "native")
-        or not (hx is None or isinstance(hx, tuple))
-        or torch._C._is_any_autocast_enabled()
-        or _transforming()
-        or torch.overrides.has_torch_function((input, *(hx or ()), *weights))
-    )
+def _extension_may_run() -> bool:
+    """Whether the extension may be asked for a whole call; it refuses what is not plain by itself."""
+    return not (is_compiling() or native.extension is None or _requested not in ("auto", "native"))

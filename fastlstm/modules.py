@@ -94,8 +94,11 @@ class LSTM(nn.RNNBase):
         drops = self.num_layers > 1 and self.training and self.dropout > 0
         general = drops or return_cell_states or self.recompute is not False
         if lengths is None and reset_mask is None and not general:
-            sizes = (self.input_size, self.hidden_size, self.proj_size or self.hidden_size)
-            result = dispatch.stack(input, hx, weights, self.num_layers, self.bidirectional, self.batch_first, sizes)
+            H = self.hidden_size
+            result = dispatch.stack(
+                input, hx, weights, self.num_layers, self.bidirectional, self.batch_first,
+                self.input_size, H, self.proj_size or H,
+            )  # fmt: skip
             if result is not None:
                 return result
         if input.dim() not in (2, 3):

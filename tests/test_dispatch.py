@@ -10,7 +10,9 @@ import types
 import pytest
 import torch
 from torch import nn
+from torch.autograd import forward_ad
 from torch.nn.utils.rnn import pack_padded_sequence
+from torch.overrides import TorchFunctionMode
 
 import fastlstm
 from fastlstm import backends, dispatch
@@ -51,13 +53,32 @@ def test_named_backend_runs_the_call(backend, asked):
     assert [name for name, _ in asked] == [backend, backend]
 
 
+class Subclass(torch.Tensor):
+    pass
+
+
+class Mode(TorchFunctionMode):
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        return function(*args, **(kwargs or {}))
+
+
+def interposed(x):
+    """x as only Python knows it, in turn: of a class with a __torch_function__, under a mode, with a tangent."""
+    yield x.as_subclass(Subclass)
+    with Mode():
+        yield x
+    with forward_ad.dual_level():
+        yield forward_ad.make_dual(x, torch.ones_like(x))
+
+
 def test_the_shortcut_is_for_what_native_would_run(monkeypatch):
     """Around the layers' choices, in the extension: only where each of them would be native."""
     if backends.native.extension is None:
         pytest.skip("the extension is not built")
     lstm, x = fastlstm.LSTM(3, 4, 2), torch.rand(5, 2, 3)
     weights = lstm.current_weights()
-    arguments = (x, None, weights, 2, False, False, (3, 4, 4))
+    layers = (2, False, False)
+    arguments = (x, None, weights, *layers, 3, 4, 4)
     taken = {}
     for name in dispatch.NAMES:
         with fastlstm.use_backend(name):
@@ -69,13 +90,17 @@ def test_the_shortcut_is_for_what_native_would_run(monkeypatch):
     for hx in ((h0[:1], h0), (h0, h0.double()), (h0,), (h0, None), [h0, h0], h0):
         assert dispatch.stack(x, hx, *arguments[2:]) is None
     for sizes in ((2, 4, 4), (3, 5, 5), (3, 4, 2)):
-        assert dispatch.stack(*arguments[:-1], sizes) is None
+        assert dispatch.stack(*arguments[:-3], *sizes) is None
     for other in (x[0], x.double(), x[..., :2], x[:0], x.to("meta"), x.long(), [1.0]):
         assert dispatch.stack(other, *arguments[1:]) is None
     torch.func.vmap(lambda x: taken.update(vmap=dispatch.stack(x, *arguments[1:])) or x)(x[None])
     assert taken["vmap"] is None
     with torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True) as mode:
         assert dispatch.stack(mode.from_tensor(x), *arguments[1:]) is None
+    for own in interposed(x):
+        assert dispatch.stack(own, *arguments[1:]) is None
+    assert dispatch.stack(x, None, [*weights[:-1], weights[-1].detach().as_subclass(Subclass)], *arguments[3:]) is None
+    assert dispatch.stack(*arguments) is not None
     monkeypatch.setattr(backends.native, "extension", None)
     assert dispatch.stack(*arguments) is None
 
@@ -95,6 +120,8 @@ def test_the_shortcut_of_a_cell(monkeypatch):
         assert dispatch.cell(x, None, weights) is None
     for hx in ((h[:1], h), (h, h.double()), (h,), (h, None), [h, h], h, (h[0], h[0]), (h.to("meta"), h)):
         assert dispatch.cell(x, hx, weights) is None
+    for own in interposed(x):
+        assert dispatch.cell(own, None, weights) is None
     for other in (x[None], x.double(), x.bfloat16(), x[:, :2], x[:0], x.to("meta"), x.long(), x.to_sparse(), 1.0):
         assert dispatch.cell(other, None, weights) is None
     assert dispatch.cell(x, None, (*weights[:3], None)) is None

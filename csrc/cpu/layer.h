@@ -4,6 +4,7 @@
 #include <ATen/Parallel.h>
 
 #include <algorithm>
+#include <array>
 #include <functional>
 #include <vector>
 
@@ -32,6 +33,9 @@ LayerGradients backward(const OptionalTensor& dy_in, const OptionalTensor& dh_n,
 bool bf16_serves(const LayerSizes& s, at::ScalarType dtype);
 LayerForward forward_bf16;
 LayerBackward backward_bf16;
+
+// Where each direction's part lies in a Workspace.
+using PerDirection = std::array<int64_t, 2>;
 
 // One allocation cut into parts aligned to 64 bytes: take() what is needed, then allocate(), then resolve
 // with at().
@@ -105,10 +109,10 @@ void sum_biases(const at::Tensor& bias_ih, const at::Tensor& bias_hh, int64_t H,
 
 inline OptionalTensor contiguous(const OptionalTensor& t) { return t ? OptionalTensor(t->contiguous()) : t; }
 
-// x [T, B, I] as its N packed rows; the padding is never read.
+// x [T, B, I] as its N packed rows, one after the other; the padding is never read.
 template <class T>
 at::Tensor packed_input(const at::Tensor& x, const LayerSizes& s, const Ragged& ragged) {
-  const at::Tensor rows = x.contiguous().view({s.rows(), s.I});
+  const at::Tensor rows = x.contiguous();
   if (!ragged.ragged()) return rows;
   at::Tensor packed = new_empty({ragged.N(), s.I}, x);
   const T* from = rows.const_data_ptr<T>();

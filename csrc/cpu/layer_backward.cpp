@@ -146,16 +146,16 @@ LayerGradients backward(const OptionalTensor& dy_in, const OptionalTensor& dh_n,
 
   const auto need_hr = [&](int64_t d) { return s.proj() && needs[3 + (d + 1) * s.per_direction - 1]; };
   Workspace<T> space;
-  std::vector<int64_t> dh_at, dc_at, c0_at, packed_at, hr_at, dgates_at, dr_at, hidden_at;
+  PerDirection dh_at, dc_at, c0_at, packed_at, hr_at, dgates_at, dr_at, hidden_at;
   for (int64_t d = 0; d < D; ++d) {
-    dh_at.push_back(space.take(B * ld));
-    dc_at.push_back(space.take(B * H));
-    c0_at.push_back(space.take(B * H));
-    packed_at.push_back(space.take(plan.copies * packed_size));
-    hr_at.push_back(space.take(s.proj() ? kernel.columns_packed_size(P, H) : 0));
-    dgates_at.push_back(space.take(chunk * B * 4 * H));
-    dr_at.push_back(space.take(s.proj() ? chunk * B * P : 0));
-    hidden_at.push_back(space.take(need_hr(d) ? chunk * B * H : 0));
+    dh_at[d] = space.take(B * ld);
+    dc_at[d] = space.take(B * H);
+    c0_at[d] = space.take(B * H);
+    packed_at[d] = space.take(plan.copies * packed_size);
+    hr_at[d] = space.take(s.proj() ? kernel.columns_packed_size(P, H) : 0);
+    dgates_at[d] = space.take(chunk * B * 4 * H);
+    dr_at[d] = space.take(s.proj() ? chunk * B * P : 0);
+    hidden_at[d] = space.take(need_hr(d) ? chunk * B * H : 0);
   }
   const int64_t scratch_at = space.take(plan.threads() * kernel.backward_scratch(H, P));
   space.allocate(x);
@@ -214,9 +214,8 @@ LayerGradients backward(const OptionalTensor& dy_in, const OptionalTensor& dh_n,
   }
   const at::Tensor input = need_input ? packed_input<T>(x, s, ragged) : at::Tensor();
   // Both directions add to dx, each from its own end.
-  const at::Tensor dx_rows = !needs[0] ? at::Tensor()
-                             : D == 1  ? new_empty({N, s.I}, x)
-                                       : new_zeros({N, s.I}, x);
+  const std::vector<int64_t> sizes = ragged.ragged() ? std::vector{N, s.I} : x.sizes().vec();
+  const at::Tensor dx_rows = !needs[0] ? none() : D == 1 ? new_empty(sizes, x) : new_zeros(sizes, x);
   std::vector<at::Tensor> w_ih, states(D);
   std::vector<bool> identity;
   for (int64_t d = 0; d < D; ++d) {
@@ -266,22 +265,19 @@ LayerGradients backward(const OptionalTensor& dy_in, const OptionalTensor& dh_n,
   }
   for (WeightGradient& gradient : gradients) gradient.finish();
   for (int64_t at = 0; s.bias && at < D * s.per_direction; at += s.per_direction)
-    if (needs[3 + at + 2] && needs[3 + at + 3]) dweights[at + 3].copy_(dweights[at + 2]);
+    if (needs[3 + at + 2] && needs[3 + at + 3])
+      std::copy_n(dweights[at + 2].const_data_ptr<T>(), 4 * H, dweights[at + 3].mutable_data_ptr<T>());
 
-  at::Tensor dx = none();
-  if (needs[0]) {
-    if (!ragged.ragged()) {
-      dx = dx_rows.view({s.T, B, s.I});
-    } else {
-      dx = new_zeros({s.T, B, s.I}, x);
-      const T* from = dx_rows.const_data_ptr<T>();
-      T* to = dx.mutable_data_ptr<T>();
-      ragged.for_each_row([&](int64_t packed_row, int64_t row, int64_t, int64_t) {
-        std::copy_n(from + packed_row * s.I, s.I, to + row * s.I);
-      });
-    }
+  at::Tensor dx = dx_rows;
+  if (needs[0] && ragged.ragged()) {
+    dx = new_zeros({s.T, B, s.I}, x);
+    const T* from = dx_rows.const_data_ptr<T>();
+    T* to = dx.mutable_data_ptr<T>();
+    ragged.for_each_row([&](int64_t packed_row, int64_t row, int64_t, int64_t) {
+      std::copy_n(from + packed_row * s.I, s.I, to + row * s.I);
+    });
   }
-  const auto state_gradient = [&](bool need, const std::vector<int64_t>& at, int64_t n, int64_t stride) {
+  const auto state_gradient = [&](bool need, const PerDirection& at, int64_t n, int64_t stride) {
     if (!need) return none();
     at::Tensor grad = new_empty({D, B, n}, x);
     for (int64_t d = 0; d < D; ++d)

@@ -245,7 +245,7 @@ LayerGradients backward_bf16(const OptionalTensor& dy_in, const OptionalTensor& 
                     dcells ? bits(*dcells) + d * H : nullptr, D * H, D * H, D * H, packed,
                     writable_bits(dgates[d]), floats.at(dh_at[d]), floats.at(dc_at[d]), floats.at(db_at[d])});
   }
-  const at::Tensor input = need_input ? packed_input<BFloat16>(x, s, ragged) : at::Tensor();
+  const at::Tensor input = need_input ? packed_input<BFloat16>(x, s, ragged).view({N, s.I}) : at::Tensor();
   const at::Tensor y_rows = y.view({s.rows(), D * H});
   // Both directions add to dx, each from its own end.
   at::Tensor dx = wanted(0, {N, s.I}, D == 2);

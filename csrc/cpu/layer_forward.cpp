@@ -60,14 +60,14 @@ LayerResults forward(const at::Tensor& x, const OptionalTensor& h0, const Option
                 hh_size = pack_hh ? kernel.forward_packed_size(H, P) : 0;
 
   Workspace<T> space;
-  std::vector<int64_t> h_at, c_at, bias_at, ih_at, hh_at, hr_at;
+  PerDirection h_at, c_at, bias_at, ih_at, hh_at, hr_at;
   for (int64_t d = 0; d < D; ++d) {
-    h_at.push_back(space.take(2 * B * P));
-    c_at.push_back(space.take(B * H));
-    bias_at.push_back(space.take(4 * H));
-    ih_at.push_back(space.take(plan.copies * ih_size));
-    hh_at.push_back(space.take(plan.copies * hh_size));
-    hr_at.push_back(space.take(s.proj() ? kernel.columns_packed_size(H, P) : 0));
+    h_at[d] = space.take(2 * B * P);
+    c_at[d] = space.take(B * H);
+    bias_at[d] = space.take(4 * H);
+    ih_at[d] = space.take(plan.copies * ih_size);
+    hh_at[d] = space.take(plan.copies * hh_size);
+    hr_at[d] = space.take(s.proj() ? kernel.columns_packed_size(H, P) : 0);
   }
   const int64_t scratch_at = space.take(plan.threads() * kernel.forward_scratch(N, s.I, H, P));
   space.allocate(x);
