@@ -111,15 +111,16 @@ std::optional<std::tuple<at::Tensor, std::pair<at::Tensor, at::Tensor>>> stack(
   std::vector<at::Tensor> weights;
   weights.reserve(given_weights.size());
   for (const py::handle& w : given_weights) weights.push_back(tensor(w.ptr()));
-  if (!tensor.plain) return {};
+  const int64_t n = layers > 0 ? static_cast<int64_t>(weights.size()) / layers : 0;
+  if (!tensor.plain || n < 2) return {};
   const auto fits = [&](const at::Tensor& t, int64_t dim) {
     return t.device().is_cpu() && t.scalar_type() == input.scalar_type() && t.dim() == dim;
   };
-  const int64_t n = static_cast<int64_t>(weights.size()) / layers;
   const at::ScalarType type = input.scalar_type();
   if (input.key_set().has(c10::DispatchKey::Python) || !fits(input, 3) || !fits(weights[0], 2) ||
       !fits(weights[1], 2) || input.size(2) != I || input.size(batch_first) == 0 ||
       weights[0].size(0) != 4 * H || weights[0].size(1) != I || weights[1].size(1) != P ||
+      n != D * LayerSizes::weights_per_direction(at::TensorList(weights), P != H) ||
       !(type == at::kFloat || type == at::kDouble || type == at::kBFloat16 || type == at::kHalf))
     return {};
   const int64_t B = input.size(!batch_first);

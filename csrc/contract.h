@@ -83,6 +83,10 @@ struct LayerSizes {
     read(x, weights, wrong);
     wrong.raise();
   }
+  // A bias is told by its dimension from the weights of the other direction.
+  static int64_t weights_per_direction(at::TensorList weights, bool proj) {
+    return 2 + 2 * (weights.size() > 2 && weights[2].dim() == 1) + proj;
+  }
   // Whether forward's arguments fit together: what the constructor and check_inputs() throw on.
   static bool fit(const at::Tensor& x, const OptionalTensor& h0, const OptionalTensor& c0,
                   at::TensorList weights, const OptionalTensor& lengths, const OptionalTensor& reset_mask) {
@@ -129,8 +133,8 @@ struct LayerSizes {
     T = x.size(0), B = x.size(1), I = x.size(2);
     wrong.unless(T > 0, "Expected sequence length to be larger than 0 in RNN");
     H = weights[0].size(0) / 4, P = weights[1].size(1);
-    bias = weights.size() > 2 && weights[2].dim() == 1;
-    per_direction = 2 + 2 * bias + (P != H);
+    per_direction = weights_per_direction(weights, P != H);
+    bias = per_direction > 3;
     D = static_cast<int64_t>(weights.size()) / per_direction;
     wrong.unless(D * per_direction == static_cast<int64_t>(weights.size()) && (D == 1 || D == 2),
                  "weights must be ", per_direction, " tensors for each of 1 or 2 directions, got ",

@@ -195,9 +195,9 @@ def stack(
 ) -> tuple[Tensor, tuple[Tensor, Tensor]] | None:
     """All of a torch.nn.LSTM call in one call into the native extension, or None where something is to be looked at.
 
-    For plain CPU tensors without lengths, resets, dropout, autocast or a transform: a tiny call would spend most of its
-    time in Python otherwise. Results and errors are those of functional.lstm and `layer`, which serve everything else.
-    I, H and P are the module's.
+    For plain CPU tensors without lengths, resets, dropout, autocast, a transform or a tangent: a tiny call would spend
+    most of its time in Python otherwise. Results and errors are those of functional.lstm and `layer`, which serve
+    everything else. I, H and P are the module's.
     """
     if not _extension_may_run():
         return None

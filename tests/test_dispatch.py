@@ -77,8 +77,7 @@ def test_the_shortcut_is_for_what_native_would_run(monkeypatch):
         pytest.skip("the extension is not built")
     lstm, x = fastlstm.LSTM(3, 4, 2), torch.rand(5, 2, 3)
     weights = lstm.current_weights()
-    layers = (2, False, False)
-    arguments = (x, None, weights, *layers, 3, 4, 4)
+    arguments = (x, None, weights, 2, False, False, 3, 4, 4)
     taken = {}
     for name in dispatch.NAMES:
         with fastlstm.use_backend(name):
@@ -97,9 +96,14 @@ def test_the_shortcut_is_for_what_native_would_run(monkeypatch):
     assert taken["vmap"] is None
     with torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True) as mode:
         assert dispatch.stack(mode.from_tensor(x), *arguments[1:]) is None
+    for changed in ((0, False, False), (1, False, False), (3, False, False), (2, True, False)):
+        assert dispatch.stack(x, None, weights, *changed, 3, 4, 4) is None
+    for missing in ([], weights[:1], weights[:4]):
+        assert dispatch.stack(x, None, missing, *arguments[3:]) is None
     for own in interposed(x):
         assert dispatch.stack(own, *arguments[1:]) is None
-    assert dispatch.stack(x, None, [*weights[:-1], weights[-1].detach().as_subclass(Subclass)], *arguments[3:]) is None
+    subclassed = [*weights[:-1], weights[-1].detach().as_subclass(Subclass)]
+    assert dispatch.stack(x, None, subclassed, *arguments[3:]) is None
     assert dispatch.stack(*arguments) is not None
     monkeypatch.setattr(backends.native, "extension", None)
     assert dispatch.stack(*arguments) is None

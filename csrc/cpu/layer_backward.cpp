@@ -237,7 +237,9 @@ LayerGradients backward(const OptionalTensor& dy_in, const OptionalTensor& dh_n,
     run_plan(plan, rows, H, kernel.unit_block, [&](int64_t d, const Member& me) {
       BackwardArgs<T> mine = args[d];
       if (pack) mine.packed += plan.copy(me.index) * packed_size;
-      if (pack && !add && plan.own_weights()) pack_hh(mine, me.unit_begin, std::min(P, me.unit_end));
+      // Once for all steps; a copy anew, since its thread may have been missing before.
+      if (pack && plan.own_weights() && (!add || plan.copies > 1))
+        pack_hh(mine, me.unit_begin, std::min(P, me.unit_end));
       kernel.backward(mine, me);
     });
     for (int64_t d = 0; d < D; ++d) {

@@ -14,6 +14,7 @@
 #include <map>
 #include <memory>
 #include <mutex>
+#include <new>
 #include <utility>
 
 namespace fastlstm {
@@ -102,10 +103,16 @@ class Recycler final : public c10::Allocator {
     if (!locked) return;
     self.most_in_use_ = std::max(self.most_in_use_, used);
     if (block->bytes < kLeast || block->bytes > kMost) return;
-    self.idle_bytes_ += block->bytes;
+    const size_t bytes = block->bytes;
     const uint64_t turn = --self.turn_;
-    self.sizes_.emplace(turn, block->bytes);
-    self.idle_.emplace(std::pair(block->bytes, turn), std::move(block));
+    try {
+      self.sizes_.emplace(turn, bytes);
+      self.idle_.emplace(std::pair(bytes, turn), std::move(block));
+    } catch (const std::bad_alloc&) {  // then this one goes
+      self.sizes_.erase(turn);
+      return;
+    }
+    self.idle_bytes_ += bytes;
     self.trim(0);
   }
 

@@ -110,11 +110,13 @@ StepGradients backward_of(const at::Tensor& dh, const at::Tensor& dc, const Step
   const bool pack = packs_backward(B, B);
   const int64_t ld = kernel.padded_columns(H), widest = std::max(B, G);
   Workspace<T> space;
+  const int64_t packed_size = pack ? kernel.columns_packed_size(G, H) : 0,
+                scratch_size = kernel.small_product_scratch(widest);
+  // Each thread packs for itself what it can pack as fast as fetch from another's cache.
+  const bool each_packs = packed_size * sizeof(T) <= (1 << 18);
   const int64_t dh_at = space.take(B * ld), dc_at = space.take(B * H),
                 c0_at = space.take(in.c0.defined() ? 0 : B * H), dgates_at = space.take(B * G),
-                packed_size = pack ? kernel.columns_packed_size(G, H) : 0,
-                packed_at = space.take(plan.threads() * packed_size),
-                scratch_size = kernel.small_product_scratch(widest),
+                packed_at = space.take((each_packs ? plan.threads() : 1) * packed_size),
                 scratch_at = space.take(plan.threads() * scratch_size);
   space.allocate(in.x);
   const at::Tensor dh_in = dh.defined() ? dh.contiguous() : dh, dc_in = dc.defined() ? dc.contiguous() : dc;
@@ -147,12 +149,13 @@ StepGradients backward_of(const at::Tensor& dh, const at::Tensor& dc, const Step
                                 space.at(dh_at),
                                 space.at(dc_at),
                                 nullptr};
+  if (!each_packs) kernel.pack_columns(args.w_hh, G, H, 1, 0, H, args.packed);
   Barrier barrier(plan.members);
   run_plan(plan, rows, H, kernel.unit_block, [&](int64_t, const Member& me) {
     T* scratch = space.at(scratch_at) + me.index * scratch_size;
     const int64_t r0 = me.row_begin, own = me.row_end - r0;
     BackwardArgs<T> mine = args;
-    if (pack) {  // for itself: as fast as to fetch what another thread has packed
+    if (pack && each_packs) {
       mine.packed += me.index * packed_size;
       kernel.pack_columns(mine.w_hh, G, H, 1, 0, H, mine.packed);
     }

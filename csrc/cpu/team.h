@@ -27,8 +27,8 @@ struct Plan {
   // Whether each thread is the only one to read its packed weights: it then packs them, so that they lie in
   // its cache.
   bool own_weights() const { return split_units || copies > 1 || (concurrent && members == 1); }
-  // Which copy a member reads.
-  int64_t copy(int member) const { return copies > 1 ? member % members : 0; }
+  // Which copy the member of this index reads.
+  int64_t copy(int index) const { return copies > 1 ? index % members : 0; }
 };
 
 // From the sizes of a layer; `rows` is the mean number of rows a step has, I that of input features if the
