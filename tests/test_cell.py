@@ -161,7 +161,9 @@ def test_traced():
 
 
 # Both sides of the sizes at which csrc/cpu/one_step.cpp changes its products, packs weights, or takes a second thread.
-@pytest.mark.parametrize(("B", "I", "H"), [(1, 3, 20), (2, 1, 5), (9, 1, 33), (97, 51, 51), (30, 70, 17), (70, 9, 140)])
+@pytest.mark.parametrize(
+    ("B", "I", "H"), [(1, 3, 20), (2, 1, 5), (9, 1, 33), (97, 51, 51), (30, 70, 17), (50, 9, 140), (70, 9, 140)]
+)
 @pytest.mark.parametrize("used", ["h", "c", "both"])
 def test_every_subset_of_gradients(B, I, H, used, backend):  # noqa: E741
     pair = twins(I, H, cell=True)
