@@ -3,13 +3,9 @@
 #include <ATen/Context.h>
 #include <ATen/ops/empty_native.h>
 #include <c10/core/CPUAllocator.h>
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
 
 #include <algorithm>
 #include <atomic>
-#include <cstdint>
 #include <cstring>
 #include <map>
 #include <memory>
@@ -22,18 +18,6 @@ namespace {
 
 constexpr size_t kLeast = size_t{1} << 18;  // smaller ones malloc itself keeps
 constexpr size_t kMost = size_t{1} << 29;   // bytes kept idle
-constexpr size_t kHuge = size_t{1} << 25;   // malloc maps larger blocks, each for itself
-
-// Asks for pages of 2 MiB, which cost a fifth of as many small ones when they are first touched.
-void ask_for_huge_pages([[maybe_unused]] void* data, [[maybe_unused]] size_t bytes) {
-#if defined(__linux__)
-  constexpr uintptr_t kPage = uintptr_t{1} << 21;
-  const uintptr_t begin = (reinterpret_cast<uintptr_t>(data) + kPage - 1) / kPage * kPage,
-                  end = (reinterpret_cast<uintptr_t>(data) + bytes) / kPage * kPage;
-  if (begin < end)
-    madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);  // no more than advice
-#endif
-}
 
 // A block is handed out again for a request of 4/5 to all of its size. Idle blocks go, the oldest first,
 // where memory in use and idle together would exceed by an eighth the most that was ever in use at once:
@@ -80,19 +64,16 @@ class Recycler final : public c10::Allocator {
   }
 
   c10::DataPtr fresh(size_t bytes) {
-    c10::DataPtr memory;
     try {
-      memory = c10::GetCPUAllocator()->allocate(bytes);
+      return c10::GetCPUAllocator()->allocate(bytes);
     } catch (const c10::Error&) {
       {
         const auto locked = lock();
         if (!locked) throw;
         drop(0);
       }
-      memory = c10::GetCPUAllocator()->allocate(bytes);
+      return c10::GetCPUAllocator()->allocate(bytes);
     }
-    if (bytes >= kHuge) ask_for_huge_pages(memory.get(), bytes);
-    return memory;
   }
 
   static void give_back(void* context) {
