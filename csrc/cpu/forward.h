@@ -167,7 +167,6 @@ struct ForwardStep {
   // there already if `ahead`.
   FASTLSTM_INLINE void products(int64_t rows, int64_t r0, int64_t u0, const Weights& w, T* pre,
                                 bool ahead) const {
-    constexpr int W = kWidth<T>;
     const int64_t gap = gate_gap<T>(a.H, u0);
     const T *xr = x + r0 * a.I, *hr = h_in + r0 * a.P;
     if (!a.hh.direct) {
