@@ -117,9 +117,9 @@ std::optional<std::tuple<at::Tensor, std::pair<at::Tensor, at::Tensor>>> stack(
     return t.device().is_cpu() && t.scalar_type() == input.scalar_type() && t.dim() == dim;
   };
   const at::ScalarType type = input.scalar_type();
-  if (input.key_set().has(c10::DispatchKey::Python) || !fits(input, 3) || !fits(weights[0], 2) ||
-      !fits(weights[1], 2) || input.size(2) != I || input.size(batch_first) == 0 ||
-      weights[0].size(0) != 4 * H || weights[0].size(1) != I || weights[1].size(1) != P ||
+  if (!fits(input, 3) || !fits(weights[0], 2) || !fits(weights[1], 2) || input.size(2) != I ||
+      input.size(batch_first) == 0 || weights[0].size(0) != 4 * H || weights[0].size(1) != I ||
+      weights[1].size(1) != P ||
       n != D * LayerSizes::weights_per_direction(at::TensorList(weights), P != H) ||
       !(type == at::kFloat || type == at::kDouble || type == at::kBFloat16 || type == at::kHalf))
     return {};
