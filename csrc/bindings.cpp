@@ -98,15 +98,36 @@ struct Plain {
   }
 };
 
-// What torch.nn.LSTM returns, for a stack of layers with no lengths, resets or dropout; nothing where the
-// arguments do not fit together, which is for the checks in Python to say, or are not plain CPU tensors. In
-// Python these steps cost three times what a tiny layer does. hx: (h_0, c_0) or None; I, H, P: the module's
-// sizes.
+// The lengths [B] of a PackedSequence's N rows, of which step t has batch_sizes[t]; undefined where these do
+// not fit together.
+at::Tensor lengths_of(const at::Tensor& batch_sizes, int64_t N) {
+  if (!batch_sizes.device().is_cpu() || batch_sizes.scalar_type() != at::kLong || batch_sizes.dim() != 1 ||
+      batch_sizes.numel() == 0 || !batch_sizes.is_contiguous())
+    return {};
+  const int64_t *rows = batch_sizes.const_data_ptr<int64_t>(), T = batch_sizes.numel();
+  for (int64_t t = 0; t < T; ++t) {
+    if (rows[t] < 1 || rows[t] > N || (t > 0 && rows[t] > rows[t - 1])) return {};
+    N -= rows[t];
+  }
+  if (N != 0) return {};
+  at::Tensor lengths = at::empty({rows[0]}, at::kLong);
+  int64_t* of_row = lengths.mutable_data_ptr<int64_t>();
+  for (int64_t t = T, b = 0; t > 0; --t)
+    for (; b < rows[t - 1]; ++b) of_row[b] = t;
+  return lengths;
+}
+
+// What torch.nn.LSTM returns, for a stack of layers with no lengths or resets; nothing where the arguments do
+// not fit together, which is for the checks in Python to say, or are not plain CPU tensors. In Python these
+// steps cost three times what a tiny layer does. hx: (h_0, c_0) or None; I, H, P: the module's sizes;
+// dropout: between the layers; batch_sizes: of a PackedSequence, whose data `given` is then, or None.
 std::optional<std::tuple<at::Tensor, std::pair<at::Tensor, at::Tensor>>> stack(
     const py::handle& given, const py::handle& hx, const py::list& given_weights, int64_t layers, int64_t D,
-    bool batch_first, int64_t I, int64_t H, int64_t P) {
+    bool batch_first, int64_t I, int64_t H, int64_t P, double dropout, const py::handle& batch_sizes) {
   Plain tensor;
   const at::Tensor input = tensor(given.ptr());
+  const bool packed = !batch_sizes.is_none();
+  const at::Tensor steps = packed ? tensor(batch_sizes.ptr()) : at::Tensor();
   const auto [h0, c0] = tensor.states(hx.ptr());
   std::vector<at::Tensor> weights;
   weights.reserve(given_weights.size());
@@ -117,13 +138,16 @@ std::optional<std::tuple<at::Tensor, std::pair<at::Tensor, at::Tensor>>> stack(
     return t.device().is_cpu() && t.scalar_type() == input.scalar_type() && t.dim() == dim;
   };
   const at::ScalarType type = input.scalar_type();
-  if (!fits(input, 3) || !fits(weights[0], 2) || !fits(weights[1], 2) || input.size(2) != I ||
+  if (!fits(input, packed ? 2 : 3) || !fits(weights[0], 2) || !fits(weights[1], 2) || input.size(-1) != I ||
       input.size(batch_first) == 0 || weights[0].size(0) != 4 * H || weights[0].size(1) != I ||
-      weights[1].size(1) != P ||
+      weights[1].size(1) != P || !(dropout >= 0 && dropout <= 1) ||
       n != D * LayerSizes::weights_per_direction(at::TensorList(weights), P != H) ||
       !(type == at::kFloat || type == at::kDouble || type == at::kBFloat16 || type == at::kHalf))
     return {};
-  const int64_t B = input.size(!batch_first);
+  OptionalTensor lengths;
+  if (packed) lengths = lengths_of(steps, input.size(0));
+  if (lengths && !lengths->defined()) return {};
+  const int64_t B = packed ? lengths->size(0) : input.size(!batch_first);
   const auto states_fit = [&](const at::Tensor& t, int64_t features) {
     return fits(t, 3) && t.size(0) == layers * D && t.size(1) == B && t.size(2) == features;
   };
@@ -140,12 +164,12 @@ std::optional<std::tuple<at::Tensor, std::pair<at::Tensor, at::Tensor>>> stack(
       return !t.defined() ? OptionalTensor() : layers == 1 ? t : t.narrow(0, k * D, D);
     };
     const OptionalTensor h = part(h0), c = part(c0);
-    if (!LayerSizes::fit(x, h, c, own, {}, {})) return {};
+    if (!LayerSizes::fit(x, h, c, own, lengths, {})) return {};
     const auto requires_grad = [](const at::Tensor& t) { return t.requires_grad(); };
     const bool keep = grad && (x.requires_grad() || (h && h->requires_grad()) || (c && c->requires_grad()) ||
                                std::any_of(own.begin(), own.end(), requires_grad));
-    auto [y, h_last, c_last, cells, reserve] = op.call(x, h, c, own, {}, {}, false, keep);
-    x = std::move(y);
+    auto [y, h_last, c_last, cells, reserve] = op.call(x, h, c, own, lengths, {}, false, keep);
+    x = dropout > 0 && k + 1 < layers ? at::dropout(y, dropout, /*train=*/true) : std::move(y);
     h_n.push_back(std::move(h_last));
     c_n.push_back(std::move(c_last));
   }

@@ -2,6 +2,7 @@
 // weights.
 #pragma once
 
+#include <ATen/core/DimVector.h>
 #include <ATen/core/List.h>
 #include <ATen/core/Tensor.h>
 
@@ -69,18 +70,25 @@ class Misfit {
   std::optional<std::string> found_;
 };
 
-// The sizes of a layer, read off x and its weights.
+// The sizes of a layer, read off x and its weights, and off `lengths` where x may be packed.
 struct LayerSizes {
   int64_t T = 0, B = 0, I = 0, H = 0, P = 0, D = 0;
   int64_t per_direction = 0;  // weights of one direction
   bool bias = false;
+  bool packed = false;  // x is [N, I]: no rows beyond the lengths
 
   bool proj() const { return P != H; }
-  int64_t rows() const { return T * B; }
+  // Of x, y, cells, their gradients and the reserve: padded or packed.
+  int64_t rows() const { return rows_; }
+  // Of a tensor that has n features in each of these rows.
+  at::DimVector per_row(int64_t n) const { return packed ? at::DimVector{rows_, n} : at::DimVector{T, B, n}; }
+  at::DimVector reserve() const {
+    return packed ? at::DimVector{D, rows_, 4 * H} : at::DimVector{D, T, B, 4 * H};
+  }
 
-  LayerSizes(const at::Tensor& x, at::TensorList weights) {
+  LayerSizes(const at::Tensor& x, at::TensorList weights, const OptionalTensor& lengths = {}) {
     Misfit wrong(x);
-    read(x, weights, wrong);
+    read(x, weights, lengths, wrong);
     wrong.raise();
   }
   // A bias is told by its dimension from the weights of the other direction.
@@ -92,7 +100,7 @@ struct LayerSizes {
                   at::TensorList weights, const OptionalTensor& lengths, const OptionalTensor& reset_mask) {
     Misfit wrong(x);
     LayerSizes s;
-    s.read(x, weights, wrong);
+    s.read(x, weights, lengths, wrong);
     if (!wrong.found()) s.look_at_inputs(x, h0, c0, lengths, reset_mask, wrong);
     return !wrong.found();
   }
@@ -111,13 +119,13 @@ struct LayerSizes {
     const size_t flags = 3 + D * per_direction;
     Misfit wrong(x);
     wrong.unless(reserve.numel() == D * rows() * 4 * H, "reserve must be kept by forward for a backward");
-    wrong.unless_like("reserve", reserve, {D, T, B, 4 * H}, dtype);
-    wrong.unless_like("y", y, {T, B, D * P}, dtype);
-    wrong.unless_like("cells", cells, {T, B, D * H}, dtype);
-    wrong.unless_like("dy", dy, {T, B, D * P}, dtype);
+    wrong.unless_like("reserve", reserve, this->reserve(), dtype);
+    wrong.unless_like("y", y, per_row(D * P), dtype);
+    wrong.unless_like("cells", cells, per_row(D * H), dtype);
+    wrong.unless_like("dy", dy, per_row(D * P), dtype);
     wrong.unless_like("dh_n", dh_n, {D, B, P}, dtype);
     wrong.unless_like("dc_n", dc_n, {D, B, H}, dtype);
-    wrong.unless_like("dcells", dcells, {T, B, D * H}, dtype);
+    wrong.unless_like("dcells", dcells, per_row(D * H), dtype);
     wrong.unless(needs.size() == flags, "needs must have ", flags, " flags, got ", needs.size());
     wrong.raise();
   }
@@ -125,12 +133,18 @@ struct LayerSizes {
  private:
   LayerSizes() = default;
 
-  void read(const at::Tensor& x, at::TensorList weights, Misfit& wrong) {
-    wrong.unless(x.dim() == 3, "x must be [T, B, I], got ", x.sizes());
+  void read(const at::Tensor& x, at::TensorList weights, const OptionalTensor& lengths, Misfit& wrong) {
+    packed = x.dim() == 2 && lengths && lengths->defined() && lengths->is_cpu();
+    wrong.unless(packed || x.dim() == 3, "x must be [T, B, I], got ", x.sizes());
     wrong.unless(weights.size() >= 2 && weights[0].dim() == 2 && weights[1].dim() == 2,
                  "weights must begin with weight_ih [4H, I] and weight_hh [4H, P]");
     if (wrong.found()) return;
-    T = x.size(0), B = x.size(1), I = x.size(2);
+    I = x.size(-1);
+    if (packed) {
+      read_lengths(x, *lengths, wrong);
+    } else {
+      T = x.size(0), B = x.size(1), rows_ = T * B;
+    }
     wrong.unless(T > 0, "Expected sequence length to be larger than 0 in RNN");
     H = weights[0].size(0) / 4, P = weights[1].size(1);
     per_direction = weights_per_direction(weights, P != H);
@@ -153,13 +167,32 @@ struct LayerSizes {
                    x.scalar_type(), " on ", x.device(), " as x is, got ", w.scalar_type(), " on ",
                    w.device());
   }
+  // T, B and N of packed rows.
+  void read_lengths(const at::Tensor& x, const at::Tensor& lengths, Misfit& wrong) {
+    wrong.unless(lengths.dim() == 1 && lengths.scalar_type() == at::kLong && lengths.is_contiguous(),
+                 "lengths of packed rows must be contiguous int64 [B], got ", lengths.scalar_type(), " ",
+                 lengths.sizes());
+    if (wrong.found()) return;
+    const int64_t* of_row = lengths.const_data_ptr<int64_t>();
+    B = lengths.size(0), T = B > 0 ? of_row[0] : 0, rows_ = x.size(0);
+    int64_t left = rows_;
+    for (int64_t b = 0; b < B && left >= 0; ++b) {
+      const bool fits = of_row[b] >= 0 && of_row[b] <= of_row[std::max<int64_t>(0, b - 1)];
+      left = fits && of_row[b] <= left ? left - of_row[b] : -1;
+    }
+    wrong.unless(left == 0, "lengths of packed rows must not rise and have the sum N=", rows_, ", got ",
+                 at::IntArrayRef(of_row, B));
+  }
   void look_at_inputs(const at::Tensor& x, const OptionalTensor& h0, const OptionalTensor& c0,
                       const OptionalTensor& lengths, const OptionalTensor& reset_mask, Misfit& wrong) const {
     wrong.unless_like("h0", h0, {D, B, P}, x.scalar_type());
     wrong.unless_like("c0", c0, {D, B, H}, x.scalar_type());
     wrong.unless_like("lengths", lengths, {B}, at::kLong);
     wrong.unless_like("reset_mask", reset_mask, {T, B}, at::kBool);
+    wrong.unless(!packed || !reset_mask, "reset_mask must be None with packed rows");
   }
+
+  int64_t rows_ = 0;
 };
 
 // The weights of direction d.

@@ -192,17 +192,20 @@ def stack(
     I: int,  # noqa: E741
     H: int,
     P: int,
+    dropout: float,
+    batch_sizes: Tensor | None = None,
 ) -> tuple[Tensor, tuple[Tensor, Tensor]] | None:
     """All of a torch.nn.LSTM call in one call into the native extension, or None where something is to be looked at.
 
-    For plain CPU tensors without lengths, resets, dropout, autocast, a transform or a tangent: a tiny call would spend
-    most of its time in Python otherwise. Results and errors are those of functional.lstm and `layer`, which serve
-    everything else. I, H and P are the module's.
+    For plain CPU tensors without lengths, resets, autocast, a transform or a tangent: a tiny call would spend most of
+    its time in Python otherwise. Results and errors are those of functional.lstm and `layer`, which serve everything
+    else. I, H and P are the module's; dropout is what is to be applied between layers, 0 in evaluation. With the
+    batch_sizes of a PackedSequence, input is its data and the first result the output's: the rows stay packed.
     """
     if not _extension_may_run():
         return None
     D = 2 if bidirectional else 1
-    return native.extension.stack(input, hx, weights, num_layers, D, batch_first, I, H, P)  # type: ignore[union-attr]
+    return native.extension.stack(input, hx, weights, num_layers, D, batch_first, I, H, P, dropout, batch_sizes)  # type: ignore[union-attr]
 
 
 def cell(

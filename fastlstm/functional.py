@@ -15,6 +15,7 @@ from torch._subclasses.functional_tensor import FunctionalTensor
 from .dispatch import layer
 from .ops.recompute import INTERVAL
 from .ops.schema import check_range
+from .ragged import PackedLayout
 
 States = tuple[Tensor, Tensor]
 
@@ -34,6 +35,7 @@ def lstm(
     reset_mask: Tensor | None = None,
     return_cell_states: bool = False,
     recompute: bool | int = False,
+    layout: PackedLayout | None = None,
 ) -> tuple[Tensor, ...]:
     """A stack of LSTM layers over a padded batch (torch.nn.LSTM's equations; its documentation is the source).
 
@@ -53,6 +55,8 @@ def lstm(
         recompute: keep for backward only h and c at intervals, of 128 steps if True or of this many, and run each
             interval forward once more in backward. Saves most of the memory of long sequences for 10 to 40 % more time.
             The reference backend and torch.func's transforms take no notice of it.
+        layout: where input [T, B, I] is the padded form of packed rows, in place of lengths: dropout then draws its
+            masks for the packed rows, as torch.nn.LSTM does.
 
     Returns:
         output [T, B, D*P] ([B, T, D*P] with batch_first), h_n [L*D, B, P], c_n [L*D, B, H], and with
@@ -67,6 +71,8 @@ def lstm(
     x = input.transpose(0, 1) if batch_first else input
     if x.shape[0] == 0:
         raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
+    if layout is not None:
+        lengths = layout.lengths
     if lengths is not None:
         lengths = check_lengths(lengths, x)
     if reset_mask is not None:
@@ -76,7 +82,9 @@ def lstm(
     autocast = torch._C._is_any_autocast_enabled() and torch.is_autocast_enabled(x.device.type)
     if autocast:
         x, hx, weights = _cast_for_autocast(x, hx, weights, torch.get_autocast_dtype(x.device.type))
-    options = (bias, num_layers, dropout, training, bidirectional, lengths, reset_mask, return_cell_states, interval)
+    options = (
+        bias, num_layers, dropout, training, bidirectional, lengths, reset_mask, return_cell_states, interval, layout
+    )  # fmt: skip
     if autocast:
         with torch.autocast(x.device.type, enabled=False):
             results = _layers(x, hx, weights, *options)
@@ -103,6 +111,7 @@ def _layers(
     reset_mask: Tensor | None,
     return_cell_states: bool,
     interval: int,
+    layout: PackedLayout | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     D = 2 if bidirectional else 1
     n = len(weights) // num_layers
@@ -117,12 +126,18 @@ def _layers(
         last = k == num_layers - 1
         x, h, c, cells = layer(x, h0, c0, w, lengths, reset_mask, return_cell_states and last, interval)
         if not last and training and dropout > 0:
-            x = torch.nn.functional.dropout(x, dropout)
+            x = _drop(x, dropout, layout)
         h_n.append(h)
         c_n.append(c)
     if num_layers == 1:
         return x, h_n[0], c_n[0], cells
     return x, torch.cat(h_n), torch.cat(c_n), cells
+
+
+def _drop(x: Tensor, p: float, layout: PackedLayout | None) -> Tensor:
+    if layout is None:
+        return torch.nn.functional.dropout(x, p)
+    return layout.pad(torch.nn.functional.dropout(layout.pack(x), p))
 
 
 def lstm_cell(

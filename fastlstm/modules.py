@@ -91,14 +91,8 @@ class LSTM(nn.RNNBase):
         weights = self.current_weights()
         if isinstance(input, PackedSequence):
             return self._forward_packed(input, hx, weights, lengths, reset_mask, return_cell_states)
-        drops = self.num_layers > 1 and self.training and self.dropout > 0
-        general = drops or return_cell_states or self.recompute is not False
-        if lengths is None and reset_mask is None and not general:
-            H = self.hidden_size
-            result = dispatch.stack(
-                input, hx, weights, self.num_layers, self.bidirectional, self.batch_first,
-                self.input_size, H, self.proj_size or H,
-            )  # fmt: skip
+        if lengths is None and reset_mask is None and not (return_cell_states or self.recompute is not False):
+            result = self._stack(input, hx, weights, self.batch_first)
             if result is not None:
                 return result
         if input.dim() not in (2, 3):
@@ -122,6 +116,20 @@ class LSTM(nn.RNNBase):
             cells = [c.squeeze(batch_dim) for c in cells]
         return (output, (h_n, c_n), *cells)
 
+    def _stack(
+        self,
+        input: Tensor,
+        hx: States | None,
+        weights: list[Tensor],
+        batch_first: bool,
+        batch_sizes: Tensor | None = None,
+    ) -> tuple[Tensor, States] | None:
+        H, dropout = self.hidden_size, self.dropout if self.training else 0.0
+        return dispatch.stack(
+            input, hx, weights, self.num_layers, self.bidirectional, batch_first,
+            self.input_size, H, self.proj_size or H, dropout, batch_sizes,
+        )  # fmt: skip
+
     def _run(
         self,
         input: Tensor,
@@ -131,6 +139,7 @@ class LSTM(nn.RNNBase):
         lengths: Tensor | Sequence[int] | None,
         reset_mask: Tensor | None,
         return_cell_states: bool,
+        layout: PackedLayout | None = None,
     ) -> tuple[Tensor, ...]:
         return functional.lstm(
             input,
@@ -146,6 +155,7 @@ class LSTM(nn.RNNBase):
             reset_mask=reset_mask,
             return_cell_states=return_cell_states,
             recompute=self.recompute,
+            layout=layout,
         )
 
     @staticmethod
@@ -200,15 +210,19 @@ class LSTM(nn.RNNBase):
                 hx[1], self.get_expected_cell_size(data, batch_sizes), "Expected hidden[1] size {}, got {}"
             )
             hx = self.permute_hidden(hx, sorted_indices)
-        layout = PackedLayout.of(batch_sizes, data.device)
-        output, h_n, c_n, *cells = self._run(
-            layout.pad(data), hx, weights, False, layout.lengths, None, return_cell_states
-        )
-        packed = [
-            PackedSequence(layout.pack(padded), batch_sizes, sorted_indices, unsorted_indices)
-            for padded in (output, *cells)
-        ]
-        return (packed[0], self.permute_hidden((h_n, c_n), unsorted_indices), *packed[1:])
+        result = None
+        if not (return_cell_states or self.recompute is not False):
+            result = self._stack(data, hx, weights, False, batch_sizes)
+        if result is not None:
+            rows, states = [result[0]], result[1]
+        else:
+            layout = PackedLayout.of(batch_sizes, data.device)
+            output, h_n, c_n, *cells = self._run(
+                layout.pad(data), hx, weights, False, None, None, return_cell_states, layout
+            )
+            rows, states = [layout.pack(padded) for padded in (output, *cells)], (h_n, c_n)
+        packed = [PackedSequence(t, batch_sizes, sorted_indices, unsorted_indices) for t in rows]
+        return (packed[0], self.permute_hidden(states, unsorted_indices), *packed[1:])
 
 
 class LSTMCell(nn.RNNCellBase):

@@ -28,6 +28,12 @@ class PackedLayout:
         positions = torch.arange(int(batch_sizes.sum()), device="cpu") + torch.repeat_interleave(shift, batch_sizes)
         return cls(T, B, lengths, positions.to(device, non_blocking=True))
 
+    @classmethod
+    def of_lengths(cls, lengths: Tensor) -> PackedLayout:
+        """The layout of rows of these lengths [B], longest first."""
+        steps = torch.arange(int(lengths[0]), device=lengths.device)
+        return cls.of((lengths > steps[:, None]).sum(1), lengths.device)
+
     def pad(self, data: Tensor) -> Tensor:
         """[N, n] to [T, B, n], zeros in the padding."""
         padded = data.new_zeros(self.T * self.B, data.shape[1])

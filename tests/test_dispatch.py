@@ -77,7 +77,7 @@ def test_the_shortcut_is_for_what_native_would_run(monkeypatch):
         pytest.skip("the extension is not built")
     lstm, x = fastlstm.LSTM(3, 4, 2), torch.rand(5, 2, 3)
     weights = lstm.current_weights()
-    arguments = (x, None, weights, 2, False, False, 3, 4, 4)
+    arguments = (x, None, weights, 2, False, False, 3, 4, 4, 0.0)
     taken = {}
     for name in dispatch.NAMES:
         with fastlstm.use_backend(name):
@@ -89,7 +89,7 @@ def test_the_shortcut_is_for_what_native_would_run(monkeypatch):
     for hx in ((h0[:1], h0), (h0, h0.double()), (h0,), (h0, None), [h0, h0], h0):
         assert dispatch.stack(x, hx, *arguments[2:]) is None
     for sizes in ((2, 4, 4), (3, 5, 5), (3, 4, 2)):
-        assert dispatch.stack(*arguments[:-3], *sizes) is None
+        assert dispatch.stack(*arguments[:-4], *sizes, 0.0) is None
     for other in (x[0], x.double(), x[..., :2], x[:0], x.to("meta"), x.long(), [1.0]):
         assert dispatch.stack(other, *arguments[1:]) is None
     torch.func.vmap(lambda x: taken.update(vmap=dispatch.stack(x, *arguments[1:])) or x)(x[None])
@@ -97,7 +97,9 @@ def test_the_shortcut_is_for_what_native_would_run(monkeypatch):
     with torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True) as mode:
         assert dispatch.stack(mode.from_tensor(x), *arguments[1:]) is None
     for changed in ((0, False, False), (1, False, False), (3, False, False), (2, True, False)):
-        assert dispatch.stack(x, None, weights, *changed, 3, 4, 4) is None
+        assert dispatch.stack(x, None, weights, *changed, 3, 4, 4, 0.0) is None
+    for dropout in (-0.1, 1.1, float("nan")):
+        assert dispatch.stack(*arguments[:-1], dropout) is None
     for missing in ([], weights[:1], weights[:4]):
         assert dispatch.stack(x, None, missing, *arguments[3:]) is None
     for own in interposed(x):

@@ -105,7 +105,7 @@ FASTLSTM_INLINE void cell_gradients(const BackwardArgs<T>& a, int64_t t, int64_t
 template <class T>
 void backward(const BackwardArgs<T>& a, const Member& me) {
   constexpr int64_t W = kWidth<T>;
-  const int64_t steps = a.rows.T, B = a.rows.B, H = a.H, P = a.P, ld = padded_columns<T>(P);
+  const int64_t steps = a.rows.T, H = a.H, P = a.P, ld = padded_columns<T>(P);
   T* dhidden = a.scratch + me.index * backward_scratch<T>(H, P);  // [kRowGroup, padded H]
   const int64_t ld_hidden = padded_columns<T>(H);
   for (int64_t s = a.first + a.steps - 1; s >= a.first; --s) {
@@ -124,16 +124,16 @@ void backward(const BackwardArgs<T>& a, const Member& me) {
           T* dr = a.dr + (offset + r) * P;
           std::copy(a.dh + r * ld, a.dh + r * ld + P, dr);
           if (a.dy) {
-            const T* dy = a.dy + (t * B + a.rows.batch_row_at(r)) * a.dy_stride;
+            const T* dy = a.dy + a.rows.row_at(t, r) * a.dy_stride;
             for (int64_t p = 0; p < P; ++p) dr[p] += dy[p];
           }
         }
         product_packed(r1 - r0, P, a.dr + (offset + r0) * P, P, a.w_hr, 0, H, dhidden, ld_hidden);
       }
       for (int64_t r = r0; r < r1; ++r) {
-        const int64_t b = a.rows.batch_row_at(r), row = t * B + b;
+        const int64_t row = a.rows.row_at(t, r);
         const T* c_enter = a.rows.fresh_at(t, r) ? nullptr
-                           : r < held            ? a.cells + (before * B + b) * a.cells_stride
+                           : r < held            ? a.cells + a.rows.row_at(before, r) * a.cells_stride
                                                  : a.c0 + r * H;
         const T* dh = a.w_hr ? dhidden + (r - r0) * ld_hidden : a.dh + r * ld;
         const T* dy = a.w_hr || !a.dy ? nullptr : a.dy + row * a.dy_stride;

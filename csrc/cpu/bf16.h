@@ -36,7 +36,7 @@ struct ForwardArgs {
   Rows rows;
   int64_t I, H;
   bool reverse;
-  const Bf16* x;      // [T, B, I]
+  const Bf16* x;      // the caller's rows, likewise y, cells and their gradients
   const float* bias;  // [4H]  bias_ih + bias_hh
   const Bf16* w_ih;   // pack_gates of weight_ih
   const Bf16* w_hh;   // pack_gates of weight_hh
@@ -45,8 +45,8 @@ struct ForwardArgs {
   // behind a member's last, which others may be writing, and drop what they make of them.
   Bf16* h;
   float* c;     // [B, H]  state
-  Bf16* y;      // [T, B, .]  out
-  Bf16* cells;  // [T, B, .]  out, or null
+  Bf16* y;      // out
+  Bf16* cells;  // out, or null
   int64_t y_stride, cells_stride;
   Bf16* scratch;  // per member, forward_scratch(I) elements
 };
@@ -58,10 +58,10 @@ struct BackwardArgs {
   int64_t first, steps;  // which steps of the direction's own order this call runs, last to first
   int64_t base;          // packed row that row 0 of dgates is
   const Bf16* gates;     // [N, 4H]
-  const Bf16* cells;     // [T, B, .]
-  const float* c0;       // [B, H] sorted rows
-  const Bf16* dy;        // [T, B, .] or null
-  const Bf16* dcells;    // [T, B, .] or null
+  const Bf16* cells;
+  const float* c0;     // [B, H] sorted rows
+  const Bf16* dy;      // or null
+  const Bf16* dcells;  // or null
   int64_t cells_stride, dy_stride, dcells_stride;
   const Bf16* w_hh;  // pack_columns of weight_hh
   Bf16* dgates;      // [. + 16, row_stride(4H)]  out for these steps; the padding of a row holds zeros

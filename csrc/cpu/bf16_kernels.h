@@ -9,7 +9,7 @@ namespace fastlstm::FASTLSTM_ISA {
 // The cell for units [u0, u0 + n) of sorted row r at step t, from the products pre [4][16].
 FASTLSTM_INLINE void forward_cell(const ForwardArgs& a, int64_t t, int64_t next_t, int64_t r, int64_t u0,
                                   int n, const V* bias, const float* pre, Bf16* h_out) {
-  const int64_t H = a.H, row = t * a.rows.B + a.rows.batch_row_at(r);
+  const int64_t H = a.H, row = a.rows.row_at(t, r);
   const Gates<V> gate = activate<Quick>(Gates<V>{load(pre) + bias[0], load(pre + 16) + bias[1],
                                                  load(pre + 32) + bias[2], load(pre + 48) + bias[3]});
   float* c = a.c + r * H + u0;
@@ -74,7 +74,7 @@ inline void forward(const ForwardArgs& a, const Member& me) {
     for (int64_t g0 = me.row_begin; g0 < end; g0 += kGroup) {
       const int64_t g1 = std::min(end, g0 + kGroup);
       for (int64_t r = g0; r < g1; ++r)
-        std::memcpy(x + (r - g0) * ldx, a.x + (t * B + a.rows.batch_row_at(r)) * I, I * sizeof(Bf16));
+        std::memcpy(x + (r - g0) * ldx, a.x + a.rows.row_at(t, r) * I, I * sizeof(Bf16));
       for (int64_t u0 = me.unit_begin; u0 < me.unit_end; u0 += kBlock)
         for (int64_t r0 = g0; r0 < g1; r0 += 2 * kTileRows) {
           const int64_t r1 = std::min(g1, r0 + 2 * kTileRows);
@@ -100,7 +100,7 @@ inline void forward(const ForwardArgs& a, const Member& me) {
 // The cell's gradients for units [u0, u0 + n) of sorted row r at step t.
 FASTLSTM_INLINE void backward_cell(const BackwardArgs& a, int64_t t, int64_t r, int64_t before, int64_t held,
                                    int64_t u0, int n, float* db) {
-  const int64_t H = a.H, B = a.rows.B, b = a.rows.batch_row_at(r), row = t * B + b;
+  const int64_t H = a.H, row = a.rows.row_at(t, r);
   const int64_t packed_row = a.rows.offset_at(t) + r;
   const Bf16* g = a.gates + packed_row * 4 * H + 4 * u0;
   if (r < held) {  // what the next step reads: too little at a time for the hardware to foresee
@@ -114,7 +114,7 @@ FASTLSTM_INLINE void backward_cell(const BackwardArgs& a, int64_t t, int64_t r, 
   if (a.dcells) dc += get(a.dcells + row * a.dcells_stride + u0, n);
   const bool fresh = a.rows.fresh_at(t, r);
   const V c_prev = fresh      ? V{}
-                   : r < held ? get(a.cells + (before * B + b) * a.cells_stride + u0, n)
+                   : r < held ? get(a.cells + a.rows.row_at(before, r) * a.cells_stride + u0, n)
                               : load_part(a.c0 + r * H + u0, n);
   const V tanh_c = Quick::tanh(get(a.cells + row * a.cells_stride + u0, n));
   const Gates<V> gate = {get(g, n), get(g + n, n), get(g + 2 * n, n), get(g + 3 * n, n)};

@@ -16,7 +16,7 @@ struct Span {
   int64_t rows() const { return end - begin; }
 };
 
-// The state [N, P] that enters each step, from y [T, B, D*P]: what dW_hh multiplies.
+// The state [N, P] that enters each step, from y: what dW_hh multiplies.
 template <class T>
 at::Tensor entering_states(const at::Tensor& y, const OptionalTensor& h0, const LayerSizes& s,
                            const Ragged& ragged, int64_t d) {
@@ -32,7 +32,7 @@ at::Tensor entering_states(const at::Tensor& y, const OptionalTensor& h0, const 
     if (rows.fresh_at(t, r) || (!held && !initial))
       std::fill_n(to, s.P, T(0));
     else if (held)
-      std::copy_n(from + (before * s.B + rows.batch_row_at(r)) * s.D * s.P, s.P, to);
+      std::copy_n(from + rows.row_at(before, r) * s.D * s.P, s.P, to);
     else
       std::copy_n(initial + rows.batch_row_at(r) * s.P, s.P, to);
   });

@@ -127,7 +127,7 @@ struct ForwardStep {
       put(saved + 3 * n, g.o);
     }
     put(a.c + at, c_next);
-    const int64_t row = t * a.rows.B + a.rows.batch_row_at(r);
+    const int64_t row = a.rows.row_at(t, r);
     if (a.cells) put(a.cells + row * a.cells_stride + u0, c_next);
     if (a.w_hr) {
       put(hidden + r_group * H + u0, h);
@@ -144,8 +144,7 @@ struct ForwardStep {
     for (int64_t p = 0; p < P; p += W2) panel_product(r1 - r0, H, hidden, H, a.w_hr + p * H, out + p, ld);
     for (int64_t r = r0; r < r1; ++r) {
       const T* h = out + (r - r0) * ld;
-      const int64_t row = t * a.rows.B + a.rows.batch_row_at(r);
-      std::copy(h, h + P, a.y + row * a.y_stride);
+      std::copy(h, h + P, a.y + a.rows.row_at(t, r) * a.y_stride);
       if (cleared_next(r))
         std::fill(h_out + r * P, h_out + (r + 1) * P, T(0));
       else

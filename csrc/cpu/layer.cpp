@@ -26,7 +26,7 @@ LayerResults layer(const at::Tensor& x, const OptionalTensor& h0, const Optional
   if (dtype == at::kDouble)
     return forward<double>(x, h0, c0, weights, lengths, reset_mask, keep_cells, keep_reserve);
   TORCH_CHECK(dtype == at::kHalf || dtype == at::kBFloat16, "x must be floating point, got ", dtype);
-  const LayerSizes s(x, weights);
+  const LayerSizes s(x, weights, lengths);
   if (bf16_serves(s, dtype))
     return forward_bf16(x, h0, c0, weights, lengths, reset_mask, keep_cells, keep_reserve);
   s.check_inputs(x, h0, c0, lengths, reset_mask);  // before all become float32
@@ -50,7 +50,7 @@ LayerGradients layer_backward(const OptionalTensor& dy, const OptionalTensor& dh
     return backward<double>(dy, dh_n, dc_n, dcells, x, h0, c0, weights, lengths, reset_mask, y, cells,
                             reserve, needs);
   TORCH_CHECK(dtype == at::kHalf || dtype == at::kBFloat16, "x must be floating point, got ", dtype);
-  const LayerSizes s(x, weights);
+  const LayerSizes s(x, weights, lengths);
   if (bf16_serves(s, dtype))
     return backward_bf16(dy, dh_n, dc_n, dcells, x, h0, c0, weights, lengths, reset_mask, y, cells, reserve,
                          needs);

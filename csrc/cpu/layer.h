@@ -109,11 +109,11 @@ void sum_biases(const at::Tensor& bias_ih, const at::Tensor& bias_hh, int64_t H,
 
 inline OptionalTensor contiguous(const OptionalTensor& t) { return t ? OptionalTensor(t->contiguous()) : t; }
 
-// x [T, B, I] as its N packed rows, one after the other; the padding is never read.
+// x as its N packed rows, one after the other; the padding is never read.
 template <class T>
 at::Tensor packed_input(const at::Tensor& x, const LayerSizes& s, const Ragged& ragged) {
   const at::Tensor rows = x.contiguous();
-  if (!ragged.ragged()) return rows;
+  if (!ragged.padded()) return rows;
   at::Tensor packed = new_empty({ragged.N(), s.I}, x);
   const T* from = rows.const_data_ptr<T>();
   T* to = packed.mutable_data_ptr<T>();

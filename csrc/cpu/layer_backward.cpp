@@ -116,7 +116,7 @@ LayerGradients backward(const OptionalTensor& dy_in, const OptionalTensor& dh_n,
                         const OptionalTensor& c0, at::TensorList weights, const OptionalTensor& lengths,
                         const OptionalTensor& reset_mask, const at::Tensor& y_in, const at::Tensor& cells_in,
                         const at::Tensor& reserve_in, const c10::List<bool>& needs) {
-  const LayerSizes s(x, weights);
+  const LayerSizes s(x, weights, lengths);
   // A saved-tensor hook may give back other strides.
   const at::Tensor y = y_in.contiguous(), cells = cells_in.contiguous(), reserve = reserve_in.contiguous();
   s.check_inputs(x, h0_in, c0, lengths, reset_mask);
@@ -214,7 +214,7 @@ LayerGradients backward(const OptionalTensor& dy_in, const OptionalTensor& dh_n,
   }
   const at::Tensor input = need_input ? packed_input<T>(x, s, ragged) : at::Tensor();
   // Both directions add to dx, each from its own end.
-  const std::vector<int64_t> sizes = ragged.ragged() ? std::vector{N, s.I} : x.sizes().vec();
+  const std::vector<int64_t> sizes = ragged.padded() ? std::vector{N, s.I} : x.sizes().vec();
   const at::Tensor dx_rows = !needs[0] ? none() : D == 1 ? new_empty(sizes, x) : new_zeros(sizes, x);
   std::vector<at::Tensor> w_ih, states(D);
   std::vector<bool> identity;
@@ -271,8 +271,8 @@ LayerGradients backward(const OptionalTensor& dy_in, const OptionalTensor& dh_n,
       std::copy_n(dweights[at + 2].const_data_ptr<T>(), 4 * H, dweights[at + 3].mutable_data_ptr<T>());
 
   at::Tensor dx = dx_rows;
-  if (needs[0] && ragged.ragged()) {
-    dx = new_zeros({s.T, B, s.I}, x);
+  if (needs[0] && ragged.padded()) {
+    dx = new_zeros(x.sizes(), x);
     const T* from = dx_rows.const_data_ptr<T>();
     T* to = dx.mutable_data_ptr<T>();
     ragged.for_each_row([&](int64_t packed_row, int64_t row, int64_t, int64_t) {

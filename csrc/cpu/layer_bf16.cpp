@@ -92,7 +92,7 @@ bool bf16_serves(const LayerSizes& s, at::ScalarType dtype) {
 LayerResults forward_bf16(const at::Tensor& x, const OptionalTensor& h0, const OptionalTensor& c0,
                           at::TensorList weights, const OptionalTensor& lengths,
                           const OptionalTensor& reset_mask, bool keep_cells, bool keep_reserve) {
-  const LayerSizes s(x, weights);
+  const LayerSizes s(x, weights, lengths);
   s.check_inputs(x, h0, c0, lengths, reset_mask);
   const Ragged ragged(s, lengths, reset_mask);
   const bf16::Kernels& kernel = *bf16::kernels();
@@ -102,13 +102,13 @@ LayerResults forward_bf16(const at::Tensor& x, const OptionalTensor& h0, const O
   const auto empty = [&](at::IntArrayRef sizes) { return new_empty(sizes, x); };
   // Rows past a length are zero, and written by nobody.
   const auto per_step = [&](int64_t n) {
-    return ragged.ragged() ? new_zeros({s.T, B, D * n}, x) : empty({s.T, B, D * n});
+    return ragged.padded() ? new_zeros(s.per_row(D * n), x) : empty(s.per_row(D * n));
   };
   const at::Tensor y = per_step(H), h_n = empty({D, B, H}), c_n = empty({D, B, H});
   const at::Tensor cells = keep_cells ? per_step(H) : empty({0});
-  const at::Tensor reserve = keep_reserve ? empty({D, s.T, B, 4 * H}) : empty({0});
+  const at::Tensor reserve = keep_reserve ? empty(s.reserve()) : empty({0});
   if (s.rows() == 0) return {y, h_n, c_n, cells, reserve};
-  // A ragged batch fills its first N rows only; the rest must not differ from run to run.
+  // A padded batch fills its first N rows only; the rest must not differ from run to run.
   for (int64_t d = 0; keep_reserve && N < s.rows() && d < D; ++d)
     std::fill_n(writable_bits(reserve) + (d * s.rows() + N) * 4 * H, (s.rows() - N) * 4 * H, Bf16(0));
 
@@ -178,7 +178,7 @@ LayerGradients backward_bf16(const OptionalTensor& dy_in, const OptionalTensor& 
                              const OptionalTensor& lengths, const OptionalTensor& reset_mask,
                              const at::Tensor& y_in, const at::Tensor& cells_in, const at::Tensor& reserve_in,
                              c10::List<bool> needs) {
-  const LayerSizes s(x, weights);
+  const LayerSizes s(x, weights, lengths);
   // A saved-tensor hook may give back other strides.
   const at::Tensor y = y_in.contiguous(), cells = cells_in.contiguous(), reserve = reserve_in.contiguous();
   s.check_inputs(x, h0_in, c0, lengths, reset_mask);
@@ -295,16 +295,16 @@ LayerGradients backward_bf16(const OptionalTensor& dy_in, const OptionalTensor& 
         dweights[at + k].mutable_data_ptr<BFloat16>()[j] = sum;
       }
   }
-  if (needs[0] && ragged.ragged()) {
+  if (needs[0] && ragged.padded()) {
     const at::Tensor packed = dx;
-    dx = new_zeros({s.T, B, s.I}, x);
+    dx = new_zeros(x.sizes(), x);
     const BFloat16* from = packed.const_data_ptr<BFloat16>();
     BFloat16* to = dx.mutable_data_ptr<BFloat16>();
     ragged.for_each_row([&](int64_t packed_row, int64_t row, int64_t, int64_t) {
       std::copy_n(from + packed_row * s.I, s.I, to + row * s.I);
     });
   } else if (needs[0]) {
-    dx = dx.view({s.T, B, s.I});
+    dx = dx.view(x.sizes());
   }
   const auto state_gradient = [&](int64_t need, const std::vector<int64_t>& from, int64_t stride) {
     const at::Tensor grad = wanted(need, {D, B, H});

@@ -26,7 +26,7 @@ template <class T>
 LayerResults forward(const at::Tensor& x, const OptionalTensor& h0, const OptionalTensor& c0,
                      at::TensorList weights, const OptionalTensor& lengths, const OptionalTensor& reset_mask,
                      bool keep_cells, bool keep_reserve) {
-  const LayerSizes s(x, weights);
+  const LayerSizes s(x, weights, lengths);
   s.check_inputs(x, h0, c0, lengths, reset_mask);
   const Ragged ragged(s, lengths, reset_mask);
   const Kernels<T>& kernel = kernels<T>();
@@ -36,13 +36,13 @@ LayerResults forward(const at::Tensor& x, const OptionalTensor& h0, const Option
   const auto empty = [&](at::IntArrayRef sizes) { return new_empty(sizes, x); };
   // Rows past a length are zero, and written by nobody.
   const auto per_step = [&](int64_t n) {
-    return ragged.ragged() ? new_zeros({s.T, B, D * n}, x) : empty({s.T, B, D * n});
+    return ragged.padded() ? new_zeros(s.per_row(D * n), x) : empty(s.per_row(D * n));
   };
   const at::Tensor y = per_step(P), h_n = empty({D, B, P}), c_n = empty({D, B, H});
   const at::Tensor cells = keep_cells ? per_step(H) : empty({0});
-  const at::Tensor reserve = keep_reserve ? empty({D, s.T, B, 4 * H}) : empty({0});
+  const at::Tensor reserve = keep_reserve ? empty(s.reserve()) : empty({0});
   if (s.rows() == 0) return {y, h_n, c_n, cells, reserve};
-  // A ragged batch fills its first N rows only; the rest must not differ from run to run.
+  // A padded batch fills its first N rows only; the rest must not differ from run to run.
   for (int64_t d = 0; keep_reserve && N < s.rows() && d < D; ++d)
     std::fill_n(reserve.mutable_data_ptr<T>() + (d * s.rows() + N) * 4 * H, (s.rows() - N) * 4 * H, T(0));
 

@@ -5,7 +5,7 @@
 namespace fastlstm {
 namespace {
 
-Rows rows_of(int64_t B) { return {1, B, B, nullptr, nullptr, nullptr, nullptr}; }
+Rows rows_of(int64_t B) { return {1, B, B, nullptr, nullptr, nullptr, nullptr, false}; }
 
 StepInputs contiguous(const StepInputs& in) {
   const auto of = [](const at::Tensor& t) { return t.defined() ? t.contiguous() : t; };

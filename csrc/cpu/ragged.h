@@ -16,7 +16,7 @@ namespace fastlstm {
 class Ragged {
  public:
   Ragged(const LayerSizes& s, const OptionalTensor& lengths, const OptionalTensor& reset_mask)
-      : T_(s.T), B_(s.B), N_(s.rows()) {
+      : T_(s.T), B_(s.B), N_(s.rows()), packed_(s.packed) {
     if (lengths) sort(lengths->contiguous());
     if (reset_mask)
       for (int64_t d = 0; d < s.D; ++d) fresh_[d] = fresh_steps(reset_mask->contiguous(), d == 1);
@@ -24,16 +24,17 @@ class Ragged {
 
   int64_t N() const { return N_; }
   bool ragged() const { return !count_.empty(); }
+  // Whether the caller's rows include some past a length.
+  bool padded() const { return ragged() && !packed_; }
   bool plain() const { return !ragged() && fresh_[0].empty(); }
 
   Rows rows(int64_t d) const {
     const auto data = [](const auto& v) { return v.empty() ? nullptr : v.data(); };
-    return {T_, B_, N_, data(count_), data(offset_), data(batch_row_), data(fresh_[d])};
+    return {T_, B_, N_, data(count_), data(offset_), data(batch_row_), data(fresh_[d]), packed_};
   }
   int64_t length(int64_t r) const { return ragged() ? length_[r] : T_; }
 
-  // Calls f(packed row, row t * B + b of the padded batch) for every step of every row, in parallel over
-  // steps.
+  // Calls f(packed row, the caller's row, t, sorted row) for every step of every row, in parallel over steps.
   template <class F>
   void for_each_row(F&& f) const {
     const Rows rows = this->rows(0);
@@ -41,7 +42,7 @@ class Ragged {
                      [&](int64_t begin, int64_t end) {
                        for (int64_t t = begin; t < end; ++t)
                          for (int64_t r = 0, n = rows.count_at(t), offset = rows.offset_at(t); r < n; ++r)
-                           f(offset + r, t * B_ + rows.batch_row_at(r), t, r);
+                           f(offset + r, rows.row_at(t, r), t, r);
                      });
   }
 
@@ -85,6 +86,7 @@ class Ragged {
   }
 
   int64_t T_, B_, N_;
+  bool packed_;
   std::vector<int64_t> count_, offset_, batch_row_, length_;
   std::vector<uint8_t> fresh_[2];
 };

@@ -3,7 +3,8 @@
 //
 // Rows. Ragged batches are run as PackedSequence stores them: rows sorted by falling length, step t holding
 // the first count[t] of them at packed rows offset[t] ... of every [N, .] array. A dense batch has count B
-// and offset t * B. Sizes: T steps, B rows, N = sum of lengths, H units, P features of h (H without
+// and offset t * B. x, y and cells, and their gradients, hold the caller's rows, padded or packed likewise.
+// Sizes: T steps, B rows, N = sum of lengths, H units, P features of h (H without
 // projection). Gates i, f, g, o.
 //
 // Saved gates. A row of the activated gates [N, 4H] that forward keeps lies in blocks of one vector of units:
@@ -23,10 +24,13 @@ struct Rows {
   const int64_t* offset;     // [T]  first packed row of step t, or null: t * B
   const int64_t* batch_row;  // [B]  row of the caller's batch a sorted row is, or null: itself
   const uint8_t* fresh;      // [N]  nonzero: this direction enters the step with zero state; or null
+  bool packed;               // the caller's rows
 
   int64_t count_at(int64_t t) const { return count ? count[t] : B; }
   int64_t offset_at(int64_t t) const { return offset ? offset[t] : t * B; }
   int64_t batch_row_at(int64_t r) const { return batch_row ? batch_row[r] : r; }
+  // The caller's row that is step t of sorted row r.
+  int64_t row_at(int64_t t, int64_t r) const { return (packed ? offset_at(t) : t * B) + batch_row_at(r); }
   bool fresh_at(int64_t t, int64_t r) const { return fresh && fresh[offset_at(t) + r]; }
 };
 
@@ -57,7 +61,7 @@ struct ForwardArgs {
   T* h[2];      // [B, P]     state, sorted rows; step s of the order reads h[s % 2] and writes h[(s + 1) % 2]
   const T* c0;  // [B, H]  c that enters the first step, sorted rows; rows that begin later find theirs in `c`
   T* c;         // [B, H]     state
-  T* y;         // [T, B, .]  out, row t * B + b at y + row * y_stride
+  T* y;         // out, the caller's row at y + row * y_stride
   T* cells;     // likewise with cells_stride, or null
   int64_t y_stride, cells_stride;
   T* scratch;  // per member, forward_scratch(N, I, H, P) elements
@@ -71,10 +75,10 @@ struct BackwardArgs {
   int64_t first, steps;  // which steps of the direction's own order this call runs, last to first
   int64_t base;          // packed row that row 0 of dgates, dr and hidden is
   const T* gates;        // [N, 4H]  activated, as forward saved them
-  const T* cells;        // [T, B, .] c of every step
+  const T* cells;        // c of the caller's rows, likewise
   const T* c0;           // [B, H] sorted rows
-  const T* dy;           // [T, B, .] or null
-  const T* dcells;       // [T, B, .] or null
+  const T* dy;           // likewise or null
+  const T* dcells;       // likewise or null
   int64_t cells_stride, dy_stride, dcells_stride;
   const T* w_hh;  // [4H, P]
   T* packed;      // pack_columns of w_hh, or null: run from w_hh itself

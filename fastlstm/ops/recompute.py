@@ -98,7 +98,7 @@ def _check_forward(interval, x, h0, c0, weights, lengths, reset_mask):
 
 def _check_backward(interval, dy, dh_n, dc_n, dcells, x, h0, c0, weights, lengths, reset_mask, h_at, c_at, needs):
     _check_forward(interval, x, h0, c0, weights, lengths, reset_mask)
-    check_gradients(dy, dh_n, dc_n, dcells, x, weights, needs)
+    check_gradients(dy, dh_n, dc_n, dcells, x, weights, lengths, needs)
     s, parts, B = LayerShape.of(weights), _parts(x.shape[0], interval), x.shape[1]
     check_tensor("h_at", "[D, intervals, B, P]", h_at, (s.D, parts, B, s.P), x.dtype, x.device)
     check_tensor("c_at", "[D, intervals, B, H]", c_at, (s.D, parts, B, s.H), x.dtype, x.device)
@@ -188,7 +188,7 @@ def _fake_backward(
     backend, interval, dy, dh_n, dc_n, dcells, x, h0, c0, weights, lengths, reset_mask, h_at, c_at, needs
 ):  # one argument for each of the schema's
     _check_backward(interval, dy, dh_n, dc_n, dcells, x, h0, c0, weights, lengths, reset_mask, h_at, c_at, needs)
-    return backward_outputs(x, weights, needs)
+    return backward_outputs(x, weights, lengths, needs)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

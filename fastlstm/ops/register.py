@@ -8,12 +8,14 @@ costs a third of one in Python and call overhead decides tiny sequences.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .. import reference
+from ..ragged import PackedLayout
 from .schema import BACKWARD, FORWARD, backward_outputs, check, check_backward, check_range, forward_outputs
 
 LIBRARY = torch.library.Library("fastlstm", "DEF")
@@ -24,9 +26,10 @@ Gradients = tuple["Tensor | None", "Tensor | None", "Tensor | None", "list[Tenso
 def define(backend: str, forward: Callable[..., Any] | None = None, backward: Callable[..., Any] | None = None) -> None:
     """Declare `backend`'s ops; `forward` and `backward` are its kernels if they are written in Python."""
     layer, layer_backward = f"{backend}_layer", f"{backend}_layer_backward"
+    may_be_packed = forward is None
     for name, schema, fake in ((layer, FORWARD, _fake_forward), (layer_backward, BACKWARD, _fake_backward)):
         LIBRARY.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
-        torch.library.register_fake(f"fastlstm::{name}", fake, lib=LIBRARY)
+        torch.library.register_fake(f"fastlstm::{name}", partial(fake, may_be_packed), lib=LIBRARY)
     if forward is not None and backward is not None:
         LIBRARY.impl(layer, without_autocast(_checked(_check_forward, forward)), "CompositeExplicitAutograd")
         LIBRARY.impl(layer_backward, without_autocast(_checked(_check_backward, backward)), "CompositeExplicitAutograd")
@@ -71,15 +74,15 @@ def without_autocast(kernel: Callable[..., Any]) -> Callable[..., Any]:
     return run
 
 
-def _fake_forward(x, h0, c0, weights, lengths, reset_mask, keep_cells, keep_reserve):
-    check(x, h0, c0, weights, lengths, reset_mask)
-    return forward_outputs(x, weights, keep_cells, keep_reserve)
+def _fake_forward(may_be_packed, x, h0, c0, weights, lengths, reset_mask, keep_cells, keep_reserve):
+    check(x, h0, c0, weights, lengths, reset_mask, may_be_packed)
+    return forward_outputs(x, weights, lengths, keep_cells, keep_reserve)
 
 
-def _fake_backward(*args):
-    check_backward(*args)
-    x, weights, needs = args[4], args[7], args[-1]
-    return backward_outputs(x, weights, needs)
+def _fake_backward(may_be_packed, *args):
+    check_backward(*(*args, may_be_packed))
+    x, weights, lengths, needs = args[4], args[7], args[8], args[-1]
+    return backward_outputs(x, weights, lengths, needs)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -141,7 +144,12 @@ def differentiable_backward(
         # Views, so that a tensor given in two roles gets its own gradient for each.
         x, h0, c0, *weights = [None if t is None else t.view_as(t) for t in inputs]  # type: ignore[misc, assignment]
         wanted = [t for t, need in zip([x, h0, c0, *weights], needs, strict=True) if need and t is not None]
-        outputs = reference.layer(x, h0, c0, weights, lengths, reset_mask)
+        if x.dim() == 3 or lengths is None:
+            outputs = reference.layer(x, h0, c0, weights, lengths, reset_mask)
+        else:  # packed rows
+            layout = PackedLayout.of_lengths(lengths)
+            y, h_n, c_n, cells = reference.layer(layout.pad(x), h0, c0, weights, lengths, None)
+            outputs = layout.pack(y), h_n, c_n, layout.pack(cells)
     pairs = [
         (out, grad)
         for out, grad in zip(outputs, (dy, dh_n, dc_n, dcells), strict=True)

@@ -20,6 +20,9 @@ and gives
   cells       [T, B, D*H]   c of every step, zero past the length; [0] unless wanted
   reserve     [D, T, B, 4H] in a layout private to the backend; [0] unless wanted. Holds the activated gates.
 
+The native op takes packed rows of CPU tensors as well: x [N, I], the data of a PackedSequence, with lengths that do not
+rise from row to row and have the sum N, and no reset_mask. y and cells are then [N, .], the reserve is [D, N, 4H].
+
 Backward takes the gradients of y, h_n, c_n and cells (None is zero), forward's arguments and results, and `needs`,
 one flag for each of x, h0, c0, *weights. It gives their gradients, [0] where not needed.
 """
@@ -110,9 +113,11 @@ def check(
     weights: list[Tensor],
     lengths: Tensor | None,
     reset_mask: Tensor | None,
+    may_be_packed: bool = False,
 ) -> None:
     """Raise RuntimeError unless forward's arguments fit together. csrc/contract.h does the same for the native ops."""
-    if x.dim() != 3:
+    packed = may_be_packed and x.dim() == 2 and lengths is not None and lengths.dim() == 1 and reset_mask is None
+    if x.dim() != 3 and not packed:
         raise RuntimeError(f"x must be [T, B, I], got {list(x.shape)}")
     shape = LayerShape.of(weights)
     if shape.D not in (1, 2) or len(weights) != shape.D * shape.per_direction:
@@ -129,7 +134,7 @@ def check(
             )
         if w.dtype != x.dtype:
             raise RuntimeError(f"Input and parameter tensors must have the same dtype, got {x.dtype} and {w.dtype}")
-    H, P, D, (T, B, features) = shape.H, shape.P, shape.D, x.shape
+    H, P, D, B, features = shape.H, shape.P, shape.D, batch_size(x, lengths), x.shape[-1]
     for direction in split_weights(weights):
         check_tensor("weight_ih", "[4H, I]", direction.ih, (4 * H, features))
         check_tensor("weight_hh", "[4H, P]", direction.hh, (4 * H, P))
@@ -139,7 +144,12 @@ def check(
     check_tensor("h0", "[D, B, P]", h0, (D, B, P), x.dtype, x.device)
     check_tensor("c0", "[D, B, H]", c0, (D, B, H), x.dtype, x.device)
     check_tensor("lengths", "[B]", lengths, (B,), torch.int64, x.device)
-    check_tensor("reset_mask", "[T, B]", reset_mask, (T, B), torch.bool, x.device)
+    check_tensor("reset_mask", "[T, B]", reset_mask, x.shape[:-1], torch.bool, x.device)
+
+
+def batch_size(x: Tensor, lengths: Tensor | None) -> int:
+    """B, of padded x or packed."""
+    return x.shape[1] if x.dim() == 3 or lengths is None else lengths.shape[0]
 
 
 def check_range(lengths: Tensor | None, T: int) -> None:
@@ -167,15 +177,16 @@ def check_backward(
     cells: Tensor,
     reserve: Tensor,
     needs: list[bool],
+    may_be_packed: bool = False,
 ) -> None:
     """The same for backward's arguments."""
-    check(x, h0, c0, weights, lengths, reset_mask)
+    check(x, h0, c0, weights, lengths, reset_mask, may_be_packed)
     s = LayerShape.of(weights)
-    T, B = x.shape[:2]
-    check_tensor("reserve", "[D, T, B, 4H]", reserve, (s.D, T, B, 4 * s.H), x.dtype, x.device)
-    check_tensor("y", "[T, B, D*P]", y, (T, B, s.D * s.P), x.dtype, x.device)
-    check_tensor("cells", "[T, B, D*H]", cells, (T, B, s.D * s.H), x.dtype, x.device)
-    check_gradients(dy, dh_n, dc_n, dcells, x, weights, needs)
+    rows = x.shape[:-1]
+    check_tensor("reserve", "[D, T, B, 4H]", reserve, (s.D, *rows, 4 * s.H), x.dtype, x.device)
+    check_tensor("y", "[T, B, D*P]", y, (*rows, s.D * s.P), x.dtype, x.device)
+    check_tensor("cells", "[T, B, D*H]", cells, (*rows, s.D * s.H), x.dtype, x.device)
+    check_gradients(dy, dh_n, dc_n, dcells, x, weights, lengths, needs)
 
 
 def check_gradients(
@@ -185,15 +196,16 @@ def check_gradients(
     dcells: Tensor | None,
     x: Tensor,
     weights: list[Tensor],
+    lengths: Tensor | None,
     needs: list[bool],
 ) -> None:
     """Raise RuntimeError unless the gradients that arrive, and `needs`, fit x and weights that `check` has passed."""
     s = LayerShape.of(weights)
-    T, B = x.shape[:2]
-    check_tensor("dy", "[T, B, D*P]", dy, (T, B, s.D * s.P), x.dtype, x.device)
+    rows, B = x.shape[:-1], batch_size(x, lengths)
+    check_tensor("dy", "[T, B, D*P]", dy, (*rows, s.D * s.P), x.dtype, x.device)
     check_tensor("dh_n", "[D, B, P]", dh_n, (s.D, B, s.P), x.dtype, x.device)
     check_tensor("dc_n", "[D, B, H]", dc_n, (s.D, B, s.H), x.dtype, x.device)
-    check_tensor("dcells", "[T, B, D*H]", dcells, (T, B, s.D * s.H), x.dtype, x.device)
+    check_tensor("dcells", "[T, B, D*H]", dcells, (*rows, s.D * s.H), x.dtype, x.device)
     if len(needs) != 3 + len(weights):
         raise RuntimeError(f"needs must have {3 + len(weights)} flags, got {len(needs)}")
 
@@ -215,26 +227,26 @@ def check_tensor(
 
 
 def forward_outputs(
-    x: Tensor, weights: list[Tensor], keep_cells: bool, keep_reserve: bool
+    x: Tensor, weights: list[Tensor], lengths: Tensor | None, keep_cells: bool, keep_reserve: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Uninitialised y, h_n, c_n, cells and reserve of the contract's shapes: the fake kernel, and a backend's start."""
     s = LayerShape.of(weights)
-    T, B = x.shape[:2]
+    rows, B = x.shape[:-1], batch_size(x, lengths)
     return (
-        x.new_empty(T, B, s.D * s.P),
+        x.new_empty(*rows, s.D * s.P),
         x.new_empty(s.D, B, s.P),
         x.new_empty(s.D, B, s.H),
-        x.new_empty((T, B, s.D * s.H) if keep_cells or keep_reserve else (0,)),
-        x.new_empty((s.D, T, B, 4 * s.H) if keep_reserve else (0,)),
+        x.new_empty((*rows, s.D * s.H) if keep_cells or keep_reserve else (0,)),
+        x.new_empty((s.D, *rows, 4 * s.H) if keep_reserve else (0,)),
     )
 
 
 def backward_outputs(
-    x: Tensor, weights: list[Tensor], needs: list[bool]
+    x: Tensor, weights: list[Tensor], lengths: Tensor | None, needs: list[bool]
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
     """Uninitialised gradients of the contract's shapes, [0] where not needed: the fake kernel of backward."""
     s = LayerShape.of(weights)
-    B = x.shape[1]
+    B = batch_size(x, lengths)
 
     def wanted(i: int, shape: torch.Size | tuple[int, ...]) -> Tensor:
         return x.new_empty(shape if needs[i] else (0,))

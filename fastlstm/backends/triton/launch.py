@@ -19,7 +19,7 @@ def forward(x, h0, c0, weights, lengths, reset_mask, keep_cells, keep_reserve):
     """Kernel of fastlstm::triton_layer (fastlstm/ops/schema.py)."""
     s = LayerShape.of(weights)
     T, B = x.shape[:2]
-    y, h_n, c_n, cells, reserve = forward_outputs(x, weights, keep_cells, keep_reserve)
+    y, h_n, c_n, cells, reserve = forward_outputs(x, weights, lengths, keep_cells, keep_reserve)
     if B == 0:
         return y, h_n, c_n, cells, reserve
     gates = reserve if keep_reserve else x.new_empty(s.D, T, B, 4 * s.H)
@@ -57,7 +57,7 @@ def backward(dy, dh_n, dc_n, dcells, x, h0, c0, weights, lengths, reset_mask, y,
     """Kernel of fastlstm::triton_layer_backward."""
     s = LayerShape.of(weights)
     T, B = x.shape[:2]
-    dx, dh0, dc0, dweights = backward_outputs(x, weights, needs)
+    dx, dh0, dc0, dweights = backward_outputs(x, weights, lengths, needs)
     dgates = torch.empty_like(reserve)
     if B > 0:
         layer = _Layer(x, weights, lengths, reset_mask)
