@@ -199,8 +199,9 @@ class LSTM(nn.RNNBase):
             if value is not None:
                 raise ValueError(f"{name} must be None with a PackedSequence, got {type(value).__name__}")
         data, batch_sizes, sorted_indices, unsorted_indices = input
-        self._update_flat_weights()
-        self.check_input(data, batch_sizes)
+        if data.dim() != 2 or data.size(1) != self.input_size or data.dtype != weights[0].dtype:
+            self._update_flat_weights()
+            self.check_input(data, batch_sizes)
         if hx is not None:
             hx = self._batched_states(hx, batched=True)
             self.check_hidden_size(

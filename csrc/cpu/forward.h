@@ -22,13 +22,14 @@ constexpr int kDirectTile = 2;
 // Rows of a unit block that are kept of it.
 inline int64_t ahead_rows(int64_t N) { return N <= kOnceRows ? N : kAheadRows; }
 
-// A member's scratch: pre-activations of a row group or of some steps, a block of both weights, and with
-// projection the h of all units before it.
+// A member's scratch: pre-activations of a row group or of some steps, the rows of x they are made of, a
+// block of both weights, and with projection the h of all units before it.
 template <class T>
 struct ForwardScratch {
-  int64_t block, hidden, size;
+  int64_t x, block, hidden, size;
   ForwardScratch(int64_t N, int64_t I, int64_t H, int64_t P)
-      : block(std::max(kRowGroup, ahead_rows(N) * unit_blocks<T>(H)) * kGateBlock<T>),
+      : x(std::max(kRowGroup, ahead_rows(N) * unit_blocks<T>(H)) * kGateBlock<T>),
+        block(x + ahead_rows(N) * I),
         hidden(block + (I + P) * kGateBlock<T>),
         size(hidden + (P == H ? 0 : kRowGroup * (H + (P + kPanel<T>)))) {}
 };
@@ -243,6 +244,7 @@ struct AheadProduct {
   const ForwardArgs<T>& a;
   const Member& me;
   T* pre;
+  T* x;                          // [ahead_rows, I]  the member's own rows, one after the other
   T* block;                      // a unit block's weights, where they are packed for one use
   bool used = false;             // or the steps have rows enough for a product each
   int64_t t0 = 0, end_s = 0;     // it holds the steps of the order before end_s, from time t0 on
@@ -277,21 +279,18 @@ struct AheadProduct {
       first_row[k] = total;
       total += rows_at(t0 + k);
     }
-    constexpr int64_t ld = kGateBlock<T>;
-    const bool whole = me.row_begin == 0 && me.row_end == a.rows.B;
-    T* out = pre;
-    for (int64_t u = me.unit_begin; u < me.unit_end; u += kWidth<T>, out += most * ld) {
-      const T* weights = packed_block(a.ih, a.H, a.I, u, block);
-      const int64_t gap = gate_gap<T>(a.H, u);
-      const auto product = [&](int64_t k, int64_t rows) {
-        const T* x = a.x + (a.rows.offset_at(t0 + k) + me.row_begin) * a.I;
-        if (rows > 0) block_product(rows, a.I, x, a.I, weights, gap, out + first_row[k] * ld, false);
-      };
-      if (whole)
-        product(0, total);
-      else
-        for (int64_t k = 0; k < steps; ++k) product(k, rows_at(t0 + k));
+    if (total == 0) return;
+    const T* from = a.x + (a.rows.offset_at(t0) + me.row_begin) * a.I;
+    if (me.row_end - me.row_begin < a.rows.B && steps > 1) {  // a tile of few rows makes half the products
+      for (int64_t k = 0; k < steps; ++k)
+        std::copy_n(a.x + (a.rows.offset_at(t0 + k) + me.row_begin) * a.I, rows_at(t0 + k) * a.I,
+                    x + first_row[k] * a.I);
+      from = x;
     }
+    T* out = pre;
+    for (int64_t u = me.unit_begin; u < me.unit_end; u += kWidth<T>, out += most * kGateBlock<T>)
+      block_product(total, a.I, from, a.I, packed_block(a.ih, a.H, a.I, u, block), gate_gap<T>(a.H, u), out,
+                    false);
   }
 };
 
@@ -302,7 +301,7 @@ void forward(const ForwardArgs<T>& a, const Member& me) {
   const ForwardScratch<T> parts(a.rows.N, a.I, a.H, a.P);
   T* scratch = a.scratch + me.index * parts.size;
   T* hidden = scratch + parts.hidden;
-  AheadProduct<T> product{a, me, scratch, scratch + parts.block};
+  AheadProduct<T> product{a, me, scratch, scratch + parts.x, scratch + parts.block};
   for (int64_t s = 0; s < steps; ++s) {
     const int64_t t = product.time(s), offset = a.rows.offset_at(t);
     const int64_t next_t = s + 1 < steps ? product.time(s + 1) : -1;

@@ -1,4 +1,6 @@
 // Chooses the kernels at run time: an installed wheel must run on a machine older than the one that built it.
+#include <unistd.h>
+
 #include <cstdlib>
 #include <cstring>
 
@@ -46,6 +48,14 @@ Isa chosen() {
 }
 
 }  // namespace
+
+int64_t l2_bytes() {
+#ifdef _SC_LEVEL2_CACHE_SIZE
+  static const int64_t told = sysconf(_SC_LEVEL2_CACHE_SIZE);
+  if (told > 0) return told;
+#endif
+  return 1 << 20;
+}
 
 const char* isa_name() {
   switch (chosen()) {

@@ -136,7 +136,7 @@ LayerGradients backward(const OptionalTensor& dy_in, const OptionalTensor& dh_n,
   const int64_t N = ragged.N();
   std::vector<Rows> rows;
   for (int64_t d = 0; d < D; ++d) rows.push_back(ragged.rows(d));
-  const Plan plan = make_plan(kernel, D, s.T, double(N) / s.T, 0, H, P);
+  const Plan plan = make_plan(kernel, D, rows[0], 0, H, P);
   const bool pack = s.proj() || packs_backward(N, B);
   const int64_t ld = kernel.padded_columns(P);
   const int64_t packed_size = pack ? kernel.columns_packed_size(4 * H, P) : 0;

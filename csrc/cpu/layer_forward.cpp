@@ -49,7 +49,7 @@ LayerResults forward(const at::Tensor& x, const OptionalTensor& h0, const Option
   const at::Tensor input = packed_input<T>(x, s, ragged);  // [N, I]
   std::vector<Rows> rows;
   for (int64_t d = 0; d < D; ++d) rows.push_back(ragged.rows(d));
-  const Plan plan = make_plan(kernel, D, s.T, double(N) / s.T, s.I, H, P);
+  const Plan plan = make_plan(kernel, D, rows[0], s.I, H, P);
   // Packing whole weights pays where they are read again and again; see GateWeight.
   const bool direct_ih = N <= kDirectRows,
              direct_hh = direct_ih || reads_as_stored(N, B, 4 * H * P * sizeof(T));

@@ -36,7 +36,7 @@ StepResults forward_of(const StepInputs& given, bool keep_reserve) {
   T* const gates = keep_reserve ? out.reserve.mutable_data_ptr<T>() : nullptr;
 
   const std::vector<Rows> rows = {rows_of(B)};
-  const Plan plan = make_plan(kernel, 1, 1, double(B), I, H, H);
+  const Plan plan = make_plan(kernel, 1, rows_of(B), I, H, H);
   const bool direct = B <= kDirectRows;
 
   Workspace<T> space;
@@ -106,7 +106,7 @@ StepGradients backward_of(const at::Tensor& dh, const at::Tensor& dc, const Step
 
   const std::vector<Rows> rows = {rows_of(B)};
   // Twice the products of forward. Rows are split, as for any P that is not H.
-  const Plan plan = make_plan(kernel, 1, 1, double(B), 2 * I, H, 2 * H);
+  const Plan plan = make_plan(kernel, 1, rows_of(B), 2 * I, H, 2 * H);
   const bool pack = packs_backward(B, B);
   const int64_t ld = kernel.padded_columns(H), widest = std::max(B, G);
   Workspace<T> space;

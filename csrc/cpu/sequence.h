@@ -171,6 +171,9 @@ struct Kernels {
   void (*tanh)(const T* x, T* y, int64_t n);
 };
 
+// Of one core's L2 cache; 1 MiB where the system does not tell.
+int64_t l2_bytes();
+
 // The best ISA that this CPU has and ATEN_CPU_CAPABILITY ("default", "avx2", "avx512") allows.
 const char* isa_name();
 const char* bfloat16_isa_name();  // "amx" or "avx512_bf16" (cpu/bf16.h), or isa_name()

@@ -11,8 +11,17 @@
 
 namespace fastlstm {
 
-// Weights of so many bytes a thread packs sooner than it can fetch them packed from another's cache.
-constexpr double kSmallWeights = 1 << 16;
+// Weights of so many bytes a thread packs sooner than it can fetch them packed from another's cache; and of
+// so many it reads from its L2 in little time beside the products of a few rows.
+constexpr double kSmallWeights = 1 << 16, kMediumWeights = 3 << 17;
+
+// The number of rows of a row's own step, in the mean over all rows: above N / T where rows end one by one.
+inline double rows_beside(const Rows& rows) {
+  if (!rows.count) return rows.B;
+  double sum = 0;
+  for (int64_t t = 0; t < rows.T; ++t) sum += double(rows.count[t]) * rows.count[t];
+  return sum / std::max<int64_t>(1, rows.N);
+}
 
 // The threads of a layer: per direction a number of members that split either the rows (and never meet) or
 // the units (and meet at a barrier in every step).
@@ -31,10 +40,11 @@ struct Plan {
   int64_t copy(int index) const { return copies > 1 ? index % members : 0; }
 };
 
-// From the sizes of a layer; `rows` is the mean number of rows a step has, I that of input features if the
-// members make x W_ih^T too.
+// From the sizes of a layer; I is the number of input features if the members make x W_ih^T too.
 template <class E>
-Plan make_plan(const Kernels<E>& kernel, int64_t D, int64_t T, double rows, int64_t I, int64_t H, int64_t P) {
+Plan make_plan(const Kernels<E>& kernel, int64_t D, const Rows& of, int64_t I, int64_t H, int64_t P) {
+  const int64_t T = of.T;
+  const double rows = double(of.N) / T;  // of a step, in the mean
   // A step's multiply-adds; a fork and join cost about what 5e5 of them take, a barrier 1e4. A single row
   // waits for its weights, from the L2 or, in a single step, from where the last call left them.
   const int64_t units = (H + kernel.width - 1) / kernel.width * kernel.width;  // of whole vectors
@@ -46,11 +56,13 @@ Plan make_plan(const Kernels<E>& kernel, int64_t D, int64_t T, double rows, int6
   const int most = available / (plan.concurrent ? 2 : 1);
   if (most <= 1) return plan;
   const double weights = 4.0 * H * (I + P) * sizeof(E);
-  // Splitting rows reads all weights in every thread: fine while they stay in its L2 and each has some rows
-  // for them, fewer if they are at most 64 KiB. In a single step each thread packs them for itself, for which
-  // it must have several tiles.
-  const int least_rows = T == 1 || weights > (1 << 20) ? 24 : weights > kSmallWeights ? 4 : 2;
-  const bool rows_fit = rows / most >= least_rows && (T > 1 || weights <= (1 << 20));
+  // Splitting rows reads all weights in every thread: fine while its L2 keeps them and each has some rows
+  // for them, fewer if they are small. In a single step each thread packs them for itself, for which it must
+  // have several tiles. Where reading them takes less time than the rows do, those count that most rows have
+  // beside them: one long row among short ones leaves a thread little to do after the rest has ended.
+  const double least_rows = T == 1 || weights > 0.75 * l2_bytes() ? 24 : weights > kSmallWeights ? 3.5 : 1.5;
+  const double own = (weights > kMediumWeights ? rows : rows_beside(of)) / most;
+  const bool rows_fit = own >= least_rows && (T > 1 || weights <= (1 << 20));
   if (P != H || rows_fit) {
     plan.members = static_cast<int>(std::max(1.0, std::min<double>(most, rows)));
     if (weights <= kSmallWeights) plan.copies = plan.members;
