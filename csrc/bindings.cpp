@@ -56,8 +56,8 @@ bool symbolic(const OptionalTensor& t) {
 std::optional<LayerResults> layer(const at::Tensor& x, const OptionalTensor& h0, const OptionalTensor& c0,
                                   const std::vector<at::Tensor>& weights, const OptionalTensor& lengths,
                                   const OptionalTensor& reset_mask, bool keep_cells, bool keep_reserve) {
-  if (symbolic(x) || symbolic(h0) || symbolic(c0) || symbolic(lengths) || symbolic(reset_mask) ||
-      std::any_of(weights.begin(), weights.end(), symbolic) ||
+  if (x.dim() != 3 || symbolic(x) || symbolic(h0) || symbolic(c0) || symbolic(lengths) ||
+      symbolic(reset_mask) || std::any_of(weights.begin(), weights.end(), symbolic) ||
       !LayerSizes::fit(x, h0, c0, weights, lengths, reset_mask))
     return {};
   const auto& op = forward_op();
@@ -123,10 +123,14 @@ at::Tensor lengths_of(const at::Tensor& batch_sizes, int64_t N) {
 // dropout: between the layers; batch_sizes: of a PackedSequence, whose data `given` is then, or None.
 std::optional<std::tuple<at::Tensor, std::pair<at::Tensor, at::Tensor>>> stack(
     const py::handle& given, const py::handle& hx, const py::list& given_weights, int64_t layers, int64_t D,
-    bool batch_first, int64_t I, int64_t H, int64_t P, double dropout, const py::handle& batch_sizes) {
+    bool batch_first, int64_t I, int64_t H, int64_t P, const py::handle& given_dropout,
+    const py::handle& batch_sizes) {
   Plain tensor;
   const at::Tensor input = tensor(given.ptr());
   const bool packed = !batch_sizes.is_none();
+  if (packed && watched()) return {};  // the lengths are made of batch_sizes without an op
+  if (!PyFloat_Check(given_dropout.ptr()) && !PyLong_Check(given_dropout.ptr())) return {};
+  const double dropout = given_dropout.cast<double>();
   const at::Tensor steps = packed ? tensor(batch_sizes.ptr()) : at::Tensor();
   const auto [h0, c0] = tensor.states(hx.ptr());
   std::vector<at::Tensor> weights;
@@ -170,6 +174,8 @@ std::optional<std::tuple<at::Tensor, std::pair<at::Tensor, at::Tensor>>> stack(
                                std::any_of(own.begin(), own.end(), requires_grad));
     auto [y, h_last, c_last, cells, reserve] = op.call(x, h, c, own, lengths, {}, false, keep);
     x = dropout > 0 && k + 1 < layers ? at::dropout(y, dropout, /*train=*/true) : std::move(y);
+    // nn.LSTM's packed output may be changed in place; this one is kept for backward, as the padded one is.
+    if (packed && keep && k + 1 == layers) x = x.clone();
     h_n.push_back(std::move(h_last));
     c_n.push_back(std::move(c_last));
   }

@@ -23,12 +23,6 @@ bool plain(const at::Tensor& t) {
   return (t.key_set() | autograd) == (keys | autograd);
 }
 
-// Whether a mode that wants to see ops, or a tracer, is at work: they would see none here.
-bool watched() {
-  constexpr c10::DispatchKeySet keys{c10::DispatchKey::Python, c10::DispatchKey::Tracer};
-  return c10::impl::tls_local_dispatch_key_set().included_.has_any(keys);
-}
-
 // Whether cpu/one_step.h can read the tensors as they lie: plain, of one type and of the sizes of a cell.
 bool fits(const StepInputs& in) {
   const at::ScalarType type = in.x.scalar_type();
@@ -97,6 +91,11 @@ class CellFunction : public torch::autograd::Function<CellFunction> {
 };
 
 }  // namespace
+
+bool watched() {
+  constexpr c10::DispatchKeySet keys{c10::DispatchKey::Python, c10::DispatchKey::Tracer};
+  return c10::impl::tls_local_dispatch_key_set().included_.has_any(keys);
+}
 
 bool cell_step(const StepInputs& in, at::Tensor& h, at::Tensor& c) {
   if (watched() || !fits(in)) return false;

@@ -169,11 +169,12 @@ struct LayerSizes {
   }
   // T, B and N of packed rows.
   void read_lengths(const at::Tensor& x, const at::Tensor& lengths, Misfit& wrong) {
-    wrong.unless(lengths.dim() == 1 && lengths.scalar_type() == at::kLong && lengths.is_contiguous(),
-                 "lengths of packed rows must be contiguous int64 [B], got ", lengths.scalar_type(), " ",
+    wrong.unless(lengths.dim() == 1 && lengths.scalar_type() == at::kLong,
+                 "lengths of packed rows must be int64 [B], got ", lengths.scalar_type(), " ",
                  lengths.sizes());
     if (wrong.found()) return;
-    const int64_t* of_row = lengths.const_data_ptr<int64_t>();
+    const at::Tensor own = lengths.contiguous();
+    const int64_t* of_row = own.const_data_ptr<int64_t>();
     B = lengths.size(0), T = B > 0 ? of_row[0] : 0, rows_ = x.size(0);
     int64_t left = rows_;
     for (int64_t b = 0; b < B && left >= 0; ++b) {

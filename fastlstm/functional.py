@@ -72,11 +72,15 @@ def lstm(
     if x.shape[0] == 0:
         raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
     if layout is not None:
+        if lengths is not None:
+            raise ValueError(f"lengths must be None with a layout, got {type(lengths).__name__}")
         lengths = layout.lengths
     if lengths is not None:
         lengths = check_lengths(lengths, x)
     if reset_mask is not None:
         reset_mask = check_reset_mask(reset_mask, x, batch_first)
+    if x.dim() != 3:
+        raise RuntimeError(f"x must be [T, B, I], got {list(x.shape)}")
     weights = list(weights)
     _check_weights(weights, bias, num_layers, bidirectional)
     autocast = torch._C._is_any_autocast_enabled() and torch.is_autocast_enabled(x.device.type)
@@ -125,7 +129,7 @@ def _layers(
             h0, c0 = hx if num_layers == 1 else (hx[0][k * D : (k + 1) * D], hx[1][k * D : (k + 1) * D])
         last = k == num_layers - 1
         x, h, c, cells = layer(x, h0, c0, w, lengths, reset_mask, return_cell_states and last, interval)
-        if not last and training and dropout > 0:
+        if not last and training and dropout != 0:
             x = _drop(x, dropout, layout)
         h_n.append(h)
         c_n.append(c)

@@ -124,7 +124,7 @@ class LSTM(nn.RNNBase):
         batch_first: bool,
         batch_sizes: Tensor | None = None,
     ) -> tuple[Tensor, States] | None:
-        H, dropout = self.hidden_size, self.dropout if self.training else 0.0
+        H, dropout = self.hidden_size, self.dropout if self.training and self.num_layers > 1 else 0.0
         return dispatch.stack(
             input, hx, weights, self.num_layers, self.bidirectional, batch_first,
             self.input_size, H, self.proj_size or H, dropout, batch_sizes,

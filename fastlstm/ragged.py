@@ -20,19 +20,23 @@ class PackedLayout:
     @classmethod
     def of(cls, batch_sizes: Tensor, device: torch.device) -> PackedLayout:
         """The layout of a PackedSequence's batch_sizes [T] (rows that have step t)."""
-        T, B = batch_sizes.shape[0], int(batch_sizes[0])
         # batch_sizes falls with t, so row b's length is the number of steps with more than b rows.
-        lengths = torch.searchsorted(-batch_sizes, -torch.arange(B, device="cpu"))
+        lengths = torch.searchsorted(-batch_sizes, -torch.arange(int(batch_sizes[0]), device="cpu"))
+        return cls._of(batch_sizes, lengths, device)
+
+    @classmethod
+    def of_lengths(cls, lengths: Tensor) -> PackedLayout:
+        """The layout of rows of these lengths [B], longest first, on the CPU."""
+        steps = torch.arange(int(lengths[0]), device="cpu")
+        return cls._of((lengths > steps[:, None]).sum(1), lengths, lengths.device)
+
+    @classmethod
+    def _of(cls, batch_sizes: Tensor, lengths: Tensor, device: torch.device) -> PackedLayout:
+        T, B = batch_sizes.shape[0], lengths.shape[0]
         starts = torch.cumsum(batch_sizes, 0) - batch_sizes
         shift = torch.arange(T, device="cpu") * B - starts  # from packed row to padded row, per step
         positions = torch.arange(int(batch_sizes.sum()), device="cpu") + torch.repeat_interleave(shift, batch_sizes)
         return cls(T, B, lengths, positions.to(device, non_blocking=True))
-
-    @classmethod
-    def of_lengths(cls, lengths: Tensor) -> PackedLayout:
-        """The layout of rows of these lengths [B], longest first."""
-        steps = torch.arange(int(lengths[0]), device=lengths.device)
-        return cls.of((lengths > steps[:, None]).sum(1), lengths.device)
 
     def pad(self, data: Tensor) -> Tensor:
         """[N, n] to [T, B, n], zeros in the padding."""

@@ -328,6 +328,17 @@ def test_weights_that_the_arguments_do_not_describe(wrong, backend):
         fastlstm.functional.lstm(X, None, weights, bias, layers, 0.0, True, bidirectional, False)
 
 
+@pytest.mark.parametrize("options", [{}, {"recompute": True}, {"return_cell_states": True}], ids=str)
+def test_the_function_takes_no_packed_rows(options, backend):
+    """Though the native op does, and these lengths would be theirs."""
+    weights = [w.detach() for w in fastlstm.LSTM(3, 4).parameters()]
+    for x in (torch.zeros(6, 3), torch.zeros(6, 3).t()):
+        with pytest.raises(RuntimeError, match=r"x must be \[T, B, I\], got \["):
+            fastlstm.functional.lstm(
+                x, None, weights, True, 1, 0.0, True, False, x.shape[0] == 3, lengths=[2, 2, 2], **options
+            )
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_input_with_other_weights_is_refused(dtype, backend):
     """Also where half precision is computed in float32, to which everything would be cast."""

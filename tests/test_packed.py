@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.library import opcheck
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastlstm
 from fastlstm import backends, dispatch
@@ -123,9 +124,9 @@ def test_what_packed_rows_cannot_be_given_with():
     for arguments, message in (
         ((x, h0, c0, weights, None, None), r"x must be \[T, B, I\], got \[15, 4\]"),
         ((x, h0, c0, weights, lengths, mask), "reset_mask must be None with packed rows"),
-        ((x, h0, c0, weights, lengths.int(), None), r"lengths of packed rows must be contiguous int64 \[B\], got Int"),
-        ((x, h0, c0, weights, lengths[None], None), r"must be contiguous int64 \[B\], got Long \[1, 4\]"),
-        ((x, h0, c0, weights, torch.tensor(15), None), r"must be contiguous int64 \[B\], got Long \[\]"),
+        ((x, h0, c0, weights, lengths.int(), None), r"lengths of packed rows must be int64 \[B\], got Int"),
+        ((x, h0, c0, weights, lengths[None], None), r"must be int64 \[B\], got Long \[1, 4\]"),
+        ((x, h0, c0, weights, torch.tensor(15), None), r"must be int64 \[B\], got Long \[\]"),
         ((x[:0], h0, c0, weights, lengths[:0], None), "Expected sequence length to be larger than 0"),
         ((x, torch.zeros(1, 3, 4), c0, weights, lengths, None), r"h0 must be \[1, 4, 6\], got \[1, 3, 4\]"),
     ):
@@ -203,7 +204,7 @@ def test_compiled_autograd_of_packed_rows():
 def test_saved_tensors_of_other_strides():
     ours, theirs = twins(bidirectional=True)
     given = packed_batch(4, 1, 6)
-    turn = lambda t: t.t().contiguous().t() if t.dim() == 2 else t  # noqa: E731
+    turn = lambda t: torch.stack([t, -t], -1)[..., 0]  # noqa: E731
     with torch.autograd.graph.saved_tensors_hooks(lambda t: t, turn):
         ours(given)[0].data.square().sum().backward()
     theirs(given)[0].data.square().sum().backward()
@@ -231,6 +232,52 @@ def test_the_rows_stay_packed(monkeypatch):
     lstm.recompute = True
     torch.testing.assert_close(flat_results(lstm(given)), flat_results(expected))
     assert len(padded) == 3
+
+
+@pytest.mark.parametrize("kwargs", [{}, {"num_layers": 2, "bidirectional": True}], ids=str)
+def test_the_output_may_be_changed_in_place(kwargs, backend):
+    """As nn.LSTM's packed one; on padded input nn.LSTM itself refuses it."""
+    found = []
+    for module in twins(**kwargs):
+        output, _ = module(packed_batch(4, 1, 6))
+        output.data.relu_().square().sum().backward()
+        found.append([output.data, *(p.grad for p in module.parameters())])
+    torch.testing.assert_close(*found)
+
+
+@needs_native
+@pytest.mark.filterwarnings("ignore")  # of the tracer
+def test_what_records_ops_sees_where_the_lengths_come_from():
+    class Record(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            seen.append(function)
+            return function(*args, **(kwargs or {}))
+
+    seen, given = [], packed_batch(4, 1, 6, enforce_sorted=False)
+    lstm = fastlstm.LSTM(3, 4, dtype=given.data.dtype).requires_grad_(False)
+    run = lambda rows, sizes: lstm(PackedSequence(rows, sizes))[0].data  # noqa: E731
+    with torch.no_grad():
+        expected = run(given.data, given.batch_sizes)
+        with Record():
+            torch.testing.assert_close(run(given.data, given.batch_sizes), expected)
+        assert torch.ops.aten.searchsorted.Tensor in seen  # the padded form, in torch's own ops
+        traced = torch.jit.trace(run, (given.data, given.batch_sizes), check_trace=False)
+        torch.testing.assert_close(traced(given.data + 1, given.batch_sizes), run(given.data + 1, given.batch_sizes))
+
+
+@needs_native
+def test_rows_of_no_step_behind_the_others():
+    """The module makes none; the op's contract has them."""
+    weights = twins()[0].current_weights()
+
+    def run(x, h0, c0):
+        y, h_n, c_n, _, _ = torch.ops.fastlstm.native_layer(x, h0, c0, weights, lengths, None, False, True)
+        return y, h_n, c_n
+
+    lengths = torch.tensor([3, 2, 0])
+    inputs = [t.requires_grad_() for t in (data(5, 3), data(1, 3, 4), data(1, 3, 4, seed=1))]
+    assert torch.autograd.gradcheck(run, inputs, check_batched_grad=True)
+    assert torch.autograd.gradgradcheck(run, inputs)
 
 
 def test_strided_rows_and_states():

@@ -37,6 +37,7 @@ SHARED = (
     Case(T=6, B=40, I=33, H=48, dtype=torch.bfloat16),
     Case(T=90, B=9, I=20, H=64, lengths=(90, 80, 31, 30, 30, 9, 2, 0, 0), bidirectional=True),  # rows beside others
     Case(T=70, B=12, I=30, H=72, lengths=(70, *[7] * 11)),  # all rows of a thread end long before the other's
+    Case(T=300, B=32, I=40, H=64, lengths=(300, *[8] * 31)),  # fewer than two rows a step, but most among many
     Case(T=140, B=32, I=8, H=64),  # weights that each thread packs, and backward in two pieces
 )
 

@@ -64,7 +64,7 @@ Plan make_plan(const Kernels<E>& kernel, int64_t D, const Rows& of, int64_t I, i
   const double own = (weights > kMediumWeights ? rows : rows_beside(of)) / most;
   const bool rows_fit = own >= least_rows && (T > 1 || weights <= (1 << 20));
   if (P != H || rows_fit) {
-    plan.members = static_cast<int>(std::max(1.0, std::min<double>(most, rows)));
+    plan.members = static_cast<int>(std::clamp<int64_t>(of.B, 1, most));
     if (weights <= kSmallWeights) plan.copies = plan.members;
     return plan;
   }
