@@ -34,19 +34,27 @@ int64_t backward_scratch(int64_t H, int64_t P) {
                 : kRowGroup * padded_columns<T>(H);  // gradients of h before the projection, for a row group
 }
 
-// c[rows, columns n_begin..n_end) = a[rows, K] times packed panels; c has room for whole panels.
+// c[rows, columns n_begin..n_end) = a[rows, K] times packed panels, from the last to the first if
+// `to_the_left`; c has room for whole panels.
 template <class T>
 void product_packed(int64_t rows, int64_t K, const T* a, int64_t lda, const T* packed, int64_t n_begin,
-                    int64_t n_end, T* c, int64_t ldc) {
+                    int64_t n_end, T* c, int64_t ldc, bool to_the_left = false) {
   constexpr int64_t W2 = kPanel<T>;
-  int64_t n = n_begin;
-  for (; rows <= kWideRows && n + 2 * W2 <= n_end; n += 2 * W2)
-    wide_product(rows, K, a, lda, packed + n * K, c + n, ldc, false);
-  for (; n < n_end; n += W2) {
-    if (n_end - n <= kWidth<T>)
-      half_panel_product(rows, K, a, lda, packed + n * K, c + n, ldc);
-    else
-      panel_product(rows, K, a, lda, packed + n * K, c + n, ldc);
+  const int64_t step = rows <= kWideRows ? 2 * W2 : W2, parts = (n_end - n_begin + step - 1) / step;
+  for (int64_t k = 0; k < parts; ++k) {
+    int64_t n = n_begin + (to_the_left ? parts - 1 - k : k) * step;
+    const int64_t end = std::min(n_end, n + step);
+    if (end - n == 2 * W2) {
+      wide_product(rows, K, a, lda, packed + n * K, c + n, ldc, false);
+      continue;
+    }
+    for (; n < end; n += W2) {
+      if (end - n <= kWidth<T>)
+        half_panel_product(rows, K, a, lda, packed + n * K, c + n, ldc);
+      else
+        panel_product(rows, K, a, lda, packed + n * K, c + n, ldc, false,
+                      to_the_left && n > 0 ? packed + (n - W2) * K : nullptr);
+    }
   }
 }
 
@@ -146,11 +154,12 @@ void backward(const BackwardArgs<T>& a, const Member& me) {
     if (me.barrier) me.barrier->wait();
     // Without projection a member owns the same columns of h as units; with it, it owns whole rows.
     const int64_t n_begin = a.w_hr ? 0 : me.unit_begin, n_end = a.w_hr ? P : me.unit_end;
+    const bool to_the_left = turns_around<T>(4 * H * (n_end - n_begin)) && s % 2 == 1;
     for_row_tiles(own, kRowGroup, [&](int64_t first, int64_t rows) {
       const int64_t r0 = me.row_begin + first;
       const T* dg = a.dgates + (offset + r0) * 4 * H;
       if (a.packed)
-        product_packed(rows, 4 * H, dg, 4 * H, a.packed, n_begin, n_end, a.dh + r0 * ld, ld);
+        product_packed(rows, 4 * H, dg, 4 * H, a.packed, n_begin, n_end, a.dh + r0 * ld, ld, to_the_left);
       else
         product_direct(rows, 4 * H, dg, 4 * H, a.w_hh, P, n_begin, n_end, a.dh + r0 * ld, ld);
       for (int64_t r = r0; r < r0 + rows; ++r)

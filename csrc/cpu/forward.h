@@ -12,6 +12,13 @@ namespace fastlstm::FASTLSTM_ISA {
 // reading W_ih anew for each step would cost more than the product.
 constexpr int64_t kFewRows = 48, kAheadRows = 96;
 
+// Whether every second step reads a weight of so many elements from its end: of one that an L2 does not hold,
+// it finds what the step before has read last.
+template <class T>
+bool turns_around(int64_t elements) {
+  return sizeof(T) * elements > 0.75 * l2_bytes();
+}
+
 // Rows at a time that read a weight as stored: their sums, four gates each, fill half the registers.
 #if FASTLSTM_VECTOR_BYTES == 64 || defined(__aarch64__)
 constexpr int kDirectTile = 4;
@@ -49,10 +56,10 @@ FASTLSTM_INLINE const T* packed_block(const GateWeight<T>& w, int64_t H, int64_t
 }
 
 // out [rows][4 gates][gap], rows kGateBlock apart, (+)= a [rows, K] times the packed weights of one unit
-// block.
+// block, after which `next` is read.
 template <class T>
 FASTLSTM_INLINE void block_product(int64_t rows, int64_t K, const T* a, int64_t lda, const T* block,
-                                   int64_t gap, T* out, bool add) {
+                                   int64_t gap, T* out, bool add, const T* next = nullptr) {
   constexpr int64_t ld = kGateBlock<T>, W = kWidth<T>, W2 = kPanel<T>;
   if (4 * gap <= W) return half_panel_product(rows, K, a, lda, block, out, ld, add);
   if (gap < W) {
@@ -61,8 +68,8 @@ FASTLSTM_INLINE void block_product(int64_t rows, int64_t K, const T* a, int64_t 
     return;
   }
   if (rows <= kWideRows) return wide_product(rows, K, a, lda, block, out, ld, add);
-  panel_product(rows, K, a, lda, block, out, ld, add);                // i, f
-  panel_product(rows, K, a, lda, block + K * W2, out + W2, ld, add);  // g, o
+  panel_product(rows, K, a, lda, block, out, ld, add);                      // i, f
+  panel_product(rows, K, a, lda, block + K * W2, out + W2, ld, add, next);  // g, o
 }
 
 // acc[row][gate] += the products, lane by lane, of R rows of v [., K] with unit u's rows of a weight [4H, K]
@@ -153,14 +160,16 @@ struct ForwardStep {
     }
   }
 
-  // The packed weights of the unit block at u0, W_ih's only if they are to be used.
+  // The packed weights of the unit block at u0, W_ih's only if they are to be used, and where the block that
+  // is read after it has its W_hh, if not behind.
   struct Weights {
-    const T *ih, *hh;
+    const T *ih, *hh, *next_hh;
   };
-  FASTLSTM_INLINE Weights weights(int64_t u0, bool ahead) const {
-    if (a.hh.direct) return {nullptr, nullptr};
-    return {ahead ? nullptr : packed_block(a.ih, a.H, a.I, u0, block),
-            packed_block(a.hh, a.H, a.P, u0, block + a.I * kGateBlock<T>)};
+  FASTLSTM_INLINE Weights weights(int64_t u0, bool ahead, bool to_the_left) const {
+    if (a.hh.direct) return {};
+    const T* hh = packed_block(a.hh, a.H, a.P, u0, block + a.I * kGateBlock<T>);
+    return {ahead ? nullptr : packed_block(a.ih, a.H, a.I, u0, block), hh,
+            to_the_left && a.hh.packed && u0 > 0 ? hh - a.P * kGateBlock<T> : nullptr};
   }
 
   // pre [rows][4][gap] (+)= the pre-activations of rows from r0 on and the unit block at u0; those of x are
@@ -171,7 +180,7 @@ struct ForwardStep {
     const T *xr = x + r0 * a.I, *hr = h_in + r0 * a.P;
     if (!a.hh.direct) {
       if (!ahead) block_product(rows, a.I, xr, a.I, w.ih, gap, pre, false);
-      return block_product(rows, a.P, hr, a.P, w.hh, gap, pre, true);
+      return block_product(rows, a.P, hr, a.P, w.hh, gap, pre, true, w.next_hh);
     }
     for_row_tiles(rows, kDirectTile, [&](int64_t first, int R) {
       direct_rows(R, xr + first * a.I, hr + first * a.P, u0, gap, pre + first * kGateBlock<T>, ahead);
@@ -298,6 +307,7 @@ template <class T>
 void forward(const ForwardArgs<T>& a, const Member& me) {
   constexpr int64_t W = kWidth<T>;
   const int64_t steps = a.rows.T;
+  const int64_t blocks = (me.unit_end - me.unit_begin + W - 1) / W;
   const ForwardScratch<T> parts(a.rows.N, a.I, a.H, a.P);
   T* scratch = a.scratch + me.index * parts.size;
   T* hidden = scratch + parts.hidden;
@@ -322,11 +332,14 @@ void forward(const ForwardArgs<T>& a, const Member& me) {
     // A unit block at a time for all rows, where its weights are packed for this step alone; else all blocks
     // for a row group, and so with projection, which needs whole rows of h.
     const bool by_block = steps == 1 && !a.hh.packed;
+    const bool to_the_left = turns_around<T>(4 * a.P * (me.unit_end - me.unit_begin)) && s % 2 == 1;
     for_row_tiles(rows, by_block ? std::max(rows, kRowGroup) : kRowGroup, [&](int64_t first, int64_t count) {
       const int64_t r0 = r_begin + first;
-      T* block = product.used ? pre + first * kGateBlock<T> : pre;
-      for (int64_t u = me.unit_begin; u < me.unit_end; u += W, block += next_block) {
-        const auto weights = step.weights(u, product.used);
+      T* first_block = product.used ? pre + first * kGateBlock<T> : pre;
+      for (int64_t k = 0; k < blocks; ++k) {
+        const int64_t j = to_the_left ? blocks - 1 - k : k, u = me.unit_begin + j * W;
+        T* block = first_block + j * next_block;
+        const auto weights = step.weights(u, product.used, to_the_left);
         for_row_tiles(count, kRowGroup, [&](int64_t part, int64_t n) {
           T* own = product.used ? block + part * kGateBlock<T> : block;
           step.units(r0 + part, r0 + part + n, u, weights, own, product.used);

@@ -128,11 +128,11 @@ FASTLSTM_INLINE void for_row_tiles(int64_t rows, int64_t most, F&& f) {
   }
 }
 
-// c [rows, kPanel] (+)= a [rows, K] times one packed panel. What lies behind the panel is taken to be the
-// next one.
+// c [rows, kPanel] (+)= a [rows, K] times one packed panel, after which `next` is read: by default what lies
+// behind it.
 template <class T>
 FASTLSTM_INLINE void panel_product(int64_t rows, int64_t K, const T* a, int64_t lda, const T* panel, T* c,
-                                   int64_t ldc, bool add = false) {
+                                   int64_t ldc, bool add = false, const T* next = nullptr) {
   constexpr int64_t W2 = kPanel<T>;
   const int64_t tiles = (rows + kTileRows - 1) / kTileRows;
   const int64_t step = (W2 + tiles - 1) / tiles;
@@ -140,7 +140,7 @@ FASTLSTM_INLINE void panel_product(int64_t rows, int64_t K, const T* a, int64_t 
   do {  // once even for K = 0, whose product is zero
     const int64_t pass = std::min(kDepth, K - k);
     const T* b = panel + k * W2;
-    Ahead<T> ahead = {b + pass * W2, step};
+    Ahead<T> ahead = {next && k + pass == K ? next : b + pass * W2, step};
     for_row_tiles(rows, kTileRows, [&](int64_t m, int M) {
       panel_rows<T>(M, pass, a + m * lda + k, lda, b, c + m * ldc, ldc, add || k > 0, ahead);
       ahead.from += pass * step;
