@@ -52,3 +52,14 @@ def test_a_weight_beyond_every_cache(backend):
     """More than 4 MiB, read as stored however many the steps; beside a W_ih that is packed, beyond 192 rows."""
     check(Case(T=60, B=1, I=3, H=363, dtype=torch.float64), "native")
     check(Case(T=100, B=2, I=3, H=513), "native")
+
+
+@pytest.mark.parametrize("backend", ["native"], indirect=True)
+@pytest.mark.parametrize("B", [1, 3, 7, 13])
+def test_a_weight_beyond_an_l2(B, backend):
+    """4 MiB and more, which every second step reads from its end; packed by backward from 9 rows on."""
+    lengths = tuple(11 - b if b < 10 else 0 for b in range(B))
+    check(Case(T=11, B=B, I=5, H=363, hx="tuple", dtype=torch.float64), "native")
+    check(Case(T=11, B=B, I=5, H=368, bidirectional=True, lengths=lengths, dtype=torch.float64), "native")
+    check(Case(T=11, B=B, I=5, H=500, proj=270, hx="tuple", dtype=torch.float64), "native")
+    check(Case(T=6, B=B, I=5, H=363, hx="tuple", dtype=torch.float64), "native")

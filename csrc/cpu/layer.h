@@ -63,8 +63,12 @@ class Workspace {
 // Up to so many rows of all steps, forward reads weights as they are stored: packing takes what 3 to 5 rows
 // save by it.
 constexpr int64_t kDirectRows = 4;
-// Whether backward packs W_hh, a copy, for steps of up to B rows, N of all steps.
-inline bool packs_backward(int64_t N, int64_t B) { return N > (B <= 2 ? 64 : 12); }
+// Whether backward packs W_hh, a copy, for steps of up to B rows, N of all steps, of which a thread reads so
+// many bytes in each: from an L2 it reads them about as fast where they are stored, a column's elements a row
+// apart, but not from what lies behind.
+inline bool packs_backward(int64_t N, int64_t B, int64_t bytes) {
+  return N > (B > 2 ? 12 : bytes < l2_bytes() ? 64 : 8);
+}
 
 // Calls f(begin, end) over [0, n) in parallel, in multiples of `block` of which each takes `work` elements.
 template <class F>

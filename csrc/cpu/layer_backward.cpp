@@ -73,11 +73,14 @@ void recurrent_gradient(const Span& span, const T* dgates, const at::Tensor& y, 
   const bool reverse = d == 1;
   const bool initial =
       reverse ? span.end == s.rows() : span.begin == 0;  // the direction's first step is among them
+  const bool from_h0 = initial && h0;
   const int64_t others = span.rows() - (initial ? s.B : 0);
   const int64_t from = reverse ? span.begin + s.B : span.begin - (initial ? 0 : s.B);
-  dw.add(others, dgates + (initial && !reverse ? s.B * G : 0), states + from * ld, ld, add);
-  if (initial && h0)
-    dw.add(s.B, dgates + (reverse ? others * G : 0), h0->const_data_ptr<T>() + d * s.B * s.P, s.P, true);
+  if (others > 0 || !from_h0)  // of no rows: zeros
+    dw.add(others, dgates + (initial && !reverse ? s.B * G : 0), states + from * ld, ld, add);
+  if (from_h0)
+    dw.add(s.B, dgates + (reverse ? others * G : 0), h0->const_data_ptr<T>() + d * s.B * s.P, s.P,
+           add || others > 0);
 }
 
 // db [G] (+)= the sum of the rows of dgates [rows, G].
@@ -137,7 +140,8 @@ LayerGradients backward(const OptionalTensor& dy_in, const OptionalTensor& dh_n,
   std::vector<Rows> rows;
   for (int64_t d = 0; d < D; ++d) rows.push_back(ragged.rows(d));
   const Plan plan = make_plan(kernel, D, rows[0], 0, H, P);
-  const bool pack = s.proj() || packs_backward(N, B);
+  const int64_t read = 4 * H * P * sizeof(T) / (plan.split_units ? plan.members : 1);
+  const bool pack = s.proj() || packs_backward(N, B, read);
   const int64_t ld = kernel.padded_columns(P);
   const int64_t packed_size = pack ? kernel.columns_packed_size(4 * H, P) : 0;
   const OptionalTensor dy = contiguous(dy_in), dcells = contiguous(dcells_in), h0 = contiguous(h0_in);

@@ -107,7 +107,7 @@ StepGradients backward_of(const at::Tensor& dh, const at::Tensor& dc, const Step
   const std::vector<Rows> rows = {rows_of(B)};
   // Twice the products of forward. Rows are split, as for any P that is not H.
   const Plan plan = make_plan(kernel, 1, rows_of(B), 2 * I, H, 2 * H);
-  const bool pack = packs_backward(B, B);
+  const bool pack = packs_backward(B, B, G * H * sizeof(T));
   const int64_t ld = kernel.padded_columns(H), widest = std::max(B, G);
   Workspace<T> space;
   const int64_t packed_size = pack ? kernel.columns_packed_size(G, H) : 0,
