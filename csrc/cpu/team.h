@@ -75,23 +75,49 @@ Plan make_plan(const Kernels<E>& kernel, int64_t D, const Rows& of, int64_t I, i
   return plan;
 }
 
-// Sorted row at which member k of n begins, so that all have about the same number of steps.
-inline int64_t row_boundary(const Rows& rows, int k, int n) {
-  if (k == 0) return 0;
-  if (k == n) return rows.B;
-  if (!rows.count) return rows.B * k / n;
-  int64_t covered = 0, row = 0;  // row r has as many steps as steps have more than r rows
-  int64_t t = rows.T;
-  for (; row < rows.B && covered * n < rows.N * k; ++row) {
-    while (t > 0 && rows.count[t - 1] <= row) --t;
-    covered += t;
+// The sorted rows at which n members begin, and B, so that all have about the same work: of a row its steps,
+// and in each step of its longest row the reading of the weights, which takes as long as two rows.
+inline std::vector<int64_t> split_rows(const Rows& rows, int n) {
+  constexpr int64_t kReading = 2;
+  std::vector<int64_t> begin(n + 1);
+  if (!rows.count) {
+    for (int k = 0; k <= n; ++k) begin[k] = rows.B * k / n;
+    return begin;
   }
-  return row;
+  std::vector<int64_t> length(rows.B);  // row r has as many steps as steps have more than r rows
+  for (int64_t r = 0, t = rows.T; r < rows.B; ++r) {
+    while (t > 0 && rows.count[t - 1] <= r) --t;
+    length[r] = t;
+  }
+  // Whether no member has more than `most` to do, each with as many rows as that allows.
+  const auto fits = [&](int64_t most) {
+    int k = 0;
+    int64_t left = -1;
+    for (int64_t r = 0; r < rows.B; ++r) {
+      if (length[r] > left) {
+        left = most - kReading * length[r];
+        if (k == n || length[r] > left) return false;
+        begin[k++] = r;
+      }
+      left -= length[r];
+    }
+    std::fill(begin.begin() + k, begin.end(), rows.B);
+    return true;
+  };
+  int64_t too_little = -1, enough = rows.N + kReading * rows.T;
+  while (enough - too_little > 1) {
+    const int64_t middle = (too_little + enough) / 2;
+    (fits(middle) ? enough : too_little) = middle;
+  }
+  fits(enough);
+  return begin;
 }
 
 // Runs body(direction, member) for every part of the plan, each on a thread of its own.
 template <class F>
 void run_plan(const Plan& plan, const std::vector<Rows>& rows, int64_t H, int64_t unit_block, F&& body) {
+  std::vector<int64_t> begin;  // of both directions, whose rows have the same steps
+  if (plan.members > 1 && !plan.split_units) begin = split_rows(rows[0], plan.members);
   const auto member = [&](int64_t d, int k, int n, bool units, Barrier* barrier, int index) {
     Member me{0, rows[d].B, 0, H, index, nullptr};
     if (units) {
@@ -99,9 +125,9 @@ void run_plan(const Plan& plan, const std::vector<Rows>& rows, int64_t H, int64_
       me.unit_begin = blocks * k / n * unit_block;
       me.unit_end = std::min(H, blocks * (k + 1) / n * unit_block);
       me.barrier = barrier;
-    } else {
-      me.row_begin = row_boundary(rows[d], k, n);
-      me.row_end = row_boundary(rows[d], k + 1, n);
+    } else if (n > 1) {
+      me.row_begin = begin[k];
+      me.row_end = begin[k + 1];
     }
     body(d, me);
   };
