@@ -60,6 +60,7 @@ __attribute__((noinline)) void tile(int64_t K, const T* a, int64_t lda, const T*
       Vec<T> columns[NV];
       if constexpr (fetch) {
         __builtin_prefetch(from, 0, 2);
+        if constexpr (kPanel<T> * sizeof(T) > 64) __builtin_prefetch(from + ahead.step / 2, 0, 2);
         from += ahead.step;
       }
 #pragma GCC unroll 8

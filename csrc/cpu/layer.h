@@ -49,7 +49,7 @@ class Workspace {
     return offset;
   }
   void allocate(const at::Tensor& like) {
-    buffer_ = new_empty({total_}, like);
+    buffer_ = new_workspace(total_, like);
     data_ = buffer_.mutable_data_ptr<T>();
   }
   T* at(int64_t offset) const { return data_ + offset; }

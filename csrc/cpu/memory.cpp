@@ -4,6 +4,10 @@
 #include <ATen/ops/empty_native.h>
 #include <c10/core/CPUAllocator.h>
 
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
+
 #include <algorithm>
 #include <atomic>
 #include <cstring>
@@ -146,6 +150,21 @@ at::Tensor new_zeros(at::IntArrayRef sizes, const at::Tensor& like) {
   at::Tensor zeros = new_empty(sizes, like);
   if (zeros.numel() > 0) std::memset(zeros.mutable_data_ptr(), 0, zeros.nbytes());
   return zeros;
+}
+
+at::Tensor new_workspace(int64_t n, const at::Tensor& like) {
+#if defined(MADV_HUGEPAGE)
+  constexpr int64_t kPage = int64_t{1} << 21;
+  const int64_t size = like.element_size(), bytes = n * size;
+  if (bytes >= 2 * kPage) {
+    const at::Tensor memory = new_empty({n + kPage / size}, like);
+    const auto address = reinterpret_cast<uintptr_t>(memory.mutable_data_ptr());
+    const int64_t unused = (kPage - address % kPage) % kPage;
+    madvise(reinterpret_cast<void*>(address + unused), bytes, MADV_HUGEPAGE);  // in vain is no harm
+    return memory.narrow(0, unused / size, n);
+  }
+#endif
+  return new_empty({n}, like);
 }
 
 }  // namespace fastlstm
