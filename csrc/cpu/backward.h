@@ -125,19 +125,24 @@ void backward(const BackwardArgs<T>& a, const Member& me) {
     const int64_t offset = a.rows.offset_at(t) - a.base;
     const int64_t end = std::min(me.row_end, a.rows.count_at(t));
     const int64_t own = std::max<int64_t>(0, end - me.row_begin);
+    // The columns of h that a member owns: without projection those of its units.
+    const int64_t n_begin = me.feature_begin, n_end = me.feature_end;
+    if (a.w_hr) {
+      for (int64_t r = me.row_begin; r < me.row_begin + own; ++r) {
+        T* dr = a.dr + (offset + r) * P;
+        std::copy(a.dh + r * ld + n_begin, a.dh + r * ld + n_end, dr + n_begin);
+        if (a.dy) {
+          const T* dy = a.dy + a.rows.row_at(t, r) * a.dy_stride;
+          for (int64_t p = n_begin; p < n_end; ++p) dr[p] += dy[p];
+        }
+      }
+      if (me.barrier) me.barrier->wait();
+    }
     for_row_tiles(own, kRowGroup, [&](int64_t first, int64_t count) {
       const int64_t r0 = me.row_begin + first, r1 = r0 + count;
-      if (a.w_hr) {
-        for (int64_t r = r0; r < r1; ++r) {
-          T* dr = a.dr + (offset + r) * P;
-          std::copy(a.dh + r * ld, a.dh + r * ld + P, dr);
-          if (a.dy) {
-            const T* dy = a.dy + a.rows.row_at(t, r) * a.dy_stride;
-            for (int64_t p = 0; p < P; ++p) dr[p] += dy[p];
-          }
-        }
-        product_packed(r1 - r0, P, a.dr + (offset + r0) * P, P, a.w_hr, 0, H, dhidden, ld_hidden);
-      }
+      if (a.w_hr)
+        product_packed(count, P, a.dr + (offset + r0) * P, P, a.w_hr, me.unit_begin, me.unit_end, dhidden,
+                       ld_hidden);
       for (int64_t r = r0; r < r1; ++r) {
         const int64_t row = a.rows.row_at(t, r);
         const T* c_enter = a.rows.fresh_at(t, r) ? nullptr
@@ -152,8 +157,6 @@ void backward(const BackwardArgs<T>& a, const Member& me) {
       }
     });
     if (me.barrier) me.barrier->wait();
-    // Without projection a member owns the same columns of h as units; with it, it owns whole rows.
-    const int64_t n_begin = a.w_hr ? 0 : me.unit_begin, n_end = a.w_hr ? P : me.unit_end;
     const bool to_the_left = turns_around<T>(4 * H * (n_end - n_begin)) && s % 2 == 1;
     for_row_tiles(own, kRowGroup, [&](int64_t first, int64_t rows) {
       const int64_t r0 = me.row_begin + first;

@@ -29,16 +29,22 @@ constexpr int kDirectTile = 2;
 // Rows of a unit block that are kept of it.
 inline int64_t ahead_rows(int64_t N) { return N <= kOnceRows ? N : kAheadRows; }
 
+// Of a row of projected h: features in panels, and what a product of four vectors adds to the last.
+template <class T>
+int64_t projected_stride(int64_t P) {
+  return (P / kPanel<T> + 2) * kPanel<T>;
+}
+
 // A member's scratch: pre-activations of a row group or of some steps, the rows of x they are made of, a
-// block of both weights, and with projection the h of all units before it.
+// block of both weights, and with projection its result for a row group.
 template <class T>
 struct ForwardScratch {
-  int64_t x, block, hidden, size;
+  int64_t x, block, projected, size;
   ForwardScratch(int64_t N, int64_t I, int64_t H, int64_t P)
       : x(std::max(kRowGroup, ahead_rows(N) * unit_blocks<T>(H)) * kGateBlock<T>),
         block(x + ahead_rows(N) * I),
-        hidden(block + (I + P) * kGateBlock<T>),
-        size(hidden + (P == H ? 0 : kRowGroup * (H + (P + kPanel<T>)))) {}
+        projected(block + (I + P) * kGateBlock<T>),
+        size(projected + (P == H ? 0 : kRowGroup * projected_stride<T>(P))) {}
 };
 
 template <class T>
@@ -72,14 +78,11 @@ FASTLSTM_INLINE void block_product(int64_t rows, int64_t K, const T* a, int64_t 
   panel_product(rows, K, a, lda, block + K * W2, out + W2, ld, add, next);  // g, o
 }
 
-// acc[row][gate] += the products, lane by lane, of R rows of v [., K] with unit u's rows of a weight [4H, K]
-// as stored. A row a gate: eight at a time gained nothing.
+// acc[row][q] += the products, lane by lane, of R rows of v [., K] with four rows w [K] of a weight as
+// stored. Eight at a time gained nothing.
 template <class T, int R>
-FASTLSTM_INLINE void multiply_rows(const T* v, const T* weight, int64_t K, int64_t H, int64_t u,
-                                   Vec<T> (*acc)[4]) {
+FASTLSTM_INLINE void multiply_rows(const T* v, const T* const (&w)[4], int64_t K, Vec<T> (*acc)[4]) {
   constexpr int W = kWidth<T>;
-  const T* w[4];
-  for (int gate = 0; gate < 4; ++gate) w[gate] = weight + (gate * H + u) * K;
   const int64_t whole = K / W * W;
   for (int64_t k = 0; k < whole; k += W)
 #pragma GCC unroll 4
@@ -108,7 +111,6 @@ struct ForwardStep {
   T* gates;        // [count, 4H] or null
   int64_t next_t;  // the step after this one in the direction's order, or -1
   T* block;        // both weights of a unit block, where they are packed for one use
-  T* hidden;       // [kRowGroup, H] with projection
 
   // Whether sorted row r enters the next step with zero state.
   bool cleared_next(int64_t r) const {
@@ -116,7 +118,7 @@ struct ForwardStep {
   }
 
   // Units [u0, u0 + n), n <= W, of row r, whose activated gates are at `gate` as [4][W]: the new c and h.
-  FASTLSTM_INLINE void cell(int64_t r, int64_t r_group, int64_t u0, int n, const T* gate) const {
+  FASTLSTM_INLINE void cell(int64_t r, int64_t u0, int n, const T* gate) const {
     constexpr int W = kWidth<T>;
     const int64_t H = a.H;
     const int64_t at = r * H + u0;
@@ -137,26 +139,55 @@ struct ForwardStep {
     put(a.c + at, c_next);
     const int64_t row = a.rows.row_at(t, r);
     if (a.cells) put(a.cells + row * a.cells_stride + u0, c_next);
-    if (a.w_hr) {
-      put(hidden + r_group * H + u0, h);
+    if (a.hidden) {
+      put(a.hidden + at, h);
     } else {
       put(a.y + row * a.y_stride + u0, h);
       put(h_out + r * a.P + u0, cleared_next(r) ? Vec<T>{} : h);
     }
   }
 
-  // h = hidden W_hr^T for rows [r0, r1), to the state and to y.
-  void project(int64_t r0, int64_t r1, T* out /* [kRowGroup, padded P] */) const {
+  // Features [begin, end) of h = hidden W_hr^T for rows [r0, r1), at most kRowGroup, to the state and to y.
+  void project(int64_t r0, int64_t r1, int64_t begin, int64_t end, T* out /* [., projected_stride] */) const {
     constexpr int64_t W2 = kPanel<T>;
-    const int64_t H = a.H, P = a.P, ld = (P + W2 - 1) / W2 * W2;
-    for (int64_t p = 0; p < P; p += W2) panel_product(r1 - r0, H, hidden, H, a.w_hr + p * H, out + p, ld);
+    const int64_t H = a.H, P = a.P, ld = projected_stride<T>(P);
+    const T* hidden = a.hidden + r0 * H;
+    if (a.hr.direct)
+      for_row_tiles(r1 - r0, kDirectTile, [&](int64_t first, int R) {
+        for (int64_t p = begin; p < end; p += 2 * W2)
+          project_rows(R, hidden + first * H, p, end, out + first * ld + p);
+      });
+    else
+      for (int64_t p = begin; p < end; p += W2)
+        panel_product(r1 - r0, H, hidden, H, a.hr.packed + p * H, out + p, ld);
     for (int64_t r = r0; r < r1; ++r) {
-      const T* h = out + (r - r0) * ld;
-      std::copy(h, h + P, a.y + a.rows.row_at(t, r) * a.y_stride);
+      const T *h = out + (r - r0) * ld + begin, *h_end = h + (end - begin);
+      std::copy(h, h_end, a.y + a.rows.row_at(t, r) * a.y_stride + begin);
+      T* state = h_out + r * P + begin;
       if (cleared_next(r))
-        std::fill(h_out + r * P, h_out + (r + 1) * P, T(0));
+        std::fill_n(state, end - begin, T(0));
       else
-        std::copy(h, h + P, h_out + r * P);
+        std::copy(h, h_end, state);
+    }
+  }
+
+  // Four vectors of features from p on, what lies behind `end` being that before it, from W_hr as stored.
+  template <int R = kDirectTile>
+  FASTLSTM_INLINE void project_rows(int rows, const T* hidden, int64_t p, int64_t end, T* out) const {
+    if constexpr (R > 0) {
+      if (rows < R) return project_rows<R - 1>(rows, hidden, p, end, out);
+      constexpr int W = kWidth<T>;
+      Vec<T> lanes[R][4][W];
+      for (int u = 0; u < W; ++u) {
+        const T* w[4];
+        for (int q = 0; q < 4; ++q) w[q] = a.hr.stored + std::min(p + q * W + u, end - 1) * a.H;
+        Vec<T> acc[R][4] = {};
+        multiply_rows<T, R>(hidden, w, a.H, acc);
+        for (int r = 0; r < R; ++r)
+          for (int q = 0; q < 4; ++q) lanes[r][q][u] = acc[r][q];
+      }
+      for (int r = 0; r < R; ++r)
+        for (int q = 0; q < 4; ++q) store(out + r * projected_stride<T>(a.P) + q * W, sums<T>(lanes[r][q]));
     }
   }
 
@@ -199,8 +230,13 @@ struct ForwardStep {
       for (int u = 0; u < W; ++u) {
         Vec<T> acc[R][4] = {};
         if (u < n) {
-          if (!ahead) multiply_rows<T, R>(xr, a.ih.stored, a.I, a.H, u0 + u, acc);
-          multiply_rows<T, R>(hr, a.hh.stored, a.P, a.H, u0 + u, acc);
+          const T *ih[4], *hh[4];
+          for (int64_t gate = 0; gate < 4; ++gate) {
+            ih[gate] = a.ih.stored + (gate * a.H + u0 + u) * a.I;
+            hh[gate] = a.hh.stored + (gate * a.H + u0 + u) * a.P;
+          }
+          if (!ahead) multiply_rows<T, R>(xr, ih, a.I, acc);
+          multiply_rows<T, R>(hr, hh, a.P, acc);
         }
         for (int r = 0; r < R; ++r)
           for (int gate = 0; gate < 4; ++gate) lanes[r][gate][u] = acc[r][gate];
@@ -242,7 +278,7 @@ struct ForwardStep {
         __builtin_prefetch(soon, 1, 3);
         __builtin_prefetch(soon + 2 * W, 1, 3);
       }
-      cell(r, r - r0, u0, n, pre + (r - r0) * ld);
+      cell(r, u0, n, pre + (r - r0) * ld);
     }
   }
 };
@@ -310,7 +346,7 @@ void forward(const ForwardArgs<T>& a, const Member& me) {
   const int64_t blocks = (me.unit_end - me.unit_begin + W - 1) / W;
   const ForwardScratch<T> parts(a.rows.N, a.I, a.H, a.P);
   T* scratch = a.scratch + me.index * parts.size;
-  T* hidden = scratch + parts.hidden;
+  T* projected = scratch + parts.projected;
   AheadProduct<T> product{a, me, scratch, scratch + parts.x, scratch + parts.block};
   for (int64_t s = 0; s < steps; ++s) {
     const int64_t t = product.time(s), offset = a.rows.offset_at(t);
@@ -325,12 +361,11 @@ void forward(const ForwardArgs<T>& a, const Member& me) {
                               a.h[(s + 1) % 2],
                               a.gates ? a.gates + offset * 4 * a.H : nullptr,
                               next_t,
-                              scratch + parts.block,
-                              hidden};
+                              scratch + parts.block};
     const int64_t r_begin = me.row_begin, end = std::min(me.row_end, a.rows.count_at(t));
     const int64_t rows = std::max<int64_t>(0, end - r_begin);
     // A unit block at a time for all rows, where its weights are packed for this step alone; else all blocks
-    // for a row group, and so with projection, which needs whole rows of h.
+    // for a row group.
     const bool by_block = steps == 1 && !a.hh.packed;
     const bool to_the_left = turns_around<T>(4 * a.P * (me.unit_end - me.unit_begin)) && s % 2 == 1;
     for_row_tiles(rows, by_block ? std::max(rows, kRowGroup) : kRowGroup, [&](int64_t first, int64_t count) {
@@ -345,9 +380,15 @@ void forward(const ForwardArgs<T>& a, const Member& me) {
           step.units(r0 + part, r0 + part + n, u, weights, own, product.used);
         });
       }
-      if (a.w_hr) step.project(r0, r0 + count, hidden + kRowGroup * a.H);
+      if (a.hidden && !me.barrier) step.project(r0, r0 + count, 0, a.P, projected);
     });
     if (me.barrier) me.barrier->wait();
+    if (a.hidden && me.barrier) {
+      for_row_tiles(rows, kRowGroup, [&](int64_t first, int64_t count) {
+        step.project(r_begin + first, r_begin + first + count, me.feature_begin, me.feature_end, projected);
+      });
+      me.barrier->wait();
+    }
   }
 }
 

@@ -141,7 +141,7 @@ LayerGradients backward(const OptionalTensor& dy_in, const OptionalTensor& dh_n,
   for (int64_t d = 0; d < D; ++d) rows.push_back(ragged.rows(d));
   const Plan plan = make_plan(kernel, D, rows[0], 0, H, P);
   const int64_t read = 4 * H * P * sizeof(T) / (plan.split_units ? plan.members : 1);
-  const bool pack = s.proj() || packs_backward(N, B, read);
+  const bool pack = packs_backward(N, B, read);
   const int64_t ld = kernel.padded_columns(P);
   const int64_t packed_size = pack ? kernel.columns_packed_size(4 * H, P) : 0;
   const OptionalTensor dy = contiguous(dy_in), dcells = contiguous(dcells_in), h0 = contiguous(h0_in);
@@ -164,7 +164,6 @@ LayerGradients backward(const OptionalTensor& dy_in, const OptionalTensor& dh_n,
   const int64_t scratch_at = space.take(plan.threads() * kernel.backward_scratch(H, P));
   space.allocate(x);
 
-  // Columns of h; without projection these are a member's units.
   const auto pack_hh = [&](const BackwardArgs<T>& a, int64_t begin, int64_t end) {
     kernel.pack_columns(a.w_hh, 4 * H, P, 1, begin, end, a.packed);
   };
@@ -238,12 +237,12 @@ LayerGradients backward(const OptionalTensor& dy_in, const OptionalTensor& dh_n,
       args[d].base = Span(s, ragged, d, first, end - first).begin;
       if (identity[d] && D == 1) args[d].dgates = dx_rows.mutable_data_ptr<T>() + args[d].base * s.I;
     }
-    run_plan(plan, rows, H, kernel.unit_block, [&](int64_t d, const Member& me) {
+    run_plan(plan, rows, H, P, kernel.unit_block, [&](int64_t d, const Member& me) {
       BackwardArgs<T> mine = args[d];
       if (pack) mine.packed += plan.copy(me.index) * packed_size;
       // Once for all steps; a copy anew, since its thread may have been missing before.
       if (pack && plan.own_weights() && (!add || plan.copies > 1))
-        pack_hh(mine, me.unit_begin, std::min(P, me.unit_end));
+        pack_hh(mine, me.feature_begin, me.feature_end);
       kernel.backward(mine, me);
     });
     for (int64_t d = 0; d < D; ++d) {

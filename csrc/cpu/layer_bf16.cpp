@@ -159,7 +159,7 @@ LayerResults forward_bf16(const at::Tensor& x, const OptionalTensor& h0, const O
          writable_bits(y) + d * H, keep_cells ? writable_bits(cells) + d * H : nullptr, D * H, D * H,
          bits(space.at(scratch_at))});
   }
-  run_plan(plan, rows, H, bf16::kUnits, [&](int64_t d, const Member& me) { kernel.forward(args[d], me); });
+  run_plan(plan, rows, H, H, bf16::kUnits, [&](int64_t d, const Member& me) { kernel.forward(args[d], me); });
 
   for (int64_t d = 0; d < D; ++d)
     for (int64_t r = 0; r < B; ++r) {
@@ -257,7 +257,8 @@ LayerGradients backward_bf16(const OptionalTensor& dy_in, const OptionalTensor& 
       args[d].steps = end - first;
       args[d].base = Span(s, ragged, d, first, end - first).begin;
     }
-    run_plan(plan, rows, H, bf16::kUnits, [&](int64_t d, const Member& me) { kernel.backward(args[d], me); });
+    run_plan(plan, rows, H, H, bf16::kUnits,
+             [&](int64_t d, const Member& me) { kernel.backward(args[d], me); });
     for (int64_t d = 0; d < D; ++d) {
       const Span span(s, ragged, d, first, end - first);
       const int64_t at = d * s.per_direction, n = span.rows();

@@ -54,20 +54,22 @@ LayerResults forward(const at::Tensor& x, const OptionalTensor& h0, const Option
   const bool direct_ih = N <= kDirectRows,
              direct_hh = direct_ih || reads_as_stored(N, B, 4 * H * P * sizeof(T));
   const bool once = s.T == 1 && (!s.proj() || N <= kRowGroup);
-  const bool pack_ih = !once && N > kOnceRows, pack_hh = !once && !direct_hh;
+  const bool pack_ih = !once && N > kOnceRows, pack_hh = !once && !direct_hh,
+             pack_hr = s.proj() && !direct_ih;
 
   const int64_t ih_size = pack_ih ? kernel.forward_packed_size(H, s.I) : 0,
                 hh_size = pack_hh ? kernel.forward_packed_size(H, P) : 0;
 
   Workspace<T> space;
-  PerDirection h_at, c_at, bias_at, ih_at, hh_at, hr_at;
+  PerDirection h_at, c_at, bias_at, ih_at, hh_at, hr_at, hidden_at;
   for (int64_t d = 0; d < D; ++d) {
     h_at[d] = space.take(2 * B * P);
     c_at[d] = space.take(B * H);
     bias_at[d] = space.take(4 * H);
     ih_at[d] = space.take(plan.copies * ih_size);
     hh_at[d] = space.take(plan.copies * hh_size);
-    hr_at[d] = space.take(s.proj() ? kernel.columns_packed_size(H, P) : 0);
+    hr_at[d] = space.take(pack_hr ? kernel.columns_packed_size(H, P) : 0);
+    hidden_at[d] = space.take(s.proj() ? B * H : 0);
   }
   const int64_t scratch_at = space.take(plan.threads() * kernel.forward_scratch(N, s.I, H, P));
   space.allocate(x);
@@ -89,7 +91,8 @@ LayerResults forward(const at::Tensor& x, const OptionalTensor& h0, const Option
     }
     std::copy_n(h, B * P, h + B * P);  // a reverse row may begin at an odd step
     gather_state<T>(c0c, d, rows[d], H, space.at(c_at[d]), H);
-    if (s.proj()) pack_columns<T>(w.hr.t(), space.at(hr_at[d]));
+    if (pack_hr) pack_columns<T>(w.hr.t(), space.at(hr_at[d]));
+    if (s.proj()) hold.push_back(w.hr.contiguous());
     args.push_back({rows[d],
                     s.I,
                     H,
@@ -100,7 +103,9 @@ LayerResults forward(const at::Tensor& x, const OptionalTensor& h0, const Option
                     space.at(bias_at[d]),
                     {w_ih.const_data_ptr<T>(), pack_ih ? space.at(ih_at[d]) : nullptr, direct_ih},
                     {w_hh.const_data_ptr<T>(), pack_hh ? space.at(hh_at[d]) : nullptr, direct_hh},
-                    s.proj() ? space.at(hr_at[d]) : nullptr,
+                    {s.proj() ? hold.back().const_data_ptr<T>() : nullptr,
+                     pack_hr ? space.at(hr_at[d]) : nullptr, !pack_hr},
+                    s.proj() ? space.at(hidden_at[d]) : nullptr,
                     {h, h + B * P},
                     space.at(c_at[d]),
                     space.at(c_at[d]),
@@ -113,7 +118,7 @@ LayerResults forward(const at::Tensor& x, const OptionalTensor& h0, const Option
       for_blocks(H, kernel.width, (pack_ih * s.I + pack_hh * P) * 4 * kernel.width,
                  [&](int64_t begin, int64_t end) { pack_forward(args[d], begin, end); });
   }
-  run_plan(plan, rows, H, kernel.unit_block, [&](int64_t d, const Member& me) {
+  run_plan(plan, rows, H, P, kernel.unit_block, [&](int64_t d, const Member& me) {
     ForwardArgs<T> mine = args[d];
     if (pack_ih) mine.ih.packed += plan.copy(me.index) * ih_size;
     if (pack_hh) mine.hh.packed += plan.copy(me.index) * hh_size;

@@ -59,6 +59,7 @@ StepResults forward_of(const StepInputs& given, bool keep_reserve) {
                                bias,
                                {data<T>(in.w_ih), nullptr, direct},
                                {data<T>(in.w_hh), nullptr, direct},
+                               {},
                                nullptr,
                                {const_cast<T*>(h0), h},  // the only step reads the first, and y is the second
                                c0,
@@ -68,7 +69,7 @@ StepResults forward_of(const StepInputs& given, bool keep_reserve) {
                                H,
                                H,
                                space.at(scratch_at)};
-  run_plan(plan, rows, H, kernel.unit_block, [&](int64_t, const Member& me) { kernel.forward(args, me); });
+  run_plan(plan, rows, H, H, kernel.unit_block, [&](int64_t, const Member& me) { kernel.forward(args, me); });
   return out;
 }
 
@@ -105,8 +106,8 @@ StepGradients backward_of(const at::Tensor& dh, const at::Tensor& dc, const Step
     }
 
   const std::vector<Rows> rows = {rows_of(B)};
-  // Twice the products of forward. Rows are split, as for any P that is not H.
-  const Plan plan = make_plan(kernel, 1, rows_of(B), 2 * I, H, 2 * H);
+  // Twice the products of forward.
+  const Plan plan = make_plan(kernel, 1, rows_of(B), 2 * I, H, 2 * H, /*rows_only=*/true);
   const bool pack = packs_backward(B, B, G * H * sizeof(T));
   const int64_t ld = kernel.padded_columns(H), widest = std::max(B, G);
   Workspace<T> space;
@@ -151,7 +152,7 @@ StepGradients backward_of(const at::Tensor& dh, const at::Tensor& dc, const Step
                                 nullptr};
   if (!each_packs) kernel.pack_columns(args.w_hh, G, H, 1, 0, H, args.packed);
   Barrier barrier(plan.members);
-  run_plan(plan, rows, H, kernel.unit_block, [&](int64_t, const Member& me) {
+  run_plan(plan, rows, H, H, kernel.unit_block, [&](int64_t, const Member& me) {
     T* scratch = space.at(scratch_at) + me.index * scratch_size;
     const int64_t r0 = me.row_begin, own = me.row_end - r0;
     BackwardArgs<T> mine = args;

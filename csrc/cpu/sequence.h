@@ -39,7 +39,7 @@ constexpr int64_t kRowGroup = 96;
 // Up to so many rows of all steps, x W_ih^T is made for all of them at once.
 constexpr int64_t kOnceRows = 192;
 
-// A weight [4H, K] of forward, and how its kernel reads it.
+// A weight of forward, [4H, K] but for weight_hr, and how its kernel reads it.
 template <class T>
 struct GateWeight {
   const T* stored;  // as torch.nn.LSTM stores it
@@ -57,7 +57,8 @@ struct ForwardArgs {
   const T* bias;  // [4H]  bias_ih + bias_hh
   // Blocks packed where used: W_ih up to kOnceRows rows, both at T = 1, with projection up to kRowGroup rows.
   GateWeight<T> ih, hh;  // K = I, K = P
-  const T* w_hr;         // pack_columns of weight_hr^T [H, P], or null without projection
+  GateWeight<T> hr;      // weight_hr [P, H], packed by pack_columns as [H, P]; without projection none
+  T* hidden;             // [B, H]  with projection, h before it; sorted rows
   T* h[2];      // [B, P]     state, sorted rows; step s of the order reads h[s % 2] and writes h[(s + 1) % 2]
   const T* c0;  // [B, H]  c that enters the first step, sorted rows; rows that begin later find theirs in `c`
   T* c;         // [B, H]     state
@@ -120,11 +121,13 @@ class Barrier {
 };
 
 // One thread's part of a direction: sorted rows [row_begin, row_end) and units [unit_begin, unit_end).
-// Members that share rows split the units, and meet at the barrier in every step; otherwise barrier is null.
+// Members that share rows split the units and the features of h, and meet at the barrier in every step, with
+// projection twice; otherwise barrier is null.
 struct Member {
   int64_t row_begin, row_end;
-  int64_t unit_begin, unit_end;  // multiples of unit_block, or H at the end
-  int index;                     // which scratch is mine
+  int64_t unit_begin, unit_end;        // multiples of unit_block, or H at the end
+  int64_t feature_begin, feature_end;  // likewise of P; without projection the same
+  int index;                           // which scratch is mine
   Barrier* barrier;
 };
 

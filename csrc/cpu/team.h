@@ -24,7 +24,7 @@ inline double rows_beside(const Rows& rows) {
 }
 
 // The threads of a layer: per direction a number of members that split either the rows (and never meet) or
-// the units (and meet at a barrier in every step).
+// the units (and meet at barriers in every step).
 struct Plan {
   int64_t D;
   int members = 1;          // per direction
@@ -40,9 +40,11 @@ struct Plan {
   int64_t copy(int index) const { return copies > 1 ? index % members : 0; }
 };
 
-// From the sizes of a layer; I is the number of input features if the members make x W_ih^T too.
+// From the sizes of a layer; I is the number of input features if the members make x W_ih^T too. Only rows
+// are split if `rows_only`.
 template <class E>
-Plan make_plan(const Kernels<E>& kernel, int64_t D, const Rows& of, int64_t I, int64_t H, int64_t P) {
+Plan make_plan(const Kernels<E>& kernel, int64_t D, const Rows& of, int64_t I, int64_t H, int64_t P,
+               bool rows_only = false) {
   const int64_t T = of.T;
   const double rows = double(of.N) / T;  // of a step, in the mean
   // A step's multiply-adds; a fork and join cost about what 5e5 of them take, a barrier 1e4. A single row
@@ -63,7 +65,7 @@ Plan make_plan(const Kernels<E>& kernel, int64_t D, const Rows& of, int64_t I, i
   const double least_rows = T == 1 || weights > 0.75 * l2_bytes() ? 24 : weights > kSmallWeights ? 3.5 : 2;
   const double own = (weights > kMediumWeights ? rows : rows_beside(of)) / most;
   const bool rows_fit = own >= least_rows && (T > 1 || weights <= (1 << 20));
-  if (P != H || rows_fit) {
+  if (rows_only || rows_fit) {
     plan.members = static_cast<int>(std::clamp<int64_t>(of.B, 1, most));
     if (weights <= kSmallWeights) plan.copies = plan.members;
     return plan;
@@ -115,15 +117,20 @@ inline std::vector<int64_t> split_rows(const Rows& rows, int n) {
 
 // Runs body(direction, member) for every part of the plan, each on a thread of its own.
 template <class F>
-void run_plan(const Plan& plan, const std::vector<Rows>& rows, int64_t H, int64_t unit_block, F&& body) {
+void run_plan(const Plan& plan, const std::vector<Rows>& rows, int64_t H, int64_t P, int64_t unit_block,
+              F&& body) {
   std::vector<int64_t> begin;  // of both directions, whose rows have the same steps
   if (plan.members > 1 && !plan.split_units) begin = split_rows(rows[0], plan.members);
   const auto member = [&](int64_t d, int k, int n, bool units, Barrier* barrier, int index) {
-    Member me{0, rows[d].B, 0, H, index, nullptr};
+    Member me{0, rows[d].B, 0, H, 0, P, index, nullptr};
     if (units) {
-      const int64_t blocks = (H + unit_block - 1) / unit_block;
-      me.unit_begin = blocks * k / n * unit_block;
-      me.unit_end = std::min(H, blocks * (k + 1) / n * unit_block);
+      const auto split = [&](int64_t size, int64_t& begin, int64_t& end) {
+        const int64_t blocks = (size + unit_block - 1) / unit_block;
+        begin = blocks * k / n * unit_block;
+        end = std::min(size, blocks * (k + 1) / n * unit_block);
+      };
+      split(H, me.unit_begin, me.unit_end);
+      split(P, me.feature_begin, me.feature_end);
       me.barrier = barrier;
     } else if (n > 1) {
       me.row_begin = begin[k];
