@@ -63,3 +63,12 @@ def test_a_weight_beyond_an_l2(B, backend):
     check(Case(T=11, B=B, I=5, H=368, bidirectional=True, lengths=lengths, dtype=torch.float64), "native")
     check(Case(T=11, B=B, I=5, H=500, proj=270, hx="tuple", dtype=torch.float64), "native")
     check(Case(T=6, B=B, I=5, H=363, hx="tuple", dtype=torch.float64), "native")
+
+
+@pytest.mark.parametrize("backend", ["native"], indirect=True)
+@pytest.mark.parametrize(("T", "B"), [(1, 1), (1, 2), (3, 1), (2, 2), (1, 4), (5, 1)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_projection_of_few_rows(T, B, dtype, backend):
+    """Up to four rows in all read weight_hr as stored, four vectors of its rows at a time."""
+    for P in (1, 3, 15, 16, 17, 33, 64, 65, 100):
+        check(Case(T=T, B=B, I=70, H=101, proj=P, hx="tuple", dtype=dtype), "native")

@@ -2,6 +2,7 @@
 // tile is in L1.
 #pragma once
 
+#include "cpu/direct.h"
 #include "cpu/gemm.h"
 #include "cpu/pack_forward.h"
 #include "cpu/sequence.h"
@@ -18,13 +19,6 @@ template <class T>
 bool turns_around(int64_t elements) {
   return sizeof(T) * elements > 0.75 * l2_bytes();
 }
-
-// Rows at a time that read a weight as stored: their sums, four gates each, fill half the registers.
-#if FASTLSTM_VECTOR_BYTES == 64 || defined(__aarch64__)
-constexpr int kDirectTile = 4;
-#else
-constexpr int kDirectTile = 2;
-#endif
 
 // Rows of a unit block that are kept of it.
 inline int64_t ahead_rows(int64_t N) { return N <= kOnceRows ? N : kAheadRows; }
@@ -76,28 +70,6 @@ FASTLSTM_INLINE void block_product(int64_t rows, int64_t K, const T* a, int64_t 
   if (rows <= kWideRows) return wide_product(rows, K, a, lda, block, out, ld, add);
   panel_product(rows, K, a, lda, block, out, ld, add);                      // i, f
   panel_product(rows, K, a, lda, block + K * W2, out + W2, ld, add, next);  // g, o
-}
-
-// acc[row][q] += the products, lane by lane, of R rows of v [., K] with four rows w [K] of a weight as
-// stored. Eight at a time gained nothing.
-template <class T, int R>
-FASTLSTM_INLINE void multiply_rows(const T* v, const T* const (&w)[4], int64_t K, Vec<T> (*acc)[4]) {
-  constexpr int W = kWidth<T>;
-  const int64_t whole = K / W * W;
-  for (int64_t k = 0; k < whole; k += W)
-#pragma GCC unroll 4
-    for (int gate = 0; gate < 4; ++gate) {
-      const Vec<T> part = load(w[gate] + k);
-#pragma GCC unroll 4
-      for (int r = 0; r < R; ++r) acc[r][gate] += load(v + r * K + k) * part;
-    }
-  if (const int tail = static_cast<int>(K - whole))
-#pragma GCC unroll 4
-    for (int gate = 0; gate < 4; ++gate) {
-      const Vec<T> part = load_part(w[gate] + whole, tail);
-#pragma GCC unroll 4
-      for (int r = 0; r < R; ++r) acc[r][gate] += load_part(v + r * K + whole, tail) * part;
-    }
 }
 
 template <class T>
@@ -213,41 +185,9 @@ struct ForwardStep {
       if (!ahead) block_product(rows, a.I, xr, a.I, w.ih, gap, pre, false);
       return block_product(rows, a.P, hr, a.P, w.hh, gap, pre, true, w.next_hh);
     }
-    for_row_tiles(rows, kDirectTile, [&](int64_t first, int R) {
-      direct_rows(R, xr + first * a.I, hr + first * a.P, u0, gap, pre + first * kGateBlock<T>, ahead);
-    });
-  }
-
-  // The same for up to kDirectTile rows of x and h, from the weights as stored.
-  template <int R = kDirectTile>
-  FASTLSTM_INLINE void direct_rows(int rows, const T* xr, const T* hr, int64_t u0, int64_t gap, T* pre,
-                                   bool ahead) const {
-    if constexpr (R > 0) {
-      if (rows < R) return direct_rows<R - 1>(rows, xr, hr, u0, gap, pre, ahead);
-      constexpr int W = kWidth<T>;
-      const int n = static_cast<int>(std::min<int64_t>(W, a.H - u0));
-      Vec<T> lanes[R][4][W];
-      for (int u = 0; u < W; ++u) {
-        Vec<T> acc[R][4] = {};
-        if (u < n) {
-          const T *ih[4], *hh[4];
-          for (int64_t gate = 0; gate < 4; ++gate) {
-            ih[gate] = a.ih.stored + (gate * a.H + u0 + u) * a.I;
-            hh[gate] = a.hh.stored + (gate * a.H + u0 + u) * a.P;
-          }
-          if (!ahead) multiply_rows<T, R>(xr, ih, a.I, acc);
-          multiply_rows<T, R>(hr, hh, a.P, acc);
-        }
-        for (int r = 0; r < R; ++r)
-          for (int gate = 0; gate < 4; ++gate) lanes[r][gate][u] = acc[r][gate];
-      }
-      for (int r = 0; r < R; ++r)
-        for (int gate = 0; gate < 4; ++gate) {
-          T* out = pre + r * kGateBlock<T> + gate * gap;
-          const Vec<T> dots = sums<T>(lanes[r][gate]);
-          store_part(out, ahead ? load_part(out, n) + dots : dots, n);
-        }
-    }
+    const Factors<T> of_x{xr, a.ih.stored, a.I}, of_h{hr, a.hh.stored, a.P};
+    ahead ? direct_product<T, 1>(rows, {of_h}, a.H, u0, gap, pre, true)
+          : direct_product<T, 2>(rows, {of_x, of_h}, a.H, u0, gap, pre, false);
   }
 
   // Rows [r0, r1), at most kRowGroup, of the unit block at u0. `pre` [rows][4][gap] holds x W_ih^T already if
@@ -308,7 +248,7 @@ struct AheadProduct {
 
   void make(int64_t s) {
     end_s = s + 1;
-    used = a.rows.T > 1 && !a.ih.direct && (!a.ih.packed || rows_at(time(s)) < kFewRows);
+    used = a.rows.T > 1 && (!a.ih.packed || rows_at(time(s)) < kFewRows);
     if (!used) return;
     const int64_t most = ahead_rows(a.rows.N);
     int64_t total = rows_at(time(s));
@@ -333,9 +273,13 @@ struct AheadProduct {
       from = x;
     }
     T* out = pre;
-    for (int64_t u = me.unit_begin; u < me.unit_end; u += kWidth<T>, out += most * kGateBlock<T>)
-      block_product(total, a.I, from, a.I, packed_block(a.ih, a.H, a.I, u, block), gate_gap<T>(a.H, u), out,
-                    false);
+    for (int64_t u = me.unit_begin; u < me.unit_end; u += kWidth<T>, out += most * kGateBlock<T>) {
+      const int64_t gap = gate_gap<T>(a.H, u);
+      if (a.ih.direct)
+        direct_product<T, 1>(total, {{from, a.ih.stored, a.I}}, a.H, u, gap, out, false);
+      else
+        block_product(total, a.I, from, a.I, packed_block(a.ih, a.H, a.I, u, block), gap, out, false);
+    }
   }
 };
 

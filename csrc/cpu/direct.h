@@ -1,0 +1,89 @@
+// Products of a few rows with weights as forward finds them stored, without packing: dot products along the
+// weights' rows.
+#pragma once
+
+#include "cpu/pack_forward.h"
+
+namespace fastlstm::FASTLSTM_ISA {
+
+// Rows at a time that read a weight as stored: their sums, four gates each, fill half the registers.
+#if FASTLSTM_VECTOR_BYTES == 64 || defined(__aarch64__)
+constexpr int kDirectTile = 4;
+#else
+constexpr int kDirectTile = 2;
+#endif
+
+// acc[row][q] += the products, lane by lane, of R rows of v [., K] with four rows w [K] of a weight as
+// stored. Eight at a time gained nothing.
+template <class T, int R>
+FASTLSTM_INLINE void multiply_rows(const T* v, const T* const (&w)[4], int64_t K, Vec<T> (*acc)[4]) {
+  constexpr int W = kWidth<T>;
+  const int64_t whole = K / W * W;
+  for (int64_t k = 0; k < whole; k += W)
+#pragma GCC unroll 4
+    for (int gate = 0; gate < 4; ++gate) {
+      const Vec<T> part = load(w[gate] + k);
+#pragma GCC unroll 4
+      for (int r = 0; r < R; ++r) acc[r][gate] += load(v + r * K + k) * part;
+    }
+  if (const int tail = static_cast<int>(K - whole))
+#pragma GCC unroll 4
+    for (int gate = 0; gate < 4; ++gate) {
+      const Vec<T> part = load_part(w[gate] + whole, tail);
+#pragma GCC unroll 4
+      for (int r = 0; r < R; ++r) acc[r][gate] += load_part(v + r * K + whole, tail) * part;
+    }
+}
+
+// Rows v [., K] and the weight as stored, [4H, K], whose rows they are multiplied with.
+template <class T>
+struct Factors {
+  const T *v, *weight;
+  int64_t K;
+};
+
+// pre [rows][4][gap], rows kGateBlock apart, (+)= the sum of F products for up to kDirectTile rows and the
+// unit block at u0.
+template <class T, int F, int R = kDirectTile>
+FASTLSTM_INLINE void direct_rows(int rows, const Factors<T> (&factors)[F], int64_t H, int64_t u0, int64_t gap,
+                                 T* pre, bool add) {
+  if constexpr (R > 0) {
+    if (rows < R) return direct_rows<T, F, R - 1>(rows, factors, H, u0, gap, pre, add);
+    constexpr int W = kWidth<T>;
+    const int n = static_cast<int>(std::min<int64_t>(W, H - u0));
+    Vec<T> lanes[R][4][W];
+    for (int u = 0; u < W; ++u) {
+      Vec<T> acc[R][4] = {};
+      for (int f = 0; u < n && f < F; ++f) {
+        const auto& [v, weight, K] = factors[f];
+        const T* w[4];
+        for (int64_t gate = 0; gate < 4; ++gate) w[gate] = weight + (gate * H + u0 + u) * K;
+        multiply_rows<T, R>(v, w, K, acc);
+      }
+      for (int r = 0; r < R; ++r)
+        for (int gate = 0; gate < 4; ++gate) lanes[r][gate][u] = acc[r][gate];
+    }
+    for (int r = 0; r < R; ++r)
+      for (int gate = 0; gate < 4; ++gate) {
+        T* out = pre + r * kGateBlock<T> + gate * gap;
+        const Vec<T> dots = sums<T>(lanes[r][gate]);
+        store_part(out, add ? load_part(out, n) + dots : dots, n);
+      }
+  }
+}
+
+// The same for any number of rows.
+template <class T, int F>
+FASTLSTM_INLINE void direct_product(int64_t rows, const Factors<T> (&factors)[F], int64_t H, int64_t u0,
+                                    int64_t gap, T* pre, bool add) {
+  for_row_tiles(rows, kDirectTile, [&](int64_t first, int R) {
+    Factors<T> own[F];
+    for (int f = 0; f < F; ++f) {
+      own[f] = factors[f];
+      own[f].v += first * own[f].K;
+    }
+    direct_rows<T, F>(R, own, H, u0, gap, pre + first * kGateBlock<T>, add);
+  });
+}
+
+}  // namespace fastlstm::FASTLSTM_ISA
