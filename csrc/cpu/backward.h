@@ -53,7 +53,7 @@ void product_packed(int64_t rows, int64_t K, const T* a, int64_t lda, const T* p
         half_panel_product(rows, K, a, lda, packed + n * K, c + n, ldc);
       else
         panel_product(rows, K, a, lda, packed + n * K, c + n, ldc, false,
-                      to_the_left && n > 0 ? packed + (n - W2) * K : nullptr);
+                      to_the_left && n > n_begin ? packed + (n - W2) * K : nullptr);
     }
   }
 }
@@ -157,7 +157,7 @@ void backward(const BackwardArgs<T>& a, const Member& me) {
       }
     });
     if (me.barrier) me.barrier->wait();
-    const bool to_the_left = turns_around<T>(4 * H * (n_end - n_begin)) && s % 2 == 1;
+    const bool to_the_left = s % 2 == 1 && turns_around(4.0 * H * (n_end - n_begin) * sizeof(T));
     for_row_tiles(own, kRowGroup, [&](int64_t first, int64_t rows) {
       const int64_t r0 = me.row_begin + first;
       const T* dg = a.dgates + (offset + r0) * 4 * H;

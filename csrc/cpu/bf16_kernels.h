@@ -62,6 +62,7 @@ inline void forward(const ForwardArgs& a, const Member& me) {
   const int64_t steps = a.rows.T, B = a.rows.B, H = a.H, I = a.I, ldx = row_stride(I), ldh = row_stride(H);
   Bf16* x = a.scratch + me.index * bf16::forward_scratch(I);
   std::fill_n(x, bf16::forward_scratch(I), Bf16(0));  // the padding of a row is multiplied by zeros
+  const int64_t blocks = (me.unit_end - me.unit_begin + kBlock - 1) / kBlock;
   alignas(64) float buffers[2][2 * kTileRows * 64];
   int buffer = 0;
   for (int64_t s = 0; s < steps; ++s) {
@@ -71,11 +72,13 @@ inline void forward(const ForwardArgs& a, const Member& me) {
     const Bf16* h_in = a.h + (s % 2) * (B + kTileRows) * ldh;
     Bf16* h_out = a.h + ((s + 1) % 2) * (B + kTileRows) * ldh;
     PendingCells pending{a, t, next_t, h_out};
+    const bool to_the_left = s % 2 == 1 && turns_around(8.0 * (I + H) * (me.unit_end - me.unit_begin));
     for (int64_t g0 = me.row_begin; g0 < end; g0 += kGroup) {
       const int64_t g1 = std::min(end, g0 + kGroup);
       for (int64_t r = g0; r < g1; ++r)
         std::memcpy(x + (r - g0) * ldx, a.x + a.rows.row_at(t, r) * I, I * sizeof(Bf16));
-      for (int64_t u0 = me.unit_begin; u0 < me.unit_end; u0 += kBlock)
+      for (int64_t k = 0; k < blocks; ++k) {
+        const int64_t u0 = me.unit_begin + (to_the_left ? blocks - 1 - k : k) * kBlock;
         for (int64_t r0 = g0; r0 < g1; r0 += 2 * kTileRows) {
           const int64_t r1 = std::min(g1, r0 + 2 * kTileRows);
           float* pre = buffers[buffer ^= 1];
@@ -91,6 +94,7 @@ inline void forward(const ForwardArgs& a, const Member& me) {
             pending.bias[gate] = load_part(a.bias + gate * H + u0, pending.n);
           pending.pre = pre;
         }
+      }
     }
     pending.finish();
     if (me.barrier) me.barrier->wait();
@@ -186,9 +190,13 @@ inline void backward(const BackwardArgs& a, const Member& me) {
     if (s > a.first) pending.at_step(s - 1);
     const int64_t pending_end = s > a.first ? rows_at(pending.t) : 0;
     const Bf16* dgates = a.dgates + (a.rows.offset_at(t) - a.base) * ldg;
-    for (int64_t n0 = me.unit_begin, n1; n0 < me.unit_end; n0 = n1) {
-      const bool wide = wide_columns(rows) && n0 + kUnits < me.unit_end;
-      n1 = std::min(me.unit_end, n0 + (wide ? 2 : 1) * kUnits);
+    const int64_t step = (wide_columns(rows) ? 2 : 1) * kUnits, units = me.unit_end - me.unit_begin;
+    const int64_t parts = (units + step - 1) / step;
+    const bool to_the_left = s % 2 == 1 && turns_around(8.0 * H * units);
+    for (int64_t k = 0; k < parts; ++k) {
+      const int64_t n0 = me.unit_begin + (to_the_left ? parts - 1 - k : k) * step;
+      const bool wide = step > kUnits && n0 + kUnits < me.unit_end;
+      const int64_t n1 = std::min(me.unit_end, n0 + step);
       const Bf16* w = a.w_hh + n0 / kUnits * next;
       for (int64_t r0 = me.row_begin; r0 < end; r0 += 2 * kTileRows) {
         const int64_t r1 = std::min(end, r0 + 2 * kTileRows);

@@ -13,13 +13,6 @@ namespace fastlstm::FASTLSTM_ISA {
 // reading W_ih anew for each step would cost more than the product.
 constexpr int64_t kFewRows = 48, kAheadRows = 96;
 
-// Whether every second step reads a weight of so many elements from its end: of one that an L2 does not hold,
-// it finds what the step before has read last.
-template <class T>
-bool turns_around(int64_t elements) {
-  return sizeof(T) * elements > 0.75 * l2_bytes();
-}
-
 // Rows of a unit block that are kept of it.
 inline int64_t ahead_rows(int64_t N) { return N <= kOnceRows ? N : kAheadRows; }
 
@@ -168,11 +161,11 @@ struct ForwardStep {
   struct Weights {
     const T *ih, *hh, *next_hh;
   };
-  FASTLSTM_INLINE Weights weights(int64_t u0, bool ahead, bool to_the_left) const {
+  FASTLSTM_INLINE Weights weights(int64_t u0, bool ahead, bool left_is_next) const {
     if (a.hh.direct) return {};
     const T* hh = packed_block(a.hh, a.H, a.P, u0, block + a.I * kGateBlock<T>);
     return {ahead ? nullptr : packed_block(a.ih, a.H, a.I, u0, block), hh,
-            to_the_left && a.hh.packed && u0 > 0 ? hh - a.P * kGateBlock<T> : nullptr};
+            left_is_next && a.hh.packed ? hh - a.P * kGateBlock<T> : nullptr};
   }
 
   // pre [rows][4][gap] (+)= the pre-activations of rows from r0 on and the unit block at u0; those of x are
@@ -311,14 +304,15 @@ void forward(const ForwardArgs<T>& a, const Member& me) {
     // A unit block at a time for all rows, where its weights are packed for this step alone; else all blocks
     // for a row group.
     const bool by_block = steps == 1 && !a.hh.packed;
-    const bool to_the_left = turns_around<T>(4 * a.P * (me.unit_end - me.unit_begin)) && s % 2 == 1;
+    const bool to_the_left =
+        s % 2 == 1 && turns_around(4.0 * a.P * (me.unit_end - me.unit_begin) * sizeof(T));
     for_row_tiles(rows, by_block ? std::max(rows, kRowGroup) : kRowGroup, [&](int64_t first, int64_t count) {
       const int64_t r0 = r_begin + first;
       T* first_block = product.used ? pre + first * kGateBlock<T> : pre;
       for (int64_t k = 0; k < blocks; ++k) {
         const int64_t j = to_the_left ? blocks - 1 - k : k, u = me.unit_begin + j * W;
         T* block = first_block + j * next_block;
-        const auto weights = step.weights(u, product.used, to_the_left);
+        const auto weights = step.weights(u, product.used, to_the_left && j > 0);
         for_row_tiles(count, kRowGroup, [&](int64_t part, int64_t n) {
           T* own = product.used ? block + part * kGateBlock<T> : block;
           step.units(r0 + part, r0 + part + n, u, weights, own, product.used);

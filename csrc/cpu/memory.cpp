@@ -153,7 +153,7 @@ at::Tensor new_zeros(at::IntArrayRef sizes, const at::Tensor& like) {
 }
 
 at::Tensor new_workspace(int64_t n, const at::Tensor& like) {
-#if defined(MADV_HUGEPAGE)
+#if defined(MADV_HUGEPAGE) && !defined(__SANITIZE_ADDRESS__)  // what lies around it would hide an overrun
   constexpr int64_t kPage = int64_t{1} << 21;
   const int64_t size = like.element_size(), bytes = n * size;
   if (bytes >= 2 * kPage) {

@@ -176,6 +176,9 @@ struct Kernels {
 
 // Of one core's L2 cache; 1 MiB where the system does not tell.
 int64_t l2_bytes();
+// Whether every second step reads so many bytes of weights from their end: where an L2 does not hold them, it
+// finds what the step before has read last.
+inline bool turns_around(double bytes) { return bytes > 0.75 * l2_bytes(); }
 
 // The best ISA that this CPU has and ATEN_CPU_CAPABILITY ("default", "avx2", "avx512") allows.
 const char* isa_name();

@@ -59,10 +59,12 @@ Plan make_plan(const Kernels<E>& kernel, int64_t D, const Rows& of, int64_t I, i
   if (most <= 1) return plan;
   const double weights = 4.0 * H * (I + P) * sizeof(E);
   // Splitting rows reads all weights in every thread: fine while its L2 keeps them and each has some rows
-  // for them, fewer if they are small. In a single step each thread packs them for itself, for which it must
-  // have several tiles. Where reading them takes less time than the rows do, those count that most rows have
-  // beside them: one long row among short ones leaves a thread little to do after the rest has ended.
-  const double least_rows = T == 1 || weights > 0.75 * l2_bytes() ? 24 : weights > kSmallWeights ? 3.5 : 2;
+  // for them, fewer if they are small, one with projection, where units would meet twice a step. In a single
+  // step each thread packs them for itself, for which it must have several tiles. Where reading them takes
+  // less time than the rows do, those count that most rows have beside them: one long row among short ones
+  // leaves a thread little to do after the rest has ended.
+  const bool large = T == 1 || weights > 0.75 * l2_bytes();
+  const double least_rows = large ? 24 : P != H ? 1 : weights > kSmallWeights ? 3.5 : 2;
   const double own = (weights > kMediumWeights ? rows : rows_beside(of)) / most;
   const bool rows_fit = own >= least_rows && (T > 1 || weights <= (1 << 20));
   if (rows_only || rows_fit) {
