@@ -38,8 +38,8 @@ SHARED = (
     Case(T=90, B=9, I=20, H=64, lengths=(90, 80, 31, 30, 30, 9, 2, 0, 0), bidirectional=True),  # rows beside others
     Case(T=70, B=12, I=30, H=72, lengths=(70, *[7] * 11)),  # all rows of a thread end long before the other's
     Case(T=300, B=32, I=40, H=64, lengths=(300, *[8] * 31)),  # fewer than two rows a step, but most among many
-    Case(T=20, B=2, I=30, H=130, proj=70),  # few rows of a projection: units and features are split
-    Case(T=20, B=3, I=30, H=130, proj=70, hx="tuple", lengths=(20, 3, 11), resets=((4, 0), (9, 2)), cells=True),
+    Case(T=20, B=1, I=30, H=130, proj=70),  # fewer rows of a projection than threads: units and features are split
+    Case(T=20, B=3, I=30, H=130, proj=70, hx="tuple", lengths=(20, 3, 1), resets=((4, 0), (2, 1)), cells=True),
     Case(T=3, B=1, I=300, H=150, proj=45, hx="tuple"),  # all of its weights are read as stored
     Case(T=140, B=32, I=8, H=64),  # weights that each thread packs, and backward in two pieces
 )
