@@ -11,7 +11,7 @@ What the arguments mean is said in fastlstm/ops/schema.py.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -33,6 +33,7 @@ class _Call:
     keep_reserve: bool = False
     needs: tuple[bool, ...] = ()  # of backward
     groups: int = 0  # likewise; as in backends/eager.py
+    present: tuple[bool, ...] = ()  # which tensors are given: torch.func takes time for every argument, None or not
 
     @property
     def forward(self) -> Any:
@@ -41,6 +42,15 @@ class _Call:
     @property
     def backward(self) -> Any:
         return getattr(torch.ops.fastlstm, f"{self.backend}_layer_backward").default
+
+    def of(self, tensors: Sequence[Tensor | None]) -> tuple[Any, ...]:
+        """The arguments of `_Layer` and `_Backward` for these tensors."""
+        return replace(self, present=tuple(t is not None for t in tensors)), *(t for t in tensors if t is not None)
+
+    def spread(self, given: Sequence[Any], absent: Any = None) -> list[Any]:
+        """One entry for each tensor of `of`, `absent` for those that are None, from one for each that is not."""
+        entries = iter(given)
+        return [next(entries) if here else absent for here in self.present]
 
 
 def plain_ops_only() -> bool:
@@ -64,19 +74,30 @@ def layer(
     """y, h_n, c_n and cells of one layer under any transform but those of `plain_ops_only`."""
     stack = torch._C._functorch.get_interpreter_stack() or ()
     keep_reserve = any(level.key() == TransformType.Grad for level in stack)
-    tensors = (x, h0, c0, lengths, reset_mask, *weights)
-    y, h_n, c_n, cells, _ = _Layer.apply(_Call(backend, keep_cells, keep_reserve), *tensors)
+    call = _Call(backend, keep_cells, keep_reserve)
+    y, h_n, c_n, cells, _ = _Layer.apply(*call.of((x, h0, c0, lengths, reset_mask, *weights)))
     return y, h_n, c_n, cells
 
 
 def _below(call: _Call, *tensors: Tensor | None) -> tuple[Tensor, ...]:
     """The results of `_Layer` for tensors that have one transform less; the op itself below the last one."""
     if torch._C._functorch.maybe_current_level() is not None:
-        return _Layer.apply(replace(call, keep_cells=True), *tensors)
+        return _Layer.apply(*replace(call, keep_cells=True).of(tensors))
     x, h0, c0, lengths, reset_mask, *weights = tensors
-    differentiable = any(t is not None and t.requires_grad for t in (x, h0, c0, *weights))
-    keep_reserve = call.keep_reserve or (torch.is_grad_enabled() and differentiable)
+    keep_reserve = call.keep_reserve or _differentiated(x, h0, c0, *weights)
     return call.forward(x, h0, c0, weights, lengths, reset_mask, True, keep_reserve)
+
+
+def _backward_below(call: _Call, *tensors: Tensor | None) -> tuple[Tensor, ...]:
+    """Likewise of `_Backward`."""
+    call, *given = call.of(tensors)
+    if torch._C._functorch.maybe_current_level() is not None or _differentiated(*given):
+        return _Backward.apply(call, *given)
+    return _Backward.forward(call, *given)
+
+
+def _differentiated(*tensors: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
 def _fold(t: Tensor | None, dim: int | None, N: int, rows: int) -> Tensor | None:
@@ -91,7 +112,7 @@ def _unfold(t: Tensor, N: int, rows: int) -> Tensor:
     return t.unflatten(rows, (N, t.shape[rows] // N))
 
 
-def _each(args: tuple[Any, ...], dims: tuple[Any, ...], N: int) -> list[list[Any]]:
+def _each(args: Sequence[Any], dims: Sequence[Any], N: int) -> list[list[Any]]:
     """The N argument lists of a mapped call."""
     return [[a if d is None else a.select(d, k) for a, d in zip(args, dims, strict=True)] for k in range(N)]
 
@@ -104,31 +125,34 @@ class _Layer(torch.autograd.Function):
     """The forward op: y, h_n, c_n, cells, reserve."""
 
     @staticmethod
-    def forward(call, x, h0, c0, lengths, reset_mask, *weights):
-        return call.forward(x, h0, c0, list(weights), lengths, reset_mask, True, True)
+    def forward(call, *given):
+        x, h0, c0, lengths, reset_mask, *weights = call.spread(given)
+        return call.forward(x, h0, c0, weights, lengths, reset_mask, True, True)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        ctx.call, *tensors = inputs
+        ctx.call, *given = inputs
         y, _, _, cells, reserve = output
-        ctx.save_for_backward(y, cells, reserve, *tensors)
+        ctx.save_for_backward(y, cells, reserve, *given)
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(*([reserve] if ctx.call.keep_cells else [cells, reserve]))
 
     @staticmethod
     def backward(ctx, dy, dh_n, dc_n, dcells, _):
-        y, cells, reserve, x, h0, c0, lengths, reset_mask, *weights = ctx.saved_tensors
-        need = ctx.needs_input_grad
-        call = _Call(ctx.call.backend, needs=(*need[1:4], *need[6:]))
-        found = _Backward.apply(
+        y, cells, reserve, *given = ctx.saved_tensors
+        x, h0, c0, lengths, reset_mask, *weights = ctx.call.spread(given)
+        need = ctx.call.spread(ctx.needs_input_grad[1:], absent=False)
+        call = _Call(ctx.call.backend, needs=(*need[:3], *need[5:]))
+        found = _backward_below(
             call, dy, dh_n, dc_n, dcells, x, h0, c0, lengths, reset_mask, y, cells, reserve, *weights
         )
         dx, dh0, dc0, *dw = [g if wanted else None for g, wanted in zip(found, call.needs, strict=True)]
-        return (None, dx, dh0, dc0, None, None, *dw)
+        of_all = (dx, dh0, dc0, None, None, *dw)
+        return (None, *(g for g, here in zip(of_all, ctx.call.present, strict=True) if here))
 
     @staticmethod
-    def vmap(info, in_dims, call, *tensors):
-        N, dims = info.batch_size, in_dims[1:]
+    def vmap(info, in_dims, call, *given):
+        N, dims, tensors = info.batch_size, call.spread(in_dims[1:]), call.spread(given)
         if any(d is not None for d in dims[5:]):
             return _stacked([_below(call, *member) for member in _each(tensors, dims, N)])
         folded = [_fold(t, d, N, rows) for t, d, rows in zip(tensors[:5], dims, (1, 1, 1, 0, 1), strict=False)]
@@ -141,17 +165,16 @@ class _Backward(torch.autograd.Function):
     """The backward op. Gives dx, dh0, dc0 and each weight's gradient, [0] where `call.needs` does not want it."""
 
     @staticmethod
-    def forward(call, dy, dh_n, dc_n, dcells, x, h0, c0, lengths, reset_mask, y, cells, reserve, *w):
+    def forward(call, *given):
+        dy, dh_n, dc_n, dcells, x, h0, c0, lengths, reset_mask, y, cells, reserve, *w = call.spread(given)
         op, needs, groups = call.backward, call.needs, call.groups
         arriving, states, ragged = (dy, dh_n, dc_n, dcells), (h0, c0), (lengths, reset_mask)
-        shape = LayerShape.of(list(w))
+        shape = LayerShape.of(w)
         if not groups:
-            dx, dh0, dc0, dw = op(*arriving, x, *states, list(w), *ragged, y, cells, reserve, list(needs))
+            dx, dh0, dc0, dw = op(*arriving, x, *states, w, *ragged, y, cells, reserve, list(needs))
         elif call.backend == "eager" or shape.proj:
             none = reserve if call.backend == "eager" else reserve.new_empty(0)
-            dx, dh0, dc0, dw = eager.backward(
-                *arriving, x, *states, list(w), *ragged, y, cells, none, list(needs), groups
-            )
+            dx, dh0, dc0, dw = eager.backward(*arriving, x, *states, w, *ragged, y, cells, none, list(needs), groups)
         else:
             # The op's dx is dgates W_ih, and it reads neither x nor W_ih for anything else: the identity gives dgates.
             swapped, n, width = list(w), shape.per_direction, shape.D * 4 * shape.H
@@ -160,18 +183,19 @@ class _Backward(torch.autograd.Function):
             only_rows = [True, *needs[1:3], *[False] * len(w)]
             dgates, dh0, dc0, _ = op(*arriving, like_x, *states, swapped, *ragged, y, cells, reserve, only_rows)
             dx = dgates @ torch.cat(w[::n]) if needs[0] else x.new_empty(0)
-            dw = eager.weight_gradients_of_groups(dgates, x, h0, list(w), *ragged, y, needs, groups)
+            dw = eager.weight_gradients_of_groups(dgates, x, h0, w, *ragged, y, needs, groups)
         return (dx, dh0, dc0, *dw)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        ctx.call, *tensors = inputs
-        ctx.save_for_backward(*tensors)
+        ctx.call, *given = inputs
+        ctx.save_for_backward(*given)
 
     @staticmethod
     def backward(ctx, *cotangents):
         """By the reference, and so differentiable again. y, cells and reserve are functions of the other tensors."""
-        dy, dh_n, dc_n, dcells, x, h0, c0, lengths, reset_mask, _, _, _, *weights = ctx.saved_tensors
+        tensors = ctx.call.spread(ctx.saved_tensors)
+        dy, dh_n, dc_n, dcells, x, h0, c0, lengths, reset_mask, _, _, _, *weights = tensors
         given = [dy, dh_n, dc_n, dcells, x, h0, c0, *weights]
         present = [k for k, t in enumerate(given) if t is not None]
 
@@ -186,18 +210,20 @@ class _Backward(torch.autograd.Function):
         found: list[Any] = [None] * len(given)
         for k, grad in zip(present, pull(tuple(wanted)), strict=True):
             found[k] = grad
-        return (None, *found[:7], None, None, None, None, None, *found[7:])
+        of_all = (*found[:7], None, None, None, None, None, *found[7:])
+        return (None, *(g for g, here in zip(of_all, ctx.call.present, strict=True) if here))
 
     @staticmethod
-    def vmap(info, in_dims, call, *tensors):
-        N, dims, groups = info.batch_size, in_dims[1:], call.groups
+    def vmap(info, in_dims, call, *given):
+        N, groups = info.batch_size, call.groups
+        dims, tensors = call.spread(in_dims[1:]), call.spread(given)
         x_to_cells = (*dims[4:9], *dims[9:11])
         looped = dims[11] is not None or any(d is not None for d in dims[12:]) or all(d is None for d in x_to_cells)
         if looped:  # an ensemble, or many gradients of one output (jacrev)
-            return _stacked([_Backward.apply(call, *args) for args in _each(tensors, dims, N)])
+            return _stacked([_backward_below(call, *args) for args in _each(tensors, dims, N)])
         rows = (1, 1, 1, 1, 1, 1, 1, 0, 1, 1, 1)
         folded = [_fold(t, d, N, r) for t, d, r in zip(tensors[:11], dims, rows, strict=False)]
-        found = _Backward.apply(replace(call, groups=N * (groups or 1)), *folded, *tensors[11:])
+        found = _backward_below(replace(call, groups=N * (groups or 1)), *folded, *tensors[11:])
         results = []
         for k, (grad, need) in enumerate(zip(found, call.needs, strict=True)):
             if not need:

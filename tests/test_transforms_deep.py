@@ -46,11 +46,12 @@ def looped(module, inputs, options=({},) * N):
     return [torch.stack(parts) for parts in zip(*found, strict=True)]
 
 
+@pytest.mark.parametrize("steps", [T, 1])
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
-def test_per_sample_gradients(options, backend):
+def test_per_sample_gradients(options, steps, backend):
     require(backend, Case(proj=options.get("proj_size", 0), dtype=HERE.dtype))
     ours, theirs = twins(**options)
-    inputs = data(N, *((B, T) if "batch_first" in options else (T, B)), 3)
+    inputs = data(N, *((B, steps) if "batch_first" in options else (steps, B)), 3)
     got = vmap(grad(lambda w, x: loss(ours, w, x)), in_dims=(None, 0))(weights_of(ours), inputs)
     torch.testing.assert_close(list(got.values()), looped(theirs, inputs))
 

@@ -158,7 +158,7 @@ def backward(dy, dh_n, dc_n, dcells, x, h0, c0, weights, lengths, reset_mask, y,
         dh0.append(dh)
         dc0.append(dc)
         need = needs[3 + d * shape.per_direction :]
-        dweights += _weight_gradients(shape.bias, dgates, inputs, h_enter, need, groups)
+        dweights += _weight_gradients(shape.bias, dgates, inputs, dgates, h_enter, need, groups)
         if dr is not None:
             hidden = gates[..., 3 * H :] * c.tanh()  # h before the projection
             dweights.append(_products(dr, hidden, groups) if need[shape.per_direction - 1] else x.new_empty(0))
@@ -171,11 +171,17 @@ def backward(dy, dh_n, dc_n, dcells, x, h0, c0, weights, lengths, reset_mask, y,
 
 
 def _weight_gradients(
-    bias: bool, dgates: Tensor, x: Tensor, h_enter: Tensor, need: Sequence[bool], groups: int
+    bias: bool, dgates: Tensor, x: Tensor, entered: Tensor, h_enter: Tensor, need: Sequence[bool], groups: int
 ) -> list[Tensor]:
-    """Of weight_ih, weight_hh and the biases of one direction, from the gradients of the pre-activations [T, B, 4H]."""
+    """Of weight_ih, weight_hh and the biases of one direction, from the gradients of the pre-activations [T, B, 4H].
+
+    `entered` are those of the steps that h_enter, the states before them, is of.
+    """
     empty = x.new_empty(0)
-    found = [_products(dgates, factor, groups) if want else empty for factor, want in zip((x, h_enter), need)]  # noqa: B905
+    found = [
+        _products(dgates, x, groups) if need[0] else empty,
+        _products(entered, h_enter, groups) if need[1] else empty,
+    ]
     if bias and (need[2] or need[3]):
         db = dgates.unflatten(1, (groups, -1)).sum((0, 2)) if groups else dgates.flatten(0, 1).sum(0)
         # The two bias gradients are equal but must not be one tensor.
@@ -189,15 +195,15 @@ def weight_gradients_of_groups(dgates, x, h0, weights, lengths, reset_mask, y, n
     for d in range(shape.D):
         steps = _Steps(x.shape[0], lengths, reset_mask, reverse=d == 1)
         own = slice(d * shape.H, (d + 1) * shape.H)
-        h_enter = steps.entering(y[..., own].to(dtype), _initial(x, h0, d, shape.H, dtype), reverse=d == 1)
-        found += _weight_gradients(
-            shape.bias,
-            dgates[..., d * 4 * shape.H : (d + 1) * 4 * shape.H].to(dtype),
-            steps.only_valid(x).to(dtype),
-            h_enter,
-            needs[3 + d * shape.per_direction :],
-            groups,
-        )
+        own_dgates = dgates[..., d * 4 * shape.H : (d + 1) * 4 * shape.H].to(dtype)
+        inputs, states = steps.only_valid(x).to(dtype), y[..., own].to(dtype)
+        if h0 is None and lengths is None and reset_mask is None:  # y as it is, without the state of the first step
+            later, earlier = (slice(1, None), slice(None, -1)) if d == 0 else (slice(None, -1), slice(1, None))
+            entered, h_enter = own_dgates[later], states[earlier]
+        else:
+            entered, h_enter = own_dgates, steps.entering(states, _initial(x, h0, d, shape.H, dtype), reverse=d == 1)
+        need = needs[3 + d * shape.per_direction :]
+        found += _weight_gradients(shape.bias, own_dgates, inputs, entered, h_enter, need, groups)
     return [g.to(x.dtype) for g in found]
 
 
