@@ -17,6 +17,7 @@ COLOURS = {"train": "#1f5fa8", "forward": "#e08214"}
 LABELS = {"train": "training step", "forward": "forward, no_grad"}
 # More cases than a reader would read the names of: one dot each, over their size.
 NAMED_CASES = 45
+BANDS = (16, 64, 256, 1024, 4096)  # of H, up to and including
 TICKS = (0.1, 0.2, 0.5, 1, 2, 3, 5, 8, 12, 20, 40, 80, 160)
 
 
@@ -63,24 +64,25 @@ def _named(rows: list[Row], cases: list[str]) -> plt.Figure:
 
 
 def _scattered(rows: list[Row]) -> plt.Figure:
-    """Ratio over the case's flops, coloured by hidden size; one panel a mode."""
+    """Ratio over the case's flops, coloured by bands of the hidden size; one panel a mode."""
     modes = [mode for mode in COLOURS if any(row.mode == mode for row in rows)]
     figure, panels = plt.subplots(
         1, len(modes), figsize=(5.5 * len(modes), 4.6), sharey=True, squeeze=False, layout="constrained"
     )
-    sizes = sorted({row.H for row in rows})
+    band = {row.H: next(most for most in (*BANDS, row.H) if most >= row.H) for row in rows}
+    bands = sorted(set(band.values()))
     shades = plt.get_cmap("viridis")
     for axes, mode in zip(panels[0], modes, strict=True):
-        for k, size in enumerate(sizes):
-            found = [row for row in rows if row.mode == mode and size == row.H]
+        for k, most in enumerate(bands):
+            found = [row for row in rows if row.mode == mode and band[row.H] == most]
             axes.plot(
                 [row.flops for row in found],
                 [row.ratio for row in found],
                 "o",
                 markersize=5,
                 alpha=0.8,
-                color=shades(k / max(1, len(sizes) - 1)),
-                label=f"H={size}",
+                color=shades(k / max(1, len(bands) - 1)),
+                label=f"H ≤ {most}",
             )
         axes.set_xscale("log")
         axes.set_xlabel("flops of the case")

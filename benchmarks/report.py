@@ -33,7 +33,7 @@ def geometric_mean(ratios: Iterable[float]) -> float:
 
 def markdown(rows: list[Row]) -> str:
     """The tables of one CSV, with the line that says where it was measured."""
-    body = {"grid": _grid, "scaling": _scaling}.get(rows[0].suite, _tables)
+    body = {"grid": _many, "random": _many, "scaling": _scaling}.get(rows[0].suite, _tables)
     return "\n\n".join([_provenance(rows), *body(rows)])
 
 
@@ -91,7 +91,7 @@ def _tables(rows: list[Row]) -> list[str]:
     return parts
 
 
-def _grid(rows: list[Row]) -> list[str]:
+def _many(rows: list[Row]) -> list[str]:
     """What a hundred cases come to, and the worst of them."""
     lines = []
     pairs = {mode: [row for _, row in _pairs(rows, mode) if row.impl == "fastlstm"] for mode in ("train", "forward")}
@@ -105,7 +105,7 @@ def _grid(rows: list[Row]) -> list[str]:
         shown = [str(len(found)), f"{geometric_mean(ratios):.2f}x", f"{min(ratios):.2f}x", str(below), str(wrong)]
         lines.append([HEADINGS[mode], *shown, _percent(min(big, default=None))])
     headings = [
-        "grid",
+        rows[0].suite,
         "cases",
         "geometric mean",
         "least",

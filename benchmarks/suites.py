@@ -16,7 +16,7 @@ from benchmarks.run import Suite, run_suite
 
 Report = Callable[[str, list[Row]], None]
 
-NAMES = ("cpu", "gpu", "quick", "grid", "scaling", "tutorials", "features")
+NAMES = ("cpu", "gpu", "quick", "grid", "random", "scaling", "tutorials", "features")
 
 
 def suite_of(name: str) -> Suite:
@@ -25,10 +25,11 @@ def suite_of(name: str) -> Suite:
         return Suite("cpu", CPU, alone=True)
     if name == "quick":
         return Suite("quick", QUICK, plan=Plan(budget=0.4, min_rounds=5), attempts=1)
-    if name == "grid":
+    if name in ("grid", "random"):
         # Gate flops small: two hundred float64 references would otherwise take longer than the timing.
         plan = Plan(budget=0.5, min_rounds=5, patience=3.0)
-        return Suite("grid", sweeps.grid(), plan=plan, gate_flops=2e9, attempts=2, alone=True)
+        cases = sweeps.grid() if name == "grid" else sweeps.random_cases()
+        return Suite(name, cases, plan=plan, gate_flops=2e9, attempts=2, alone=True)
     if name == "scaling":
         return Suite("scaling", sweeps.SCALING_T + sweeps.SCALING_PACKED, gate_flops=2e10, alone=True)
     if name == "gpu":

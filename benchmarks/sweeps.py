@@ -1,8 +1,11 @@
-"""Families of cases: the wide grid, and how the cost of a step and of a packed row scales."""
+"""Families of cases: the wide grid, random ones, and how the cost of a step and of a packed row scales."""
 
 from __future__ import annotations
 
-from benchmarks.cases import CPU, RAGGED, Case
+import math
+import random
+
+from benchmarks.cases import CPU, RAGGED, SEED, Case
 
 GRID_T = (1, 7, 50, 300, 2000)
 GRID_B = (1, 3, 16, 64, 256)
@@ -20,6 +23,36 @@ def grid() -> list[Case]:
 def grid_size() -> tuple[int, int]:
     """(cases within the budget, cases in all)."""
     return len(grid()), len(GRID_T) * len(GRID_B) * len(GRID_H)
+
+
+RANDOM_CASES = 100
+
+
+def random_cases() -> list[Case]:
+    """What the grid's round sizes step over: layers of every kind at sizes drawn evenly on a log scale. Always the same
+    ones, so that runs can be compared."""
+    draw = random.Random(SEED)
+
+    def size(most: int, least: int = 1) -> int:
+        return round(math.exp(draw.uniform(math.log(least), math.log(most))))
+
+    cases: dict[str, Case] = {}
+    while len(cases) < RANDOM_CASES:
+        H = size(1200, least=8)
+        case = Case(
+            T=size(300),
+            B=size(128),
+            I=draw.choice([H, size(600)]),
+            H=H,
+            L=draw.choice([1, 1, 2]),
+            dtype=draw.choices(["float32", "float64", "bfloat16"], weights=[8, 1, 1])[0],
+            bidirectional=draw.random() < 0.2,
+            proj=size(H - 1) if draw.random() < 0.1 else 0,
+            **({"kind": "packed", "ragged": draw.choice(list(RAGGED))} if draw.random() < 0.15 else {}),
+        )
+        if case.flops("forward") <= GRID_FLOPS:
+            cases[case.name] = case
+    return list(cases.values())
 
 
 # One shape, ever longer: its cost a step should not change.

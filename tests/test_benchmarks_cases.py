@@ -1,0 +1,142 @@
+"""What the benchmarks measure: the suites' cases, their sizes, lengths and flops."""
+
+# ruff: noqa: E402 - the imports below need packages that not every installation has
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+from torch.utils.flop_counter import FlopCounterMode
+
+for package in ("rich", "matplotlib", "numpy"):
+    pytest.importorskip(package)
+
+from benchmarks import gpu, peers, suites, sweeps
+from benchmarks.cases import CPU, MODES, QUICK, RAGGED, Case
+from benchmarks.data import make_inputs
+from benchmarks.gate import truth
+
+
+def name(case: Case) -> str:
+    return case.name
+
+
+SCALING = sweeps.SCALING_T + sweeps.SCALING_PACKED
+
+
+@pytest.mark.parametrize("cases", [CPU, QUICK, sweeps.grid(), sweeps.random_cases(), SCALING, gpu.cases()])
+def test_names_within_a_suite_are_unique(cases):
+    assert len({case.name for case in cases}) == len(cases)
+
+
+def test_the_cpu_suite_is_the_agreed_table():
+    sizes = [(case.T, case.B, case.I, case.H, case.L) for case in CPU]
+    assert sizes == [
+        (10, 1, 1, 100, 1),
+        (20, 8, 10, 32, 2),
+        (5, 20, 1, 16, 1),
+        (1, 1, 64, 64, 1),
+        (999, 97, 1, 51, 2),
+        (999, 97, 1, 51, 2),
+        (200, 64, 50, 100, 2),
+        (50, 32, 256, 256, 2),
+        (100, 32, 128, 128, 1),
+        (100, 64, 512, 512, 1),
+        (100, 16, 1024, 1024, 1),
+        (35, 20, 650, 650, 2),
+        (500, 16, 64, 64, 1),
+        (100, 32, 256, 256, 1),
+        (100, 32, 256, 256, 1),
+    ]
+    assert all(case.goal(mode) > 1 for case in CPU for mode in MODES)
+    assert [case.goal_train for case in CPU] == [8, 8, 8, 8, 4, 4, 2, 2, 1.7, 1.3, 1.3, 1.3, 8, 3, 2]
+
+
+def test_the_grid_spans_what_it_promises_and_stays_within_its_budget():
+    grid = sweeps.grid()
+    assert {case.T for case in grid} == set(sweeps.GRID_T)
+    assert {case.B for case in grid} == set(sweeps.GRID_B)
+    assert {case.H for case in grid} == set(sweeps.GRID_H)
+    assert max(case.flops("forward") for case in grid) <= sweeps.GRID_FLOPS
+    assert suites.size_of("grid") == len(grid) == sweeps.grid_size()[0]
+
+
+def test_random_cases_are_of_every_kind_and_always_the_same():
+    cases = sweeps.random_cases()
+    assert len(cases) == suites.size_of("random") == sweeps.RANDOM_CASES
+    assert cases == sweeps.random_cases()
+    assert max(case.flops("forward") for case in cases) <= sweeps.GRID_FLOPS
+    for kind in (
+        lambda case: case.bidirectional,
+        lambda case: case.L == 2,
+        lambda case: case.proj,
+        lambda case: case.kind == "packed",
+        lambda case: case.dtype == "float64",
+        lambda case: case.dtype == "bfloat16",
+        lambda case: case.I != case.H,
+        lambda case: case.H >= 256 and case.B >= 32,
+    ):
+        assert 1 < sum(map(bool, map(kind, cases))) < len(cases)
+
+
+@pytest.mark.parametrize("ragged", RAGGED)
+def test_lengths_lie_within_T_and_reach_it(ragged):
+    lengths = Case(50, 20, 3, 4, kind="packed", ragged=ragged).lengths()
+    assert lengths.min() >= 1
+    assert lengths.max() == 50
+    assert (ragged == "full") == bool((lengths == 50).all())
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"T": 0},
+        {"dtype": "int8"},
+        {"kind": "loop"},
+        {"kind": "packed"},
+        {"ragged": "random"},
+        {"proj": 6},
+        {"kind": "cells", "bidirectional": True},
+    ],
+    ids=str,
+)
+def test_a_case_refuses_what_makes_no_sense(wrong):
+    with pytest.raises(ValueError, match=r"got|neither"):
+        replace(Case(5, 3, 4, 6), **wrong)
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(5, 3, 4, 6, kind="stream"),
+        Case(4, 2, 3, 5, 3, kind="stream"),
+        Case(4, 2, 3, 5, 2, bidirectional=True, kind="stream"),
+        Case(4, 2, 3, 6, 2, proj=2, kind="stream"),
+    ],
+    ids=name,
+)
+def test_flops_are_those_that_pytorch_counts(case):
+    # Streaming cases, because a gradient for h0 keeps the first step's product in the count.
+    inputs = make_inputs(case)
+    with FlopCounterMode(display=False) as counter:
+        truth(case, inputs)
+    assert counter.get_total_flops() == case.flops("train")
+    program = peers.PEERS["reference"].build(case, inputs)
+    with program.mode("forward") as forward, FlopCounterMode(display=False) as counter:
+        forward()
+    assert counter.get_total_flops() == case.flops("forward")
+
+
+def test_packed_flops_follow_the_sum_of_the_lengths():
+    case = Case(50, 20, 3, 4, kind="packed", ragged="random")
+    assert case.rows == int(case.lengths().sum()) < 50 * 20
+    assert case.flops("train") * 50 * 20 == Case(50, 20, 3, 4).flops("train") * case.rows
+
+
+def test_a_shortened_case_fits_its_budget():
+    case = Case(999, 97, 1, 51, 2)
+    short = case.shortened(1e8)
+    assert 1 <= short.T < case.T
+    assert short.flops("train") <= 1e8
+    assert case.shortened(1e15) == case
