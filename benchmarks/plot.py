@@ -17,7 +17,7 @@ COLOURS = {"train": "#1f5fa8", "forward": "#e08214"}
 LABELS = {"train": "training step", "forward": "forward, no_grad"}
 # More cases than a reader would read the names of: one dot each, over their size.
 NAMED_CASES = 45
-BANDS = (16, 64, 256, 1024, 4096)  # of H, up to and including
+BANDS = ((1, 16), (17, 64), (65, 256), (257, 1024), (1025, 1 << 30))  # of H, coloured alike
 TICKS = (0.1, 0.2, 0.5, 1, 2, 3, 5, 8, 12, 20, 40, 80, 160)
 
 
@@ -69,20 +69,18 @@ def _scattered(rows: list[Row]) -> plt.Figure:
     figure, panels = plt.subplots(
         1, len(modes), figsize=(5.5 * len(modes), 4.6), sharey=True, squeeze=False, layout="constrained"
     )
-    band = {row.H: next(most for most in (*BANDS, row.H) if most >= row.H) for row in rows}
-    bands = sorted(set(band.values()))
-    shades = plt.get_cmap("viridis")
+    shades = plt.get_cmap("viridis", len(BANDS))
     for axes, mode in zip(panels[0], modes, strict=True):
-        for k, most in enumerate(bands):
-            found = [row for row in rows if row.mode == mode and band[row.H] == most]
+        for k, (least, most) in enumerate(BANDS):
+            found = [row for row in rows if row.mode == mode and least <= row.H <= most]
             axes.plot(
                 [row.flops for row in found],
                 [row.ratio for row in found],
                 "o",
                 markersize=5,
                 alpha=0.8,
-                color=shades(k / max(1, len(bands) - 1)),
-                label=f"H ≤ {most}",
+                color=shades(k),
+                label=f"H = {least} to {most}" if most < 1 << 30 else f"H ≥ {least}",
             )
         axes.set_xscale("log")
         axes.set_xlabel("flops of the case")

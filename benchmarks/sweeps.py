@@ -29,8 +29,10 @@ RANDOM_CASES = 100
 
 
 def random_cases() -> list[Case]:
-    """What the grid's round sizes step over: layers of every kind at sizes drawn evenly on a log scale. Always the same
-    ones, so that runs can be compared."""
+    """What the grid's round sizes step over: layers of many kinds at sizes drawn on a log scale, within the grid's budget.
+
+    Always the same ones, so that runs can be compared.
+    """
     draw = random.Random(SEED)
 
     def size(most: int, least: int = 1) -> int:

@@ -21,6 +21,7 @@ from torch._C._functorch import TransformType
 
 from . import reference
 from .backends import eager
+from .ops.register import differentiable_backward, no_rule_serves
 from .ops.schema import LayerShape
 
 
@@ -142,11 +143,15 @@ class _Layer(torch.autograd.Function):
         y, cells, reserve, *given = ctx.saved_tensors
         x, h0, c0, lengths, reset_mask, *weights = ctx.call.spread(given)
         need = ctx.call.spread(ctx.needs_input_grad[1:], absent=False)
-        call = _Call(ctx.call.backend, needs=(*need[:3], *need[5:]))
-        found = _backward_below(
-            call, dy, dh_n, dc_n, dcells, x, h0, c0, lengths, reset_mask, y, cells, reserve, *weights
-        )
-        dx, dh0, dc0, *dw = [g if wanted else None for g, wanted in zip(found, call.needs, strict=True)]
+        needs = (*need[:3], *need[5:])
+        arriving, inputs, ragged = (dy, dh_n, dc_n, dcells), (x, h0, c0), (lengths, reset_mask)
+        if torch._C._functorch.maybe_current_level() is None and no_rule_serves(*arriving):
+            *of_rows, of_weights = differentiable_backward(*arriving, *inputs, weights, *ragged, list(needs))
+            found = (*of_rows, *of_weights)
+        else:
+            call = _Call(ctx.call.backend, needs=needs)
+            found = _backward_below(call, *arriving, *inputs, *ragged, y, cells, reserve, *weights)
+        dx, dh0, dc0, *dw = [g if wanted else None for g, wanted in zip(found, needs, strict=True)]
         of_all = (dx, dh0, dc0, None, None, *dw)
         return (None, *(g for g, here in zip(of_all, ctx.call.present, strict=True) if here))
 

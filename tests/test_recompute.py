@@ -219,6 +219,14 @@ def test_both_ops_refuse_lengths_out_of_range_and_the_rest():
         op(*arguments[:-1], arguments[-1][:-1])
 
 
+@pytest.mark.parametrize("interval", [6, 7, 8, 1000])
+def test_intervals_about_as_long_as_the_sequence_and_longer(interval):
+    """A compiled graph, in which T is free, calls the op for these too."""
+    (_, _, *given), _ = ops_arguments()  # T = 7, both directions, with lengths
+    got = torch.ops.fastlstm.recomputed_layer("eager", interval, *given)[:4]
+    torch.testing.assert_close(got, torch.ops.fastlstm.eager_layer(*given, False)[:4])
+
+
 def test_how_it_is_set():
     assert fastlstm.LSTM(3, 4).recompute is False
     converted = fastlstm.convert(torch.nn.LSTM(3, 4))

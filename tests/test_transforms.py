@@ -156,6 +156,22 @@ def test_tangent_of_an_arriving_gradient(cell, backend):
     torch.testing.assert_close(found.tangent, torch.autograd.grad(y, x, tangent)[0])
 
 
+def test_gradients_behind_a_transform_batched_or_with_a_tangent(backend):
+    """Of weights that torch.func.grad_and_value does not know of: the graph it leaves behind is autograd's own."""
+    ours, _ = twins()
+    weights = {name: w.detach().requires_grad_() for name, w in ours.named_parameters()}
+    value = torch.func.grad_and_value(lambda x: functional_call(ours, weights, (x,))[0].sin().sum())(X)[1]
+    wanted, factors = list(weights.values()), torch.arange(3.0, dtype=X.dtype, device=X.device)
+    plain = torch.autograd.grad(value, wanted, retain_graph=True)
+    batched = torch.autograd.grad(value, wanted, factors, retain_graph=True, is_grads_batched=True)
+    torch.testing.assert_close(list(batched), [torch.stack([k * g for k in factors]) for g in plain])
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(torch.ones_like(value), torch.full_like(value, 2))
+        found = [torch.autograd.forward_ad.unpack_dual(g) for g in torch.autograd.grad(value, wanted, dual)]
+    torch.testing.assert_close([g.primal for g in found], list(plain))
+    torch.testing.assert_close([g.tangent for g in found], [2 * g for g in plain])
+
+
 def test_cell(backend):
     ours, theirs = twins(cell=True)
     got = vmap(lambda row: ours(row)[0])(X)

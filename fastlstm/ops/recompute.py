@@ -1,9 +1,8 @@
 """A layer that keeps h and c at intervals instead of the gates of every step: `fastlstm::recomputed_layer`.
 
-Forward runs the backend's own op without a reserve and keeps the states that enter each segment of `interval` steps.
-Backward goes through the segments from last to first, runs each one forward once more, and then back. Between the two
-passes each direction holds T/interval * B * (P + H) numbers instead of T * B * (4H + H + P); the price is a second
-forward pass.
+Forward runs segments of `interval` steps with the backend's own op and keeps the states between them. Backward goes
+through the segments from last to first, runs each one forward once more, and then back. Between the two passes each
+direction holds T/interval * B * (P + H) numbers instead of T * B * (4H + H + P); the price is a second forward pass.
 
 The arguments are those of fastlstm/ops/schema.py after the backend's name and the interval.
 """
@@ -110,27 +109,19 @@ def _forward(backend, interval, x, h0, c0, weights, lengths, reset_mask, keep_ce
     check_range(lengths, x.shape[0])
     op = getattr(torch.ops.fastlstm, f"{backend}_layer").default
     s = LayerShape.of(weights)
-    y, h_n, c_n, cells, _ = op(x, h0, c0, weights, lengths, reset_mask, True, False)
-    h_at = torch.stack([_entering(y, x, h0, d, s.P, interval, lengths) for d in range(s.D)])
-    c_at = torch.stack([_entering(cells, x, c0, d, s.H, interval, lengths) for d in range(s.D)])
-    return y, h_n, c_n, cells if keep_cells else x.new_empty(0), h_at, c_at
-
-
-def _entering(
-    states: Tensor, x: Tensor, given: Tensor | None, d: int, features: int, interval: int, lengths: Tensor | None
-) -> Tensor:
-    """The states [intervals, B, features] that enter each segment of direction d, from those of every step.
-
-    Of rows that have no step in a segment, anything: it leaves their state as it is.
-    """
-    own, initial = states[..., d * features : (d + 1) * features], _state(x, given, d, features)
-    if d == 0:
-        return torch.cat([initial, own[interval - 1 : -1 : interval]])
-    after = own[interval::interval]  # the step behind each segment but the last
-    if lengths is not None:  # a row that ends before it enters with its initial state
-        step = torch.arange(interval, x.shape[0], interval, device=lengths.device)
-        after = torch.where((step[:, None] < lengths)[..., None], after, initial)
-    return torch.cat([after, initial])
+    y, h_n, c_n, cells, h_at, c_at = _outputs(x, interval, weights, keep_cells)
+    for d in range(s.D):
+        own = weights[d * s.per_direction : (d + 1) * s.per_direction]
+        h, c = _state(x, h0, d, s.P), _state(x, c0, d, s.H)
+        begins = _begins(lengths, reset_mask, reverse=d == 1)
+        for part in _segments(x.shape[0], interval, lengths, reverse=d == 1):
+            h_at[d, part.k], c_at[d, part.k] = h[0], c[0]
+            y_part, h, c, cells_part, _ = op(part.of(x), h, c, own, part.lengths, part.of(begins), keep_cells, False)
+            y[part.start : part.end, :, d * s.P : (d + 1) * s.P] = part.turned(y_part)
+            if keep_cells:
+                cells[part.start : part.end, :, d * s.H : (d + 1) * s.H] = part.turned(cells_part)
+        h_n[d], c_n[d] = h[0], c[0]
+    return y, h_n, c_n, cells, h_at, c_at
 
 
 def _outputs(x: Tensor, interval: int, weights: list[Tensor], keep_cells: bool) -> tuple[Tensor, ...]:

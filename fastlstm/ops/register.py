@@ -101,10 +101,17 @@ _BATCHED = [torch._C._dispatch_key_parse(name) for name in ("Batched", "FuncTorc
 def formula_serves(*grads: Tensor | None) -> bool:
     """Whether `differentiable_backward` takes these gradients and not the op, as csrc/autograd.cpp decides.
 
-    It does with create_graph=True, where many gradients arrive as one (is_grads_batched=True), and under forward-mode
-    AD: the plain ops of the reference have rules for these.
+    It does with create_graph=True, and where the op has no rule for them.
     """
-    if torch.is_grad_enabled() or torch.autograd.forward_ad._current_level >= 0:
+    return torch.is_grad_enabled() or no_rule_serves(*grads)
+
+
+def no_rule_serves(*grads: Tensor | None) -> bool:
+    """Whether many gradients arrive as one (is_grads_batched=True), or under forward-mode AD.
+
+    The plain ops of the reference have rules for these.
+    """
+    if torch.autograd.forward_ad._current_level >= 0:
         return True
     keys = [torch._C._dispatch_keys(grad) for grad in grads if grad is not None]
     return any(held.has(key) for held in keys for key in _BATCHED)
