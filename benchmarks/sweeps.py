@@ -29,7 +29,7 @@ RANDOM_CASES = 100
 
 
 def random_cases() -> list[Case]:
-    """What the grid's round sizes step over: layers of many kinds at sizes drawn on a log scale, within the grid's budget.
+    """What the grid's round sizes step over: layers of many kinds, at sizes drawn on a log scale within its budget.
 
     Always the same ones, so that runs can be compared.
     """

@@ -53,7 +53,7 @@ def lstm(
             row: neither state nor gradient crosses from t-1 to t, in any layer and either direction.
         return_cell_states: whether to give the last layer's c of every step as well.
         recompute: keep for backward only h and c at intervals, of 256 steps if True or of this many, and run each
-            interval forward once more in backward. Saves most of the memory of long sequences for 10 to 40 % more time.
+            interval forward once more in backward. Saves most of the memory of long sequences for 20 to 40 % more time.
             The reference backend and torch.func's transforms take no notice of it.
         layout: where input [T, B, I] is the padded form of packed rows, in place of lengths: dropout then draws its
             masks for the packed rows, as torch.nn.LSTM does.
