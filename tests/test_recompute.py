@@ -221,10 +221,15 @@ def test_both_ops_refuse_lengths_out_of_range_and_the_rest():
 
 @pytest.mark.parametrize("interval", [6, 7, 8, 1000])
 def test_intervals_about_as_long_as_the_sequence_and_longer(interval):
-    """A compiled graph, in which T is free, calls the op for these too."""
-    (_, _, *given), _ = ops_arguments()  # T = 7, both directions, with lengths
-    got = torch.ops.fastlstm.recomputed_layer("eager", interval, *given)[:4]
-    torch.testing.assert_close(got, torch.ops.fastlstm.eager_layer(*given, False)[:4])
+    """A compiled graph, in which T is free, calls the ops for these too."""
+    (_, _, *given), (_, _, dy, dh_n, dc_n, dcells, *_, needs) = ops_arguments()  # T = 7, both directions, with lengths
+    *results, h_at, c_at = torch.ops.fastlstm.recomputed_layer("eager", interval, *given)
+    *expected, reserve = torch.ops.fastlstm.eager_layer(*given, True)
+    torch.testing.assert_close(results, expected)
+    given = (dy, dh_n, dc_n, dcells, *given[:-1])
+    y, _, _, cells = expected
+    found = torch.ops.fastlstm.recomputed_layer_backward("eager", interval, *given, h_at, c_at, needs)
+    torch.testing.assert_close(found, torch.ops.fastlstm.eager_layer_backward(*given, y, cells, reserve, needs))
 
 
 def test_how_it_is_set():
