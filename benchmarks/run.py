@@ -20,13 +20,14 @@ import torch
 
 from benchmarks.cases import MODES, Case
 from benchmarks.data import make_inputs
-from benchmarks.gate import Verdict, judge, truth
+from benchmarks.gate import Expected, expected, judge, precision
 from benchmarks.load import BUSY, others, wait_for_quiet
 from benchmarks.machine import Limit
 from benchmarks.measure import Contender, Plan, Spread, alternate, timer_for
 from benchmarks.peers import PEERS, Peer
 from benchmarks.programs import Program
 from benchmarks.results import Row
+from fastlstm.accuracy import Accuracy, Precision
 
 
 def as_it_is(case: Case) -> AbstractContextManager[None]:
@@ -57,16 +58,16 @@ class Suite:
 
 @dataclass
 class Judged:
-    """What the gate found about a peer on a case: the verdict of each mode, or why there is none."""
+    """What the gate found about a peer on a case: the accuracy in each mode, or why there is none."""
 
     why: str = ""
     backend: str = ""
-    verdicts: dict[str, Verdict] = field(default_factory=dict)
+    accuracy: dict[str, Accuracy] = field(default_factory=dict)
 
     def status(self, mode: str) -> str:
         if self.why:
             return self.why
-        return "ok" if self.verdicts[mode].ok else str(self.verdicts[mode])
+        return "ok" if self.accuracy[mode].ok else f"WRONG: {self.accuracy[mode]}"
 
 
 def run_suite(
@@ -128,8 +129,8 @@ def measure_case(suite: Suite, case: Case, peers: dict[str, Peer], limit: Limit)
             row = _row(suite, case, mode, name, limit)
             row.gate_T, row.status = gate_case.T, found.status(mode)
             row.backend = suite.baseline(case, mode) if name == "nn" else found.backend
-            if mode in found.verdicts:
-                row.error, row.error_allowed = found.verdicts[mode].error, found.verdicts[mode].allowed
+            if mode in found.accuracy:
+                row.error, row.error_allowed = found.accuracy[mode].error, found.accuracy[mode].allowed
             if name in running and timing.failure:
                 row.status = timing.failure
             elif name in running:
@@ -140,10 +141,9 @@ def measure_case(suite: Suite, case: Case, peers: dict[str, Peer], limit: Limit)
 
 
 def judge_all(case: Case, device: str, peers: dict[str, Peer]) -> dict[str, Judged]:
-    """The gate on every peer. nn.LSTM comes first: the others may err by twice its error."""
+    """The gate on every peer; without a right nn.LSTM, the baseline, no other is timed."""
     inputs = make_inputs(case, device)
-    true = truth(case, inputs)
-    theirs: dict[str, dict[str, torch.Tensor]] = {}
+    right: dict[Precision, Expected] = {}
     found: dict[str, Judged] = {}
     for name, peer in peers.items():
         one = found[name] = Judged()
@@ -155,9 +155,11 @@ def judge_all(case: Case, device: str, peers: dict[str, Peer]) -> dict[str, Judg
             if refusal is not None:
                 one.why = f"skipped: {refusal}"
                 continue
+            rounding = precision(case, peer.ours)
+            if rounding not in right:
+                right[rounding] = expected(case, inputs, rounding)
             for mode in MODES:
-                results = program.results(mode)
-                one.verdicts[mode] = judge(results, theirs.setdefault(mode, results), true, case)
+                one.accuracy[mode] = judge(program.results(mode), right[rounding], mode)
         except Exception as error:
             # One peer that cannot run a case must not end the suite; `failures` counts it when it is ours.
             one.why = _failure(error)

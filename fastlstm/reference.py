@@ -37,6 +37,7 @@ def direction(
     b_ih, b_hh = rest[:2] if len(rest) >= 2 else (None, None)
     w_hr = rest[-1] if len(rest) in (1, 3) else None
     T = x.shape[0]
+    steps = x.unbind(0)  # one node of autograd; x[t] would give T, each with a gradient of x's size
     h, c = h0, c0
     ys: list[Tensor] = [h0] * T
     cells: list[Tensor] = [c0] * T
@@ -48,7 +49,7 @@ def direction(
             if lengths is not None:
                 new = new & (begins < lengths)
             h, c = h.masked_fill(new[:, None], 0), c.masked_fill(new[:, None], 0)
-        h_next, c_next = cell(linear(x[t], w_ih, b_ih) + linear(h, w_hh, b_hh), c)
+        h_next, c_next = cell(linear(steps[t], w_ih, b_ih) + linear(h, w_hh, b_hh), c)
         if w_hr is not None:
             h_next = linear(h_next, w_hr)
         if lengths is None:

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor, nn
 
 import fastlstm
-from fastlstm import dispatch
+from fastlstm import accuracy, dispatch
 
 from .cases import Case, Tensors, tensors
-from .runners import Results, error, gradients
+from .runners import Results, assert_accurate, gradients
 
 # FASTLSTM_TEST_DEVICE=cpu runs those tests of the GPU suite that can run anywhere on CPU tensors.
 DEVICE = os.environ.get("FASTLSTM_TEST_DEVICE", "cuda")
@@ -53,14 +53,9 @@ class Precision:
         name = str(self.dtype).removeprefix("torch.")
         return name if self.dtype != torch.float32 else f"{name}-rnn_{self.rnn}-matmul_{self.matmul}"
 
-    @property
-    def eps(self) -> float:
-        return 2.0**-10 if self.rnn == "tf32" else torch.finfo(self.dtype).eps
-
-    @property
-    def ulps(self) -> int:
-        """The tolerance's floor in eps of the tensor's largest value, where nn.LSTM happens to be exact."""
-        return {torch.float64: 500, torch.float32: 8}.get(self.dtype, 4)
+    def rounding(self) -> accuracy.Precision:
+        """What an implementation at this precision rounds."""
+        return accuracy.Precision.of(self.dtype, tf32=self.rnn == "tf32")
 
     @contextmanager
     def flags(self) -> Iterator[None]:
@@ -143,38 +138,21 @@ def run(case: Case, precision: Precision, backend: str, device: str = "cuda") ->
             return with_gradients(case, given, ours(case, given))
 
 
-def check(case: Case, precision: Precision, backend: str, device: str = "cuda", rival: str = "") -> None:
-    """Every error against the float64 reference at most twice nn.LSTM's at the same precision, plus the floor.
-
-    Where nn.LSTM has no such feature (lengths, resets, cell states) the reference in that dtype is the `rival`.
-    """
+def check(case: Case, precision: Precision, backend: str, device: str = "cuda") -> None:
+    """Assert that rounding at this precision explains every result's error (fastlstm/accuracy.py)."""
     case = case.to(precision.dtype)
     require(backend, case, device)
-    rival = rival or ("reference" if case.ragged or case.cells else "cudnn")
-    truth, theirs = expected(case, precision, device, rival)
-    judge(run(case, precision, backend, device), theirs, truth, precision, f"{backend}, {precision}, {case!r}")
+    truth, bounds = expected(case, precision, device)
+    assert_accurate(run(case, precision, backend, device), truth, bounds, f"{backend}, {precision}, {case!r}")
 
 
 @lru_cache(maxsize=2)  # the backends run a case one after the other, and the reference takes minutes for T = 70,000
-def expected(case: Case, precision: Precision, device: str, rival: str) -> tuple[Results, Results]:
-    """The truth, and what the rival gives."""
-    # The rounded numbers of the case's dtype, in float64.
+def expected(case: Case, precision: Precision, device: str) -> tuple[Results, dict[str, float]]:
+    """The reference in float64, on the rounded numbers of the case's dtype, and the bounds."""
     given = on_device(case, torch.float64, device)
+    call = ours(case, given)
     with fastlstm.use_backend("reference"), DOUBLE.flags():
-        truth = with_gradients(case, given, ours(case, given))
-    return truth, run(case, precision, rival, device)
-
-
-def judge(got: Results, theirs: Results, truth: Results, precision: Precision, what: str) -> None:
-    """Assert the bound of `check`, naming each result that misses it."""
-    wrong = []
-    for name, value in truth.items():
-        scale = float(value.abs().max()) if value.numel() else 0.0
-        off = error(got[name], value)
-        allowed = 2 * error(theirs[name], value) + precision.ulps * precision.eps * scale
-        if not off <= allowed:
-            wrong.append(f"{name}: error {off:.3g}, allowed {allowed:.3g} at scale {scale:.3g}")
-    assert not wrong, f"{what}\n  " + "\n  ".join(wrong)
+        return accuracy.error_bounds(lambda: with_gradients(case, given, call), precision.rounding())
 
 
 def same(a: Results, b: Results) -> None:

@@ -1,7 +1,8 @@
 """Runs a Case and gives every output and every gradient: on a backend (`run_backend`), or with torch's own modules.
 
-`run_torch` is the oracle. Ragged cases are put together from what nn.LSTM can do: packing for lengths, one nn.LSTM call
-for each segment of each row for resets, single steps for cell states. In float64 it is the truth.
+`check` asserts that a backend is right, by the one rule of fastlstm/accuracy.py. `run_torch` is the oracle: ragged
+cases are put together from what nn.LSTM can do: packing for lengths, one nn.LSTM call for each segment of each row for
+resets, single steps for cell states. In float64 it is the truth.
 """
 
 from __future__ import annotations
@@ -16,29 +17,13 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 import fastlstm
-from fastlstm import dispatch
+from fastlstm import accuracy, dispatch
+from fastlstm.accuracy import Precision
 
 from .cases import OUTPUTS, Case, Tensors, tensors
 from .place import HERE
 
 Results = dict[str, Tensor]
-# The tolerance's floor in ulp of the tensor's largest value: where nn.LSTM happens to be exact, we need not be.
-# In float64 nn.LSTM is the truth itself and has no error to double, so the floor is all there is.
-ULPS = {torch.float64: 500, torch.float32: 8, torch.bfloat16: 4, torch.float16: 4}
-
-
-def error(got: Tensor, truth: Tensor) -> float:
-    """The largest difference (max-norm) in float64; infinite where only one side is NaN or infinite."""
-    assert got.shape == truth.shape, f"shape {list(got.shape)}, expected {list(truth.shape)}"
-    got, truth = got.double(), truth.double()
-    same = (got == truth) | (got.isnan() & truth.isnan())
-    difference = torch.where(same, 0.0, got - truth).abs()
-    return float(difference.nan_to_num(float("inf"), float("inf")).max()) if difference.numel() else 0.0
-
-
-def floor(dtype: torch.dtype, truth: Tensor) -> float:
-    """A few ulp of `dtype` at the scale of the tensor; zero for a tensor of zeros, which must be met exactly."""
-    return ULPS[dtype] * torch.finfo(dtype).eps * float(truth.double().abs().max()) if truth.numel() else 0.0
 
 
 def require(backend: str, case: Case) -> None:
@@ -68,37 +53,43 @@ def run_torch(case: Case, dtype: torch.dtype | None = None) -> Results:
     return _run(case, dtype or case.dtype, _call_torch)
 
 
+def precision(dtype: torch.dtype, backend: str) -> Precision:
+    """What `backend` rounds: the reference consists of torch's ops, the others keep sums and states in float32."""
+    return Precision.of_every_op(dtype) if backend == "reference" else Precision.of(dtype)
+
+
 @lru_cache(maxsize=1024)
-def expected(case: Case) -> tuple[Results, Results]:
-    """The truth, and what nn.LSTM gives in the case's dtype."""
-    return run_torch(case, torch.float64), run_torch(case)
+def expected(case: Case, precision: Precision) -> tuple[Results, dict[str, float]]:
+    """The truth, and for each result the largest error that rounding explains."""
+    given = tensors(case, torch.float64)
+    return accuracy.error_bounds(lambda: _results(case, given, _call_torch), precision)
 
 
-def check(case: Case, backend: str, floors: int = 1) -> None:
-    """Assert that every result's error is at most twice nn.LSTM's plus `floors` times the floor, naming those above."""
-    compare(case, backend, run_backend(case, backend), floors)
+def check(case: Case, backend: str, rounding: Precision | None = None) -> None:
+    """Assert that rounding explains every result's error, naming those where it does not."""
+    compare(case, run_backend(case, backend), rounding or precision(case.dtype, backend), backend)
 
 
-def compare(case: Case, backend: str, ours: Results, floors: int = 1) -> None:
+def compare(case: Case, ours: Results, rounding: Precision, what: str) -> None:
     """`check` for results that are there already."""
-    truth, theirs = expected(case)
+    truth, bounds = expected(case, rounding)
     assert ours.keys() == truth.keys()
-    wrong = []
-    for name, value in truth.items():
-        assert ours[name].dtype == theirs[name].dtype, f"{name}: {ours[name].dtype}"
-        scale = value
-        if case.hx == "expanded" and name in ("d h0", "d c0"):
-            # Autograd sums the gradients of the rows that share one state. They may cancel, and the sum of a few then
-            # has no scale of its own: it is that of the case's gradients.
-            scale = torch.cat([grad.flatten().double() for key, grad in truth.items() if key.startswith("d ")])
-        off, allowed = error(ours[name], value), 2 * error(theirs[name], value) + floors * floor(case.dtype, scale)
-        if not off <= allowed:
-            wrong.append(f"{name}: error {off:.3g}, allowed {allowed:.3g} at scale {float(value.abs().max()):.3g}")
-    assert not wrong, f"{backend} on {case!r}\n  " + "\n  ".join(wrong)
+    for name, value in ours.items():
+        assert value.dtype == case.dtype, f"{name}: {value.dtype}"
+        assert value.shape == truth[name].shape, f"{name}: {list(value.shape)}, expected {list(truth[name].shape)}"
+    assert_accurate(ours, truth, bounds, f"{what} on {case!r}")
+
+
+def assert_accurate(ours: Results, truth: Results, bounds: dict[str, float], what: str = "") -> None:
+    wrong = [str(found) for found in accuracy.compare(ours, truth, bounds) if not found.ok]
+    assert not wrong, f"{what}\n  " + "\n  ".join(wrong)
 
 
 def _run(case: Case, dtype: torch.dtype, call: Callable[[Case, Tensors], Results]) -> Results:
-    given = tensors(case, dtype)
+    return _results(case, tensors(case, dtype), call)
+
+
+def _results(case: Case, given: Tensors, call: Callable[[Case, Tensors], Results]) -> Results:
     results = call(case, given)
     wanted = given.wanted()
     used = {name: results[name] for name in case.used if name in results and results[name].requires_grad}

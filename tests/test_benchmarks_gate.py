@@ -17,7 +17,7 @@ for package in ("rich", "matplotlib", "numpy"):
 from benchmarks import machine, peers, rivals, run
 from benchmarks.cases import MODES, Case
 from benchmarks.data import make_inputs
-from benchmarks.gate import judge, truth
+from benchmarks.gate import expected, judge, precision
 from benchmarks.measure import Plan
 from benchmarks.programs import build_program
 from benchmarks.results import Row
@@ -171,18 +171,25 @@ def test_without_a_baseline_nothing_is_timed():
 
 def test_a_missing_gradient_or_a_wrong_shape_is_refused():
     case = Case(5, 3, 4, 6)
-    true = {key: value.float() for key, value in truth(case, make_inputs(case)).items()}
-    assert judge(true, true, true, case).ok
-    assert not judge({key: true[key] for key in true if key != "d_x"}, true, true, case).ok
-    assert not judge(true | {"h_n": true["h_n"][0]}, true, true, case).ok
+    right = expected(case, make_inputs(case), precision(case, ours=True))
+    rounded = {key: value.float() for key, value in right.truth.items()}
+    assert judge(rounded, right, "train").ok
+    without = {key: value for key, value in rounded.items() if key != "d_x"}
+    assert judge(without, right, "forward").ok
+    assert judge(without, right, "train").name == "d_x"
+    assert not judge(without, right, "train").ok
+    assert not judge(rounded | {"h_n": rounded["h_n"][0]}, right, "forward").ok
 
 
-def test_twice_the_baselines_error_is_allowed_and_not_more():
-    case = Case(5, 3, 4, 6, dtype="bfloat16")
-    true = {"output": torch.zeros(5)}
-    theirs = {"output": torch.full((5,), 0.1)}
-    assert judge({"output": torch.full((5,), 0.19)}, theirs, true, case).ok
-    assert not judge({"output": torch.full((5,), 0.21)}, theirs, true, case).ok
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "tf32"])
+def test_an_error_beyond_rounding_is_refused_in_every_result(dtype):
+    case = Case(5, 3, 4, 6, dtype=dtype)
+    right = expected(case, make_inputs(case), precision(case, ours=True))
+    for name in right.truth:
+        for part, ok in ((0.9, True), (1.1, False)):
+            off = right.truth[name].clone()
+            off.view(-1)[0] += part * right.bounds[name]
+            assert judge({**right.truth, name: off}, right, "train").ok is ok, name
 
 
 # --- rivals, with stand-ins of their documented interfaces where they need a GPU
@@ -190,10 +197,10 @@ def test_twice_the_baselines_error_is_allowed_and_not_more():
 
 def assert_right(case: Case, build) -> None:
     inputs = make_inputs(case)
-    true, baseline, program = truth(case, inputs), peers.torch_program(case, inputs), build(case, inputs)
+    right, program = expected(case, inputs, precision(case, ours=False)), build(case, inputs)
     for mode in MODES:
-        verdict = judge(program.results(mode), baseline.results(mode), true, case)
-        assert verdict.ok, str(verdict)
+        found = judge(program.results(mode), right, mode)
+        assert found.ok, str(found)
 
 
 @pytest.mark.parametrize("case", [Case(4, 3, 5, 6, 2, bidirectional=True), Case(2, 2, 5, 6, kind="stream")], ids=name)

@@ -1,4 +1,4 @@
-"""The tests' own tools: error and floor, the cases, and an oracle that tells right from wrong."""
+"""The tests' own tools: the cases, and an oracle that tells right from wrong."""
 
 from __future__ import annotations
 
@@ -9,40 +9,10 @@ import pytest
 import torch
 from torch import nn
 
+from fastlstm.accuracy import Precision
+
 from .cases import Case, random_case, tensors
-from .runners import compare, error, expected, floor, run_torch
-
-NAN, INF = float("nan"), float("inf")
-
-
-@pytest.mark.parametrize(
-    ("got", "truth", "expected_error"),
-    [
-        ([1.0, 2.0], [1.0, 2.5], 0.5),
-        ([-3.0], [1.0], 4.0),
-        ([NAN, 1.0], [NAN, 1.0], 0.0),
-        ([INF, 1.0], [INF, 1.0], 0.0),
-        ([NAN, 1.0], [0.0, 1.0], None),
-        ([0.0, 1.0], [NAN, 1.0], None),
-        ([INF], [-INF], None),
-        ([], [], 0.0),
-    ],
-)
-def test_error(got, truth, expected_error):
-    off = error(torch.tensor(got), torch.tensor(truth, dtype=torch.float64))
-    assert off > 1e300 if expected_error is None else off == expected_error
-
-
-def test_error_refuses_another_shape():
-    with pytest.raises(AssertionError, match=r"shape \[1, 2\], expected \[2\]"):
-        error(torch.zeros(1, 2), torch.zeros(2))
-
-
-def test_floor_follows_dtype_and_scale():
-    truth = torch.tensor([-8.0, 1.0])
-    assert floor(torch.float32, truth) == 8 * floor(torch.float32, truth / 8) > 0
-    assert floor(torch.bfloat16, truth) > 1e4 * floor(torch.float32, truth) > 1e6 * floor(torch.float64, truth)
-    assert floor(torch.float32, torch.zeros(3)) == floor(torch.float32, torch.zeros(0)) == 0
+from .runners import compare, expected, run_torch
 
 
 def test_random_cases_repeat_and_reach_every_option():
@@ -110,11 +80,11 @@ def test_the_oracles_segments_are_separate_sequences():
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 def test_the_comparison_notices_a_wrong_result(dtype):
-    case = Case(dtype=dtype, hx="tuple")
-    theirs = expected(case)[1]
-    compare(case, "nn.LSTM", dict(theirs))
-    for name, value in theirs.items():
+    case, rounding = Case(dtype=dtype, hx="tuple"), Precision.of(dtype)
+    right = {name: value.to(dtype) for name, value in expected(case, rounding)[0].items()}
+    compare(case, right, rounding, "rounded")
+    for name, value in right.items():
         wrong = value.clone()
         wrong.view(-1)[0] += 0.1 * value.abs().max()
         with pytest.raises(AssertionError, match=name):
-            compare(case, "wrong", {**theirs, name: wrong})
+            compare(case, {**right, name: wrong}, rounding, "wrong")

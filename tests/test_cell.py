@@ -13,8 +13,9 @@ from torch import nn
 from torch.func import functional_call
 
 import fastlstm
+from fastlstm.accuracy import error_bounds
 
-from .runners import error, floor
+from .runners import assert_accurate, precision
 from .twins import assert_same, data, error_of, flat, twins
 
 STATES = (data(2, 4), data(2, 4, seed=1))
@@ -67,17 +68,27 @@ def test_numbers(bias, batched, hx, backend):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize(("B", "I", "H"), [(1, 1, 1), (3, 5, 33), (64, 64, 64)])
 def test_precision(dtype, B, I, H, backend):  # noqa: E741
-    """As tests/runners.py: at most twice nn.LSTMCell's error at the same dtype, plus a floor."""
-    found = []
-    for cls, to in ((nn.LSTMCell, torch.float64), (nn.LSTMCell, dtype), (fastlstm.LSTMCell, dtype)):
-        torch.manual_seed(2)
-        cell = cls(I, H, dtype=dtype).to(to)
-        leaves = [t.to(dtype).to(to).requires_grad_() for t in (data(B, I), data(B, H, seed=1), data(B, H, seed=2))]
-        outputs = cell(leaves[0], (leaves[1], leaves[2]))
-        weights = [data(B, H, seed=3).to(dtype).to(to), data(B, H, seed=4).to(dtype).to(to)]
-        found.append([*outputs, *torch.autograd.grad(outputs, [*leaves, *cell.parameters()], weights)])
-    for truth, theirs, ours in zip(*found, strict=True):
-        assert error(ours, truth) <= 2 * error(theirs, truth) + floor(dtype, truth)
+    torch.manual_seed(2)
+    cell = fastlstm.LSTMCell(I, H, dtype=dtype)
+    given = [t.to(dtype) for t in (data(B, I), data(B, H, seed=1), data(B, H, seed=2))]
+    arriving = [t.to(dtype) for t in (data(B, H, seed=3), data(B, H, seed=4))]
+
+    def run(cell, to):
+        leaves = {name: t.to(to).requires_grad_() for name, t in zip(("x", "h0", "c0"), given, strict=True)}
+        gradients_at = [t.to(to) for t in arriving]
+
+        def results():
+            outputs = cell(leaves["x"], (leaves["h0"], leaves["c0"]))
+            wanted = {**leaves, **dict(cell.named_parameters())}
+            gradients = torch.autograd.grad(outputs, list(wanted.values()), gradients_at)
+            named = {f"d {name}": grad for name, grad in zip(wanted, gradients, strict=True)}
+            return {"h": outputs[0].detach(), "c": outputs[1].detach(), **named}
+
+        return results
+
+    true = nn.LSTMCell(I, H, dtype=torch.float64)
+    true.load_state_dict(cell.state_dict())
+    assert_accurate(run(cell, dtype)(), *error_bounds(run(true, torch.float64), precision(dtype, backend)))
 
 
 def test_loop_of_cells_equals_the_layer(backend):

@@ -22,9 +22,10 @@ import fastlstm
 from fastlstm import dispatch
 from fastlstm.ops import register, schema
 
+from . import gpu_support
 from .cases import Case, random_case, tensors
 from .gpu_support import Precision
-from .runners import check, error, gradients, run_backend
+from .runners import check, gradients, run_backend
 
 ROOT = Path(__file__).parent.parent
 NAME = "cuda_host"
@@ -147,24 +148,16 @@ def test_parity_of_the_persistent_kernels(case, dtype, persistent, poisoned_empt
     check(case.to(dtype), persistent)
 
 
-def near_float32(case: Case, backend: str) -> None:
-    """Against products in float32: within a few ulp of TF32, which nn.LSTM has none of on a CPU."""
-    found = run_backend(case, backend)
-    torch.ops.fastlstm_cuda_host.persistent(False, "")
-    for name, value in run_backend(case, backend).items():
-        allowed = 8 * 2.0**-11 * float(value.abs().max()) if value.numel() else 0
-        assert error(found[name], value) <= allowed, name
-
-
 @pytest.mark.parametrize("case", PERSISTENT, ids=str)
 def test_tf32_of_the_persistent_kernels(case, persistent, poisoned_empty):
-    near_float32(case, persistent)
+    check(case, persistent, gpu_support.TF32.rounding())
 
 
 @pytest.mark.parametrize("persistent", ["A"], indirect=True)
 def test_the_largest_clusters(persistent, poisoned_empty):
     """As many blocks as a cluster may have, and W_hh partly in shared memory."""
-    near_float32(Case(T=4, B=9, I=4, H=500, hx="tuple", cells=True, lengths=(4, 2, 3, 0, 4, 4, 1, 3, 4)), persistent)
+    case = Case(T=4, B=9, I=4, H=500, hx="tuple", cells=True, lengths=(4, 2, 3, 0, 4, 4, 1, 3, 4))
+    check(case, persistent, gpu_support.TF32.rounding())
 
 
 def test_random_cases_of_the_persistent_kernels(persistent, poisoned_empty):

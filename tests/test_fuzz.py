@@ -8,31 +8,15 @@ from __future__ import annotations
 
 import os
 import random
-from dataclasses import replace
 
 import pytest
 import torch
 
-from .cases import Case, random_case
+from .cases import random_case
 from .runners import check, require
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16)
-FLOORS = 4
 MOST_FAILURES = 5
-
-
-def cancelled(case: Case, backend: str) -> bool:
-    """Whether a miss is of numbers that nearly cancelled, whose scale says little: two in ten thousand configurations.
-
-    Such a miss is small and does not repeat with other data; a defect does.
-    """
-    try:
-        check(case, backend, 4 * FLOORS)
-        for k in (1, 2):
-            check(replace(case, seed=case.seed + k), backend, FLOORS)
-    except AssertionError:
-        return False
-    return True
 
 
 def run_cases(count: int, seed: int, backend: str) -> tuple[int, list[str]]:
@@ -42,15 +26,14 @@ def run_cases(count: int, seed: int, backend: str) -> tuple[int, list[str]]:
         case = random_case(random.Random(k), DTYPES)
         try:
             require(backend, case)
-            check(case, backend, FLOORS)
+            check(case, backend)
         except pytest.skip.Exception:
             continue
         except Exception as error:
-            if not (isinstance(error, AssertionError) and cancelled(case, backend)):
-                again = f"FASTLSTM_FUZZ_SEED={k} FASTLSTM_FUZZ_COUNT=1 python -m pytest -m fuzz -k {backend}"
-                failures.append(f"{type(error).__name__}: {error}\n  {case!r}\n  again: {again}")
-                if len(failures) == MOST_FAILURES:
-                    break
+            again = f"FASTLSTM_FUZZ_SEED={k} FASTLSTM_FUZZ_COUNT=1 python -m pytest -m fuzz -k {backend}"
+            failures.append(f"{type(error).__name__}: {error}\n  {case!r}\n  again: {again}")
+            if len(failures) == MOST_FAILURES:
+                break
         ran += 1
     return ran, failures
 

@@ -56,7 +56,7 @@ def is_recomputing(backend):
 @pytest.mark.parametrize("case", OPTIONS, ids=str)
 def test_parity(case, interval, backend):
     require(backend, case)
-    check(case, backend, floors=2)
+    check(case, backend)
 
 
 @pytest.mark.parametrize("interval", [2], indirect=True)
@@ -67,7 +67,7 @@ def test_random_configurations(interval, backend):
             require(backend, case)
         except pytest.skip.Exception:
             continue
-        check(case, backend, floors=4)
+        check(case, backend)
 
 
 @pytest.mark.parametrize("interval", [2], indirect=True)

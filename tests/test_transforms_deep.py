@@ -10,10 +10,11 @@ import torch
 from torch.func import functional_call, grad, hessian, jacfwd, jacrev, stack_module_state, vjp, vmap
 
 import fastlstm
+from fastlstm.accuracy import error_bounds
 
 from .cases import Case
 from .place import HERE
-from .runners import require
+from .runners import assert_accurate, precision, require
 from .twins import data, flat, twins
 
 T, N, B = 4, 3, 2
@@ -212,6 +213,8 @@ def test_per_sample_gradients_in_other_dtypes(dtype, backend):
     ours, theirs = twins(3, 8, dtype=dtype)
     inputs = data(N, T, B, 3).to(dtype)
     got = vmap(grad(lambda w, x: loss(ours, w, x)), in_dims=(None, 0))(weights_of(ours), inputs)
-    truth = looped(theirs.double(), inputs.double())
-    for mine, true in zip(got.values(), truth, strict=True):
-        assert float((mine.double() - true).abs().max()) <= 16 * torch.finfo(dtype).eps * float(true.abs().max())
+    theirs.double()
+    bounded = error_bounds(
+        lambda: dict(zip(got, looped(theirs, inputs.double()), strict=True)), precision(dtype, backend)
+    )
+    assert_accurate(got, *bounded)

@@ -1,0 +1,238 @@
+"""Which differences rounding explains: `error_bounds` and `compare`, the one rule for "right".
+
+The truth is an evaluation in float64. Its neighbours are the same evaluation with every operation's result perturbed
+as one rounding of the tested precision would perturb it, at random (Monte Carlo arithmetic: Parker 1997, "Monte Carlo
+Arithmetic: exploiting randomness in floating-point arithmetic"). How far the neighbours lie from the truth is how far
+a right implementation may lie, whatever machine, order of summation or library it uses. docs/numerics.md derives it.
+
+The tests, the fuzz, the benchmarks' gate and `python -m fastlstm` share this rule.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+aten = torch.ops.aten
+
+# The error allowed is this many standard deviations of the model's, at the tensor's worst element. Over a million
+# elements the largest of as many Gaussian errors is at 4.9; the rest is for errors that are not independent.
+DEVIATIONS = 6.0
+# Relative error of a sigmoid or tanh, in units in the last place (tests/test_activations.py holds the kernels to it).
+ACTIVATION_ULP = 2.5
+# Evaluations per bound: enough that together they hold this many values of the smallest result ...
+VALUES = 32
+# ... within these limits.
+MIN_SAMPLES, MAX_SAMPLES = 2, 8
+
+
+@dataclass(frozen=True)
+class Precision:
+    """What an implementation rounds. A unit roundoff is the largest relative error of rounding to nearest."""
+
+    sums: float  # unit roundoff of sums and of pointwise arithmetic
+    storage: float  # of what is stored: activations, results
+    factors: float  # of the factors of a product; 0 where they have the precision of the sums
+    tiny: float  # absolute error near zero: the smallest normal number, since some units flush what is below
+    max_running_sum: int = 2**62  # terms that are added one after the other; longer sums are made in blocks of as many
+
+    @classmethod
+    def of(cls, dtype: torch.dtype, tf32: bool = False) -> Precision:
+        """That of a torch dtype. bfloat16 and float16 are stored; sums, states and pointwise arithmetic are float32.
+
+        tf32: float32 with the factors of products rounded to TF32 (10 bits of mantissa).
+        """
+        finfo = torch.finfo(dtype)
+        unit = finfo.eps / 2
+        single = torch.finfo(torch.float32)
+        if dtype in (torch.float16, torch.bfloat16):
+            # float16's subnormal numbers are 2^-24 apart; bfloat16 has the range of float32.
+            return cls(single.eps / 2, unit, unit, max(finfo.tiny * unit, single.tiny))
+        return cls(unit, unit, 2.0**-11 if tf32 else 0.0, 4 * finfo.tiny if dtype == torch.float32 else 0.0)
+
+    @classmethod
+    def of_every_op(cls, dtype: torch.dtype) -> Precision:
+        """That of a composition of torch's ops, each of which rounds its result to dtype."""
+        unit = torch.finfo(dtype).eps / 2
+        return replace(cls.of(dtype), sums=unit, storage=unit)
+
+    def additions(self, K: int) -> float:
+        """How many additions, one after the other, a sum of K terms takes."""
+        block = min(K, self.max_running_sum)
+        return block + K / block if block < K else K
+
+
+class RandomRounding(TorchDispatchMode):
+    """Perturb the results of float64 operations as an evaluation at `precision` might; `seed` draws which way.
+
+    Below autograd, so that forward and backward are both perturbed, whatever module or function runs inside.
+    """
+
+    def __init__(self, precision: Precision, seed: int) -> None:
+        super().__init__()
+        self.precision, self._seed = precision, seed
+        self._generators: dict[torch.device, torch.Generator] = {}
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """torch would wrap `__torch_dispatch__` against compilation, at half of the time this mode takes per op."""
+        return False
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        rule = _RULES.get(func.overloadpacket)
+        if rule is None:
+            return func(*args, **kwargs)
+        return rule(self, func, args, kwargs)
+
+    def noise(self, like: Tensor) -> Tensor:
+        """Independent and uniform in [-1, 1)."""
+        device = like.device
+        if device not in self._generators:
+            self._generators[device] = torch.Generator(device).manual_seed(self._seed)
+        return torch.empty_like(like).uniform_(-1, 1, generator=self._generators[device])
+
+    def perturb(self, out: Any, unit: float, tiny: float = 0.0) -> Any:
+        """out, in place, with a relative error of up to `unit` and an absolute one of up to `tiny`; zeros stay."""
+        if not isinstance(out, Tensor) or out.dtype != torch.float64:
+            return out
+        noise = self.noise(out)
+        if tiny:
+            size = out.abs().mul_(unit).add_(tiny).masked_fill_((out == 0) | out.isnan(), 0)
+            return out.addcmul_(size, noise)
+        return out.mul_(noise.mul_(unit).add_(1))
+
+
+def _pointwise(mode: RandomRounding, func: Any, args: Any, kwargs: Any) -> Any:
+    return mode.perturb(func(*args, **kwargs), mode.precision.sums)
+
+
+def _activation(mode: RandomRounding, func: Any, args: Any, kwargs: Any) -> Any:
+    p = mode.precision
+    unit = 2 * ACTIVATION_ULP * p.sums + (p.storage if p.factors else 0.0)
+    return mode.perturb(func(*args, **kwargs), unit, p.tiny)
+
+
+def _activation_backward(mode: RandomRounding, func: Any, args: Any, kwargs: Any) -> Any:
+    return mode.perturb(func(*args, **kwargs), 3 * mode.precision.sums)  # g * y * (1 - y), g * (1 - y^2)
+
+
+def _sum(mode: RandomRounding, func: Any, args: Any, kwargs: Any) -> Any:
+    out = func(*args, **kwargs)
+    if not isinstance(out, Tensor) or out.dtype != torch.float64 or out.numel() == 0:
+        return out
+    terms = args[0]
+    K = terms.numel() // out.numel()
+    if K <= 1:
+        return out
+    n = mode.precision.additions(K)
+    squares = func(terms * terms, *args[1:], **kwargs)
+    size = (squares.mul_((n + 1) / 6) + out * out * ((n + 1) / 3)).sqrt_().mul_(mode.precision.sums)
+    return out.addcmul_(size.nan_to_num_(0, 0), mode.noise(out))
+
+
+def _product(mode: RandomRounding, func: Any, args: Any, kwargs: Any) -> Any:
+    """A sum of K terms t in any order errs with a variance of about u^2/3 [K/6 sum t^2 + K/3 (sum t)^2].
+
+    The first part is that of factors with relative errors of u sqrt(K/6), which the smaller factor takes for both.
+    """
+    args, p = list(args), mode.precision
+    first = len(args) - 2  # addmm and baddbmm begin with what is added
+    a, b = args[first], args[first + 1]
+    if a.dtype != torch.float64:
+        return func(*args, **kwargs)
+    n = p.additions(a.shape[-1])
+    smaller = first if a.numel() <= b.numel() else first + 1
+    unit = ((n + 7) / 6 * p.sums**2 + 2 * p.factors**2) ** 0.5
+    args[smaller] = mode.perturb(args[smaller].clone(), unit)
+    out = func(*args, **kwargs)
+    return mode.perturb(out, p.sums * ((n + 1) / 3) ** 0.5)
+
+
+_RULES: dict[Any, Callable[..., Any]] = {
+    **dict.fromkeys((aten.mm, aten.addmm, aten.bmm, aten.baddbmm, aten.mv, aten.addmv, aten.dot), _product),
+    **dict.fromkeys((aten.sigmoid, aten.sigmoid_, aten.tanh, aten.tanh_), _activation),
+    **dict.fromkeys((aten.sigmoid_backward, aten.tanh_backward), _activation_backward),
+    **dict.fromkeys((aten.add, aten.add_, aten.sub, aten.sub_, aten.mul, aten.mul_, aten.div, aten.div_), _pointwise),
+    aten.sum: _sum,
+}
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """How far one result is from the truth, and how far rounding may bring it, in the max norm."""
+
+    name: str
+    error: float
+    allowed: float
+    scale: float  # the truth's largest value
+
+    @property
+    def ok(self) -> bool:
+        return self.error <= self.allowed
+
+    @property
+    def excess(self) -> float:
+        """Error as a part of what is allowed: at most 1 where ok."""
+        return 0.0 if self.error == 0 else self.error / self.allowed if self.allowed else float("inf")
+
+    def __str__(self) -> str:
+        return f"{self.name}: error {self.error:.3g}, allowed {self.allowed:.3g} at scale {self.scale:.3g}"
+
+
+def error_bounds(
+    run: Callable[[], Mapping[str, Tensor]], precision: Precision
+) -> tuple[dict[str, Tensor], dict[str, float]]:
+    """The truth, and the largest error that rounding explains in each result.
+
+    Args:
+        run: evaluates everything in float64 and gives its results by name; called several times, on equal inputs that
+            it does not make anew.
+        precision: that of the implementation to be judged.
+
+    Returns:
+        run's results, and for each name a bound on the max norm of an error.
+    """
+    truth = {name: value.detach() for name, value in run().items()}
+    smallest = min((value.numel() for value in truth.values() if value.numel()), default=VALUES)
+    samples = min(max(-(-VALUES // smallest), MIN_SAMPLES), MAX_SAMPLES)
+    squares = {name: torch.zeros_like(value) for name, value in truth.items()}
+    for seed in range(samples):
+        mode = RandomRounding(precision, seed)
+        with mode:
+            results = run()
+        for name, value in results.items():
+            # One rounding of the result itself, as it is stored.
+            off = mode.perturb(value.detach().clone(), precision.storage, precision.tiny) - truth[name]
+            squares[name] += off.masked_fill_(off.isnan(), 0).square_()
+    bounds = {
+        name: DEVIATIONS * float(square.max() / samples) ** 0.5 if square.numel() else 0.0
+        for name, square in squares.items()
+    }
+    return truth, bounds
+
+
+def max_error(got: Tensor, truth: Tensor) -> float:
+    """The largest difference in float64; infinite for another shape and where one side alone is NaN or infinite."""
+    if got.shape != truth.shape:
+        return float("inf")
+    got, truth = got.detach().to(truth.device).double(), truth.double()
+    same = (got == truth) | (got.isnan() & truth.isnan())
+    difference = torch.where(same, 0.0, got - truth).abs()
+    return float(difference.nan_to_num(float("inf"), float("inf")).max()) if difference.numel() else 0.0
+
+
+def compare(results: Mapping[str, Tensor], truth: Mapping[str, Tensor], bounds: Mapping[str, float]) -> list[Accuracy]:
+    """The accuracy of each result, the worst first. `truth` may hold more than `results`."""
+    found = [
+        Accuracy(
+            name, max_error(value, truth[name]), bounds[name], max_error(truth[name], torch.zeros_like(truth[name]))
+        )
+        for name, value in results.items()
+    ]
+    return sorted(found, key=lambda accuracy: -accuracy.excess)

@@ -1,0 +1,145 @@
+"""The rule for "right" (fastlstm/accuracy.py): what it allows is what rounding does, and not more."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from fastlstm.accuracy import DEVIATIONS, Precision, RandomRounding, compare, error_bounds, max_error
+
+NAN, INF = float("nan"), float("inf")
+SINGLE = Precision.of(torch.float32)
+
+
+def normal(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+def bound(run, precision: Precision = SINGLE) -> float:
+    return error_bounds(lambda: {"result": run()}, precision)[1]["result"]
+
+
+@pytest.mark.parametrize(
+    ("got", "truth", "expected"),
+    [
+        ([1.0, 2.0], [1.0, 2.5], 0.5),
+        ([-3.0], [1.0], 4.0),
+        ([NAN, 1.0], [NAN, 1.0], 0.0),
+        ([INF, 1.0], [INF, 1.0], 0.0),
+        ([NAN, 1.0], [0.0, 1.0], None),
+        ([0.0, 1.0], [NAN, 1.0], None),
+        ([INF], [-INF], None),
+        ([], [], 0.0),
+        ([[1.0]], [1.0], None),
+    ],
+)
+def test_max_error(got, truth, expected):
+    off = max_error(torch.tensor(got), torch.tensor(truth, dtype=torch.float64))
+    assert off > 1e300 if expected is None else off == expected
+
+
+@pytest.mark.parametrize("K", [1, 16, 400, 6000])
+@pytest.mark.parametrize("kind", ["signs", "positive"])
+def test_the_bound_of_a_product_is_that_of_its_running_sum(K, kind):
+    """Errors of sums taken one term after the other in float32 have the deviation that the model gives them."""
+    a, b = normal(40, K).float().double(), normal(K, 30, seed=1).float().double()
+    if kind == "positive":
+        a, b = a.abs(), b.abs()
+    sums = torch.zeros(40, 30)
+    for k in range(K):
+        sums += a[:, k : k + 1].float() * b[k].float()
+    measured = (sums.double() - a @ b).square().mean().sqrt()
+    modelled = torch.stack([perturbed(lambda: a @ b, seed) - a @ b for seed in range(4)]).square().mean().sqrt()
+    assert 0.3 * modelled <= measured <= 1.5 * modelled
+
+
+def perturbed(run, seed: int, precision: Precision = SINGLE) -> torch.Tensor:
+    with RandomRounding(precision, seed):
+        return run()
+
+
+def test_a_sum_that_cancels_is_measured_by_its_terms():
+    terms = torch.tensor([[1e6, 1.0, -1e6]], dtype=torch.float64)
+    allowed = bound(lambda: terms @ terms.new_ones(3, 1))
+    assert 1e6 * 2.0**-24 < allowed < 100 * 1e6 * 2.0**-24
+
+
+def test_zeros_must_be_met_exactly():
+    x = torch.zeros(3, 4, dtype=torch.float64)
+    assert bound(lambda: torch.tanh(x @ normal(4, 5)) * 3 + 0) == 0
+    truth = {"result": torch.zeros(2)}
+    assert compare({"result": torch.zeros(2)}, truth, {"result": 0.0})[0].ok
+    assert not compare({"result": torch.tensor([0.0, 1e-40])}, truth, {"result": 0.0})[0].ok
+
+
+def test_what_is_not_finite_must_be_met_and_bounds_the_rest():
+    x = torch.tensor([1.0, INF, -INF, NAN], dtype=torch.float64)
+    truth, bounds = error_bounds(lambda: {"result": x * 3}, SINGLE)
+    assert 0 < bounds["result"] < 1e-5
+    assert compare({"result": (x * 3).float()}, truth, bounds)[0].ok
+    assert not compare({"result": torch.tensor([3.0, INF, INF, NAN])}, truth, bounds)[0].ok
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1.0, 1e30])
+def test_bounds_follow_dtype_and_scale(scale):
+    a, b = normal(8, 16) * scale, normal(16, 8, seed=1)
+    allowed = [bound(lambda: a @ b, Precision.of(dtype)) / scale for dtype in (torch.float64, torch.float32)]
+    assert allowed[1] / allowed[0] == pytest.approx(2.0**29, rel=0.5)
+    halves = [bound(lambda: a @ b, Precision.of(dtype)) for dtype in (torch.float16, torch.bfloat16)]
+    assert halves[1] / halves[0] == pytest.approx(8, rel=0.5) or scale < 1e-7  # subnormal in float16
+    tf32 = bound(lambda: a @ b, Precision.of(torch.float32, tf32=True)) / scale
+    assert 1000 < tf32 / allowed[1] < 8192  # 13 bits less, of factors alone
+
+
+def test_rounding_to_a_dtype_stays_within_its_bound_and_four_times_as_much_does_not():
+    """The last place of float32, as often as a bound is drawn."""
+    for seed in range(200):
+        x = normal(1 + seed % 7, seed=seed)
+        allowed = bound(lambda x=x: x * 1.5)
+        assert max_error((x * 1.5).float(), x * 1.5) <= allowed
+        assert allowed <= 4 * DEVIATIONS * 2.0**-24 * float((x * 1.5).abs().max())
+
+
+def test_a_sum_over_blocks_has_a_smaller_bound():
+    a, b = normal(4, 20_000), normal(20_000, 4, seed=1)
+    whole = bound(lambda: a @ b)
+    assert bound(lambda: a @ b, Precision(2.0**-24, 2.0**-24, 0.0, 0.0, max_running_sum=500)) < 0.3 * whole
+
+
+def test_forward_and_backward_of_any_module_are_perturbed():
+    lstm, x = nn.LSTM(3, 4, 2, bidirectional=True, dtype=torch.float64), normal(5, 2, 3)
+
+    def run():
+        y, _ = lstm(x)
+        grads = torch.autograd.grad(y.sin().sum(), list(lstm.parameters()))
+        return {"output": y.detach(), **dict(zip(dict(lstm.named_parameters()), grads, strict=True))}
+
+    truth, bounds = error_bounds(run, SINGLE)
+    assert truth.keys() == bounds.keys() == run().keys()
+    for name, value in run().items():
+        assert torch.equal(value, truth[name])  # the mode is off again
+        size = float(value.abs().max())
+        assert 1e-8 * size < bounds[name] < 1e-4 * max(size, 0.1), name
+    assert error_bounds(run, SINGLE)[1] == bounds  # drawn the same way every time
+
+
+def test_saturated_gates_may_be_flushed_to_zero():
+    """sigmoid(-200) is 1e-87 in float64 and zero in float32."""
+    x = torch.full((4,), -200.0, dtype=torch.float64)
+    truth, bounds = error_bounds(lambda: {"result": x.sigmoid()}, SINGLE)
+    assert compare({"result": torch.zeros(4)}, truth, bounds)[0].ok
+    assert not compare({"result": torch.full((4,), 1e-30)}, truth, bounds)[0].ok
+
+
+def test_results_are_listed_worst_first():
+    truth = {name: torch.tensor([1.0]) for name in "abc"}
+    found = compare(
+        {"a": torch.tensor([1.0]), "b": torch.tensor([1.5]), "c": torch.tensor([1.1])}, truth, dict.fromkeys("abc", 0.2)
+    )
+    assert [accuracy.name for accuracy in found] == ["b", "c", "a"]
+    assert [accuracy.ok for accuracy in found] == [False, True, True]
+    assert math.isclose(found[0].excess, 2.5)
+    assert str(found[0]) == "b: error 0.5, allowed 0.2 at scale 1"
