@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 NATIVE := setup.py pyproject.toml $(wildcard csrc/*.* csrc/*/*.*)
 
-.PHONY: env demo test fuzz sanitize lint format bench clean
+.PHONY: env demo test test-gpu-code fuzz sanitize lint format bench clean
 
 env: $(READY)
 
@@ -27,7 +27,11 @@ demo: $(READY)
 WORKERS := -n 2 --dist loadfile
 
 test: $(READY)
-	$(BIN)/python -m pytest $(WORKERS)
+	$(BIN)/python -m pytest $(WORKERS) --durations=15
+
+# The GPU code on a machine without a GPU; parts that need nvcc are skipped where there is none.
+test-gpu-code: $(READY)
+	$(BIN)/python -m pytest $(WORKERS) -m "toolchain and not gpu and not slow" --durations=10
 
 # Bounded here for CI; FASTLSTM_FUZZ_COUNT=1000 make fuzz is the full run.
 fuzz: $(READY)

@@ -7,9 +7,14 @@ resets, single steps for cell states. In float64 it is the truth.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 import torch
@@ -78,6 +83,33 @@ def compare(case: Case, ours: Results, rounding: Precision, what: str) -> None:
         assert value.dtype == case.dtype, f"{name}: {value.dtype}"
         assert value.shape == truth[name].shape, f"{name}: {list(value.shape)}, expected {list(truth[name].shape)}"
     assert_accurate(ours, truth, bounds, f"{what} on {case!r}")
+
+
+def check_elsewhere(cases: Sequence[Case], backend: str, program: str, *arguments: str, **environment: str) -> str:
+    """Run `program` in a process of its own and `check` what it gives for each case; what it printed.
+
+    The program finds `cases` and `save(results)`, to be called with a list of results for every case.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        torch.save(list(cases), f"{folder}/cases")
+        begin = (
+            f"import torch\ncases = torch.load({folder + '/cases'!r}, weights_only=False)\n"
+            f"save = lambda results: torch.save(results, {folder + '/results'!r})\n"
+        )
+        found = subprocess.run(
+            [sys.executable, "-W", "ignore", "-c", begin + program, *arguments],
+            env={**os.environ, **environment},
+            cwd=Path(__file__).parent.parent,
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+        assert found.returncode == 0, found.stderr
+        results = torch.load(f"{folder}/results", weights_only=False)
+    for case, of_case in zip(cases, results, strict=True):
+        for one in of_case:
+            compare(case, one, precision(case.dtype, backend), backend)
+    return found.stdout
 
 
 def assert_accurate(ours: Results, truth: Results, bounds: dict[str, float], what: str = "") -> None:

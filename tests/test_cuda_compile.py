@@ -12,6 +12,8 @@ from torch.utils.cpp_extension import include_paths
 
 from .test_cuda_host import cuda_headers, why_not
 
+pytestmark = pytest.mark.toolchain
+
 ROOT = Path(__file__).parent.parent
 KERNELS = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
 # Ampere, Hopper, Blackwell: what the project promises.

@@ -27,6 +27,8 @@ from .cases import Case, random_case, tensors
 from .gpu_support import Precision
 from .runners import check, gradients, run_backend
 
+pytestmark = pytest.mark.toolchain
+
 ROOT = Path(__file__).parent.parent
 NAME = "cuda_host"
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)

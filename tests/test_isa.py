@@ -2,41 +2,43 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from pathlib import Path
+from dataclasses import replace
 
 import pytest
 import torch
 
 from fastlstm import backends
 
+from .cases import Case
+from .runners import check_elsewhere
+from .test_bfloat16 import CASES as BFLOAT16_CASES
 from .test_bfloat16 import flags
+from .test_parity import DTYPES, OPTIONS, SIZES
 
 NAMES = {"DEFAULT": "baseline", "AVX2": "avx2", "AVX512": "avx512"}
 LEVELS = [level for level in NAMES if level in ("DEFAULT", "AVX2", torch.backends.cpu.get_cpu_capability())]
 
+SHAPES = ((20, 3), (1, 130), (1, 4), (4, 1))
+CASES = [
+    replace(case, dtype=dtype)
+    for dtype in DTYPES
+    for case in (
+        *(OPTIONS[k] for k in (2, 6, 14, 18, 19, 21, 22)),
+        *(Case(*SIZES[k], hx="tuple") for k in (0, 2, 4, 5)),
+        Case(T=5, B=3, H=183),
+        *(Case(T=T, B=B, H=H) for T, B in SHAPES for H in (1, 2, 6, 7, 12, 29)),
+    )
+] + [replace(case, dtype=torch.bfloat16) for case in BFLOAT16_CASES]
+
 PROGRAM = """
-import sys, torch
-from dataclasses import replace
+import sys
 from fastlstm import backends
-from tests.runners import check
-from tests.test_bfloat16 import CASES
-from tests.test_parity import DTYPES, OPTIONS, SIZES
-from tests.cases import Case
+from tests.runners import run_backend
 torch.set_num_threads(1)
 assert torch.backends.cpu.get_cpu_capability() == sys.argv[1], torch.backends.cpu.get_cpu_capability()
 assert backends.native.extension.isa() == sys.argv[2], backends.native.extension.isa()
 assert backends.native.extension.bfloat16_isa() == sys.argv[3], backends.native.extension.bfloat16_isa()
-cases = [OPTIONS[k] for k in (2, 6, 14, 18, 19, 21, 22)] + [Case(*SIZES[k], hx="tuple") for k in (0, 2, 4, 5)]
-shapes = ((20, 3), (1, 130), (1, 4), (4, 1))
-cases += [Case(T=5, B=3, H=183)] + [Case(T=T, B=B, H=H) for T, B in shapes for H in (1, 2, 6, 7, 12, 29)]
-for dtype in DTYPES:
-    for case in cases:
-        check(replace(case, dtype=dtype), "native")
-for case in CASES:
-    check(replace(case, dtype=torch.bfloat16), "native")
+save([[run_backend(case, "native")] for case in cases])
 """
 
 
@@ -48,15 +50,7 @@ def test_parity_at_each_level(level, backend):
         pytest.skip("this CPU has no AVX2")
     # No level of torch's variable names AMX, so each of them turns it off.
     bfloat16 = "avx512_bf16" if level == "AVX512" and "avx512_bf16" in flags() else NAMES[level]
-    found = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", PROGRAM, level, NAMES[level], bfloat16],
-        env={**os.environ, "ATEN_CPU_CAPABILITY": level.lower()},
-        cwd=Path(__file__).parent.parent,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert found.returncode == 0, found.stderr
+    check_elsewhere(CASES, "native", PROGRAM, level, NAMES[level], bfloat16, ATEN_CPU_CAPABILITY=level.lower())
 
 
 def test_this_process_runs_at_torchs_level():

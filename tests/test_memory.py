@@ -78,9 +78,9 @@ def test_threads_share_the_kept_memory():
 
 LIMITED = """
 import contextlib, resource, sys, torch, fastlstm
-lstm = fastlstm.LSTM(64, 256)
+lstm = fastlstm.LSTM(4, 64)  # T * 64 KiB for y and four times that for the reserve; little to compute
 def train(T):
-    lstm(torch.zeros(T, 64, 64))[0].sum().backward()
+    lstm(torch.zeros(T, 256, 4))[0].sum().backward()
     lstm.zero_grad()
 def peak():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -116,7 +116,7 @@ once = peak()
 if {failed}:
     try:
         with at_most(1 << 30):
-            lstm(torch.zeros(1, 64, 64).expand(10**6, 64, 64))
+            lstm(torch.zeros(1, 256, 4).expand(10**6, 256, 4))
     except RuntimeError as error:
         assert "allocate memory" in str(error), error
     else:
@@ -131,7 +131,7 @@ print(once, peak())
 def test_kept_memory_makes_room():
     """No request fails for memory that only waits for the next call."""
     run_limited("""
-x = torch.zeros(700, 64, 64)
+x = torch.zeros(700, 256, 4)
 train(512)
 with torch.no_grad(), at_most(4 << 20):
     lstm(x)  # y takes 44 MiB, and no kept block has about that size

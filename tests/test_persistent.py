@@ -208,6 +208,7 @@ def simulate(simulation: Path, *arguments: object) -> subprocess.CompletedProces
     return subprocess.run(command, capture_output=True, text=True, timeout=300)
 
 
+@pytest.mark.toolchain
 @pytest.mark.parametrize("delay_us", [0, 300])
 def test_the_exchange_has_no_races(simulation, delay_us):
     """Layers of random sizes, masks and launches: ThreadSanitizer is silent, the numbers are the step-wise kernels'."""
@@ -215,6 +216,7 @@ def test_the_exchange_has_no_races(simulation, delay_us):
     assert ran.returncode == 0, ran.stderr[-4000:]
 
 
+@pytest.mark.toolchain
 @pytest.mark.parametrize("seed", [0, 3, 18], ids=["flags", "clusters", "clusters of 16 rows"])
 def test_a_lost_flag_or_push_is_a_fault_and_not_a_hang(simulation, seed):
     ran = simulate(simulation, seed, 1, 0, "silent")

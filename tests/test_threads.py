@@ -16,7 +16,7 @@ import fastlstm
 from fastlstm import dispatch
 
 from .cases import Case
-from .runners import check, compare, require, run, run_backend
+from .runners import check, check_elsewhere, compare, precision, require, run, run_backend
 
 # Large enough that work is shared among threads.
 LENGTHS = tuple(b % 10 for b in range(33))
@@ -59,7 +59,7 @@ def test_two_threads_in_one_call(case, backend, threads):
     require(backend, case)
     threads(2)
     first = run_backend(case, backend)
-    compare(case, backend, first)
+    compare(case, first, precision(case.dtype, backend), backend)
     second = run_backend(case, backend)
     for name, value in first.items():
         assert torch.equal(value, second[name]), f"{name} differs from run to run"
@@ -88,13 +88,9 @@ void GOMP_parallel(void (*body)(void *), void *data, unsigned threads, unsigned 
 __attribute__((destructor)) static void tell(void) { printf("%d regions\\n", regions); }
 """
 PROGRAM = """
-import torch
-from tests.runners import check
-from tests.test_threads import SHARED
+from tests.runners import run_backend
 torch.set_num_threads(2)
-for case in SHARED:
-    for _ in range(6):
-        check(case, "native")
+save([[run_backend(case, "native") for _ in range(6)] for case in cases])
 """
 
 
@@ -108,16 +104,7 @@ def test_fewer_threads_than_asked_for(backend, tmp_path):
     source.write_text(FEWER)
     subprocess.run([compiler, "-shared", "-fPIC", "-o", library, source, "-ldl"], check=True)
     preload = " ".join(filter(None, [os.environ.get("LD_PRELOAD"), str(library)]))
-    found = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", PROGRAM],
-        env={**os.environ, "LD_PRELOAD": preload},
-        cwd=Path(__file__).parent.parent,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert found.returncode == 0, found.stderr
-    if found.stdout == "0 regions\n":
+    if check_elsewhere(SHARED, "native", PROGRAM, LD_PRELOAD=preload) == "0 regions\n":
         pytest.skip("this build does not start its threads by GOMP_parallel")
 
 

@@ -43,6 +43,7 @@ def run(program: str) -> tuple[str, str]:
     return start("-c", program).communicate(timeout=120)
 
 
+@pytest.mark.toolchain
 @pytest.mark.skipif(why_no_interpreter() != "", reason=why_no_interpreter())
 def test_the_contract_in_the_interpreter():
     """Every kernel, option and dtype against the float64 truth, in two processes; their output where they fail."""

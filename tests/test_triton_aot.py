@@ -32,6 +32,8 @@ from triton.compiler import ASTSource  # noqa: E402
 
 from fastlstm.backends.triton import launch, plan, resident, tiled  # noqa: E402
 
+pytestmark = pytest.mark.toolchain
+
 # name: (Triton's target, the launch code's name for it, KiB of shared memory a block may use)
 TARGETS = {
     "sm_80": (GPUTarget("cuda", 80, 32), "cuda", 163),
