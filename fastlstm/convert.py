@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import copyreg
+import functools
+import pkgutil
+import warnings
 from types import TracebackType
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
-from .modules import LSTM, LSTMCell, TorchLSTM, TorchLSTMCell
+from .modules import LSTM, LSTMCell, TorchLSTM, TorchLSTMCell, mark_as_leaf
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -21,7 +25,8 @@ def convert(module: Module, to: str = "fastlstm") -> Module:
     """Turn every torch.nn.LSTM and torch.nn.LSTMCell in `module`, itself included, into fastlstm's, in place.
 
     The module objects stay the same, and with them parameters, hooks, parametrizations, buffers and train/eval mode:
-    only their class changes. Subclasses with code of their own are left alone.
+    only their class changes. Subclasses have code of their own, which may call the base class by name or by super():
+    they are left alone, and a warning names them.
 
     Args:
         module: the model.
@@ -36,7 +41,8 @@ def convert(module: Module, to: str = "fastlstm") -> Module:
     if to not in ("fastlstm", "torch"):
         raise ValueError(f'to must be "fastlstm" or "torch", got {to!r}')
     classes = _TO_FASTLSTM if to == "fastlstm" else _TO_TORCH
-    for child in module.modules():
+    left = []
+    for name, child in module.named_modules():
         cls = type(child)
         if cls in classes:
             child.__class__ = classes[cls]
@@ -44,22 +50,68 @@ def convert(module: Module, to: str = "fastlstm") -> Module:
             # torch.nn.utils.parametrize gave this one module a class of its own, which holds the properties.
             own = {name: value for name, value in vars(cls).items() if name not in ("__dict__", "__weakref__")}
             child.__class__ = type(cls.__name__, (classes[cls.__bases__[0]],), own)
+        else:
+            if isinstance(child, tuple(classes)):
+                left.append(f"{name or 'the module itself'} ({cls.__module__}.{cls.__qualname__})")
+            continue
+        if to == "fastlstm":
+            mark_as_leaf(child)
+        else:
+            child.__dict__.pop("__module__", None)
+    if left:
+        theirs, ours = ("torch.nn", "fastlstm") if to == "fastlstm" else ("fastlstm", "torch.nn")
+        warnings.warn(
+            f"convert leaves subclasses of {theirs}.LSTM and {theirs}.LSTMCell as they are: {', '.join(left)}. "
+            f"Derive them from {ours}'s classes"
+            + (", or define them while patch_torch() is active." if to == "fastlstm" else "."),
+            stacklevel=2,
+        )
     return module
+
+
+class _Named:
+    """A torch class that pickles as its name, whatever that name stands for at the moment.
+
+    A call gives a module of the class without state, which is what copying and unpickling begin with.
+    """
+
+    def __init__(self, cls: type[nn.Module], instantiate: bool) -> None:
+        self.cls, self.instantiate = cls, instantiate
+
+    def __call__(self) -> nn.Module:
+        return self.cls.__new__(self.cls)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        if self.instantiate:
+            return functools.partial, (copyreg.__newobj__, _Named(self.cls, False))  # type: ignore[attr-defined]
+        return pkgutil.resolve_name, (f"{self.cls.__module__}:{self.cls.__qualname__}",)
+
+
+def _reduce(module: nn.Module) -> tuple[Any, ...]:
+    """Pickle a module of torch's class while its name, by which pickle would look the class up, is fastlstm's.
+
+    The pickle names torch and the standard library alone, and loads as one that was made without the patch.
+    """
+    return _Named(type(module), True), (), module.__reduce_ex__(2)[2]
 
 
 class patch_torch:
     """Put fastlstm.LSTM and fastlstm.LSTMCell in the place of torch.nn.LSTM and torch.nn.LSTMCell.
 
     Models built afterwards by code that names torch's classes get fastlstm's, and `isinstance(m, nn.LSTM)` holds for
-    them. Called plainly it stays; in a `with` statement it is undone at the end. Modules that were built before, and
-    names that other code imported before, are untouched.
+    them. Called plainly it stays; in a `with` statement it is undone at the end. Modules that were built before are
+    untouched, and so is a name that other code imported before, as `from torch.nn import LSTM` does: patch first, then
+    import such code. Whole models that are unpickled meanwhile hold fastlstm's classes, too.
     """
 
     def __init__(self) -> None:
         places = (nn, nn.modules, torch.nn.modules.rnn)
         self._before = [(place, place.LSTM, place.LSTMCell) for place in places]
+        self._reductions = {cls: copyreg.dispatch_table.get(cls) for cls in _TO_FASTLSTM}
         for place in places:
             place.LSTM, place.LSTMCell = LSTM, LSTMCell  # type: ignore[misc, attr-defined]
+        for cls in _TO_FASTLSTM:
+            copyreg.pickle(cls, _reduce)  # type: ignore[arg-type]
 
     def __enter__(self) -> patch_torch:
         return self
@@ -69,3 +121,7 @@ class patch_torch:
     ) -> None:
         for place, lstm, cell in self._before:
             place.LSTM, place.LSTMCell = lstm, cell  # type: ignore[attr-defined]
+        for cls, reduction in self._reductions.items():
+            copyreg.dispatch_table.pop(cls, None)
+            if reduction is not None:
+                copyreg.dispatch_table[cls] = reduction

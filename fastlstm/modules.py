@@ -7,11 +7,13 @@ torch.compile refuses every instance of nn.LSTM.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.compiler import is_compiling
 from torch.nn.utils.rnn import PackedSequence
 
 from . import dispatch, functional
@@ -21,6 +23,18 @@ from .ragged import PackedLayout
 # patch_torch() may put fastlstm's classes in their place later.
 TorchLSTM = nn.LSTM
 TorchLSTMCell = nn.LSTMCell
+
+# What early versions of torch kept in an LSTM, and no code reads any more.
+_OBSOLETE = frozenset({"all_weights", "_data_ptrs", "dropout_state"})
+
+
+def mark_as_leaf(module: nn.Module) -> None:
+    """Let torch.fx record a call of `module` as one node, as it does for nn.LSTM.
+
+    Its tracers know the modules that they do not look into by a `__module__` that begins with torch.nn, read from the
+    instance. The class keeps its own.
+    """
+    module.__dict__["__module__"] = "torch.nn"
 
 
 class LSTM(nn.RNNBase):
@@ -39,6 +53,29 @@ class LSTM(nn.RNNBase):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__("LSTM", *args, **kwargs)
+        if type(self) is LSTM:
+            mark_as_leaf(self)
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = super().__getstate__()
+        state.pop("__module__", None)
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Restore a state of any version of torch: early ones have no proj_size, earlier ones no list of weights."""
+        state = {"proj_size": 0, **{name: value for name, value in state.items() if name not in _OBSOLETE}}
+        if not {"_all_weights", "_flat_weights_names", "_flat_weights"} <= state.keys():
+            kinds = ["weight_ih", "weight_hh", *(["bias_ih", "bias_hh"] if state["bias"] else [])]
+            kinds += ["weight_hr"] if state["proj_size"] else []
+            places = [
+                f"l{k}{d}" for k in range(state["num_layers"]) for d in ("", "_reverse")[: 1 + state["bidirectional"]]
+            ]
+            state["_all_weights"] = [[f"{kind}_{place}" for kind in kinds] for place in places]
+            names = state["_flat_weights_names"] = [name for names in state["_all_weights"] for name in names]
+            state["_flat_weights"] = [state.get(name, state["_parameters"].get(name)) for name in names]
+        super().__setstate__(state)
+        if type(self) is LSTM:
+            mark_as_leaf(self)
 
     get_expected_cell_size: Any = TorchLSTM.get_expected_cell_size
     check_forward_args: Any = TorchLSTM.check_forward_args
@@ -51,15 +88,41 @@ class LSTM(nn.RNNBase):
         """Does nothing: the weights are read where they lie, at every call."""
 
     def current_weights(self) -> list[Tensor]:
-        """The weights as they are now, in the order of `_flat_weights_names`.
+        """Return the weights of this call, in the order of `_flat_weights_names`, by nn.LSTM's rule.
 
-        Looked up at every call: parametrizations, pruning, functional_call, FSDP and plain assignment replace them.
+        They are `_flat_weights` as it stands, so that adapters may write to it, unless an attribute is no longer the
+        object recorded for it: parametrizations, pruning, functional_call, FSDP and assignment replace attributes.
         """
-        own = self._parameters
-        weights = []
-        for name in self._flat_weights_names:
-            weight = own.get(name)
-            weights.append(getattr(self, name) if weight is None else weight)
+        held = self.__dict__
+        parameters, flat, refs = held["_parameters"], held["_flat_weights"], held["_flat_weight_refs"]
+        k = 0
+        try:
+            for name in held["_flat_weights_names"]:
+                weight = parameters[name]
+                if weight is not flat[k] or weight is not refs[k]() or name in held:
+                    break
+                k += 1
+            else:
+                return list(flat)  # type: ignore[arg-type]
+        except (LookupError, TypeError):  # not a parameter, or nothing recorded
+            pass
+        return self._replaced_weights()
+
+    def _replaced_weights(self) -> list[Tensor]:
+        """`current_weights` where `_flat_weights` and the attributes differ: the later writing counts."""
+        names, refs = self._flat_weights_names, self._flat_weight_refs
+        # Each is read once: a parametrization computes it.
+        weights: list[Any] = [getattr(self, name, None) for name in names]
+        changed = len(refs) != len(names) or any(
+            weight is not None and ref is not None and ref() is not weight
+            for weight, ref in zip(weights, refs, strict=True)
+        )
+        if not changed:
+            return list(self._flat_weights)  # type: ignore[arg-type]
+        # Weights that were computed for this call are not recorded: the list would keep their graph alive.
+        if not is_compiling() and all(isinstance(weight, Tensor) and weight.is_leaf for weight in weights):
+            self._flat_weights = list(weights)
+            self._flat_weight_refs = [weakref.ref(weight) for weight in weights]
         return weights
 
     def forward(  # type: ignore[override]
@@ -173,7 +236,8 @@ class LSTM(nn.RNNBase):
     def _check(self, input: Tensor, hx: States | None, weights: list[Tensor], B: int) -> None:
         """nn.LSTM's checks of sizes and dtype, in its own code when one of them fails."""
         states = self.num_layers * (2 if self.bidirectional else 1)
-        fits = input.size(2) == self.input_size and input.dtype == weights[0].dtype
+        fits = input.size(2) == self.input_size
+        fits = fits and (input.dtype == weights[0].dtype or torch._C._is_any_autocast_enabled())
         if fits and hx is not None:
             P = self.proj_size or self.hidden_size
             fits = hx[0].shape == (states, B, P) and hx[1].shape == (states, B, self.hidden_size)
@@ -238,12 +302,25 @@ class LSTMCell(nn.RNNCellBase):
         dtype: Any = None,
     ) -> None:
         super().__init__(input_size, hidden_size, bias, num_chunks=4, device=device, dtype=dtype)
+        if type(self) is LSTMCell:
+            mark_as_leaf(self)
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = self.__dict__.copy()
+        state.pop("__module__", None)
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        if type(self) is LSTMCell:
+            mark_as_leaf(self)
 
     def current_weights(self) -> tuple[Any, ...]:
-        """weight_ih, weight_hh, bias_ih and bias_hh as they are now; see LSTM.current_weights."""
-        own = self._parameters
+        """Return weight_ih, weight_hh, bias_ih and bias_hh as they are now, whatever has taken a parameter's place."""
+        held = self.__dict__
+        parameters = held["_parameters"]
         return tuple(
-            getattr(self, name) if (weight := own.get(name)) is None else weight
+            parameters[name] if name in parameters and name not in held else getattr(self, name)
             for name in ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
         )
 
