@@ -263,18 +263,16 @@ class LSTM(nn.RNNBase):
             if value is not None:
                 raise ValueError(f"{name} must be None with a PackedSequence, got {type(value).__name__}")
         data, batch_sizes, sorted_indices, unsorted_indices = input
+        if batch_sizes.dim() > 1 or batch_sizes.dtype != torch.int64:
+            raise RuntimeError(f"batch_sizes must be int64 [T], got {batch_sizes.dtype} {list(batch_sizes.shape)}")
+        if hx is not None:
+            hx = self._packed_states(hx, data, batch_sizes, sorted_indices)
         if data.dim() != 2 or data.size(1) != self.input_size or data.dtype != weights[0].dtype:
             self._update_flat_weights()
-            self.check_input(data, batch_sizes)
-        if hx is not None:
-            hx = self._batched_states(hx, batched=True)
-            self.check_hidden_size(
-                hx[0], self.get_expected_hidden_size(data, batch_sizes), "Expected hidden[0] size {}, got {}"
-            )
-            self.check_hidden_size(
-                hx[1], self.get_expected_cell_size(data, batch_sizes), "Expected hidden[1] size {}, got {}"
-            )
-            hx = self.permute_hidden(hx, sorted_indices)
+            try:
+                self.check_input(data, batch_sizes)
+            except ValueError as error:  # of a dtype: nn.LSTM's packed input gets as far as a matrix product
+                raise RuntimeError(*error.args) from None
         result = None
         if not (return_cell_states or self.recompute is not False):
             result = self._stack(data, hx, weights, False, batch_sizes)
@@ -288,6 +286,26 @@ class LSTM(nn.RNNBase):
             rows, states = [layout.pack(padded) for padded in (output, *cells)], (h_n, c_n)
         packed = [PackedSequence(t, batch_sizes, sorted_indices, unsorted_indices) for t in rows]
         return (packed[0], self.permute_hidden(states, unsorted_indices), *packed[1:])
+
+    def _packed_states(
+        self, hx: States, data: Tensor, batch_sizes: Tensor, sorted_indices: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """hx in the order of the packed rows, refused as nn.LSTM does, and where nn.LSTM would read out of bounds."""
+        hx = self.permute_hidden(hx, sorted_indices)
+        if not isinstance(hx, (tuple, list)):
+            got = "one Tensor" if isinstance(hx, Tensor) else type(hx).__name__
+            raise TypeError(f"LSTM: Expected hx to be a tuple (h_0, c_0) of tensors, got {got}")
+        if len(hx) != 2:
+            raise RuntimeError("lstm expects two hidden states")
+        for k, state in enumerate(hx):
+            if not isinstance(state, Tensor):
+                raise TypeError(f"expected Tensor as element {k} in argument 2, but got {type(state).__name__}")
+            state.size(2)  # an IndexError if there are fewer dimensions
+        h, c = hx
+        h_size, c_size = (f(data, batch_sizes) for f in (self.get_expected_hidden_size, self.get_expected_cell_size))
+        self.check_hidden_size(h, h_size, "Expected hidden[0] size {}, got {}")
+        self.check_hidden_size(c, c_size, "Expected hidden[1] size {}, got {}")
+        return h, c
 
 
 class LSTMCell(nn.RNNCellBase):
@@ -336,7 +354,8 @@ class LSTMCell(nn.RNNCellBase):
             for k, state in enumerate(hx):
                 if state.dim() not in (1, 2):
                     raise ValueError(f"LSTMCell: Expected hx[{k}] to be 1D or 2D, got {state.dim()}D instead")
-            if not isinstance(hx, (tuple, list)):
+            # Without a batch dimension nn.LSTMCell takes whatever has two elements apart.
+            if input.dim() == 2 and not isinstance(hx, (tuple, list)):
                 raise TypeError(
                     f"lstm_cell(): argument 'hx' (position 2) must be tuple of Tensors, not {type(hx).__name__}"
                 )
