@@ -119,11 +119,15 @@ class LSTM(nn.RNNBase):
         )
         if not changed:
             return list(self._flat_weights)  # type: ignore[arg-type]
-        # Weights that were computed for this call are not recorded: the list would keep their graph alive.
-        if not is_compiling() and all(isinstance(weight, Tensor) and weight.is_leaf for weight in weights):
+        if not is_compiling() and all(map(self._lasts, names, weights)):
             self._flat_weights = list(weights)
             self._flat_weight_refs = [weakref.ref(weight) for weight in weights]
         return weights
+
+    def _lasts(self, name: str, weight: Any) -> bool:
+        """Whether `weight` may be recorded: one that was computed for this call would be kept alive with its graph."""
+        computed = hasattr(type(self), name) or not isinstance(weight, Tensor) or not weight.is_leaf
+        return not (computed or torch._C._functorch.is_functorch_wrapped_tensor(weight))
 
     def forward(  # type: ignore[override]
         self,

@@ -59,6 +59,16 @@ def test_convert_to_torch_then_quantize():
     torch.testing.assert_close(quantized(X.float()), Model().float()(X.float()), rtol=0.1, atol=0.02)
 
 
+def test_convert_to_torch_for_a_tool_that_keys_on_the_type():
+    counters = {nn.LSTM: lambda m: sum(w.numel() for w in m.parameters()), nn.Linear: lambda m: m.weight.numel()}
+
+    def count(model):
+        return sum(counters[type(m)](m) for m in model.modules() if type(m) in counters)
+
+    model = fastlstm.convert(Model())
+    assert count(model) == 8 < count(fastlstm.convert(model, to="torch")) == count(Model())
+
+
 class MaskedRunner(nn.Module):
     """As libraries do that have an LSTM of their own: torch's gets a call per segment, theirs gets the mask."""
 

@@ -1,7 +1,7 @@
 """Arguments that nn.LSTM and nn.LSTMCell refuse: fastlstm refuses them with the same type of error, packed or not.
 
-Calls by which nn.LSTM reads out of bounds are in tests/test_errors.py, with what it computes from a state of another
-dtype or from more layers of c than there are.
+Calls by which nn.LSTM reads out of bounds are in tests/test_errors.py, and states of another dtype, with which it
+computes in part.
 """
 
 from __future__ import annotations

@@ -172,19 +172,28 @@ def test_a_tuple_of_the_parameters(backend):
     assert_same(*pair, X)
 
 
-def test_computed_weights_are_not_kept_alive_and_do_not_hinder_a_copy():
+@pytest.mark.parametrize("grad", [True, False], ids=["grad", "no_grad"])
+def test_computed_weights_are_not_kept_alive_and_do_not_hinder_a_copy(grad):
     """nn.LSTM keeps them in the list, and cannot be copied after a call."""
     lstm = twins()[0]
     parametrizations.weight_norm(lstm, "weight_hh_l0")
     kept = []
     lstm.parametrizations.weight_hh_l0.register_forward_hook(lambda m, args, out: kept.append(weakref.ref(out)))
-    lstm(X)
-    expected = flat(lstm(X))
-    torch.testing.assert_close(flat(copy.deepcopy(lstm)(X)), expected)
+    with torch.set_grad_enabled(grad):
+        lstm(X)
+        expected = flat(lstm(X))
+        torch.testing.assert_close(flat(copy.deepcopy(lstm)(X)), expected)
     del expected
     gc.collect()
     assert len(kept) >= 2
     assert not any(ref() is not None for ref in kept)
+
+
+def test_weights_of_a_transform_are_not_kept():
+    lstm = twins()[0]
+    weights = {name: torch.stack([w, 2 * w]).detach() for name, w in lstm.named_parameters()}
+    torch.func.vmap(lambda w: functional_call(lstm, w, (X,))[0])(weights)
+    assert [id(w) for w in lstm._flat_weights] == [id(w) for w in lstm.parameters()]
 
 
 def test_a_parametrization_is_computed_once_a_call():
