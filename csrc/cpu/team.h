@@ -2,7 +2,9 @@
 #pragma once
 
 #include <ATen/Parallel.h>
+#if defined(_OPENMP)
 #include <omp.h>
+#endif
 
 #include <algorithm>
 #include <vector>
@@ -145,6 +147,7 @@ void run_plan(const Plan& plan, const std::vector<Rows>& rows, int64_t H, int64_
   };
   const int threads = plan.threads();
   if (threads == 1) return serial();
+#if defined(_OPENMP)
   Barrier first(plan.members), second(plan.members);
 #pragma omp parallel num_threads(threads)
   {
@@ -162,6 +165,9 @@ void run_plan(const Plan& plan, const std::vector<Rows>& rows, int64_t H, int64_
       }
     }
   }
+#else
+  serial();
+#endif
 }
 
 }  // namespace fastlstm

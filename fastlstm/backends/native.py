@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
+import mmap
+import re
 from types import ModuleType
 
 import torch
@@ -12,17 +15,40 @@ from ..ops.schema import LayerCall
 
 NAME = "native"
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+BUILT_FOR = rb"fastlstm\._C was built for torch ([^\0 ]+)(?: with CUDA ([^\0]+))?\0"  # csrc/built_for.cpp
 
 extension: ModuleType | None = None
 devices: tuple[str, ...] = ()
-load_error = ""
 
-try:
-    register.define(NAME)  # the schemas first: the extension attaches its kernels to them
-    extension = importlib.import_module("fastlstm._C")
-    devices = tuple(extension.devices())  # asked once: torch.compile cannot trace a call into the extension
-except ImportError as error:  # not built, or built for another torch
-    load_error = str(error)
+
+def _why_not_loaded() -> str:
+    """Why the extension must not be loaded into this process, "" if it may: found out without loading it.
+
+    torch's C++ interface changes with every version: an extension built for another one may load, and crash later.
+    """
+    spec = importlib.util.find_spec("fastlstm._C")
+    if spec is None or spec.origin is None:
+        return "it was not built"
+    with open(spec.origin, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        found = re.search(BUILT_FOR, content)  # type: ignore[arg-type, call-overload]
+        if found is None:
+            return "it does not say which torch it was built for"
+        built, cuda = (group.decode() for group in found.groups(b""))
+    if built.split("+")[0] != torch.__version__.split("+")[0]:  # what follows the + names the variant: cpu, cu130
+        return f"it was built for torch {built} and this is torch {torch.__version__}"
+    if cuda and cuda != torch.version.cuda:
+        return f"it was built for torch {built} with CUDA {cuda} and this is torch {torch.__version__}"
+    return ""
+
+
+register.define(NAME)  # the schemas first: the extension attaches its kernels to them
+load_error = _why_not_loaded()
+if not load_error:
+    try:
+        extension = importlib.import_module("fastlstm._C")
+        devices = tuple(extension.devices())  # asked once: torch.compile cannot trace a call into the extension
+    except ImportError as error:
+        load_error = str(error)
 
 
 def set_persistent(on: bool, tier: str = "") -> None:
@@ -85,8 +111,8 @@ def supports(call: LayerCall) -> str | None:
     """None when this backend can run `call`, else why not, in words a user can act on."""
     if extension is None:
         return (
-            f"the extension fastlstm._C is not available ({load_error}); install fastlstm with a C++ compiler at hand: "
-            "pip install --no-build-isolation ."
+            f"the extension fastlstm._C is not available: {load_error}; install fastlstm again, with this torch and a "
+            "C++ compiler at hand: pip install --no-build-isolation ."
         )
     if call.device.type not in devices:
         return f"fastlstm._C was built for {', '.join(devices)} tensors, got {call.device.type}"

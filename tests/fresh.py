@@ -1,0 +1,117 @@
+"""Fresh environments outside the checkout: torch and what torch requires, linked from the running interpreter's."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import venv
+from collections.abc import Iterable
+from importlib import metadata
+from pathlib import Path
+
+from packaging.requirements import Requirement
+
+ROOT = Path(__file__).parent.parent
+BUILD = ("torch", "setuptools", "wheel", "ninja", "pip")
+
+
+def distributions(names: Iterable[str]) -> dict[str, metadata.Distribution]:
+    """Those of `names` and of everything they require here, by name; extras are not followed."""
+    found: dict[str, metadata.Distribution] = {}
+    wanted = list(names)
+    while wanted:
+        name = re.sub("[-_.]+", "-", wanted.pop()).lower()
+        if name in found:
+            continue
+        found[name] = metadata.distribution(name)
+        requirements = map(Requirement, found[name].requires or ())
+        wanted += [r.name for r in requirements if r.marker is None or r.marker.evaluate({"extra": ""})]
+    return found
+
+
+def link(distribution: metadata.Distribution, site: Path, without: Iterable[str] = ()) -> None:
+    """What `distribution` installed into site-packages, as links, and without bytecode, which would be rewritten."""
+    for name in {file.parts[0] for file in distribution.files or ()} - {"..", "__pycache__", *without}:
+        if not (site / name).exists():  # packages share nvidia/
+            (site / name).symlink_to(Path(distribution.locate_file(name)).resolve())
+
+
+def repository_files() -> set[str]:
+    """Every file of the repository but those that git ignores, or none where this is no clone."""
+    command = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
+    ran = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    if ran.returncode != 0 or not (ROOT / ".git").exists():
+        return set()
+    return {name for name in ran.stdout.splitlines() if (ROOT / name).exists()}
+
+
+def sdist(folder: Path, **variables: str) -> Path:
+    """The archive that setuptools packs of a copy of the repository, where nothing is left of earlier builds."""
+    tree = folder / "tree"
+    for name in repository_files():
+        (tree / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, tree / name)
+    command = [sys.executable, "setup.py", "-q", "sdist", "--formats", "gztar", "--dist-dir", str(folder)]
+    ran = subprocess.run(command, capture_output=True, text=True, cwd=tree, env={**os.environ, **variables})
+    assert ran.returncode == 0, ran.stderr
+    (archive,) = folder.glob("fastlstm-*.tar.gz")
+    return archive
+
+
+class Environment:
+    """An environment at `path` that holds the packages `names` and what these require, and no fastlstm.
+
+    With `torch_version` the same torch says that it is that version, in its metadata and in torch/version.py. It never
+    says that it was built for CUDA, so that tests decide alike with every torch.
+    """
+
+    def __init__(self, path: Path, names: Iterable[str] = BUILD, torch_version: str | None = None) -> None:
+        venv.create(path, with_pip=False, symlinks=True)
+        self.python = path / "bin" / "python"
+        self.home = path.parent
+        (site,) = path.glob("lib/python*/site-packages")
+        found = distributions(names)
+        torch = found.pop("torch")
+        for distribution in found.values():
+            link(distribution, site)
+        self.torch_version = torch_version or torch.version
+        (info,) = {file.parts[0] for file in torch.files or () if file.parts[0].endswith(".dist-info")}
+        link(torch, site, without=("torch", info))
+        (site / f"torch-{self.torch_version}.dist-info").mkdir()
+        text = Path(torch.locate_file(info), "METADATA").read_text()
+        text = re.sub("^Version: .*$", f"Version: {self.torch_version}", text, flags=re.M)
+        (site / f"torch-{self.torch_version}.dist-info" / "METADATA").write_text(text)
+        (site / "torch").mkdir()
+        for entry in Path(torch.locate_file("torch")).resolve().iterdir():
+            if entry.name not in ("__pycache__", "version.py"):
+                (site / "torch" / entry.name).symlink_to(entry)
+        text = Path(torch.locate_file("torch"), "version.py").read_text()
+        text = re.sub("^__version__ = .*$", f"__version__ = {self.torch_version!r}", text, flags=re.M)
+        (site / "torch" / "version.py").write_text(re.sub("^cuda.*$", "cuda = None", text, flags=re.M))
+
+    def run(self, *arguments: str, path: Iterable[Path | str] = (), **variables: str) -> str:
+        """What `python *arguments` prints, both streams, outside of the checkout; fails when it does.
+
+        PATH has the folders `path` and those of ninja alone; of other variables only `variables` are added.
+        """
+        keep = {k: v for k, v in os.environ.items() if k in ("HOME", "TMPDIR", "LD_LIBRARY_PATH", "LANG", "MAX_JOBS")}
+        ninja = shutil.which("ninja", path=os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]))
+        folders = [*map(str, path), str(self.python.parent)]
+        if ninja:
+            (self.python.parent / "ninja").unlink(missing_ok=True)
+            (self.python.parent / "ninja").symlink_to(ninja)
+        keep |= {"PATH": os.pathsep.join(folders), "PYTHONDONTWRITEBYTECODE": "1", **variables}
+        ran = subprocess.run(
+            [str(self.python), *arguments], capture_output=True, text=True, env=keep, cwd=self.home, errors="replace"
+        )
+        said = ran.stdout + ran.stderr
+        assert ran.returncode == 0, said
+        return said
+
+    def pip(self, *arguments: str, path: Iterable[Path | str] = (), **variables: str) -> str:
+        """What pip prints with -v, which shows what setup.py says."""
+        options = ("--no-deps", "--no-build-isolation", "--no-index", "--disable-pip-version-check")
+        return self.run("-m", "pip", arguments[0], "-v", *options, *arguments[1:], path=path, **variables)

@@ -1,0 +1,40 @@
+"""The CPU kernels for aarch64: they include no torch header, so that a program of their own (tests/cpu_host/main.cpp)
+compiles with a cross compiler and runs in an emulator."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+SOURCES = [
+    ROOT / "tests" / "cpu_host" / "main.cpp",
+    *sorted((ROOT / "csrc" / "cpu").glob("isa*.cpp")),
+    *sorted((ROOT / "csrc" / "cpu").glob("bf16*.cpp")),
+]
+FLAGS = ["-std=c++20", "-O2", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math", "-Wall", "-Werror"]
+
+
+def test_sources_include_no_torch_header():
+    for path in {*SOURCES[1:], *(ROOT / "csrc" / "cpu").glob("bf16*.h"), ROOT / "csrc" / "cpu" / "kernel_table.h"}:
+        assert not re.search(r"#include <(?:torch|ATen|c10)/", path.read_text()), path
+
+
+@pytest.mark.packages
+def test_layers_on_emulated_aarch64(tmp_path):
+    for tool in ("aarch64-linux-gnu-g++", "qemu-aarch64"):
+        if shutil.which(tool) is None:
+            pytest.skip(f"{tool} is not on the PATH (Debian: g++-aarch64-linux-gnu, qemu-user)")
+    host = tmp_path / "host"
+    command = ["aarch64-linux-gnu-g++", *FLAGS, f"-I{ROOT / 'csrc'}", *map(str, SOURCES), "-static", "-o", str(host)]
+    compiled = subprocess.run(command, capture_output=True, text=True)
+    assert compiled.returncode == 0, compiled.stderr
+    ran = subprocess.run(["qemu-aarch64", str(host)], capture_output=True, text=True)
+    found = re.search(r"^baseline: (\d+) of (\d+) layers are right$", ran.stdout, re.MULTILINE)
+    assert found is not None, ran.stdout + ran.stderr
+    assert found[1] == found[2] != "0", ran.stdout
+    assert ran.returncode == 0

@@ -1,0 +1,103 @@
+"""What is packed and declared: the sdist holds the whole repository, and pyproject.toml what the code imports."""
+
+from __future__ import annotations
+
+import ast
+import re
+import sys
+import tarfile
+from pathlib import Path
+
+import pytest
+
+from .fresh import ROOT, repository_files, sdist
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+EXTRAS = PROJECT["optional-dependencies"]
+MADE = re.compile(r"(PKG-INFO|setup\.cfg|fastlstm\.egg-info(/.*)?)$")  # by setuptools
+
+MODULES = {"pytorch-lightning": "pytorch_lightning", "pytest-benchmark": "pytest_benchmark"}
+PLUGINS = {"pytest-xdist": "-n 2 --dist"}  # of pytest: in use where the Makefile says so
+BY_HAND = {"haste_pytorch", "flashrnn"}  # baselines of the benchmarks that are on no index
+# Which files may import what, the narrower first: (folder, names of extras).
+PLACES = (
+    ("fastlstm/tutorials", ["tutorials"]),
+    ("fastlstm/backends/triton", ["triton"]),
+    ("fastlstm", []),
+    ("benchmarks", ["benchmarks"]),
+    ("tests", ["test", "integrations", "triton"]),
+    ("scripts", []),
+)
+
+
+def requirements(extra: str | None) -> set[str]:
+    listed = PROJECT["dependencies"] if extra is None else EXTRAS[extra]
+    return {re.match(r"[\w.-]+", line)[0] for line in listed if not line.startswith("fastlstm[")}
+
+
+def imported(path: Path) -> set[str]:
+    """Top-level modules from outside that a file imports, also by name."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.level == 0:
+            found.add(node.module)
+        elif isinstance(node, ast.Call) and re.search(r"import_?(module|orskip)$", ast.unparse(node.func)):
+            found |= {argument.value for argument in node.args[:1] if isinstance(argument, ast.Constant)}
+    ours = {"fastlstm", "benchmarks", "tests"} | set(sys.stdlib_module_names)
+    return {name.split(".")[0] for name in found} - ours
+
+
+def imports_of(folder: str) -> dict[Path, set[str]]:
+    """Of the files that belong to `folder` and to none before it in PLACES."""
+    names = [name for name, _ in PLACES]
+    before = [ROOT / name for name in names[: names.index(folder)]]
+    files = [path for path in (ROOT / folder).rglob("*.py") if not any(path.is_relative_to(b) for b in before)]
+    return {path: imported(path) for path in files}
+
+
+def test_the_sdist_holds_every_file_of_the_repository(tmp_path):
+    """Also where nothing would be built: sources for every device, the tests and what they read."""
+    files = repository_files()
+    if not files:
+        pytest.skip("not a clone of the repository")
+    with tarfile.open(sdist(tmp_path, FASTLSTM_BUILD="python")) as packed:
+        names = {member.name.partition("/")[2] for member in packed if member.isfile()}
+    assert sorted(files - names) == []
+    assert sorted(name for name in names - files if not MADE.match(name)) == []
+
+
+@pytest.mark.parametrize(("folder", "extras"), PLACES, ids=[name for name, _ in PLACES])
+def test_every_import_is_declared(folder, extras):
+    declared = requirements(None).union(*map(requirements, extras))
+    modules = {MODULES.get(name, name) for name in declared}
+    for path, names in imports_of(folder).items():
+        assert names - modules - BY_HAND == set(), path.relative_to(ROOT)
+
+
+@pytest.mark.parametrize("extra", [None, "triton", "tutorials", "benchmarks", "test", "integrations"])
+def test_every_dependency_is_imported(extra):
+    folders = [folder for folder, extras in PLACES if (extra in extras if extra else folder == "fastlstm")]
+    used = set().union(*(names for folder in folders for names in imports_of(folder).values()))
+    makefile = (ROOT / "Makefile").read_text()
+    for name in requirements(extra):
+        assert MODULES.get(name, name) in used or (name in PLUGINS and PLUGINS[name] in makefile), name
+
+
+def test_the_tools_of_development_are_commands_of_the_makefile():
+    for name in requirements("dev"):
+        assert re.search(rf"\$\(BIN\)/(python -m )?{name}\b", (ROOT / "Makefile").read_text()), name
+
+
+def test_tools_know_the_oldest_python():
+    """requires-python, ruff's and mypy's versions are one, so that what they accept runs there."""
+    tools = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]
+    oldest = PROJECT["requires-python"].removeprefix(">=")
+    assert tools["mypy"]["python_version"] == oldest
+    assert tools["ruff"]["target-version"] == "py" + oldest.replace(".", "")
