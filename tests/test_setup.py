@@ -1,10 +1,11 @@
-"""How setup.py finds CUDA, on a machine without a GPU."""
+"""What setup.py finds on the machine: CUDA without a GPU, OpenMP, a compiler."""
 
 from __future__ import annotations
 
 import importlib.util
 import os
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -53,3 +54,49 @@ def test_architectures(gpu, given, expected, setup, monkeypatch):
     monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", given)
     setup.set_architectures()
     assert os.environ["TORCH_CUDA_ARCH_LIST"] == (setup.ARCHITECTURES if expected is None else expected)
+
+
+def fake_compiler(folder: Path, status: int) -> str:
+    compiler = folder / "c++"
+    compiler.write_text(f'#!/bin/sh\necho "$@" >{folder}/arguments\nexit {status}\n')
+    compiler.chmod(0o755)
+    return str(compiler)
+
+
+@pytest.mark.parametrize(
+    ("system", "flags", "link"),
+    [("linux", ["-fopenmp"], ["-fopenmp"]), ("darwin", ["-Xclang", "-fopenmp"], ["-lomp"])],
+)
+def test_openmp(system, flags, link, setup, monkeypatch, tmp_path):
+    """The runtime that torch runs on, which on macOS lies in torch's own folder and not in the compiler's."""
+    monkeypatch.setattr(sys, "platform", system)
+    monkeypatch.setenv("CXX", fake_compiler(tmp_path, 0))
+    found, linked, reason = setup.openmp()
+    assert (found, linked[:1], reason) == (flags, link, "")
+    arguments = (tmp_path / "arguments").read_text()
+    assert arguments.startswith(" ".join(flags))
+    assert f"-I{Path(torch.__file__).parent / 'include'} " in arguments
+    assert not linked[1:] or linked[1:] == ["-Wl,-rpath,@loader_path/../torch/lib"]
+
+
+def test_a_compiler_without_openmp_builds_for_one_thread(setup, monkeypatch, tmp_path):
+    compiler = fake_compiler(tmp_path, 1)
+    monkeypatch.setenv("CXX", compiler)
+    assert setup.openmp() == ([], [], f"{compiler} finds no omp.h")
+
+
+def test_windows_gets_pure_python(setup, monkeypatch):
+    monkeypatch.setattr(sys, "platform", "win32")
+    assert "MSVC" in setup.why_no_extension()
+    assert setup.extensions("auto")[0] == []
+    assert len(setup.notes) == 1
+    assert setup.notes[0].startswith("installing as pure Python, because csrc/")
+    with pytest.raises(SystemExit, match="FASTLSTM_BUILD=cpu: csrc/"):
+        setup.extensions("cpu")
+
+
+def test_what_was_decided_is_told_once(setup, capsys):
+    setup.notes.append("a note")
+    setup.tell()
+    setup.tell()
+    assert capsys.readouterr().err == "fastlstm: a note\n"

@@ -1,0 +1,57 @@
+"""When the native backend loads fastlstm._C: found out from the file, before it is loaded."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from fastlstm.backends import native
+
+
+@pytest.fixture
+def why(monkeypatch, tmp_path):
+    """Why a file of these bytes is not loaded by a process whose torch is 2.13.0+cu130; None for no file."""
+    monkeypatch.setattr(torch, "__version__", "2.13.0+cu130")
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+
+    def ask(content: bytes | None) -> str:
+        origin = None if content is None else str(tmp_path / "_C.so")
+        if content is not None:
+            (tmp_path / "_C.so").write_bytes(content)
+        spec = None if content is None else SimpleNamespace(origin=origin)
+        monkeypatch.setattr(importlib.util, "find_spec", lambda name: spec)
+        return native._why_not_loaded()
+
+    return ask
+
+
+@pytest.mark.parametrize("built", ["2.13.0+cu130", "2.13.0+cpu", "2.13.0", "2.13.0+cu130 with CUDA 13.0"])
+def test_the_same_torch_loads_it(built, why):
+    """Whatever the variant: a CPU extension serves every build of one version."""
+    assert why(b"\x7fELF\0fastlstm._C was built for torch %b\0\xff" % built.encode()) == ""
+
+
+@pytest.mark.parametrize("built", ["2.12.1+cu130", "2.13.1+cu130", "2.13.0a0+git1234567", "2.1", "2.13.0.dev20260101"])
+def test_another_torch_does_not(built, why):
+    expected = f"it was built for torch {built} and this is torch 2.13.0+cu130"
+    assert why(b"\0fastlstm._C was built for torch %b\0" % built.encode()) == expected
+
+
+def test_another_cuda_does_not(why):
+    reason = why(b"\0fastlstm._C was built for torch 2.13.0+cu126 with CUDA 12.6\0")
+    assert reason == "it was built for torch 2.13.0+cu126 with CUDA 12.6 and this is torch 2.13.0+cu130"
+
+
+def test_a_file_that_does_not_say(why):
+    assert why(b"\x7fELF\0 of before this was written down") == "it does not say which torch it was built for"
+    assert why(None) == "it was not built"
+
+
+@pytest.mark.skipif(native.extension is None, reason=native.load_error)
+def test_the_extension_says_which_torch():
+    content = Path(native.extension.__file__).read_bytes()
+    assert f"fastlstm._C was built for torch {torch.__version__}".encode() in content
