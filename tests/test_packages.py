@@ -137,7 +137,7 @@ def test_wheel_under_another_torch(environment, source, tools, folder):
     assert "trained on eager" in said
     assert reason in said
     said = other.run("-c", "import fastlstm, sys; print(sorted(m for m in sys.modules if m.startswith('fastlstm._')))")
-    assert said.strip() == "[]"
+    assert said.splitlines()[0] == "[]"
     assert f"extension  not available: {reason}" in other.run("-m", "fastlstm")
 
 
