@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import re
 import sys
 import tarfile
@@ -40,6 +41,7 @@ def requirements(extra: str | None) -> set[str]:
     return {re.match(r"[\w.-]+", line)[0] for line in listed if not line.startswith("fastlstm[")}
 
 
+@functools.lru_cache
 def imported(path: Path) -> set[str]:
     """Top-level modules from outside that a file imports, also by name."""
     found = set()
