@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import setuptools
 import torch
+from torch.utils.cpp_extension import BuildExtension
 
 SETUP = Path(__file__).parent.parent / "setup.py"
 
@@ -100,3 +101,19 @@ def test_what_was_decided_is_told_once(setup, capsys):
     setup.tell()
     setup.tell()
     assert capsys.readouterr().err == "fastlstm: a note\n"
+
+
+@pytest.mark.skipif(shutil.which("c++") is None, reason="c++ is not on the PATH")
+@pytest.mark.parametrize(("torch_built_for", "again"), [(torch.__version__, False), ("2.10.0", True)])
+def test_what_was_built_for_another_torch_is_built_again(torch_built_for, again, setup, monkeypatch, tmp_path):
+    """Though it is newer than its sources: pip install . in a clone keeps its build folder when torch is upgraded."""
+    forced = []
+    monkeypatch.setattr(BuildExtension, "build_extension", lambda self, _: forced.append(bool(self.force)), False)
+    (extension,), commands = setup.extensions("cpu")
+    command = commands["build_ext"](setuptools.Distribution())
+    monkeypatch.setattr(command, "get_ext_fullpath", lambda name: str(tmp_path / "_C.so"))
+    (tmp_path / "_C.so").write_bytes(b"fastlstm._C was built for torch %b\0" % torch_built_for.encode())
+    command.build_extension(extension)
+    assert forced == [again]
+    # and nothing that was compiled for it is kept: the version stands on every command line
+    assert f'-DFASTLSTM_BUILT_FOR="{torch.__version__}"' in extension.extra_compile_args["cxx"]
