@@ -2,8 +2,8 @@
 
 FASTLSTM_BUILD chooses: "auto" (default: what the machine allows, said once), "python" (no extension), "cpu", "cuda"
 (either of these fails if it cannot be built). CUDA needs nvcc and a CUDA build of torch, but no GPU. It is compiled
-for TORCH_CUDA_ARCH_LIST, else for the GPUs of this machine, else for ARCHITECTURES. The extension serves the torch
-that it was built for alone; fastlstm/backends/native.py reads which one from the file before it loads it.
+for TORCH_CUDA_ARCH_LIST, else for the GPUs of this machine, else for ARCHITECTURES. The extension works only with the
+torch version it was built for; fastlstm/backends/native.py reads that version from the file before loading it.
 """
 
 import os
@@ -20,21 +20,21 @@ ROOT = Path(__file__).parent
 CHOICES = ("auto", "python", "cpu", "cuda")
 ARCHITECTURES = "8.0;9.0a;10.0+PTX"  # Ampere, Hopper, Blackwell and, through PTX, what comes after
 
-notes: list[str] = []  # what was decided, for whoever installs
+notes: list[str] = []  # for the user: what is left out of the build, and why
 
 
-def tell() -> None:
-    """Print the notes, once: setup.py runs several times in one installation, and only one of them builds."""
+def print_notes() -> None:
+    """Print the notes once. setup.py runs several times per installation; only the run that builds prints."""
     for note in notes:
         print(f"fastlstm: {note}", file=sys.stderr)
     notes.clear()
 
 
 class BuildPy(build_py):
-    """The command that runs in every installation."""
+    """Runs in every installation, also in one without an extension."""
 
     def run(self) -> None:
-        tell()
+        print_notes()
         super().run()
 
 
@@ -53,9 +53,9 @@ def why_no_extension() -> str:
 
 
 def openmp() -> tuple[list[str], list[str], str]:
-    """(compiler flags, linker flags, "") of OpenMP, or no flags and why the kernels run on one thread.
+    """(compiler flags, linker flags, "") for OpenMP, or ([], [], why there is none).
 
-    Apple's Clang has none of its own: torch's wheels for macOS bring LLVM's, on which torch runs, and its header.
+    Apple's Clang ships no OpenMP runtime: torch's wheels for macOS contain LLVM's, which torch uses, and its header.
     """
     import torch
 
@@ -134,7 +134,7 @@ def extensions(choice: str):
     sources = [*(ROOT / "csrc").glob("*.cpp"), *(ROOT / "csrc" / "cpu").glob("*.cpp")]
     # No fast-math: NaN and inf must travel as in nn.LSTM. Contraction lets a*b+c become one FMA.
     cxx = ["-O3", "-g0", *parallel, "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math", "-Wall"]
-    # On every command line, so that an older build for another torch is not taken for up to date.
+    # On every command line, so that ninja recompiles everything when torch changes.
     built_for = torch.__version__ + (f" with CUDA {torch.version.cuda}" if cuda else "")
     cxx.append(f'-DFASTLSTM_BUILT_FOR="{built_for}"')
     kind, flags = CppExtension, {"cxx": cxx}
@@ -155,7 +155,7 @@ def extensions(choice: str):
         """Without FASTLSTM_BUILD=cpu|cuda a failed build leaves a pure-Python install, and says so."""
 
         def run(self) -> None:
-            tell()
+            print_notes()
             try:
                 super().run()
             except Exception as error:
@@ -167,7 +167,7 @@ def extensions(choice: str):
         def build_extension(self, ext) -> None:
             built = Path(self.get_ext_fullpath(ext.name))
             if built.exists() and f"built for torch {built_for}\0".encode() not in built.read_bytes():
-                self.force = True  # distutils would compare times alone
+                self.force = True  # otherwise only modification times count
             super().build_extension(ext)
 
     return [extension], {"build_ext": Build, "build_py": BuildPy}

@@ -1,6 +1,6 @@
-// Which torch the extension was built for, in words that fastlstm/backends/native.py finds in the file before
-// it loads it: torch's C++ interface changes from version to version, and a library built for another one can
-// fail to load, or load and crash.
+// The torch version the extension was built for. fastlstm/backends/native.py searches the file for this
+// string before loading it: torch's C++ ABI changes between versions, and a library built for another version
+// may fail to load, or load and crash.
 #if !defined(FASTLSTM_BUILT_FOR)
 #error "setup.py defines FASTLSTM_BUILT_FOR"
 #endif

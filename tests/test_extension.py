@@ -1,4 +1,4 @@
-"""When the native backend loads fastlstm._C: found out from the file, before it is loaded."""
+"""When the native backend loads fastlstm._C: decided from the file, before loading it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from fastlstm.backends import native
 
 @pytest.fixture
 def why(monkeypatch, tmp_path):
-    """Why a file of these bytes is not loaded by a process whose torch is 2.13.0+cu130; None for no file."""
+    """Ask why a file of these bytes (None: no file) is not loaded by a process with torch 2.13.0+cu130."""
     monkeypatch.setattr(torch, "__version__", "2.13.0+cu130")
     monkeypatch.setattr(torch.version, "cuda", "13.0")
 
@@ -31,7 +31,7 @@ def why(monkeypatch, tmp_path):
 
 @pytest.mark.parametrize("built", ["2.13.0+cu130", "2.13.0+cpu", "2.13.0", "2.13.0+cu130 with CUDA 13.0"])
 def test_the_same_torch_loads_it(built, why):
-    """Whatever the variant: a CPU extension serves every build of one version."""
+    """A CPU extension works with every variant of one version."""
     assert why(b"\x7fELF\0fastlstm._C was built for torch %b\0\xff" % built.encode()) == ""
 
 

@@ -69,7 +69,7 @@ def fake_compiler(folder: Path, status: int) -> str:
     [("linux", ["-fopenmp"], ["-fopenmp"]), ("darwin", ["-Xclang", "-fopenmp"], ["-lomp"])],
 )
 def test_openmp(system, flags, link, setup, monkeypatch, tmp_path):
-    """The runtime that torch runs on, which on macOS lies in torch's own folder and not in the compiler's."""
+    """The runtime that torch uses; on macOS it is in torch's folder, not in the compiler's."""
     monkeypatch.setattr(sys, "platform", system)
     monkeypatch.setenv("CXX", fake_compiler(tmp_path, 0))
     found, linked, reason = setup.openmp()
@@ -96,17 +96,17 @@ def test_windows_gets_pure_python(setup, monkeypatch):
         setup.extensions("cpu")
 
 
-def test_what_was_decided_is_told_once(setup, capsys):
+def test_notes_are_printed_once(setup, capsys):
     setup.notes.append("a note")
-    setup.tell()
-    setup.tell()
+    setup.print_notes()
+    setup.print_notes()
     assert capsys.readouterr().err == "fastlstm: a note\n"
 
 
 @pytest.mark.skipif(shutil.which("c++") is None, reason="c++ is not on the PATH")
 @pytest.mark.parametrize(("torch_built_for", "again"), [(torch.__version__, False), ("2.10.0", True)])
-def test_what_was_built_for_another_torch_is_built_again(torch_built_for, again, setup, monkeypatch, tmp_path):
-    """Though it is newer than its sources: pip install . in a clone keeps its build folder when torch is upgraded."""
+def test_another_torch_forces_a_rebuild(torch_built_for, again, setup, monkeypatch, tmp_path):
+    """Even if the extension is newer than its sources: a clone keeps its build folder when torch is upgraded."""
     forced = []
     monkeypatch.setattr(BuildExtension, "build_extension", lambda self, _: forced.append(bool(self.force)), False)
     (extension,), commands = setup.extensions("cpu")
@@ -115,5 +115,5 @@ def test_what_was_built_for_another_torch_is_built_again(torch_built_for, again,
     (tmp_path / "_C.so").write_bytes(b"fastlstm._C was built for torch %b\0" % torch_built_for.encode())
     command.build_extension(extension)
     assert forced == [again]
-    # and nothing that was compiled for it is kept: the version stands on every command line
+    # On every command line, so that ninja keeps no object file compiled for another torch.
     assert f'-DFASTLSTM_BUILT_FOR="{torch.__version__}"' in extension.extra_compile_args["cxx"]

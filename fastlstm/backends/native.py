@@ -22,9 +22,9 @@ devices: tuple[str, ...] = ()
 
 
 def _why_not_loaded() -> str:
-    """Why the extension must not be loaded into this process, "" if it may: found out without loading it.
+    """Return why the extension must not be loaded into this process, "" if it may. Reads the file, loads nothing.
 
-    torch's C++ interface changes with every version: an extension built for another one may load, and crash later.
+    torch's C++ ABI changes between versions: an extension built for another version may load and crash later.
     """
     spec = importlib.util.find_spec("fastlstm._C")
     if spec is None or spec.origin is None:

@@ -269,8 +269,8 @@ Array<double> widen(const Array<T>& v) {
   return Array<double>(v.begin(), v.end());
 }
 
-// Whether the kernels' results are those of the loop: apart by no more than the rounding of the longest chain
-// of sums, all steps' gates of a row, in T. Both start from the same numbers, which a float holds.
+// Returns true if every result differs from the loop's by no more than the rounding of the longest chain of
+// sums, the gates of all steps of a row, in T. Both start from the same numbers.
 template <class T>
 bool check(const Case& k) {
   Layer<T> ours = make<T>(k);
