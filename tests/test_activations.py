@@ -62,9 +62,19 @@ def test_non_finite_arguments(dtype):
     assert sigmoid[0].isnan()
     assert tanh[0].isnan()
     assert tanh[1:].tolist() == [1, -1, 1, -1, 0]
-    assert sigmoid[[1, 3, 5]].tolist() == [1, 1, 0.5]
-    # what is left of exp(-x) at the clamp, where the true value underflows
-    assert 0 <= sigmoid[[2, 4]].max() <= torch.finfo(dtype).tiny * 2
+    # exactly: 0 * inf must be NaN in the gradients of weights, as in nn.LSTM
+    assert sigmoid[1:].tolist() == [1, 0, 1, 0, 0.5]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_sigmoid_falls_to_zero_where_exp_overflows(dtype):
+    """Around the largest argument of exp: no NaN, no step up, and an error below the smallest normal number."""
+    edge = 88.0 if dtype == torch.float32 else 709.0
+    x = -torch.linspace(edge - 2, edge + 2, 40001, dtype=torch.float64).to(dtype)
+    sigmoid = native.extension.activation(x, "sigmoid").double()
+    assert (sigmoid.diff() <= 0).all()
+    assert ((sigmoid - x.double().sigmoid()).abs() <= torch.finfo(dtype).tiny).all()
+    assert sigmoid[-1] == 0
 
 
 @pytest.mark.parametrize("name", ["sigmoid", "tanh"])

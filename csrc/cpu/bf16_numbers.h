@@ -41,13 +41,14 @@ struct Quick {
     return r * (2.0f - d * r);
   }
   static FASTLSTM_INLINE V sigmoid(V x) {
-    // NaN passes: a comparison with it is false. Beyond 80 the reciprocal would lose its exponent.
+    // NaN passes: a comparison with it is false. Below -80 the reciprocal would lose its exponent: zero.
+    const __mmask16 nonzero = _mm512_cmp_ps_mask((__m512)x, _mm512_set1_ps(-80.0f), _CMP_NLT_UQ);
     V z = -x;
-    z = z > 80.0f ? splat<float>(80.0f) : z;
     z = z < -80.0f ? splat<float>(-80.0f) : z;
     V scale, p;
     reduce_exp<float>(z, scale, p);
-    return reciprocal(1.0f + (scale + scale * p));
+    const V d = 1.0f + (scale + scale * p), r = (V)_mm512_rcp14_ps((__m512)d);
+    return (V)_mm512_maskz_mul_ps(nonzero, (__m512)r, (__m512)(2.0f - d * r));
   }
   static FASTLSTM_INLINE V tanh(V x) {
     V z = x + x;

@@ -140,8 +140,9 @@ template <class T>
 struct ExpConstants;
 template <>
 struct ExpConstants<float> {
-  static constexpr float kMax = 88.0f, kMin = -87.0f;  // 2^n stays normal
-  static constexpr float kRound = 12582912.0f;         // 1.5 * 2^23: adding it rounds to an integer
+  // From kMax on 2^n is infinite and expm1(r) positive; from kMin on 2^n stays normal.
+  static constexpr float kMax = 89.0f, kMin = -87.0f;
+  static constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
   static constexpr float kLog2e = 1.44269504f, kLn2Hi = 0.693359375f, kLn2Lo = -2.12194440e-4f;
   static constexpr int kMantissa = 23, kBias = 127;
   template <class V>
@@ -151,7 +152,7 @@ struct ExpConstants<float> {
 };
 template <>
 struct ExpConstants<double> {
-  static constexpr double kMax = 709.0, kMin = -708.0;
+  static constexpr double kMax = 710.0, kMin = -708.0;
   static constexpr double kRound = 6755399441055744.0;  // 1.5 * 2^52
   static constexpr double kLog2e = 1.442695040888963407, kLn2Hi = 6.93147180369123816490e-01,
                           kLn2Lo = 1.90821492927058781614e-10;
@@ -185,8 +186,8 @@ FASTLSTM_INLINE void reduce_exp(Vec<T> x, Vec<T>& scale, Vec<T>& p) {
 }
 
 // The activations; max error and range as tested by tests/test_activations.py: 2.5 ulp for every
-// finite argument, down to results of 1.2e-38 (float) and 3e-308 (double), below which sigmoid stays at about
-// that.
+// finite argument, down to results of 1.2e-38 (float) and 3e-308 (double), below which sigmoid is 0 where
+// exp(-x) has no finite value.
 template <class T>
 struct Activation {
   using V = Vec<T>;
@@ -198,7 +199,8 @@ struct Activation {
     z = z < C::kMin ? splat<T>(C::kMin) : z;
     V scale, p;
     reduce_exp<T>(z, scale, p);
-    return T(1) / (T(1) + (scale + scale * p));
+    // scale may be infinite, and scale + scale * p would then be NaN for a negative p.
+    return T(1) / (T(1) + scale * (T(1) + p));
   }
   // expm1(2x) / (expm1(2x) + 2): no cancellation near 0; on |x|, where an error of expm1 cancels in the
   // quotient
