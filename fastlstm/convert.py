@@ -41,7 +41,7 @@ def convert(module: Module, to: str = "fastlstm") -> Module:
     if to not in ("fastlstm", "torch"):
         raise ValueError(f'to must be "fastlstm" or "torch", got {to!r}')
     classes = _TO_FASTLSTM if to == "fastlstm" else _TO_TORCH
-    left = []
+    skipped = []
     for name, child in module.named_modules():
         cls = type(child)
         if cls in classes:
@@ -52,16 +52,16 @@ def convert(module: Module, to: str = "fastlstm") -> Module:
             child.__class__ = type(cls.__name__, (classes[cls.__bases__[0]],), own)
         else:
             if isinstance(child, tuple(classes)):
-                left.append(f"{name or 'the module itself'} ({cls.__module__}.{cls.__qualname__})")
+                skipped.append(f"{name or 'the module itself'} ({cls.__module__}.{cls.__qualname__})")
             continue
         if to == "fastlstm":
             mark_as_leaf(child)
         else:
             child.__dict__.pop("__module__", None)
-    if left:
+    if skipped:
         theirs, ours = ("torch.nn", "fastlstm") if to == "fastlstm" else ("fastlstm", "torch.nn")
         warnings.warn(
-            f"convert leaves subclasses of {theirs}.LSTM and {theirs}.LSTMCell as they are: {', '.join(left)}. "
+            f"convert leaves subclasses of {theirs}.LSTM and {theirs}.LSTMCell as they are: {', '.join(skipped)}. "
             f"Derive them from {ours}'s classes"
             + (", or define them while patch_torch() is active." if to == "fastlstm" else "."),
             stacklevel=2,
@@ -69,22 +69,27 @@ def convert(module: Module, to: str = "fastlstm") -> Module:
     return module
 
 
-class _Named:
-    """A torch class that pickles as its name, whatever that name stands for at the moment.
+class _ClassByName:
+    """Pickles as whatever the name of `cls` stands for where the pickle is read."""
 
-    A call gives a module of the class without state, which is what copying and unpickling begin with.
-    """
+    def __init__(self, cls: type[nn.Module]) -> None:
+        self.cls = cls
 
-    def __init__(self, cls: type[nn.Module], instantiate: bool) -> None:
-        self.cls, self.instantiate = cls, instantiate
+    def __reduce__(self) -> tuple[Any, ...]:
+        return pkgutil.resolve_name, (f"{self.cls.__module__}:{self.cls.__qualname__}",)
+
+
+class _NewInstance:
+    """Makes a module of `cls` without state, with which copying and unpickling begin; pickles with the class's name."""
+
+    def __init__(self, cls: type[nn.Module]) -> None:
+        self.cls = cls
 
     def __call__(self) -> nn.Module:
         return self.cls.__new__(self.cls)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        if self.instantiate:
-            return functools.partial, (copyreg.__newobj__, _Named(self.cls, False))  # type: ignore[attr-defined]
-        return pkgutil.resolve_name, (f"{self.cls.__module__}:{self.cls.__qualname__}",)
+        return functools.partial, (copyreg.__newobj__, _ClassByName(self.cls))  # type: ignore[attr-defined]
 
 
 def _reduce(module: nn.Module) -> tuple[Any, ...]:
@@ -92,7 +97,7 @@ def _reduce(module: nn.Module) -> tuple[Any, ...]:
 
     The pickle names torch and the standard library alone, and loads as one that was made without the patch.
     """
-    return _Named(type(module), True), (), module.__reduce_ex__(2)[2]
+    return _NewInstance(type(module)), (), module.__reduce_ex__(2)[2]
 
 
 class patch_torch:

@@ -93,13 +93,13 @@ class LSTM(nn.RNNBase):
         They are `_flat_weights` as it stands, so that adapters may write to it, unless an attribute is no longer the
         object recorded for it: parametrizations, pruning, functional_call, FSDP and assignment replace attributes.
         """
-        held = self.__dict__
-        parameters, flat, refs = held["_parameters"], held["_flat_weights"], held["_flat_weight_refs"]
+        attributes = self.__dict__
+        parameters, flat, refs = attributes["_parameters"], attributes["_flat_weights"], attributes["_flat_weight_refs"]
         k = 0
         try:
-            for name in held["_flat_weights_names"]:
+            for name in attributes["_flat_weights_names"]:
                 weight = parameters[name]
-                if weight is not flat[k] or weight is not refs[k]() or name in held:
+                if weight is not flat[k] or weight is not refs[k]() or name in attributes:
                     break
                 k += 1
             else:
@@ -119,12 +119,12 @@ class LSTM(nn.RNNBase):
         )
         if not changed:
             return list(self._flat_weights)  # type: ignore[arg-type]
-        if not is_compiling() and all(map(self._lasts, names, weights)):
+        if not is_compiling() and all(map(self._is_lasting, names, weights)):
             self._flat_weights = list(weights)
             self._flat_weight_refs = [weakref.ref(weight) for weight in weights]
         return weights
 
-    def _lasts(self, name: str, weight: Any) -> bool:
+    def _is_lasting(self, name: str, weight: Any) -> bool:
         """Whether `weight` may be recorded: one that was computed for this call would be kept alive with its graph."""
         computed = hasattr(type(self), name) or not isinstance(weight, Tensor) or not weight.is_leaf
         return not (computed or torch._C._functorch.is_functorch_wrapped_tensor(weight))
@@ -339,10 +339,10 @@ class LSTMCell(nn.RNNCellBase):
 
     def current_weights(self) -> tuple[Any, ...]:
         """Return weight_ih, weight_hh, bias_ih and bias_hh as they are now, whatever has taken a parameter's place."""
-        held = self.__dict__
-        parameters = held["_parameters"]
+        attributes = self.__dict__
+        parameters = attributes["_parameters"]
         return tuple(
-            parameters[name] if name in parameters and name not in held else getattr(self, name)
+            parameters[name] if name in parameters and name not in attributes else getattr(self, name)
             for name in ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
         )
 
