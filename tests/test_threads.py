@@ -7,7 +7,6 @@ import shutil
 import subprocess
 import sys
 import threading
-from pathlib import Path
 
 import pytest
 import torch
@@ -17,6 +16,7 @@ from fastlstm import dispatch
 
 from .cases import Case
 from .runners import check, check_elsewhere, compare, precision, require, run, run_backend
+from .test_parity import OPTIONS
 
 # Large enough that work is shared among threads.
 LENGTHS = tuple(b % 10 for b in range(33))
@@ -197,21 +197,13 @@ def test_fork_after_use(backend):
 @pytest.mark.parametrize("backend", ["native"], indirect=True)
 def test_garbage_in_fresh_memory_reaches_nothing(backend):
     """glibc fills what malloc gives with MALLOC_PERTURB_'s complement: buffers that torch.empty does not know of."""
-    program = (
-        "import sys, torch; torch.set_num_threads(1)\n"
-        "from tests.cases import Case; from tests.runners import check\n"
-        "from tests.test_parity import OPTIONS\n"
-        "[check(OPTIONS[k], sys.argv[1]) for k in (5, 7, 18, 19, 21)]\n"
-    )
-    found = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", program, backend],
-        env={**os.environ, "MALLOC_PERTURB_": "128"},
-        cwd=Path(__file__).parent.parent,
-        timeout=300,
-        capture_output=True,
-        text=True,
-    )
-    assert found.returncode == 0, found.stderr
+    cases = [OPTIONS[k] for k in (5, 7, 18, 19, 21)]
+    program = """
+from tests.runners import run_backend
+torch.set_num_threads(1)
+save([[run_backend(case, "native")] for case in cases])
+"""
+    check_elsewhere(cases, backend, program, MALLOC_PERTURB_="128")
 
 
 def test_large_case_with_two_threads(backend, threads):
