@@ -36,15 +36,14 @@ def precision(case: Case, ours: bool) -> Precision:
 
 
 def expected(case: Case, inputs: Inputs, precision: Precision) -> Expected:
-    """fastlstm.reference layer by layer in float64, from the case's own (already rounded) inputs and weights.
-
-    Results are named as Program.results names them.
-    """
-    given = _in_float64(inputs)
-    return Expected(*error_bounds(lambda: _evaluate(case, given), precision))
+    """The truth for the case's own, already rounded, inputs and weights, and its bounds."""
+    given = in_float64(inputs)
+    return Expected(*error_bounds(lambda: truth(case, given), precision))
 
 
-def _in_float64(inputs: Inputs) -> Inputs:
+def in_float64(inputs: Inputs) -> Inputs:
+    """Leaves of the same values."""
+
     def leaf(tensor: Tensor) -> Tensor:
         return tensor.detach().double().clone().requires_grad_()
 
@@ -57,7 +56,8 @@ def _in_float64(inputs: Inputs) -> Inputs:
     )
 
 
-def _evaluate(case: Case, given: Inputs) -> dict[str, Tensor]:
+def truth(case: Case, given: Inputs) -> dict[str, Tensor]:
+    """fastlstm.reference layer by layer, with autograd's gradients; named as Program.results names them."""
     y, h_n, c_n = given.x, [], []
     for layer in range(case.L):
         own = [w for name, w in given.weights.items() if name.split("_l")[1].split("_")[0] == str(layer)]

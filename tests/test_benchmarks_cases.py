@@ -15,7 +15,7 @@ for package in ("rich", "matplotlib", "numpy"):
 from benchmarks import gpu, peers, suites, sweeps
 from benchmarks.cases import CPU, MODES, QUICK, RAGGED, Case
 from benchmarks.data import make_inputs
-from benchmarks.gate import truth
+from benchmarks.gate import in_float64, truth
 
 
 def name(case: Case) -> str:
@@ -120,7 +120,7 @@ def test_flops_are_those_that_pytorch_counts(case):
     # Streaming cases, because a gradient for h0 keeps the first step's product in the count.
     inputs = make_inputs(case)
     with FlopCounterMode(display=False) as counter:
-        truth(case, inputs)
+        truth(case, in_float64(inputs))
     assert counter.get_total_flops() == case.flops("train")
     program = peers.PEERS["reference"].build(case, inputs)
     with program.mode("forward") as forward, FlopCounterMode(display=False) as counter:

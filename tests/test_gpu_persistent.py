@@ -10,11 +10,11 @@ import pytest
 import torch
 
 import fastlstm
+from fastlstm.accuracy import max_error
 from fastlstm.backends import native
 
 from .cases import Case
 from .gpu_support import BFLOAT16, HALF, TF32, Precision, check, gpu, require, run, same
-from .runners import error
 
 pytestmark = gpu
 
@@ -81,7 +81,7 @@ def against_steps(case: Case, precision: Precision) -> None:
     native.set_persistent(True, tier=tier)
     for name, got in run(case, precision, "native").items():
         scale = float(steps[name].double().abs().max()) if got.numel() else 0.0
-        off = error(got, steps[name])
+        off = max_error(got, steps[name])
         assert off <= 16 * precision.eps * scale, f"{case!r} {precision}, {name}: {off:.3g} at scale {scale:.3g}"
 
 

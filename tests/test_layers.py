@@ -15,7 +15,7 @@ FILES = {".".join(p.relative_to(PACKAGE).with_suffix("").parts): p for p in sort
 
 # Lower layers first; a file may import from its own layer and those above it in this list, __init__ from all.
 LAYERS = (
-    ("reference", "ragged"),
+    ("reference", "ragged", "accuracy"),
     ("ops",),
     ("backends",),
     ("transforms",),
