@@ -18,7 +18,7 @@ from fastlstm import backends
 from .cases import Case
 from .runners import check, require
 
-# Around the tiles: 16 rows, 32 inputs, 16 and 32 units, groups of 128 rows; chunks of a quarter of the steps.
+# Around kernels for few rows, up to 4 of them unpacked, and the tiles: 16 rows, 32 inputs, 16 and 32 units, groups of 128 rows; chunks of a quarter of the steps.
 CASES = (
     Case(T=1, B=1, I=1, H=1),
     Case(T=3, B=15, I=31, H=15, hx="tuple"),
@@ -36,6 +36,15 @@ CASES = (
     Case(T=7, B=18, I=3, H=33, resets=((0, 0), (3, 0), (4, 17), (6, 16)), hx="tuple", bidirectional=True),
     Case(T=7, B=2, lengths=(4, 6), resets=((2, 0), (4, 0), (5, 1)), cells=True, hx="tuple", bidirectional=True),
     Case(T=9, B=4, I=3, H=33, x_scale=100.0),
+    *(
+        Case(T=T, B=B, I=I, H=H, hx="tuple")
+        for T, B in ((1, 2), (1, 4), (4, 1), (2, 3), (13, 1))
+        for I, H in ((31, 33), (32, 64), (70, 29))  # noqa: E741
+    ),
+    Case(T=6, B=2, I=300, H=400, hx="tuple"),  # W_hh is read as stored, W_ih is not
+    Case(T=30, B=3, I=40, H=720, hx="tuple"),  # panels of bfloat16
+    Case(T=12, B=5, I=40, H=48, proj=20, hx="tuple", bidirectional=True),
+    Case(T=2, B=2, I=40, H=48, proj=20, hx="tuple"),
     Case(T=5, B=3, I=3, H=20, x_grad=False, hx="tuple", hx_grad=False),
 )
 
@@ -45,23 +54,27 @@ def native():
     require("native", Case())
 
 
-def flags() -> set[str]:
+def cpuinfo(key: str) -> set[str]:
     lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    return next((set(line.split()) for line in lines if line.startswith("flags")), set())
+    return next((set(line.split()) for line in lines if line.startswith(key)), set())
+
+
+def flags() -> set[str]:
+    return cpuinfo("flags")
 
 
 def test_the_cpu_decides_what_serves_bfloat16():
     expected = backends.native.extension.isa()
     if "avx512_bf16" in flags() and expected == "avx512":
-        has_amx = {"amx_bf16", "amx_tile"} <= flags() and "ATEN_CPU_CAPABILITY" not in os.environ
-        expected = "amx" if has_amx else "avx512_bf16"
+        if "ATEN_CPU_CAPABILITY" not in os.environ and {"amx_bf16", "amx_tile"} <= flags():
+            expected = "amx"
+        elif "ATEN_CPU_CAPABILITY" in os.environ or "GenuineIntel" not in cpuinfo("vendor_id"):
+            expected = "avx512_bf16"
     assert backends.native.extension.bfloat16_isa() == expected
 
 
-def test_bfloat16_kernels_are_what_runs():
-    """h is rounded to bfloat16 between the steps, as nothing in float32 does."""
-    if backends.native.extension.bfloat16_isa() not in ("amx", "avx512_bf16"):
-        pytest.skip("no bfloat16 instructions here")
+def test_h_is_rounded_between_steps():
+    """As nn.LSTM's kernels do, and nothing in float32."""
     torch.manual_seed(0)
     x = torch.randn(30, 4, 8, dtype=torch.bfloat16)
     lstm = fastlstm.LSTM(8, 64).bfloat16()

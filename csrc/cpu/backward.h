@@ -16,13 +16,13 @@ int64_t columns_packed_size(int64_t K, int64_t N) {
   return padded_columns<T>(N) * K;
 }
 
-template <class T>
+template <class T, class S>
 void pack_columns(const T* b, int64_t K, int64_t row_stride, int64_t column_stride, int64_t begin,
-                  int64_t end, T* packed) {
+                  int64_t end, S* packed) {
   constexpr int64_t W2 = kPanel<T>;
   for (int64_t n0 = begin; n0 < end; n0 += W2) {
     const int64_t n = std::min(W2, end - n0);
-    T* panel = packed + n0 * K;
+    S* panel = packed + n0 * K;
     for (int64_t k = 0; k < K; ++k)
       copy_panel_row(b + k * row_stride + n0 * column_stride, column_stride, n, panel + k * W2);
   }
@@ -36,8 +36,8 @@ int64_t backward_scratch(int64_t H, int64_t P) {
 
 // c[rows, columns n_begin..n_end) = a[rows, K] times packed panels, from the last to the first if
 // `to_the_left`; c has room for whole panels.
-template <class T>
-void product_packed(int64_t rows, int64_t K, const T* a, int64_t lda, const T* packed, int64_t n_begin,
+template <class T, class S>
+void product_packed(int64_t rows, int64_t K, const T* a, int64_t lda, const S* packed, int64_t n_begin,
                     int64_t n_end, T* c, int64_t ldc, bool to_the_left = false) {
   constexpr int64_t W2 = kPanel<T>;
   const int64_t step = rows <= kWideRows ? 2 * W2 : W2, parts = (n_end - n_begin + step - 1) / step;
@@ -59,8 +59,8 @@ void product_packed(int64_t rows, int64_t K, const T* a, int64_t lda, const T* p
 }
 
 // The same from B [K, N] as stored, for so few rows and steps that packing would not pay.
-template <class T>
-void product_direct(int64_t rows, int64_t K, const T* a, int64_t lda, const T* b, int64_t N, int64_t n_begin,
+template <class T, class S>
+void product_direct(int64_t rows, int64_t K, const T* a, int64_t lda, const S* b, int64_t N, int64_t n_begin,
                     int64_t n_end, T* c, int64_t ldc) {
   constexpr int64_t W = kWidth<T>;
   int64_t n = n_begin;
@@ -81,24 +81,32 @@ void product_direct(int64_t rows, int64_t K, const T* a, int64_t lda, const T* b
   }
 }
 
+// c [H] that entered a row's step: of the step before, or c0; neither where it began with zeros.
+template <class T>
+struct EnteringCell {
+  const T* cells;
+  const Real<T>* c0;
+};
+
 // The cell's gradients for units [u0, u0 + n) of sorted row r at step t; dh points at the gradient of h_t
 // before any projection, without dy unless `dy` is null.
-template <class T>
-FASTLSTM_INLINE void cell_gradients(const BackwardArgs<T>& a, int64_t t, int64_t r, int64_t row,
-                                    const T* c_enter, const T* dh, const T* dy, int64_t u0, int n) {
+template <class T, class S>
+FASTLSTM_INLINE void cell_gradients(const BackwardArgs<T, S>& a, int64_t t, int64_t r, int64_t row,
+                                    const EnteringCell<T>& c_enter, const Real<T>* dh, const T* dy,
+                                    int64_t u0, int n) {
   const int64_t H = a.H;
   const bool full = n == kWidth<T>;
-  auto get = [&](const T* p) { return full ? load(p) : load_part(p, n); };
-  auto put = [&](T* p, Vec<T> v) { full ? store(p, v) : store_part(p, v, n); };
+  auto get = [&](const auto* p) { return full ? load(p) : load_part(p, n); };
+  auto put = [&](Real<T>* p, Vec<T> v) { full ? store(p, v) : store_part(p, v, n); };
   const int64_t packed_row = a.rows.offset_at(t) + r;
   const T* g = a.gates + packed_row * 4 * H + 4 * u0;
-  T* dg = a.dgates + (packed_row - a.base) * 4 * H + u0;
-  T* dc_state = a.dc + r * H + u0;
+  Real<T>* dg = a.dgates + (packed_row - a.base) * 4 * H + u0;
+  Real<T>* dc_state = a.dc + r * H + u0;
   Vec<T> dh_t = get(dh + u0);
   if (dy) dh_t += get(dy + u0);
   Vec<T> dc = get(dc_state);
   if (a.dcells) dc += get(a.dcells + row * a.dcells_stride + u0);
-  const Vec<T> c_prev = c_enter ? get(c_enter + u0) : Vec<T>{};
+  const Vec<T> c_prev = c_enter.cells ? get(c_enter.cells + u0) : c_enter.c0 ? get(c_enter.c0 + u0) : Vec<T>{};
   const Vec<T> tanh_c = Activation<T>::tanh(get(a.cells + row * a.cells_stride + u0));
   const Gates<Vec<T>> gate = {get(g), get(g + n), get(g + 2 * n), get(g + 3 * n)};
   const Gates<Vec<T>> d = cell_backward(gate, c_prev, tanh_c, dh_t, dc);
@@ -106,15 +114,15 @@ FASTLSTM_INLINE void cell_gradients(const BackwardArgs<T>& a, int64_t t, int64_t
   put(dg + H, d.f);
   put(dg + 2 * H, d.g);
   put(dg + 3 * H, d.o);
-  put(dc_state, c_enter ? dc : Vec<T>{});
+  put(dc_state, c_enter.cells || c_enter.c0 ? dc : Vec<T>{});
   if (a.hidden) put(a.hidden + (packed_row - a.base) * H + u0, gate.o * tanh_c);
 }
 
-template <class T>
-void backward(const BackwardArgs<T>& a, const Member& me) {
+template <class T, class S>
+void backward(const BackwardArgs<T, S>& a, const Member& me) {
   constexpr int64_t W = kWidth<T>;
   const int64_t steps = a.rows.T, H = a.H, P = a.P, ld = padded_columns<T>(P);
-  T* dhidden = a.scratch + me.index * backward_scratch<T>(H, P);  // [kRowGroup, padded H]
+  Real<T>* dhidden = a.scratch + me.index * backward_scratch<T>(H, P);  // [kRowGroup, padded H]
   const int64_t ld_hidden = padded_columns<T>(H);
   for (int64_t s = a.first + a.steps - 1; s >= a.first; --s) {
     const int64_t t = a.reverse ? steps - 1 - s : s;
@@ -129,11 +137,11 @@ void backward(const BackwardArgs<T>& a, const Member& me) {
     const int64_t n_begin = me.feature_begin, n_end = me.feature_end;
     if (a.w_hr) {
       for (int64_t r = me.row_begin; r < me.row_begin + own; ++r) {
-        T* dr = a.dr + (offset + r) * P;
+        Real<T>* dr = a.dr + (offset + r) * P;
         std::copy(a.dh + r * ld + n_begin, a.dh + r * ld + n_end, dr + n_begin);
         if (a.dy) {
           const T* dy = a.dy + a.rows.row_at(t, r) * a.dy_stride;
-          for (int64_t p = n_begin; p < n_end; ++p) dr[p] += dy[p];
+          for (int64_t p = n_begin; p < n_end; ++p) dr[p] += real(dy[p]);
         }
       }
       if (me.barrier) me.barrier->wait();
@@ -145,10 +153,12 @@ void backward(const BackwardArgs<T>& a, const Member& me) {
                        ld_hidden);
       for (int64_t r = r0; r < r1; ++r) {
         const int64_t row = a.rows.row_at(t, r);
-        const T* c_enter = a.rows.fresh_at(t, r) ? nullptr
-                           : r < held            ? a.cells + a.rows.row_at(before, r) * a.cells_stride
-                                                 : a.c0 + r * H;
-        const T* dh = a.w_hr ? dhidden + (r - r0) * ld_hidden : a.dh + r * ld;
+        EnteringCell<T> c_enter = {};
+        if (!a.rows.fresh_at(t, r) && r < held)
+          c_enter.cells = a.cells + a.rows.row_at(before, r) * a.cells_stride;
+        else if (!a.rows.fresh_at(t, r))
+          c_enter.c0 = a.c0 + r * H;
+        const Real<T>* dh = a.w_hr ? dhidden + (r - r0) * ld_hidden : a.dh + r * ld;
         const T* dy = a.w_hr || !a.dy ? nullptr : a.dy + row * a.dy_stride;
         int64_t u = me.unit_begin;
         for (; u + W <= me.unit_end; u += W) cell_gradients(a, t, r, row, c_enter, dh, dy, u, W);
@@ -157,16 +167,16 @@ void backward(const BackwardArgs<T>& a, const Member& me) {
       }
     });
     if (me.barrier) me.barrier->wait();
-    const bool to_the_left = s % 2 == 1 && turns_around(4.0 * H * (n_end - n_begin) * sizeof(T));
+    const bool to_the_left = s % 2 == 1 && turns_around(4.0 * H * (n_end - n_begin) * sizeof(S));
     for_row_tiles(own, kRowGroup, [&](int64_t first, int64_t rows) {
       const int64_t r0 = me.row_begin + first;
-      const T* dg = a.dgates + (offset + r0) * 4 * H;
+      const Real<T>* dg = a.dgates + (offset + r0) * 4 * H;
       if (a.packed)
         product_packed(rows, 4 * H, dg, 4 * H, a.packed, n_begin, n_end, a.dh + r0 * ld, ld, to_the_left);
       else
         product_direct(rows, 4 * H, dg, 4 * H, a.w_hh, P, n_begin, n_end, a.dh + r0 * ld, ld);
       for (int64_t r = r0; r < r0 + rows; ++r)
-        if (a.rows.fresh_at(t, r)) std::fill(a.dh + r * ld + n_begin, a.dh + r * ld + n_end, T(0));
+        if (a.rows.fresh_at(t, r)) std::fill(a.dh + r * ld + n_begin, a.dh + r * ld + n_end, Real<T>(0));
     });
   }
 }

@@ -13,7 +13,7 @@
 
 namespace fastlstm::bf16 {
 
-using Bf16 = uint16_t;
+using fastlstm::Bf16;
 
 constexpr int64_t kTileRows = 16;   // of a tile
 constexpr int64_t kTileDepth = 32;  // bfloat16 numbers in a row of a tile
@@ -80,8 +80,9 @@ struct Kernels {
   void (*backward)(const BackwardArgs&, const Member&);
 };
 
-// The best that CPU and system have and ATEN_CPU_CAPABILITY allows, or null: AMX only where that is not set,
-// since it names no level with it, and AVX512_BF16 at "avx512".
+// The best that CPU and system have, or null where the kernels of cpu/forward.h, which widen bfloat16, are
+// faster. Where ATEN_CPU_CAPABILITY is set: AVX512_BF16 at "avx512", whether faster or not, and never AMX,
+// since no level names it.
 const Kernels* kernels();
 
 }  // namespace fastlstm::bf16

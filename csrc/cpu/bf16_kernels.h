@@ -10,12 +10,12 @@ namespace fastlstm::FASTLSTM_ISA {
 FASTLSTM_INLINE void forward_cell(const ForwardArgs& a, int64_t t, int64_t next_t, int64_t r, int64_t u0,
                                   int n, const V* bias, const float* pre, Bf16* h_out) {
   const int64_t H = a.H, row = a.rows.row_at(t, r);
-  const Gates<V> gate = activate<Quick>(Gates<V>{load(pre) + bias[0], load(pre + 16) + bias[1],
+  const Gates<V> gate = activate<FastActivation>(Gates<V>{load(pre) + bias[0], load(pre + 16) + bias[1],
                                                  load(pre + 32) + bias[2], load(pre + 48) + bias[3]});
   float* c = a.c + r * H + u0;
   const V c_prev = a.rows.fresh_at(t, r) ? V{} : load_part(c, n);
   const V c_next = next_c(gate, c_prev);
-  const V h = gate.o * Quick::tanh(c_next);
+  const V h = gate.o * FastActivation::tanh(c_next);
   if (a.gates) {
     Bf16* saved = a.gates + (a.rows.offset_at(t) + r) * 4 * H + 4 * u0;
     put(saved, gate.i, n);
@@ -120,7 +120,7 @@ FASTLSTM_INLINE void backward_cell(const BackwardArgs& a, int64_t t, int64_t r, 
   const V c_prev = fresh      ? V{}
                    : r < held ? get(a.cells + a.rows.row_at(before, r) * a.cells_stride + u0, n)
                               : load_part(a.c0 + r * H + u0, n);
-  const V tanh_c = Quick::tanh(get(a.cells + row * a.cells_stride + u0, n));
+  const V tanh_c = FastActivation::tanh(get(a.cells + row * a.cells_stride + u0, n));
   const Gates<V> gate = {get(g, n), get(g + n, n), get(g + 2 * n, n), get(g + 3 * n, n)};
   const Gates<V> d = cell_backward(gate, c_prev, tanh_c, dh, dc);
   const auto sum = [&](float* to, V v) { store_part(to, load_part(to, n) + v, n); };

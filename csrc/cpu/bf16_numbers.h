@@ -33,34 +33,6 @@ FASTLSTM_INLINE void put(Bf16* p, V v, int n) {
   _mm256_mask_storeu_epi16(p, static_cast<__mmask16>((1u << n) - 1), (__m256i)_mm512_cvtneps_pbh((__m512)v));
 }
 
-// vec.h's activations with an estimated reciprocal and one step of Newton's method: 2^-22, of which bfloat16
-// keeps 2^-9, in a third of the division's time.
-struct Quick {
-  static FASTLSTM_INLINE V reciprocal(V d) {
-    const V r = (V)_mm512_rcp14_ps((__m512)d);
-    return r * (2.0f - d * r);
-  }
-  static FASTLSTM_INLINE V sigmoid(V x) {
-    // NaN passes: a comparison with it is false. Below -80 the reciprocal would lose its exponent: zero.
-    const __mmask16 nonzero = _mm512_cmp_ps_mask((__m512)x, _mm512_set1_ps(-80.0f), _CMP_NLT_UQ);
-    V z = -x;
-    z = z < -80.0f ? splat<float>(-80.0f) : z;
-    V scale, p;
-    reduce_exp<float>(z, scale, p);
-    const V d = 1.0f + (scale + scale * p), r = (V)_mm512_rcp14_ps((__m512)d);
-    return (V)_mm512_maskz_mul_ps(nonzero, (__m512)r, (__m512)(2.0f - d * r));
-  }
-  static FASTLSTM_INLINE V tanh(V x) {
-    V z = x + x;
-    z = z > 20.0f ? splat<float>(20.0f) : z;
-    z = z < -20.0f ? splat<float>(-20.0f) : z;
-    V scale, p;
-    reduce_exp<float>(z, scale, p);
-    const V em1 = scale * p + (scale - 1.0f);
-    return em1 * reciprocal(em1 + 2.0f);
-  }
-};
-
 // A block of 16 units: [gates i, f | g, o][depth][2] tiles.
 inline void pack_gates(const Bf16* weight, int64_t H, int64_t K, int64_t begin, int64_t end, Bf16* packed) {
   const int64_t depth = padded(K) / kTileDepth;

@@ -23,16 +23,26 @@ int64_t projected_stride(int64_t P) {
 }
 
 // A member's scratch: pre-activations of a row group or of some steps, the rows of x they are made of, a
-// block of both weights, and with projection its result for a row group.
+// block of both weights, with projection its result for a row group, and rows of x and h for weights read as
+// stored.
 template <class T>
 struct ForwardScratch {
-  int64_t x, block, projected, size;
+  int64_t x, block, projected, split, size;
   ForwardScratch(int64_t N, int64_t I, int64_t H, int64_t P)
       : x(std::max(kRowGroup, ahead_rows(N) * unit_blocks<T>(H)) * kGateBlock<T>),
         block(x + ahead_rows(N) * I),
         projected(block + (I + P) * kGateBlock<T>),
-        size(projected + (P == H ? 0 : kRowGroup * projected_stride<T>(P))) {}
+        split(projected + (P == H ? 0 : kRowGroup * projected_stride<T>(P))),
+        size(split + (Factors<T>::split ? kUnpackedRows * (split_stride<T>(I) + split_stride<T>(P)) : 0)) {}
 };
+
+// Rows v [rows, K] as Factors has them; into `to` where that is another order.
+template <class T>
+FASTLSTM_INLINE const Real<T>* factor_rows(const Real<T>* v, int64_t rows, int64_t K, Real<T>* to) {
+  if constexpr (!Factors<T>::split) return v;
+  split_rows<T>(v, rows, K, to);
+  return to;
+}
 
 template <class T>
 int64_t forward_scratch(int64_t N, int64_t I, int64_t H, int64_t P) {
@@ -41,18 +51,20 @@ int64_t forward_scratch(int64_t N, int64_t I, int64_t H, int64_t P) {
 
 // The packed weights [., K] of the unit block at u, for which `scratch` is the place if they are not packed
 // yet.
-template <class T>
-FASTLSTM_INLINE const T* packed_block(const GateWeight<T>& w, int64_t H, int64_t K, int64_t u, T* scratch) {
+template <class T, class S>
+FASTLSTM_INLINE const S* packed_block(const GateWeight<T, S>& w, int64_t H, int64_t K, int64_t u,
+                                      Real<T>* scratch) {
   if (w.packed) return w.packed + u / kWidth<T> * K * kGateBlock<T>;
-  pack_block(w.stored, H, K, u, scratch);
-  return scratch;
+  S* block = reinterpret_cast<S*>(scratch);
+  pack_block(w.stored, H, K, u, block);
+  return block;
 }
 
 // out [rows][4 gates][gap], rows kGateBlock apart, (+)= a [rows, K] times the packed weights of one unit
 // block, after which `next` is read.
-template <class T>
-FASTLSTM_INLINE void block_product(int64_t rows, int64_t K, const T* a, int64_t lda, const T* block,
-                                   int64_t gap, T* out, bool add, const T* next = nullptr) {
+template <class T, class S>
+FASTLSTM_INLINE void block_product(int64_t rows, int64_t K, const T* a, int64_t lda, const S* block,
+                                   int64_t gap, T* out, bool add, const S* next = nullptr) {
   constexpr int64_t ld = kGateBlock<T>, W = kWidth<T>, W2 = kPanel<T>;
   if (4 * gap <= W) return half_panel_product(rows, K, a, lda, block, out, ld, add);
   if (gap < W) {
@@ -65,17 +77,20 @@ FASTLSTM_INLINE void block_product(int64_t rows, int64_t K, const T* a, int64_t 
   panel_product(rows, K, a, lda, block + K * W2, out + W2, ld, add, next);  // g, o
 }
 
-template <class T>
+template <class T, class S>
 struct ForwardStep {
-  const ForwardArgs<T>& a;
+  using R = Real<T>;
+  const ForwardArgs<T, S>& a;
   int64_t t;       // time
-  const T* x;      // [count, I]
-  const T* h_in;   // [B, P]
-  const T* c_in;   // [B, H]
-  T* h_out;        // [B, P]
+  const R* x;      // [count, I]
+  const R* h_in;   // [B, P]
+  const R* c_in;   // [B, H]
+  R* h_out;        // [B, P]
   T* gates;        // [count, 4H] or null
   int64_t next_t;  // the step after this one in the direction's order, or -1
-  T* block;        // both weights of a unit block, where they are packed for one use
+  R* block;        // both weights of a unit block, where they are packed for one use
+  const R *x_factor, *h_factor;  // x and h_in from row first_row on, where the weights are read as stored
+  int64_t first_row;
 
   // Whether sorted row r enters the next step with zero state.
   bool cleared_next(int64_t r) const {
@@ -83,13 +98,13 @@ struct ForwardStep {
   }
 
   // Units [u0, u0 + n), n <= W, of row r, whose activated gates are at `gate` as [4][W]: the new c and h.
-  FASTLSTM_INLINE void cell(int64_t r, int64_t u0, int n, const T* gate) const {
+  FASTLSTM_INLINE void cell(int64_t r, int64_t u0, int n, const R* gate) const {
     constexpr int W = kWidth<T>;
     const int64_t H = a.H;
     const int64_t at = r * H + u0;
     const bool full = n == W;
-    auto get = [&](const T* p) { return full ? load(p) : load_part(p, n); };
-    auto put = [&](T* p, Vec<T> v) { full ? store(p, v) : store_part(p, v, n); };
+    auto get = [&](const R* p) { return full ? load(p) : load_part(p, n); };
+    auto put = [&](auto* p, Vec<T> v) { full ? store(p, v) : store_part(p, v, n); };
     const Gates<Vec<T>> g = {load(gate), load(gate + W), load(gate + 2 * W), load(gate + 3 * W)};
     const Vec<T> c_prev = a.rows.fresh_at(t, r) ? Vec<T>{} : get(c_in + at);
     const Vec<T> c_next = next_c(g, c_prev);
@@ -108,15 +123,15 @@ struct ForwardStep {
       put(a.hidden + at, h);
     } else {
       put(a.y + row * a.y_stride + u0, h);
-      put(h_out + r * a.P + u0, cleared_next(r) ? Vec<T>{} : h);
+      put(h_out + r * a.P + u0, cleared_next(r) ? Vec<T>{} : rounded<T>(h));
     }
   }
 
   // Features [begin, end) of h = hidden W_hr^T for rows [r0, r1), at most kRowGroup, to the state and to y.
-  void project(int64_t r0, int64_t r1, int64_t begin, int64_t end, T* out /* [., projected_stride] */) const {
+  void project(int64_t r0, int64_t r1, int64_t begin, int64_t end, R* out /* [., projected_stride] */) const {
     constexpr int64_t W2 = kPanel<T>;
     const int64_t H = a.H, P = a.P, ld = projected_stride<T>(P);
-    const T* hidden = a.hidden + r0 * H;
+    const R* hidden = a.hidden + r0 * H;
     if (a.hr.direct)
       for_row_tiles(r1 - r0, kDirectTile, [&](int64_t first, int R) {
         for (int64_t p = begin; p < end; p += 2 * W2)
@@ -126,32 +141,35 @@ struct ForwardStep {
       for (int64_t p = begin; p < end; p += W2)
         panel_product(r1 - r0, H, hidden, H, a.hr.packed + p * H, out + p, ld);
     for (int64_t r = r0; r < r1; ++r) {
-      const T *h = out + (r - r0) * ld + begin, *h_end = h + (end - begin);
-      std::copy(h, h_end, a.y + a.rows.row_at(t, r) * a.y_stride + begin);
-      T* state = h_out + r * P + begin;
-      if (cleared_next(r))
-        std::fill_n(state, end - begin, T(0));
-      else
-        std::copy(h, h_end, state);
+      const R* h = out + (r - r0) * ld + begin;
+      T* y = a.y + a.rows.row_at(t, r) * a.y_stride + begin;
+      R* state = h_out + r * P + begin;
+      const bool cleared = cleared_next(r);
+      for (int64_t p = 0; p < end - begin; p += kWidth<T>) {
+        const int n = static_cast<int>(std::min<int64_t>(kWidth<T>, end - begin - p));
+        const Vec<T> v = load_part(h + p, n);
+        store_part(y + p, v, n);
+        store_part(state + p, cleared ? Vec<T>{} : rounded<T>(v), n);
+      }
     }
   }
 
   // Four vectors of features from p on, what lies behind `end` being that before it, from W_hr as stored.
-  template <int R = kDirectTile>
-  FASTLSTM_INLINE void project_rows(int rows, const T* hidden, int64_t p, int64_t end, T* out) const {
-    if constexpr (R > 0) {
-      if (rows < R) return project_rows<R - 1>(rows, hidden, p, end, out);
+  template <int M = kDirectTile>
+  FASTLSTM_INLINE void project_rows(int rows, const R* hidden, int64_t p, int64_t end, R* out) const {
+    if constexpr (M > 0) {
+      if (rows < M) return project_rows<M - 1>(rows, hidden, p, end, out);
       constexpr int W = kWidth<T>;
-      Vec<T> lanes[R][4][W];
+      Vec<T> lanes[M][4][W];
       for (int u = 0; u < W; ++u) {
         const T* w[4];
         for (int q = 0; q < 4; ++q) w[q] = a.hr.stored + std::min(p + q * W + u, end - 1) * a.H;
-        Vec<T> acc[R][4] = {};
-        multiply_rows<T, R>(hidden, w, a.H, acc);
-        for (int r = 0; r < R; ++r)
+        Vec<T> acc[M][4] = {};
+        multiply_rows<T, M>(hidden, w, a.H, acc);
+        for (int r = 0; r < M; ++r)
           for (int q = 0; q < 4; ++q) lanes[r][q][u] = acc[r][q];
       }
-      for (int r = 0; r < R; ++r)
+      for (int r = 0; r < M; ++r)
         for (int q = 0; q < 4; ++q) store(out + r * projected_stride<T>(a.P) + q * W, sums<T>(lanes[r][q]));
     }
   }
@@ -159,33 +177,35 @@ struct ForwardStep {
   // The packed weights of the unit block at u0, W_ih's only if they are to be used, and where the block that
   // is read after it has its W_hh, if not behind.
   struct Weights {
-    const T *ih, *hh, *next_hh;
+    const S *ih, *hh, *next_hh;
   };
   FASTLSTM_INLINE Weights weights(int64_t u0, bool ahead, bool left_is_next) const {
     if (a.hh.direct) return {};
-    const T* hh = packed_block(a.hh, a.H, a.P, u0, block + a.I * kGateBlock<T>);
+    const S* hh = packed_block(a.hh, a.H, a.P, u0, block + a.I * kGateBlock<T>);
     return {ahead ? nullptr : packed_block(a.ih, a.H, a.I, u0, block), hh,
             left_is_next && a.hh.packed ? hh - a.P * kGateBlock<T> : nullptr};
   }
 
   // pre [rows][4][gap] (+)= the pre-activations of rows from r0 on and the unit block at u0; those of x are
   // there already if `ahead`.
-  FASTLSTM_INLINE void products(int64_t rows, int64_t r0, int64_t u0, const Weights& w, T* pre,
+  FASTLSTM_INLINE void products(int64_t rows, int64_t r0, int64_t u0, const Weights& w, R* pre,
                                 bool ahead) const {
     const int64_t gap = gate_gap<T>(a.H, u0);
-    const T *xr = x + r0 * a.I, *hr = h_in + r0 * a.P;
+    const R *xr = x + r0 * a.I, *hr = h_in + r0 * a.P;
     if (!a.hh.direct) {
       if (!ahead) block_product(rows, a.I, xr, a.I, w.ih, gap, pre, false);
       return block_product(rows, a.P, hr, a.P, w.hh, gap, pre, true, w.next_hh);
     }
-    const Factors<T> of_x{xr, a.ih.stored, a.I}, of_h{hr, a.hh.stored, a.P};
+    Factors<T> of_x{x_factor, a.ih.stored, a.I}, of_h{h_factor, a.hh.stored, a.P};
+    of_x.v += (r0 - first_row) * of_x.stride();
+    of_h.v += (r0 - first_row) * of_h.stride();
     ahead ? direct_product<T, 1>(rows, {of_h}, a.H, u0, gap, pre, true)
           : direct_product<T, 2>(rows, {of_x, of_h}, a.H, u0, gap, pre, false);
   }
 
   // Rows [r0, r1), at most kRowGroup, of the unit block at u0. `pre` [rows][4][gap] holds x W_ih^T already if
   // `ahead`; the activated gates take its place as [rows][4][W].
-  FASTLSTM_INLINE void units(int64_t r0, int64_t r1, int64_t u0, const Weights& w, T* pre, bool ahead) const {
+  FASTLSTM_INLINE void units(int64_t r0, int64_t r1, int64_t u0, const Weights& w, R* pre, bool ahead) const {
     constexpr int W = kWidth<T>;
     constexpr int64_t ld = kGateBlock<T>;
     const int64_t rows = r1 - r0, gap = gate_gap<T>(a.H, u0);
@@ -195,7 +215,7 @@ struct ForwardStep {
     // reaches other rows' work only where all of it fits a few dozen instructions.
     Vec<T> bias[4];
     for (int gate = 0; gate < 4; ++gate) bias[gate] = load_part(a.bias + gate * a.H + u0, n);
-    for (T* p = pre; p < pre + rows * ld; p += ld) {
+    for (R* p = pre; p < pre + rows * ld; p += ld) {
       const Gates<Vec<T>> gate =
           activate<Activation<T>>(Gates<Vec<T>>{load(p) + bias[0], load(p + gap) + bias[1],
                                                 load(p + 2 * gap) + bias[2], load(p + 3 * gap) + bias[3]});
@@ -217,13 +237,15 @@ struct ForwardStep {
 };
 
 // x W_ih^T of a member's rows and units for some steps at once, in pre [unit blocks][ahead_rows][4][gap].
-template <class T>
+template <class T, class S>
 struct AheadProduct {
-  const ForwardArgs<T>& a;
+  using R = Real<T>;
+  const ForwardArgs<T, S>& a;
   const Member& me;
-  T* pre;
-  T* x;                          // [ahead_rows, I]  the member's own rows, one after the other
-  T* block;                      // a unit block's weights, where they are packed for one use
+  R* pre;
+  R* x;                          // [ahead_rows, I]  the member's own rows, one after the other
+  R* block;                      // a unit block's weights, where they are packed for one use
+  R* split;                      // rows of x by split_rows
   bool used = false;             // or the steps have rows enough for a product each
   int64_t t0 = 0, end_s = 0;     // it holds the steps of the order before end_s, from time t0 on
   int64_t first_row[kOnceRows];  // of each step, in order of time: where its rows begin in pre
@@ -234,7 +256,7 @@ struct AheadProduct {
   int64_t time(int64_t s) const { return a.reverse ? a.rows.T - 1 - s : s; }
 
   // The pre-activations of step s from its first row and unit on; makes those of the next steps where needed.
-  T* at(int64_t s) {
+  R* at(int64_t s) {
     if (s == end_s) make(s);
     return used ? pre + first_row[time(s) - t0] * kGateBlock<T> : pre;
   }
@@ -258,14 +280,15 @@ struct AheadProduct {
       total += rows_at(t0 + k);
     }
     if (total == 0) return;
-    const T* from = a.x + (a.rows.offset_at(t0) + me.row_begin) * a.I;
+    const R* from = a.x + (a.rows.offset_at(t0) + me.row_begin) * a.I;
     if (me.row_end - me.row_begin < a.rows.B && steps > 1) {  // a tile of few rows makes half the products
       for (int64_t k = 0; k < steps; ++k)
         std::copy_n(a.x + (a.rows.offset_at(t0 + k) + me.row_begin) * a.I, rows_at(t0 + k) * a.I,
                     x + first_row[k] * a.I);
       from = x;
     }
-    T* out = pre;
+    R* out = pre;
+    if (a.ih.direct) from = factor_rows<T>(from, total, a.I, split);
     for (int64_t u = me.unit_begin; u < me.unit_end; u += kWidth<T>, out += most * kGateBlock<T>) {
       const int64_t gap = gate_gap<T>(a.H, u);
       if (a.ih.direct)
@@ -276,21 +299,28 @@ struct AheadProduct {
   }
 };
 
-template <class T>
-void forward(const ForwardArgs<T>& a, const Member& me) {
+template <class T, class S>
+void forward(const ForwardArgs<T, S>& a, const Member& me) {
+  using R = Real<T>;
   constexpr int64_t W = kWidth<T>;
   const int64_t steps = a.rows.T;
   const int64_t blocks = (me.unit_end - me.unit_begin + W - 1) / W;
   const ForwardScratch<T> parts(a.rows.N, a.I, a.H, a.P);
-  T* scratch = a.scratch + me.index * parts.size;
-  T* projected = scratch + parts.projected;
-  AheadProduct<T> product{a, me, scratch, scratch + parts.x, scratch + parts.block};
+  R* scratch = a.scratch + me.index * parts.size;
+  R* projected = scratch + parts.projected;
+  AheadProduct<T, S> product{a, me, scratch, scratch + parts.x, scratch + parts.block, scratch + parts.split};
   for (int64_t s = 0; s < steps; ++s) {
     const int64_t t = product.time(s), offset = a.rows.offset_at(t);
     const int64_t next_t = s + 1 < steps ? product.time(s + 1) : -1;
-    T* pre = product.at(s);
+    R* pre = product.at(s);
     const int64_t next_block = product.used ? ahead_rows(a.rows.N) * kGateBlock<T> : 0;
-    const ForwardStep<T> step{a,
+    const int64_t r_begin = me.row_begin, end = std::min(me.row_end, a.rows.count_at(t));
+    const int64_t rows = std::max<int64_t>(0, end - r_begin);
+    R* const split = scratch + parts.split;
+    const R *xr = a.x + (offset + r_begin) * a.I, *hr = a.h[s % 2] + r_begin * a.P;
+    if (a.ih.direct && !product.used) xr = factor_rows<T>(xr, rows, a.I, split);
+    if (a.hh.direct) hr = factor_rows<T>(hr, rows, a.P, split + kUnpackedRows * split_stride<T>(a.I));
+    const ForwardStep<T, S> step{a,
                               t,
                               a.x + offset * a.I,
                               a.h[s % 2],
@@ -298,23 +328,24 @@ void forward(const ForwardArgs<T>& a, const Member& me) {
                               a.h[(s + 1) % 2],
                               a.gates ? a.gates + offset * 4 * a.H : nullptr,
                               next_t,
-                              scratch + parts.block};
-    const int64_t r_begin = me.row_begin, end = std::min(me.row_end, a.rows.count_at(t));
-    const int64_t rows = std::max<int64_t>(0, end - r_begin);
+                              scratch + parts.block,
+                              xr,
+                              hr,
+                              r_begin};
     // A unit block at a time for all rows, where its weights are packed for this step alone; else all blocks
     // for a row group.
     const bool by_block = steps == 1 && !a.hh.packed;
     const bool to_the_left =
-        s % 2 == 1 && turns_around(4.0 * a.P * (me.unit_end - me.unit_begin) * sizeof(T));
+        s % 2 == 1 && turns_around(4.0 * a.P * (me.unit_end - me.unit_begin) * sizeof(S));
     for_row_tiles(rows, by_block ? std::max(rows, kRowGroup) : kRowGroup, [&](int64_t first, int64_t count) {
       const int64_t r0 = r_begin + first;
-      T* first_block = product.used ? pre + first * kGateBlock<T> : pre;
+      R* first_block = product.used ? pre + first * kGateBlock<T> : pre;
       for (int64_t k = 0; k < blocks; ++k) {
         const int64_t j = to_the_left ? blocks - 1 - k : k, u = me.unit_begin + j * W;
-        T* block = first_block + j * next_block;
+        R* block = first_block + j * next_block;
         const auto weights = step.weights(u, product.used, to_the_left && j > 0);
         for_row_tiles(count, kRowGroup, [&](int64_t part, int64_t n) {
-          T* own = product.used ? block + part * kGateBlock<T> : block;
+          R* own = product.used ? block + part * kGateBlock<T> : block;
           step.units(r0 + part, r0 + part + n, u, weights, own, product.used);
         });
       }

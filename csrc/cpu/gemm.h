@@ -1,4 +1,6 @@
-// Register tiles of C (+)= A B on one core, for the products inside the time loop, and the packing of B.
+// Register tiles of C (+)= A B on one core, for the products inside the time loop, and the packing of B. A and
+// C are float or double; B is that, or bfloat16 as stored (Bf16) or in panels (PanelBf16), which is widened as
+// it is read.
 //
 // A panel is kPanel = 2 vectors of columns of B, stored [K][kPanel]: one panel then streams from the cache at
 // two vector loads for every 2*M multiply-adds of a tile of M rows.
@@ -26,11 +28,37 @@ constexpr int kPanel = 2 * kWidth<T>;
 // What a tile fetches into the L2 while it computes: `step` elements further at every k. The first tile of a
 // panel reads it at 32 GB/s a core, which an L3 does not give on demand, and hardware prefetching stops at
 // every page.
-template <class T>
+template <class S>
 struct Ahead {
-  const T* from;
+  const S* from;
   int64_t step;
 };
+
+// The columns of a row of B, two vectors a panel.
+template <class T, int NV, class S>
+FASTLSTM_INLINE void load_columns(const S* b, int64_t next_panel, Vec<T> (&columns)[NV]) {
+#pragma GCC unroll 8
+  for (int n = 0; n < NV; ++n) {
+    if constexpr (std::is_same_v<S, PanelBf16>) {
+      const Bits<T> pairs = bit_cast<Bits<T>>(load(reinterpret_cast<const T*>(b + n / 2 * next_panel)));
+      columns[n] = bit_cast<Vec<T>>(n % 2 ? pairs & 0xffff0000u : pairs << 16);
+    } else {
+      columns[n] = load(b + n / 2 * next_panel + n % 2 * kWidth<T>);
+    }
+  }
+}
+// A row of a panel.
+template <class S>
+FASTLSTM_INLINE void store_panel_row(S* to, Vec<S> first, Vec<S> second) {
+  store(to, first);
+  store(to + kWidth<S>, second);
+}
+FASTLSTM_INLINE Vec<float> pairs_of(Vec<float> first, Vec<float> second) {  // of bfloat16 numbers
+  return bit_cast<Vec<float>>(bit_cast<Bits<float>>(first) >> 16 | bit_cast<Bits<float>>(second));
+}
+FASTLSTM_INLINE void store_panel_row(PanelBf16* to, Vec<float> first, Vec<float> second) {
+  store(reinterpret_cast<float*>(to), pairs_of(first, second));
+}
 
 // Depth of a product's pass: the panel of that depth and a tile's rows of A stay in a 32 KiB L1. Each pass is
 // summed apart, so that rounding errors grow with its depth and not with all of K.
@@ -40,10 +68,10 @@ constexpr int64_t kDepth = 16384 / (2 * FASTLSTM_VECTOR_BYTES);
 // ldc. With transposed_a, a is given as a[k][m]. Columns of b come two vectors a panel, panels `next_panel`
 // elements apart.
 // A function of its own for every shape: inlined beside the others it would have its pointers spilled.
-template <class T, int M, int NV, bool transposed_a = false, bool fetch = false>
-__attribute__((noinline)) void tile(int64_t K, const T* a, int64_t lda, const T* b, int64_t ldb, T* c,
+template <class T, int M, int NV, bool transposed_a = false, bool fetch = false, class S = T>
+__attribute__((noinline)) void tile(int64_t K, const T* a, int64_t lda, const S* b, int64_t ldb, T* c,
                                     int64_t ldc, bool add, int64_t next_panel = kPanel<T>,
-                                    Ahead<T> ahead = {nullptr, 0}) {
+                                    Ahead<S> ahead = {nullptr, 0}) {
   constexpr int W = kWidth<T>;
   // A pointer to every third row, the two after it by lda and 2 lda: one a row would not fit the registers.
   constexpr int kBases = transposed_a ? 1 : (M + 2) / 3;
@@ -53,18 +81,17 @@ __attribute__((noinline)) void tile(int64_t K, const T* a, int64_t lda, const T*
     const T* base[kBases];
 #pragma GCC unroll 8
     for (int g = 0; g < kBases; ++g) base[g] = a + (transposed_a ? k * lda : 3 * g * lda + k);
-    const T* from = ahead.from + k * ahead.step;
-    const T* bk = b + k * ldb;
+    const S* from = ahead.from + k * ahead.step;
+    const S* bk = b + k * ldb;
     Vec<T> acc[M][NV] = {};
     for (; k < end; ++k, bk += ldb) {
       Vec<T> columns[NV];
       if constexpr (fetch) {
         __builtin_prefetch(from, 0, 2);
-        if constexpr (kPanel<T> * sizeof(T) > 64) __builtin_prefetch(from + ahead.step / 2, 0, 2);
+        if constexpr (kPanel<T> * sizeof(S) > 64) __builtin_prefetch(from + ahead.step / 2, 0, 2);
         from += ahead.step;
       }
-#pragma GCC unroll 8
-      for (int n = 0; n < NV; ++n) columns[n] = load(bk + n / 2 * next_panel + n % 2 * W);
+      load_columns<T>(bk, next_panel, columns);
 #pragma GCC unroll 16
       for (int m = 0; m < M; ++m) {
         const T am = transposed_a ? base[0][m] : base[m / 3][m % 3 * lda];
@@ -86,8 +113,8 @@ __attribute__((noinline)) void tile(int64_t K, const T* a, int64_t lda, const T*
 }
 
 // The same for any number of rows up to kTileRows.
-template <class T, int NV, bool transposed_a = false, int M = kTileRows>
-FASTLSTM_INLINE void tile_rows(int rows, int64_t K, const T* a, int64_t lda, const T* b, int64_t ldb, T* c,
+template <class T, int NV, bool transposed_a = false, int M = kTileRows, class S = T>
+FASTLSTM_INLINE void tile_rows(int rows, int64_t K, const T* a, int64_t lda, const S* b, int64_t ldb, T* c,
                                int64_t ldc, bool add, int64_t next_panel = kPanel<T>) {
   if constexpr (M > 0) {
     if (rows == M) return tile<T, M, NV, transposed_a>(K, a, lda, b, ldb, c, ldc, add, next_panel);
@@ -96,17 +123,17 @@ FASTLSTM_INLINE void tile_rows(int rows, int64_t K, const T* a, int64_t lda, con
 }
 
 // c [rows, 2 * kPanel] (+)= a [rows, K] times two neighbouring packed panels, for up to kWideRows rows.
-template <class T>
-FASTLSTM_INLINE void wide_product(int64_t rows, int64_t K, const T* a, int64_t lda, const T* panels, T* c,
+template <class T, class S>
+FASTLSTM_INLINE void wide_product(int64_t rows, int64_t K, const T* a, int64_t lda, const S* panels, T* c,
                                   int64_t ldc, bool add) {
   constexpr int64_t W2 = kPanel<T>;
   tile_rows<T, 4, false, kWideRows>(static_cast<int>(rows), K, a, lda, panels, W2, c, ldc, add, K * W2);
 }
 
 // The same on a packed panel, fetching what comes after it.
-template <class T, int M = kTileRows>
-FASTLSTM_INLINE void panel_rows(int rows, int64_t K, const T* a, int64_t lda, const T* panel, T* c,
-                                int64_t ldc, bool add, Ahead<T> ahead) {
+template <class T, int M = kTileRows, class S = T>
+FASTLSTM_INLINE void panel_rows(int rows, int64_t K, const T* a, int64_t lda, const S* panel, T* c,
+                                int64_t ldc, bool add, Ahead<S> ahead) {
   if constexpr (M > 0) {
     if (rows == M)
       return tile<T, M, 2, false, true>(K, a, lda, panel, kPanel<T>, c, ldc, add, kPanel<T>, ahead);
@@ -131,17 +158,17 @@ FASTLSTM_INLINE void for_row_tiles(int64_t rows, int64_t most, F&& f) {
 
 // c [rows, kPanel] (+)= a [rows, K] times one packed panel, after which `next` is read: by default what lies
 // behind it.
-template <class T>
-FASTLSTM_INLINE void panel_product(int64_t rows, int64_t K, const T* a, int64_t lda, const T* panel, T* c,
-                                   int64_t ldc, bool add = false, const T* next = nullptr) {
+template <class T, class S>
+FASTLSTM_INLINE void panel_product(int64_t rows, int64_t K, const T* a, int64_t lda, const S* panel, T* c,
+                                   int64_t ldc, bool add = false, const S* next = nullptr) {
   constexpr int64_t W2 = kPanel<T>;
   const int64_t tiles = (rows + kTileRows - 1) / kTileRows;
   const int64_t step = (W2 + tiles - 1) / tiles;
   int64_t k = 0;
   do {  // once even for K = 0, whose product is zero
     const int64_t pass = std::min(kDepth, K - k);
-    const T* b = panel + k * W2;
-    Ahead<T> ahead = {next && k + pass == K ? next : b + pass * W2, step};
+    const S* b = panel + k * W2;
+    Ahead<S> ahead = {next && k + pass == K ? next : b + pass * W2, step};
     for_row_tiles(rows, kTileRows, [&](int64_t m, int M) {
       panel_rows<T>(M, pass, a + m * lda + k, lda, b, c + m * ldc, ldc, add || k > 0, ahead);
       ahead.from += pass * step;
@@ -151,8 +178,8 @@ FASTLSTM_INLINE void panel_product(int64_t rows, int64_t K, const T* a, int64_t 
 }
 
 // c [rows, W] (+)= a [rows, K] times the first half of a packed panel.
-template <class T>
-FASTLSTM_INLINE void half_panel_product(int64_t rows, int64_t K, const T* a, int64_t lda, const T* panel,
+template <class T, class S>
+FASTLSTM_INLINE void half_panel_product(int64_t rows, int64_t K, const T* a, int64_t lda, const S* panel,
                                         T* c, int64_t ldc, bool add = false) {
   for_row_tiles(rows, kTileRows, [&](int64_t m, int M) {
     tile_rows<T, 1>(M, K, a + m * lda, lda, panel, kPanel<T>, c + m * ldc, ldc, add);
@@ -160,29 +187,28 @@ FASTLSTM_INLINE void half_panel_product(int64_t rows, int64_t K, const T* a, int
 }
 
 // n <= kPanel elements `stride` apart into a row of a panel, zeros behind them.
-template <class T>
-FASTLSTM_INLINE void copy_panel_row(const T* from, int64_t stride, int64_t n, T* to) {
+template <class T, class S>
+FASTLSTM_INLINE void copy_panel_row(const T* from, int64_t stride, int64_t n, S* to) {
   constexpr int64_t W = kWidth<T>;
-  if (stride == 1) {
-    const int first = static_cast<int>(std::min(W, n));
-    store(to, load_part(from, first));
-    store(to + W, load_part(from + first, static_cast<int>(n) - first));
-    return;
+  Real<T> row[kPanel<T>];
+  if (stride != 1) {
+    for (int64_t j = 0; j < kPanel<T>; ++j) row[j] = j < n ? real(from[j * stride]) : Real<T>(0);
+    return store_panel_row(to, load(row), load(row + W));
   }
-  for (int64_t j = 0; j < kPanel<T>; ++j) to[j] = j < n ? from[j * stride] : T(0);
+  const int first = static_cast<int>(std::min(W, n));
+  store_panel_row(to, load_part(from, first), load_part(from + first, static_cast<int>(n) - first));
 }
 
-// c [rows, columns] (+)= a [rows, K] times a panel of that many columns; of less than a whole one by way of
-// `partial` [kTileRows, kPanel].
-template <class T, bool transposed_a>
-FASTLSTM_INLINE void edge_tile(int rows, int64_t columns, int64_t K, const T* a, int64_t lda, const T* panel,
-                               int64_t ldb, bool add, T* c, int64_t ldc, T* partial) {
+// c [rows, columns] (+)= a [rows, K] times a panel of fewer columns than a whole one, by way of `partial`
+// [kTileRows, kPanel].
+template <class T, bool transposed_a, class S>
+FASTLSTM_INLINE void edge_tile(int rows, int64_t columns, int64_t K, const T* a, int64_t lda, const S* panel,
+                               bool add, T* c, int64_t ldc, T* partial) {
   constexpr int64_t W = kWidth<T>, W2 = kPanel<T>;
-  if (columns == W2) return tile_rows<T, 2, transposed_a>(rows, K, a, lda, panel, ldb, c, ldc, add);
   if (columns > W)
-    tile_rows<T, 2, transposed_a>(rows, K, a, lda, panel, ldb, partial, W2, false);
+    tile_rows<T, 2, transposed_a>(rows, K, a, lda, panel, W2, partial, W2, false);
   else
-    tile_rows<T, 1, transposed_a>(rows, K, a, lda, panel, ldb, partial, W2, false);
+    tile_rows<T, 1, transposed_a>(rows, K, a, lda, panel, W2, partial, W2, false);
   for (int q = 0; q < rows; ++q)
     for (int64_t i = 0; i < columns; i += W) {
       const int part = static_cast<int>(std::min(W, columns - i));
@@ -192,31 +218,30 @@ FASTLSTM_INLINE void edge_tile(int rows, int64_t columns, int64_t K, const T* a,
     }
 }
 
-template <class T, bool transposed_a>
-FASTLSTM_INLINE void small_product_of(const Product<T>& p) {
+template <bool transposed_a, class T, class B>
+FASTLSTM_INLINE void small_product_of(const Product<T, B>& p) {
   constexpr int64_t W2 = kPanel<T>;
   T* panel = p.scratch;               // [k, W2]
   T* partial = p.scratch + p.k * W2;  // [kTileRows, W2]
   for (int64_t j = 0; j < p.n; j += W2) {
     const int64_t columns = std::min(W2, p.n - j);
-    const T* b = p.b + j;
-    int64_t ldb = p.ldb;
-    if (columns < W2) {
-      for (int64_t k = 0; k < p.k; ++k) copy_panel_row(b + k * ldb, 1, columns, panel + k * W2);
-      b = panel;
-      ldb = W2;
-    }
+    const B* b = p.b + j;
+    if (columns < W2)
+      for (int64_t k = 0; k < p.k; ++k) copy_panel_row(b + k * p.ldb, 1, columns, panel + k * W2);
     for_row_tiles(p.m, kTileRows, [&](int64_t r, int rows) {
       const T* a = p.a + (transposed_a ? r : r * p.lda);
-      edge_tile<T, transposed_a>(rows, columns, p.k, a, p.lda, b, ldb, p.add, p.c + r * p.ldc + j, p.ldc,
-                                 partial);
+      T* c = p.c + r * p.ldc + j;
+      if (columns < W2)
+        edge_tile<T, transposed_a>(rows, columns, p.k, a, p.lda, panel, p.add, c, p.ldc, partial);
+      else
+        tile_rows<T, 2, transposed_a>(rows, p.k, a, p.lda, b, p.ldb, c, p.ldc, p.add);
     });
   }
 }
 
 template <class T>
-void small_product(const Product<T>& p) {
-  p.transposed_a ? small_product_of<T, true>(p) : small_product_of<T, false>(p);
+void small_product(const Product<Real<T>, T>& p) {
+  p.transposed_a ? small_product_of<true>(p) : small_product_of<false>(p);
 }
 
 // Elements of scratch that takes.

@@ -9,12 +9,12 @@
 
 namespace fastlstm {
 
-#define FASTLSTM_DECLARE(isa)                             \
-  namespace isa {                                         \
-  template <class T>                                      \
-  const Kernels<T>& table();                              \
-  extern template const Kernels<float>& table<float>();   \
-  extern template const Kernels<double>& table<double>(); \
+#define FASTLSTM_EXTERN(...) extern template const Kernels<__VA_ARGS__>& table<__VA_ARGS__>();
+#define FASTLSTM_DECLARE(isa)                \
+  namespace isa {                            \
+  template <class T, class S>                \
+  const Kernels<T, S>& table();              \
+  FASTLSTM_FOR_EACH_KERNELS(FASTLSTM_EXTERN) \
   }
 FASTLSTM_DECLARE(baseline)
 #if defined(__x86_64__)
@@ -22,6 +22,7 @@ FASTLSTM_DECLARE(avx2)
 FASTLSTM_DECLARE(avx512)
 #endif
 #undef FASTLSTM_DECLARE
+#undef FASTLSTM_EXTERN
 
 namespace {
 
@@ -70,15 +71,16 @@ const char* isa_name() {
 
 const char* bfloat16_isa_name() { return bf16::kernels() ? bf16::kernels()->name : isa_name(); }
 
-template <class T>
-const Kernels<T>& kernels() {
+template <class T, class S>
+const Kernels<T, S>& kernels() {
 #if defined(__x86_64__)
-  if (chosen() == Isa::kAvx512) return avx512::table<T>();
-  if (chosen() == Isa::kAvx2) return avx2::table<T>();
+  if (chosen() == Isa::kAvx512) return avx512::table<T, S>();
+  if (chosen() == Isa::kAvx2) return avx2::table<T, S>();
 #endif
-  return baseline::table<T>();
+  return baseline::table<T, S>();
 }
-template const Kernels<float>& kernels<float>();
-template const Kernels<double>& kernels<double>();
+#define FASTLSTM_INSTANTIATE(...) template const Kernels<__VA_ARGS__>& kernels<__VA_ARGS__>();
+FASTLSTM_FOR_EACH_KERNELS(FASTLSTM_INSTANTIATE)
+#undef FASTLSTM_INSTANTIATE
 
 }  // namespace fastlstm

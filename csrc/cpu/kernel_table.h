@@ -42,6 +42,13 @@ void map(const T* x, T* y, int64_t n) {
   if (k < n) store_part(y + k, F(load_part(x + k, static_cast<int>(n - k))), static_cast<int>(n - k));
 }
 template <class T>
+void round_numbers(const Real<T>* x, int64_t n, T* y) {
+  constexpr int W = kWidth<T>;
+  int64_t k = 0;
+  for (; k + W <= n; k += W) store(y + k, load(x + k));
+  if (k < n) store_part(y + k, load_part(x + k, static_cast<int>(n - k)), static_cast<int>(n - k));
+}
+template <class T>
 Vec<T> sigmoid_of(Vec<T> x) {
   return Activation<T>::sigmoid(x);
 }
@@ -50,27 +57,30 @@ Vec<T> tanh_of(Vec<T> x) {
   return Activation<T>::tanh(x);
 }
 
-template <class T>
-const Kernels<T>& table() {
-  static const Kernels<T> kernels = {kWidth<T>,
-                                     kPanel<T>,
-                                     forward_packed_size<T>,
-                                     pack_forward<T>,
-                                     columns_packed_size<T>,
-                                     pack_columns<T>,
-                                     padded_columns<T>,
-                                     forward_scratch<T>,
-                                     backward_scratch<T>,
-                                     forward<T>,
-                                     backward<T>,
-                                     small_product<T>,
-                                     small_product_scratch<T>,
-                                     column_sums<T>,
-                                     map<T, sigmoid_of<T>>,
-                                     map<T, tanh_of<T>>};
+template <class T, class S>
+const Kernels<T, S>& table() {
+  using R = Real<T>;
+  static const Kernels<T, S> kernels = {kWidth<T>,
+                                        kPanel<T>,
+                                        forward_packed_size<T>,
+                                        pack_forward<T, S>,
+                                        columns_packed_size<T>,
+                                        pack_columns<T, S>,
+                                        padded_columns<T>,
+                                        forward_scratch<T>,
+                                        backward_scratch<T>,
+                                        forward<T, S>,
+                                        backward<T, S>,
+                                        small_product<T>,
+                                        small_product_scratch<R>,
+                                        column_sums<R>,
+                                        round_numbers<T>,
+                                        map<T, sigmoid_of<T>>,
+                                        map<T, tanh_of<T>>};
   return kernels;
 }
-template const Kernels<float>& table<float>();
-template const Kernels<double>& table<double>();
+#define FASTLSTM_INSTANTIATE(...) template const Kernels<__VA_ARGS__>& table<__VA_ARGS__>();
+FASTLSTM_FOR_EACH_KERNELS(FASTLSTM_INSTANTIATE)
+#undef FASTLSTM_INSTANTIATE
 
 }  // namespace fastlstm::FASTLSTM_ISA

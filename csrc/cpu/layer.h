@@ -2,6 +2,7 @@
 #pragma once
 
 #include <ATen/Parallel.h>
+#include <ATen/ops/empty.h>
 
 #include <algorithm>
 #include <array>
@@ -16,7 +17,7 @@
 
 namespace fastlstm {
 
-// The contract's ops for float and double (cpu/layer_forward.cpp, cpu/layer_backward.cpp).
+// The contract's ops for tensors of T = float, double or Bf16 (cpu/layer_forward.cpp, cpu/layer_backward.cpp).
 template <class T>
 LayerResults forward(const at::Tensor& x, const OptionalTensor& h0, const OptionalTensor& c0,
                      at::TensorList weights, const OptionalTensor& lengths, const OptionalTensor& reset_mask,
@@ -28,11 +29,61 @@ LayerGradients backward(const OptionalTensor& dy_in, const OptionalTensor& dh_n,
                         const OptionalTensor& reset_mask, const at::Tensor& y_in, const at::Tensor& cells_in,
                         const at::Tensor& reserve_in, const c10::List<bool>& needs);
 
-// The same for bfloat16 on the kernels of cpu/bf16.h, which serve layers without projection where the CPU has
-// them (cpu/layer_bf16.cpp).
-bool bf16_serves(const LayerSizes& s, at::ScalarType dtype);
+// The same for bfloat16 on the kernels of cpu/bf16.h (cpu/layer_bf16.cpp), for N rows of all steps where
+// bf16_serves.
+bool bf16_serves(const LayerSizes& s, int64_t N);
 LayerForward forward_bf16;
 LayerBackward backward_bf16;
+
+template <class T>
+using Stored = std::conditional_t<std::is_same_v<T, Bf16>, at::BFloat16, T>;
+
+template <class T>
+const T* data_of(const at::Tensor& t) {
+  return reinterpret_cast<const T*>(t.const_data_ptr<Stored<T>>());
+}
+template <class T>
+T* writable(const at::Tensor& t) {
+  return reinterpret_cast<T*>(t.mutable_data_ptr<Stored<T>>());
+}
+// n numbers stored as From into numbers stored as To.
+template <class From, class To>
+void copy_numbers(const From* from, int64_t n, To* to) {
+  if constexpr (std::is_same_v<From, To>) {
+    std::copy_n(from, n, to);
+  } else {
+    static_assert(std::is_same_v<From, Bf16> != std::is_same_v<To, Bf16>);
+    if constexpr (std::is_same_v<To, Bf16>)
+      kernels<Bf16>().round(from, n, to);
+    else
+      for (int64_t k = 0; k < n; ++k) to[k] = c10::detail::f32_from_bits(from[k]);
+  }
+}
+// What buffers of sums and states are of where x is stored as T.
+template <class T>
+at::Tensor real_like(const at::Tensor& x) {
+  if constexpr (!std::is_same_v<T, Bf16>) return x;
+  static const at::Tensor empty = at::empty({0}, at::kFloat);
+  return empty;
+}
+template <class T>
+at::Tensor to_real(const at::Tensor& t) {
+  if constexpr (!std::is_same_v<T, Bf16>) return t;
+  if (t.numel() > (1 << 15) || !t.is_contiguous()) return t.to(at::kFloat);
+  const at::Tensor out = new_empty(t.sizes(), real_like<T>(t));  // sooner than the dispatcher
+  copy_numbers(data_of<Bf16>(t), t.numel(), out.mutable_data_ptr<float>());
+  return out;
+}
+
+template <class T>
+at::Tensor from_real(const at::Tensor& t) {
+  if constexpr (!std::is_same_v<T, Bf16>) return t;
+  if (t.numel() > (1 << 15)) return t.to(at::kBFloat16);
+  static const at::Tensor like = at::empty({0}, at::kBFloat16);
+  const at::Tensor out = new_empty(t.sizes(), like);
+  copy_numbers(t.const_data_ptr<float>(), t.numel(), writable<Bf16>(out));
+  return out;
+}
 
 // Where each direction's part lies in a Workspace.
 using PerDirection = std::array<int64_t, 2>;
@@ -62,13 +113,18 @@ class Workspace {
 
 // Up to so many rows of all steps, forward reads weights as they are stored: packing takes what 3 to 5 rows
 // save by it.
-constexpr int64_t kDirectRows = 4;
+constexpr int64_t kDirectRows = kUnpackedRows;
 // Whether backward packs W_hh, a copy, for steps of up to B rows, N of all steps, of which a thread reads so
 // many bytes in each: from an L2 it reads them about as fast where they are stored, a column's elements a row
 // apart, but not from what lies behind.
-inline bool packs_backward(int64_t N, int64_t B, int64_t bytes) {
-  return N > (B > 2 ? 12 : bytes < l2_bytes() ? 64 : 8);
+// bfloat16 that is read so is widened each time, which takes longer than from a panel.
+inline bool packs_backward(int64_t N, int64_t B, int64_t bytes, bool bf16 = false) {
+  return N > (B > 2 ? 12 : bytes < l2_bytes() && !bf16 ? 64 : 8);
 }
+
+// Whether panels of bfloat16, of which a thread reads so many numbers in each step, stay bfloat16: an L2 that
+// holds them as floats gives these as fast as they are multiplied, and widening would come on top.
+inline bool narrow_panels(int64_t numbers) { return numbers * sizeof(float) > 0.75 * l2_bytes(); }
 
 // Calls f(begin, end) over [0, n) in parallel, in multiples of `block` of which each takes `work` elements.
 template <class F>
@@ -78,37 +134,39 @@ void for_blocks(int64_t n, int64_t block, int64_t work, F&& f) {
 }
 
 // B [K, N] of any strides into panels of columns.
-template <class T>
-void pack_columns(const at::Tensor& b, T* packed) {
-  const Kernels<T>& k = kernels<T>();
+template <class T, class S>
+void pack_columns(const at::Tensor& b, S* packed) {
+  const Kernels<T, S>& k = kernels<T, S>();
   const int64_t K = b.size(0);
   for_blocks(b.size(1), k.unit_block, K * k.unit_block, [&](int64_t begin, int64_t end) {
-    k.pack_columns(b.const_data_ptr<T>(), K, b.stride(0), b.stride(1), begin, end, packed);
+    k.pack_columns(data_of<T>(b), K, b.stride(0), b.stride(1), begin, end, packed);
   });
 }
 
 // state [D, B, n] of direction d into sorted rows of stride ld; zeros for none.
 template <class T>
-void gather_state(const OptionalTensor& state, int64_t d, const Rows& rows, int64_t n, T* out, int64_t ld) {
-  const T* in = state ? state->const_data_ptr<T>() + d * rows.B * n : nullptr;
+void gather_state(const OptionalTensor& state, int64_t d, const Rows& rows, int64_t n, Real<T>* out,
+                  int64_t ld) {
+  const T* in = state ? data_of<T>(*state) + d * rows.B * n : nullptr;
   for (int64_t r = 0; r < rows.B; ++r) {
     if (in)
-      std::copy_n(in + rows.batch_row_at(r) * n, n, out + r * ld);
+      copy_numbers(in + rows.batch_row_at(r) * n, n, out + r * ld);
     else
-      std::fill_n(out + r * ld, n, T(0));
+      std::fill_n(out + r * ld, n, Real<T>(0));
   }
 }
 
 // bias_ih + bias_hh [4H], zeros without.
 template <class T>
-void sum_biases(const at::Tensor& bias_ih, const at::Tensor& bias_hh, int64_t H, T* out) {
+void sum_biases(const at::Tensor& bias_ih, const at::Tensor& bias_hh, int64_t H, Real<T>* out) {
   if (!bias_ih.defined()) {
-    std::fill_n(out, 4 * H, T(0));
+    std::fill_n(out, 4 * H, Real<T>(0));
     return;
   }
   const at::Tensor ih = bias_ih.contiguous(), hh = bias_hh.contiguous();
-  std::transform(ih.const_data_ptr<T>(), ih.const_data_ptr<T>() + 4 * H, hh.const_data_ptr<T>(), out,
-                 std::plus<T>());
+  copy_numbers(data_of<T>(ih), 4 * H, out);
+  const Stored<T>* second = hh.const_data_ptr<Stored<T>>();
+  for (int64_t k = 0; k < 4 * H; ++k) out[k] += Real<T>(second[k]);
 }
 
 inline OptionalTensor contiguous(const OptionalTensor& t) { return t ? OptionalTensor(t->contiguous()) : t; }

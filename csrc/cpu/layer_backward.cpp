@@ -27,18 +27,23 @@ constexpr int64_t kDeep = 4096;
 // takes what the N rows gain by it where they are few, except for the narrowest.
 class WeightGradient {
  public:
-  WeightGradient(const at::Tensor& dw, int64_t rows, int64_t N) : dw_(dw), sum_(dw) {
+  WeightGradient(const at::Tensor& dw, int64_t rows, int64_t N)
+      : dw_(dw), sum_(dw), narrow_(dw.scalar_type() == at::kBFloat16), in_blocks_(narrow_ && rows == N) {
     const bool matrix = dw.dim() == 2;  // no bias, and wanted
-    if (!matrix) return;
+    in_blocks_ &= matrix;
+    if (narrow_ && !in_blocks_) sum_ = new_empty(dw.sizes(), real_like<Bf16>(dw));
+    if (!matrix || in_blocks_) return;
     const int64_t n = dw.size(1);
     const bool narrow = n <= 64 || (n <= 112 && N >= 1024) || (n <= 224 && N >= 2048);
     transposed_ = narrow && dw.numel() * rows > kOwnProducts;
-    if (transposed_) sum_ = new_empty({dw.size(1), dw.size(0)}, dw);
-    if (dw.scalar_type() == at::kFloat && N > 4 * kDeep) total_ = at::zeros_like(sum_, at::kDouble);
+    if (transposed_) sum_ = new_empty({dw.size(1), dw.size(0)}, sum_);
+    if (sum_.scalar_type() == at::kFloat && N > 4 * kDeep) total_ = at::zeros_like(sum_, at::kDouble);
   }
   // States with row stride ld.
   template <class T>
   void add(int64_t rows, const T* dgates, const T* states, int64_t ld, bool add) {
+    if constexpr (std::is_same_v<T, float>)
+      if (in_blocks_) return add_in_blocks(rows, dgates, states, ld, add);
     const int64_t m = dw_.size(0), n = dw_.size(1), most = total_.defined() ? kDeep : rows;
     T* out = sum_.mutable_data_ptr<T>();
     if (rows == 0 && !add) std::fill_n(out, m * n, T(0));
@@ -55,12 +60,38 @@ class WeightGradient {
   }
   void finish() {
     const at::Tensor& found = total_.defined() ? total_ : sum_;
-    if (!found.is_same(dw_)) dw_.copy_(transposed_ ? found.t() : found);
+    if (found.is_same(dw_)) return;
+    const at::Tensor dw = transposed_ ? found.t() : found;
+    dw_.copy_(narrow_ ? dw.contiguous() : dw);  // a copy that transposes and rounds is slow
   }
+  // Where a bias is summed.
+  const at::Tensor& sum() const { return sum_; }
 
  private:
+  // All N rows at once, some rows of dw at a time, so that these are rounded while a cache holds them.
+  void add_in_blocks(int64_t rows, const float* dgates, const float* states, int64_t ld, bool add) {
+    constexpr int64_t kBlockElements = 1 << 16;
+    const int64_t m = dw_.size(0), n = dw_.size(1),
+                  block = std::max<int64_t>(1, kBlockElements / std::max<int64_t>(16, n) / 16) * 16;
+    if (rows == 0) {
+      if (!add) dw_.zero_();
+      return;
+    }
+    Bf16* out = writable<Bf16>(dw_);
+    for_blocks(m, block, block * n * rows, [&](int64_t begin, int64_t end) {
+      thread_local std::vector<float> sums;
+      sums.resize(std::max<size_t>(sums.size(), block * n));
+      for (int64_t j = begin; j < end; j += block) {
+        const int64_t count = std::min(block, end - j);
+        if (add) copy_numbers(out + j * n, count * n, sums.data());
+        multiply<float>({count, n, rows, dgates + j, m, true, states, ld, add, sums.data(), n, nullptr});
+        copy_numbers(sums.data(), count * n, out + j * n);
+      }
+    });
+  }
+
   at::Tensor dw_, sum_, total_;
-  bool transposed_ = false;
+  bool narrow_, in_blocks_, transposed_ = false;
 };
 
 // dW_hh [4H, P] (+)= dgates^T times the states that entered the span's steps. In a plain batch these are y
@@ -104,21 +135,22 @@ template <class T>
 bool is_identity(const at::Tensor& w, const LayerSizes& s, int64_t d) {
   const int64_t G = 4 * s.H;
   if (s.I != s.D * G) return false;
-  const T* row = w.const_data_ptr<T>();
+  const Stored<T>* row = w.const_data_ptr<Stored<T>>();
   for (int64_t r = 0; r < G; ++r, row += s.I)
     for (int64_t c = 0; c < s.I; ++c)
-      if (row[c] != T(c == d * G + r)) return false;
+      if (row[c] != Stored<T>(c == d * G + r)) return false;
   return true;
 }
 
-}  // namespace
-
-template <class T>
-LayerGradients backward(const OptionalTensor& dy_in, const OptionalTensor& dh_n, const OptionalTensor& dc_n,
-                        const OptionalTensor& dcells_in, const at::Tensor& x, const OptionalTensor& h0_in,
-                        const OptionalTensor& c0, at::TensorList weights, const OptionalTensor& lengths,
-                        const OptionalTensor& reset_mask, const at::Tensor& y_in, const at::Tensor& cells_in,
-                        const at::Tensor& reserve_in, const c10::List<bool>& needs) {
+// With panels of S.
+template <class T, class S>
+LayerGradients backward_on(const OptionalTensor& dy_in, const OptionalTensor& dh_n,
+                           const OptionalTensor& dc_n, const OptionalTensor& dcells_in, const at::Tensor& x,
+                           const OptionalTensor& h0_in, const OptionalTensor& c0, at::TensorList weights,
+                           const OptionalTensor& lengths, const OptionalTensor& reset_mask,
+                           const at::Tensor& y_in, const at::Tensor& cells_in, const at::Tensor& reserve_in,
+                           const c10::List<bool>& needs) {
+  using R = Real<T>;
   const LayerSizes s(x, weights, lengths);
   // A saved-tensor hook may give back other strides.
   const at::Tensor y = y_in.contiguous(), cells = cells_in.contiguous(), reserve = reserve_in.contiguous();
@@ -135,48 +167,52 @@ LayerGradients backward(const OptionalTensor& dy_in, const OptionalTensor& dh_n,
     return {zeros(0, x.sizes()), zeros(1, {D, B, P}), zeros(2, {D, B, H}), dweights};
   }
   const Ragged ragged(s, lengths, reset_mask);
-  const Kernels<T>& kernel = kernels<T>();
+  const Kernels<T, S>& kernel = kernels<T, S>();
   const int64_t N = ragged.N();
   std::vector<Rows> rows;
   for (int64_t d = 0; d < D; ++d) rows.push_back(ragged.rows(d));
   const Plan plan = make_plan(kernel, D, rows[0], 0, H, P);
-  const int64_t read = 4 * H * P * sizeof(T) / (plan.split_units ? plan.members : 1);
-  const bool pack = packs_backward(N, B, read);
+  const int64_t read = 4 * H * P * sizeof(R) / (plan.split_units ? plan.members : 1);
+  const bool pack = packs_backward(N, B, read, std::is_same_v<T, Bf16>);
   const int64_t ld = kernel.padded_columns(P);
   const int64_t packed_size = pack ? kernel.columns_packed_size(4 * H, P) : 0;
   const OptionalTensor dy = contiguous(dy_in), dcells = contiguous(dcells_in), h0 = contiguous(h0_in);
+  const at::Tensor y_real = to_real<T>(y);
+  const OptionalTensor h0_real = h0 ? OptionalTensor(to_real<T>(*h0)) : h0;
 
-  const int64_t chunk = chunk_steps(s, sizeof(T), 1024, int64_t{4} << 20);
+  const int64_t chunk = chunk_steps(s, sizeof(R), 1024, int64_t{4} << 20);
 
   const auto need_hr = [&](int64_t d) { return s.proj() && needs[3 + (d + 1) * s.per_direction - 1]; };
-  Workspace<T> space;
+  const auto of_panels = [](int64_t n) { return (n * int64_t(sizeof(S)) + 3) / int64_t(sizeof(R)); };
+  Workspace<R> space;
   PerDirection dh_at, dc_at, c0_at, packed_at, hr_at, dgates_at, dr_at, hidden_at;
   for (int64_t d = 0; d < D; ++d) {
     dh_at[d] = space.take(B * ld);
     dc_at[d] = space.take(B * H);
     c0_at[d] = space.take(B * H);
-    packed_at[d] = space.take(plan.copies * packed_size);
-    hr_at[d] = space.take(s.proj() ? kernel.columns_packed_size(P, H) : 0);
+    packed_at[d] = space.take(of_panels(plan.copies * packed_size));
+    hr_at[d] = space.take(s.proj() ? of_panels(kernel.columns_packed_size(P, H)) : 0);
     dgates_at[d] = space.take(chunk * B * 4 * H);
     dr_at[d] = space.take(s.proj() ? chunk * B * P : 0);
     hidden_at[d] = space.take(need_hr(d) ? chunk * B * H : 0);
   }
   const int64_t scratch_at = space.take(plan.threads() * kernel.backward_scratch(H, P));
-  space.allocate(x);
+  space.allocate(real_like<T>(x));
+  const auto panels = [&](int64_t at) { return reinterpret_cast<S*>(space.at(at)); };
 
-  const auto pack_hh = [&](const BackwardArgs<T>& a, int64_t begin, int64_t end) {
+  const auto pack_hh = [&](const BackwardArgs<T, S>& a, int64_t begin, int64_t end) {
     kernel.pack_columns(a.w_hh, 4 * H, P, 1, begin, end, a.packed);
   };
-  std::vector<BackwardArgs<T>> args;
+  std::vector<BackwardArgs<T, S>> args;
   std::vector<at::Tensor> hold;
   for (int64_t d = 0; d < D; ++d) {
     const DirectionWeights w(s, weights, d);
     hold.push_back(w.hh.contiguous());
-    const T* w_hh = hold.back().const_data_ptr<T>();
+    const T* w_hh = data_of<T>(hold.back());
     gather_state<T>(contiguous(dh_n), d, rows[d], P, space.at(dh_at[d]), ld);
     gather_state<T>(contiguous(dc_n), d, rows[d], H, space.at(dc_at[d]), H);
     gather_state<T>(contiguous(c0), d, rows[d], H, space.at(c0_at[d]), H);
-    if (s.proj()) pack_columns<T>(w.hr, space.at(hr_at[d]));
+    if (s.proj()) pack_columns<T>(w.hr, panels(hr_at[d]));
     args.push_back({rows[d],
                     H,
                     P,
@@ -184,17 +220,17 @@ LayerGradients backward(const OptionalTensor& dy_in, const OptionalTensor& dh_n,
                     0,
                     0,
                     0,
-                    reserve.const_data_ptr<T>() + d * s.rows() * 4 * H,
-                    cells.const_data_ptr<T>() + d * H,
+                    data_of<T>(reserve) + d * s.rows() * 4 * H,
+                    data_of<T>(cells) + d * H,
                     space.at(c0_at[d]),
-                    dy ? dy->const_data_ptr<T>() + d * P : nullptr,
-                    dcells ? dcells->const_data_ptr<T>() + d * H : nullptr,
+                    dy ? data_of<T>(*dy) + d * P : nullptr,
+                    dcells ? data_of<T>(*dcells) + d * H : nullptr,
                     D * H,
                     D * P,
                     D * H,
                     w_hh,
-                    pack ? space.at(packed_at[d]) : nullptr,
-                    s.proj() ? space.at(hr_at[d]) : nullptr,
+                    pack ? panels(packed_at[d]) : nullptr,
+                    s.proj() ? panels(hr_at[d]) : nullptr,
                     space.at(dgates_at[d]),
                     s.proj() ? space.at(dr_at[d]) : nullptr,
                     need_hr(d) ? space.at(hidden_at[d]) : nullptr,
@@ -215,17 +251,18 @@ LayerGradients backward(const OptionalTensor& dy_in, const OptionalTensor& dh_n,
     gradients.emplace_back(dweights[k], std::min(N, chunk * B), N);
     need_input |= needs[3 + k] && k % s.per_direction == 0;
   }
-  const at::Tensor input = need_input ? packed_input<T>(x, s, ragged) : at::Tensor();
+  const at::Tensor input = need_input ? to_real<T>(packed_input<Stored<T>>(x, s, ragged)) : at::Tensor();
   // Both directions add to dx, each from its own end.
   const std::vector<int64_t> sizes = ragged.padded() ? std::vector{N, s.I} : x.sizes().vec();
-  const at::Tensor dx_rows = !needs[0] ? none() : D == 1 ? new_empty(sizes, x) : new_zeros(sizes, x);
+  const at::Tensor like = real_like<T>(x);
+  const at::Tensor dx_rows = !needs[0] ? none() : D == 1 ? new_empty(sizes, like) : new_zeros(sizes, like);
   std::vector<at::Tensor> w_ih, states(D);
   std::vector<bool> identity;
   for (int64_t d = 0; d < D; ++d) {
     const int64_t at = d * s.per_direction;
     w_ih.push_back(weights[at].contiguous());
     identity.push_back(needs[0] && is_identity<T>(w_ih[d], s, d));
-    if (needs[3 + at + 1] && !ragged.plain()) states[d] = entering_states<T>(y, h0, s, ragged, d);
+    if (needs[3 + at + 1] && !ragged.plain()) states[d] = entering_states<R>(y_real, h0_real, s, ragged, d);
   }
 
   for (int64_t end = s.T; end > 0; end -= std::min(end, chunk)) {
@@ -235,10 +272,10 @@ LayerGradients backward(const OptionalTensor& dy_in, const OptionalTensor& dh_n,
       args[d].first = first;
       args[d].steps = end - first;
       args[d].base = Span(s, ragged, d, first, end - first).begin;
-      if (identity[d] && D == 1) args[d].dgates = dx_rows.mutable_data_ptr<T>() + args[d].base * s.I;
+      if (identity[d] && D == 1) args[d].dgates = dx_rows.mutable_data_ptr<R>() + args[d].base * s.I;
     }
     run_plan(plan, rows, H, P, kernel.unit_block, [&](int64_t d, const Member& me) {
-      BackwardArgs<T> mine = args[d];
+      BackwardArgs<T, S> mine = args[d];
       if (pack) mine.packed += plan.copy(me.index) * packed_size;
       // Once for all steps; a copy anew, since its thread may have been missing before.
       if (pack && plan.own_weights() && (!add || plan.copies > 1))
@@ -248,38 +285,39 @@ LayerGradients backward(const OptionalTensor& dy_in, const OptionalTensor& dh_n,
     for (int64_t d = 0; d < D; ++d) {
       const Span span(s, ragged, d, first, end - first);
       const int64_t at = d * s.per_direction, n = span.rows();
-      const T* dgates = args[d].dgates;
+      const R* dgates = args[d].dgates;
       const auto need = [&](int64_t k) { return needs[3 + at + k]; };
       if (needs[0] && n > 0) {
-        T* dx = dx_rows.mutable_data_ptr<T>() + span.begin * s.I;
+        R* dx = dx_rows.mutable_data_ptr<R>() + span.begin * s.I;
         if (identity[d] && D == 2)  // with one direction dgates lies in dx
           for (int64_t r = 0; r < n; ++r)
             for (int64_t k = 0; k < 4 * H; ++k) dx[r * s.I + d * 4 * H + k] += dgates[r * 4 * H + k];
         else if (!identity[d])
-          multiply<T>({n, s.I, 4 * H, dgates, 4 * H, false, w_ih[d].const_data_ptr<T>(), s.I, D > 1, dx, s.I,
-                       nullptr});
+          multiply<R, T>(
+              {n, s.I, 4 * H, dgates, 4 * H, false, data_of<T>(w_ih[d]), s.I, D > 1, dx, s.I, nullptr});
       }
-      if (need(0)) gradients[at].add(n, dgates, input.const_data_ptr<T>() + span.begin * s.I, s.I, add);
+      if (need(0)) gradients[at].add(n, dgates, input.const_data_ptr<R>() + span.begin * s.I, s.I, add);
       if (need(1) && ragged.plain())
-        recurrent_gradient<T>(span, dgates, y, h0, s, d, add, gradients[at + 1]);
+        recurrent_gradient<R>(span, dgates, y_real, h0_real, s, d, add, gradients[at + 1]);
       else if (need(1))
-        gradients[at + 1].add(n, dgates, states[d].const_data_ptr<T>() + span.begin * P, P, add);
-      if (s.bias && (need(2) || need(3))) bias_gradient<T>(n, dgates, add, dweights[at + (need(2) ? 2 : 3)]);
+        gradients[at + 1].add(n, dgates, states[d].const_data_ptr<R>() + span.begin * P, P, add);
+      if (s.bias && (need(2) || need(3))) 
+        bias_gradient<R>(n, dgates, add, gradients[at + (need(2) ? 2 : 3)].sum());
       if (need_hr(d)) gradients[at + s.per_direction - 1].add(n, args[d].dr, args[d].hidden, H, add);
     }
   }
   for (WeightGradient& gradient : gradients) gradient.finish();
   for (int64_t at = 0; s.bias && at < D * s.per_direction; at += s.per_direction)
     if (needs[3 + at + 2] && needs[3 + at + 3])
-      std::copy_n(dweights[at + 2].const_data_ptr<T>(), 4 * H, dweights[at + 3].mutable_data_ptr<T>());
+      std::copy_n(data_of<T>(dweights[at + 2]), 4 * H, writable<T>(dweights[at + 3]));
 
-  at::Tensor dx = dx_rows;
+  at::Tensor dx = !needs[0] || ragged.padded() ? dx_rows : from_real<T>(dx_rows);
   if (needs[0] && ragged.padded()) {
     dx = new_zeros(x.sizes(), x);
-    const T* from = dx_rows.const_data_ptr<T>();
-    T* to = dx.mutable_data_ptr<T>();
+    const R* from = dx_rows.const_data_ptr<R>();
+    T* to = writable<T>(dx);
     ragged.for_each_row([&](int64_t packed_row, int64_t row, int64_t, int64_t) {
-      std::copy_n(from + packed_row * s.I, s.I, to + row * s.I);
+      copy_numbers(from + packed_row * s.I, s.I, to + row * s.I);
     });
   }
   const auto state_gradient = [&](bool need, const PerDirection& at, int64_t n, int64_t stride) {
@@ -287,12 +325,31 @@ LayerGradients backward(const OptionalTensor& dy_in, const OptionalTensor& dh_n,
     at::Tensor grad = new_empty({D, B, n}, x);
     for (int64_t d = 0; d < D; ++d)
       for (int64_t r = 0; r < B; ++r)
-        std::copy_n(space.at(at[d]) + r * stride, n,
-                    grad.mutable_data_ptr<T>() + (d * B + rows[d].batch_row_at(r)) * n);
+        copy_numbers(space.at(at[d]) + r * stride, n,
+                     writable<T>(grad) + (d * B + rows[d].batch_row_at(r)) * n);
     return grad;
   };
   const at::Tensor dh0 = state_gradient(needs[1], dh_at, P, ld), dc0 = state_gradient(needs[2], dc_at, H, H);
   return {dx, dh0, dc0, dweights};
+}
+
+}  // namespace
+
+template <class T>
+LayerGradients backward(const OptionalTensor& dy, const OptionalTensor& dh_n, const OptionalTensor& dc_n,
+                        const OptionalTensor& dcells, const at::Tensor& x, const OptionalTensor& h0,
+                        const OptionalTensor& c0, at::TensorList weights, const OptionalTensor& lengths,
+                        const OptionalTensor& reset_mask, const at::Tensor& y, const at::Tensor& cells,
+                        const at::Tensor& reserve, const c10::List<bool>& needs) {
+  const LayerSizes s(x, weights, lengths);
+  if constexpr (std::is_same_v<T, Bf16>) {
+    const Plan plan = make_plan(kernels<T>(), s.D, Ragged(s, lengths, {}).rows(0), 0, s.H, s.P);
+    if (narrow_panels(4 * s.H * s.P / (plan.split_units ? plan.members : 1)))
+      return backward_on<T, PanelBf16>(dy, dh_n, dc_n, dcells, x, h0, c0, weights, lengths, reset_mask, y,
+                                       cells, reserve, needs);
+  }
+  return backward_on<T, Real<T>>(dy, dh_n, dc_n, dcells, x, h0, c0, weights, lengths, reset_mask, y, cells,
+                                 reserve, needs);
 }
 
 #define FASTLSTM_INSTANTIATE(T)                                                                            \
@@ -303,6 +360,7 @@ LayerGradients backward(const OptionalTensor& dy_in, const OptionalTensor& dh_n,
                                       const at::Tensor&, const c10::List<bool>&);
 FASTLSTM_INSTANTIATE(float)
 FASTLSTM_INSTANTIATE(double)
+FASTLSTM_INSTANTIATE(Bf16)
 #undef FASTLSTM_INSTANTIATE
 
 }  // namespace fastlstm

@@ -9,7 +9,6 @@ namespace fastlstm {
 namespace {
 
 using at::BFloat16;
-using bf16::Bf16;
 
 const Bf16* bits(const BFloat16* p) { return reinterpret_cast<const Bf16*>(p); }
 Bf16* bits(BFloat16* p) { return reinterpret_cast<Bf16*>(p); }
@@ -85,8 +84,9 @@ class PiecewiseGradient {
 
 }  // namespace
 
-bool bf16_serves(const LayerSizes& s, at::ScalarType dtype) {
-  return dtype == at::kBFloat16 && !s.proj() && s.H > 0 && s.I > 0 && bf16::kernels();
+// They pack the weights, which takes what the products of a few rows save by it.
+bool bf16_serves(const LayerSizes& s, int64_t N) {
+  return N > kDirectRows && !s.proj() && s.H > 0 && s.I > 0 && bf16::kernels();
 }
 
 LayerResults forward_bf16(const at::Tensor& x, const OptionalTensor& h0, const OptionalTensor& c0,

@@ -6,9 +6,9 @@ namespace fastlstm {
 namespace {
 
 // The weights of a direction that are packed before its steps, units [begin, end) of them.
-template <class T>
-void pack_forward(const ForwardArgs<T>& a, int64_t begin, int64_t end) {
-  const Kernels<T>& k = kernels<T>();
+template <class T, class S>
+void pack_forward(const ForwardArgs<T, S>& a, int64_t begin, int64_t end) {
+  const Kernels<T, S>& k = kernels<T, S>();
   if (a.ih.packed) k.pack_forward(a.ih.stored, a.H, a.I, begin, end, a.ih.packed);
   if (a.hh.packed) k.pack_forward(a.hh.stored, a.H, a.P, begin, end, a.hh.packed);
 }
@@ -17,19 +17,16 @@ void pack_forward(const ForwardArgs<T>& a, int64_t begin, int64_t end) {
 // in an L2, packed or not, a few rows repay the packing; a larger one comes through the L3 to be packed and
 // back, and from 4 MiB on every step waits for the L3 either way.
 bool reads_as_stored(int64_t N, int64_t B, int64_t bytes) {
-  return bytes > (1 << 19) && B <= 4 && (N <= 48 || bytes > (1 << 22));
+  return bytes > (1 << 19) && B <= kUnpackedRows && (N <= 48 || bytes > (1 << 22));
 }
 
-}  // namespace
-
-template <class T>
-LayerResults forward(const at::Tensor& x, const OptionalTensor& h0, const OptionalTensor& c0,
-                     at::TensorList weights, const OptionalTensor& lengths, const OptionalTensor& reset_mask,
-                     bool keep_cells, bool keep_reserve) {
-  const LayerSizes s(x, weights, lengths);
-  s.check_inputs(x, h0, c0, lengths, reset_mask);
-  const Ragged ragged(s, lengths, reset_mask);
-  const Kernels<T>& kernel = kernels<T>();
+// On the plan's threads, with panels of S.
+template <class T, class S>
+LayerResults forward_on(const LayerSizes& s, const Ragged& ragged, const Plan& plan, const at::Tensor& x,
+                        const OptionalTensor& h0, const OptionalTensor& c0, at::TensorList weights,
+                        bool keep_cells, bool keep_reserve) {
+  using R = Real<T>;
+  const Kernels<T, S>& kernel = kernels<T, S>();
   const int64_t N = ragged.N(), H = s.H, P = s.P, B = s.B, D = s.D;
   keep_cells |= keep_reserve;
 
@@ -44,73 +41,75 @@ LayerResults forward(const at::Tensor& x, const OptionalTensor& h0, const Option
   if (s.rows() == 0) return {y, h_n, c_n, cells, reserve};
   // A padded batch fills its first N rows only; the rest must not differ from run to run.
   for (int64_t d = 0; keep_reserve && N < s.rows() && d < D; ++d)
-    std::fill_n(reserve.mutable_data_ptr<T>() + (d * s.rows() + N) * 4 * H, (s.rows() - N) * 4 * H, T(0));
+    std::fill_n(writable<T>(reserve) + (d * s.rows() + N) * 4 * H, (s.rows() - N) * 4 * H, T(0));
 
-  const at::Tensor input = packed_input<T>(x, s, ragged);  // [N, I]
+  const at::Tensor input = to_real<T>(packed_input<Stored<T>>(x, s, ragged));  // [N, I]
   std::vector<Rows> rows;
   for (int64_t d = 0; d < D; ++d) rows.push_back(ragged.rows(d));
-  const Plan plan = make_plan(kernel, D, rows[0], s.I, H, P);
   // Packing whole weights pays where they are read again and again; see GateWeight.
   const bool direct_ih = N <= kDirectRows,
-             direct_hh = direct_ih || reads_as_stored(N, B, 4 * H * P * sizeof(T));
+             direct_hh = direct_ih || reads_as_stored(N, B, 4 * H * P * sizeof(R));
   const bool once = s.T == 1 && (!s.proj() || N <= kRowGroup);
   const bool pack_ih = !once && N > kOnceRows, pack_hh = !once && !direct_hh,
-             pack_hr = s.proj() && !direct_ih;
+             pack_hr = s.proj() && (!direct_ih || std::is_same_v<T, Bf16>);
 
   const int64_t ih_size = pack_ih ? kernel.forward_packed_size(H, s.I) : 0,
                 hh_size = pack_hh ? kernel.forward_packed_size(H, P) : 0;
 
-  Workspace<T> space;
+  // Elements of the workspace that a panel of so many takes.
+  const auto of_panels = [](int64_t n) { return (n * int64_t(sizeof(S)) + 3) / int64_t(sizeof(R)); };
+  Workspace<R> space;
   PerDirection h_at, c_at, bias_at, ih_at, hh_at, hr_at, hidden_at;
   for (int64_t d = 0; d < D; ++d) {
     h_at[d] = space.take(2 * B * P);
     c_at[d] = space.take(B * H);
     bias_at[d] = space.take(4 * H);
-    ih_at[d] = space.take(plan.copies * ih_size);
-    hh_at[d] = space.take(plan.copies * hh_size);
-    hr_at[d] = space.take(pack_hr ? kernel.columns_packed_size(H, P) : 0);
+    ih_at[d] = space.take(of_panels(plan.copies * ih_size));
+    hh_at[d] = space.take(of_panels(plan.copies * hh_size));
+    hr_at[d] = space.take(pack_hr ? of_panels(kernel.columns_packed_size(H, P)) : 0);
     hidden_at[d] = space.take(s.proj() ? B * H : 0);
   }
   const int64_t scratch_at = space.take(plan.threads() * kernel.forward_scratch(N, s.I, H, P));
-  space.allocate(x);
+  space.allocate(real_like<T>(x));
+  const auto panels = [&](int64_t at) { return reinterpret_cast<S*>(space.at(at)); };
 
-  std::vector<ForwardArgs<T>> args;
+  std::vector<ForwardArgs<T, S>> args;
   std::vector<at::Tensor> hold;
   const OptionalTensor h0c = contiguous(h0), c0c = contiguous(c0);
   for (int64_t d = 0; d < D; ++d) {
     const DirectionWeights w(s, weights, d);
     const at::Tensor w_ih = w.ih.contiguous(), w_hh = w.hh.contiguous();
     hold.insert(hold.end(), {w_ih, w_hh});
-    sum_biases(w.bias_ih, w.bias_hh, H, space.at(bias_at[d]));
-    T* h = space.at(h_at[d]);
+    sum_biases<T>(w.bias_ih, w.bias_hh, H, space.at(bias_at[d]));
+    R* h = space.at(h_at[d]);
     gather_state<T>(h0c, d, rows[d], P, h, P);
     if (rows[d].fresh) {  // steps clear the state for the next; the first has none before it
       const int64_t t = d == 1 ? s.T - 1 : 0;
       for (int64_t r = 0; r < rows[d].count_at(t); ++r)
-        if (rows[d].fresh_at(t, r)) std::fill_n(h + r * P, P, T(0));
+        if (rows[d].fresh_at(t, r)) std::fill_n(h + r * P, P, R(0));
     }
     std::copy_n(h, B * P, h + B * P);  // a reverse row may begin at an odd step
     gather_state<T>(c0c, d, rows[d], H, space.at(c_at[d]), H);
-    if (pack_hr) pack_columns<T>(w.hr.t(), space.at(hr_at[d]));
+    if (pack_hr) pack_columns<T>(w.hr.t(), panels(hr_at[d]));
     if (s.proj()) hold.push_back(w.hr.contiguous());
     args.push_back({rows[d],
                     s.I,
                     H,
                     P,
                     d == 1,
-                    input.const_data_ptr<T>(),
-                    keep_reserve ? reserve.mutable_data_ptr<T>() + d * s.rows() * 4 * H : nullptr,
+                    input.const_data_ptr<R>(),
+                    keep_reserve ? writable<T>(reserve) + d * s.rows() * 4 * H : nullptr,
                     space.at(bias_at[d]),
-                    {w_ih.const_data_ptr<T>(), pack_ih ? space.at(ih_at[d]) : nullptr, direct_ih},
-                    {w_hh.const_data_ptr<T>(), pack_hh ? space.at(hh_at[d]) : nullptr, direct_hh},
-                    {s.proj() ? hold.back().const_data_ptr<T>() : nullptr,
-                     pack_hr ? space.at(hr_at[d]) : nullptr, !pack_hr},
+                    {data_of<T>(w_ih), pack_ih ? panels(ih_at[d]) : nullptr, direct_ih},
+                    {data_of<T>(w_hh), pack_hh ? panels(hh_at[d]) : nullptr, direct_hh},
+                    {s.proj() ? data_of<T>(hold.back()) : nullptr,
+                     pack_hr ? panels(hr_at[d]) : nullptr, !pack_hr},
                     s.proj() ? space.at(hidden_at[d]) : nullptr,
                     {h, h + B * P},
                     space.at(c_at[d]),
                     space.at(c_at[d]),
-                    y.mutable_data_ptr<T>() + d * P,
-                    keep_cells ? cells.mutable_data_ptr<T>() + d * H : nullptr,
+                    writable<T>(y) + d * P,
+                    keep_cells ? writable<T>(cells) + d * H : nullptr,
                     D * P,
                     D * H,
                     space.at(scratch_at)});
@@ -119,7 +118,7 @@ LayerResults forward(const at::Tensor& x, const OptionalTensor& h0, const Option
                  [&](int64_t begin, int64_t end) { pack_forward(args[d], begin, end); });
   }
   run_plan(plan, rows, H, P, kernel.unit_block, [&](int64_t d, const Member& me) {
-    ForwardArgs<T> mine = args[d];
+    ForwardArgs<T, S> mine = args[d];
     if (pack_ih) mine.ih.packed += plan.copy(me.index) * ih_size;
     if (pack_hh) mine.hh.packed += plan.copy(me.index) * hh_size;
     if (plan.own_weights()) pack_forward(mine, me.unit_begin, me.unit_end);
@@ -132,11 +131,27 @@ LayerResults forward(const at::Tensor& x, const OptionalTensor& h0, const Option
       // The state a forward row ends with lies where its last step wrote it; reverse rows all end with the
       // last step.
       const int64_t parity = (d == 1 ? s.T : ragged.length(r)) % 2;
-      const T* h = space.at(h_at[d]) + (parity * B + r) * P;
-      std::copy_n(h, P, h_n.mutable_data_ptr<T>() + (d * B + b) * P);
-      std::copy_n(space.at(c_at[d]) + r * H, H, c_n.mutable_data_ptr<T>() + (d * B + b) * H);
+      const R* h = space.at(h_at[d]) + (parity * B + r) * P;
+      copy_numbers(h, P, writable<T>(h_n) + (d * B + b) * P);
+      copy_numbers(space.at(c_at[d]) + r * H, H, writable<T>(c_n) + (d * B + b) * H);
     }
   return {y, h_n, c_n, cells, reserve};
+}
+
+}  // namespace
+
+template <class T>
+LayerResults forward(const at::Tensor& x, const OptionalTensor& h0, const OptionalTensor& c0,
+                     at::TensorList weights, const OptionalTensor& lengths, const OptionalTensor& reset_mask,
+                     bool keep_cells, bool keep_reserve) {
+  const LayerSizes s(x, weights, lengths);
+  s.check_inputs(x, h0, c0, lengths, reset_mask);
+  const Ragged ragged(s, lengths, reset_mask);
+  const Plan plan = make_plan(kernels<T>(), s.D, ragged.rows(0), s.I, s.H, s.P);
+  if (std::is_same_v<T, Bf16> && narrow_panels(4 * s.H * s.P / (plan.split_units ? plan.members : 1)))
+    return forward_on<T, std::conditional_t<std::is_same_v<T, Bf16>, PanelBf16, T>>(
+        s, ragged, plan, x, h0, c0, weights, keep_cells, keep_reserve);
+  return forward_on<T, Real<T>>(s, ragged, plan, x, h0, c0, weights, keep_cells, keep_reserve);
 }
 
 #define FASTLSTM_INSTANTIATE(T)                                                                        \
@@ -145,6 +160,7 @@ LayerResults forward(const at::Tensor& x, const OptionalTensor& h0, const Option
                                    bool);
 FASTLSTM_INSTANTIATE(float)
 FASTLSTM_INSTANTIATE(double)
+FASTLSTM_INSTANTIATE(Bf16)
 #undef FASTLSTM_INSTANTIATE
 
 }  // namespace fastlstm

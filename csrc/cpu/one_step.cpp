@@ -44,7 +44,7 @@ StepResults forward_of(const StepInputs& given, bool keep_reserve) {
                 scratch_at = space.take(plan.threads() * kernel.forward_scratch(B, I, H, H));
   space.allocate(in.x);
   T* bias = space.at(bias_at);
-  sum_biases(in.bias_ih, in.bias_hh, H, bias);
+  sum_biases<T>(in.bias_ih, in.bias_hh, H, bias);
   const T* h0 = data<T>(in.h0);
   if (!h0) copy_or_zero<T>(nullptr, B * H, space.at(h_at)), h0 = space.at(h_at);
   T *h = out.h.mutable_data_ptr<T>(), *c = out.c.mutable_data_ptr<T>();

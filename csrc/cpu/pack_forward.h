@@ -31,34 +31,41 @@ int64_t forward_packed_size(int64_t H, int64_t K) {
 // Columns of a weight's rows that are packed at a time: their panel stays in L1 until all gates of its lines
 // are written.
 template <class T>
-constexpr int64_t kColumns = 8192 / (kPanel<T> * sizeof(T));
+constexpr int64_t kColumns = 8192 / (kPanel<T> * sizeof(Real<T>));
 
 // The last units from u0 on of a weight [4H, K], n of them, into panels of columns: [K][4n], zeros behind.
-template <class T>
-void pack_side_by_side(const T* weight, int64_t H, int64_t K, int64_t u0, T* out) {
-  constexpr int64_t W = kWidth<T>, W2 = kPanel<T>;
-  const int64_t n = H - u0, padded = (4 * n + W - 1) / W * W;
+template <class T, class S>
+void pack_side_by_side(const T* weight, int64_t H, int64_t K, int64_t u0, S* out) {
+  constexpr bool pairs = std::is_same_v<S, PanelBf16>;  // whose halves are one, and both are read
+  constexpr int64_t W = kWidth<T>, W2 = kPanel<T>, whole = pairs ? W2 : W;
+  const int64_t n = H - u0, padded = (4 * n + whole - 1) / whole * whole;
   for (int64_t k0 = 0; k0 < K; k0 += kColumns<T>) {
     const int64_t k1 = std::min(k0 + kColumns<T>, K);
     for (int64_t j = 0; j < padded; ++j) {
       const T* row = j < 4 * n ? weight + (j / n * H + u0 + j % n) * K : nullptr;
-      T* to = out + j / W2 * K * W2 + j % W2;
-      for (int64_t k = k0; k < k1; ++k) to[k * W2] = row ? row[k] : T(0);
+      S* to = out + j / W2 * K * W2 + (pairs ? 2 * (j % W) + j % W2 / W : j % W2);
+      for (int64_t k = k0; k < k1; ++k) {
+        if constexpr (pairs)
+          to[k * W2].bits = row ? row[k] : 0;
+        else
+          to[k * W2] = row ? real(row[k]) : S(0);
+      }
     }
   }
 }
 
 // Units [u0, u0 + W) of a weight [4H, K] into out [2][K][2][W]; from H on the last unit again, for results
 // that nobody reads. Side by side where gate_gap says so.
-template <class T>
-void pack_block(const T* weight, int64_t H, int64_t K, int64_t u0, T* out) {
+template <class T, class S>
+void pack_block(const T* weight, int64_t H, int64_t K, int64_t u0, S* out) {
+  constexpr bool pairs = std::is_same_v<S, PanelBf16>;  // of i and f, g and o: one transposition for both
   constexpr int64_t W = kWidth<T>, W2 = kPanel<T>;
   if (gate_gap<T>(H, u0) < W) return pack_side_by_side(weight, H, K, u0, out);
   for (int64_t k0 = 0; k0 < K; k0 += kColumns<T>)
-    for (int64_t gate = 0; gate < 4; ++gate) {
+    for (int64_t gate = 0; gate < 4; gate += pairs ? 2 : 1) {
       const T* row[W];
       for (int64_t u = 0; u < W; ++u) row[u] = weight + (gate * H + std::min(u0 + u, H - 1)) * K;
-      T* to = out + gate / 2 * K * W2 + gate % 2 * W;
+      S* to = out + gate / 2 * K * W2 + gate % 2 * W;
       // Rows too short for hardware prefetching: the next gate's, of this block or the next.
       if (k0 == 0 && K * sizeof(T) <= 512) {
         const int64_t from = (gate < 3 ? (gate + 1) * H + u0 : std::min(u0 + W, H - 1)) * K;
@@ -70,19 +77,27 @@ void pack_block(const T* weight, int64_t H, int64_t K, int64_t u0, T* out) {
       for (; k + W <= k1; k += W) {
         Vec<T> block[W];
 #pragma GCC unroll 16
-        for (int64_t u = 0; u < W; ++u) block[u] = load(row[u] + k);
+        for (int64_t u = 0; u < W; ++u) {
+          block[u] = load(row[u] + k);
+          if constexpr (pairs) block[u] = pairs_of(block[u], load(row[u] + H * K + k));
+        }
         transpose<T>(block);
 #pragma GCC unroll 16
-        for (int64_t j = 0; j < W; ++j) store(to + (k + j) * W2, block[j]);
+        for (int64_t j = 0; j < W; ++j) store(reinterpret_cast<Real<T>*>(to + (k + j) * W2), block[j]);
       }
       for (; k < k1; ++k)
 #pragma GCC unroll 16
-        for (int64_t u = 0; u < W; ++u) to[k * W2 + u] = row[u][k];
+        for (int64_t u = 0; u < W; ++u) {
+          if constexpr (pairs)
+            to[k * W2 + 2 * u].bits = row[u][k], to[k * W2 + 2 * u + 1].bits = row[u][H * K + k];
+          else
+            to[k * W2 + u] = real(row[u][k]);
+        }
     }
 }
 
-template <class T>
-void pack_forward(const T* weight, int64_t H, int64_t K, int64_t begin, int64_t end, T* packed) {
+template <class T, class S>
+void pack_forward(const T* weight, int64_t H, int64_t K, int64_t begin, int64_t end, S* packed) {
   for (int64_t u = begin; u < end; u += kWidth<T>)
     pack_block(weight, H, K, u, packed + u / kWidth<T> * K * kGateBlock<T>);
 }

@@ -7,7 +7,7 @@
 #include <algorithm>
 #include <vector>
 
-#include "cpu/sequence.h"
+#include "cpu/layer.h"
 
 namespace fastlstm {
 
@@ -20,36 +20,41 @@ inline constexpr int64_t kOwnProducts = 1 << 20;
 inline constexpr int64_t kFewRowsOfProduct = 12;
 
 // On the calling thread; p.scratch is found here.
-template <class T>
-void multiply_in_tiles(Product<T> p) {
-  const Kernels<T>& kernel = kernels<T>();
+template <class T, class B>
+void multiply_in_tiles(Product<T, B> p) {
+  const Kernels<B>& kernel = kernels<B>();
   thread_local std::vector<T> scratch;
   scratch.resize(std::max<size_t>(scratch.size(), kernel.small_product_scratch(p.k)));
   p.scratch = scratch.data();
   kernel.small_product(p);
 }
 
-template <class T>
-void multiply(const Product<T>& p) {
+// Of bfloat16 B that they widen as it is read, up to so many rows: a BLAS needs a copy of floats.
+inline constexpr int64_t kRowsOfWidened = 96;
+
+template <class T, class B = T>
+void multiply(const Product<T, B>& p) {
+  constexpr bool widened = !std::is_same_v<T, B>;
   if (p.m * p.n * p.k <= kOwnProducts && p.k <= (1 << 13))  // a deeper one's scratch would be megabytes
     return multiply_in_tiles(p);
-  if (!p.transposed_a && p.m <= kFewRowsOfProduct) {
+  if (!p.transposed_a && p.m <= (widened ? kRowsOfWidened : kFewRowsOfProduct)) {
     constexpr int64_t kColumns = 64;
     return at::parallel_for(0, (p.n + kColumns - 1) / kColumns, 1, [&](int64_t begin, int64_t end) {
-      Product<T> part = p;
+      Product<T, B> part = p;
       part.b += begin * kColumns;
       part.c += begin * kColumns;
       part.n = std::min(p.n, end * kColumns) - begin * kColumns;
       multiply_in_tiles(part);
     });
   }
-  const auto view = [](const T* data, int64_t rows, int64_t columns, int64_t row, int64_t column) {
-    return at::from_blob(const_cast<T*>(data), {rows, columns}, {row, column},
-                         at::TensorOptions(c10::CppTypeToScalarType<T>::value));
+  const auto view = [](const auto* data, int64_t rows, int64_t columns, int64_t row, int64_t column) {
+    using E = Stored<std::decay_t<decltype(*data)>>;
+    return at::from_blob(const_cast<std::decay_t<decltype(*data)>*>(data), {rows, columns}, {row, column},
+                         at::TensorOptions(c10::CppTypeToScalarType<E>::value));
   };
   at::Tensor out = view(p.c, p.m, p.n, p.ldc, 1);
   const at::Tensor a = p.transposed_a ? view(p.a, p.m, p.k, 1, p.lda) : view(p.a, p.m, p.k, p.lda, 1);
-  const at::Tensor b = view(p.b, p.k, p.n, p.ldb, 1);
+  const at::Tensor b = to_real<B>(view(p.b, p.k, p.n, p.ldb, 1));
   if (p.add)
     at::addmm_out(out, out, a, b);
   else

@@ -18,6 +18,26 @@
 
 namespace fastlstm {
 
+// A bfloat16 number's bits.
+using Bf16 = uint16_t;
+// The type of sums and states where x, weights and results are stored as T.
+template <class T>
+struct RealOf {
+  using type = T;
+};
+template <>
+struct RealOf<Bf16> {
+  using type = float;
+};
+template <class T>
+using Real = typename RealOf<T>::type;
+// A number of a packed panel of bfloat16: half the bytes of a panel of floats, which takes less time to
+// multiply where an L2 holds it. In a row, column c of the first vector and column c of the second are
+// neighbours.
+struct PanelBf16 {
+  uint16_t bits;
+};
+
 struct Rows {
   int64_t T, B, N;
   const int64_t* count;      // [T]  rows that have step t, or null: B
@@ -36,39 +56,42 @@ struct Rows {
 
 // Rows of a step whose pre-activations wait in scratch while one unit block's weights pass.
 constexpr int64_t kRowGroup = 96;
+// Steps of up to so many rows may read weights as they are stored.
+constexpr int64_t kUnpackedRows = 4;
 // Up to so many rows of all steps, x W_ih^T is made for all of them at once.
 constexpr int64_t kOnceRows = 192;
 
-// A weight of forward, [4H, K] but for weight_hr, and how its kernel reads it.
-template <class T>
+// A weight of forward, [4H, K] but for weight_hr, and how its kernel reads it. S is the type of panels.
+template <class T, class S = Real<T>>
 struct GateWeight {
   const T* stored;  // as torch.nn.LSTM stores it
-  T* packed;        // by pack_forward, or null: from `stored`,
+  S* packed;        // by pack_forward, or null: from `stored`,
   bool direct;      // as dot products along its rows, or packing each block of units where it is used
 };
 
-template <class T>
+template <class T, class S = Real<T>>
 struct ForwardArgs {
   Rows rows;
   int64_t I, H, P;
   bool reverse;
-  const T* x;     // [N, I]
-  T* gates;       // [N, 4H]  out: the activated gates as they are saved, or null
-  const T* bias;  // [4H]  bias_ih + bias_hh
+  const Real<T>* x;     // [N, I]
+  T* gates;             // [N, 4H]  out: the activated gates as they are saved, or null
+  const Real<T>* bias;  // [4H]  bias_ih + bias_hh
   // Blocks packed where used: W_ih up to kOnceRows rows, both at T = 1, with projection up to kRowGroup rows.
-  GateWeight<T> ih, hh;  // K = I, K = P
-  GateWeight<T> hr;      // weight_hr [P, H], packed by pack_columns as [H, P]; without projection none
-  T* hidden;             // [B, H]  with projection, h before it; sorted rows
-  T* h[2];      // [B, P]     state, sorted rows; step s of the order reads h[s % 2] and writes h[(s + 1) % 2]
-  const T* c0;  // [B, H]  c that enters the first step, sorted rows; rows that begin later find theirs in `c`
-  T* c;         // [B, H]     state
-  T* y;         // out, the caller's row at y + row * y_stride
-  T* cells;     // likewise with cells_stride, or null
+  GateWeight<T, S> ih, hh;  // K = I, K = P
+  GateWeight<T, S> hr;      // weight_hr [P, H], packed by pack_columns as [H, P]; without projection none
+  Real<T>* hidden;          // [B, H]  with projection, h before it; sorted rows
+  // [B, P]  state as rounded to T, sorted rows; step s of the order reads h[s % 2], writes h[(s + 1) % 2]
+  Real<T>* h[2];
+  const Real<T>* c0;  // [B, H]  c that enters the first step, sorted; rows that begin later find it in `c`
+  Real<T>* c;         // [B, H]     state
+  T* y;               // out, the caller's row at y + row * y_stride
+  T* cells;           // likewise with cells_stride, or null
   int64_t y_stride, cells_stride;
-  T* scratch;  // per member, forward_scratch(N, I, H, P) elements
+  Real<T>* scratch;  // per member, forward_scratch(N, I, H, P) elements
 };
 
-template <class T>
+template <class T, class S = Real<T>>
 struct BackwardArgs {
   Rows rows;
   int64_t H, P;
@@ -77,19 +100,19 @@ struct BackwardArgs {
   int64_t base;          // packed row that row 0 of dgates, dr and hidden is
   const T* gates;        // [N, 4H]  activated, as forward saved them
   const T* cells;        // c of the caller's rows, likewise
-  const T* c0;           // [B, H] sorted rows
+  const Real<T>* c0;     // [B, H] sorted rows
   const T* dy;           // likewise or null
   const T* dcells;       // likewise or null
   int64_t cells_stride, dy_stride, dcells_stride;
-  const T* w_hh;  // [4H, P]
-  T* packed;      // pack_columns of w_hh, or null: run from w_hh itself
-  const T* w_hr;  // pack_columns of weight_hr [P, H], or null without projection
-  T* dgates;      // [., 4H]  out for these steps, gradients of the pre-activations
-  T* dr;          // [., P]   likewise with projection, gradients of h in full
-  T* hidden;      // [., H]   likewise, h before the projection, or null
-  T* dh;          // [B, padded P]  in: of h_n, out: of h0; sorted rows
-  T* dc;          // [B, H]         in: of c_n, out: of c0
-  T* scratch;     // per member, backward_scratch(H, P) elements
+  const T* w_hh;     // [4H, P]
+  S* packed;         // pack_columns of w_hh, or null: run from w_hh itself
+  const S* w_hr;     // pack_columns of weight_hr [P, H], or null without projection
+  Real<T>* dgates;   // [., 4H]  out for these steps, gradients of the pre-activations
+  Real<T>* dr;       // [., P]   likewise with projection, gradients of h in full
+  Real<T>* hidden;   // [., H]   likewise, h before the projection, or null
+  Real<T>* dh;       // [B, padded P]  in: of h_n, out: of h0; sorted rows
+  Real<T>* dc;       // [B, H]         in: of c_n, out: of c0
+  Real<T>* scratch;  // per member, backward_scratch(H, P) elements
 };
 
 // A barrier for threads that all run: spins briefly, since a step lasts microseconds, then yields.
@@ -132,13 +155,13 @@ struct Member {
 };
 
 // C [m, n] (+)= A [m, k] B [k, n], row-major with strides; A is given as A^T [k, m] if transposed_a.
-template <class T>
+template <class T, class B = T>
 struct Product {
   int64_t m, n, k;
   const T* a;
   int64_t lda;
   bool transposed_a;
-  const T* b;
+  const B* b;
   int64_t ldb;
   bool add;
   T* c;
@@ -146,33 +169,38 @@ struct Product {
   T* scratch;
 };
 
-// One ISA's kernels for T = float or double.
-template <class T>
+// One ISA's kernels for numbers stored as T = float, double or Bf16 and panels of S.
+template <class T, class S = Real<T>>
 struct Kernels {
   int64_t width;       // elements of a vector
   int64_t unit_block;  // units are split among members in multiples of this
   // Units [begin, end) of a weight [4H, K] into panels: forward_packed_size(H, K) elements for all.
   int64_t (*forward_packed_size)(int64_t H, int64_t K);
-  void (*pack_forward)(const T* weight, int64_t H, int64_t K, int64_t begin, int64_t end, T* packed);
+  void (*pack_forward)(const T* weight, int64_t H, int64_t K, int64_t begin, int64_t end, S* packed);
   // Columns [begin, end) of B [K, N] with row and column strides into panels: columns_packed_size(K, N)
   // elements for all. begin is a multiple of unit_block here, and of width in pack_forward.
   int64_t (*columns_packed_size)(int64_t K, int64_t N);
   void (*pack_columns)(const T* b, int64_t K, int64_t row_stride, int64_t column_stride, int64_t begin,
-                       int64_t end, T* packed);
+                       int64_t end, S* packed);
   int64_t (*padded_columns)(int64_t N);
   int64_t (*forward_scratch)(int64_t N, int64_t I, int64_t H, int64_t P);
   int64_t (*backward_scratch)(int64_t H, int64_t P);
-  void (*forward)(const ForwardArgs<T>&, const Member&);
-  void (*backward)(const BackwardArgs<T>&, const Member&);
+  void (*forward)(const ForwardArgs<T, S>&, const Member&);
+  void (*backward)(const BackwardArgs<T, S>&, const Member&);
   // On this thread, for products too small to be worth a BLAS call. scratch holds small_product_scratch(k)
   // elements.
-  void (*small_product)(const Product<T>&);
+  void (*small_product)(const Product<Real<T>, T>&);
   int64_t (*small_product_scratch)(int64_t k);
   // out[j] = sum over the N rows of x[.][j], for columns [begin, end) of x [N, columns].
-  void (*column_sums)(const T* x, int64_t N, int64_t columns, int64_t begin, int64_t end, T* out);
+  void (*column_sums)(const Real<T>* x, int64_t N, int64_t columns, int64_t begin, int64_t end, Real<T>* out);
+  // Rounds n numbers.
+  void (*round)(const Real<T>* x, int64_t n, T* y);
   void (*sigmoid)(const T* x, T* y, int64_t n);
   void (*tanh)(const T* x, T* y, int64_t n);
 };
+
+// The types T, S that the kernels are compiled for.
+#define FASTLSTM_FOR_EACH_KERNELS(f) f(float, float) f(double, double) f(Bf16, float) f(Bf16, PanelBf16)
 
 // Of one core's L2 cache; 1 MiB where the system does not tell.
 int64_t l2_bytes();
@@ -183,7 +211,7 @@ inline bool turns_around(double bytes) { return bytes > 0.75 * l2_bytes(); }
 // The best ISA that this CPU has and ATEN_CPU_CAPABILITY ("default", "avx2", "avx512") allows.
 const char* isa_name();
 const char* bfloat16_isa_name();  // "amx" or "avx512_bf16" (cpu/bf16.h), or isa_name()
-template <class T>
-const Kernels<T>& kernels();
+template <class T, class S = Real<T>>
+const Kernels<T, S>& kernels();
 
 }  // namespace fastlstm

@@ -44,8 +44,8 @@ struct Plan {
 
 // From the sizes of a layer; I is the number of input features if the members make x W_ih^T too. Only rows
 // are split if `rows_only`.
-template <class E>
-Plan make_plan(const Kernels<E>& kernel, int64_t D, const Rows& of, int64_t I, int64_t H, int64_t P,
+template <class E, class S>
+Plan make_plan(const Kernels<E, S>& kernel, int64_t D, const Rows& of, int64_t I, int64_t H, int64_t P,
                bool rows_only = false) {
   const int64_t T = of.T;
   const double rows = double(of.N) / T;  // of a step, in the mean
@@ -59,7 +59,7 @@ Plan make_plan(const Kernels<E>& kernel, int64_t D, const Rows& of, int64_t I, i
   plan.concurrent = D == 2;
   const int most = available / (plan.concurrent ? 2 : 1);
   if (most <= 1) return plan;
-  const double weights = 4.0 * H * (I + P) * sizeof(E);
+  const double weights = 4.0 * H * (I + P) * sizeof(Real<E>);
   // Splitting rows reads all weights in every thread: fine while its L2 keeps them and each has some rows
   // for them, fewer if they are small, one with projection, where units would meet twice a step. In a single
   // step each thread packs them for itself, for which it must have several tiles. Where reading them takes
