@@ -18,7 +18,8 @@ from fastlstm import backends
 from .cases import Case
 from .runners import check, require
 
-# Around kernels for few rows, up to 4 of them unpacked, and the tiles: 16 rows, 32 inputs, 16 and 32 units, groups of 128 rows; chunks of a quarter of the steps.
+# Around kernels for few rows, up to 4 of them unpacked, and the tiles: 16 rows, 32 inputs, 16 and 32 units, groups of
+# 128 rows; chunks of a quarter of the steps.
 CASES = (
     Case(T=1, B=1, I=1, H=1),
     Case(T=3, B=15, I=31, H=15, hx="tuple"),
@@ -73,11 +74,12 @@ def test_the_cpu_decides_what_serves_bfloat16():
     assert backends.native.extension.bfloat16_isa() == expected
 
 
-def test_h_is_rounded_between_steps():
+@pytest.mark.parametrize("proj", [0, 16])
+def test_h_is_rounded_between_steps(proj):
     """As nn.LSTM's kernels do, and nothing in float32."""
     torch.manual_seed(0)
     x = torch.randn(30, 4, 8, dtype=torch.bfloat16)
-    lstm = fastlstm.LSTM(8, 64).bfloat16()
+    lstm = fastlstm.LSTM(8, 64, proj_size=proj).bfloat16()
     with torch.no_grad():
         y = lstm(x)[0]
         in_float32 = lstm.float()(x.float())[0].bfloat16()

@@ -106,7 +106,9 @@ FASTLSTM_INLINE void cell_gradients(const BackwardArgs<T, S>& a, int64_t t, int6
   if (dy) dh_t += get(dy + u0);
   Vec<T> dc = get(dc_state);
   if (a.dcells) dc += get(a.dcells + row * a.dcells_stride + u0);
-  const Vec<T> c_prev = c_enter.cells ? get(c_enter.cells + u0) : c_enter.c0 ? get(c_enter.c0 + u0) : Vec<T>{};
+  const Vec<T> c_prev = c_enter.cells ? get(c_enter.cells + u0)
+                        : c_enter.c0  ? get(c_enter.c0 + u0)
+                                      : Vec<T>{};
   const Vec<T> tanh_c = Activation<T>::tanh(get(a.cells + row * a.cells_stride + u0));
   const Gates<Vec<T>> gate = {get(g), get(g + n), get(g + 2 * n), get(g + 3 * n)};
   const Gates<Vec<T>> d = cell_backward(gate, c_prev, tanh_c, dh_t, dc);

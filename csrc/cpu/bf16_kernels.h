@@ -10,8 +10,8 @@ namespace fastlstm::FASTLSTM_ISA {
 FASTLSTM_INLINE void forward_cell(const ForwardArgs& a, int64_t t, int64_t next_t, int64_t r, int64_t u0,
                                   int n, const V* bias, const float* pre, Bf16* h_out) {
   const int64_t H = a.H, row = a.rows.row_at(t, r);
-  const Gates<V> gate = activate<FastActivation>(Gates<V>{load(pre) + bias[0], load(pre + 16) + bias[1],
-                                                 load(pre + 32) + bias[2], load(pre + 48) + bias[3]});
+  const Gates<V> gate = activate<FastActivation>(Gates<V>{
+      load(pre) + bias[0], load(pre + 16) + bias[1], load(pre + 32) + bias[2], load(pre + 48) + bias[3]});
   float* c = a.c + r * H + u0;
   const V c_prev = a.rows.fresh_at(t, r) ? V{} : load_part(c, n);
   const V c_next = next_c(gate, c_prev);

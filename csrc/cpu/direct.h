@@ -35,8 +35,9 @@ FASTLSTM_INLINE void multiply_rows(const Real<T>* v, const T* const (&w)[4], int
     }
 }
 
-// A row of K numbers takes so many where it is multiplied with bfloat16 as stored: of each 2W numbers, those of
-// even index before those of odd index, which are the halves of a vector of the weight's. Zeros at the end.
+// A row of K numbers takes so many where it is multiplied with bfloat16 as stored: of each 2W numbers, those
+// of even index before those of odd index, which are the halves of a vector of the weight's. Zeros at the
+// end.
 template <class T>
 int64_t split_stride(int64_t K) {
   return (K + kPanel<T> - 1) / kPanel<T> * kPanel<T>;

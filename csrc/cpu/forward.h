@@ -81,14 +81,14 @@ template <class T, class S>
 struct ForwardStep {
   using R = Real<T>;
   const ForwardArgs<T, S>& a;
-  int64_t t;       // time
-  const R* x;      // [count, I]
-  const R* h_in;   // [B, P]
-  const R* c_in;   // [B, H]
-  R* h_out;        // [B, P]
-  T* gates;        // [count, 4H] or null
-  int64_t next_t;  // the step after this one in the direction's order, or -1
-  R* block;        // both weights of a unit block, where they are packed for one use
+  int64_t t;                     // time
+  const R* x;                    // [count, I]
+  const R* h_in;                 // [B, P]
+  const R* c_in;                 // [B, H]
+  R* h_out;                      // [B, P]
+  T* gates;                      // [count, 4H] or null
+  int64_t next_t;                // the step after this one in the direction's order, or -1
+  R* block;                      // both weights of a unit block, where they are packed for one use
   const R *x_factor, *h_factor;  // x and h_in from row first_row on, where the weights are read as stored
   int64_t first_row;
 
@@ -321,17 +321,17 @@ void forward(const ForwardArgs<T, S>& a, const Member& me) {
     if (a.ih.direct && !product.used) xr = factor_rows<T>(xr, rows, a.I, split);
     if (a.hh.direct) hr = factor_rows<T>(hr, rows, a.P, split + kUnpackedRows * split_stride<T>(a.I));
     const ForwardStep<T, S> step{a,
-                              t,
-                              a.x + offset * a.I,
-                              a.h[s % 2],
-                              s == 0 ? a.c0 : a.c,
-                              a.h[(s + 1) % 2],
-                              a.gates ? a.gates + offset * 4 * a.H : nullptr,
-                              next_t,
-                              scratch + parts.block,
-                              xr,
-                              hr,
-                              r_begin};
+                                 t,
+                                 a.x + offset * a.I,
+                                 a.h[s % 2],
+                                 s == 0 ? a.c0 : a.c,
+                                 a.h[(s + 1) % 2],
+                                 a.gates ? a.gates + offset * 4 * a.H : nullptr,
+                                 next_t,
+                                 scratch + parts.block,
+                                 xr,
+                                 hr,
+                                 r_begin};
     // A unit block at a time for all rows, where its weights are packed for this step alone; else all blocks
     // for a row group.
     const bool by_block = steps == 1 && !a.hh.packed;

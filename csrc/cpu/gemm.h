@@ -1,6 +1,6 @@
-// Register tiles of C (+)= A B on one core, for the products inside the time loop, and the packing of B. A and
-// C are float or double; B is that, or bfloat16 as stored (Bf16) or in panels (PanelBf16), which is widened as
-// it is read.
+// Register tiles of C (+)= A B on one core, for the products inside the time loop, and the packing of B. A
+// and C are float or double; B is that, or bfloat16 as stored (Bf16) or in panels (PanelBf16), which is
+// widened as it is read.
 //
 // A panel is kPanel = 2 vectors of columns of B, stored [K][kPanel]: one panel then streams from the cache at
 // two vector loads for every 2*M multiply-adds of a tile of M rows.

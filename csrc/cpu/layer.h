@@ -17,7 +17,8 @@
 
 namespace fastlstm {
 
-// The contract's ops for tensors of T = float, double or Bf16 (cpu/layer_forward.cpp, cpu/layer_backward.cpp).
+// The contract's ops for tensors of T = float, double or Bf16 (cpu/layer_forward.cpp,
+// cpu/layer_backward.cpp).
 template <class T>
 LayerResults forward(const at::Tensor& x, const OptionalTensor& h0, const OptionalTensor& c0,
                      at::TensorList weights, const OptionalTensor& lengths, const OptionalTensor& reset_mask,

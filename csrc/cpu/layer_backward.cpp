@@ -61,6 +61,8 @@ class WeightGradient {
   void finish() {
     const at::Tensor& found = total_.defined() ? total_ : sum_;
     if (found.is_same(dw_)) return;
+    if (dw_.dim() == 1)  // sooner than the dispatcher
+      return copy_numbers(found.const_data_ptr<float>(), found.numel(), writable<Bf16>(dw_));
     const at::Tensor dw = transposed_ ? found.t() : found;
     dw_.copy_(narrow_ ? dw.contiguous() : dw);  // a copy that transposes and rounds is slow
   }
@@ -301,7 +303,7 @@ LayerGradients backward_on(const OptionalTensor& dy_in, const OptionalTensor& dh
         recurrent_gradient<R>(span, dgates, y_real, h0_real, s, d, add, gradients[at + 1]);
       else if (need(1))
         gradients[at + 1].add(n, dgates, states[d].const_data_ptr<R>() + span.begin * P, P, add);
-      if (s.bias && (need(2) || need(3))) 
+      if (s.bias && (need(2) || need(3)))
         bias_gradient<R>(n, dgates, add, gradients[at + (need(2) ? 2 : 3)].sum());
       if (need_hr(d)) gradients[at + s.per_direction - 1].add(n, args[d].dr, args[d].hidden, H, add);
     }

@@ -13,9 +13,9 @@ void pack_forward(const ForwardArgs<T, S>& a, int64_t begin, int64_t end) {
   if (a.hh.packed) k.pack_forward(a.hh.stored, a.H, a.P, begin, end, a.hh.packed);
 }
 
-// Whether steps of B rows, N of all steps, read a W_hh of so many bytes as it is stored. As long as it stays
-// in an L2, packed or not, a few rows repay the packing; a larger one comes through the L3 to be packed and
-// back, and from 4 MiB on every step waits for the L3 either way.
+// Whether steps of B rows, N of all steps, read a W_hh of so many bytes, as float or double, as it is stored.
+// As long as it stays in an L2, packed or not, a few rows repay the packing; a larger one comes through the
+// L3 to be packed and back, and from 4 MiB on every step waits for the L3 either way.
 bool reads_as_stored(int64_t N, int64_t B, int64_t bytes) {
   return bytes > (1 << 19) && B <= kUnpackedRows && (N <= 48 || bytes > (1 << 22));
 }
@@ -92,27 +92,27 @@ LayerResults forward_on(const LayerSizes& s, const Ragged& ragged, const Plan& p
     gather_state<T>(c0c, d, rows[d], H, space.at(c_at[d]), H);
     if (pack_hr) pack_columns<T>(w.hr.t(), panels(hr_at[d]));
     if (s.proj()) hold.push_back(w.hr.contiguous());
-    args.push_back({rows[d],
-                    s.I,
-                    H,
-                    P,
-                    d == 1,
-                    input.const_data_ptr<R>(),
-                    keep_reserve ? writable<T>(reserve) + d * s.rows() * 4 * H : nullptr,
-                    space.at(bias_at[d]),
-                    {data_of<T>(w_ih), pack_ih ? panels(ih_at[d]) : nullptr, direct_ih},
-                    {data_of<T>(w_hh), pack_hh ? panels(hh_at[d]) : nullptr, direct_hh},
-                    {s.proj() ? data_of<T>(hold.back()) : nullptr,
-                     pack_hr ? panels(hr_at[d]) : nullptr, !pack_hr},
-                    s.proj() ? space.at(hidden_at[d]) : nullptr,
-                    {h, h + B * P},
-                    space.at(c_at[d]),
-                    space.at(c_at[d]),
-                    writable<T>(y) + d * P,
-                    keep_cells ? writable<T>(cells) + d * H : nullptr,
-                    D * P,
-                    D * H,
-                    space.at(scratch_at)});
+    args.push_back(
+        {rows[d],
+         s.I,
+         H,
+         P,
+         d == 1,
+         input.const_data_ptr<R>(),
+         keep_reserve ? writable<T>(reserve) + d * s.rows() * 4 * H : nullptr,
+         space.at(bias_at[d]),
+         {data_of<T>(w_ih), pack_ih ? panels(ih_at[d]) : nullptr, direct_ih},
+         {data_of<T>(w_hh), pack_hh ? panels(hh_at[d]) : nullptr, direct_hh},
+         {s.proj() ? data_of<T>(hold.back()) : nullptr, pack_hr ? panels(hr_at[d]) : nullptr, !pack_hr},
+         s.proj() ? space.at(hidden_at[d]) : nullptr,
+         {h, h + B * P},
+         space.at(c_at[d]),
+         space.at(c_at[d]),
+         writable<T>(y) + d * P,
+         keep_cells ? writable<T>(cells) + d * H : nullptr,
+         D * P,
+         D * H,
+         space.at(scratch_at)});
     if ((pack_ih || pack_hh) && !plan.own_weights())
       for_blocks(H, kernel.width, (pack_ih * s.I + pack_hh * P) * 4 * kernel.width,
                  [&](int64_t begin, int64_t end) { pack_forward(args[d], begin, end); });

@@ -58,7 +58,8 @@ void pack_side_by_side(const T* weight, int64_t H, int64_t K, int64_t u0, S* out
 // that nobody reads. Side by side where gate_gap says so.
 template <class T, class S>
 void pack_block(const T* weight, int64_t H, int64_t K, int64_t u0, S* out) {
-  constexpr bool pairs = std::is_same_v<S, PanelBf16>;  // of i and f, g and o: one transposition for both
+  // bfloat16: i and f in pairs, then g and o, of which one transposition is enough.
+  constexpr bool pairs = std::is_same_v<T, Bf16>;
   constexpr int64_t W = kWidth<T>, W2 = kPanel<T>;
   if (gate_gap<T>(H, u0) < W) return pack_side_by_side(weight, H, K, u0, out);
   for (int64_t k0 = 0; k0 < K; k0 += kColumns<T>)
@@ -83,15 +84,25 @@ void pack_block(const T* weight, int64_t H, int64_t K, int64_t u0, S* out) {
         }
         transpose<T>(block);
 #pragma GCC unroll 16
-        for (int64_t j = 0; j < W; ++j) store(reinterpret_cast<Real<T>*>(to + (k + j) * W2), block[j]);
+        for (int64_t j = 0; j < W; ++j) {
+          if constexpr (std::is_same_v<T, S>) {
+            store(to + (k + j) * W2, block[j]);
+          } else {
+            const Bits<T> both = bit_cast<Bits<T>>(block[j]);
+            store_panel_row(to + (k + j) * W2, bit_cast<Vec<T>>(both << 16),
+                            bit_cast<Vec<T>>(both & 0xffff0000u));
+          }
+        }
       }
       for (; k < k1; ++k)
 #pragma GCC unroll 16
         for (int64_t u = 0; u < W; ++u) {
-          if constexpr (pairs)
+          if constexpr (std::is_same_v<S, PanelBf16>)
             to[k * W2 + 2 * u].bits = row[u][k], to[k * W2 + 2 * u + 1].bits = row[u][H * K + k];
+          else if constexpr (pairs)
+            to[k * W2 + u] = real(row[u][k]), to[k * W2 + W + u] = real(row[u][H * K + k]);
           else
-            to[k * W2 + u] = real(row[u][k]);
+            to[k * W2 + u] = row[u][k];
         }
     }
 }

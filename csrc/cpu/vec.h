@@ -52,14 +52,26 @@ FASTLSTM_INLINE To bit_cast(From from) {
 
 // bfloat16 is the upper half of a float.
 typedef uint16_t Halves __attribute__((vector_size(FASTLSTM_VECTOR_BYTES / 2)));
-FASTLSTM_INLINE Vec<float> widen(Halves x) {
-  return bit_cast<Vec<float>>(__builtin_convertvector(x, Bits<float>) << 16);
+// From and to words below 2^16; GCC takes __builtin_convertvector apart into scalars.
+#if defined(__x86_64__) && FASTLSTM_VECTOR_BYTES == 64
+FASTLSTM_INLINE Bits<float> words_of(Halves x) { return (Bits<float>)_mm512_cvtepu16_epi32((__m256i)x); }
+FASTLSTM_INLINE Halves halves_of(Bits<float> x) { return (Halves)_mm512_cvtepi32_epi16((__m512i)x); }
+#elif defined(__x86_64__) && FASTLSTM_VECTOR_BYTES == 32
+FASTLSTM_INLINE Bits<float> words_of(Halves x) { return (Bits<float>)_mm256_cvtepu16_epi32((__m128i)x); }
+FASTLSTM_INLINE Halves halves_of(Bits<float> x) {
+  const __m256i packed = _mm256_packus_epi32((__m256i)x, (__m256i)x);  // of each half of the register
+  return (Halves)_mm256_castsi256_si128(_mm256_permute4x64_epi64(packed, 0x08));
 }
+#else
+FASTLSTM_INLINE Bits<float> words_of(Halves x) { return __builtin_convertvector(x, Bits<float>); }
+FASTLSTM_INLINE Halves halves_of(Bits<float> x) { return __builtin_convertvector(x, Halves); }
+#endif
+FASTLSTM_INLINE Vec<float> widen(Halves x) { return bit_cast<Vec<float>>(words_of(x) << 16); }
 // To the nearest, to even between two; a NaN stays one.
 FASTLSTM_INLINE Halves narrow(Vec<float> v) {
   const Bits<float> bits = bit_cast<Bits<float>>(v);
   const Bits<float> rounded = (bits + 0x7fffu + (bits >> 16 & 1u)) >> 16;
-  return __builtin_convertvector(v == v ? rounded : Bits<float>{} + 0x7fc0u, Halves);
+  return halves_of(v == v ? rounded : Bits<float>{} + 0x7fc0u);
 }
 
 template <class T>
