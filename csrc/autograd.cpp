@@ -6,6 +6,7 @@
 #include <algorithm>
 
 #include "contract.h"
+#include "saved.h"
 
 namespace fastlstm {
 namespace {
@@ -42,18 +43,20 @@ class LayerFunction : public torch::autograd::Function<LayerFunction> {
   static variable_list forward(AutogradContext* ctx, const at::Tensor& x, const OptionalTensor& h0,
                                const OptionalTensor& c0, at::TensorList weights,
                                const OptionalTensor& lengths, const OptionalTensor& reset_mask,
-                               bool keep_cells, bool keep_reserve, LayerResults* results) {
-    *results = below_autograd(x, h0, c0, weights, lengths, reset_mask, keep_cells, keep_reserve);
+                               bool keep_cells, LayerResults* results) {
+    *results = below_autograd(x, h0, c0, weights, lengths, reset_mask, keep_cells, /*keep_reserve=*/true);
     const auto& [y, h_n, c_n, cells, reserve] = *results;
-    variable_list saved = {x,
-                           h0.value_or(at::Tensor()),
-                           c0.value_or(at::Tensor()),
-                           lengths.value_or(at::Tensor()),
-                           reset_mask.value_or(at::Tensor()),
-                           y,
-                           cells,
-                           reserve};
+    variable_list saved = {x, h0.value_or(at::Tensor()), c0.value_or(at::Tensor())};
+    saved.reserve(8 + weights.size());
     saved.insert(saved.end(), weights.begin(), weights.end());
+    // A graph that holds this node's ops cannot ask for versions when it runs: its backward finds h again.
+    const bool traced = x.key_set().has(c10::DispatchKey::Python);
+    if (!traced) hold_unread(ctx, saved, read(saved));
+    saved.push_back(lengths.value_or(at::Tensor()));
+    saved.push_back(reset_mask.value_or(at::Tensor()));
+    saved.push_back(traced ? at::Tensor() : save_output(ctx, y));
+    saved.push_back(cells);
+    saved.push_back(reserve);
     ctx->save_for_backward(std::move(saved));
     // Else an unused result would arrive in backward as a buffer of zeros.
     ctx->set_materialize_grads(false);
@@ -67,10 +70,12 @@ class LayerFunction : public torch::autograd::Function<LayerFunction> {
     variable_list saved = ctx->get_saved_variables();
     const OptionalTensor dy = optional(grads[0]), dh_n = optional(grads[1]), dc_n = optional(grads[2]),
                          dcells = grads.size() > 3 ? optional(grads[3]) : std::nullopt;
+    const bool changed = restore_unread(ctx, saved);
+    const size_t n = saved.size() - 5;
     const at::Tensor x = saved[0];
     const OptionalTensor h0 = optional(saved[1]), c0 = optional(saved[2]);
-    const OptionalTensor lengths = optional(saved[3]), reset_mask = optional(saved[4]);
-    const at::TensorList weights = at::TensorList(saved).slice(8);
+    const at::TensorList weights = at::TensorList(saved).slice(3, n - 3);
+    const OptionalTensor lengths = optional(saved[n]), reset_mask = optional(saved[n + 1]);
     // Edges exist for the tensors that were given only.
     size_t edge = 0;
     c10::List<bool> needs;
@@ -84,13 +89,16 @@ class LayerFunction : public torch::autograd::Function<LayerFunction> {
 
     LayerGradients found;
     if (formula_serves(grads)) {
+      check_unchanged(changed);
       static const auto op = find<DifferentiableBackward>("fastlstm::differentiable_backward");
       found = op.call(dy, dh_n, dc_n, dcells, x, h0, c0, weights, lengths, reset_mask, needs);
     } else {
       static const auto op = find<LayerBackward>("fastlstm::native_layer_backward");
       at::AutoDispatchBelowADInplaceOrView guard;
-      found = op.call(dy, dh_n, dc_n, dcells, x, h0, c0, weights, lengths, reset_mask, saved[5], saved[6],
-                      saved[7], needs);
+      const bool lacks_y = !saved[n + 2].defined() || output_changed(ctx);
+      const at::Tensor y = lacks_y ? at::empty({0}, x.options()) : saved[n + 2];
+      found = op.call(dy, dh_n, dc_n, dcells, x, h0, c0, weights, lengths, reset_mask, y, saved[n + 3],
+                      saved[n + 4], needs);
     }
     auto& [dx, dh0, dc0, dweights] = found;
     // One gradient for each tensor of forward's arguments, an absent optional included, and each other
@@ -98,22 +106,36 @@ class LayerFunction : public torch::autograd::Function<LayerFunction> {
     variable_list out = {needs[0] ? dx : at::Tensor(), needs[1] ? dh0 : at::Tensor(),
                          needs[2] ? dc0 : at::Tensor()};
     for (size_t k = 0; k < weights.size(); ++k) out.push_back(needs[3 + k] ? dweights[k] : at::Tensor());
-    out.resize(out.size() + 5);  // lengths, reset_mask, keep_cells, keep_reserve, results
+    out.resize(out.size() + 4);  // lengths, reset_mask, keep_cells, results
     return out;
+  }
+
+ private:
+  // read_by_backward of a layer's arguments, of which those that require a gradient may be asked for one.
+  static uint64_t read(const variable_list& inputs) {
+    const at::TensorList weights = at::TensorList(inputs).slice(3);
+    const bool proj = weights[1].size(1) * 4 != weights[1].size(0);
+    const int64_t per_direction = LayerSizes::weights_per_direction(weights, proj);
+    std::vector<bool> needs;
+    needs.reserve(inputs.size());
+    for (const at::Tensor& t : inputs) needs.push_back(t.defined() && t.requires_grad());
+    return read_by_backward(needs, per_direction, per_direction > 3, proj,
+                            inputs[0].dim() == 2 || inputs[0].size(0) > 1);
   }
 };
 
 LayerResults layer(const at::Tensor& x, const OptionalTensor& h0, const OptionalTensor& c0,
                    at::TensorList weights, const OptionalTensor& lengths, const OptionalTensor& reset_mask,
                    bool keep_cells, bool keep_reserve) {
+  // What is recorded of a call must not depend on the grad mode of the moment: keep_reserve is the caller's
+  // own wish, and a call that is differentiated keeps one whatever it says.
   const auto requires_grad = [](const OptionalTensor& t) { return t && t->requires_grad(); };
   bool differentiable = x.requires_grad() || requires_grad(h0) || requires_grad(c0);
   for (const at::Tensor& w : weights) differentiable |= w.requires_grad();
   if (!differentiable || !at::GradMode::is_enabled())
     return below_autograd(x, h0, c0, weights, lengths, reset_mask, keep_cells, keep_reserve);
   LayerResults results;
-  variable_list out =
-      LayerFunction::apply(x, h0, c0, weights, lengths, reset_mask, keep_cells, keep_reserve, &results);
+  variable_list out = LayerFunction::apply(x, h0, c0, weights, lengths, reset_mask, keep_cells, &results);
   auto& [y, h_n, c_n, cells, reserve] = results;
   return {out[0], out[1], out[2], keep_cells ? out[3] : cells, reserve};
 }

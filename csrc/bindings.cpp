@@ -55,14 +55,14 @@ bool symbolic(const OptionalTensor& t) {
 // the arguments do not fit together, which is for the checks in Python to say, or are the fake kernel's.
 std::optional<LayerResults> layer(const at::Tensor& x, const OptionalTensor& h0, const OptionalTensor& c0,
                                   const std::vector<at::Tensor>& weights, const OptionalTensor& lengths,
-                                  const OptionalTensor& reset_mask, bool keep_cells, bool keep_reserve) {
+                                  const OptionalTensor& reset_mask, bool keep_cells) {
   if (x.dim() != 3 || symbolic(x) || symbolic(h0) || symbolic(c0) || symbolic(lengths) ||
       symbolic(reset_mask) || std::any_of(weights.begin(), weights.end(), symbolic) ||
       !LayerSizes::fit(x, h0, c0, weights, lengths, reset_mask))
     return {};
   const auto& op = forward_op();
   py::gil_scoped_release release;
-  return op.call(x, h0, c0, weights, lengths, reset_mask, keep_cells, keep_reserve);
+  return op.call(x, h0, c0, weights, lengths, reset_mask, keep_cells, /*keep_reserve=*/false);
 }
 
 // Whether something stands between a call and its tensors that only Python knows of, or that changes what the
@@ -128,7 +128,6 @@ std::optional<std::tuple<at::Tensor, std::pair<at::Tensor, at::Tensor>>> stack(
   Plain tensor;
   const at::Tensor input = tensor(given.ptr());
   const bool packed = !batch_sizes.is_none();
-  if (packed && watched()) return {};  // the lengths are made of batch_sizes without an op
   if (!PyFloat_Check(given_dropout.ptr()) && !PyLong_Check(given_dropout.ptr())) return {};
   const double dropout = given_dropout.cast<double>();
   const at::Tensor steps = packed ? tensor(batch_sizes.ptr()) : at::Tensor();
@@ -157,10 +156,16 @@ std::optional<std::tuple<at::Tensor, std::pair<at::Tensor, at::Tensor>>> stack(
   };
   if (h0.defined() && !(states_fit(h0, P) && states_fit(c0, H))) return {};
 
+  const OptionalTensor known = lengths;
+  if (packed && watched()) {  // by an op, so that a trace holds where the lengths come from
+    static const auto op = c10::Dispatcher::singleton()
+                               .findSchemaOrThrow("fastlstm::packed_lengths", "")
+                               .typed<at::Tensor(const at::Tensor&)>();
+    lengths = op.call(steps);
+  }
   const auto& op = forward_op();
   py::gil_scoped_release release;
   at::Tensor x = batch_first ? input.transpose(0, 1) : input;
-  const bool grad = at::GradMode::is_enabled();
   std::vector<at::Tensor> h_n, c_n;
   for (int64_t k = 0; k < layers; ++k) {
     const auto own = at::TensorList(weights).slice(k * n, n);
@@ -168,14 +173,10 @@ std::optional<std::tuple<at::Tensor, std::pair<at::Tensor, at::Tensor>>> stack(
       return !t.defined() ? OptionalTensor() : layers == 1 ? t : t.narrow(0, k * D, D);
     };
     const OptionalTensor h = part(h0), c = part(c0);
-    if (!LayerSizes::fit(x, h, c, own, lengths, {})) return {};
-    const auto requires_grad = [](const at::Tensor& t) { return t.requires_grad(); };
-    const bool keep = grad && (x.requires_grad() || (h && h->requires_grad()) || (c && c->requires_grad()) ||
-                               std::any_of(own.begin(), own.end(), requires_grad));
-    auto [y, h_last, c_last, cells, reserve] = op.call(x, h, c, own, lengths, {}, false, keep);
+    if (!LayerSizes::fit(x, h, c, own, known, {})) return {};
+    auto [y, h_last, c_last, cells, reserve] =
+        op.call(x, h, c, own, lengths, {}, /*keep_cells=*/false, /*keep_reserve=*/false);
     x = dropout > 0 && k + 1 < layers ? at::dropout(y, dropout, /*train=*/true) : std::move(y);
-    // nn.LSTM's packed output may be changed in place; this one is kept for backward, as the padded one is.
-    if (packed && keep && k + 1 == layers) x = x.clone();
     h_n.push_back(std::move(h_last));
     c_n.push_back(std::move(c_last));
   }

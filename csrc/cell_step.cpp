@@ -9,6 +9,7 @@
 #include <torch/csrc/autograd/custom_function.h>
 
 #include "contract.h"
+#include "saved.h"
 
 namespace fastlstm {
 namespace {
@@ -57,6 +58,25 @@ StepGradients differentiable(const at::Tensor& dh, const at::Tensor& dc, const S
                        });
 }
 
+// The same as numbers, by the layer's op, for a mode that wants to see ops.
+StepGradients by_op(const at::Tensor& dh, const at::Tensor& dc, const StepInputs& in,
+                    const at::Tensor& reserve, const std::array<bool, 7>& needs) {
+  static const auto op = c10::Dispatcher::singleton()
+                             .findSchemaOrThrow("fastlstm::native_layer_backward", "")
+                             .typed<LayerBackward>();
+  const int64_t B = in.B(), H = in.H();
+  const at::Tensor gates = reserve.narrow(0, 0, 4 * B * H).view({1, 1, B, 4 * H});
+  const at::Tensor cells = reserve.narrow(0, 4 * B * H, B * H).view({1, B, H});
+  at::AutoDispatchBelowADInplaceOrView guard;
+  return through_layer(dh, dc, in, needs,
+                       [&](const OptionalTensor& dh_n, const OptionalTensor& dc_n, const at::Tensor& x,
+                           const OptionalTensor& h0, const OptionalTensor& c0, at::TensorList weights,
+                           const c10::List<bool>& flags) {
+                         return op.call({}, dh_n, dc_n, {}, x, h0, c0, weights, {}, {},
+                                        at::empty({0}, x.options()), cells, gates, flags);
+                       });
+}
+
 class CellFunction : public torch::autograd::Function<CellFunction> {
  public:
   // The arguments that `in` holds, which the base class looks for, in StepInputs' order.
@@ -64,13 +84,19 @@ class CellFunction : public torch::autograd::Function<CellFunction> {
                                const OptionalTensor&, const OptionalTensor&, const at::Tensor&,
                                const at::Tensor&, const OptionalTensor&, const OptionalTensor&) {
     const StepResults r = step_forward(*in, true);
-    ctx->save_for_backward({in->x, in->h0, in->c0, in->w_ih, in->w_hh, in->bias_ih, in->bias_hh, r.reserve});
+    variable_list saved = {in->x, in->h0, in->c0, in->w_ih, in->w_hh, in->bias_ih, in->bias_hh};
+    std::vector<bool> needs(7);
+    for (size_t k = 0; k < 7; ++k) needs[k] = saved[k].defined() && saved[k].requires_grad();
+    hold_unread(ctx, saved, read_by_backward(needs, 4, /*bias=*/true, /*proj=*/false, /*steps=*/false));
+    saved.push_back(r.reserve);
+    ctx->save_for_backward(std::move(saved));
     ctx->set_materialize_grads(false);  // else an unused h or c would arrive in backward as zeros
     return {r.h, r.c};
   }
 
   static variable_list backward(AutogradContext* ctx, variable_list grads) {
-    const variable_list saved = ctx->get_saved_variables();
+    variable_list saved = ctx->get_saved_variables();
+    const bool changed = restore_unread(ctx, saved);
     const StepInputs in = {saved[0], saved[1], saved[2], saved[3], saved[4], saved[5], saved[6]};
     std::array<bool, 7> needs;
     size_t edge = 0;  // which exist for the tensors that were given only
@@ -80,10 +106,12 @@ class CellFunction : public torch::autograd::Function<CellFunction> {
     const auto readable = [](const at::Tensor& t) {
       return !t.defined() || (plain(t) && !t._fw_grad(/*level=*/0).defined());
     };
-    const bool raw = !at::GradMode::is_enabled() && !watched() && readable(grads[0]) && readable(grads[1]) &&
-                     fits(in) && plain(saved[7]) && saved[7].numel() == 5 * in.B() * in.H();
-    StepGradients found = raw ? step_backward(grads[0], grads[1], in, saved[7].contiguous(), needs)
-                              : differentiable(grads[0], grads[1], in, needs);
+    const bool raw = !at::GradMode::is_enabled() && readable(grads[0]) && readable(grads[1]) && fits(in) &&
+                     plain(saved[7]) && saved[7].numel() == 5 * in.B() * in.H();
+    if (!raw) check_unchanged(changed);
+    StepGradients found = !raw        ? differentiable(grads[0], grads[1], in, needs)
+                          : watched() ? by_op(grads[0], grads[1], in, saved[7].contiguous(), needs)
+                                      : step_backward(grads[0], grads[1], in, saved[7].contiguous(), needs);
     variable_list out = {at::Tensor()};  // of `in`
     out.insert(out.end(), std::make_move_iterator(found.begin()), std::make_move_iterator(found.end()));
     return out;

@@ -114,7 +114,7 @@ _chosen: dict[tuple[object, ...], str] = {}
 
 
 def _choose(x: Tensor, weights: list[Tensor], lengths: Tensor | None, reset_mask: Tensor | None) -> str:
-    if is_compiling():
+    if is_compiling() or torch.jit.is_tracing():  # whose sizes are tensors
         return select(describe(x, weights, lengths, reset_mask))
     w_ih, w_hh = weights[0], weights[1]
     # The last weight's dim tells four weights with biases from four of two directions.
@@ -131,10 +131,9 @@ def _choose(x: Tensor, weights: list[Tensor], lengths: Tensor | None, reset_mask
     return name
 
 
-def _any_requires_grad(x: Tensor, h0: Tensor | None, c0: Tensor | None, weights: list[Tensor]) -> bool:
-    if x.requires_grad or (h0 is not None and h0.requires_grad) or (c0 is not None and c0.requires_grad):
-        return True
-    return any(w.requires_grad for w in weights)
+def _recorded(x: Tensor) -> bool:
+    """Whether a graph is made of the call, for which a comparison with T would fix it."""
+    return is_compiling() or torch.jit.is_tracing() or isinstance(x.shape[0], torch.SymInt)
 
 
 def layer(
@@ -158,26 +157,21 @@ def layer(
         if name == "reference" or is_compiling() or transforms.plain_ops_only():
             return reference.layer(x, h0, c0, weights, lengths, reset_mask)
         return transforms.layer(name, x, h0, c0, weights, lengths, reset_mask, keep_cells)
-    keep_reserve = torch.is_grad_enabled() and _any_requires_grad(x, h0, c0, weights)
-    # A comparison with T would specialise a graph on it.
-    if (
-        recompute
-        and keep_reserve
-        and (is_compiling() or isinstance(x.shape[0], torch.SymInt) or x.shape[0] > recompute)
-    ):
+    # Whether to keep what backward reads each op decides for itself: a trace may be called in another grad mode.
+    if recompute and (_recorded(x) or x.shape[0] > recompute):
         op = torch.ops.fastlstm.recomputed_layer.default
-        y, h_n, c_n, cells, _, _ = op(name, recompute, x, h0, c0, weights, lengths, reset_mask, keep_cells)
+        y, h_n, c_n, cells, _, _ = op(name, recompute, x, h0, c0, weights, lengths, reset_mask, keep_cells, False)
         return y, h_n, c_n, cells
     found = None
     # The shortcut around the boxed call sees no __torch_function__, of a subclass or a mode.
     if name == "native" and not (is_compiling() or torch.overrides.has_torch_function((x, h0, c0, *weights))):
         layer_op = native.extension.layer  # type: ignore[union-attr]
-        found = layer_op(x, h0, c0, weights, lengths, reset_mask, keep_cells, keep_reserve)
+        found = layer_op(x, h0, c0, weights, lengths, reset_mask, keep_cells)
         if found is None:
             check(x, h0, c0, weights, lengths, reset_mask)
     if found is None:
         op = getattr(torch.ops.fastlstm, f"{name}_layer").default
-        found = op(x, h0, c0, weights, lengths, reset_mask, keep_cells, keep_reserve)
+        found = op(x, h0, c0, weights, lengths, reset_mask, keep_cells, False)
     y, h_n, c_n, cells, _ = found
     return y, h_n, c_n, cells
 

@@ -254,6 +254,8 @@ def check_lengths(lengths: Tensor | Sequence[int], x: Tensor) -> Tensor:
             lengths = lengths.long()
     if lengths.dtype not in (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8):
         raise TypeError(f"lengths must be integers, got {lengths.dtype}")
+    if torch.jit.is_tracing():  # the ops check them at every call
+        return lengths.to(device=x.device, dtype=torch.int64)
     if lengths.shape != (B,):
         raise ValueError(f"lengths must be [B] = [{B}], got {list(lengths.shape)}")
     values, compiling = lengths, torch.compiler.is_compiling()

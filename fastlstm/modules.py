@@ -283,7 +283,7 @@ class LSTM(nn.RNNBase):
         if result is not None:
             rows, states = [result[0]], result[1]
         else:
-            layout = PackedLayout.of(batch_sizes, data.device)
+            layout = PackedLayout.of(batch_sizes, data)
             output, h_n, c_n, *cells = self._run(
                 layout.pad(data), hx, weights, False, None, None, return_cell_states, layout
             )

@@ -18,24 +18,24 @@ class PackedLayout:
     positions: Tensor  # [N] int64, on the data's device: t * B + b of each packed row
 
     @classmethod
-    def of(cls, batch_sizes: Tensor, device: torch.device) -> PackedLayout:
-        """The layout of a PackedSequence's batch_sizes [T] (rows that have step t)."""
-        # batch_sizes falls with t, so row b's length is the number of steps with more than b rows.
-        lengths = torch.searchsorted(-batch_sizes, -torch.arange(int(batch_sizes[0]), device="cpu"))
-        return cls._of(batch_sizes, lengths, device)
+    def of(cls, batch_sizes: Tensor, data: Tensor) -> PackedLayout:
+        """The layout of a PackedSequence's data [N, n] and batch_sizes [T] (rows that have step t)."""
+        lengths = torch.ops.fastlstm.packed_lengths.default(batch_sizes)
+        return cls._of(batch_sizes, lengths, data.shape[0], data.device)
 
     @classmethod
     def of_lengths(cls, lengths: Tensor) -> PackedLayout:
         """The layout of rows of these lengths [B], longest first, on the CPU."""
         steps = torch.arange(int(lengths[0]), device="cpu")
-        return cls._of((lengths > steps[:, None]).sum(1), lengths, lengths.device)
+        batch_sizes = (lengths > steps[:, None]).sum(1)
+        return cls._of(batch_sizes, lengths, int(batch_sizes.sum()), lengths.device)
 
     @classmethod
-    def _of(cls, batch_sizes: Tensor, lengths: Tensor, device: torch.device) -> PackedLayout:
+    def _of(cls, batch_sizes: Tensor, lengths: Tensor, N: int, device: torch.device) -> PackedLayout:
         T, B = batch_sizes.shape[0], lengths.shape[0]
         starts = torch.cumsum(batch_sizes, 0) - batch_sizes
         shift = torch.arange(T, device="cpu") * B - starts  # from packed row to padded row, per step
-        positions = torch.arange(int(batch_sizes.sum()), device="cpu") + torch.repeat_interleave(shift, batch_sizes)
+        positions = torch.arange(N, device="cpu") + torch.repeat_interleave(shift, batch_sizes, output_size=N)
         return cls(T, B, lengths, positions.to(device, non_blocking=True))
 
     def pad(self, data: Tensor) -> Tensor:

@@ -282,10 +282,34 @@ def test_no_input_features(B, op_backend, poisoned_empty):
 
 
 def test_a_backward_without_a_reserve_is_refused(op_backend):
-    arguments = forward_arguments(Case(T=3), keep_reserve=False, requires_grad=True)
-    y = ops(op_backend)[0](*arguments)[0]
+    forward, backward = ops(op_backend)
+    arguments = backward_arguments(forward, forward_arguments(Case(T=3), keep_reserve=False))
     with pytest.raises(RuntimeError, match="reserve must be"):
-        y.sum().backward()
+        backward(*arguments)
+
+
+def test_what_autograd_records_keeps_a_reserve_whatever_was_said(op_backend):
+    forward, _ = ops(op_backend)
+    found = []
+    for keep in (True, False):
+        arguments = forward_arguments(Case(T=3), keep_reserve=keep, requires_grad=True)
+        forward(*arguments)[0].sum().backward()
+        found.append([w.grad for w in (arguments[0], *arguments[3])])
+    torch.testing.assert_close(*found, rtol=0, atol=0)
+    with torch.no_grad():
+        assert forward(*arguments)[4].shape == (0,)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@pytest.mark.parametrize("case", [*CASES, Case(T=9, B=3, H=37, lengths=(9, 2, 5), bidirectional=True)], ids=str)
+def test_backward_finds_h_again_where_y_is_missing(case, dtype, op_backend, poisoned_empty):
+    """As it is asked to where y was changed in place; tests/test_inplace.py has the other dtypes."""
+    case = case.to(dtype)
+    require(op_backend, case)
+    forward, backward = ops(op_backend)
+    arguments = backward_arguments(forward, forward_arguments(case, dtype))
+    found = flat(backward(*arguments[:10], arguments[10].new_empty(0), *arguments[11:]))
+    torch.testing.assert_close(found, flat(backward(*arguments)))
 
 
 # Groups of one row and of several; products by tiles and, above a million multiply-adds, by the BLAS; no row, no step.

@@ -175,7 +175,7 @@ def test_the_ops_keep_their_promises():
         weights = list(given.weights.values())
         x = torch.nan_to_num(given.leaves["x"].detach()).requires_grad_()
         lengths = None if given.lengths is None else torch.as_tensor(given.lengths).long()
-        args = ("eager", 3, x, *given.hx, weights, lengths, given.reset_mask, case.cells)
+        args = ("eager", 3, x, *given.hx, weights, lengths, given.reset_mask, case.cells, True)
         checks = ("test_schema", "test_autograd_registration", "test_faketensor")
         result = torch.library.opcheck(torch.ops.fastlstm.recomputed_layer.default, args, test_utils=checks)
         assert set(result.values()) == {"SUCCESS"}, (name, result)
@@ -186,10 +186,10 @@ def ops_arguments():
     given = tensors(OPTIONS[10])
     x, weights = torch.nan_to_num(given.leaves["x"].detach()), [w.detach() for w in given.weights.values()]
     states = [t.detach() for t in given.hx]
-    forward = ["eager", 3, x, *states, weights, torch.as_tensor(given.lengths), given.reset_mask, True]
+    forward = ["eager", 3, x, *states, weights, torch.as_tensor(given.lengths), given.reset_mask, True, True]
     *results, h_at, c_at = torch.ops.fastlstm.recomputed_layer(*forward)
     needs = [True] * (3 + len(weights))
-    return forward, ["eager", 3, *map(torch.ones_like, results), *forward[2:-1], h_at, c_at, needs]
+    return forward, ["eager", 3, *map(torch.ones_like, results), *forward[2:-2], h_at, c_at, needs]
 
 
 @pytest.mark.parametrize("index", [2, 3, 4, 5, 6, 7, 8, 10, 11, 12, 13])  # every tensor but the weights
@@ -224,9 +224,9 @@ def test_intervals_about_as_long_as_the_sequence_and_longer(interval):
     """A compiled graph, in which T is free, calls the ops for these too."""
     (_, _, *given), (_, _, dy, dh_n, dc_n, dcells, *_, needs) = ops_arguments()  # T = 7, both directions, with lengths
     *results, h_at, c_at = torch.ops.fastlstm.recomputed_layer("eager", interval, *given)
-    *expected, reserve = torch.ops.fastlstm.eager_layer(*given, True)
+    *expected, reserve = torch.ops.fastlstm.eager_layer(*given)
     torch.testing.assert_close(results, expected)
-    given = (dy, dh_n, dc_n, dcells, *given[:-1])
+    given = (dy, dh_n, dc_n, dcells, *given[:-2])
     y, _, _, cells = expected
     found = torch.ops.fastlstm.recomputed_layer_backward("eager", interval, *given, h_at, c_at, needs)
     torch.testing.assert_close(found, torch.ops.fastlstm.eager_layer_backward(*given, y, cells, reserve, needs))

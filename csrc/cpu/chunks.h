@@ -1,6 +1,8 @@
 // What the backwards of all dtypes share: the rows of a chunk of steps, and the states that entered steps.
 #pragma once
 
+#include <ATen/ATen.h>
+
 #include "cpu/layer.h"
 
 namespace fastlstm {
@@ -37,6 +39,35 @@ at::Tensor entering_states(const at::Tensor& y, const OptionalTensor& h0, const 
       std::copy_n(initial + rows.batch_row_at(r) * s.P, s.P, to);
   });
   return states;
+}
+
+// y again from what else forward kept: h = o * tanh(c), and its projection. The caller's rows past a length
+// are zero. `block`: the units of a block of the saved gates (cpu/sequence.h); A: the type of arithmetic.
+template <class T, class A>
+at::Tensor output_again(const LayerSizes& s, const Ragged& ragged, at::TensorList weights,
+                        const at::Tensor& cells, const at::Tensor& reserve, int64_t block) {
+  const at::Tensor y = new_zeros(s.per_row(s.D * s.P), cells);
+  const int64_t H = s.H, rows = s.rows();
+  for (int64_t d = 0; d < s.D; ++d) {
+    const at::Tensor hidden = at::zeros({rows, H}, cells.options());  // before any projection
+    const T* c = cells.const_data_ptr<T>() + d * H;
+    const T* gates = reserve.const_data_ptr<T>() + d * rows * 4 * H;
+    T* h = hidden.mutable_data_ptr<T>();
+    ragged.for_each_row([&](int64_t packed_row, int64_t row, int64_t, int64_t) {
+      const T *from = c + row * s.D * H, *gate = gates + packed_row * 4 * H;
+      T* to = h + row * H;
+      std::array<A, 64> tanh_c;
+      for (int64_t u = 0; u < H; u += block) {
+        const int64_t n = std::min(block, H - u);
+        std::copy_n(from + u, n, tanh_c.begin());
+        kernels<A>().tanh(tanh_c.data(), tanh_c.data(), n);
+        for (int64_t k = 0; k < n; ++k) to[u + k] = T(A(gate[4 * u + 3 * n + k]) * tanh_c[k]);
+      }
+    });
+    const at::Tensor found = s.proj() ? at::mm(hidden, DirectionWeights(s, weights, d).hr.t()) : hidden;
+    y.view({rows, s.D * s.P}).narrow(1, d * s.P, s.P).copy_(found);
+  }
+  return y;
 }
 
 }  // namespace fastlstm

@@ -155,9 +155,9 @@ LayerGradients backward_on(const OptionalTensor& dy_in, const OptionalTensor& dh
   using R = Real<T>;
   const LayerSizes s(x, weights, lengths);
   // A saved-tensor hook may give back other strides.
-  const at::Tensor y = y_in.contiguous(), cells = cells_in.contiguous(), reserve = reserve_in.contiguous();
+  const at::Tensor cells = cells_in.contiguous(), reserve = reserve_in.contiguous();
   s.check_inputs(x, h0_in, c0, lengths, reset_mask);
-  s.check_backward(x, dy_in, dh_n, dc_n, dcells_in, y, cells, reserve, needs);
+  s.check_backward(x, dy_in, dh_n, dc_n, dcells_in, y_in, cells, reserve, needs);
   const int64_t H = s.H, P = s.P, B = s.B, D = s.D;
   const auto none = [&] { return new_empty({0}, x); };
   std::vector<at::Tensor> dweights;
@@ -171,6 +171,9 @@ LayerGradients backward_on(const OptionalTensor& dy_in, const OptionalTensor& dh
   const Ragged ragged(s, lengths, reset_mask);
   const Kernels<T, S>& kernel = kernels<T, S>();
   const int64_t N = ragged.N();
+  const at::Tensor y = lacks_output(y_in)
+                           ? output_again<T, T>(s, ragged, weights, cells, reserve, kernel.width)
+                           : y_in.contiguous();
   std::vector<Rows> rows;
   for (int64_t d = 0; d < D; ++d) rows.push_back(ragged.rows(d));
   const Plan plan = make_plan(kernel, D, rows[0], 0, H, P);

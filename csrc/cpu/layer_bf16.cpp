@@ -180,9 +180,9 @@ LayerGradients backward_bf16(const OptionalTensor& dy_in, const OptionalTensor& 
                              c10::List<bool> needs) {
   const LayerSizes s(x, weights, lengths);
   // A saved-tensor hook may give back other strides.
-  const at::Tensor y = y_in.contiguous(), cells = cells_in.contiguous(), reserve = reserve_in.contiguous();
+  const at::Tensor cells = cells_in.contiguous(), reserve = reserve_in.contiguous();
   s.check_inputs(x, h0_in, c0, lengths, reset_mask);
-  s.check_backward(x, dy_in, dh_n, dc_n, dcells_in, y, cells, reserve, needs);
+  s.check_backward(x, dy_in, dh_n, dc_n, dcells_in, y_in, cells, reserve, needs);
   const int64_t H = s.H, G = 4 * H, B = s.B, D = s.D;
   const auto wanted = [&](int64_t i, at::IntArrayRef sizes, bool zeros = false) {
     return !needs[i] ? new_empty({0}, x) : zeros ? new_zeros(sizes, x) : new_empty(sizes, x);
@@ -199,6 +199,9 @@ LayerGradients backward_bf16(const OptionalTensor& dy_in, const OptionalTensor& 
   std::vector<Rows> rows;
   for (int64_t d = 0; d < D; ++d) rows.push_back(ragged.rows(d));
   const Plan plan = plan_bf16(D, s.T, double(N) / s.T, 0, H);
+  const at::Tensor y = lacks_output(y_in)
+                           ? output_again<BFloat16, float>(s, ragged, weights, cells, reserve, bf16::kBlock)
+                           : y_in.contiguous();
   const OptionalTensor dy = contiguous(dy_in), dcells = contiguous(dcells_in), h0 = contiguous(h0_in);
   // Steps whose dgates wait for a product: a quarter of all, but rows enough for an efficient one.
   const int64_t chunk = std::min(s.T, std::max((s.T + 3) / 4, (1024 + B - 1) / B));

@@ -2,6 +2,7 @@
 // persistent kernel for many steps; then one product each for dx, dW_ih, dW_hh and dW_hr and one sum for the
 // biases. What forward saved is only read, so it may run again.
 #include <ATen/core/LegacyTypeDispatch.h>
+#include <ATen/ops/cat.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/sum.h>
 #include <ATen/ops/zeros.h>
@@ -234,6 +235,19 @@ at::Tensor readable(const OptionalTensor& given) {
   return given->stride(-1) == 1 ? *given : given->contiguous();
 }
 
+// y again from what else forward kept: h = o * tanh(c), and its projection. Rows past a length are never
+// read.
+at::Tensor output_again(const Layer& l, const at::Tensor& cells, const at::Tensor& reserve) {
+  std::vector<at::Tensor> directions;
+  for (int64_t d = 0; d < l.D; ++d) {
+    const at::Tensor o = reserve.select(0, d).narrow(2, 3 * l.H, l.H).to(l.sum_dtype);
+    const at::Tensor tanh_c = cells.narrow(2, d * l.H, l.H).to(l.sum_dtype).tanh();
+    const at::Tensor h = o.mul(tanh_c).to(l.dtype);
+    directions.push_back(l.proj() ? h.matmul(l.weights[d].hr.t()) : h);
+  }
+  return at::cat(directions, -1);
+}
+
 }  // namespace
 
 LayerGradients layer_backward(const OptionalTensor& dy, const OptionalTensor& dh_n,
@@ -253,7 +267,7 @@ LayerGradients layer_backward(const OptionalTensor& dy, const OptionalTensor& dh
                        dense(readable(dc_n)),
                        readable(dcells),
                        l.lengths.defined() && x.stride(2) != 1 ? x.contiguous() : x,
-                       dense(y),
+                       lacks_output(y) ? output_again(l, cells, reserve) : dense(y),
                        dense(cells),
                        dense(reserve)};
 

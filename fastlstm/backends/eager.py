@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ..ops import register
-from ..ops.schema import DirectionWeights, LayerCall, LayerShape, split_weights
+from ..ops.schema import DirectionWeights, LayerCall, LayerShape, lacks_output, output_again, split_weights
 
 NAME = "eager"
 
@@ -134,6 +134,8 @@ def backward(dy, dh_n, dc_n, dcells, x, h0, c0, weights, lengths, reset_mask, y,
     """
     shape, dtype = LayerShape.of(weights), _compute_dtype(x.dtype)
     P, H = shape.P, shape.H
+    if lacks_output(y):
+        y = output_again(reserve, cells, weights, lengths)
     dx, dh0, dc0, dweights = [], [], [], []
     for d, w in enumerate(split_weights(weights)):
         steps = _Steps(x.shape[0], lengths, reset_mask, reverse=d == 1)

@@ -4,19 +4,20 @@ Forward runs segments of `interval` steps with the backend's own op and keeps th
 through the segments from last to first, runs each one forward once more, and then back. Between the two passes each
 direction holds T/interval * B * (P + H) numbers instead of T * B * (4H + H + P); the price is a second forward pass.
 
-The arguments are those of fastlstm/ops/schema.py after the backend's name and the interval.
+The arguments are those of fastlstm/ops/schema.py after the backend's name and the interval. `keep_states` is to the
+states what keep_reserve is there to the reserve: where they are not wanted, forward is the backend's own op.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from .register import LIBRARY, differentiable_backward, formula_serves, without_autocast
+from . import saved
+from .register import LIBRARY, differentiable, differentiable_backward, formula_serves, without_autocast
 from .schema import LayerShape, backward_outputs, check, check_gradients, check_range, check_tensor
 
 # Steps between kept states where the user names no number. At T = 4096 they are less than a hundredth of what else
@@ -25,7 +26,8 @@ INTERVAL = 256
 
 _FORWARD = (
     "(str backend, SymInt interval, Tensor x, Tensor? h0, Tensor? c0, Tensor[] weights, Tensor? lengths, "
-    "Tensor? reset_mask, bool keep_cells) -> (Tensor y, Tensor h_n, Tensor c_n, Tensor cells, Tensor h_at, Tensor c_at)"
+    "Tensor? reset_mask, bool keep_cells, bool keep_states) "
+    "-> (Tensor y, Tensor h_n, Tensor c_n, Tensor cells, Tensor h_at, Tensor c_at)"
 )
 _BACKWARD = (
     "(str backend, SymInt interval, Tensor? dy, Tensor? dh_n, Tensor? dc_n, Tensor? dcells, Tensor x, Tensor? h0, "
@@ -104,12 +106,15 @@ def _check_backward(interval, dy, dh_n, dc_n, dcells, x, h0, c0, weights, length
     check_tensor("c_at", "[D, intervals, B, H]", c_at, (s.D, parts, B, s.H), x.dtype, x.device)
 
 
-def _forward(backend, interval, x, h0, c0, weights, lengths, reset_mask, keep_cells):
+def _forward(backend, interval, x, h0, c0, weights, lengths, reset_mask, keep_cells, keep_states):
     _check_forward(interval, x, h0, c0, weights, lengths, reset_mask)
     check_range(lengths, x.shape[0])
     op = getattr(torch.ops.fastlstm, f"{backend}_layer").default
+    if not keep_states:
+        y, h_n, c_n, cells, _ = op(x, h0, c0, weights, lengths, reset_mask, keep_cells, False)
+        return y, h_n, c_n, cells, x.new_empty(0), x.new_empty(0)
     s = LayerShape.of(weights)
-    y, h_n, c_n, cells, h_at, c_at = _outputs(x, interval, weights, keep_cells)
+    y, h_n, c_n, cells, h_at, c_at = _outputs(x, interval, weights, keep_cells, keep_states)
     for d in range(s.D):
         own = weights[d * s.per_direction : (d + 1) * s.per_direction]
         h, c = _state(x, h0, d, s.P), _state(x, c0, d, s.H)
@@ -124,7 +129,9 @@ def _forward(backend, interval, x, h0, c0, weights, lengths, reset_mask, keep_ce
     return y, h_n, c_n, cells, h_at, c_at
 
 
-def _outputs(x: Tensor, interval: int, weights: list[Tensor], keep_cells: bool) -> tuple[Tensor, ...]:
+def _outputs(
+    x: Tensor, interval: int, weights: list[Tensor], keep_cells: bool, keep_states: bool
+) -> tuple[Tensor, ...]:
     s = LayerShape.of(weights)
     T, B = x.shape[:2]
     parts = _parts(T, interval)
@@ -133,8 +140,8 @@ def _outputs(x: Tensor, interval: int, weights: list[Tensor], keep_cells: bool) 
         x.new_empty(s.D, B, s.P),
         x.new_empty(s.D, B, s.H),
         x.new_empty((T, B, s.D * s.H) if keep_cells else (0,)),
-        x.new_empty(s.D, parts, B, s.P),  # the states that enter each segment
-        x.new_empty(s.D, parts, B, s.H),
+        x.new_empty((s.D, parts, B, s.P) if keep_states else (0,)),  # the states that enter each segment
+        x.new_empty((s.D, parts, B, s.H) if keep_states else (0,)),
     )
 
 
@@ -179,9 +186,9 @@ def _backward(
     )
 
 
-def _fake_forward(backend, interval, x, h0, c0, weights, lengths, reset_mask, keep_cells):
+def _fake_forward(backend, interval, x, h0, c0, weights, lengths, reset_mask, keep_cells, keep_states):
     _check_forward(interval, x, h0, c0, weights, lengths, reset_mask)
-    return _outputs(x, interval, weights, keep_cells)
+    return _outputs(x, interval, weights, keep_cells, keep_states)
 
 
 def _fake_backward(
@@ -191,25 +198,35 @@ def _fake_backward(
     return backward_outputs(x, weights, lengths, needs)
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    ctx.backend, ctx.interval, x, h0, c0, weights, lengths, reset_mask, keep_cells = inputs
-    *_, cells, h_at, c_at = output
-    ctx.save_for_backward(x, h0, c0, lengths, reset_mask, h_at, c_at, *weights)
-    ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(*([h_at, c_at] if keep_cells else [cells, h_at, c_at]))
+class _Node(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, call, backend, interval, x, h0, c0, lengths, reset_mask, keep_cells, keep_states, *weights):
+        results = call(backend, interval, x, h0, c0, list(weights), lengths, reset_mask, keep_cells, keep_states)
+        *_, cells, h_at, c_at = results
+        ctx.backend, ctx.interval = backend, interval
+        inputs = (x, h0, c0, *weights)
+        # Backward runs forward again, from copies of h0 and c0.
+        read = [True] * len(inputs) if saved.traced(x) else [k not in (1, 2) for k in range(len(inputs))]
+        saved.save(ctx, inputs, read, lengths, reset_mask, h_at, c_at)
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(*([h_at, c_at] if keep_cells else [cells, h_at, c_at]))
+        return results
 
-
-def _autograd_backward(ctx: Any, dy, dh_n, dc_n, dcells, *_: None) -> tuple[Any, ...]:
-    x, h0, c0, lengths, reset_mask, h_at, c_at, *weights = ctx.saved_tensors
-    need_x, need_h0, need_c0, need_weights = ctx.needs_input_grad[2:6]
-    needs = [need_x, need_h0, need_c0, *need_weights]
-    given = (dy, dh_n, dc_n, dcells, x, h0, c0, weights, lengths, reset_mask)
-    if formula_serves(dy, dh_n, dc_n, dcells):
-        return (None, None, *differentiable_backward(*given, needs), None, None, None)
-    op = torch.ops.fastlstm.recomputed_layer_backward.default
-    dx, dh0, dc0, dw = op(ctx.backend, ctx.interval, *given, h_at, c_at, needs)
-    flat = [g if need else None for g, need in zip([dx, dh0, dc0, *dw], needs, strict=True)]
-    return (None, None, flat[0], flat[1], flat[2], flat[3:], None, None, None)
+    @staticmethod
+    def backward(ctx, dy, dh_n, dc_n, dcells, *_):
+        needs = [*ctx.needs_input_grad[3:6], *ctx.needs_input_grad[10:]]
+        inputs, (lengths, reset_mask, h_at, c_at) = saved.restore(ctx, len(needs))
+        grads = (dy, dh_n, dc_n, dcells)
+        if formula_serves(*grads):
+            x, h0, c0, *weights = saved.originals(ctx, inputs)
+            dx, dh0, dc0, dw = differentiable_backward(*grads, x, h0, c0, weights, lengths, reset_mask, needs)
+        else:
+            x, h0, c0, *weights = inputs
+            op = torch.ops.fastlstm.recomputed_layer_backward.default
+            given = (*grads, x, h0, c0, weights, lengths, reset_mask)
+            dx, dh0, dc0, dw = op(ctx.backend, ctx.interval, *given, h_at, c_at, needs)
+        found = [g if need else None for g, need in zip([dx, dh0, dc0, *dw], needs, strict=True)]
+        return (None, None, None, *found[:3], None, None, None, None, *found[3:])
 
 
 for _name, _schema, _kernel, _fake in (
@@ -219,6 +236,4 @@ for _name, _schema, _kernel, _fake in (
     LIBRARY.define(_name + _schema, tags=(torch.Tag.pt2_compliant_tag,))
     LIBRARY.impl(_name, without_autocast(_kernel), "CompositeExplicitAutograd")
     torch.library.register_fake(f"fastlstm::{_name}", _fake, lib=LIBRARY)
-torch.library.register_autograd(
-    "fastlstm::recomputed_layer", _autograd_backward, setup_context=_setup_context, lib=LIBRARY
-)
+differentiable("recomputed_layer", _Node, keep=9)

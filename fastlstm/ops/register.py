@@ -16,6 +16,7 @@ from torch import Tensor
 
 from .. import reference
 from ..ragged import PackedLayout
+from . import saved
 from .schema import BACKWARD, FORWARD, backward_outputs, check, check_backward, check_range, forward_outputs
 
 LIBRARY = torch.library.Library("fastlstm", "DEF")
@@ -33,13 +34,31 @@ def define(backend: str, forward: Callable[..., Any] | None = None, backward: Ca
     if forward is not None and backward is not None:
         LIBRARY.impl(layer, without_autocast(_checked(_check_forward, forward)), "CompositeExplicitAutograd")
         LIBRARY.impl(layer_backward, without_autocast(_checked(_check_backward, backward)), "CompositeExplicitAutograd")
-        op = getattr(torch.ops.fastlstm, layer_backward).default
-        torch.library.register_autograd(
-            f"fastlstm::{layer}",
-            lambda ctx, *grads: _autograd_backward(op, ctx, *grads),
-            setup_context=_setup_context,
-            lib=LIBRARY,
-        )
+        differentiable(layer, _layer_node(getattr(torch.ops.fastlstm, layer_backward).default), keep=7)
+
+
+def differentiable(name: str, node: type[torch.autograd.Function], keep: int) -> None:
+    """Make `node` the autograd formula of the op `name`.
+
+    It is applied to the op below autograd and its arguments, the weights at the end. Argument number `keep` says
+    whether to keep what backward reads: here it is True whatever the caller said, so that what a trace records of a
+    call does not depend on the grad mode of the moment. torch.library.register_autograd cannot do that.
+    """
+    op = getattr(torch.ops.fastlstm, name).default
+    node = type(name, (node,), {})  # profilers show the name
+    weights_at = [argument.name for argument in op._schema.arguments].index("weights")
+
+    def run(keyset: Any, *args: Any) -> Any:
+        def call(*args: Any) -> Any:
+            with torch._C._AutoDispatchBelowAutograd():
+                return op.redispatch(keyset & torch._C._after_autograd_keyset, *args)
+
+        if not (torch.is_grad_enabled() and torch._C._any_requires_grad(*args)):
+            return call(*args)
+        weights = args[weights_at]
+        return node.apply(call, *args[:weights_at], *args[weights_at + 1 : keep], True, *weights)
+
+    LIBRARY.impl(name, run, "Autograd", with_keyset=True)
 
 
 def _check_forward(x, h0, c0, weights, lengths, reset_mask, keep_cells, keep_reserve):
@@ -85,15 +104,6 @@ def _fake_backward(may_be_packed, *args):
     return backward_outputs(x, weights, lengths, needs)
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    x, h0, c0, weights, lengths, reset_mask, keep_cells, _ = inputs
-    y, _, _, cells, reserve = output
-    ctx.save_for_backward(x, h0, c0, lengths, reset_mask, y, cells, reserve, *weights)
-    # Else an unused reserve would arrive in backward as a T*B*4H buffer of zeros.
-    ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(*([reserve] if keep_cells else [cells, reserve]))
-
-
 # The keys of torch.autograd.grad's own vmap and of torch.func's; the first has no name in Python.
 _BATCHED = [torch._C._dispatch_key_parse(name) for name in ("Batched", "FuncTorchBatched")]
 
@@ -117,17 +127,41 @@ def no_rule_serves(*grads: Tensor | None) -> bool:
     return any(held.has(key) for held in keys for key in _BATCHED)
 
 
-def _autograd_backward(op: Callable[..., Any], ctx: Any, dy, dh_n, dc_n, dcells, _) -> tuple[Any, ...]:
-    x, h0, c0, lengths, reset_mask, y, cells, reserve, *weights = ctx.saved_tensors
-    need_x, need_h0, need_c0, need_weights = ctx.needs_input_grad[:4]
-    needs = [need_x, need_h0, need_c0, *need_weights]
-    if formula_serves(dy, dh_n, dc_n, dcells):
-        grads = differentiable_backward(dy, dh_n, dc_n, dcells, x, h0, c0, weights, lengths, reset_mask, needs)
-    else:
-        dx, dh0, dc0, dw = op(dy, dh_n, dc_n, dcells, x, h0, c0, weights, lengths, reset_mask, y, cells, reserve, needs)
-        flat = [g if need else None for g, need in zip([dx, dh0, dc0, *dw], needs, strict=True)]
-        grads = (flat[0], flat[1], flat[2], flat[3:])
-    return (*grads, None, None, None, None)
+def _layer_node(backward_op: Any) -> type[torch.autograd.Function]:
+    """The autograd node of a backend's forward op; csrc/autograd.cpp has the native one's."""
+
+    class LayerNode(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, call, x, h0, c0, lengths, reset_mask, keep_cells, keep_reserve, *weights):
+            results = call(x, h0, c0, list(weights), lengths, reset_mask, keep_cells, keep_reserve)
+            y, _, _, cells, reserve = results
+            inputs, needs = (x, h0, c0, *weights), [*ctx.needs_input_grad[1:4], *ctx.needs_input_grad[8:]]
+            traced = saved.traced(x)
+            read = [True] * len(inputs) if traced else saved.read_by_backward(x, weights, needs)
+            y_kept = None if traced else saved.output(ctx, y)
+            saved.save(ctx, inputs, read, lengths, reset_mask, cells, reserve, y_kept)
+            # Else an unused reserve would arrive in backward as a T*B*4H buffer of zeros.
+            ctx.set_materialize_grads(False)
+            ctx.mark_non_differentiable(*([reserve] if keep_cells else [cells, reserve]))
+            return results
+
+        @staticmethod
+        def backward(ctx, dy, dh_n, dc_n, dcells, _):
+            needs = [*ctx.needs_input_grad[1:4], *ctx.needs_input_grad[8:]]
+            inputs, (lengths, reset_mask, cells, reserve, y) = saved.restore(ctx, len(needs))
+            grads = (dy, dh_n, dc_n, dcells)
+            if formula_serves(*grads):
+                x, h0, c0, *weights = saved.originals(ctx, inputs)
+                dx, dh0, dc0, dw = differentiable_backward(*grads, x, h0, c0, weights, lengths, reset_mask, needs)
+            else:
+                x, h0, c0, *weights = inputs
+                y = saved.output_as_kept(ctx, y, x)
+                given = (*grads, x, h0, c0, weights, lengths, reset_mask)
+                dx, dh0, dc0, dw = backward_op(*given, y, cells, reserve, needs)
+            found = [g if need else None for g, need in zip([dx, dh0, dc0, *dw], needs, strict=True)]
+            return (None, *found[:3], None, None, None, None, *found[3:])
+
+    return LayerNode
 
 
 @without_autocast
@@ -204,4 +238,20 @@ LIBRARY.define("grouped_products(Tensor a, Tensor b, int groups) -> Tensor", tag
 LIBRARY.impl("grouped_products", _grouped_products, "CompositeExplicitAutograd")
 torch.library.register_fake(
     "fastlstm::grouped_products", lambda a, b, groups: a.new_empty(groups, a.shape[2], b.shape[2]), lib=LIBRARY
+)
+
+
+def _packed_lengths(batch_sizes: Tensor) -> Tensor:
+    # batch_sizes falls with t, so row b's length is the number of steps with more than b rows.
+    return torch.searchsorted(-batch_sizes, -torch.arange(int(batch_sizes[0]), device=batch_sizes.device))
+
+
+# The lengths [B] of a PackedSequence's rows, longest first, from its batch_sizes [T]. An op, since B is a value that a
+# trace would take for a constant.
+LIBRARY.define("packed_lengths(Tensor batch_sizes) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
+LIBRARY.impl("packed_lengths", _packed_lengths, "CompositeExplicitAutograd")
+torch.library.register_fake(
+    "fastlstm::packed_lengths",
+    lambda batch_sizes: batch_sizes.new_empty(torch.library.get_ctx().new_dynamic_size()),
+    lib=LIBRARY,
 )

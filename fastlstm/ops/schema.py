@@ -13,7 +13,9 @@ Forward takes
   lengths     [B] int64 on x's device, or None. Row b has lengths[b] valid steps, 0 allowed. Past them x is never read
               into a result, so it may hold anything, NaN included.
   reset_mask  [T, B] bool on x's device, or None. True at t: step t begins a new sequence in that row.
-  keep_cells, keep_reserve   whether `cells`, and what backward reads (reserve and cells), are wanted
+  keep_cells, keep_reserve   whether `cells`, and what backward reads (reserve and cells), are wanted. A call that
+              autograd records keeps what backward reads whatever keep_reserve says: what a trace records of a call
+              must not depend on the grad mode of the moment.
 and gives
   y           [T, B, D*P]   zero at and past a row's length
   h_n, c_n    [D, B, P], [D, B, H]   the state after the last step each direction takes; h0, c0 for length 0
@@ -24,7 +26,8 @@ The native op takes packed rows of CPU tensors as well: x [N, I], the data of a 
 rise from row to row and have the sum N, and no reset_mask. y and cells are then [N, .], the reserve is [D, N, 4H].
 
 Backward takes the gradients of y, h_n, c_n and cells (None is zero), forward's arguments and results, and `needs`,
-one flag for each of x, h0, c0, *weights. It gives their gradients, [0] where not needed.
+one flag for each of x, h0, c0, *weights. It gives their gradients, [0] where not needed. y may be [0], where its caller
+has changed it since: h is then found again from o and c.
 """
 
 from __future__ import annotations
@@ -184,9 +187,29 @@ def check_backward(
     s = LayerShape.of(weights)
     rows = x.shape[:-1]
     check_tensor("reserve", "[D, T, B, 4H]", reserve, (s.D, *rows, 4 * s.H), x.dtype, x.device)
-    check_tensor("y", "[T, B, D*P]", y, (*rows, s.D * s.P), x.dtype, x.device)
+    if not lacks_output(y):
+        check_tensor("y", "[T, B, D*P]", y, (*rows, s.D * s.P), x.dtype, x.device)
     check_tensor("cells", "[T, B, D*H]", cells, (*rows, s.D * s.H), x.dtype, x.device)
     check_gradients(dy, dh_n, dc_n, dcells, x, weights, lengths, needs)
+
+
+def lacks_output(y: Tensor) -> bool:
+    """Whether backward was given no y."""
+    return y.dim() == 1 and y.shape[0] == 0
+
+
+def output_again(gates: Tensor, cells: Tensor, weights: list[Tensor], lengths: Tensor | None) -> Tensor:
+    """y [T, B, D*P] from the activated gates [D, T, B, 4H] and c [T, B, D*H]: h = o * tanh(c), and its projection."""
+    shape, dtype, directions = LayerShape.of(weights), gates.dtype, []
+    compute = torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
+    for d, w in enumerate(split_weights(weights)):
+        c = cells[..., d * shape.H : (d + 1) * shape.H].to(compute)
+        h = gates[d, ..., 3 * shape.H :].to(compute) * c.tanh()
+        directions.append(h if w.hr is None else torch.nn.functional.linear(h, w.hr.to(compute)))
+    y = torch.cat(directions, -1).to(dtype)
+    if lengths is None:
+        return y
+    return y.masked_fill((torch.arange(len(y), device=y.device)[:, None] >= lengths)[..., None], 0)
 
 
 def check_gradients(

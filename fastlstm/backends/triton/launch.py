@@ -10,7 +10,7 @@ import torch
 import triton
 from torch import Tensor
 
-from ...ops.schema import LayerShape, backward_outputs, forward_outputs, split_weights
+from ...ops.schema import LayerShape, backward_outputs, forward_outputs, lacks_output, output_again, split_weights
 from . import resident, tiled
 from .plan import Row, Tiles, alignment, choose
 
@@ -58,6 +58,8 @@ def backward(dy, dh_n, dc_n, dcells, x, h0, c0, weights, lengths, reset_mask, y,
     s = LayerShape.of(weights)
     T, B = x.shape[:2]
     dx, dh0, dc0, dweights = backward_outputs(x, weights, lengths, needs)
+    if lacks_output(y):
+        y = output_again(reserve, cells, weights, lengths)
     dgates = torch.empty_like(reserve)
     if B > 0:
         layer = _Layer(x, weights, lengths, reset_mask)
