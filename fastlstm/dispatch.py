@@ -14,10 +14,12 @@ from torch.compiler import is_compiling
 
 from . import reference, transforms
 from .backends import BACKENDS, native
+from .ops import flops
 from .ops import recompute as _recompute  # noqa: F401 - defines its ops
 from .ops.schema import LayerCall, LayerShape, check
 
 NAMES = ("auto", *BACKENDS, "reference")
+flops.register(tuple(BACKENDS))
 
 _requested = os.environ.get("FASTLSTM_BACKEND", "auto")
 

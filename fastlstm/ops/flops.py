@@ -1,0 +1,128 @@
+"""FLOPs of every op for torch.utils.flop_counter: `formulas`, and `register` as soon as that module is imported.
+
+Only products are counted, as torch counts an LSTM that it runs step by step: 2 * 4H * (I + P) a row and step in
+forward, 2 * H * P more with projection; in backward each factor's gradient that is asked for takes as much.
+"""
+
+from __future__ import annotations
+
+import importlib.abc
+import importlib.util
+import sys
+from collections.abc import Callable, Sequence
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.functional_tensor import FunctionalTensor
+
+from .schema import LayerShape, batch_size
+
+_COUNTER = "torch.utils.flop_counter"
+
+
+def _rows(x: Tensor, lengths: Tensor | None) -> tuple[int, int]:
+    """The steps of all rows, and the rows that have a first step: those of `lengths` where these can be read."""
+    B = batch_size(x, lengths)
+    if lengths is None or lengths.device.type != "cpu" or isinstance(lengths, (FakeTensor, FunctionalTensor)):
+        return x.shape[:-1].numel(), B
+    steps = lengths.tolist()
+    return sum(steps), sum(n > 0 for n in steps)
+
+
+def layer(*args: Any, out_val: Any = None) -> int:
+    """Of fastlstm/ops/schema.py's forward op."""
+    x, _, _, weights, lengths, *_ = args
+    s, I, N = LayerShape.of(weights), x.shape[-1], _rows(x, lengths)[0]  # noqa: E741
+    return s.D * 2 * N * (4 * s.H * (I + s.P) + s.H * s.P * s.proj)
+
+
+def layer_backward(*args: Any, out_val: Any = None) -> int:
+    """Of the backward op. The gradient of h passes W_hh in every step but the first, there for dh0 alone."""
+    x, weights, lengths, needs = args[4], args[7], args[8], args[-1]
+    return _backward(x, weights, lengths, needs)
+
+
+def _backward(x: Tensor, weights: list[Tensor], lengths: Tensor | None, needs: Sequence[bool]) -> int:
+    s, I = LayerShape.of(weights), x.shape[-1]  # noqa: E741
+    N, first = _rows(x, lengths)
+    flops = 0
+    for d in range(s.D):
+        need = needs[3 + d * s.per_direction : 3 + (d + 1) * s.per_direction]
+        # fastlstm/transforms.py asks for the gradients of the gates with an x of one element that is never read.
+        gates_alone = x.numel() > 1 and not any(x.stride())
+        flops += 2 * N * 4 * s.H * I * ((needs[0] and not gates_alone) + need[0])
+        flops += 2 * 4 * s.H * s.P * (N * need[1] + (N if needs[1] else N - first))
+        if s.proj:
+            flops += 2 * N * s.H * s.P * (1 + need[-1])
+    return flops
+
+
+def recomputed_layer(backend: str, interval: int, *args: Any, out_val: Any = None) -> int:
+    """Of fastlstm/ops/recompute.py's forward op."""
+    return layer(*args)
+
+
+def recomputed_layer_backward(backend: str, interval: int, *args: Any, out_val: Any = None) -> int:
+    """Of its backward op, which runs forward again."""
+    x, h0, c0, weights, lengths, needs = *args[4:9], args[-1]
+    return layer(x, h0, c0, weights, lengths) + _backward(x, weights, lengths, needs)
+
+
+def grouped_products(a: Tensor, b: Tensor, groups: int, *, out_val: Any = None) -> int:
+    """Of fastlstm::grouped_products."""
+    return 2 * a.shape[:2].numel() * a.shape[2] * b.shape[2]
+
+
+def formulas(backends: Sequence[str]) -> dict[Any, Callable[..., int]]:
+    """The formula of every op that `backends` and the modules beside this one define."""
+    ops = torch.ops.fastlstm
+    found: dict[Any, Callable[..., int]] = {}
+    for name in backends:
+        found[getattr(ops, f"{name}_layer")] = layer
+        found[getattr(ops, f"{name}_layer_backward")] = layer_backward
+    found[ops.recomputed_layer] = recomputed_layer
+    found[ops.recomputed_layer_backward] = recomputed_layer_backward
+    found[ops.grouped_products] = grouped_products
+    return found
+
+
+def register(backends: Sequence[str]) -> None:
+    """Tell torch.utils.flop_counter, now if it is imported, else once it is.
+
+    It imports Triton, which takes longer than all of fastlstm.
+    """
+    if _COUNTER in sys.modules:
+        _tell(sys.modules[_COUNTER], backends)
+    else:
+        sys.meta_path.insert(0, _OnImport(backends))
+
+
+def _tell(counter: ModuleType, backends: Sequence[str]) -> None:
+    for op, formula in formulas(backends).items():
+        counter.register_flop_formula(op, get_raw=True)(formula)
+
+
+class _OnImport(importlib.abc.MetaPathFinder):
+    """Finds the module as everybody else does, and has the formulas registered after it has run."""
+
+    def __init__(self, backends: Sequence[str]) -> None:
+        self._backends = backends
+
+    def find_spec(self, fullname: str, path: Any, target: Any = None) -> ModuleSpec | None:
+        if fullname != _COUNTER:
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(fullname)
+        if spec is not None and spec.loader is not None:
+            run = spec.loader.exec_module
+
+            def exec_module(module: ModuleType) -> None:
+                run(module)
+                _tell(module, self._backends)
+
+            spec.loader.exec_module = exec_module  # type: ignore[method-assign]
+        return spec

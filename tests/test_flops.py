@@ -1,0 +1,158 @@
+"""torch.utils.flop_counter: 2 * 4H * (I + P) FLOPs a row and step, as it counts nn.LSTM's own products."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.utils.rnn import pack_padded_sequence
+from torch.utils.flop_counter import FlopCounterMode
+
+import fastlstm
+
+from .twins import data, twins
+
+T, B, I, H = 5, 3, 7, 4  # noqa: E741
+LENGTHS = (T, 1, T - 1)
+pytestmark = pytest.mark.parametrize("backend", ["native", "eager"], indirect=True)
+
+
+def count(call) -> int:
+    counter = FlopCounterMode(display=False)
+    with counter:
+        call()
+    return counter.get_total_flops()
+
+
+def both(module: nn.Module, args: tuple, inputs: list[torch.Tensor] | None = None, **kwargs) -> tuple[int, int]:
+    """FLOPs of a forward call and of its backward."""
+    kept = []
+    forward = count(lambda: kept.append(module(*args, **kwargs)))
+    output, states = kept[0][0], kept[0][1]
+    y = output if isinstance(output, torch.Tensor) else output.data
+    loss = y.sum() + sum(s.sum() for s in (states if isinstance(states, tuple) else (states,)))
+    return forward, count(lambda: loss.backward(inputs=inputs))
+
+
+def formula(rows: int, P: int = H, D: int = 1, features: int = I) -> int:
+    return D * 2 * rows * (4 * H * (features + P) + (H * P if P != H else 0))
+
+
+@pytest.mark.parametrize("given", ["nothing", "x", "hx"])
+@pytest.mark.parametrize("form", ["padded", "packed"])
+@pytest.mark.parametrize(
+    "kwargs",
+    [{}, {"bidirectional": True}, {"proj_size": 2}, {"num_layers": 2, "bidirectional": True, "bias": False}],
+    ids=str,
+)
+def test_a_layer_counts_as_nn_lstms_products(kwargs, form, given, backend):
+    """In float64, where nn.LSTM runs step by step."""
+    ours, theirs = twins(I, H, **kwargs)
+    found = []
+    for module in (ours, theirs):
+        x = data(T, B, I).requires_grad_(given != "nothing")
+        S = (2 if module.bidirectional else 1) * module.num_layers
+        hx = [data(S, B, n, seed=n).requires_grad_() for n in (module.proj_size or H, H)] if given == "hx" else None
+        packed = pack_padded_sequence(x, LENGTHS, enforce_sorted=False)
+        found.append(both(module, (x if form == "padded" else packed, hx)))
+    # In reverse nn.LSTM passes a gradient to the zeros that rows begin with, unless they begin at the last step of all.
+    needless = 0
+    if form == "packed" and given != "hx" and ours.bidirectional:
+        needless = ours.num_layers * 2 * 4 * H * H * sum(n < T for n in LENGTHS)
+    assert found[0] == (found[1][0], found[1][1] - needless)
+    if kwargs == {}:
+        rows = T * B if form == "padded" else sum(LENGTHS)
+        assert found[0][0] == formula(rows)
+        if given == "hx":
+            assert found[0][1] == 2 * formula(rows)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_other_dtypes_count_the_same(dtype, backend):
+    """nn.LSTM's own float32 layer counts as nothing, since oneDNN runs it."""
+    ours, _ = twins(I, H, bidirectional=True, dtype=dtype)
+    truth, _ = twins(I, H, bidirectional=True)
+    x = data(T, B, I)
+    assert both(ours, (x.to(dtype),)) == both(truth, (x,))
+
+
+def test_what_is_not_asked_for_does_not_count(backend):
+    found = []
+    for module in twins(I, H):
+        x = data(T, B, I).requires_grad_()
+        module.weight_ih_l0.requires_grad_(False)
+        found.append(both(module, (x,)))
+        module.requires_grad_(False)
+        found.append(both(module, (x,)))
+    assert found[:2] == found[2:]
+    assert found[1][1] == 2 * T * B * 4 * H * I + 2 * (T - 1) * B * 4 * H * H
+
+
+def test_rows_count_by_their_lengths_where_these_are_known(backend):
+    ours, _ = twins(I, H)
+    assert both(ours, (data(T, B, I),), lengths=[5, 0, 2])[0] == formula(7)
+    with FakeTensorMode() as mode:
+        fake = fastlstm.LSTM(I, H)
+        lengths = mode.from_tensor(torch.tensor([5, 0, 2]))
+        assert count(lambda: fake(torch.empty(T, B, I), lengths=lengths)) == formula(T * B)
+
+
+def test_recompute_counts_its_second_forward(backend):
+    ours, _ = twins(I, H, proj_size=2)
+    plain = both(ours, (data(T, B, I),))
+    ours.recompute = 2
+    assert both(ours, (data(T, B, I),)) == (plain[0], plain[0] + plain[1])
+
+
+@pytest.mark.parametrize("inside", ["both", "backward alone"])
+@pytest.mark.parametrize("states", [False, True])
+def test_a_cell_counts_as_nn_lstm_cells_products(states, inside, backend):
+    """A small one is not seen by the dispatcher, unless a mode watches."""
+    found = []
+    for module in twins(I, H, cell=True):
+        x = data(B, I).requires_grad_()
+        hx = (data(B, H).requires_grad_(), data(B, H, seed=1).requires_grad_()) if states else None
+        if inside == "both":
+            found.append(both(module, (x, hx)))
+        else:
+            h, c = module(x, hx)
+            found.append(count(lambda h=h, c=c: (h + c).sum().backward()))
+    assert found[0] == found[1]
+    if inside == "both":
+        assert found[0][0] == formula(B)
+
+
+def test_per_sample_gradients_count(backend):
+    """As much as a plain step of the whole batch, dx apart."""
+    ours, _ = twins(I, H)
+    parameters = {name: p.detach() for name, p in ours.named_parameters()}
+
+    def loss(parameters, x):
+        return torch.func.functional_call(ours, parameters, (x[:, None],))[0].sum()
+
+    of_samples = count(lambda: torch.vmap(torch.func.grad(loss), (None, 1))(parameters, data(T, B, I)))
+    plain = both(ours, (data(T, B, I),))
+    assert of_samples == pytest.approx(sum(plain), rel=0.3)
+
+
+def test_the_import_of_fastlstm_does_not_import_the_counter(backend):
+    """It takes longer than fastlstm, for it imports Triton; in either order both know of each other."""
+    prints = "print('torch.utils.flop_counter' in sys.modules)"
+    counts = (
+        "from torch.utils.flop_counter import FlopCounterMode, flop_registry",
+        f"fastlstm.use_backend({backend!r})",
+        "mode = FlopCounterMode(display=False)",
+        "with mode: fastlstm.LSTM(7, 4)(torch.zeros(5, 3, 7))",
+        "print(mode.get_total_flops())",
+    )
+    for lines in (
+        ("import sys, torch, fastlstm", prints, *counts),
+        ("import sys, torch, torch.utils.flop_counter, fastlstm", prints, *counts),
+    ):
+        ran = subprocess.run([sys.executable, "-c", "\n".join(lines)], capture_output=True, text=True)
+        assert ran.returncode == 0, ran.stderr
+        assert ran.stdout.split() == [str("flop_counter" in lines[0]), str(formula(T * B))]
