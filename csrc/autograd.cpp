@@ -112,14 +112,11 @@ class LayerFunction : public torch::autograd::Function<LayerFunction> {
 
  private:
   // read_by_backward of a layer's arguments, of which those that require a gradient may be asked for one.
-  static uint64_t read(const variable_list& inputs) {
+  static Arguments read(const variable_list& inputs) {
     const at::TensorList weights = at::TensorList(inputs).slice(3);
     const bool proj = weights[1].size(1) * 4 != weights[1].size(0);
     const int64_t per_direction = LayerSizes::weights_per_direction(weights, proj);
-    std::vector<bool> needs;
-    needs.reserve(inputs.size());
-    for (const at::Tensor& t : inputs) needs.push_back(t.defined() && t.requires_grad());
-    return read_by_backward(needs, per_direction, per_direction > 3, proj,
+    return read_by_backward(requiring_grad(inputs), inputs.size(), per_direction, proj,
                             inputs[0].dim() == 2 || inputs[0].size(0) > 1);
   }
 };

@@ -85,9 +85,8 @@ class CellFunction : public torch::autograd::Function<CellFunction> {
                                const at::Tensor&, const OptionalTensor&, const OptionalTensor&) {
     const StepResults r = step_forward(*in, true);
     variable_list saved = {in->x, in->h0, in->c0, in->w_ih, in->w_hh, in->bias_ih, in->bias_hh};
-    std::vector<bool> needs(7);
-    for (size_t k = 0; k < 7; ++k) needs[k] = saved[k].defined() && saved[k].requires_grad();
-    hold_unread(ctx, saved, read_by_backward(needs, 4, /*bias=*/true, /*proj=*/false, /*steps=*/false));
+    const Arguments needs = requiring_grad(saved);
+    hold_unread(ctx, saved, read_by_backward(needs, 7, 4, /*proj=*/false, /*steps=*/false));
     saved.push_back(r.reserve);
     ctx->save_for_backward(std::move(saved));
     ctx->set_materialize_grads(false);  // else an unused h or c would arrive in backward as zeros

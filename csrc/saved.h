@@ -7,26 +7,38 @@
 
 namespace fastlstm {
 
-// The differentiable arguments of a layer or a cell in the order of `needs`: x, h0, c0, *weights.
-// Which of them the backward op reads, where `needs` are wanted, as bits of that order. `steps`: more than
-// one.
-inline uint64_t read_by_backward(const std::vector<bool>& needs, size_t per_direction, bool bias, bool proj,
-                                 bool steps) {
-  bool ih = false, hh = false, others = needs[0] || needs[1];
-  for (size_t k = 3; k < needs.size(); ++k) {
-    const size_t role = (k - 3) % per_direction;
-    ih |= role == 0 && needs[k];
-    hh |= role == 1 && needs[k];
-    others |= !(proj && role == per_direction - 1) && needs[k];
+// Sets of the differentiable arguments of a layer or a cell, as bits in the order of `needs`: x, h0, c0,
+// *weights.
+using Arguments = uint64_t;
+
+inline Arguments bit(size_t k) { return Arguments{1} << k; }
+
+// Those of `inputs`, in that order, that require a gradient.
+inline Arguments requiring_grad(const torch::autograd::variable_list& inputs) {
+  Arguments needs = 0;
+  for (size_t k = 0; k < inputs.size(); ++k)
+    if (inputs[k].defined() && inputs[k].requires_grad()) needs |= bit(k);
+  return needs;
+}
+
+// Which of `count` arguments the backward op reads, where `needs` are wanted. Biases never; x and h0 for the
+// gradients of the weights that they are multiplied by, and those weights the other way round. h_{t-1}'s
+// gradient takes weight_hh in every step but the first. `steps`: there are others.
+inline Arguments read_by_backward(Arguments needs, size_t count, size_t per_direction, bool proj,
+                                  bool steps) {
+  Arguments ih = 0, hh = 0, biases = 0, hr = 0;
+  for (size_t k = 3; k < count; k += per_direction) {
+    ih |= bit(k), hh |= bit(k + 1);
+    if (per_direction > 3) biases |= bit(k + 2) | bit(k + 3);
+    if (proj) hr |= bit(k + per_direction - 1);
   }
-  uint64_t read = 0;
-  const auto mark = [&](size_t k, bool is_read) { read |= uint64_t{is_read} << k; };
-  mark(0, ih), mark(1, hh), mark(2, others);
-  for (size_t k = 3; k < needs.size(); ++k) {
-    const size_t role = (k - 3) % per_direction;
-    const bool is_bias = bias && (role == 2 || role == 3);
-    mark(k, role == 0 ? needs[0] : role == 1 ? steps || needs[1] : !is_bias);
-  }
+  const Arguments x = bit(0), h0 = bit(1), c0 = bit(2);
+  Arguments read = hr;
+  if (needs & ih) read |= x;
+  if (needs & hh) read |= h0;
+  if (needs & ~(c0 | hr)) read |= c0;
+  if (needs & x) read |= ih;
+  if (steps || (needs & h0)) read |= hh;
   return read;
 }
 
@@ -36,12 +48,12 @@ inline int64_t version_of(const at::Tensor& t) { return t.is_inference() ? 0 : t
 // save_for_backward checks the versions of. The formula of differentiable_backward reads them all.
 // ctx->saved_data has each under a key of one letter, since compiled autograd sees no tensor in a list.
 inline void hold_unread(torch::autograd::AutogradContext* ctx, torch::autograd::variable_list& inputs,
-                        uint64_t read) {
+                        Arguments read) {
   auto& held = ctx->saved_data;
   int64_t versions = 0;  // which only rise: the sum is as it was where each one is
   held.reserve(8);
   for (size_t k = 0; k < inputs.size(); ++k) {
-    if (!inputs[k].defined() || (read >> k & 1)) continue;
+    if (!inputs[k].defined() || (read & bit(k))) continue;
     versions += version_of(inputs[k]);
     held.emplace(std::string(1, static_cast<char>('a' + k)), std::move(inputs[k]));
     inputs[k] = at::Tensor();
@@ -69,8 +81,8 @@ inline void check_unchanged(bool changed) {
       "argument of an LSTM layer, which the gradient of its gradient reads");
 }
 
-// Notes the version of y, an output, which save_for_backward is given an alias of: changing y in place is no
-// error, but what the alias holds is then not y.
+// What save_for_backward is given of y, an output: an alias, so that changing y in place is no error. A
+// kernel's results have version 0; where y has another one in backward, what the alias holds is not y.
 inline at::Tensor save_output(torch::autograd::AutogradContext* ctx, const at::Tensor& y) {
   // Not by the dispatcher, where a mode may be at work.
   static const at::Tensor none = at::detail::empty_cpu({0}, at::kFloat);
@@ -78,14 +90,12 @@ inline at::Tensor save_output(torch::autograd::AutogradContext* ctx, const at::T
   const at::Tensor counter(none.unsafeGetTensorImpl()->shallow_copy_and_detach(
       y.unsafeGetTensorImpl()->version_counter(), /*allow_tensor_metadata_change=*/false));
   ctx->saved_data.emplace("output", counter);
-  ctx->saved_data.emplace("output_version", static_cast<int64_t>(y._version()));
   return y.variable_data();
 }
 
 inline bool output_changed(torch::autograd::AutogradContext* ctx) {
   const auto held = ctx->saved_data.find("output");
-  return held != ctx->saved_data.end() && static_cast<int64_t>(held->second.toTensor()._version()) !=
-                                              ctx->saved_data["output_version"].toInt();
+  return held == ctx->saved_data.end() || held->second.toTensor()._version() != 0;
 }
 
 }  // namespace fastlstm

@@ -134,7 +134,8 @@ class _Layer(torch.autograd.Function):
     def setup_context(ctx, inputs, output):
         ctx.call, *given = inputs
         y, _, _, cells, reserve = output
-        ctx.save_for_backward(y, cells, reserve, *given)
+        # A copy: here nobody can tell whether y has been changed in place since.
+        ctx.save_for_backward(y.clone(), cells, reserve, *given)
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(*([reserve] if ctx.call.keep_cells else [cells, reserve]))
 

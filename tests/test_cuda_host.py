@@ -213,6 +213,18 @@ def test_backward_leaves_what_forward_saved_alone(backend):
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
+@pytest.mark.parametrize("options", [{}, {"bidirectional": True, "proj_size": 2}], ids=str)
+@pytest.mark.parametrize("lengths", [None, [4, 0, 2]], ids=["whole", "lengths"])
+def test_h_is_found_again_where_the_output_was_changed(options, lengths, backend, poisoned_empty):
+    lstm, found = fastlstm.LSTM(3, 4, **options), []
+    for in_place in (True, False):
+        x = torch.linspace(-1, 1, 36).view(4, 3, 3).requires_grad_()
+        y = lstm(x, lengths=lengths)[0]
+        y = y.tanh_() if in_place else y.tanh()
+        found.append(torch.autograd.grad(y.sum(), [x, *lstm.parameters()]))
+    torch.testing.assert_close(*found)
+
+
 def test_the_two_biases_get_gradients_of_their_own(backend):
     case = Case()
     given = tensors(case)
