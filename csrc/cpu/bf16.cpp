@@ -44,19 +44,28 @@ bool dot_products_are_slow() {
   return __get_cpuid(0, &a, &b, &c, &d) && b == signature_INTEL_ebx;
 }
 
-const Kernels* choose() {
-  if (std::strcmp(isa_name(), "avx512") != 0) return nullptr;
+bool look_for_instructions() {
   unsigned a, b, c, d;
-  if (!__get_cpuid_count(7, 1, &a, &b, &c, &d) || !(a >> 5 & 1)) return nullptr;  // avx512_bf16
+  return std::strcmp(isa_name(), "avx512") == 0 && __get_cpuid_count(7, 1, &a, &b, &c, &d) && a >> 5 & 1;
+}
+
+const Kernels* choose() {
+  if (!has_instructions()) return nullptr;
   if (std::getenv("ATEN_CPU_CAPABILITY")) return &avx512_kernels();
   if (amx_granted()) return &amx_kernels();
   return dot_products_are_slow() ? nullptr : &avx512_kernels();
 }
 #else
+bool look_for_instructions() { return false; }
 const Kernels* choose() { return nullptr; }
 #endif
 
 }  // namespace
+
+bool has_instructions() {
+  static const bool found = look_for_instructions();
+  return found;
+}
 
 const Kernels* kernels() {
   static const Kernels* const chosen = choose();

@@ -80,6 +80,9 @@ struct Kernels {
   void (*backward)(const BackwardArgs&, const Member&);
 };
 
+// Whether the CPU has AVX512_BF16 and ATEN_CPU_CAPABILITY allows AVX-512.
+bool has_instructions();
+
 // The best that CPU and system have, or null where the kernels of cpu/forward.h, which widen bfloat16, are
 // faster. Where ATEN_CPU_CAPABILITY is set: AVX512_BF16 at "avx512", whether faster or not, and never AMX,
 // since no level names it.

@@ -10,16 +10,19 @@
 namespace fastlstm {
 
 #define FASTLSTM_EXTERN(...) extern template const Kernels<__VA_ARGS__>& table<__VA_ARGS__>();
-#define FASTLSTM_DECLARE(isa)                \
-  namespace isa {                            \
-  template <class T, class S>                \
-  const Kernels<T, S>& table();              \
-  FASTLSTM_FOR_EACH_KERNELS(FASTLSTM_EXTERN) \
+#define FASTLSTM_DECLARE(isa, for_each) \
+  namespace isa {                       \
+  template <class T, class S>           \
+  const Kernels<T, S>& table();         \
+  for_each(FASTLSTM_EXTERN)             \
   }
-FASTLSTM_DECLARE(baseline)
+FASTLSTM_DECLARE(baseline, FASTLSTM_FOR_EACH_KERNELS)
 #if defined(__x86_64__)
-FASTLSTM_DECLARE(avx2)
-FASTLSTM_DECLARE(avx512)
+FASTLSTM_DECLARE(avx2, FASTLSTM_FOR_EACH_KERNELS)
+FASTLSTM_DECLARE(avx512, FASTLSTM_FOR_EACH_KERNELS)
+#endif
+#if defined(FASTLSTM_BF16_KERNELS)
+FASTLSTM_DECLARE(avx512_rounding_bf16, FASTLSTM_FOR_EACH_BF16_KERNELS)
 #endif
 #undef FASTLSTM_DECLARE
 #undef FASTLSTM_EXTERN
@@ -73,6 +76,10 @@ const char* bfloat16_isa_name() { return bf16::kernels() ? bf16::kernels()->name
 
 template <class T, class S>
 const Kernels<T, S>& kernels() {
+#if defined(FASTLSTM_BF16_KERNELS)
+  if constexpr (std::is_same_v<T, Bf16>)
+    if (bf16::has_instructions()) return avx512_rounding_bf16::table<T, S>();
+#endif
 #if defined(__x86_64__)
   if (chosen() == Isa::kAvx512) return avx512::table<T, S>();
   if (chosen() == Isa::kAvx2) return avx2::table<T, S>();

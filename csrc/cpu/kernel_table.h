@@ -1,7 +1,12 @@
-// One ISA's table of kernels: included last by each isa_*.cpp, inside its target region.
+// One ISA's tables of kernels: included last by each isa_*.cpp, inside its target region. FASTLSTM_TABLES
+// says which if not all.
 #pragma once
 
 #include "cpu/backward.h"
+
+#if !defined(FASTLSTM_TABLES)
+#define FASTLSTM_TABLES FASTLSTM_FOR_EACH_KERNELS
+#endif
 
 namespace fastlstm::FASTLSTM_ISA {
 
@@ -80,7 +85,7 @@ const Kernels<T, S>& table() {
   return kernels;
 }
 #define FASTLSTM_INSTANTIATE(...) template const Kernels<__VA_ARGS__>& table<__VA_ARGS__>();
-FASTLSTM_FOR_EACH_KERNELS(FASTLSTM_INSTANTIATE)
+FASTLSTM_TABLES(FASTLSTM_INSTANTIATE)
 #undef FASTLSTM_INSTANTIATE
 
 }  // namespace fastlstm::FASTLSTM_ISA

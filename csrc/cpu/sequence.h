@@ -200,7 +200,8 @@ struct Kernels {
 };
 
 // The types T, S that the kernels are compiled for.
-#define FASTLSTM_FOR_EACH_KERNELS(f) f(float, float) f(double, double) f(Bf16, float) f(Bf16, PanelBf16)
+#define FASTLSTM_FOR_EACH_BF16_KERNELS(f) f(Bf16, float) f(Bf16, PanelBf16)
+#define FASTLSTM_FOR_EACH_KERNELS(f) f(float, float) f(double, double) FASTLSTM_FOR_EACH_BF16_KERNELS(f)
 
 // Of one core's L2 cache; 1 MiB where the system does not tell.
 int64_t l2_bytes();

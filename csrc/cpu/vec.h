@@ -69,9 +69,13 @@ FASTLSTM_INLINE Halves halves_of(Bits<float> x) { return __builtin_convertvector
 FASTLSTM_INLINE Vec<float> widen(Halves x) { return bit_cast<Vec<float>>(words_of(x) << 16); }
 // To the nearest, to even between two; a NaN stays one.
 FASTLSTM_INLINE Halves narrow(Vec<float> v) {
+#if defined(FASTLSTM_ROUNDS_BF16)
+  return (Halves)_mm512_cvtneps_pbh((__m512)v);
+#else
   const Bits<float> bits = bit_cast<Bits<float>>(v);
   const Bits<float> rounded = (bits + 0x7fffu + (bits >> 16 & 1u)) >> 16;
   return halves_of(v == v ? rounded : Bits<float>{} + 0x7fc0u);
+#endif
 }
 
 template <class T>
