@@ -46,26 +46,36 @@ at::Tensor entering_states(const at::Tensor& y, const OptionalTensor& h0, const 
 template <class T, class A>
 at::Tensor output_again(const LayerSizes& s, const Ragged& ragged, at::TensorList weights,
                         const at::Tensor& cells, const at::Tensor& reserve, int64_t block) {
-  const at::Tensor y = new_zeros(s.per_row(s.D * s.P), cells);
-  const int64_t H = s.H, rows = s.rows();
+  constexpr int64_t kUnits = 64;  // whose c waits in a buffer; a multiple of every block
+  const int64_t H = s.H, rows = s.rows(), features = s.D * s.P;
+  const auto per_row = [&](at::IntArrayRef sizes) {
+    return ragged.padded() ? new_zeros(sizes, cells) : new_empty(sizes, cells);
+  };
+  const at::Tensor y = per_row(s.per_row(features));
   for (int64_t d = 0; d < s.D; ++d) {
-    const at::Tensor hidden = at::zeros({rows, H}, cells.options());  // before any projection
+    const at::Tensor hidden = s.proj() ? per_row({rows, H}) : y;  // h before any projection
+    const int64_t ld = s.proj() ? H : features;
     const T* c = cells.const_data_ptr<T>() + d * H;
     const T* gates = reserve.const_data_ptr<T>() + d * rows * 4 * H;
-    T* h = hidden.mutable_data_ptr<T>();
+    T* h = hidden.mutable_data_ptr<T>() + (s.proj() ? 0 : d * s.P);
     ragged.for_each_row([&](int64_t packed_row, int64_t row, int64_t, int64_t) {
       const T *from = c + row * s.D * H, *gate = gates + packed_row * 4 * H;
-      T* to = h + row * H;
-      std::array<A, 64> tanh_c;
-      for (int64_t u = 0; u < H; u += block) {
-        const int64_t n = std::min(block, H - u);
-        std::copy_n(from + u, n, tanh_c.begin());
-        kernels<A>().tanh(tanh_c.data(), tanh_c.data(), n);
-        for (int64_t k = 0; k < n; ++k) to[u + k] = T(A(gate[4 * u + 3 * n + k]) * tanh_c[k]);
+      T* to = h + row * ld;
+      A tanh_c[kUnits];
+      for (int64_t first = 0; first < H; first += kUnits) {
+        const int64_t end = std::min(H, first + kUnits);
+        std::copy(from + first, from + end, tanh_c);
+        kernels<A>().tanh(tanh_c, tanh_c, end - first);
+        for (int64_t u = first; u < end; u += block) {
+          const int64_t n = std::min(block, H - u);
+          const T* o = gate + 4 * u + 3 * n;
+          for (int64_t k = 0; k < n; ++k) to[u + k] = T(A(o[k]) * tanh_c[u - first + k]);
+        }
       }
     });
-    const at::Tensor found = s.proj() ? at::mm(hidden, DirectionWeights(s, weights, d).hr.t()) : hidden;
-    y.view({rows, s.D * s.P}).narrow(1, d * s.P, s.P).copy_(found);
+    if (!s.proj()) continue;
+    at::Tensor out = y.view({rows, features}).narrow(1, d * s.P, s.P);
+    at::mm_out(out, hidden, DirectionWeights(s, weights, d).hr.t());
   }
   return y;
 }
