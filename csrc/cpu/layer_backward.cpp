@@ -172,7 +172,7 @@ LayerGradients backward_on(const OptionalTensor& dy_in, const OptionalTensor& dh
   const Kernels<T, S>& kernel = kernels<T, S>();
   const int64_t N = ragged.N();
   const at::Tensor y = lacks_output(y_in)
-                           ? output_again<T, T>(s, ragged, weights, cells, reserve, kernel.width)
+                           ? output_again<Stored<T>, R>(s, ragged, weights, cells, reserve, kernel.width)
                            : y_in.contiguous();
   std::vector<Rows> rows;
   for (int64_t d = 0; d < D; ++d) rows.push_back(ragged.rows(d));
