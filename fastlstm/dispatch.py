@@ -160,7 +160,7 @@ def layer(
             return reference.layer(x, h0, c0, weights, lengths, reset_mask)
         return transforms.layer(name, x, h0, c0, weights, lengths, reset_mask, keep_cells)
     # Whether to keep what backward reads each op decides for itself: a trace may be called in another grad mode.
-    if recompute and (_recorded(x) or x.shape[0] > recompute):
+    if recompute and (_recorded(x) or (torch.is_grad_enabled() and x.shape[0] > recompute)):
         op = torch.ops.fastlstm.recomputed_layer.default
         y, h_n, c_n, cells, _, _ = op(name, recompute, x, h0, c0, weights, lengths, reset_mask, keep_cells, False)
         return y, h_n, c_n, cells

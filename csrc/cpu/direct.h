@@ -13,10 +13,15 @@ constexpr int kDirectTile = 4;
 constexpr int kDirectTile = 2;
 #endif
 
-// acc[row][q] += the products, lane by lane, of R rows of v [., K] with four rows w [K] of a weight as
-// stored. Eight at a time gained nothing.
+// Vectors that a lane adds one after the other. Longer rows are multiplied in parts, each summed separately,
+// so that rounding errors grow with a part and not with all of K.
+constexpr int64_t kDirectDepth = 256;
+
+// acc[row][q] += the products, lane by lane, of R rows of v [., K], `stride` apart, with four rows w [K] of a
+// weight as stored. Eight at a time gained nothing.
 template <class T, int R>
-FASTLSTM_INLINE void multiply_rows(const Real<T>* v, const T* const (&w)[4], int64_t K, Vec<T> (*acc)[4]) {
+FASTLSTM_INLINE void multiply_rows(const Real<T>* v, int64_t stride, const T* const (&w)[4], int64_t K,
+                                   Vec<T> (*acc)[4]) {
   constexpr int W = kWidth<T>;
   const int64_t whole = K / W * W;
   for (int64_t k = 0; k < whole; k += W)
@@ -24,14 +29,14 @@ FASTLSTM_INLINE void multiply_rows(const Real<T>* v, const T* const (&w)[4], int
     for (int gate = 0; gate < 4; ++gate) {
       const Vec<T> part = load(w[gate] + k);
 #pragma GCC unroll 4
-      for (int r = 0; r < R; ++r) acc[r][gate] += load(v + r * K + k) * part;
+      for (int r = 0; r < R; ++r) acc[r][gate] += load(v + r * stride + k) * part;
     }
   if (const int tail = static_cast<int>(K - whole))
 #pragma GCC unroll 4
     for (int gate = 0; gate < 4; ++gate) {
       const Vec<T> part = load_part(w[gate] + whole, tail);
 #pragma GCC unroll 4
-      for (int r = 0; r < R; ++r) acc[r][gate] += load_part(v + r * K + whole, tail) * part;
+      for (int r = 0; r < R; ++r) acc[r][gate] += load_part(v + r * stride + whole, tail) * part;
     }
 }
 
@@ -55,10 +60,9 @@ void split_rows(const Real<T>* v, int64_t rows, int64_t K, Real<T>* out) {
 
 // As multiply_rows, of rows of split_rows.
 template <int R>
-FASTLSTM_INLINE void multiply_split_rows(const float* v, const Bf16* const (&w)[4], int64_t K,
+FASTLSTM_INLINE void multiply_split_rows(const float* v, int64_t stride, const Bf16* const (&w)[4], int64_t K,
                                          Vec<float> (*acc)[4]) {
   constexpr int W = kWidth<float>;
-  const int64_t stride = split_stride<Bf16>(K);
   const auto step = [&](int64_t k, int n) {
 #pragma GCC unroll 4
     for (int gate = 0; gate < 4; ++gate) {
@@ -100,20 +104,36 @@ FASTLSTM_INLINE void direct_rows(int rows, const Factors<T> (&factors)[F], int64
     if (rows < R) return direct_rows<T, F, R - 1>(rows, factors, H, u0, gap, pre, add);
     constexpr int W = kWidth<T>;
     const int n = static_cast<int>(std::min<int64_t>(W, H - u0));
+    constexpr int64_t part = kDirectDepth * W;
     Vec<T> lanes[R][4][W];
     for (int u = 0; u < W; ++u) {
-      Vec<T> acc[R][4] = {};
+      Vec<T> acc[R][4] = {}, whole_parts[R][4];
+      bool several = false;
       for (int f = 0; u < n && f < F; ++f) {
         const auto& [v, weight, K] = factors[f];
+        const int64_t stride = factors[f].stride();
         const T* w[4];
         for (int64_t gate = 0; gate < 4; ++gate) w[gate] = weight + (gate * H + u0 + u) * K;
-        if constexpr (Factors<T>::split)
-          multiply_split_rows<R>(v, w, K, acc);
-        else
-          multiply_rows<T, R>(v, w, K, acc);
+        for (int64_t k = 0; k < K; k += part) {
+          if (k > 0) {
+            for (int r = 0; r < R; ++r)
+              for (int gate = 0; gate < 4; ++gate) {
+                whole_parts[r][gate] = several ? whole_parts[r][gate] + acc[r][gate] : acc[r][gate];
+                acc[r][gate] = Vec<T>{};
+              }
+            several = true;
+            for (int64_t gate = 0; gate < 4; ++gate) w[gate] += part;
+          }
+          const int64_t depth = std::min(part, K - k);
+          if constexpr (Factors<T>::split)
+            multiply_split_rows<R>(v + k, stride, w, depth, acc);
+          else
+            multiply_rows<T, R>(v + k, stride, w, depth, acc);
+        }
       }
       for (int r = 0; r < R; ++r)
-        for (int gate = 0; gate < 4; ++gate) lanes[r][gate][u] = acc[r][gate];
+        for (int gate = 0; gate < 4; ++gate)
+          lanes[r][gate][u] = several ? whole_parts[r][gate] + acc[r][gate] : acc[r][gate];
     }
     for (int r = 0; r < R; ++r)
       for (int gate = 0; gate < 4; ++gate) {

@@ -165,7 +165,7 @@ struct ForwardStep {
         const T* w[4];
         for (int q = 0; q < 4; ++q) w[q] = a.hr.stored + std::min(p + q * W + u, end - 1) * a.H;
         Vec<T> acc[M][4] = {};
-        multiply_rows<T, M>(hidden, w, a.H, acc);
+        multiply_rows<T, M>(hidden, a.H, w, a.H, acc);
         for (int r = 0; r < M; ++r)
           for (int q = 0; q < 4; ++q) lanes[r][q][u] = acc[r][q];
       }
