@@ -38,7 +38,8 @@ def precision(case: Case, ours: bool) -> Precision:
 def expected(case: Case, inputs: Inputs, precision: Precision) -> Expected:
     """The truth for the case's own, already rounded, inputs and weights, and its bounds."""
     given = in_float64(inputs)
-    return Expected(*error_bounds(lambda: truth(case, given), precision))
+    terms = {f"d_{name}": case.rows for name in given.weights}
+    return Expected(*error_bounds(lambda: truth(case, given), precision, terms))
 
 
 def in_float64(inputs: Inputs) -> Inputs:

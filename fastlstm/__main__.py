@@ -47,7 +47,8 @@ def _check(device: torch.device, T: int, B: int, I: int, H: int) -> bool:  # noq
     ours.load_state_dict(theirs.state_dict())
     x = torch.randn(T, B, I, device=device)
     dy = torch.randn(T, B, H, device=device)
-    truth, bounds = error_bounds(lambda: _in_float64(ours, x, dy), Precision.of(x.dtype))
+    terms = {name: T * B for name, _ in ours.named_parameters()}
+    truth, bounds = error_bounds(lambda: _in_float64(ours, x, dy), Precision.of(x.dtype), terms)
     found = compare(_step(ours, x, dy), truth, bounds)
     wrong = [str(accuracy) for accuracy in found if not accuracy.ok]
     ratio = _ratio(lambda: _step(theirs, x, dy), lambda: _step(ours, x, dy), device)

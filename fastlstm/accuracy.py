@@ -26,9 +26,9 @@ DEVIATIONS = 6.0
 # Relative error of a sigmoid or tanh, in units in the last place (tests/test_activations.py holds the kernels to it).
 ACTIVATION_ULP = 2.5
 # Evaluations per bound: enough that together they hold this many values of the smallest result ...
-VALUES = 32
+VALUES = 128
 # ... within these limits.
-MIN_SAMPLES, MAX_SAMPLES = 2, 8
+MIN_SAMPLES, MAX_SAMPLES = 2, 16
 
 
 @dataclass(frozen=True)
@@ -186,7 +186,7 @@ class Accuracy:
 
 
 def error_bounds(
-    run: Callable[[], Mapping[str, Tensor]], precision: Precision
+    run: Callable[[], Mapping[str, Tensor]], precision: Precision, terms: Mapping[str, int] | None = None
 ) -> tuple[dict[str, Tensor], dict[str, float]]:
     """The truth, and the largest error that rounding explains in each result.
 
@@ -194,6 +194,8 @@ def error_bounds(
         run: evaluates everything in float64 and gives its results by name; called several times, on equal inputs that
             it does not make anew.
         precision: that of the implementation to be judged.
+        terms: for results that are sums, the number of terms, where `run` adds them up in parts and an implementation
+            may take them one after the other: weights' gradients, over all steps and rows.
 
     Returns:
         run's results, and for each name a bound on the max norm of an error.
@@ -210,11 +212,20 @@ def error_bounds(
             # One rounding of the result itself, as it is stored.
             off = mode.perturb(value.detach().clone(), precision.storage, precision.tiny) - truth[name]
             squares[name] += off.masked_fill_(off.isnan(), 0).square_()
-    bounds = {
-        name: DEVIATIONS * float(square.max() / samples) ** 0.5 if square.numel() else 0.0
-        for name, square in squares.items()
-    }
+    bounds = {}
+    for name, square in squares.items():
+        variance = float(square.max() / samples) if square.numel() else 0.0
+        n = precision.additions((terms or {}).get(name, 0))
+        # As in `_sum`, where the sum of the terms' squares is taken to be the square of the largest sum.
+        variance += precision.sums**2 / 3 * n / 2 * _scale(truth[name]) ** 2
+        bounds[name] = DEVIATIONS * variance**0.5
     return truth, bounds
+
+
+def _scale(truth: Tensor) -> float:
+    """The largest finite value."""
+    sizes = truth.abs().nan_to_num(0, 0)
+    return float(sizes.max()) if sizes.numel() else 0.0
 
 
 def max_error(got: Tensor, truth: Tensor) -> float:
@@ -230,9 +241,7 @@ def max_error(got: Tensor, truth: Tensor) -> float:
 def compare(results: Mapping[str, Tensor], truth: Mapping[str, Tensor], bounds: Mapping[str, float]) -> list[Accuracy]:
     """The accuracy of each result, the worst first. `truth` may hold more than `results`."""
     found = [
-        Accuracy(
-            name, max_error(value, truth[name]), bounds[name], max_error(truth[name], torch.zeros_like(truth[name]))
-        )
+        Accuracy(name, max_error(value, truth[name]), bounds[name], _scale(truth[name]))
         for name, value in results.items()
     ]
     return sorted(found, key=lambda accuracy: -accuracy.excess)

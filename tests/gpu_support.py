@@ -152,7 +152,8 @@ def expected(case: Case, precision: Precision, device: str) -> tuple[Results, di
     given = on_device(case, torch.float64, device)
     call = ours(case, given)
     with fastlstm.use_backend("reference"), DOUBLE.flags():
-        return accuracy.error_bounds(lambda: with_gradients(case, given, call), precision.rounding())
+        terms = {f"d {name}": case.T * case.B for name in given.weights}
+        return accuracy.error_bounds(lambda: with_gradients(case, given, call), precision.rounding(), terms)
 
 
 def same(a: Results, b: Results) -> None:

@@ -67,7 +67,8 @@ def precision(dtype: torch.dtype, backend: str) -> Precision:
 def expected(case: Case, precision: Precision) -> tuple[Results, dict[str, float]]:
     """The truth, and for each result the largest error that rounding explains."""
     given = tensors(case, torch.float64)
-    return accuracy.error_bounds(lambda: _results(case, given, _call_torch), precision)
+    terms = {f"d {name}": case.T * case.B for name in given.weights}
+    return accuracy.error_bounds(lambda: _results(case, given, _call_torch), precision, terms)
 
 
 def check(case: Case, backend: str, rounding: Precision | None = None) -> None:

@@ -143,3 +143,16 @@ def test_results_are_listed_worst_first():
     assert [accuracy.ok for accuracy in found] == [False, True, True]
     assert math.isclose(found[0].excess, 2.5)
     assert str(found[0]) == "b: error 0.5, allowed 0.2 at scale 1"
+
+
+def test_a_sum_that_the_truth_takes_in_parts_may_be_taken_as_one():
+    parts = normal(300, 4, 1).abs()
+
+    def run():
+        total = parts[0].sum(0, keepdim=True)
+        for part in parts[1:]:
+            total = total + part.sum(0, keepdim=True)
+        return {"result": total}
+
+    in_parts, as_one = (error_bounds(run, SINGLE, terms)[1]["result"] for terms in (None, {"result": 1200}))
+    assert 1.5 * in_parts < as_one < 10 * in_parts
