@@ -131,3 +131,12 @@ def test_results_are_the_same_at_every_run(shape):
     first = run()
     for _ in range(5):
         assert all(torch.equal(a, b) for a, b in zip(first, run(), strict=True))
+
+
+@pytest.mark.parametrize("hx", ["none", "tuple"])
+@pytest.mark.parametrize("lengths", [(300, *[1] * 255), None], ids=["ragged", "dense"])
+@pytest.mark.parametrize("backend", ["native"], indirect=True)
+def test_weight_gradients_are_rounded_once(lengths, hx, backend):
+    """Over many chunks of few rows, and h0's part: sums in bfloat16 would lose a tenth of the ragged gradient."""
+    T, B = (300, 256) if lengths else (40, 3)
+    check(Case(T=T, B=B, I=32, H=128, dtype=torch.bfloat16, lengths=lengths, hx=hx), backend)

@@ -157,3 +157,22 @@ def test_the_import_of_fastlstm_does_not_import_the_counter(backend):
     ran = subprocess.run([sys.executable, "-c", "\n".join(lines)], capture_output=True, text=True)
     assert ran.returncode == 0, ran.stderr
     assert ran.stdout.split() == [str(first != "torch"), str(formula(T * B))]
+
+
+def test_a_probe_or_another_module_of_the_loader_changes_nothing(backend):
+    """The formulas are registered when the counter runs, and with no other module that its loader loads."""
+    program = """
+import importlib.util, sys
+import torch, fastlstm
+assert "torch.utils.flop_counter" not in sys.modules
+importlib.util.find_spec("torch.utils.flop_counter")
+from torch.utils.flop_counter import FlopCounterMode, flop_registry
+import wave
+assert torch.ops.fastlstm.eager_layer in flop_registry
+fastlstm.use_backend(sys.argv[1])
+with FlopCounterMode(display=False) as counter:
+    fastlstm.LSTM(3, 4)(torch.zeros(2, 1, 3))
+print(counter.get_total_flops())
+"""
+    found = subprocess.run([sys.executable, "-W", "ignore", "-c", program, backend], capture_output=True, text=True)
+    assert found.stdout.split() == [str(2 * 2 * 16 * 7)], found.stderr

@@ -27,8 +27,9 @@ constexpr int64_t kDeep = 4096;
 // takes what the N rows gain by it where they are few, except for the narrowest.
 class WeightGradient {
  public:
-  WeightGradient(const at::Tensor& dw, int64_t rows, int64_t N)
-      : dw_(dw), sum_(dw), narrow_(dw.scalar_type() == at::kBFloat16), in_blocks_(narrow_ && rows == N) {
+  // at_once: add() is called once.
+  WeightGradient(const at::Tensor& dw, int64_t rows, int64_t N, bool at_once)
+      : dw_(dw), sum_(dw), narrow_(dw.scalar_type() == at::kBFloat16), in_blocks_(narrow_ && at_once) {
     const bool matrix = dw.dim() == 2;  // no bias, and wanted
     in_blocks_ &= matrix;
     if (narrow_ && !in_blocks_) sum_ = new_empty(dw.sizes(), real_like<Bf16>(dw));
@@ -43,7 +44,7 @@ class WeightGradient {
   template <class T>
   void add(int64_t rows, const T* dgates, const T* states, int64_t ld, bool add) {
     if constexpr (std::is_same_v<T, float>)
-      if (in_blocks_) return add_in_blocks(rows, dgates, states, ld, add);
+      if (in_blocks_) return multiply_in_blocks(rows, dgates, states, ld);
     const int64_t m = dw_.size(0), n = dw_.size(1), most = total_.defined() ? kDeep : rows;
     T* out = sum_.mutable_data_ptr<T>();
     if (rows == 0 && !add) std::fill_n(out, m * n, T(0));
@@ -70,13 +71,14 @@ class WeightGradient {
   const at::Tensor& sum() const { return sum_; }
 
  private:
-  // All N rows at once, some rows of dw at a time, so that these are rounded while a cache holds them.
-  void add_in_blocks(int64_t rows, const float* dgates, const float* states, int64_t ld, bool add) {
+  // All N rows at once, some rows of dw at a time, so that these are rounded while a cache holds them. Sums
+  // over several calls would be rounded in each.
+  void multiply_in_blocks(int64_t rows, const float* dgates, const float* states, int64_t ld) {
     constexpr int64_t kBlockElements = 1 << 16;
     const int64_t m = dw_.size(0), n = dw_.size(1),
                   block = std::max<int64_t>(1, kBlockElements / std::max<int64_t>(16, n) / 16) * 16;
     if (rows == 0) {
-      if (!add) dw_.zero_();
+      dw_.zero_();
       return;
     }
     Bf16* out = writable<Bf16>(dw_);
@@ -85,8 +87,7 @@ class WeightGradient {
       sums.resize(std::max<size_t>(sums.size(), block * n));
       for (int64_t j = begin; j < end; j += block) {
         const int64_t count = std::min(block, end - j);
-        if (add) copy_numbers(out + j * n, count * n, sums.data());
-        multiply<float>({count, n, rows, dgates + j, m, true, states, ld, add, sums.data(), n, nullptr});
+        multiply<float>({count, n, rows, dgates + j, m, true, states, ld, false, sums.data(), n, nullptr});
         copy_numbers(sums.data(), count * n, out + j * n);
       }
     });
@@ -253,7 +254,9 @@ LayerGradients backward_on(const OptionalTensor& dy_in, const OptionalTensor& dh
   bool need_input = false;
   for (size_t k = 0; k < weights.size(); ++k) {
     dweights.push_back(wanted(3 + k, weights[k].sizes()));
-    gradients.emplace_back(dweights[k], std::min(N, chunk * B), N);
+    // recurrent_gradient adds the part of h0 separately.
+    const bool in_two = h0 && ragged.plain() && static_cast<int64_t>(k) % s.per_direction == 1;
+    gradients.emplace_back(dweights[k], std::min(N, chunk * B), N, chunk >= s.T && !in_two);
     need_input |= needs[3 + k] && k % s.per_direction == 0;
   }
   const at::Tensor input = need_input ? to_real<T>(packed_input<Stored<T>>(x, s, ragged)) : at::Tensor();

@@ -7,7 +7,6 @@ forward, 2 * H * P more with projection; in backward each factor's gradient that
 from __future__ import annotations
 
 import importlib.abc
-import importlib.util
 import sys
 from collections.abc import Callable, Sequence
 from importlib.machinery import ModuleSpec
@@ -91,14 +90,14 @@ def formulas(backends: Sequence[str]) -> dict[Any, Callable[..., int]]:
 
 
 def register(backends: Sequence[str]) -> None:
-    """Tell torch.utils.flop_counter, now if it is imported, else once it is.
+    """Tell torch.utils.flop_counter the formulas, now if it is imported, otherwise once it is.
 
     It imports Triton, which takes longer than all of fastlstm.
     """
     if _COUNTER in sys.modules:
         _tell(sys.modules[_COUNTER], backends)
     else:
-        sys.meta_path.insert(0, _OnImport(backends))
+        sys.meta_path.insert(0, _Finder(backends))
 
 
 def _tell(counter: ModuleType, backends: Sequence[str]) -> None:
@@ -106,8 +105,8 @@ def _tell(counter: ModuleType, backends: Sequence[str]) -> None:
         counter.register_flop_formula(op, get_raw=True)(formula)
 
 
-class _OnImport(importlib.abc.MetaPathFinder):
-    """Finds the module as everybody else does, and has the formulas registered after it has run."""
+class _Finder(importlib.abc.MetaPathFinder):
+    """Finds torch.utils.flop_counter through the other finders, with a loader that registers the formulas."""
 
     def __init__(self, backends: Sequence[str]) -> None:
         self._backends = backends
@@ -115,14 +114,27 @@ class _OnImport(importlib.abc.MetaPathFinder):
     def find_spec(self, fullname: str, path: Any, target: Any = None) -> ModuleSpec | None:
         if fullname != _COUNTER:
             return None
-        sys.meta_path.remove(self)
-        spec = importlib.util.find_spec(fullname)
-        if spec is not None and spec.loader is not None:
-            run = spec.loader.exec_module
+        for finder in sys.meta_path:
+            spec = None if finder is self else finder.find_spec(fullname, path, target)
+            if spec is not None:
+                if spec.loader is not None:
+                    spec.loader = _Loader(spec.loader, self._backends)
+                return spec
+        return None
 
-            def exec_module(module: ModuleType) -> None:
-                run(module)
-                _tell(module, self._backends)
 
-            spec.loader.exec_module = exec_module  # type: ignore[method-assign]
-        return spec
+class _Loader(importlib.abc.Loader):
+    """Loads one module as `loader` does, and registers the formulas with it."""
+
+    def __init__(self, loader: Any, backends: Sequence[str]) -> None:
+        self._loader, self._backends = loader, backends
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._loader, name)
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType | None:
+        return self._loader.create_module(spec)
+
+    def exec_module(self, module: ModuleType) -> None:
+        self._loader.exec_module(module)
+        _tell(module, self._backends)
