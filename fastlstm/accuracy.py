@@ -174,7 +174,7 @@ class Accuracy:
 
     @property
     def ok(self) -> bool:
-        return self.error <= self.allowed
+        return self.error <= self.allowed < float("inf")
 
     @property
     def excess(self) -> float:
@@ -191,8 +191,8 @@ def error_bounds(
     """The truth, and the largest error that rounding explains in each result.
 
     Args:
-        run: evaluates everything in float64 and gives its results by name; called several times, on equal inputs that
-            it does not make anew.
+        run: evaluates everything in float64 and gives its results by name; called several times, it must use the same
+            inputs on each call.
         precision: that of the implementation to be judged.
         terms: for results that are sums, the number of terms, where `run` adds them up in parts and an implementation
             may take them one after the other: weights' gradients, over all steps and rows.

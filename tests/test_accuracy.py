@@ -156,3 +156,7 @@ def test_a_sum_that_the_truth_takes_in_parts_may_be_taken_as_one():
 
     in_parts, as_one = (error_bounds(run, SINGLE, terms)[1]["result"] for terms in (None, {"result": 1200}))
     assert 1.5 * in_parts < as_one < 10 * in_parts
+
+
+def test_a_bound_that_is_not_finite_allows_nothing():
+    assert not compare({"a": torch.tensor([NAN])}, {"a": torch.tensor([1.0])}, {"a": INF})[0].ok
