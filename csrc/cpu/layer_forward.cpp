@@ -56,7 +56,7 @@ LayerResults forward_on(const LayerSizes& s, const Ragged& ragged, const Plan& p
   const int64_t ih_size = pack_ih ? kernel.forward_packed_size(H, s.I) : 0,
                 hh_size = pack_hh ? kernel.forward_packed_size(H, P) : 0;
 
-  // Elements of the workspace that a panel of so many takes.
+  // Workspace elements for a panel of n elements.
   const auto of_panels = [](int64_t n) { return (n * int64_t(sizeof(S)) + 3) / int64_t(sizeof(R)); };
   Workspace<R> space;
   PerDirection h_at, c_at, bias_at, ih_at, hh_at, hr_at, hidden_at;

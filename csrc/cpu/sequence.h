@@ -56,7 +56,7 @@ struct Rows {
 
 // Rows of a step whose pre-activations wait in scratch while one unit block's weights pass.
 constexpr int64_t kRowGroup = 96;
-// Steps of up to so many rows may read weights as they are stored.
+// At or below this many rows, a step may read weights as they are stored.
 constexpr int64_t kUnpackedRows = 4;
 // Up to so many rows of all steps, x W_ih^T is made for all of them at once.
 constexpr int64_t kOnceRows = 192;
