@@ -40,9 +40,9 @@ FASTLSTM_INLINE void multiply_rows(const Real<T>* v, int64_t stride, const T* co
     }
 }
 
-// A row of K numbers takes so many where it is multiplied with bfloat16 as stored: of each 2W numbers, those
-// of even index before those of odd index, which are the halves of a vector of the weight's. Zeros at the
-// end.
+// Returns the padded length of a row of K numbers in split order, for products with unpacked bfloat16
+// weights: of each 2W numbers the even-indexed ones come first, as the halves of a weight vector are widened.
+// Padding is zero.
 template <class T>
 int64_t split_stride(int64_t K) {
   return (K + kPanel<T> - 1) / kPanel<T> * kPanel<T>;

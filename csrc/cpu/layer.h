@@ -123,8 +123,8 @@ inline bool packs_backward(int64_t N, int64_t B, int64_t bytes, bool bf16 = fals
   return N > (B > 2 ? 12 : bytes < l2_bytes() && !bf16 ? 64 : 8);
 }
 
-// Whether panels of bfloat16, of which a thread reads so many numbers in each step, stay bfloat16: an L2 that
-// holds them as floats gives these as fast as they are multiplied, and widening would come on top.
+// Returns true if bfloat16 panels should stay bfloat16. numbers: elements a thread reads per step. If its L2
+// holds them as float32, float32 panels are as fast as the FMAs and need no widening.
 inline bool narrow_panels(int64_t numbers) { return numbers * sizeof(float) > 0.75 * l2_bytes(); }
 
 // Calls f(begin, end) over [0, n) in parallel, in multiples of `block` of which each takes `work` elements.

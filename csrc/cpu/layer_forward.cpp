@@ -13,7 +13,8 @@ void pack_forward(const ForwardArgs<T, S>& a, int64_t begin, int64_t end) {
   if (a.hh.packed) k.pack_forward(a.hh.stored, a.H, a.P, begin, end, a.hh.packed);
 }
 
-// Whether steps of B rows, N of all steps, read a W_hh of so many bytes, as float or double, as it is stored.
+// Returns true if W_hh should be read unpacked. N: rows of all steps; B: rows per step; bytes: W_hh's size as
+// float or double.
 // As long as it stays in an L2, packed or not, a few rows repay the packing; a larger one comes through the
 // L3 to be packed and back, and from 4 MiB on every step waits for the L3 either way.
 bool reads_as_stored(int64_t N, int64_t B, int64_t bytes) {

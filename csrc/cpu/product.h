@@ -29,7 +29,8 @@ void multiply_in_tiles(Product<T, B> p) {
   kernel.small_product(p);
 }
 
-// Of bfloat16 B that they widen as it is read, up to so many rows: a BLAS needs a copy of floats.
+// At or below this many rows, the tiles also take bfloat16 B, widened as it is read; a BLAS needs a float32
+// copy.
 inline constexpr int64_t kRowsOfWidened = 96;
 
 template <class T, class B = T>
