@@ -32,7 +32,7 @@ def precision(case: Case, ours: bool) -> Precision:
     """What an implementation rounds: ours keeps sums and states in float32, others may round every op's result."""
     if case.dtype == "tf32":
         return Precision.of(torch.float32, tf32=True)
-    return Precision.of(case.torch_dtype) if ours else Precision.of_every_op(case.torch_dtype)
+    return Precision.of(case.torch_dtype) if ours else Precision.per_op(case.torch_dtype)
 
 
 def expected(case: Case, inputs: Inputs, precision: Precision) -> Expected:

@@ -25,6 +25,8 @@ aten = torch.ops.aten
 DEVIATIONS = 6.0
 # Relative error of a sigmoid or tanh, in units in the last place (tests/test_activations.py holds the kernels to it).
 ACTIVATION_ULP = 2.5
+# Unit roundoff of the truth: float64.
+TRUTH_UNIT = 2.0**-53
 # Evaluations per bound: enough that together they hold this many values of the smallest result ...
 VALUES = 128
 # ... within these limits.
@@ -35,7 +37,8 @@ MIN_SAMPLES, MAX_SAMPLES = 2, 16
 class Precision:
     """What an implementation rounds. A unit roundoff is the largest relative error of rounding to nearest."""
 
-    sums: float  # unit roundoff of sums and of pointwise arithmetic
+    sums: float  # unit roundoff of the additions of a product or a sum
+    pointwise: float  # of pointwise arithmetic, and of a product's or sum's result
     storage: float  # of what is stored: activations, results
     factors: float  # of the factors of a product; 0 where they have the precision of the sums
     tiny: float  # absolute error near zero: the smallest normal number, since some units flush what is below
@@ -52,14 +55,13 @@ class Precision:
         single = torch.finfo(torch.float32)
         if dtype in (torch.float16, torch.bfloat16):
             # float16's subnormal numbers are 2^-24 apart; bfloat16 has the range of float32.
-            return cls(single.eps / 2, unit, unit, max(finfo.tiny * unit, single.tiny))
-        return cls(unit, unit, 2.0**-11 if tf32 else 0.0, 4 * finfo.tiny if dtype == torch.float32 else 0.0)
+            return cls(single.eps / 2, single.eps / 2, unit, unit, max(finfo.tiny * unit, single.tiny))
+        return cls(unit, unit, unit, 2.0**-11 if tf32 else 0.0, 4 * finfo.tiny if dtype == torch.float32 else 0.0)
 
     @classmethod
-    def of_every_op(cls, dtype: torch.dtype) -> Precision:
-        """That of a composition of torch's ops, each of which rounds its result to dtype."""
-        unit = torch.finfo(dtype).eps / 2
-        return replace(cls.of(dtype), sums=unit, storage=unit)
+    def per_op(cls, dtype: torch.dtype) -> Precision:
+        """That of a composition of torch's ops, each of which rounds its result to dtype; they add in float32."""
+        return replace(cls.of(dtype), pointwise=torch.finfo(dtype).eps / 2)
 
     def additions(self, K: int) -> float:
         """How many additions, one after the other, a sum of K terms takes."""
@@ -105,21 +107,21 @@ class RandomRounding(TorchDispatchMode):
         if tiny:
             size = out.abs().mul_(unit).add_(tiny).masked_fill_((out == 0) | out.isnan(), 0)
             return out.addcmul_(size, noise)
-        return out.mul_(noise.mul_(unit).add_(1))
+        return out.addcmul_(out, noise, value=unit)
 
 
 def _pointwise(mode: RandomRounding, func: Any, args: Any, kwargs: Any) -> Any:
-    return mode.perturb(func(*args, **kwargs), mode.precision.sums)
+    return mode.perturb(func(*args, **kwargs), mode.precision.pointwise)
 
 
 def _activation(mode: RandomRounding, func: Any, args: Any, kwargs: Any) -> Any:
     p = mode.precision
-    unit = 2 * ACTIVATION_ULP * p.sums + (p.storage if p.factors else 0.0)
+    unit = 2 * ACTIVATION_ULP * p.sums + (p.storage if p.storage > p.sums else 0.0)
     return mode.perturb(func(*args, **kwargs), unit, p.tiny)
 
 
 def _activation_backward(mode: RandomRounding, func: Any, args: Any, kwargs: Any) -> Any:
-    return mode.perturb(func(*args, **kwargs), 3 * mode.precision.sums)  # g * y * (1 - y), g * (1 - y^2)
+    return mode.perturb(func(*args, **kwargs), 3 * mode.precision.pointwise)  # g * y * (1 - y), g * (1 - y^2)
 
 
 def _sum(mode: RandomRounding, func: Any, args: Any, kwargs: Any) -> Any:
@@ -133,7 +135,13 @@ def _sum(mode: RandomRounding, func: Any, args: Any, kwargs: Any) -> Any:
     n = mode.precision.additions(K)
     squares = func(terms * terms, *args[1:], **kwargs)
     size = (squares.mul_((n + 1) / 6) + out * out * ((n + 1) / 3)).sqrt_().mul_(mode.precision.sums)
-    return out.addcmul_(size.nan_to_num_(0, 0), mode.noise(out))
+    return _rounded_sum(mode, out.addcmul_(size.nan_to_num_(0, 0), mode.noise(out)))
+
+
+def _rounded_sum(mode: RandomRounding, out: Any) -> Any:
+    """The result of a sum, as it is stored where that has a lower precision than the additions."""
+    p = mode.precision
+    return mode.perturb(out, p.pointwise) if p.pointwise > p.sums else out
 
 
 def _product(mode: RandomRounding, func: Any, args: Any, kwargs: Any) -> Any:
@@ -151,7 +159,7 @@ def _product(mode: RandomRounding, func: Any, args: Any, kwargs: Any) -> Any:
     unit = ((n + 7) / 6 * p.sums**2 + 2 * p.factors**2) ** 0.5
     args[smaller] = mode.perturb(args[smaller].clone(), unit)
     out = func(*args, **kwargs)
-    return mode.perturb(out, p.sums * ((n + 1) / 3) ** 0.5)
+    return _rounded_sum(mode, mode.perturb(out, p.sums * ((n + 1) / 3) ** 0.5))
 
 
 _RULES: dict[Any, Callable[..., Any]] = {
@@ -177,7 +185,7 @@ class Accuracy:
         return self.error <= self.allowed < float("inf")
 
     @property
-    def excess(self) -> float:
+    def error_ratio(self) -> float:
         """Error as a part of what is allowed: at most 1 where ok."""
         return 0.0 if self.error == 0 else self.error / self.allowed if self.allowed else float("inf")
 
@@ -218,6 +226,8 @@ def error_bounds(
         n = precision.additions((terms or {}).get(name, 0))
         # As in `_sum`, where the sum of the terms' squares is taken to be the square of the largest sum.
         variance += precision.sums**2 / 3 * n / 2 * _scale(truth[name]) ** 2
+        if precision.sums <= TRUTH_UNIT:  # the truth errs as much as what it judges
+            variance *= 2
         bounds[name] = DEVIATIONS * variance**0.5
     return truth, bounds
 
@@ -244,4 +254,4 @@ def compare(results: Mapping[str, Tensor], truth: Mapping[str, Tensor], bounds: 
         Accuracy(name, max_error(value, truth[name]), bounds[name], _scale(truth[name]))
         for name, value in results.items()
     ]
-    return sorted(found, key=lambda accuracy: -accuracy.excess)
+    return sorted(found, key=lambda accuracy: -accuracy.error_ratio)

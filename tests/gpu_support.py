@@ -42,7 +42,7 @@ def each_backend(request: pytest.FixtureRequest) -> Iterator[str]:
 
 
 @dataclass(frozen=True)
-class Precision:
+class Arithmetic:
     """A dtype and, for float32, what torch's flags say of TF32."""
 
     dtype: torch.dtype
@@ -53,9 +53,13 @@ class Precision:
         name = str(self.dtype).removeprefix("torch.")
         return name if self.dtype != torch.float32 else f"{name}-rnn_{self.rnn}-matmul_{self.matmul}"
 
-    def rounding(self) -> accuracy.Precision:
-        """What an implementation at this precision rounds."""
-        return accuracy.Precision.of(self.dtype, tf32=self.rnn == "tf32")
+    def rounding(self, backend: str) -> accuracy.Precision:
+        """What `backend` rounds with these flags (docs/numerics.md, "float32 on a GPU")."""
+        flags = {"eager": (self.matmul,), "reference": (self.matmul,), "triton": (self.rnn, self.matmul)}
+        tf32 = self.dtype == torch.float32 and "tf32" in flags.get(backend, (self.rnn,))
+        if backend == "reference" and not tf32:
+            return accuracy.Precision.per_op(self.dtype)
+        return accuracy.Precision.of(self.dtype, tf32)
 
     @contextmanager
     def flags(self) -> Iterator[None]:
@@ -68,8 +72,8 @@ class Precision:
             rnn.fp32_precision, matmul.fp32_precision = before
 
 
-IEEE, TF32 = Precision(torch.float32), Precision(torch.float32, "tf32", "tf32")
-DOUBLE, HALF, BFLOAT16 = Precision(torch.float64), Precision(torch.float16), Precision(torch.bfloat16)
+IEEE, TF32 = Arithmetic(torch.float32), Arithmetic(torch.float32, "tf32", "tf32")
+DOUBLE, HALF, BFLOAT16 = Arithmetic(torch.float64), Arithmetic(torch.float16), Arithmetic(torch.bfloat16)
 PRECISIONS = (IEEE, TF32, DOUBLE, HALF, BFLOAT16)
 
 
@@ -128,7 +132,7 @@ def with_gradients(case: Case, given: Tensors, call: Callable[[], Results]) -> R
     return {name: value.detach() for name, value in results.items()}
 
 
-def run(case: Case, precision: Precision, backend: str, device: str = "cuda") -> Results:
+def run(case: Case, precision: Arithmetic, backend: str, device: str = "cuda") -> Results:
     """The case on a backend; "cudnn" is nn.LSTM."""
     given = on_device(case.to(precision.dtype), precision.dtype, device)
     with precision.flags():
@@ -138,22 +142,24 @@ def run(case: Case, precision: Precision, backend: str, device: str = "cuda") ->
             return with_gradients(case, given, ours(case, given))
 
 
-def check(case: Case, precision: Precision, backend: str, device: str = "cuda") -> None:
+def check(case: Case, precision: Arithmetic, backend: str, device: str = "cuda") -> None:
     """Assert that rounding at this precision explains every result's error (fastlstm/accuracy.py)."""
     case = case.to(precision.dtype)
     require(backend, case, device)
-    truth, bounds = expected(case, precision, device)
-    assert_accurate(run(case, precision, backend, device), truth, bounds, f"{backend}, {precision}, {case!r}")
+    truth, bounds = expected(case, precision.rounding(backend), device)
+    results = run(case, precision, backend, device)
+    assert results.keys() == truth.keys()
+    assert_accurate(results, truth, bounds, f"{backend}, {precision}, {case!r}")
 
 
 @lru_cache(maxsize=2)  # the backends run a case one after the other, and the reference takes minutes for T = 70,000
-def expected(case: Case, precision: Precision, device: str) -> tuple[Results, dict[str, float]]:
+def expected(case: Case, rounding: accuracy.Precision, device: str) -> tuple[Results, dict[str, float]]:
     """The reference in float64, on the rounded numbers of the case's dtype, and the bounds."""
     given = on_device(case, torch.float64, device)
     call = ours(case, given)
     with fastlstm.use_backend("reference"), DOUBLE.flags():
         terms = {f"d {name}": case.T * case.B for name in given.weights}
-        return accuracy.error_bounds(lambda: with_gradients(case, given, call), precision.rounding(), terms)
+        return accuracy.error_bounds(lambda: with_gradients(case, given, call), rounding, terms)
 
 
 def same(a: Results, b: Results) -> None:

@@ -50,7 +50,7 @@ def run_backend(case: Case, backend: str) -> Results:
 
 def run(case: Case) -> Results:
     """fastlstm.LSTM on the backend in use; that is one setting for all threads."""
-    return _run(case, case.dtype, _call_fastlstm)
+    return _run(case, case.dtype, call_fastlstm)
 
 
 def run_torch(case: Case, dtype: torch.dtype | None = None) -> Results:
@@ -60,7 +60,7 @@ def run_torch(case: Case, dtype: torch.dtype | None = None) -> Results:
 
 def precision(dtype: torch.dtype, backend: str) -> Precision:
     """What `backend` rounds: the reference consists of torch's ops, the others keep sums and states in float32."""
-    return Precision.of_every_op(dtype) if backend == "reference" else Precision.of(dtype)
+    return Precision.per_op(dtype) if backend == "reference" else Precision.of(dtype)
 
 
 @lru_cache(maxsize=1024)
@@ -68,7 +68,7 @@ def expected(case: Case, precision: Precision) -> tuple[Results, dict[str, float
     """The truth, and for each result the largest error that rounding explains."""
     given = tensors(case, torch.float64)
     terms = {f"d {name}": case.T * case.B for name in given.weights}
-    return accuracy.error_bounds(lambda: _results(case, given, _call_torch), precision, terms)
+    return accuracy.error_bounds(lambda: results_of(case, given, _call_torch), precision, terms)
 
 
 def check(case: Case, backend: str, rounding: Precision | None = None) -> None:
@@ -119,10 +119,10 @@ def assert_accurate(ours: Results, truth: Results, bounds: dict[str, float], wha
 
 
 def _run(case: Case, dtype: torch.dtype, call: Callable[[Case, Tensors], Results]) -> Results:
-    return _results(case, tensors(case, dtype), call)
+    return results_of(case, tensors(case, dtype), call)
 
 
-def _results(case: Case, given: Tensors, call: Callable[[Case, Tensors], Results]) -> Results:
+def results_of(case: Case, given: Tensors, call: Callable[[Case, Tensors], Results]) -> Results:
     results = call(case, given)
     wanted = given.wanted()
     used = {name: results[name] for name in case.used if name in results and results[name].requires_grad}
@@ -152,7 +152,7 @@ def _named(output: Tensor, states: tuple[Tensor, Tensor], *cells: Tensor) -> Res
     return dict(zip(("output", "h_n", "c_n", "cells"), (output, *states, *cells), strict=False))
 
 
-def _call_fastlstm(case: Case, given: Tensors) -> Results:
+def call_fastlstm(case: Case, given: Tensors) -> Results:
     module = case.module(fastlstm.LSTM, given.weights)
     options = {"return_cell_states": True} if case.cells else {}
     if not case.packed:

@@ -24,7 +24,7 @@ from fastlstm.ops import register, schema
 
 from . import gpu_support
 from .cases import Case, random_case, tensors
-from .gpu_support import Precision
+from .gpu_support import Arithmetic
 from .runners import check, gradients, run_backend
 
 pytestmark = pytest.mark.toolchain
@@ -286,7 +286,7 @@ def test_products(sizes, batch, dtype, compiled):
 def test_flags_of_tf32(rnn, matmul, enabled, compiled, monkeypatch):
     """As for nn.LSTM: the RNN flag decides, the matmul flag where cuDNN is off."""
     monkeypatch.setattr(torch.backends.cudnn, "enabled", enabled)
-    with Precision(torch.float32, rnn, matmul).flags():
+    with Arithmetic(torch.float32, rnn, matmul).flags():
         how = torch.ops.fastlstm_cuda_host.multiply(torch.empty(2, 2), torch.ones(2, 2), torch.ones(2, 2), False)
     assert how == (TF32 if (rnn if enabled else matmul) == "tf32" else SUM32)
 

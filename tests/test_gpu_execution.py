@@ -15,7 +15,7 @@ from .gpu_support import (
     HALF,
     IEEE,
     TF32,
-    Precision,
+    Arithmetic,
     backends,
     cudnn,
     gpu,
@@ -30,7 +30,7 @@ from .gpu_support import (
 pytestmark = gpu
 
 # The mixed one is torch's default: TF32 in RNNs, IEEE in other products.
-MIXED = Precision(torch.float32, "tf32", "ieee")
+MIXED = Arithmetic(torch.float32, "tf32", "ieee")
 CASES = (
     Case(T=12, B=9, I=16, H=64, hx="tuple"),
     Case(T=12, B=9, I=16, H=64, hx="tuple", bidirectional=True, layers=2, proj=16, cells=True),

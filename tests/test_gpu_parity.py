@@ -15,7 +15,7 @@ from .gpu_support import (
     IEEE,
     PRECISIONS,
     TF32,
-    Precision,
+    Arithmetic,
     backends,
     check,
     expected,
@@ -173,10 +173,10 @@ def test_cell(dtype, backend):
         h, c = cell(given.input[0], tuple(state[0] for state in given.hx))
         return {"h_n": h[None], "c_n": c[None]}
 
-    precision = Precision(dtype)
+    precision = Arithmetic(dtype)
     with precision.flags(), fastlstm.use_backend(backend):
         found = with_gradients(case, given, call)
-    assert_accurate(found, *expected(case, precision, "cuda"), f"{backend}, LSTMCell, {dtype}")
+    assert_accurate(found, *expected(case, precision.rounding(backend), "cuda"), f"{backend}, LSTMCell, {dtype}")
 
 
 @backends
@@ -188,12 +188,12 @@ def test_flags_of_tf32(rnn, matmul, backend):
         pytest.skip("TF32 needs compute capability 8.0")
     case = Case(T=8, B=64, I=256, H=256, bidirectional=True, hx="tuple")
     require(backend, case)
-    mixed = Precision(torch.float32, rnn, matmul)
+    mixed = Arithmetic(torch.float32, rnn, matmul)
     check(case, mixed, backend)
     with mixed.flags():
         run(case, mixed, backend)
         assert torch.backends.cuda.matmul.fp32_precision == matmul
-    truth = run(case, Precision(torch.float64), "reference")["output"]
+    truth = run(case, Arithmetic(torch.float64), "reference")["output"]
     off = float((run(case, mixed, backend)["output"].double() - truth).abs().max())
     # TF32 keeps 10 bits of a factor, IEEE 23; the errors are orders of magnitude apart.
     assert (off > 1e-5) == (rnn == "tf32"), off

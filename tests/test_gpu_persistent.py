@@ -14,7 +14,7 @@ from fastlstm.accuracy import max_error
 from fastlstm.backends import native
 
 from .cases import Case
-from .gpu_support import BFLOAT16, HALF, TF32, Precision, check, gpu, require, run, same
+from .gpu_support import BFLOAT16, HALF, TF32, Arithmetic, check, gpu, require, run, same
 
 pytestmark = gpu
 
@@ -73,7 +73,7 @@ def test_the_same_bits_every_time(precision):
         same(run(case, precision, "native"), first)
 
 
-def against_steps(case: Case, precision: Precision) -> None:
+def against_steps(case: Case, precision: Arithmetic) -> None:
     """The step-wise kernels' results: h and dgates are rounded alike, so only the order of sums differs."""
     tier = native.extension.persistent_tier()
     native.set_persistent(False)

@@ -12,7 +12,7 @@ from torch import Tensor
 import fastlstm
 
 from .cases import Case, Tensors, tensors
-from .runners import Results, _call_fastlstm, _results, compare, precision, require, run_backend
+from .runners import Results, call_fastlstm, compare, precision, require, results_of, run_backend
 
 CASE = Case(T=9, B=5, I=12, H=33, proj=7, hx="tuple")
 LEAVES = ("x", "h0", "c0", "weight_ih_l0", "weight_hh_l0", "bias_ih_l0", "bias_hh_l0", "weight_hr_l0")
@@ -30,7 +30,7 @@ def altered(case: Case, backend: str, alter: Callable[[Tensors], None]) -> Resul
     with torch.no_grad():
         alter(given)
     with fastlstm.use_backend(backend):
-        return _results(case, given, _call_fastlstm)
+        return results_of(case, given, call_fastlstm)
 
 
 def assert_found(case: Case, backend: str, results: Results, *names: str) -> None:

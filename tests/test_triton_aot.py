@@ -21,7 +21,7 @@ import torch
 from fastlstm import backends
 from fastlstm.ops.schema import forward_outputs
 
-from .gpu_support import Precision
+from .gpu_support import Arithmetic
 
 triton = pytest.importorskip("triton")
 if backends.triton.INTERPRETED:
@@ -243,7 +243,7 @@ def test_each_step_of_the_tiled_kernels_is_one_launch(recorded, monkeypatch):
 def test_flags_of_tf32(rnn, matmul, enabled, monkeypatch):
     """As for nn.LSTM: the RNN flag decides, the matmul flag where cuDNN is off."""
     monkeypatch.setattr(torch.backends.cudnn, "enabled", enabled)
-    with Precision(torch.float32, rnn, matmul).flags():
+    with Arithmetic(torch.float32, rnn, matmul).flags():
         assert launch._tf32() == ((rnn if enabled else matmul) == "tf32")
 
 
