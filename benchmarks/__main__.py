@@ -1,4 +1,5 @@
 """python -m benchmarks [--suite NAME] [--impl NAME ...] [--out DIR]; --help tells the rest.
+python -m benchmarks ab REV [--suite NAME ...] compares two revisions (benchmarks/ab/).
 
 Measures a suite, prints each case as it is done, writes DIR/<suite>.csv, by default benchmarks/results/<device>/. The
 file is whole after every case; --seconds ends a long suite in time, and --resume goes on where it ended.
@@ -104,6 +105,11 @@ def summary(rows: list[Row]) -> list[str]:
 
 
 def main(arguments: list[str] | None = None) -> int:
+    words = sys.argv[1:] if arguments is None else arguments
+    if words[:1] == ["ab"]:
+        from benchmarks.ab.command import main as compare
+
+        return compare(words[1:])
     options = parse(arguments)
     say = printer()
     device = "cuda" if options.suite == "gpu" else "cpu"

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 # Above this share of all CPU time a measurement is repeated, and marked if it stays so.
@@ -26,16 +26,32 @@ def _busy_seconds() -> float | None:
     return (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK")
 
 
-def others() -> Callable[[], float | None]:
-    """Starts watching; the function it gives tells the share of CPU time, 0 to 1, that was not this process's since."""
-    before, mine, start = _busy_seconds(), sum(os.times()[:4]), time.monotonic()
+def _seconds_of(pids: Iterable[int]) -> float:
+    """CPU seconds of this process, its children that have ended, and the running processes `pids`."""
+    used = sum(os.times()[:4])
+    for pid in pids:
+        try:
+            words = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
+        except (OSError, IndexError):
+            continue  # off Linux
+        used += (int(words[11]) + int(words[12])) / os.sysconf("SC_CLK_TCK")
+    return used
+
+
+def others(pids: Iterable[int] = ()) -> Callable[[], float | None]:
+    """Start watching; the returned function gives the share of CPU time, 0 to 1, of other processes since then.
+
+    pids: running processes that belong to the measurement, besides this one; they must outlive it.
+    """
+    pids = tuple(pids)
+    before, mine, start = _busy_seconds(), _seconds_of(pids), time.monotonic()
 
     def share() -> float | None:
         after = _busy_seconds()
         if before is None or after is None:
             return None
         available = max(time.monotonic() - start, 1e-3) * (os.cpu_count() or 1)
-        return min(1.0, max(0.0, (after - before - (sum(os.times()[:4]) - mine)) / available))
+        return min(1.0, max(0.0, (after - before - (_seconds_of(pids) - mine)) / available))
 
     return share
 

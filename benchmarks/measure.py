@@ -34,6 +34,14 @@ def wall_timer(run: Runnable, calls: int) -> float:
     return time.perf_counter() - start
 
 
+def cpu_time_timer(run: Runnable, calls: int) -> float:
+    """CPU seconds of all threads of this process: with one thread, the time without that of other processes."""
+    start = time.process_time()
+    for _ in range(calls):
+        run()
+    return time.process_time() - start
+
+
 def cuda_timer(run: Runnable, calls: int) -> float:
     """For CUDA, between two events on the current stream: the device's time, with the gaps a slow launch leaves."""
     start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
@@ -103,19 +111,19 @@ def alternate(contenders: dict[str, Contender], timer: Timer, plan: Plan) -> int
     gc.disable()
     try:
         for contender in contenders.values():
-            contender.calls = _calibrate(contender, timer, plan)
-        first = sum(_sample(contender, timer) * contender.calls for contender in contenders.values())
+            contender.calls = calibrate(contender, timer, plan)
+        first = sum(sample(contender, timer) * contender.calls for contender in contenders.values())
         rounds = plan.rounds(max(first, 1e-9))
         for _ in range(rounds):
             for contender in contenders.values():
-                contender.samples.append(_sample(contender, timer))
+                contender.samples.append(sample(contender, timer))
     finally:
         if collecting:
             gc.enable()
     return rounds
 
 
-def _sample(contender: Contender, timer: Timer) -> float:
+def sample(contender: Contender, timer: Timer) -> float:
     """Seconds a call. One untimed call first: the other contender has just had the caches and the thread pool."""
     with contender.enter() as run:
         if contender.calls > 1:
@@ -123,7 +131,7 @@ def _sample(contender: Contender, timer: Timer) -> float:
         return timer(run, contender.calls) / contender.calls
 
 
-def _calibrate(contender: Contender, timer: Timer, plan: Plan) -> int:
+def calibrate(contender: Contender, timer: Timer, plan: Plan) -> int:
     """Calls a sample needs to last plan.min_sample; warms up on the way."""
     with contender.enter() as run:
         once = timer(run, 1)

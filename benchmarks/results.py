@@ -6,7 +6,9 @@ import csv
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import TypeVar, overload
 
+R = TypeVar("R")
 RESULTS = Path(__file__).resolve().parent / "results"
 
 
@@ -67,28 +69,44 @@ class Row:
 
 
 COLUMNS = [field.name for field in fields(Row)]
-_TYPES = {field.name: str(field.type) for field in fields(Row)}
 
 
-def write(rows: Iterable[Row], path: Path) -> None:
+def columns(kind: type) -> dict[str, str]:
+    """Column names of a dataclass of rows, in file order, with the text of each type."""
+    return {field.name: str(field.type) for field in fields(kind)}
+
+
+def write(rows: Iterable[object], path: Path, kind: type = Row) -> None:
     """Writes the CSV anew, through a neighbour so that an interrupted run leaves the old file whole."""
+    names = list(columns(kind))
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_suffix(".part")
     with part.open("w", newline="") as file:
         out = csv.writer(file, lineterminator="\n")
-        out.writerow(COLUMNS)
-        out.writerows([_shown(getattr(row, name)) for name in COLUMNS] for row in rows)
+        out.writerow(names)
+        out.writerows([_shown(getattr(row, name)) for name in names] for row in rows)
     part.replace(path)
 
 
-def read(path: Path) -> list[Row]:
+@overload
+def read(path: Path) -> list[Row]: ...
+
+
+@overload
+def read(path: Path, kind: type[R]) -> list[R]: ...
+
+
+def read(path: Path, kind: type = Row) -> list:
     """The rows of a CSV that `write` made. Raises ValueError when a column is missing or strange."""
+    types = columns(kind)
     with path.open(newline="") as file:
         table = csv.DictReader(file)
-        if table.fieldnames is None or set(table.fieldnames) != set(COLUMNS):
-            odd = set(table.fieldnames or []) ^ set(COLUMNS)
-            raise ValueError(f"{path.name} does not have the columns of benchmarks.results.Row: {sorted(odd)}")
-        return [Row(**{name: _parsed(name, text) for name, text in line.items()}) for line in table]
+        if table.fieldnames is None or set(table.fieldnames) != set(types):
+            odd = set(table.fieldnames or []) ^ set(types)
+            raise ValueError(
+                f"{path.name} does not have the columns of {kind.__module__}.{kind.__name__}: {sorted(odd)}"
+            )
+        return [kind(**{name: _parsed(types[name], text) for name, text in line.items()}) for line in table]
 
 
 def _shown(value: object) -> str:
@@ -97,8 +115,7 @@ def _shown(value: object) -> str:
     return f"{value:.5g}" if isinstance(value, float) else str(value)
 
 
-def _parsed(name: str, text: str) -> object:
-    kind = _TYPES[name]
+def _parsed(kind: str, text: str) -> object:
     if kind == "str":
         return text
     if text == "":
