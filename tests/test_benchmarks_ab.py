@@ -12,7 +12,6 @@ from dataclasses import fields
 import pytest
 import torch
 
-pytest.importorskip("rich")
 np = pytest.importorskip("numpy")
 
 from benchmarks import __main__ as command
