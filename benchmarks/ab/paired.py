@@ -17,8 +17,8 @@ import numpy as np
 
 CONFIDENCE = 0.95
 BOOTSTRAP_SAMPLES = 2000
-# Smallest change that is called outside noise. Code that is equal in the source differs by up to this much when the
-# linker moves it; see docs/benchmarks.md, "How noise is judged".
+# Smallest change that is called outside noise. A revision against itself gave 0.978x to 1.016x on a busy machine
+# (docs/benchmarks.md, "How noise is judged"); an idle machine may allow less.
 MIN_CHANGE = 0.02
 
 FASTER, SLOWER, WITHIN_NOISE = "faster", "slower", "within noise"
