@@ -30,8 +30,9 @@ void pack_columns(const T* b, int64_t K, int64_t row_stride, int64_t column_stri
 
 template <class T>
 int64_t backward_scratch(int64_t H, int64_t P) {
-  return P == H ? 0
-                : kRowGroup * padded_columns<T>(H);  // gradients of h before the projection, for a row group
+  return P == H
+             ? 0
+             : kRowBlockRows * padded_columns<T>(H);  // gradients of h before the projection, for a row group
 }
 
 // c[rows, columns n_begin..n_end) = a[rows, K] times packed panels, from the last to the first if
@@ -124,7 +125,7 @@ template <class T, class S>
 void backward(const BackwardArgs<T, S>& a, const Member& me) {
   constexpr int64_t W = kWidth<T>;
   const int64_t steps = a.rows.T, H = a.H, P = a.P, ld = padded_columns<T>(P);
-  Real<T>* dhidden = a.scratch + me.index * backward_scratch<T>(H, P);  // [kRowGroup, padded H]
+  Real<T>* dhidden = a.scratch + me.index * backward_scratch<T>(H, P);  // [kRowBlockRows, padded H]
   const int64_t ld_hidden = padded_columns<T>(H);
   for (int64_t s = a.first + a.steps - 1; s >= a.first; --s) {
     const int64_t t = a.reverse ? steps - 1 - s : s;
@@ -148,7 +149,7 @@ void backward(const BackwardArgs<T, S>& a, const Member& me) {
       }
       if (me.barrier) me.barrier->wait();
     }
-    for_row_tiles(own, kRowGroup, [&](int64_t first, int64_t count) {
+    for_row_tiles(own, kRowBlockRows, [&](int64_t first, int64_t count) {
       const int64_t r0 = me.row_begin + first, r1 = r0 + count;
       if (a.w_hr)
         product_packed(count, P, a.dr + (offset + r0) * P, P, a.w_hr, me.unit_begin, me.unit_end, dhidden,
@@ -169,8 +170,8 @@ void backward(const BackwardArgs<T, S>& a, const Member& me) {
       }
     });
     if (me.barrier) me.barrier->wait();
-    const bool to_the_left = s % 2 == 1 && turns_around(4.0 * H * (n_end - n_begin) * sizeof(S));
-    for_row_tiles(own, kRowGroup, [&](int64_t first, int64_t rows) {
+    const bool to_the_left = s % 2 == 1 && alternate_block_order(4.0 * H * (n_end - n_begin) * sizeof(S));
+    for_row_tiles(own, kRowBlockRows, [&](int64_t first, int64_t rows) {
       const int64_t r0 = me.row_begin + first;
       const Real<T>* dg = a.dgates + (offset + r0) * 4 * H;
       if (a.packed)

@@ -9,13 +9,6 @@
 
 namespace fastlstm::FASTLSTM_ISA {
 
-// With fewer rows than kFewRows a step, x W_ih^T is made for kAheadRows rows of several steps at once:
-// reading W_ih anew for each step would cost more than the product.
-constexpr int64_t kFewRows = 48, kAheadRows = 96;
-
-// Rows of a unit block that are kept of it.
-inline int64_t ahead_rows(int64_t N) { return N <= kOnceRows ? N : kAheadRows; }
-
 // Of a row of projected h: features in panels, and what a product of four vectors adds to the last.
 template <class T>
 int64_t projected_stride(int64_t P) {
@@ -29,11 +22,12 @@ template <class T>
 struct ForwardScratch {
   int64_t x, block, projected, split, size;
   ForwardScratch(int64_t N, int64_t I, int64_t H, int64_t P)
-      : x(std::max(kRowGroup, ahead_rows(N) * unit_blocks<T>(H)) * kGateBlock<T>),
-        block(x + ahead_rows(N) * I),
+      : x(std::max(kRowBlockRows, hoist_rows(N) * unit_blocks<T>(H)) * kGateBlock<T>),
+        block(x + hoist_rows(N) * I),
         projected(block + (I + P) * kGateBlock<T>),
-        split(projected + (P == H ? 0 : kRowGroup * projected_stride<T>(P))),
-        size(split + (Factors<T>::split ? kUnpackedRows * (split_stride<T>(I) + split_stride<T>(P)) : 0)) {}
+        split(projected + (P == H ? 0 : kRowBlockRows * projected_stride<T>(P))),
+        size(split + (Factors<T>::split ? kUnpackedMaxRows * (split_stride<T>(I) + split_stride<T>(P)) : 0)) {
+  }
 };
 
 // Rows v [rows, K] as Factors has them; into `to` where that is another order.
@@ -54,7 +48,7 @@ int64_t forward_scratch(int64_t N, int64_t I, int64_t H, int64_t P) {
 template <class T, class S>
 FASTLSTM_INLINE const S* packed_block(const GateWeight<T, S>& w, int64_t H, int64_t K, int64_t u,
                                       Real<T>* scratch) {
-  if (w.packed) return w.packed + u / kWidth<T> * K * kGateBlock<T>;
+  if (w.mode == WeightMode::prepacked) return w.packed + u / kWidth<T> * K * kGateBlock<T>;
   S* block = reinterpret_cast<S*>(scratch);
   pack_block(w.stored, H, K, u, block);
   return block;
@@ -127,12 +121,13 @@ struct ForwardStep {
     }
   }
 
-  // Features [begin, end) of h = hidden W_hr^T for rows [r0, r1), at most kRowGroup, to the state and to y.
+  // Features [begin, end) of h = hidden W_hr^T for rows [r0, r1), at most kRowBlockRows, to the state and to
+  // y.
   void project(int64_t r0, int64_t r1, int64_t begin, int64_t end, R* out /* [., projected_stride] */) const {
     constexpr int64_t W2 = kPanel<T>;
     const int64_t H = a.H, P = a.P, ld = projected_stride<T>(P);
     const R* hidden = a.hidden + r0 * H;
-    if (a.hr.direct)
+    if (a.hr.mode == WeightMode::unpacked)
       for_row_tiles(r1 - r0, kDirectTile, [&](int64_t first, int R) {
         for (int64_t p = begin; p < end; p += 2 * W2)
           project_rows(R, hidden + first * H, p, end, out + first * ld + p);
@@ -180,10 +175,10 @@ struct ForwardStep {
     const S *ih, *hh, *next_hh;
   };
   FASTLSTM_INLINE Weights weights(int64_t u0, bool ahead, bool left_is_next) const {
-    if (a.hh.direct) return {};
+    if (a.hh.mode == WeightMode::unpacked) return {};
     const S* hh = packed_block(a.hh, a.H, a.P, u0, block + a.I * kGateBlock<T>);
     return {ahead ? nullptr : packed_block(a.ih, a.H, a.I, u0, block), hh,
-            left_is_next && a.hh.packed ? hh - a.P * kGateBlock<T> : nullptr};
+            left_is_next && a.hh.mode == WeightMode::prepacked ? hh - a.P * kGateBlock<T> : nullptr};
   }
 
   // pre [rows][4][gap] (+)= the pre-activations of rows from r0 on and the unit block at u0; those of x are
@@ -192,7 +187,7 @@ struct ForwardStep {
                                 bool ahead) const {
     const int64_t gap = gate_gap<T>(a.H, u0);
     const R *xr = x + r0 * a.I, *hr = h_in + r0 * a.P;
-    if (!a.hh.direct) {
+    if (a.hh.mode != WeightMode::unpacked) {
       if (!ahead) block_product(rows, a.I, xr, a.I, w.ih, gap, pre, false);
       return block_product(rows, a.P, hr, a.P, w.hh, gap, pre, true, w.next_hh);
     }
@@ -203,8 +198,8 @@ struct ForwardStep {
           : direct_product<T, 2>(rows, {of_x, of_h}, a.H, u0, gap, pre, false);
   }
 
-  // Rows [r0, r1), at most kRowGroup, of the unit block at u0. `pre` [rows][4][gap] holds x W_ih^T already if
-  // `ahead`; the activated gates take its place as [rows][4][W].
+  // Rows [r0, r1), at most kRowBlockRows, of the unit block at u0. `pre` [rows][4][gap] holds x W_ih^T
+  // already if `ahead`; the activated gates take its place as [rows][4][W].
   FASTLSTM_INLINE void units(int64_t r0, int64_t r1, int64_t u0, const Weights& w, R* pre, bool ahead) const {
     constexpr int W = kWidth<T>;
     constexpr int64_t ld = kGateBlock<T>;
@@ -236,19 +231,19 @@ struct ForwardStep {
   }
 };
 
-// x W_ih^T of a member's rows and units for some steps at once, in pre [unit blocks][ahead_rows][4][gap].
+// x W_ih^T of a member's rows and units for some steps at once, in pre [unit blocks][hoist_rows][4][gap].
 template <class T, class S>
 struct AheadProduct {
   using R = Real<T>;
   const ForwardArgs<T, S>& a;
   const Member& me;
   R* pre;
-  R* x;                          // [ahead_rows, I]  the member's own rows, one after the other
-  R* block;                      // a unit block's weights, where they are packed for one use
-  R* split;                      // rows of x by split_rows
-  bool used = false;             // or the steps have rows enough for a product each
-  int64_t t0 = 0, end_s = 0;     // it holds the steps of the order before end_s, from time t0 on
-  int64_t first_row[kOnceRows];  // of each step, in order of time: where its rows begin in pre
+  R* x;                                 // [hoist_rows, I]  the member's own rows, one after the other
+  R* block;                             // a unit block's weights, where they are packed for one use
+  R* split;                             // rows of x by split_rows
+  bool used = false;                    // or the steps have rows enough for a product each
+  int64_t t0 = 0, end_s = 0;            // it holds the steps of the order before end_s, from time t0 on
+  int64_t first_row[kHoistAllMaxRows];  // of each step, in order of time: where its rows begin in pre
 
   int64_t rows_at(int64_t t) const {
     return std::max<int64_t>(0, std::min(me.row_end, a.rows.count_at(t)) - me.row_begin);
@@ -263,9 +258,9 @@ struct AheadProduct {
 
   void make(int64_t s) {
     end_s = s + 1;
-    used = a.rows.T > 1 && (!a.ih.packed || rows_at(time(s)) < kFewRows);
+    used = hoists_input_projection(a.rows.T, a.ih.mode == WeightMode::prepacked, rows_at(time(s)));
     if (!used) return;
-    const int64_t most = ahead_rows(a.rows.N);
+    const int64_t most = hoist_rows(a.rows.N);
     int64_t total = rows_at(time(s));
     for (; end_s < a.rows.T && end_s - s < most; ++end_s) {
       const int64_t rows = rows_at(time(end_s));
@@ -288,10 +283,10 @@ struct AheadProduct {
       from = x;
     }
     R* out = pre;
-    if (a.ih.direct) from = factor_rows<T>(from, total, a.I, split);
+    if (a.ih.mode == WeightMode::unpacked) from = factor_rows<T>(from, total, a.I, split);
     for (int64_t u = me.unit_begin; u < me.unit_end; u += kWidth<T>, out += most * kGateBlock<T>) {
       const int64_t gap = gate_gap<T>(a.H, u);
-      if (a.ih.direct)
+      if (a.ih.mode == WeightMode::unpacked)
         direct_product<T, 1>(total, {{from, a.ih.stored, a.I}}, a.H, u, gap, out, false);
       else
         block_product(total, a.I, from, a.I, packed_block(a.ih, a.H, a.I, u, block), gap, out, false);
@@ -313,13 +308,14 @@ void forward(const ForwardArgs<T, S>& a, const Member& me) {
     const int64_t t = product.time(s), offset = a.rows.offset_at(t);
     const int64_t next_t = s + 1 < steps ? product.time(s + 1) : -1;
     R* pre = product.at(s);
-    const int64_t next_block = product.used ? ahead_rows(a.rows.N) * kGateBlock<T> : 0;
+    const int64_t next_block = product.used ? hoist_rows(a.rows.N) * kGateBlock<T> : 0;
     const int64_t r_begin = me.row_begin, end = std::min(me.row_end, a.rows.count_at(t));
     const int64_t rows = std::max<int64_t>(0, end - r_begin);
     R* const split = scratch + parts.split;
     const R *xr = a.x + (offset + r_begin) * a.I, *hr = a.h[s % 2] + r_begin * a.P;
-    if (a.ih.direct && !product.used) xr = factor_rows<T>(xr, rows, a.I, split);
-    if (a.hh.direct) hr = factor_rows<T>(hr, rows, a.P, split + kUnpackedRows * split_stride<T>(a.I));
+    if (a.ih.mode == WeightMode::unpacked && !product.used) xr = factor_rows<T>(xr, rows, a.I, split);
+    if (a.hh.mode == WeightMode::unpacked)
+      hr = factor_rows<T>(hr, rows, a.P, split + kUnpackedMaxRows * split_stride<T>(a.I));
     const ForwardStep<T, S> step{a,
                                  t,
                                  a.x + offset * a.I,
@@ -334,26 +330,27 @@ void forward(const ForwardArgs<T, S>& a, const Member& me) {
                                  r_begin};
     // A unit block at a time for all rows, where its weights are packed for this step alone; else all blocks
     // for a row group.
-    const bool by_block = steps == 1 && !a.hh.packed;
+    const bool by_block = steps == 1 && a.hh.mode != WeightMode::prepacked;
     const bool to_the_left =
-        s % 2 == 1 && turns_around(4.0 * a.P * (me.unit_end - me.unit_begin) * sizeof(S));
-    for_row_tiles(rows, by_block ? std::max(rows, kRowGroup) : kRowGroup, [&](int64_t first, int64_t count) {
-      const int64_t r0 = r_begin + first;
-      R* first_block = product.used ? pre + first * kGateBlock<T> : pre;
-      for (int64_t k = 0; k < blocks; ++k) {
-        const int64_t j = to_the_left ? blocks - 1 - k : k, u = me.unit_begin + j * W;
-        R* block = first_block + j * next_block;
-        const auto weights = step.weights(u, product.used, to_the_left && j > 0);
-        for_row_tiles(count, kRowGroup, [&](int64_t part, int64_t n) {
-          R* own = product.used ? block + part * kGateBlock<T> : block;
-          step.units(r0 + part, r0 + part + n, u, weights, own, product.used);
-        });
-      }
-      if (a.hidden && !me.barrier) step.project(r0, r0 + count, 0, a.P, projected);
-    });
+        s % 2 == 1 && alternate_block_order(4.0 * a.P * (me.unit_end - me.unit_begin) * sizeof(S));
+    for_row_tiles(rows, by_block ? std::max(rows, kRowBlockRows) : kRowBlockRows,
+                  [&](int64_t first, int64_t count) {
+                    const int64_t r0 = r_begin + first;
+                    R* first_block = product.used ? pre + first * kGateBlock<T> : pre;
+                    for (int64_t k = 0; k < blocks; ++k) {
+                      const int64_t j = to_the_left ? blocks - 1 - k : k, u = me.unit_begin + j * W;
+                      R* block = first_block + j * next_block;
+                      const auto weights = step.weights(u, product.used, to_the_left && j > 0);
+                      for_row_tiles(count, kRowBlockRows, [&](int64_t part, int64_t n) {
+                        R* own = product.used ? block + part * kGateBlock<T> : block;
+                        step.units(r0 + part, r0 + part + n, u, weights, own, product.used);
+                      });
+                    }
+                    if (a.hidden && !me.barrier) step.project(r0, r0 + count, 0, a.P, projected);
+                  });
     if (me.barrier) me.barrier->wait();
     if (a.hidden && me.barrier) {
-      for_row_tiles(rows, kRowGroup, [&](int64_t first, int64_t count) {
+      for_row_tiles(rows, kRowBlockRows, [&](int64_t first, int64_t count) {
         step.project(r_begin + first, r_begin + first + count, me.feature_begin, me.feature_end, projected);
       });
       me.barrier->wait();

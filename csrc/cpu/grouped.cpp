@@ -15,12 +15,13 @@ at::Tensor products(const at::Tensor& a, const at::Tensor& b, int64_t groups) {
   if (steps * rows == 0) return out.zero_();
   T* to = out.mutable_data_ptr<T>();
   const T *pa = a.const_data_ptr<T>(), *pb = b.const_data_ptr<T>();
-  at::parallel_for(0, groups, 1 + (1 << 16) / (steps * rows * m * n + 1), [&](int64_t begin, int64_t end) {
-    for (int64_t g = begin; g < end; ++g)
-      for (int64_t r = g * rows; r < (g + 1) * rows; ++r)
-        multiply<T>({m, n, steps, pa + r * a.stride(1), a.stride(0), true, pb + r * b.stride(1), b.stride(0),
-                     r > g * rows, to + g * m * n, n, nullptr});
-  });
+  at::parallel_for(
+      0, groups, 1 + kGroupedWgradTaskMinMacs / (steps * rows * m * n + 1), [&](int64_t begin, int64_t end) {
+        for (int64_t g = begin; g < end; ++g)
+          for (int64_t r = g * rows; r < (g + 1) * rows; ++r)
+            multiply<T>({m, n, steps, pa + r * a.stride(1), a.stride(0), true, pb + r * b.stride(1),
+                         b.stride(0), r > g * rows, to + g * m * n, n, nullptr});
+      });
   return out;
 }
 

@@ -25,10 +25,9 @@ LayerResults layer(const at::Tensor& x, const OptionalTensor& h0, const Optional
   if (dtype == at::kDouble)
     return forward<double>(x, h0, c0, weights, lengths, reset_mask, keep_cells, keep_reserve);
   TORCH_CHECK(dtype == at::kHalf || dtype == at::kBFloat16, "x must be floating point, got ", dtype);
-  const LayerSizes s(x, weights, lengths);
   if (dtype == at::kBFloat16)
-    return (bf16_serves(s, s.rows()) ? forward_bf16 : forward<Bf16>)(x, h0, c0, weights, lengths, reset_mask,
-                                                                     keep_cells, keep_reserve);
+    return forward<Bf16>(x, h0, c0, weights, lengths, reset_mask, keep_cells, keep_reserve);
+  const LayerSizes s(x, weights, lengths);
   s.check_inputs(x, h0, c0, lengths, reset_mask);  // before all become float32
   auto [y, h_n, c_n, cells, reserve] =
       forward<float>(x.to(at::kFloat), to_float(h0), to_float(c0), to(weights, at::kFloat), lengths,
@@ -50,13 +49,10 @@ LayerGradients layer_backward(const OptionalTensor& dy, const OptionalTensor& dh
     return backward<double>(dy, dh_n, dc_n, dcells, x, h0, c0, weights, lengths, reset_mask, y, cells,
                             reserve, needs);
   TORCH_CHECK(dtype == at::kHalf || dtype == at::kBFloat16, "x must be floating point, got ", dtype);
-  const LayerSizes s(x, weights, lengths);
-  if (dtype == at::kBFloat16 && bf16_serves(s, s.rows()))
-    return backward_bf16(dy, dh_n, dc_n, dcells, x, h0, c0, weights, lengths, reset_mask, y, cells, reserve,
-                         needs);
   if (dtype == at::kBFloat16)
     return backward<Bf16>(dy, dh_n, dc_n, dcells, x, h0, c0, weights, lengths, reset_mask, y, cells, reserve,
                           needs);
+  const LayerSizes s(x, weights, lengths);
   s.check_backward(x, dy, dh_n, dc_n, dcells, y, cells, reserve, needs);
   auto [dx, dh0, dc0, dweights] =
       backward<float>(to_float(dy), to_float(dh_n), to_float(dc_n), to_float(dcells), x.to(at::kFloat),

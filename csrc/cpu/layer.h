@@ -11,9 +11,9 @@
 
 #include "contract.h"
 #include "cpu/memory.h"
+#include "cpu/partition.h"
 #include "cpu/ragged.h"
 #include "cpu/sequence.h"
-#include "cpu/team.h"
 
 namespace fastlstm {
 
@@ -30,11 +30,33 @@ LayerGradients backward(const OptionalTensor& dy_in, const OptionalTensor& dh_n,
                         const OptionalTensor& reset_mask, const at::Tensor& y_in, const at::Tensor& cells_in,
                         const at::Tensor& reserve_in, const c10::List<bool>& needs);
 
-// The same for bfloat16 on the kernels of cpu/bf16.h (cpu/layer_bf16.cpp), for N rows of all steps where
-// bf16_serves.
-bool bf16_serves(const LayerSizes& s, int64_t N);
-LayerForward forward_bf16;
-LayerBackward backward_bf16;
+// What plans are made from, for a layer of numbers stored as T.
+template <class T>
+LayerShape layer_shape(const LayerSizes& s, const Ragged& ragged, const OptionalTensor& h0) {
+  const Dtype dtype = std::is_same_v<T, double> ? Dtype::float64
+                      : std::is_same_v<T, Bf16> ? Dtype::bfloat16
+                                                : Dtype::float32;
+  return {dtype, s.T, s.B, ragged.N(),          s.rows(), mean_active_rows(ragged.rows(0)), s.I,
+          s.H,   s.P, s.D, h0 && ragged.plain()};
+}
+
+// A backward call whose arguments fit together.
+struct BackwardCall {
+  const LayerSizes& s;
+  const Ragged& ragged;
+  const OptionalTensor &dy, &dh_n, &dc_n, &dcells;
+  const at::Tensor& x;
+  const OptionalTensor &h0, &c0;
+  at::TensorList weights;
+  const at::Tensor &y, &cells, &reserve;  // y may lack, the others are contiguous
+  const c10::List<bool>& needs;
+};
+
+// On the kernels of cpu/bf16.h (cpu/layer_bf16.cpp).
+LayerResults forward_bf16(const LayerSizes& s, const Ragged& ragged, const ForwardPlan& plan,
+                          const at::Tensor& x, const OptionalTensor& h0, const OptionalTensor& c0,
+                          at::TensorList weights, bool keep_cells, bool keep_reserve);
+LayerGradients backward_bf16(const BackwardCall& call, const BackwardPlan& plan);
 
 template <class T>
 using Stored = std::conditional_t<std::is_same_v<T, Bf16>, at::BFloat16, T>;
@@ -70,7 +92,7 @@ at::Tensor real_like(const at::Tensor& x) {
 template <class T>
 at::Tensor to_real(const at::Tensor& t) {
   if constexpr (!std::is_same_v<T, Bf16>) return t;
-  if (t.numel() > (1 << 15) || !t.is_contiguous()) return t.to(at::kFloat);
+  if (t.numel() > kInlineConvertMaxElements || !t.is_contiguous()) return t.to(at::kFloat);
   const at::Tensor out = new_empty(t.sizes(), real_like<T>(t));  // sooner than the dispatcher
   copy_numbers(data_of<Bf16>(t), t.numel(), out.mutable_data_ptr<float>());
   return out;
@@ -79,7 +101,7 @@ at::Tensor to_real(const at::Tensor& t) {
 template <class T>
 at::Tensor from_real(const at::Tensor& t) {
   if constexpr (!std::is_same_v<T, Bf16>) return t;
-  if (t.numel() > (1 << 15)) return t.to(at::kBFloat16);
+  if (t.numel() > kInlineConvertMaxElements) return t.to(at::kBFloat16);
   static const at::Tensor like = at::empty({0}, at::kBFloat16);
   const at::Tensor out = new_empty(t.sizes(), like);
   copy_numbers(t.const_data_ptr<float>(), t.numel(), writable<Bf16>(out));
@@ -112,25 +134,11 @@ class Workspace {
   T* data_ = nullptr;
 };
 
-// Up to so many rows of all steps, forward reads weights as they are stored: packing takes what 3 to 5 rows
-// save by it.
-constexpr int64_t kDirectRows = kUnpackedRows;
-// Whether backward packs W_hh, a copy, for steps of up to B rows, N of all steps, of which a thread reads so
-// many bytes in each: from an L2 it reads them about as fast where they are stored, a column's elements a row
-// apart, but not from what lies behind.
-// bfloat16 that is read so is widened each time, which takes longer than from a panel.
-inline bool packs_backward(int64_t N, int64_t B, int64_t bytes, bool bf16 = false) {
-  return N > (B > 2 ? 12 : bytes < l2_bytes() && !bf16 ? 64 : 8);
-}
-
-// Returns true if bfloat16 panels should stay bfloat16. numbers: elements a thread reads per step. If its L2
-// holds them as float32, float32 panels are as fast as the FMAs and need no widening.
-inline bool narrow_panels(int64_t numbers) { return numbers * sizeof(float) > 0.75 * l2_bytes(); }
-
 // Calls f(begin, end) over [0, n) in parallel, in multiples of `block` of which each takes `work` elements.
 template <class F>
 void for_blocks(int64_t n, int64_t block, int64_t work, F&& f) {
-  at::parallel_for(0, (n + block - 1) / block, std::max<int64_t>(1, (1 << 16) / std::max<int64_t>(1, work)),
+  at::parallel_for(0, (n + block - 1) / block,
+                   std::max<int64_t>(1, kPackTaskMinElements / std::max<int64_t>(1, work)),
                    [&](int64_t begin, int64_t end) { f(begin * block, std::min(n, end * block)); });
 }
 

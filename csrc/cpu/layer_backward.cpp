@@ -9,43 +9,26 @@
 namespace fastlstm {
 namespace {
 
-// Steps whose gates [., 4H] go through a buffer at once: at least `rows` of them for efficient products, else
-// as few as stay in cache between the products and the time loop. What is reused need not be fetched from the
-// system, either.
-int64_t chunk_steps(const LayerSizes& s, int64_t size, int64_t rows, int64_t bytes) {
-  rows = std::max(rows, bytes / std::max<int64_t>(1, 4 * s.H * size));
-  return std::clamp<int64_t>(rows / s.B, 1, s.T);
-}
-
-// More rows than this are summed in float64, in parts of so many: a BLAS sums a deep product in few parts,
-// and its error grows with the depth.
-constexpr int64_t kDeep = 4096;
-
-// A weight's gradient dw [m, n], summed over N rows in chunks of at most `rows`: dgates [rows, m]^T times
-// states [rows, n]. Narrow ones are summed as their transpose: MKL is 1.1 to 2.3 times as fast at it for n
-// from 10 to 100, 1.06 to 1.2 times from 112 to 224, and no faster from n = 256 on. Transposing it at the end
-// takes what the N rows gain by it where they are few, except for the narrowest.
+// A weight's gradient dw [m, n], summed over the chunks of steps: dgates [rows, m]^T times states [rows, n].
+// A bias's is summed elsewhere, in sum(), and stored by finish(). If the plan says at_once, add() is called
+// once.
 class WeightGradient {
  public:
-  // at_once: add() is called once.
-  WeightGradient(const at::Tensor& dw, int64_t rows, int64_t N, bool at_once)
-      : dw_(dw), sum_(dw), narrow_(dw.scalar_type() == at::kBFloat16), in_blocks_(narrow_ && at_once) {
-    const bool matrix = dw.dim() == 2;  // no bias, and wanted
-    in_blocks_ &= matrix;
+  WeightGradient(const at::Tensor& dw, const WgradPlan& given) : dw_(dw), sum_(dw) {
+    const WgradPlan plan = dw.dim() == 2 ? given : WgradPlan{};  // else a bias, or not wanted
+    narrow_ = dw.scalar_type() == at::kBFloat16;
+    in_blocks_ = narrow_ && plan.at_once;
     if (narrow_ && !in_blocks_) sum_ = new_empty(dw.sizes(), real_like<Bf16>(dw));
-    if (!matrix || in_blocks_) return;
-    const int64_t n = dw.size(1);
-    const bool narrow = n <= 64 || (n <= 112 && N >= 1024) || (n <= 224 && N >= 2048);
-    transposed_ = narrow && dw.numel() * rows > kOwnProducts;
+    transposed_ = plan.transposed;
     if (transposed_) sum_ = new_empty({dw.size(1), dw.size(0)}, sum_);
-    if (sum_.scalar_type() == at::kFloat && N > 4 * kDeep) total_ = at::zeros_like(sum_, at::kDouble);
+    if (plan.float64) total_ = at::zeros_like(sum_, at::kDouble);
   }
   // States with row stride ld.
   template <class T>
   void add(int64_t rows, const T* dgates, const T* states, int64_t ld, bool add) {
     if constexpr (std::is_same_v<T, float>)
       if (in_blocks_) return multiply_in_blocks(rows, dgates, states, ld);
-    const int64_t m = dw_.size(0), n = dw_.size(1), most = total_.defined() ? kDeep : rows;
+    const int64_t m = dw_.size(0), n = dw_.size(1), most = total_.defined() ? kFloat64WgradBlockRows : rows;
     T* out = sum_.mutable_data_ptr<T>();
     if (rows == 0 && !add) std::fill_n(out, m * n, T(0));
     for (int64_t r = 0; r < rows; r += most) {
@@ -74,9 +57,8 @@ class WeightGradient {
   // All N rows at once, some rows of dw at a time, so that these are rounded while a cache holds them. Sums
   // over several calls would be rounded in each.
   void multiply_in_blocks(int64_t rows, const float* dgates, const float* states, int64_t ld) {
-    constexpr int64_t kBlockElements = 1 << 16;
     const int64_t m = dw_.size(0), n = dw_.size(1),
-                  block = std::max<int64_t>(1, kBlockElements / std::max<int64_t>(16, n) / 16) * 16;
+                  block = std::max<int64_t>(1, kBf16WgradBlockElements / std::max<int64_t>(16, n) / 16) * 16;
     if (rows == 0) {
       dw_.zero_();
       return;
@@ -94,7 +76,7 @@ class WeightGradient {
   }
 
   at::Tensor dw_, sum_, total_;
-  bool narrow_, in_blocks_, transposed_ = false;
+  bool narrow_, in_blocks_, transposed_;
 };
 
 // dW_hh [4H, P] (+)= dgates^T times the states that entered the span's steps. In a plain batch these are y
@@ -122,10 +104,12 @@ template <class T>
 void bias_gradient(int64_t rows, const T* dgates, bool add, const at::Tensor& db) {
   const int64_t G = db.size(0);
   T* out = db.mutable_data_ptr<T>();
-  at::parallel_for(0, (G + 63) / 64, 4096 / (rows + 1) + 1, [&](int64_t begin, int64_t end) {
-    for (int64_t j = begin * 64; j < std::min(G, end * 64); j += 64) {
-      const int64_t n = std::min<int64_t>(64, G - j);
-      T sums[64];
+  constexpr int64_t kColumns = kBiasGradTaskColumns;
+  const int64_t grain = kBiasGradTaskMinElements / (rows + 1) + 1;
+  at::parallel_for(0, (G + kColumns - 1) / kColumns, grain, [&](int64_t begin, int64_t end) {
+    for (int64_t j = begin * kColumns; j < std::min(G, end * kColumns); j += kColumns) {
+      const int64_t n = std::min(kColumns, G - j);
+      T sums[kColumns];
       kernels<T>().column_sums(dgates + j, rows, G, 0, n, sums);
       for (int64_t k = 0; k < n; ++k) out[j + k] = sums[k] + (add ? out[j + k] : T(0));
     }
@@ -145,48 +129,33 @@ bool is_identity(const at::Tensor& w, const LayerSizes& s, int64_t d) {
   return true;
 }
 
-// With panels of S.
+// On the plan's threads, with panels of S.
 template <class T, class S>
-LayerGradients backward_on(const OptionalTensor& dy_in, const OptionalTensor& dh_n,
-                           const OptionalTensor& dc_n, const OptionalTensor& dcells_in, const at::Tensor& x,
-                           const OptionalTensor& h0_in, const OptionalTensor& c0, at::TensorList weights,
-                           const OptionalTensor& lengths, const OptionalTensor& reset_mask,
-                           const at::Tensor& y_in, const at::Tensor& cells_in, const at::Tensor& reserve_in,
-                           const c10::List<bool>& needs) {
+LayerGradients backward_on(const BackwardCall& call, const BackwardPlan& plan) {
   using R = Real<T>;
-  const LayerSizes s(x, weights, lengths);
-  // A saved-tensor hook may give back other strides.
-  const at::Tensor cells = cells_in.contiguous(), reserve = reserve_in.contiguous();
-  s.check_inputs(x, h0_in, c0, lengths, reset_mask);
-  s.check_backward(x, dy_in, dh_n, dc_n, dcells_in, y_in, cells, reserve, needs);
+  const LayerSizes& s = call.s;
+  const Ragged& ragged = call.ragged;
+  const at::Tensor &x = call.x, &cells = call.cells, &reserve = call.reserve;
+  const at::TensorList weights = call.weights;
+  const c10::List<bool>& needs = call.needs;
   const int64_t H = s.H, P = s.P, B = s.B, D = s.D;
   const auto none = [&] { return new_empty({0}, x); };
   std::vector<at::Tensor> dweights;
-  if (s.rows() == 0) {
-    const auto zeros = [&](int64_t i, at::IntArrayRef sizes) {
-      return needs[i] ? at::zeros(sizes, x.options()) : none();
-    };
-    for (size_t k = 0; k < weights.size(); ++k) dweights.push_back(zeros(3 + k, weights[k].sizes()));
-    return {zeros(0, x.sizes()), zeros(1, {D, B, P}), zeros(2, {D, B, H}), dweights};
-  }
-  const Ragged ragged(s, lengths, reset_mask);
   const Kernels<T, S>& kernel = kernels<T, S>();
   const int64_t N = ragged.N();
-  const at::Tensor y = lacks_output(y_in)
+  const at::Tensor y = lacks_output(call.y)
                            ? output_again<Stored<T>, R>(s, ragged, weights, cells, reserve, kernel.width)
-                           : y_in.contiguous();
+                           : call.y.contiguous();
   std::vector<Rows> rows;
   for (int64_t d = 0; d < D; ++d) rows.push_back(ragged.rows(d));
-  const Plan plan = make_plan(kernel, D, rows[0], 0, H, P);
-  const int64_t read = 4 * H * P * sizeof(R) / (plan.split_units ? plan.members : 1);
-  const bool pack = packs_backward(N, B, read, std::is_same_v<T, Bf16>);
+  const ThreadPartition& threads = plan.partition;
+  const bool pack = plan.pack_hh;
+  const int64_t chunk = plan.chunk_steps;
   const int64_t ld = kernel.padded_columns(P);
   const int64_t packed_size = pack ? kernel.columns_packed_size(4 * H, P) : 0;
-  const OptionalTensor dy = contiguous(dy_in), dcells = contiguous(dcells_in), h0 = contiguous(h0_in);
+  const OptionalTensor dy = contiguous(call.dy), dcells = contiguous(call.dcells), h0 = contiguous(call.h0);
   const at::Tensor y_real = to_real<T>(y);
   const OptionalTensor h0_real = h0 ? OptionalTensor(to_real<T>(*h0)) : h0;
-
-  const int64_t chunk = chunk_steps(s, sizeof(R), 1024, int64_t{4} << 20);
 
   const auto need_hr = [&](int64_t d) { return s.proj() && needs[3 + (d + 1) * s.per_direction - 1]; };
   const auto of_panels = [](int64_t n) { return (n * int64_t(sizeof(S)) + 3) / int64_t(sizeof(R)); };
@@ -196,13 +165,13 @@ LayerGradients backward_on(const OptionalTensor& dy_in, const OptionalTensor& dh
     dh_at[d] = space.take(B * ld);
     dc_at[d] = space.take(B * H);
     c0_at[d] = space.take(B * H);
-    packed_at[d] = space.take(of_panels(plan.copies * packed_size));
+    packed_at[d] = space.take(of_panels(threads.copies * packed_size));
     hr_at[d] = space.take(s.proj() ? of_panels(kernel.columns_packed_size(P, H)) : 0);
     dgates_at[d] = space.take(chunk * B * 4 * H);
     dr_at[d] = space.take(s.proj() ? chunk * B * P : 0);
     hidden_at[d] = space.take(need_hr(d) ? chunk * B * H : 0);
   }
-  const int64_t scratch_at = space.take(plan.threads() * kernel.backward_scratch(H, P));
+  const int64_t scratch_at = space.take(threads.threads() * kernel.backward_scratch(H, P));
   space.allocate(real_like<T>(x));
   const auto panels = [&](int64_t at) { return reinterpret_cast<S*>(space.at(at)); };
 
@@ -215,9 +184,9 @@ LayerGradients backward_on(const OptionalTensor& dy_in, const OptionalTensor& dh
     const DirectionWeights w(s, weights, d);
     hold.push_back(w.hh.contiguous());
     const T* w_hh = data_of<T>(hold.back());
-    gather_state<T>(contiguous(dh_n), d, rows[d], P, space.at(dh_at[d]), ld);
-    gather_state<T>(contiguous(dc_n), d, rows[d], H, space.at(dc_at[d]), H);
-    gather_state<T>(contiguous(c0), d, rows[d], H, space.at(c0_at[d]), H);
+    gather_state<T>(contiguous(call.dh_n), d, rows[d], P, space.at(dh_at[d]), ld);
+    gather_state<T>(contiguous(call.dc_n), d, rows[d], H, space.at(dc_at[d]), H);
+    gather_state<T>(contiguous(call.c0), d, rows[d], H, space.at(c0_at[d]), H);
     if (s.proj()) pack_columns<T>(w.hr, panels(hr_at[d]));
     args.push_back({rows[d],
                     H,
@@ -243,7 +212,7 @@ LayerGradients backward_on(const OptionalTensor& dy_in, const OptionalTensor& dh
                     space.at(dh_at[d]),
                     space.at(dc_at[d]),
                     space.at(scratch_at)});
-    if (pack && !plan.own_weights())
+    if (pack && !threads.private_weights())
       for_blocks(P, kernel.unit_block, 4 * H * kernel.unit_block,
                  [&](int64_t begin, int64_t end) { pack_hh(args[d], begin, end); });
   }
@@ -254,9 +223,8 @@ LayerGradients backward_on(const OptionalTensor& dy_in, const OptionalTensor& dh
   bool need_input = false;
   for (size_t k = 0; k < weights.size(); ++k) {
     dweights.push_back(wanted(3 + k, weights[k].sizes()));
-    // recurrent_gradient adds the part of h0 separately.
-    const bool in_two = h0 && ragged.plain() && static_cast<int64_t>(k) % s.per_direction == 1;
-    gradients.emplace_back(dweights[k], std::min(N, chunk * B), N, chunk >= s.T && !in_two);
+    const int64_t of = static_cast<int64_t>(k) % s.per_direction;
+    gradients.emplace_back(dweights[k], of == 0 ? plan.dw_ih : of == 1 ? plan.dw_hh : plan.dw_hr);
     need_input |= needs[3 + k] && k % s.per_direction == 0;
   }
   const at::Tensor input = need_input ? to_real<T>(packed_input<Stored<T>>(x, s, ragged)) : at::Tensor();
@@ -282,11 +250,11 @@ LayerGradients backward_on(const OptionalTensor& dy_in, const OptionalTensor& dh
       args[d].base = Span(s, ragged, d, first, end - first).begin;
       if (identity[d] && D == 1) args[d].dgates = dx_rows.mutable_data_ptr<R>() + args[d].base * s.I;
     }
-    run_plan(plan, rows, H, P, kernel.unit_block, [&](int64_t d, const Member& me) {
+    run_partition(threads, rows, H, P, kernel.unit_block, [&](int64_t d, const Member& me) {
       BackwardArgs<T, S> mine = args[d];
-      if (pack) mine.packed += plan.copy(me.index) * packed_size;
+      if (pack) mine.packed += threads.copy(me.index) * packed_size;
       // Once for all steps; a copy anew, since its thread may have been missing before.
-      if (pack && plan.own_weights() && (!add || plan.copies > 1))
+      if (pack && threads.private_weights() && (!add || threads.copies > 1))
         pack_hh(mine, me.feature_begin, me.feature_end);
       kernel.backward(mine, me);
     });
@@ -347,17 +315,29 @@ template <class T>
 LayerGradients backward(const OptionalTensor& dy, const OptionalTensor& dh_n, const OptionalTensor& dc_n,
                         const OptionalTensor& dcells, const at::Tensor& x, const OptionalTensor& h0,
                         const OptionalTensor& c0, at::TensorList weights, const OptionalTensor& lengths,
-                        const OptionalTensor& reset_mask, const at::Tensor& y, const at::Tensor& cells,
-                        const at::Tensor& reserve, const c10::List<bool>& needs) {
+                        const OptionalTensor& reset_mask, const at::Tensor& y, const at::Tensor& cells_in,
+                        const at::Tensor& reserve_in, const c10::List<bool>& needs) {
   const LayerSizes s(x, weights, lengths);
-  if constexpr (std::is_same_v<T, Bf16>) {
-    const Plan plan = make_plan(kernels<T>(), s.D, Ragged(s, lengths, {}).rows(0), 0, s.H, s.P);
-    if (narrow_panels(4 * s.H * s.P / (plan.split_units ? plan.members : 1)))
-      return backward_on<T, PanelBf16>(dy, dh_n, dc_n, dcells, x, h0, c0, weights, lengths, reset_mask, y,
-                                       cells, reserve, needs);
+  // A saved-tensor hook may give back other strides.
+  const at::Tensor cells = cells_in.contiguous(), reserve = reserve_in.contiguous();
+  s.check_inputs(x, h0, c0, lengths, reset_mask);
+  s.check_backward(x, dy, dh_n, dc_n, dcells, y, cells, reserve, needs);
+  if (s.rows() == 0) {
+    const auto zeros = [&](int64_t i, at::IntArrayRef sizes) {
+      return needs[i] ? at::zeros(sizes, x.options()) : new_empty({0}, x);
+    };
+    std::vector<at::Tensor> dweights;
+    for (size_t k = 0; k < weights.size(); ++k) dweights.push_back(zeros(3 + k, weights[k].sizes()));
+    return {zeros(0, x.sizes()), zeros(1, {s.D, s.B, s.P}), zeros(2, {s.D, s.B, s.H}), dweights};
   }
-  return backward_on<T, Real<T>>(dy, dh_n, dc_n, dcells, x, h0, c0, weights, lengths, reset_mask, y, cells,
-                                 reserve, needs);
+  const Ragged ragged(s, lengths, reset_mask);
+  const BackwardPlan plan = plan_backward(layer_shape<T>(s, ragged, h0), this_machine());
+  const BackwardCall call{s, ragged, dy, dh_n, dc_n, dcells, x, h0, c0, weights, y, cells, reserve, needs};
+  if constexpr (std::is_same_v<T, Bf16>) {
+    if (plan.driver == Driver::bf16_products) return backward_bf16(call, plan);
+    if (plan.driver == Driver::bf16_panels) return backward_on<T, PanelBf16>(call, plan);
+  }
+  return backward_on<T, Real<T>>(call, plan);
 }
 
 #define FASTLSTM_INSTANTIATE(T)                                                                            \

@@ -20,26 +20,6 @@ at::Tensor float_like() {
   return empty;
 }
 
-// As make_plan, for products so fast that threads pay later. Rows are split where every thread has a tile of
-// them, which takes 64 columns at once.
-Plan plan_bf16(int64_t D, int64_t T, double rows, int64_t I, int64_t H) {
-  const double step = rows * 4 * H * (I + H + 256);
-  Plan plan{D};
-  const int available = at::in_parallel_region() ? 1 : at::get_num_threads();
-  if (available == 1 || step * T * D < 1e7) return plan;
-  plan.concurrent = D == 2;
-  const int most = available / (plan.concurrent ? 2 : 1);
-  if (most <= 1) return plan;
-  const double weights = 8.0 * H * (I + H);  // bytes; each thread that splits rows reads all of them
-  if (T > 1 && rows / most >= bf16::kTileRows && weights <= (1 << 20)) {
-    plan.members = most;
-  } else if (step >= 4e5) {
-    plan.members = static_cast<int>(std::min<int64_t>(most, std::max<int64_t>(1, H / bf16::kUnits)));
-    plan.split_units = plan.members > 1;
-  }
-  return plan;
-}
-
 void pack_gates(const bf16::Kernels& kernel, const at::Tensor& weight, int64_t H, Bf16* packed) {
   const int64_t K = weight.size(1);
   for_blocks(H, bf16::kBlock, K * bf16::kBlock,
@@ -84,17 +64,9 @@ class PiecewiseGradient {
 
 }  // namespace
 
-// They pack the weights, which takes what the products of a few rows save by it.
-bool bf16_serves(const LayerSizes& s, int64_t N) {
-  return N > kDirectRows && !s.proj() && s.H > 0 && s.I > 0 && bf16::kernels();
-}
-
-LayerResults forward_bf16(const at::Tensor& x, const OptionalTensor& h0, const OptionalTensor& c0,
-                          at::TensorList weights, const OptionalTensor& lengths,
-                          const OptionalTensor& reset_mask, bool keep_cells, bool keep_reserve) {
-  const LayerSizes s(x, weights, lengths);
-  s.check_inputs(x, h0, c0, lengths, reset_mask);
-  const Ragged ragged(s, lengths, reset_mask);
+LayerResults forward_bf16(const LayerSizes& s, const Ragged& ragged, const ForwardPlan& plan,
+                          const at::Tensor& x, const OptionalTensor& h0, const OptionalTensor& c0,
+                          at::TensorList weights, bool keep_cells, bool keep_reserve) {
   const bf16::Kernels& kernel = *bf16::kernels();
   const int64_t N = ragged.N(), H = s.H, B = s.B, D = s.D;
   keep_cells |= keep_reserve;
@@ -114,7 +86,6 @@ LayerResults forward_bf16(const at::Tensor& x, const OptionalTensor& h0, const O
 
   std::vector<Rows> rows;
   for (int64_t d = 0; d < D; ++d) rows.push_back(ragged.rows(d));
-  const Plan plan = plan_bf16(D, s.T, double(N) / s.T, s.I, H);
   const int64_t ld = bf16::row_stride(H), h_size = (B + bf16::kTileRows) * ld;
 
   Workspace<BFloat16> space;
@@ -127,7 +98,7 @@ LayerResults forward_bf16(const at::Tensor& x, const OptionalTensor& h0, const O
     c_at.push_back(floats.take(B * H));
     bias_at.push_back(floats.take(4 * H));
   }
-  const int64_t scratch_at = space.take(plan.threads() * bf16::forward_scratch(s.I));
+  const int64_t scratch_at = space.take(plan.partition.threads() * bf16::forward_scratch(s.I));
   space.allocate(x);
   floats.allocate(float_like());
 
@@ -159,7 +130,8 @@ LayerResults forward_bf16(const at::Tensor& x, const OptionalTensor& h0, const O
          writable_bits(y) + d * H, keep_cells ? writable_bits(cells) + d * H : nullptr, D * H, D * H,
          bits(space.at(scratch_at))});
   }
-  run_plan(plan, rows, H, H, bf16::kUnits, [&](int64_t d, const Member& me) { kernel.forward(args[d], me); });
+  run_partition(plan.partition, rows, H, H, bf16::kUnits,
+                [&](int64_t d, const Member& me) { kernel.forward(args[d], me); });
 
   for (int64_t d = 0; d < D; ++d)
     for (int64_t r = 0; r < B; ++r) {
@@ -172,39 +144,27 @@ LayerResults forward_bf16(const at::Tensor& x, const OptionalTensor& h0, const O
   return {y, h_n, c_n, cells, reserve};
 }
 
-LayerGradients backward_bf16(const OptionalTensor& dy_in, const OptionalTensor& dh_n,
-                             const OptionalTensor& dc_n, const OptionalTensor& dcells_in, const at::Tensor& x,
-                             const OptionalTensor& h0_in, const OptionalTensor& c0, at::TensorList weights,
-                             const OptionalTensor& lengths, const OptionalTensor& reset_mask,
-                             const at::Tensor& y_in, const at::Tensor& cells_in, const at::Tensor& reserve_in,
-                             c10::List<bool> needs) {
-  const LayerSizes s(x, weights, lengths);
-  // A saved-tensor hook may give back other strides.
-  const at::Tensor cells = cells_in.contiguous(), reserve = reserve_in.contiguous();
-  s.check_inputs(x, h0_in, c0, lengths, reset_mask);
-  s.check_backward(x, dy_in, dh_n, dc_n, dcells_in, y_in, cells, reserve, needs);
-  const int64_t H = s.H, G = 4 * H, B = s.B, D = s.D;
+LayerGradients backward_bf16(const BackwardCall& call, const BackwardPlan& plan) {
+  const LayerSizes& s = call.s;
+  const Ragged& ragged = call.ragged;
+  const at::Tensor &x = call.x, &cells = call.cells, &reserve = call.reserve;
+  const at::TensorList weights = call.weights;
+  const c10::List<bool>& needs = call.needs;
+  const int64_t H = s.H, G = 4 * H, B = s.B, D = s.D, chunk = plan.chunk_steps;
   const auto wanted = [&](int64_t i, at::IntArrayRef sizes, bool zeros = false) {
     return !needs[i] ? new_empty({0}, x) : zeros ? new_zeros(sizes, x) : new_empty(sizes, x);
   };
-  const bool none = s.rows() == 0;
   std::vector<at::Tensor> dweights;
-  for (size_t k = 0; k < weights.size(); ++k) dweights.push_back(wanted(3 + k, weights[k].sizes(), none));
-  if (none)
-    return {wanted(0, x.sizes(), true), wanted(1, {D, B, H}, true), wanted(2, {D, B, H}, true), dweights};
+  for (size_t k = 0; k < weights.size(); ++k) dweights.push_back(wanted(3 + k, weights[k].sizes()));
 
-  const Ragged ragged(s, lengths, reset_mask);
   const bf16::Kernels& kernel = *bf16::kernels();
   const int64_t N = ragged.N();
   std::vector<Rows> rows;
   for (int64_t d = 0; d < D; ++d) rows.push_back(ragged.rows(d));
-  const Plan plan = plan_bf16(D, s.T, double(N) / s.T, 0, H);
-  const at::Tensor y = lacks_output(y_in)
+  const at::Tensor y = lacks_output(call.y)
                            ? output_again<BFloat16, float>(s, ragged, weights, cells, reserve, bf16::kBlock)
-                           : y_in.contiguous();
-  const OptionalTensor dy = contiguous(dy_in), dcells = contiguous(dcells_in), h0 = contiguous(h0_in);
-  // Steps whose dgates wait for a product: a quarter of all, but rows enough for an efficient one.
-  const int64_t chunk = std::min(s.T, std::max((s.T + 3) / 4, (1024 + B - 1) / B));
+                           : call.y.contiguous();
+  const OptionalTensor dy = contiguous(call.dy), dcells = contiguous(call.dcells), h0 = contiguous(call.h0);
   const int64_t ld = bf16::padded(H), ldg = bf16::row_stride(G);
 
   Workspace<BFloat16> space;
@@ -214,7 +174,7 @@ LayerGradients backward_bf16(const OptionalTensor& dy_in, const OptionalTensor& 
     dh_at.push_back(floats.take(B * ld));
     dc_at.push_back(floats.take(B * H));
     c0_at.push_back(floats.take(B * H));
-    db_at.push_back(floats.take(plan.threads() * G));
+    db_at.push_back(floats.take(plan.partition.threads() * G));
     packed_at.push_back(space.take(bf16::packed_columns_size(G, H)));
   }
   space.allocate(x);
@@ -233,14 +193,14 @@ LayerGradients backward_bf16(const OptionalTensor& dy_in, const OptionalTensor& 
     for_blocks(H, bf16::kUnits, G * bf16::kUnits, [&](int64_t begin, int64_t end) {
       kernel.pack_columns(bits(w_hh), G, H, begin, end, packed);
     });
-    gather(contiguous(dh_n), d, rows[d], H, floats.at(dh_at[d]), ld);
-    gather(contiguous(dc_n), d, rows[d], H, floats.at(dc_at[d]), H);
-    gather(contiguous(c0), d, rows[d], H, floats.at(c0_at[d]), H);
-    std::fill_n(floats.at(db_at[d]), plan.threads() * G, 0.0f);
+    gather(contiguous(call.dh_n), d, rows[d], H, floats.at(dh_at[d]), ld);
+    gather(contiguous(call.dc_n), d, rows[d], H, floats.at(dc_at[d]), H);
+    gather(contiguous(call.c0), d, rows[d], H, floats.at(c0_at[d]), H);
+    std::fill_n(floats.at(db_at[d]), plan.partition.threads() * G, 0.0f);
     dgates.push_back(new_empty({chunk * B + bf16::kTileRows, ldg}, x));
     dgates[d].narrow(1, G, ldg - G).zero_();
-    d_ih.emplace_back(dweights[at], chunk == s.T);
-    d_hh.emplace_back(dweights[at + 1], chunk == s.T && !(h0 && ragged.plain()));
+    d_ih.emplace_back(dweights[at], plan.dw_ih.at_once);
+    d_hh.emplace_back(dweights[at + 1], plan.dw_hh.at_once);
     need_input |= needs[3 + at];
     if (needs[3 + at + 1] && !ragged.plain()) states[d] = entering_states<BFloat16>(y, h0, s, ragged, d);
     args.push_back({rows[d], H, d == 1, 0, 0, 0, bits(reserve) + d * s.rows() * G, bits(cells) + d * H,
@@ -260,8 +220,8 @@ LayerGradients backward_bf16(const OptionalTensor& dy_in, const OptionalTensor& 
       args[d].steps = end - first;
       args[d].base = Span(s, ragged, d, first, end - first).begin;
     }
-    run_plan(plan, rows, H, H, bf16::kUnits,
-             [&](int64_t d, const Member& me) { kernel.backward(args[d], me); });
+    run_partition(plan.partition, rows, H, H, bf16::kUnits,
+                  [&](int64_t d, const Member& me) { kernel.backward(args[d], me); });
     for (int64_t d = 0; d < D; ++d) {
       const Span span(s, ragged, d, first, end - first);
       const int64_t at = d * s.per_direction, n = span.rows();
@@ -295,7 +255,7 @@ LayerGradients backward_bf16(const OptionalTensor& dy_in, const OptionalTensor& 
     for (int64_t k = 2; s.bias && k < 4; ++k)
       for (int64_t j = 0; needs[3 + at + k] && j < G; ++j) {
         float sum = 0;
-        for (int m = 0; m < plan.threads(); ++m) sum += floats.at(db_at[d])[m * G + j];
+        for (int m = 0; m < plan.partition.threads(); ++m) sum += floats.at(db_at[d])[m * G + j];
         dweights[at + k].mutable_data_ptr<BFloat16>()[j] = sum;
       }
   }

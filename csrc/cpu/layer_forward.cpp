@@ -1,5 +1,4 @@
-// Forward of a layer on CPU tensors: cpu/forward.h on the plan's threads, with weights that are packed
-// before.
+// Forward of a layer on CPU tensors: cpu/forward.h on the plan's threads.
 #include "cpu/layer.h"
 
 namespace fastlstm {
@@ -9,23 +8,15 @@ namespace {
 template <class T, class S>
 void pack_forward(const ForwardArgs<T, S>& a, int64_t begin, int64_t end) {
   const Kernels<T, S>& k = kernels<T, S>();
-  if (a.ih.packed) k.pack_forward(a.ih.stored, a.H, a.I, begin, end, a.ih.packed);
-  if (a.hh.packed) k.pack_forward(a.hh.stored, a.H, a.P, begin, end, a.hh.packed);
-}
-
-// Returns true if W_hh should be read unpacked. N: rows of all steps; B: rows per step; bytes: W_hh's size as
-// float or double.
-// As long as it stays in an L2, packed or not, a few rows repay the packing; a larger one comes through the
-// L3 to be packed and back, and from 4 MiB on every step waits for the L3 either way.
-bool reads_as_stored(int64_t N, int64_t B, int64_t bytes) {
-  return bytes > (1 << 19) && B <= kUnpackedRows && (N <= 48 || bytes > (1 << 22));
+  if (a.ih.mode == WeightMode::prepacked) k.pack_forward(a.ih.stored, a.H, a.I, begin, end, a.ih.packed);
+  if (a.hh.mode == WeightMode::prepacked) k.pack_forward(a.hh.stored, a.H, a.P, begin, end, a.hh.packed);
 }
 
 // On the plan's threads, with panels of S.
 template <class T, class S>
-LayerResults forward_on(const LayerSizes& s, const Ragged& ragged, const Plan& plan, const at::Tensor& x,
-                        const OptionalTensor& h0, const OptionalTensor& c0, at::TensorList weights,
-                        bool keep_cells, bool keep_reserve) {
+LayerResults forward_on(const LayerSizes& s, const Ragged& ragged, const ForwardPlan& plan,
+                        const at::Tensor& x, const OptionalTensor& h0, const OptionalTensor& c0,
+                        at::TensorList weights, bool keep_cells, bool keep_reserve) {
   using R = Real<T>;
   const Kernels<T, S>& kernel = kernels<T, S>();
   const int64_t N = ragged.N(), H = s.H, P = s.P, B = s.B, D = s.D;
@@ -47,13 +38,9 @@ LayerResults forward_on(const LayerSizes& s, const Ragged& ragged, const Plan& p
   const at::Tensor input = to_real<T>(packed_input<Stored<T>>(x, s, ragged));  // [N, I]
   std::vector<Rows> rows;
   for (int64_t d = 0; d < D; ++d) rows.push_back(ragged.rows(d));
-  // Packing whole weights pays where they are read again and again; see GateWeight.
-  const bool direct_ih = N <= kDirectRows,
-             direct_hh = direct_ih || reads_as_stored(N, B, 4 * H * P * sizeof(R));
-  const bool once = s.T == 1 && (!s.proj() || N <= kRowGroup);
-  const bool pack_ih = !once && N > kOnceRows, pack_hh = !once && !direct_hh,
-             pack_hr = s.proj() && (!direct_ih || std::is_same_v<T, Bf16>);
-
+  const ThreadPartition& threads = plan.partition;
+  const bool pack_ih = plan.w_ih == WeightMode::prepacked, pack_hh = plan.w_hh == WeightMode::prepacked,
+             pack_hr = s.proj() && plan.w_hr == WeightMode::prepacked;
   const int64_t ih_size = pack_ih ? kernel.forward_packed_size(H, s.I) : 0,
                 hh_size = pack_hh ? kernel.forward_packed_size(H, P) : 0;
 
@@ -65,12 +52,12 @@ LayerResults forward_on(const LayerSizes& s, const Ragged& ragged, const Plan& p
     h_at[d] = space.take(2 * B * P);
     c_at[d] = space.take(B * H);
     bias_at[d] = space.take(4 * H);
-    ih_at[d] = space.take(of_panels(plan.copies * ih_size));
-    hh_at[d] = space.take(of_panels(plan.copies * hh_size));
+    ih_at[d] = space.take(of_panels(threads.copies * ih_size));
+    hh_at[d] = space.take(of_panels(threads.copies * hh_size));
     hr_at[d] = space.take(pack_hr ? of_panels(kernel.columns_packed_size(H, P)) : 0);
     hidden_at[d] = space.take(s.proj() ? B * H : 0);
   }
-  const int64_t scratch_at = space.take(plan.threads() * kernel.forward_scratch(N, s.I, H, P));
+  const int64_t scratch_at = space.take(threads.threads() * kernel.forward_scratch(N, s.I, H, P));
   space.allocate(real_like<T>(x));
   const auto panels = [&](int64_t at) { return reinterpret_cast<S*>(space.at(at)); };
 
@@ -102,9 +89,9 @@ LayerResults forward_on(const LayerSizes& s, const Ragged& ragged, const Plan& p
          input.const_data_ptr<R>(),
          keep_reserve ? writable<T>(reserve) + d * s.rows() * 4 * H : nullptr,
          space.at(bias_at[d]),
-         {data_of<T>(w_ih), pack_ih ? panels(ih_at[d]) : nullptr, direct_ih},
-         {data_of<T>(w_hh), pack_hh ? panels(hh_at[d]) : nullptr, direct_hh},
-         {s.proj() ? data_of<T>(hold.back()) : nullptr, pack_hr ? panels(hr_at[d]) : nullptr, !pack_hr},
+         {data_of<T>(w_ih), pack_ih ? panels(ih_at[d]) : nullptr, plan.w_ih},
+         {data_of<T>(w_hh), pack_hh ? panels(hh_at[d]) : nullptr, plan.w_hh},
+         {s.proj() ? data_of<T>(hold.back()) : nullptr, pack_hr ? panels(hr_at[d]) : nullptr, plan.w_hr},
          s.proj() ? space.at(hidden_at[d]) : nullptr,
          {h, h + B * P},
          space.at(c_at[d]),
@@ -114,15 +101,15 @@ LayerResults forward_on(const LayerSizes& s, const Ragged& ragged, const Plan& p
          D * P,
          D * H,
          space.at(scratch_at)});
-    if ((pack_ih || pack_hh) && !plan.own_weights())
+    if ((pack_ih || pack_hh) && !threads.private_weights())
       for_blocks(H, kernel.width, (pack_ih * s.I + pack_hh * P) * 4 * kernel.width,
                  [&](int64_t begin, int64_t end) { pack_forward(args[d], begin, end); });
   }
-  run_plan(plan, rows, H, P, kernel.unit_block, [&](int64_t d, const Member& me) {
+  run_partition(threads, rows, H, P, kernel.unit_block, [&](int64_t d, const Member& me) {
     ForwardArgs<T, S> mine = args[d];
-    if (pack_ih) mine.ih.packed += plan.copy(me.index) * ih_size;
-    if (pack_hh) mine.hh.packed += plan.copy(me.index) * hh_size;
-    if (plan.own_weights()) pack_forward(mine, me.unit_begin, me.unit_end);
+    if (pack_ih) mine.ih.packed += threads.copy(me.index) * ih_size;
+    if (pack_hh) mine.hh.packed += threads.copy(me.index) * hh_size;
+    if (threads.private_weights()) pack_forward(mine, me.unit_begin, me.unit_end);
     kernel.forward(mine, me);
   });
 
@@ -148,10 +135,13 @@ LayerResults forward(const at::Tensor& x, const OptionalTensor& h0, const Option
   const LayerSizes s(x, weights, lengths);
   s.check_inputs(x, h0, c0, lengths, reset_mask);
   const Ragged ragged(s, lengths, reset_mask);
-  const Plan plan = make_plan(kernels<T>(), s.D, ragged.rows(0), s.I, s.H, s.P);
-  if (std::is_same_v<T, Bf16> && narrow_panels(4 * s.H * s.P / (plan.split_units ? plan.members : 1)))
-    return forward_on<T, std::conditional_t<std::is_same_v<T, Bf16>, PanelBf16, T>>(
-        s, ragged, plan, x, h0, c0, weights, keep_cells, keep_reserve);
+  const ForwardPlan plan = plan_forward(layer_shape<T>(s, ragged, h0), this_machine());
+  if constexpr (std::is_same_v<T, Bf16>) {
+    if (plan.driver == Driver::bf16_products)
+      return forward_bf16(s, ragged, plan, x, h0, c0, weights, keep_cells, keep_reserve);
+    if (plan.driver == Driver::bf16_panels)
+      return forward_on<T, PanelBf16>(s, ragged, plan, x, h0, c0, weights, keep_cells, keep_reserve);
+  }
   return forward_on<T, Real<T>>(s, ragged, plan, x, h0, c0, weights, keep_cells, keep_reserve);
 }
 

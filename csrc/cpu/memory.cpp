@@ -17,11 +17,10 @@
 #include <new>
 #include <utility>
 
+#include "cpu/tuning.h"
+
 namespace fastlstm {
 namespace {
-
-constexpr size_t kLeast = size_t{1} << 18;  // smaller ones malloc itself keeps
-constexpr size_t kMost = size_t{1} << 29;   // bytes kept idle
 
 // A block is handed out again for a request of 4/5 to all of its size. Idle blocks go, the oldest first,
 // where memory in use and idle together would exceed by an eighth the most that was ever in use at once:
@@ -87,7 +86,7 @@ class Recycler final : public c10::Allocator {
     const auto locked = self.lock();
     if (!locked) return;
     self.most_in_use_ = std::max(self.most_in_use_, used);
-    if (block->bytes < kLeast || block->bytes > kMost) return;
+    if (block->bytes < kCachedBlockMinBytes || block->bytes > kCachedIdleMaxBytes) return;
     const size_t bytes = block->bytes;
     const uint64_t turn = --self.turn_;
     try {
@@ -104,7 +103,7 @@ class Recycler final : public c10::Allocator {
   // Drops what may not stay idle once so many bytes more are in use.
   void trim(size_t more) {
     const size_t use = in_use_ + more, most = std::max(most_in_use_, use);
-    drop(std::min(kMost, most + most / 8 - use));
+    drop(std::min(kCachedIdleMaxBytes, most + most / 8 - use));
   }
   void drop(size_t most_idle) {
     while (idle_bytes_ > most_idle) {
@@ -139,7 +138,7 @@ class Recycler final : public c10::Allocator {
 at::Tensor new_empty(at::IntArrayRef sizes, const at::Tensor& like) {
 #if !defined(__SANITIZE_ADDRESS__)  // which would not see a use after free in a kept block
   const size_t bytes = c10::multiply_integers(sizes) * like.element_size();
-  if (bytes >= kLeast && !filled_by_torch())
+  if (bytes >= kCachedBlockMinBytes && !filled_by_torch())
     return at::detail::empty_generic(sizes, &Recycler::get(), c10::DispatchKeySet(c10::DispatchKey::CPU),
                                      like.scalar_type(), std::nullopt);
 #endif
@@ -156,7 +155,7 @@ at::Tensor new_workspace(int64_t n, const at::Tensor& like) {
 #if defined(MADV_HUGEPAGE) && !defined(__SANITIZE_ADDRESS__)  // what lies around it would hide an overrun
   constexpr int64_t kPage = int64_t{1} << 21;
   const int64_t size = like.element_size(), bytes = n * size;
-  if (bytes >= 2 * kPage) {
+  if (bytes >= kHugePagesMinBytes) {
     const at::Tensor memory = new_empty({n + kPage / size}, like);
     const auto address = reinterpret_cast<uintptr_t>(memory.mutable_data_ptr());
     const int64_t unused = (kPage - address % kPage) % kPage;

@@ -5,6 +5,9 @@
 namespace fastlstm {
 namespace {
 
+template <class T>
+constexpr Dtype kDtype = std::is_same_v<T, double> ? Dtype::float64 : Dtype::float32;
+
 Rows rows_of(int64_t B) { return {1, B, B, nullptr, nullptr, nullptr, nullptr, false}; }
 
 StepInputs contiguous(const StepInputs& in) {
@@ -36,12 +39,11 @@ StepResults forward_of(const StepInputs& given, bool keep_reserve) {
   T* const gates = keep_reserve ? out.reserve.mutable_data_ptr<T>() : nullptr;
 
   const std::vector<Rows> rows = {rows_of(B)};
-  const Plan plan = make_plan(kernel, 1, rows_of(B), I, H, H);
-  const bool direct = B <= kDirectRows;
+  const CellPlan plan = plan_cell(kDtype<T>, B, I, H, this_machine());
 
   Workspace<T> space;
   const int64_t bias_at = space.take(4 * H), h_at = space.take(in.h0.defined() ? 0 : B * H),
-                scratch_at = space.take(plan.threads() * kernel.forward_scratch(B, I, H, H));
+                scratch_at = space.take(plan.forward.threads() * kernel.forward_scratch(B, I, H, H));
   space.allocate(in.x);
   T* bias = space.at(bias_at);
   sum_biases<T>(in.bias_ih, in.bias_hh, H, bias);
@@ -57,8 +59,8 @@ StepResults forward_of(const StepInputs& given, bool keep_reserve) {
                                data<T>(in.x),
                                gates,
                                bias,
-                               {data<T>(in.w_ih), nullptr, direct},
-                               {data<T>(in.w_hh), nullptr, direct},
+                               {data<T>(in.w_ih), nullptr, plan.weights},
+                               {data<T>(in.w_hh), nullptr, plan.weights},
                                {},
                                nullptr,
                                {const_cast<T*>(h0), h},  // the only step reads the first, and y is the second
@@ -69,19 +71,17 @@ StepResults forward_of(const StepInputs& given, bool keep_reserve) {
                                H,
                                H,
                                space.at(scratch_at)};
-  run_plan(plan, rows, H, H, kernel.unit_block, [&](int64_t, const Member& me) { kernel.forward(args, me); });
+  run_partition(plan.forward, rows, H, H, kernel.unit_block,
+                [&](int64_t, const Member& me) { kernel.forward(args, me); });
   return out;
 }
-
-// Up to so many multiply-adds a weight's gradient, tiles that read both factors where they lie keep up with a
-// BLAS; above, its packing pays.
-constexpr int64_t kOwnProducts = int64_t{1} << 22;
 
 template <class T>
 StepGradients backward_of(const at::Tensor& dh, const at::Tensor& dc, const StepInputs& given,
                           const at::Tensor& reserve, const std::array<bool, 7>& needs) {
   const int64_t B = given.B(), I = given.I(), H = given.H(), G = 4 * H;
-  if (B * G * std::max(I, H) > kOwnProducts) {
+  const CellPlan plan = plan_cell(kDtype<T>, B, I, H, this_machine());
+  if (plan.layer_backward) {
     const at::Tensor gates = reserve.narrow(0, 0, B * G).view({1, 1, B, G});
     const at::Tensor cells = reserve.narrow(0, B * G, B * H).view({1, B, H});
     // y, of which one step reads nothing, has the shape of cells.
@@ -106,19 +106,16 @@ StepGradients backward_of(const at::Tensor& dh, const at::Tensor& dc, const Step
     }
 
   const std::vector<Rows> rows = {rows_of(B)};
-  // Twice the products of forward.
-  const Plan plan = make_plan(kernel, 1, rows_of(B), 2 * I, H, 2 * H, /*rows_only=*/true);
-  const bool pack = packs_backward(B, B, G * H * sizeof(T));
+  const ThreadPartition& threads = plan.backward;
+  const bool pack = plan.pack_hh;
   const int64_t ld = kernel.padded_columns(H), widest = std::max(B, G);
   Workspace<T> space;
   const int64_t packed_size = pack ? kernel.columns_packed_size(G, H) : 0,
                 scratch_size = kernel.small_product_scratch(widest);
-  // Each thread packs for itself what it can pack as fast as fetch from another's cache.
-  const bool each_packs = packed_size * sizeof(T) <= (1 << 18);
   const int64_t dh_at = space.take(B * ld), dc_at = space.take(B * H),
                 c0_at = space.take(in.c0.defined() ? 0 : B * H), dgates_at = space.take(B * G),
-                packed_at = space.take((each_packs ? plan.threads() : 1) * packed_size),
-                scratch_at = space.take(plan.threads() * scratch_size);
+                packed_at = space.take((plan.private_pack ? threads.threads() : 1) * packed_size),
+                scratch_at = space.take(threads.threads() * scratch_size);
   space.allocate(in.x);
   const at::Tensor dh_in = dh.defined() ? dh.contiguous() : dh, dc_in = dc.defined() ? dc.contiguous() : dc;
   copy_or_zero(data<T>(dc_in), B * H, space.at(dc_at));
@@ -150,13 +147,13 @@ StepGradients backward_of(const at::Tensor& dh, const at::Tensor& dc, const Step
                                 space.at(dh_at),
                                 space.at(dc_at),
                                 nullptr};
-  if (!each_packs) kernel.pack_columns(args.w_hh, G, H, 1, 0, H, args.packed);
-  Barrier barrier(plan.members);
-  run_plan(plan, rows, H, H, kernel.unit_block, [&](int64_t, const Member& me) {
+  if (pack && !plan.private_pack) kernel.pack_columns(args.w_hh, G, H, 1, 0, H, args.packed);
+  Barrier barrier(threads.members);
+  run_partition(threads, rows, H, H, kernel.unit_block, [&](int64_t, const Member& me) {
     T* scratch = space.at(scratch_at) + me.index * scratch_size;
     const int64_t r0 = me.row_begin, own = me.row_end - r0;
     BackwardArgs<T> mine = args;
-    if (pack && each_packs) {
+    if (plan.private_pack) {
       mine.packed += me.index * packed_size;
       kernel.pack_columns(mine.w_hh, G, H, 1, 0, H, mine.packed);
     }
@@ -170,7 +167,7 @@ StepGradients backward_of(const at::Tensor& dh, const at::Tensor& dc, const Step
     // All rows from here on, of a member's share of the gates.
     const bool alone = own == B;
     if (!alone) barrier.wait();
-    const int64_t share = (G / 16 + plan.members - 1) / plan.members * 16;
+    const int64_t share = (G / 16 + threads.members - 1) / threads.members * 16;
     const int64_t g0 = alone ? 0 : std::min(G, me.index * share),
                   g1 = alone || me.row_end == B ? G : std::min(G, g0 + share);
     if (to[3])

@@ -68,7 +68,7 @@ void pack_block(const T* weight, int64_t H, int64_t K, int64_t u0, S* out) {
       for (int64_t u = 0; u < W; ++u) row[u] = weight + (gate * H + std::min(u0 + u, H - 1)) * K;
       S* to = out + gate / 2 * K * W2 + gate % 2 * W;
       // Rows too short for hardware prefetching: the next gate's, of this block or the next.
-      if (k0 == 0 && K * sizeof(T) <= 512) {
+      if (k0 == 0 && K * int64_t(sizeof(T)) <= kPackPrefetchMaxBytes) {
         const int64_t from = (gate < 3 ? (gate + 1) * H + u0 : std::min(u0 + W, H - 1)) * K;
         const int64_t to_read = std::min(W * K, 4 * H * K - from);
         for (int64_t i = 0; i < to_read; i += 64 / sizeof(T)) __builtin_prefetch(weight + from + i, 0, 3);

@@ -1,4 +1,4 @@
-// A product by the tiles of cpu/gemm.h or by the BLAS behind ATen, whichever takes less time.
+// A product by the tiles of cpu/gemm.h or by the BLAS behind ATen, as gemm_kind decides.
 #pragma once
 
 #include <ATen/ATen.h>
@@ -11,14 +11,6 @@
 
 namespace fastlstm {
 
-// Up to so many multiply-adds the tiles of cpu/gemm.h take less time than a BLAS call.
-inline constexpr int64_t kOwnProducts = 1 << 20;
-
-// Of so few rows, some of MKL's kernels (on an AMD CPU those of 1 to 3 rows more than a multiple of 4) are
-// slower than the tiles, and err 5 times as much. The tiles' scratch, megabytes from k = 16384 on, is small
-// beside such a matrix.
-inline constexpr int64_t kFewRowsOfProduct = 12;
-
 // On the calling thread; p.scratch is found here.
 template <class T, class B>
 void multiply_in_tiles(Product<T, B> p) {
@@ -29,17 +21,12 @@ void multiply_in_tiles(Product<T, B> p) {
   kernel.small_product(p);
 }
 
-// At or below this many rows, the tiles also take bfloat16 B, widened as it is read; a BLAS needs a float32
-// copy.
-inline constexpr int64_t kRowsOfWidened = 96;
-
 template <class T, class B = T>
 void multiply(const Product<T, B>& p) {
-  constexpr bool widened = !std::is_same_v<T, B>;
-  if (p.m * p.n * p.k <= kOwnProducts && p.k <= (1 << 13))  // a deeper one's scratch would be megabytes
-    return multiply_in_tiles(p);
-  if (!p.transposed_a && p.m <= (widened ? kRowsOfWidened : kFewRowsOfProduct)) {
-    constexpr int64_t kColumns = 64;
+  const Gemm kind = gemm_kind(p.m, p.n, p.k, p.transposed_a, !std::is_same_v<T, B>);
+  if (kind == Gemm::small) return multiply_in_tiles(p);
+  if (kind == Gemm::skinny) {
+    constexpr int64_t kColumns = kSkinnyGemmTaskColumns;
     return at::parallel_for(0, (p.n + kColumns - 1) / kColumns, 1, [&](int64_t begin, int64_t end) {
       Product<T, B> part = p;
       part.b += begin * kColumns;

@@ -38,7 +38,7 @@ class Ragged {
   template <class F>
   void for_each_row(F&& f) const {
     const Rows rows = this->rows(0);
-    at::parallel_for(0, T_, std::max<int64_t>(1, 4096 / std::max<int64_t>(1, B_)),
+    at::parallel_for(0, T_, std::max<int64_t>(1, kRowCopyTaskMinRows / std::max<int64_t>(1, B_)),
                      [&](int64_t begin, int64_t end) {
                        for (int64_t t = begin; t < end; ++t)
                          for (int64_t r = 0, n = rows.count_at(t), offset = rows.offset_at(t); r < n; ++r)

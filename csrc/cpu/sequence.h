@@ -16,6 +16,8 @@
 #include <cstdint>
 #include <thread>
 
+#include "cpu/plan.h"
+
 namespace fastlstm {
 
 // A bfloat16 number's bits.
@@ -54,19 +56,20 @@ struct Rows {
   bool fresh_at(int64_t t, int64_t r) const { return fresh && fresh[offset_at(t) + r]; }
 };
 
-// Rows of a step whose pre-activations wait in scratch while one unit block's weights pass.
-constexpr int64_t kRowGroup = 96;
-// At or below this many rows, a step may read weights as they are stored.
-constexpr int64_t kUnpackedRows = 4;
-// Up to so many rows of all steps, x W_ih^T is made for all of them at once.
-constexpr int64_t kOnceRows = 192;
+// The number of rows of a row's own step, in the mean over all rows: above N / T where rows end one by one.
+inline double mean_active_rows(const Rows& rows) {
+  if (!rows.count) return rows.B;
+  double sum = 0;
+  for (int64_t t = 0; t < rows.T; ++t) sum += double(rows.count[t]) * rows.count[t];
+  return sum / std::max<int64_t>(1, rows.N);
+}
 
 // A weight of forward, [4H, K] but for weight_hr, and how its kernel reads it. S is the type of panels.
 template <class T, class S = Real<T>>
 struct GateWeight {
-  const T* stored;  // as torch.nn.LSTM stores it
-  S* packed;        // by pack_forward, or null: from `stored`,
-  bool direct;      // as dot products along its rows, or packing each block of units where it is used
+  const T* stored = nullptr;  // as torch.nn.LSTM stores it
+  S* packed = nullptr;        // by pack_forward, if prepacked
+  WeightMode mode = WeightMode::prepacked;
 };
 
 template <class T, class S = Real<T>>
@@ -74,10 +77,9 @@ struct ForwardArgs {
   Rows rows;
   int64_t I, H, P;
   bool reverse;
-  const Real<T>* x;     // [N, I]
-  T* gates;             // [N, 4H]  out: the activated gates as they are saved, or null
-  const Real<T>* bias;  // [4H]  bias_ih + bias_hh
-  // Blocks packed where used: W_ih up to kOnceRows rows, both at T = 1, with projection up to kRowGroup rows.
+  const Real<T>* x;         // [N, I]
+  T* gates;                 // [N, 4H]  out: the activated gates as they are saved, or null
+  const Real<T>* bias;      // [4H]  bias_ih + bias_hh
   GateWeight<T, S> ih, hh;  // K = I, K = P
   GateWeight<T, S> hr;      // weight_hr [P, H], packed by pack_columns as [H, P]; without projection none
   Real<T>* hidden;          // [B, H]  with projection, h before it; sorted rows
@@ -127,7 +129,7 @@ class Barrier {
       return;
     }
     for (int spins = 0; phase_.load(std::memory_order_acquire) == phase; ++spins) {
-      if (spins < 4000) {
+      if (spins < kBarrierYieldMinPolls) {
 #if defined(__x86_64__)
         __builtin_ia32_pause();
 #endif
@@ -205,9 +207,9 @@ struct Kernels {
 
 // Of one core's L2 cache; 1 MiB where the system does not tell.
 int64_t l2_bytes();
-// Whether every second step reads so many bytes of weights from their end: where an L2 does not hold them, it
-// finds what the step before has read last.
-inline bool turns_around(double bytes) { return bytes > 0.75 * l2_bytes(); }
+// Returns true if odd steps should sweep the weight blocks in reverse order. bytes: weights that a thread
+// reads in each step; where its L2 does not hold them all, it still holds the blocks read last.
+inline bool alternate_block_order(double bytes) { return !stays_in_l2(bytes, l2_bytes()); }
 
 // The best ISA that this CPU has and ATEN_CPU_CAPABILITY ("default", "avx2", "avx512") allows.
 const char* isa_name();

@@ -22,17 +22,17 @@ using fastlstm::ForwardArgs;
 using fastlstm::Kernels;
 using fastlstm::Member;
 using fastlstm::Rows;
+using fastlstm::WeightMode;
 
 template <class T>
 using Array = std::vector<T>;
 
-enum class Weights { kPacked, kPackedWhereUsed, kAsStored };
-constexpr const char* kNames[] = {"packed", "packed where used", "as stored"};
+constexpr const char* kNames[] = {"prepacked", "packed on use", "unpacked"};  // by WeightMode
 
 struct Case {
   int64_t T, B, I, H, P;
   bool reverse;
-  Weights weights;
+  WeightMode weights;
   bool projected() const { return P != H; }
 };
 
@@ -180,7 +180,7 @@ void run(const Case& k, Layer<T>& a) {
   const int64_t B = k.B, I = k.I, H = k.H, P = k.P, G = 4 * H, N = k.T * B;
   const Rows rows{k.T, B, N, nullptr, nullptr, nullptr, nullptr, false};
   const Member me{0, B, 0, H, 0, P, 0, nullptr};
-  const bool packed = k.weights == Weights::kPacked, stored = k.weights == Weights::kAsStored;
+  const bool packed = k.weights == WeightMode::prepacked, unpacked = k.weights == WeightMode::unpacked;
 
   Array<T> ih = fresh<T>(kernel.forward_packed_size(H, I)), hh = fresh<T>(kernel.forward_packed_size(H, P));
   kernel.pack_forward(a.w_ih.data(), H, I, 0, H, ih.data());
@@ -200,9 +200,11 @@ void run(const Case& k, Layer<T>& a) {
   forward.x = a.x.data();
   forward.gates = gates.data();
   forward.bias = a.bias.data();
-  forward.ih = {a.w_ih.data(), packed ? ih.data() : nullptr, stored};
-  forward.hh = {a.w_hh.data(), packed ? hh.data() : nullptr, stored};
-  if (k.projected()) forward.hr = {a.w_hr.data(), stored ? nullptr : hr.data(), stored};
+  forward.ih = {a.w_ih.data(), packed ? ih.data() : nullptr, k.weights};
+  forward.hh = {a.w_hh.data(), packed ? hh.data() : nullptr, k.weights};
+  if (k.projected())
+    forward.hr = {a.w_hr.data(), unpacked ? nullptr : hr.data(),
+                  unpacked ? WeightMode::unpacked : WeightMode::prepacked};
   forward.hidden = k.projected() ? hidden.data() : nullptr;
   forward.h[0] = state.data();
   forward.h[1] = state.data() + B * P;
@@ -240,7 +242,7 @@ void run(const Case& k, Layer<T>& a) {
   backward.cells_stride = H;
   backward.dy_stride = P;
   backward.w_hh = a.w_hh.data();
-  backward.packed = stored ? nullptr : columns.data();
+  backward.packed = unpacked ? nullptr : columns.data();
   backward.w_hr = k.projected() ? hr_columns.data() : nullptr;
   backward.dgates = dgates.data();
   backward.dr = k.projected() ? dr.data() : nullptr;
@@ -330,8 +332,9 @@ int main() {
                                    {3, 33, 40, 18}})
     for (const int64_t T : {1, 6})
       for (const bool reverse : {false, true})
-        for (const Weights weights : {Weights::kPacked, Weights::kPackedWhereUsed, Weights::kAsStored}) {
-          if (weights == Weights::kPackedWhereUsed && T > 1) continue;
+        for (const WeightMode weights :
+             {WeightMode::prepacked, WeightMode::pack_on_use, WeightMode::unpacked}) {
+          if (weights == WeightMode::pack_on_use && T > 1) continue;
           const Case k{T, B, I, H, P, reverse, weights};
           cases += 2;
           failed += !check<float>(k) + !check<double>(k);

@@ -1,0 +1,139 @@
+// What the CPU code decides about a call: which kernels run, on how many threads and how these divide the
+// work, which weights are packed and when, chunks of steps, how each product is made. Pure functions of sizes
+// and machine, without torch, so that the drivers run what tests and fastlstm.explain read. Thresholds:
+// tuning.h.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <string>
+
+#include "cpu/tuning.h"
+
+namespace fastlstm {
+
+// Of x, weights and results; float16 runs as float32.
+enum class Dtype { float32, float64, bfloat16 };
+
+struct Machine {
+  int threads;           // available to this call
+  int64_t l2_bytes;      // of one core
+  int64_t vector_bytes;  // of the float kernels' instruction set
+  bool bf16_kernels;     // cpu/bf16.h has kernels for this CPU
+};
+
+// A layer's call. Sizes as in cpu/sequence.h.
+struct LayerShape {
+  Dtype dtype;
+  int64_t T, B, N;     // steps, rows, sum of lengths
+  int64_t given_rows;  // rows of x: T * B where it is padded
+  double active_rows;  // the number of rows of a row's own step, mean over all N rows: above N / T in ragged
+                       // batches
+  int64_t I, H, P, D;
+  bool dense_with_h0 =
+      false;  // neither lengths nor resets, and an initial state: dW_hh is the sum of two products
+
+  bool proj() const { return P != H; }
+  int64_t real_bytes() const { return dtype == Dtype::float64 ? 8 : 4; }  // of sums and states
+};
+
+// The threads of a layer: per direction a number of members that split either the rows (and never meet) or
+// the units (and meet at barriers in every step).
+struct ThreadPartition {
+  int64_t D = 1;
+  int members = 1;          // per direction
+  bool concurrent = false;  // directions on threads of their own
+  bool split_units = false;
+  int copies = 1;  // of a direction's packed weights
+  const char* reason = "";
+
+  int threads() const { return members * (concurrent ? static_cast<int>(D) : 1); }
+  // Returns true if each thread is the only one to read its packed weights: it then packs them, so that they
+  // are in its cache.
+  bool private_weights() const { return split_units || copies > 1 || (concurrent && members == 1); }
+  // The copy that the member of this index reads.
+  int64_t copy(int index) const { return copies > 1 ? index % members : 0; }
+  int shares() const { return split_units ? members : 1; }  // of a direction's weights
+};
+
+enum class Driver {
+  float_panels,   // forward.h and backward.h; bfloat16 is widened where it is packed
+  bf16_panels,    // the same kernels on panels of bfloat16, widened as they are read
+  bf16_products,  // cpu/bf16.h
+};
+
+enum class WeightMode { prepacked, pack_on_use, unpacked };
+
+struct ForwardPlan {
+  Driver driver = Driver::float_panels;
+  ThreadPartition partition;
+  WeightMode w_ih = WeightMode::prepacked, w_hh = WeightMode::prepacked, w_hr = WeightMode::prepacked;
+  int64_t hoisted_steps = 0;           // of x W_ih^T made at once, at full steps; 0: it is made step by step
+  bool alternate_block_order = false;  // odd steps read the blocks of W_hh from last to first
+};
+
+enum class Gemm { small, skinny, blas };  // gemm.h on one thread, on all threads by columns, or the BLAS
+
+struct WgradPlan {
+  bool at_once = false;     // one product; otherwise a sum over chunks
+  bool transposed = false;  // made as its transpose
+  bool float64 = false;     // float32 products of kFloat64WgradBlockRows rows, summed in float64
+  Gemm gemm = Gemm::blas;
+};
+
+struct BackwardPlan {
+  Driver driver = Driver::float_panels;
+  ThreadPartition partition;
+  bool pack_hh = true;
+  bool alternate_block_order = false;
+  int64_t chunk_steps = 1;
+  Gemm dx = Gemm::blas;
+  WgradPlan dw_ih, dw_hh, dw_hr;
+};
+
+struct CpuPlan {
+  ForwardPlan forward;
+  BackwardPlan backward;
+};
+
+// LSTMCell (cpu/one_step.h).
+struct CellPlan {
+  ThreadPartition forward, backward;
+  WeightMode weights = WeightMode::unpacked;   // of forward, both
+  bool layer_backward = false;                 // backward is that of a layer of one step
+  bool pack_hh = false, private_pack = false;  // by backward; each thread its own
+};
+
+ForwardPlan plan_forward(const LayerShape& s, const Machine& machine);
+BackwardPlan plan_backward(const LayerShape& s, const Machine& machine);
+inline CpuPlan plan(const LayerShape& s, const Machine& machine) {
+  return {plan_forward(s, machine), plan_backward(s, machine)};
+}
+CellPlan plan_cell(Dtype dtype, int64_t B, int64_t I, int64_t H, const Machine& machine);
+
+// In words, for fastlstm.explain.
+std::string describe(const ForwardPlan& plan, const LayerShape& s);
+std::string describe(const BackwardPlan& plan, const LayerShape& s);
+std::string describe_forward(const CellPlan& plan);
+std::string describe_backward(const CellPlan& plan);
+
+// ---- What kernels ask step by step, of the rows or units of one thread.
+
+// Returns true if what a thread reads in every step stays in its L2 from step to step.
+inline bool stays_in_l2(double bytes, int64_t l2_bytes) { return bytes <= kL2ResidentMaxFraction * l2_bytes; }
+
+// Returns true if x W_ih^T of a thread's rows of a step is made together with that of the next steps.
+inline bool hoists_input_projection(int64_t T, bool ih_prepacked, int64_t rows) {
+  return T > 1 && (!ih_prepacked || rows < kHoistBelowRows);
+}
+// Rows of x W_ih^T that are made at once. N: rows of all steps.
+inline int64_t hoist_rows(int64_t N) { return N <= kHoistAllMaxRows ? N : kHoistTileRows; }
+
+// How C [m, n] = A [m, k] B [k, n] is made. widened: B is bfloat16 and A is not.
+inline Gemm gemm_kind(int64_t m, int64_t n, int64_t k, bool transposed_a, bool widened) {
+  if (m * n * k <= kSmallGemmMaxMacs && k <= kSmallGemmMaxDepth) return Gemm::small;
+  if (!transposed_a && m <= (widened ? kWidenedGemmMaxRows : kSkinnyGemmMaxRows)) return Gemm::skinny;
+  return Gemm::blas;
+}
+
+}  // namespace fastlstm
