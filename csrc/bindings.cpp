@@ -14,6 +14,9 @@
 #include "cuda/plan.h"
 
 namespace fastlstm {
+
+void define_cpu_plan(py::module_& m);  // python_plan.cpp
+
 namespace {
 
 std::vector<std::string> devices() {
@@ -239,6 +242,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("layer", &fastlstm::layer, "Calls the op fastlstm::native_layer, or None.");
   m.def("stack", &fastlstm::stack, "A stack of layers as torch.nn.LSTM runs it, or None.");
   m.def("cell", &fastlstm::cell, "A step as torch.nn.LSTMCell runs it, or None.");
+  fastlstm::define_cpu_plan(m);
   m.def("persistent_plan", &fastlstm::persistent_plan,
         "How the persistent CUDA kernels lay out a layer, or why not.");
   m.def("persistent_enabled", [] { return fastlstm::cuda::persistent_enabled.load(); });

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
@@ -17,17 +18,31 @@ from .modules import LSTM, LSTMCell
 class Explanation:
     """The backend that runs a call ("" if the one asked for cannot), and for each backend "runs" or why not.
 
-    `kernels`: which CUDA kernels of the native backend run it, and why; "" elsewhere.
+    How the native backend runs it, "" elsewhere:
+        kernels: which CUDA kernels, and why.
+        forward, backward: on the CPU, of the first layer: on how many threads and how these divide the work, which
+            weights are packed, how products are made, and why. Training runs both, inference forward alone.
     """
 
     backend: str
     reasons: dict[str, str]
     kernels: str = ""
+    forward: str = ""
+    backward: str = ""
 
     def __str__(self) -> str:
-        told = {**self.reasons, "kernels": self.kernels} if self.kernels else self.reasons
-        width = max(map(len, told))
-        return "\n".join(f"{name:<{width}}  {reason}" for name, reason in told.items())
+        lines = dict(self.reasons)
+        if self.forward:
+            lines[self.backend] += f": {self.forward}"
+        width = max(map(len, lines))
+        text = []
+        for name, reason in lines.items():
+            text.append(f"{name:<{width}}  {reason}")
+            if name == self.backend and self.backward:
+                text.append(f"{'':<{width}}  training: forward the same; backward: {self.backward}")
+        if self.kernels:
+            text.append(f"{'kernels':<{width}}  {self.kernels}")
+        return "\n".join(text)
 
 
 def explain(
@@ -55,16 +70,32 @@ def explain(
         raise TypeError(f"module must be a fastlstm.LSTM or fastlstm.LSTMCell, got {type(module).__name__}")
     packed = isinstance(input, PackedSequence)
     data = input.data if isinstance(input, PackedSequence) else input
+    T, B = _sizes(module, input)
     call = dispatch.describe(data, weights, data if packed or lengths is not None else None, reset_mask)
     reasons = dispatch.choices(call)
     backend = next((name for name, reason in reasons.items() if reason == "runs"), "")
-    return Explanation(backend, reasons, native.kernels(call, _rows(module, input)) if backend == "native" else "")
+    if backend != "native":
+        return Explanation(backend, reasons)
+    plan = native.cpu_plan(
+        call, T, B, _lengths(input, lengths), packed, hx is not None, cell=isinstance(module, LSTMCell)
+    )
+    forward, backward = (plan[phase]["text"] for phase in ("forward", "backward")) if plan else ("", "")
+    return Explanation(backend, reasons, native.kernels(call, B), forward, backward)
 
 
-def _rows(module: nn.Module, input: Tensor | PackedSequence) -> int:
-    """B of a call."""
+def _sizes(module: nn.Module, input: Tensor | PackedSequence) -> tuple[int, int]:
+    """T and B of a call."""
     if isinstance(input, PackedSequence):
-        return int(input.batch_sizes[0])
+        return len(input.batch_sizes), int(input.batch_sizes[0])
     if isinstance(module, LSTMCell):
-        return input.shape[0] if input.dim() == 2 else 1
-    return input.shape[0 if module.batch_first else 1] if input.dim() == 3 else 1
+        return 1, input.shape[0] if input.dim() == 2 else 1
+    if input.dim() != 3:
+        return input.shape[0], 1
+    return (input.shape[1], input.shape[0]) if module.batch_first else (input.shape[0], input.shape[1])
+
+
+def _lengths(input: Tensor | PackedSequence, lengths: Any) -> list[int] | None:
+    if isinstance(input, PackedSequence):
+        steps = input.batch_sizes
+        return (steps[:, None] > torch.arange(int(steps[0]))).sum(0).tolist()
+    return None if lengths is None else torch.as_tensor(lengths).tolist()

@@ -266,7 +266,7 @@ def test_explain():
     assert list(told.reasons) == [*dispatch.BACKENDS, "reference"]
     assert [name for name, reason in told.reasons.items() if reason == "runs"] == [told.backend]
     assert told.reasons["reference"] == f"can run it, but {told.backend!r} is preferred"
-    assert len(str(told).splitlines()) == len(told.reasons)
+    assert len(str(told).splitlines()) == len(told.reasons) + bool(told.backward)
     for name, reason in told.reasons.items():
         assert f"{name} " in str(told)
         assert reason in str(told)

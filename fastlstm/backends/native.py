@@ -6,7 +6,9 @@ import importlib
 import importlib.util
 import mmap
 import re
+from collections.abc import Sequence
 from types import ModuleType
+from typing import Any
 
 import torch
 
@@ -97,6 +99,41 @@ def kernels(call: LayerCall, B: int) -> str:
             else f"{phase} in {groups} of {layout['members']} blocks ({tier})"
         )
     return f"persistent from 4 steps on: {'; '.join(told)}"
+
+
+def cpu_plan(
+    call: LayerCall,
+    T: int,
+    B: int,
+    lengths: Sequence[int] | None = None,
+    packed: bool = False,
+    h0: bool = False,
+    cell: bool = False,
+    **machine: Any,
+) -> dict[str, dict[str, Any]]:
+    """How the CPU kernels run `call`: what they decide about "forward" and "backward", by name, and in words as "text".
+
+    {} on other devices and for empty batches. csrc/cpu/plan.h has the plan, csrc/python_plan.cpp the names.
+
+    Args:
+        lengths: of the B rows; None if all have T steps.
+        packed: rows of x past the lengths are absent.
+        h0: an initial state is given.
+        cell: LSTMCell makes the call.
+        machine: threads, l2_bytes, vector_bytes or bf16_kernels that differ from what a call would find here.
+    """
+    if extension is None or call.device.type != "cpu" or T < 1 or B < 1:
+        return {}
+    found = {"threads": torch.get_num_threads(), **extension.cpu_machine(), **machine}
+    dtype = str(torch.float32 if call.dtype == torch.float16 else call.dtype).removeprefix("torch.")
+    H, P, D = call.shape.H, call.shape.P, call.shape.D
+    if cell and call.dtype in (torch.float32, torch.float64):
+        found.pop("bf16_kernels")
+        return extension.cpu_cell_plan(dtype, B, call.I, H, **found)
+    return extension.cpu_plan(
+        dtype, T, B, call.I, H, P, D,
+        lengths=None if lengths is None else list(lengths), packed=packed, resets=call.reset_mask, h0=h0, **found,
+    )  # fmt: skip
 
 
 def _element(dtype: torch.dtype) -> int:

@@ -1,0 +1,87 @@
+// The plans of cpu/plan.h in words.
+#include <vector>
+
+#include "cpu/plan.h"
+
+namespace fastlstm {
+namespace {
+
+std::string joined(const std::vector<std::string>& parts) {
+  std::string text;
+  for (const std::string& part : parts) text += (text.empty() ? "" : ", ") + part;
+  return text;
+}
+
+std::string counted(int64_t n, const char* noun) {
+  return std::to_string(n) + " " + noun + (n == 1 ? "" : "s");
+}
+
+std::string in_words(const ThreadPartition& p) {
+  std::string text = counted(p.threads(), "thread");
+  if (p.concurrent) text += ", " + std::to_string(p.members) + " per direction";
+  if (p.members > 1) text += p.split_units ? " by units" : " by rows";
+  if (p.copies > 1) text += " with a copy of the weights each";
+  return text;
+}
+
+std::string in_words(const char* weight, WeightMode mode) {
+  return std::string(weight) + (mode == WeightMode::prepacked     ? " packed"
+                                : mode == WeightMode::pack_on_use ? " packed on use"
+                                                                  : " unpacked");
+}
+
+std::string in_words(const char* product, const WgradPlan& p) {
+  std::string text = product;
+  if (p.transposed) text += " transposed";
+  if (p.float64) text += " in float64";
+  return text + (p.gemm == Gemm::blas ? " by BLAS" : " by microkernels");
+}
+
+void add_driver(Driver driver, std::vector<std::string>& parts) {
+  if (driver == Driver::bf16_panels) parts.push_back("panels of bfloat16");
+  if (driver == Driver::bf16_products) parts.push_back("products of bfloat16");
+}
+
+std::string because(const ThreadPartition& p) { return ", because " + std::string(p.reason); }
+
+}  // namespace
+
+std::string describe(const ForwardPlan& plan, const LayerShape& s) {
+  std::vector<std::string> parts = {in_words(plan.partition)};
+  add_driver(plan.driver, parts);
+  parts.push_back(in_words("W_ih", plan.w_ih));
+  parts.push_back(in_words("W_hh", plan.w_hh));
+  if (s.proj()) parts.push_back(in_words("W_hr", plan.w_hr));
+  if (plan.hoisted_steps > 0)
+    parts.push_back("input projection hoisted " + counted(plan.hoisted_steps, "step"));
+  if (plan.alternate_block_order) parts.push_back("alternating block order");
+  return joined(parts) + because(plan.partition);
+}
+
+std::string describe(const BackwardPlan& plan, const LayerShape& s) {
+  std::vector<std::string> parts = {in_words(plan.partition)};
+  add_driver(plan.driver, parts);
+  parts.push_back(plan.pack_hh ? "W_hh packed" : "W_hh unpacked");
+  if (plan.alternate_block_order) parts.push_back("alternating block order");
+  parts.push_back(plan.chunk_steps >= s.T ? "all steps in one chunk"
+                                          : "chunks of " + counted(plan.chunk_steps, "step"));
+  parts.push_back(plan.dx == Gemm::blas ? "dx by BLAS" : "dx by microkernels");
+  parts.push_back(in_words("dW_ih", plan.dw_ih));
+  parts.push_back(in_words("dW_hh", plan.dw_hh));
+  if (s.proj()) parts.push_back(in_words("dW_hr", plan.dw_hr));
+  return joined(parts) + because(plan.partition);
+}
+
+std::string describe_forward(const CellPlan& plan) {
+  return in_words(plan.forward) + ", " + in_words("weights", plan.weights) + because(plan.forward);
+}
+
+std::string describe_backward(const CellPlan& plan) {
+  if (plan.layer_backward)
+    return "that of a layer of one step, because a BLAS makes its weight gradients faster";
+  std::string text = in_words(plan.backward) + (plan.pack_hh ? ", W_hh packed" : ", W_hh unpacked");
+  if (plan.private_pack && plan.backward.members > 1) text += " by each thread";
+  return text + because(plan.backward);
+}
+
+}  // namespace fastlstm
