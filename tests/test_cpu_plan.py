@@ -1,0 +1,133 @@
+"""The plans of the CPU code (csrc/cpu/plan.h): the golden file, what every plan must satisfy, and what explain says."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.utils.rnn import pack_padded_sequence
+
+import fastlstm
+from fastlstm.backends import native
+
+from .cases import Case
+from .plans import COLUMNS, MACHINES, golden_rows, plan_of, read_golden
+
+pytestmark = pytest.mark.skipif(native.extension is None, reason=native.load_error)
+
+AVX512, AVX2 = MACHINES.values()
+DTYPES = (torch.float32, torch.float64, torch.bfloat16)
+
+
+def test_plans_of_the_benchmark_suites():
+    """python -m tests.plans writes the file; a change of it is a change of what users run, and wants a measurement."""
+    expected, found = read_golden(), golden_rows()
+    changes = [f"only in the file: {key}" for key in expected.keys() - found.keys()]
+    changes += [f"not in the file: {key}" for key in found.keys() - expected.keys()]
+    for key in expected.keys() & found.keys():
+        for column in COLUMNS:
+            before, now = expected[key][column], found[key][column]
+            if before != now:
+                changes.append(f"{', '.join(key)}, threads: {column}: {before!r} is now {now!r}")
+    shown = "\n".join(sorted(changes)[:40])
+    assert not changes, f"{len(changes)} plans changed (python -m tests.plans accepts them):\n{shown}"
+
+
+def random_case(rng: random.Random) -> Case:
+    T, B, I, H = (round(2 ** rng.uniform(0, most)) for most in (11, 9, 10, 11))  # noqa: E741
+    proj = rng.randint(1, H - 1) if H > 1 and rng.random() < 0.2 else 0
+    lengths = tuple(rng.randint(0, T) for _ in range(B)) if rng.random() < 0.2 else None
+    return Case(
+        T=T,
+        B=B,
+        I=I,
+        H=H,
+        proj=proj,
+        dtype=rng.choice(DTYPES),
+        bidirectional=rng.random() < 0.3,
+        hx=rng.choice(("none", "tuple")),
+        lengths=lengths,
+    )
+
+
+def test_every_plan_is_one_that_can_run():
+    rng = random.Random(20240229)
+    for _ in range(1000):
+        case, threads = random_case(rng), rng.randint(1, 64)
+        machine = rng.choice((AVX512, AVX2))
+        plan = plan_of(case, threads, **machine)
+        for phase, p in plan.items():
+            told = f"{phase} of {case} at {threads} threads: {p}"
+            assert 1 <= p["threads"] <= threads, told
+            assert p["threads"] == p["members"] * (case.directions if p["concurrent"] else 1), told
+            assert p["concurrent"] <= (case.directions == 2), told
+            assert (p["split"] == "none") == (p["members"] == 1), told
+            assert p["copies"] in (1, p["members"]), told
+            assert p["reason"], told
+            assert p["text"].startswith(f"{p['threads']} thread"), told
+            if p["split"] == "rows":
+                assert p["members"] <= case.B or p["driver"] == "bf16_products", told
+            if p["split"] == "units":
+                assert p["members"] <= case.H // 2, told
+            if case.dtype != torch.bfloat16:
+                assert p["driver"] == "float_panels", told
+        assert 0 <= plan["forward"]["hoisted_steps"] <= case.T
+        assert 1 <= plan["backward"]["chunk_steps"] <= case.T
+
+
+def test_more_threads_where_the_work_allows_them():
+    """The partition of a plan is asked for, at any number of threads, without running anything."""
+    case = Case(T=100, B=64, I=128, H=128)
+    plans = [plan_of(case, n, **AVX512)["forward"] for n in (1, 2, 4, 8)]
+    assert [p["threads"] for p in plans] == [1, 2, 4, 8]
+    assert [p["split"] for p in plans] == ["none", "rows", "rows", "rows"]
+    large = plan_of(Case(T=100, B=16, I=1024, H=1024), 8, **AVX512)["forward"]
+    assert (large["threads"], large["split"], large["alternate_block_order"]) == (8, "units", True)
+
+
+def test_a_wrong_dtype_is_refused():
+    with pytest.raises(RuntimeError, match="dtype must be float32, float64 or bfloat16, got int8"):
+        native.extension.cpu_plan("int8", 1, 1, 1, 1, 1, 1, threads=1, **AVX512)
+
+
+@pytest.fixture
+def four_threads():
+    before = torch.get_num_threads()
+    torch.set_num_threads(4)
+    yield
+    torch.set_num_threads(before)
+
+
+def test_explain_prints_the_plan(four_threads):
+    told = fastlstm.explain(fastlstm.LSTM(128, 128), torch.zeros(100, 64, 128))
+    assert told.forward.startswith("4 threads by rows")
+    assert ", because " in told.forward
+    assert "W_hh packed" in told.forward
+    assert "dW_hh" in told.backward
+    lines = str(told).splitlines()
+    assert lines[0] == f"native     runs: {told.forward}"
+    assert lines[1] == f"           training: forward the same; backward: {told.backward}"
+
+
+def test_explain_of_every_form_of_input(four_threads):
+    lstm, x = fastlstm.LSTM(64, 64, batch_first=True), torch.zeros(16, 500, 64)
+    lengths = torch.arange(16, 0, -1) * 30
+    packed = pack_padded_sequence(x, lengths, batch_first=True)
+    padded = fastlstm.explain(lstm, x, lengths=lengths.tolist())
+    assert padded.forward == fastlstm.explain(lstm, packed).forward
+    assert fastlstm.explain(lstm, x).forward.startswith("4 threads by rows")
+    assert "by units" in fastlstm.explain(lstm, x[0]).forward  # one row
+    assert fastlstm.explain(lstm, x[:0]).forward == ""
+    cell = fastlstm.explain(fastlstm.LSTMCell(64, 64), torch.zeros(1, 64))
+    assert cell.forward == "1 thread, weights unpacked, because starting threads would take longer than they save"
+    assert cell.backward
+    half = fastlstm.explain(nn.Module.to(fastlstm.LSTMCell(64, 64), torch.bfloat16), torch.zeros(1, 64).bfloat16())
+    assert "W_hh unpacked" in half.forward
+
+
+def test_explain_of_other_backends_has_no_plan():
+    with fastlstm.use_backend("eager"):
+        told = fastlstm.explain(fastlstm.LSTM(3, 4), torch.zeros(5, 2, 3))
+    assert (told.forward, told.backward) == ("", "")
