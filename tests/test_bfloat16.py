@@ -16,6 +16,7 @@ import fastlstm
 from fastlstm import backends
 
 from .cases import Case
+from .plans import MACHINES, assert_path
 from .runners import check, require
 
 # Around kernels for few rows, up to 4 of them unpacked, and the tiles: 16 rows, 32 inputs, 16 and 32 units, groups of
@@ -30,7 +31,7 @@ CASES = (
     Case(T=2, B=300, I=40, H=96),
     Case(T=160, B=32, I=20, H=64, hx="tuple"),  # several chunks
     Case(T=160, B=32, I=20, H=64, bidirectional=True, layers=2),
-    Case(T=40, B=32, I=128, H=256, hx="tuple"),  # units are split among threads
+    Case(T=40, B=24, I=128, H=256, hx="tuple"),  # units are split among threads
     Case(T=40, B=96, I=64, H=64, hx="tuple"),  # rows are
     Case(T=9, B=20, I=5, H=35, lengths=tuple(k % 10 for k in range(20)), hx="tuple", bidirectional=True),
     Case(T=9, B=20, I=5, H=35, lengths=tuple(1 + k % 9 for k in range(20)), packed=True, layers=2),
@@ -87,6 +88,24 @@ def test_h_is_rounded_between_steps(proj):
     torch.testing.assert_close(y, in_float32, atol=2e-2, rtol=0)
 
 
+@pytest.mark.parametrize(
+    ("sizes", "machine", "path"),
+    [
+        ((160, 32, 20, 64), "AVX-512, L2 2 MiB", {"driver": "bf16_products", "split": "rows"}),
+        ((40, 24, 128, 256), "AVX-512, L2 2 MiB", {"driver": "bf16_products", "split": "units"}),
+        ((40, 96, 64, 64), "AVX-512, L2 2 MiB", {"driver": "bf16_products", "split": "rows"}),
+        ((1, 4, 31, 33), "AVX-512, L2 2 MiB", {"driver": "float_panels", "w_ih": "unpacked"}),
+        ((6, 2, 300, 400), "AVX2, L2 1 MiB", {"w_ih": "pack_on_use", "w_hh": "unpacked"}),
+        ((30, 3, 40, 720), "AVX2, L2 1 MiB", {"driver": "bf16_panels"}),
+    ],
+    ids=str,
+)
+def test_paths_of_the_cases(sizes, machine, path):
+    """On a machine with the bfloat16 kernels, and on one without."""
+    case = next(c for c in CASES if sizes == (c.T, c.B, c.I, c.H) and c.layers == 1)
+    assert_path(replace(case, dtype=torch.bfloat16), "forward", at=2, on=MACHINES[machine], **path)
+
+
 @pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_parity(case, threads):
@@ -118,7 +137,7 @@ def test_nan_stays_in_its_row():
     assert not y[:, [0, 2]].isnan().any()
 
 
-@pytest.mark.parametrize("shape", [(40, 32, 64, 256), (40, 96, 64, 64)])
+@pytest.mark.parametrize("shape", [(40, 24, 64, 256), (40, 96, 64, 64)])
 def test_results_are_the_same_at_every_run(shape):
     T, B, I, H = shape  # noqa: E741
     lstm = fastlstm.LSTM(I, H).bfloat16()

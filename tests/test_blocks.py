@@ -1,16 +1,35 @@
 """Layers whose H is no multiple of a vector of units agree with the reference, however their last block is packed."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
+from fastlstm.backends import native
+
 from .cases import Case
+from .plans import assert_path
 from .runners import check
 
 # With vectors of 2 to 16 units the last block has every width; gate_gap in csrc/cpu/pack_forward.h decides on it.
 WIDTHS = [*range(1, 17), 20, 29]
-# T, B: read as stored, a row at a time and more; x W_ih^T ahead, of few rows; step by step; one step of one or more
-# row groups.
-SHAPES = [(4, 1), (2, 2), (1, 3), (1, 4), (3, 2), (30, 1), (20, 3), (4, 70), (1, 20), (1, 210)]
+# T, B, and the path of both weights: unpacked, a row at a time and more; packed, with x W_ih^T hoisted, of few rows,
+# and step by step; one step of one or more row blocks.
+UNPACKED = {"w_ih": "unpacked", "w_hh": "unpacked"}
+HOISTED = {"w_ih": "pack_on_use", "w_hh": "prepacked"}
+ON_USE = {"w_ih": "pack_on_use", "w_hh": "pack_on_use", "hoisted_steps": 0}
+SHAPES = {
+    (4, 1): UNPACKED | {"hoisted_steps": 4},
+    (2, 2): UNPACKED | {"hoisted_steps": 2},
+    (1, 3): UNPACKED | {"hoisted_steps": 0},
+    (1, 4): UNPACKED | {"hoisted_steps": 0},
+    (3, 2): HOISTED | {"hoisted_steps": 3},
+    (30, 1): HOISTED | {"hoisted_steps": 30},
+    (20, 3): HOISTED | {"hoisted_steps": 20},
+    (4, 70): {"w_ih": "prepacked", "w_hh": "prepacked", "hoisted_steps": 0},
+    (1, 20): ON_USE,
+    (1, 210): ON_USE,
+}
 
 
 @pytest.mark.parametrize("backend", ["native"], indirect=True)
@@ -18,7 +37,9 @@ SHAPES = [(4, 1), (2, 2), (1, 3), (1, 4), (3, 2), (30, 1), (20, 3), (4, 70), (1,
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_last_block_of_units(T, B, dtype, backend):
     for H in WIDTHS:
-        check(Case(T=T, B=B, I=5, H=H, hx="tuple", dtype=dtype), "native")
+        case = Case(T=T, B=B, I=5, H=H, hx="tuple", dtype=dtype)
+        assert_path(case, "forward", **SHAPES[T, B])
+        check(case, "native")
 
 
 @pytest.mark.parametrize("backend", ["native"], indirect=True)
@@ -34,8 +55,11 @@ def test_one_step_of_many_rows(B, backend):
 @pytest.mark.parametrize("B", [1, 2, 3, 4, 5])
 @pytest.mark.parametrize("ragged", [False, True], ids=["padded", "lengths"])
 def test_few_rows_of_a_large_weight(ragged, B, backend):
-    """More than 512 KiB, read as stored up to 4 rows a step and 48 in all; x W_ih^T is made ahead."""
+    """More than 512 KiB, unpacked up to 4 rows a step and 48 in all; x W_ih^T is hoisted."""
     kwargs = {"hx": "tuple", "dtype": torch.float64}
+    for T, up_to in ((7, 4), (20, 2)):
+        w_hh = "unpacked" if up_to >= B else "prepacked"
+        assert_path(Case(T=T, B=B, I=5, H=131, **kwargs), "forward", w_hh=w_hh, w_ih="pack_on_use", hoisted_steps=T)
     if ragged:
         kwargs |= {
             "lengths": tuple(7 - 2 * b if b < 4 else 0 for b in range(B)),
@@ -50,8 +74,12 @@ def test_few_rows_of_a_large_weight(ragged, B, backend):
 @pytest.mark.parametrize("backend", ["native"], indirect=True)
 def test_a_weight_beyond_every_cache(backend):
     """More than 4 MiB, read as stored however many the steps; beside a W_ih that is packed, beyond 192 rows."""
-    check(Case(T=60, B=1, I=3, H=363, dtype=torch.float64), "native")
-    check(Case(T=100, B=2, I=3, H=513), "native")
+    for case, w_ih in (
+        (Case(T=60, B=1, I=3, H=363, dtype=torch.float64), "pack_on_use"),
+        (Case(T=100, B=2, I=3, H=513), "prepacked"),
+    ):
+        assert_path(case, "forward", w_hh="unpacked", w_ih=w_ih)
+        check(case, "native")
 
 
 @pytest.mark.parametrize("backend", ["native"], indirect=True)
@@ -59,7 +87,12 @@ def test_a_weight_beyond_every_cache(backend):
 def test_a_weight_beyond_an_l2(B, backend):
     """4 MiB and more, which every second step reads from its end; packed by backward from 9 rows on."""
     lengths = tuple(11 - b if b < 10 else 0 for b in range(B))
-    check(Case(T=11, B=B, I=5, H=363, hx="tuple", dtype=torch.float64), "native")
+    case = Case(T=11, B=B, I=5, H=363, hx="tuple", dtype=torch.float64)
+    if native.extension.cpu_machine()["l2_bytes"] <= 4 << 20:
+        assert_path(case, "forward", alternate_block_order=True)
+        assert_path(case, "backward", alternate_block_order=True, pack_hh=True)
+        assert_path(replace(case, T=6), "backward", pack_hh=(12 if B > 2 else 8) < 6 * B)
+    check(case, "native")
     check(Case(T=11, B=B, I=5, H=368, bidirectional=True, lengths=lengths, dtype=torch.float64), "native")
     check(Case(T=11, B=B, I=5, H=500, proj=270, hx="tuple", dtype=torch.float64), "native")
     check(Case(T=6, B=B, I=5, H=363, hx="tuple", dtype=torch.float64), "native")
@@ -69,6 +102,8 @@ def test_a_weight_beyond_an_l2(B, backend):
 @pytest.mark.parametrize(("T", "B"), [(1, 1), (1, 2), (3, 1), (2, 2), (1, 4), (5, 1)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_projection_of_few_rows(T, B, dtype, backend):
-    """Up to four rows in all read weight_hr as stored, four vectors of its rows at a time."""
+    """Up to four rows in all read weight_hr unpacked, four vectors of its rows at a time."""
     for P in (1, 3, 15, 16, 17, 33, 64, 65, 100):
-        check(Case(T=T, B=B, I=70, H=101, proj=P, hx="tuple", dtype=dtype), "native")
+        case = Case(T=T, B=B, I=70, H=101, proj=P, hx="tuple", dtype=dtype)
+        assert_path(case, "forward", w_hr="unpacked" if T * B <= 4 else "prepacked")
+        check(case, "native")

@@ -8,11 +8,13 @@ import torch
 import fastlstm
 from fastlstm import reference
 from fastlstm.accuracy import Precision, max_error
+from fastlstm.backends import native
 
 from .cases import Case, tensors
+from .plans import plan_of
 from .runners import check, expected
 
-# More than three times the rows that one chunk of backward holds at this H (csrc/cpu/layer_backward.cpp, chunk_steps).
+# More than three times the steps that one chunk of backward holds at this H.
 T, B, I, H = 900, 4, 3, 160  # noqa: E741
 
 
@@ -20,6 +22,9 @@ T, B, I, H = 900, 4, 3, 160  # noqa: E741
 @pytest.mark.parametrize("masks", ["plain", "lengths", "resets", "lengths and resets"])
 def test_chunked_equals_reference(bidirectional, masks):
     torch.manual_seed(0)
+    if native.extension is not None:
+        chunk_steps = plan_of(Case(T=T, B=B, I=I, H=H, dtype=torch.float64))["backward"]["chunk_steps"]
+        assert 3 * chunk_steps < T
     lstm = fastlstm.LSTM(I, H, bidirectional=bidirectional, dtype=torch.float64)
     D = 1 + bidirectional
     x = torch.randn(T, B, I, dtype=torch.float64, requires_grad=True)
@@ -87,6 +92,9 @@ def test_one_running_sum_over_a_long_row_is_noticed():
 @pytest.mark.parametrize("backend", ["native"], indirect=True)
 def test_weight_gradients_of_many_rows(case, backend):
     """More than are summed in one product: 2.5 ulp of float32 where one product over 256,000 rows erred by 56."""
+    plan = plan_of(case)["backward"]
+    assert plan["dw_ih"]["float64"], plan["text"]
+    assert plan["dw_hh"]["float64"], plan["text"]
     check(case, backend, replace(Precision.of(torch.float32), max_running_sum=4096))
 
 
@@ -142,6 +150,7 @@ def test_an_identity_over_several_chunks(masks, backend):
     """Of one direction: the gradients of the gates then lie in dx, and those of the weights are read from there."""
     torch.manual_seed(0)
     T, B, H = 90, 60, 66
+    assert plan_of(Case(T=T, B=B, I=4 * H, H=H, dtype=torch.float64))["backward"]["chunk_steps"] < T / 2
     lstm = fastlstm.LSTM(4 * H, H, dtype=torch.float64)
     with torch.no_grad():
         lstm.weight_ih_l0.copy_(torch.eye(4 * H))

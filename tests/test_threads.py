@@ -15,6 +15,7 @@ import fastlstm
 from fastlstm import dispatch
 
 from .cases import Case
+from .plans import assert_path
 from .runners import check, check_elsewhere, compare, precision, require, run, run_backend
 from .test_parity import OPTIONS
 
@@ -41,8 +42,10 @@ SHARED = (
     Case(T=20, B=1, I=30, H=130, proj=70),  # fewer rows of a projection than threads: units and features are split
     Case(T=20, B=3, I=30, H=130, proj=70, hx="tuple", lengths=(20, 3, 1), resets=((4, 0), (2, 1)), cells=True),
     Case(T=3, B=1, I=300, H=150, proj=45, hx="tuple"),  # all of its weights are read as stored
-    Case(T=140, B=32, I=8, H=64),  # weights that each thread packs, and backward in two pieces
+    Case(T=140, B=32, I=8, H=64),  # backward in two pieces, in which each thread packs its own weights
 )
+# What two threads divide in each: rows, units, or the directions ("none" within one).
+SPLITS = ("rows", "none", "units", "rows", "none", "rows", "rows", "units", "units", "units", "rows")
 
 
 @pytest.fixture
@@ -51,6 +54,17 @@ def threads():
     before = torch.get_num_threads()
     yield torch.set_num_threads
     torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("backend", ["native"], indirect=True)
+@pytest.mark.parametrize(("case", "split"), list(zip(SHARED, SPLITS, strict=True)), ids=str)
+def test_the_work_is_shared(case, split, backend):
+    assert_path(case, "forward", at=2, threads=2, split=split)
+
+
+@pytest.mark.parametrize("backend", ["native"], indirect=True)
+def test_weights_packed_by_each_thread_over_several_chunks(backend):
+    assert_path(SHARED[-1], "backward", at=2, copies=2, pack_hh=True, chunk_steps=128)
 
 
 @pytest.mark.parametrize("backend", list(dispatch.BACKENDS), indirect=True)
@@ -209,5 +223,7 @@ save([[run_backend(case, "native")] for case in cases])
 def test_large_case_with_two_threads(backend, threads):
     case = Case(T=20, B=48, I=64, H=128, bidirectional=True)
     require(backend, case)
+    if backend == "native":
+        assert_path(case, "forward", at=2, threads=2)
     threads(2)
     check(case, backend)
