@@ -117,6 +117,15 @@ def test_parity(case, threads):
         torch.set_num_threads(before)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_backward_checks_lengths_before_it_reads_them(dtype):
+    weights = [w.detach() for w in fastlstm.LSTM(3, 4).to(dtype).parameters()]
+    x, y, reserve = (torch.zeros(*shape, dtype=dtype) for shape in ((5, 2, 3), (5, 2, 4), (1, 5, 2, 16)))
+    backward, lengths = torch.ops.fastlstm.native_layer_backward, torch.tensor([5, 3], dtype=torch.int32)
+    with pytest.raises(RuntimeError, match="lengths must be Long on cpu, got Int on cpu"):
+        backward(y, None, None, None, x, None, None, weights, lengths, None, y, y, reserve, [True] * 7)
+
+
 def test_empty_batch():
     lstm = fastlstm.LSTM(5, 7).bfloat16()
     x = torch.zeros(3, 0, 5, dtype=torch.bfloat16, requires_grad=True)
