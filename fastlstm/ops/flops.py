@@ -51,13 +51,23 @@ def _backward(x: Tensor, weights: list[Tensor], lengths: Tensor | None, needs: S
     flops = 0
     for d in range(s.D):
         need = needs[3 + d * s.per_direction : 3 + (d + 1) * s.per_direction]
-        # fastlstm/transforms.py asks for the gradients of the gates with an x of one element that is never read.
-        gates_alone = x.numel() > 1 and not any(x.stride())
-        flops += 2 * N * 4 * s.H * I * ((needs[0] and not gates_alone) + need[0])
+        dx = needs[0] and not _is_identity(weights[d * s.per_direction], s, d)
+        flops += 2 * N * 4 * s.H * I * (dx + need[0])
         flops += 2 * 4 * s.H * s.P * (N * need[1] + (N if needs[1] else N - first))
         if s.proj:
             flops += 2 * N * s.H * s.P * (1 + need[-1])
     return flops
+
+
+def _is_identity(w_ih: Tensor, shape: LayerShape, d: int) -> bool:
+    """Whether weight_ih is direction d's part of an identity [D * 4H, D * 4H].
+
+    fastlstm/transforms.py asks for the gradients of the gates with it, and no product is made.
+    """
+    if w_ih.shape != (4 * shape.H, shape.D * 4 * shape.H) or isinstance(w_ih, (FakeTensor, FunctionalTensor)):
+        return False
+    part = torch.eye(w_ih.shape[1], dtype=w_ih.dtype, device=w_ih.device).chunk(shape.D)[d]
+    return torch.equal(w_ih, part)
 
 
 def recomputed_layer(backend: str, interval: int, *args: Any, out_val: Any = None) -> int:
@@ -90,17 +100,17 @@ def formulas(backends: Sequence[str]) -> dict[Any, Callable[..., int]]:
 
 
 def register(backends: Sequence[str]) -> None:
-    """Tell torch.utils.flop_counter the formulas, now if it is imported, otherwise once it is.
+    """Register the formulas with torch.utils.flop_counter, now if it is imported, otherwise once it is.
 
     It imports Triton, which takes longer than all of fastlstm.
     """
     if _COUNTER in sys.modules:
-        _tell(sys.modules[_COUNTER], backends)
+        _register_with(sys.modules[_COUNTER], backends)
     else:
         sys.meta_path.insert(0, _Finder(backends))
 
 
-def _tell(counter: ModuleType, backends: Sequence[str]) -> None:
+def _register_with(counter: ModuleType, backends: Sequence[str]) -> None:
     for op, formula in formulas(backends).items():
         counter.register_flop_formula(op, get_raw=True)(formula)
 
@@ -137,4 +147,4 @@ class _Loader(importlib.abc.Loader):
 
     def exec_module(self, module: ModuleType) -> None:
         self._loader.exec_module(module)
-        _tell(module, self._backends)
+        _register_with(module, self._backends)
