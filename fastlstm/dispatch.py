@@ -81,18 +81,18 @@ def choices(call: LayerCall) -> dict[str, str]:
         chosen, refusal = select(call), ""
     except RuntimeError as error:
         chosen, refusal = "", str(error)
-    told = {}
+    reasons = {}
     for name in NAMES[1:]:
         reason = _supports(name, call)
         if name == chosen:
-            told[name] = "runs"
+            reasons[name] = "runs"
         elif reason is not None:
-            told[name] = reason
+            reasons[name] = reason
         elif refusal or _requested != "auto":
-            told[name] = f"can run it, but backend {_requested!r} was asked for"
+            reasons[name] = f"can run it, but backend {_requested!r} was asked for"
         else:
-            told[name] = f"can run it, but {chosen!r} is preferred"
-    return told
+            reasons[name] = f"can run it, but {chosen!r} is preferred"
+    return reasons
 
 
 def describe(x: Tensor, weights: list[Tensor], lengths: Tensor | None, reset_mask: Tensor | None) -> LayerCall:

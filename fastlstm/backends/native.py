@@ -84,7 +84,7 @@ def kernels(call: LayerCall, B: int) -> str:
         return "step by step: persistent kernels were turned off (fastlstm.backends.native.set_persistent)"
     gpu = torch.cuda.get_device_properties(call.device)
     sms = gpu.multi_processor_count if gpu.major >= 8 else 0
-    told = []
+    phases = []
     for phase in ("forward", "backward"):
         reason, layout, tier = extension.persistent_plan(
             phase, call.shape.H, call.shape.P, B, call.shape.D, _element(call.dtype), sms,
@@ -93,12 +93,12 @@ def kernels(call: LayerCall, B: int) -> str:
             extension.persistent_tier(),
         )  # fmt: skip
         groups = "clusters" if layout["cluster"] else "groups"
-        told.append(
+        phases.append(
             f"{phase} step by step: {reason}"
             if reason
             else f"{phase} in {groups} of {layout['members']} blocks ({tier})"
         )
-    return f"persistent from 4 steps on: {'; '.join(told)}"
+    return f"persistent from 4 steps on: {'; '.join(phases)}"
 
 
 def cpu_plan(
