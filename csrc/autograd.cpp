@@ -29,9 +29,9 @@ LayerResults below_autograd(const at::Tensor& x, const OptionalTensor& h0, const
 
 OptionalTensor optional(const at::Tensor& t) { return t.defined() ? OptionalTensor(t) : std::nullopt; }
 
-// Whether the formula of plain ops takes these gradients and not the op: with create_graph=True, where many
-// arrive as one (is_grads_batched=True), and where one has a tangent of forward-mode AD.
-bool formula_serves(const variable_list& grads) {
+// Returns true if the formula of plain ops must take these gradients, not the op: with create_graph=True,
+// where many arrive as one (is_grads_batched=True), and where one has a tangent of forward-mode AD.
+bool needs_differentiable_backward(const variable_list& grads) {
   constexpr c10::DispatchKeySet batched({c10::DispatchKey::Batched, c10::DispatchKey::FuncTorchBatched});
   return at::GradMode::is_enabled() || std::any_of(grads.begin(), grads.end(), [&](const at::Tensor& t) {
            return t.defined() && (t.key_set().has_any(batched) || t._fw_grad(/*level=*/0).defined());
@@ -51,7 +51,7 @@ class LayerFunction : public torch::autograd::Function<LayerFunction> {
     saved.insert(saved.end(), weights.begin(), weights.end());
     // A graph that holds this node's ops cannot ask for versions when it runs: its backward finds h again.
     const bool traced = x.key_set().has(c10::DispatchKey::Python);
-    if (!traced) hold_unread(ctx, saved, read(saved));
+    if (!traced) set_unread_aside(ctx, saved, read(saved));
     saved.push_back(lengths.value_or(at::Tensor()));
     saved.push_back(reset_mask.value_or(at::Tensor()));
     saved.push_back(traced ? at::Tensor() : save_output(ctx, y));
@@ -70,8 +70,10 @@ class LayerFunction : public torch::autograd::Function<LayerFunction> {
     variable_list saved = ctx->get_saved_variables();
     const OptionalTensor dy = optional(grads[0]), dh_n = optional(grads[1]), dc_n = optional(grads[2]),
                          dcells = grads.size() > 3 ? optional(grads[3]) : std::nullopt;
-    const bool changed = restore_unread(ctx, saved);
+    const Arguments unread = restore_unread(ctx, saved);
     const size_t n = saved.size() - 5;
+    const bool by_formula = needs_differentiable_backward(grads);
+    if (by_formula) connect_unread(saved, n, unread);
     const at::Tensor x = saved[0];
     const OptionalTensor h0 = optional(saved[1]), c0 = optional(saved[2]);
     const at::TensorList weights = at::TensorList(saved).slice(3, n - 3);
@@ -88,10 +90,11 @@ class LayerFunction : public torch::autograd::Function<LayerFunction> {
     for (size_t k = 0; k < weights.size(); ++k) needs.push_back(ctx->needs_input_grad(edge++));
 
     LayerGradients found;
-    if (formula_serves(grads)) {
-      check_unchanged(changed);
+    if (by_formula) {
       static const auto op = find<DifferentiableBackward>("fastlstm::differentiable_backward");
-      found = op.call(dy, dh_n, dc_n, dcells, x, h0, c0, weights, lengths, reset_mask, needs);
+      const at::Tensor gates = saved_gates(saved[n + 4], x, weights, lengths);
+      found = op.call(dy, dh_n, dc_n, dcells, x, h0, c0, weights, lengths, reset_mask, gates, saved[n + 3],
+                      needs);
     } else {
       static const auto op = find<LayerBackward>("fastlstm::native_layer_backward");
       at::AutoDispatchBelowADInplaceOrView guard;

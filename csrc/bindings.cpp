@@ -160,7 +160,7 @@ std::optional<std::tuple<at::Tensor, std::pair<at::Tensor, at::Tensor>>> stack(
   if (h0.defined() && !(states_fit(h0, P) && states_fit(c0, H))) return {};
 
   const OptionalTensor known = lengths;
-  if (packed && watched()) {  // by an op, so that a trace holds where the lengths come from
+  if (packed && dispatch_mode_active()) {  // by an op, so that a trace holds where the lengths come from
     static const auto op = c10::Dispatcher::singleton()
                                .findSchemaOrThrow("fastlstm::packed_lengths", "")
                                .typed<at::Tensor(const at::Tensor&)>();
@@ -238,7 +238,9 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("devices", &fastlstm::devices, "Device types the extension was built for.");
   m.def("isa", &fastlstm::isa_name, "The instruction set the CPU kernels run on: baseline, avx2 or avx512.");
   m.def("bfloat16_isa", &fastlstm::bfloat16_isa_name,
-        "What bfloat16 layers without projection run on: amx, avx512_bf16, or isa() in float32.");
+        "The instructions bfloat16 layers without projection multiply with, beyond a few rows of all steps: "
+        "amx or "
+        "avx512_bf16. Otherwise isa(), whose kernels compute in float32.");
   m.def("layer", &fastlstm::layer, "Calls the op fastlstm::native_layer, or None.");
   m.def("stack", &fastlstm::stack, "A stack of layers as torch.nn.LSTM runs it, or None.");
   m.def("cell", &fastlstm::cell, "A step as torch.nn.LSTMCell runs it, or None.");

@@ -17,8 +17,9 @@ namespace {
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
 
-// Whether t has no dispatch of its own: subclasses, wrappers of transforms, lazy negation, other layouts.
-bool plain(const at::Tensor& t) {
+// Returns true if t has no dispatch of its own: subclasses, wrappers of transforms, lazy negation, other
+// layouts.
+bool is_plain_tensor(const at::Tensor& t) {
   static const c10::DispatchKeySet keys = at::empty({0}).key_set();
   const c10::DispatchKeySet autograd = c10::autograd_dispatch_keyset_with_ADInplaceOrView;
   return (t.key_set() | autograd) == (keys | autograd);
@@ -33,10 +34,11 @@ bool fits(const StepInputs& in) {
     return false;
   const int64_t B = in.B(), H = in.H(), I = in.I();
   const auto state_fits = [&](const at::Tensor& t, int64_t n) {
-    return plain(t) && t.scalar_type() == type && t.dim() == dim && t.size(-1) == n && t.numel() == B * n;
+    return is_plain_tensor(t) && t.scalar_type() == type && t.dim() == dim && t.size(-1) == n &&
+           t.numel() == B * n;
   };
   const auto weight_fits = [&](const at::Tensor& w, int64_t n) {
-    return plain(w) && w.scalar_type() == type && w.size(0) == 4 * H && w.numel() == 4 * H * n;
+    return is_plain_tensor(w) && w.scalar_type() == type && w.size(0) == 4 * H && w.numel() == 4 * H * n;
   };
   const auto bias_fits = [&](const at::Tensor& w) { return w.dim() == 1 && weight_fits(w, 1); };
   return B > 0 && H > 0 && I > 0 && state_fits(in.x, I) && weight_fits(in.w_ih, I) &&
@@ -44,17 +46,27 @@ bool fits(const StepInputs& in) {
          (!in.bias_ih.defined() || (bias_fits(in.bias_ih) && bias_fits(in.bias_hh)));
 }
 
+// The parts of a cell's reserve as a layer of one step has them.
+at::Tensor gates_of(const at::Tensor& reserve, const StepInputs& in) {
+  return reserve.narrow(0, 0, 4 * in.B() * in.H()).view({1, 1, in.B(), 4 * in.H()});
+}
+at::Tensor cells_of(const at::Tensor& reserve, const StepInputs& in) {
+  return reserve.narrow(0, 4 * in.B() * in.H(), in.B() * in.H()).view({1, in.B(), in.H()});
+}
+
 // The gradients as differentiable functions of everything, by the layer's formula.
 StepGradients differentiable(const at::Tensor& dh, const at::Tensor& dc, const StepInputs& in,
-                             const std::array<bool, 7>& needs) {
+                             const at::Tensor& reserve, const std::array<bool, 7>& needs) {
   static const auto op = c10::Dispatcher::singleton()
                              .findSchemaOrThrow("fastlstm::differentiable_backward", "")
                              .typed<DifferentiableBackward>();
   return through_layer(dh, dc, in, needs,
-                       [](const OptionalTensor& dh_n, const OptionalTensor& dc_n, const at::Tensor& x,
-                          const OptionalTensor& h0, const OptionalTensor& c0, at::TensorList weights,
-                          const c10::List<bool>& flags) {
-                         return op.call({}, dh_n, dc_n, {}, x, h0, c0, weights, {}, {}, flags);
+                       [&](const OptionalTensor& dh_n, const OptionalTensor& dc_n, const at::Tensor& x,
+                           const OptionalTensor& h0, const OptionalTensor& c0, at::TensorList weights,
+                           const c10::List<bool>& flags) {
+                         const at::Tensor gates = saved_gates(gates_of(reserve, in), x, weights, {});
+                         return op.call({}, dh_n, dc_n, {}, x, h0, c0, weights, {}, {}, gates,
+                                        cells_of(reserve, in), flags);
                        });
 }
 
@@ -64,9 +76,7 @@ StepGradients by_op(const at::Tensor& dh, const at::Tensor& dc, const StepInputs
   static const auto op = c10::Dispatcher::singleton()
                              .findSchemaOrThrow("fastlstm::native_layer_backward", "")
                              .typed<LayerBackward>();
-  const int64_t B = in.B(), H = in.H();
-  const at::Tensor gates = reserve.narrow(0, 0, 4 * B * H).view({1, 1, B, 4 * H});
-  const at::Tensor cells = reserve.narrow(0, 4 * B * H, B * H).view({1, B, H});
+  const at::Tensor gates = gates_of(reserve, in), cells = cells_of(reserve, in);
   at::AutoDispatchBelowADInplaceOrView guard;
   return through_layer(dh, dc, in, needs,
                        [&](const OptionalTensor& dh_n, const OptionalTensor& dc_n, const at::Tensor& x,
@@ -86,7 +96,7 @@ class CellFunction : public torch::autograd::Function<CellFunction> {
     const StepResults r = step_forward(*in, true);
     variable_list saved = {in->x, in->h0, in->c0, in->w_ih, in->w_hh, in->bias_ih, in->bias_hh};
     const Arguments needs = requiring_grad(saved);
-    hold_unread(ctx, saved, read_by_backward(needs, 7, 4, /*proj=*/false, /*steps=*/false));
+    set_unread_aside(ctx, saved, read_by_backward(needs, 7, 4, /*proj=*/false, /*steps=*/false));
     saved.push_back(r.reserve);
     ctx->save_for_backward(std::move(saved));
     ctx->set_materialize_grads(false);  // else an unused h or c would arrive in backward as zeros
@@ -95,22 +105,34 @@ class CellFunction : public torch::autograd::Function<CellFunction> {
 
   static variable_list backward(AutogradContext* ctx, variable_list grads) {
     variable_list saved = ctx->get_saved_variables();
-    const bool changed = restore_unread(ctx, saved);
-    const StepInputs in = {saved[0], saved[1], saved[2], saved[3], saved[4], saved[5], saved[6]};
+    const Arguments unread = restore_unread(ctx, saved);
+    const auto inputs = [&] {
+      return StepInputs{saved[0], saved[1], saved[2], saved[3], saved[4], saved[5], saved[6]};
+    };
+    StepInputs in = inputs();
     std::array<bool, 7> needs;
     size_t edge = 0;  // which exist for the tensors that were given only
     for (size_t k = 0; k < 7; ++k) needs[k] = saved[k].defined() && ctx->needs_input_grad(edge++);
     // Gradients may come as subclasses, with a negation to be done or with a tangent, and a saved-tensor hook
     // may give back anything.
     const auto readable = [](const at::Tensor& t) {
-      return !t.defined() || (plain(t) && !t._fw_grad(/*level=*/0).defined());
+      return !t.defined() || (is_plain_tensor(t) && !t._fw_grad(/*level=*/0).defined());
     };
+    TORCH_CHECK(saved[7].numel() == 5 * in.B() * in.H(), "a saved-tensor hook must give back ",
+                5 * in.B() * in.H(), " numbers, got ", saved[7].numel());
     const bool raw = !at::GradMode::is_enabled() && readable(grads[0]) && readable(grads[1]) && fits(in) &&
-                     plain(saved[7]) && saved[7].numel() == 5 * in.B() * in.H();
-    if (!raw) check_unchanged(changed);
-    StepGradients found = !raw        ? differentiable(grads[0], grads[1], in, needs)
-                          : watched() ? by_op(grads[0], grads[1], in, saved[7].contiguous(), needs)
-                                      : step_backward(grads[0], grads[1], in, saved[7].contiguous(), needs);
+                     is_plain_tensor(saved[7]);
+    const at::Tensor reserve = saved[7].contiguous();
+    StepGradients found;
+    if (!raw) {
+      connect_unread(saved, 7, unread);
+      in = inputs();
+      found = differentiable(grads[0], grads[1], in, reserve, needs);
+    } else if (dispatch_mode_active()) {
+      found = by_op(grads[0], grads[1], in, reserve, needs);
+    } else {
+      found = step_backward(grads[0], grads[1], in, reserve, needs);
+    }
     variable_list out = {at::Tensor()};  // of `in`
     out.insert(out.end(), std::make_move_iterator(found.begin()), std::make_move_iterator(found.end()));
     return out;
@@ -119,13 +141,13 @@ class CellFunction : public torch::autograd::Function<CellFunction> {
 
 }  // namespace
 
-bool watched() {
+bool dispatch_mode_active() {
   constexpr c10::DispatchKeySet keys{c10::DispatchKey::Python, c10::DispatchKey::Tracer};
   return c10::impl::tls_local_dispatch_key_set().included_.has_any(keys);
 }
 
 bool cell_step(const StepInputs& in, at::Tensor& h, at::Tensor& c) {
-  if (watched() || !fits(in)) return false;
+  if (dispatch_mode_active() || !fits(in)) return false;
 
   RECORD_FUNCTION("fastlstm::cell", {});
   const auto requires_grad = [](const at::Tensor& t) { return t.defined() && t.requires_grad(); };

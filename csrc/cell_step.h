@@ -9,7 +9,7 @@ namespace fastlstm {
 // fit together or are not plain float32 or float64 CPU tensors.
 bool cell_step(const StepInputs& in, at::Tensor& h, at::Tensor& c);
 
-// Whether a mode that wants to see ops, or a tracer, is at work: neither sees what is done without them.
-bool watched();
+// Returns true if a mode that sees ops, or a tracer, is active: neither sees what is done without ops.
+bool dispatch_mode_active();
 
 }  // namespace fastlstm

@@ -35,13 +35,18 @@ using LayerBackward = LayerGradients(const OptionalTensor& dy, const OptionalTen
                                      const at::Tensor& cells, const at::Tensor& reserve,
                                      c10::List<bool> needs);
 
-// dx, dh0, dc0, dweights as differentiable functions (fastlstm/ops/register.py)
+// dx, dh0, dc0, dweights as differentiable functions (fastlstm/ops/register.py); gates: of saved_gates
 using DifferentiableBackward = LayerGradients(const OptionalTensor& dy, const OptionalTensor& dh_n,
                                               const OptionalTensor& dc_n, const OptionalTensor& dcells,
                                               const at::Tensor& x, const OptionalTensor& h0,
                                               const OptionalTensor& c0, at::TensorList weights,
                                               const OptionalTensor& lengths, const OptionalTensor& reset_mask,
+                                              const OptionalTensor& gates, const OptionalTensor& cells,
                                               c10::List<bool> needs);
+
+// The activated gates [D, T, B, 4H] (packed rows: [D, N, 4H]) in the order i, f, g, o, from a reserve.
+using SavedGates = at::Tensor(const at::Tensor& reserve, const at::Tensor& x, at::TensorList weights,
+                              const OptionalTensor& lengths);
 
 // What is wrong with a layer's arguments: the first thing that was found, nothing if they fit together.
 class Misfit {

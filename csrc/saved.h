@@ -1,9 +1,14 @@
 // What an autograd node keeps of its forward's arguments and of y, as fastlstm/ops/saved.py does for nodes in
-// Python. In-place changes are an error only in what backward reads.
+// Python. What backward does not read is not saved: it may change or be freed, as with nn.LSTM.
 #pragma once
 
 #include <ATen/EmptyTensor.h>
+#include <ATen/core/dispatch/Dispatcher.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/zeros.h>
 #include <torch/csrc/autograd/custom_function.h>
+
+#include "contract.h"
 
 namespace fastlstm {
 
@@ -21,8 +26,8 @@ inline Arguments requiring_grad(const torch::autograd::variable_list& inputs) {
   return needs;
 }
 
-// Which of `count` arguments the backward op reads, where `needs` are wanted. Biases never; x and h0 for the
-// gradients of the weights that they are multiplied by, and those weights the other way round. h_{t-1}'s
+// The arguments, of `count`, that the backward op reads, where `needs` are wanted. Biases never; x and h0 for
+// the gradients of the weights that they are multiplied by, and those weights the other way round. h_{t-1}'s
 // gradient takes weight_hh in every step but the first. `steps`: there are others.
 inline Arguments read_by_backward(Arguments needs, size_t count, size_t per_direction, bool proj,
                                   bool steps) {
@@ -42,43 +47,75 @@ inline Arguments read_by_backward(Arguments needs, size_t count, size_t per_dire
   return read;
 }
 
-inline int64_t version_of(const at::Tensor& t) { return t.is_inference() ? 0 : t._version(); }
+// A tensor of t's sizes, dtype and device without its values: one element in memory, all strides 0.
+inline at::Tensor stand_in(const at::Tensor& t) {
+  // Not by the dispatcher, where a mode may be at work.
+  static const at::Tensor zero = [] {
+    const at::Tensor made = at::detail::empty_cpu({1}, at::kDouble);
+    *made.mutable_data_ptr<double>() = 0;
+    return made;
+  }();
+  // CUDA kernels want an address on their device.
+  const at::Tensor element = t.is_cpu() ? at::Tensor() : at::empty({1}, t.options());
+  c10::Storage storage = t.is_cpu() ? zero.storage() : element.storage();
+  auto impl = c10::make_intrusive<at::TensorImpl>(
+      std::move(storage), c10::DispatchKeySet(t.options().computeDispatchKey()), t.dtype());
+  impl->set_sizes_and_strides(t.sizes(), c10::SmallVector<int64_t, 5>(t.dim(), 0));
+  return at::Tensor(std::move(impl));
+}
 
-// In forward: takes the arguments that backward does not read out of `inputs`, which is what
-// save_for_backward checks the versions of. The formula of differentiable_backward reads them all.
+// In forward: takes the arguments that backward does not read out of `inputs`, so that save_for_backward
+// neither checks their versions nor keeps them alive, as nn.LSTM's nodes do not. Their sizes stay, in a
+// stand-in. The formula of differentiable_backward does not need their values either: it is given the gates.
+// Weights that are leaves with a gradient stay themselves: their gradient accumulator, which the graph holds,
+// keeps them alive anyway, and kernels would copy a stand-in to make it contiguous. So do subclasses.
 // ctx->saved_data has each under a key of one letter, since compiled autograd sees no tensor in a list.
-inline void hold_unread(torch::autograd::AutogradContext* ctx, torch::autograd::variable_list& inputs,
-                        Arguments read) {
-  auto& held = ctx->saved_data;
-  int64_t versions = 0;  // which only rise: the sum is as it was where each one is
-  held.reserve(8);
+inline void set_unread_aside(torch::autograd::AutogradContext* ctx, torch::autograd::variable_list& inputs,
+                             Arguments read) {
+  auto& aside = ctx->saved_data;
+  aside.reserve(8);
   for (size_t k = 0; k < inputs.size(); ++k) {
     if (!inputs[k].defined() || (read & bit(k))) continue;
-    versions += version_of(inputs[k]);
-    held.emplace(std::string(1, static_cast<char>('a' + k)), std::move(inputs[k]));
+    const at::Tensor& t = inputs[k];
+    const bool itself = (k >= 3 && t.requires_grad() && t.is_leaf()) || !t.has_storage() ||
+                        t.key_set().has(c10::DispatchKey::Python);
+    aside.emplace(std::string(1, static_cast<char>('a' + k)), itself ? t : stand_in(t));
     inputs[k] = at::Tensor();
   }
-  held.emplace("versions", versions);
 }
 
-// In backward: puts them back into `inputs`. Returns true if one of them has been changed since forward.
-inline bool restore_unread(torch::autograd::AutogradContext* ctx, torch::autograd::variable_list& inputs) {
-  int64_t versions = 0;
+// In backward: puts a tensor of the right sizes in the place of each of them. Returns which they are.
+inline Arguments restore_unread(torch::autograd::AutogradContext* ctx,
+                                torch::autograd::variable_list& inputs) {
+  Arguments unread = 0;
   for (const auto& [key, value] : ctx->saved_data)
-    if (key.size() == 1) versions += version_of(inputs[key[0] - 'a'] = value.toTensor());
-  const auto before = ctx->saved_data.find("versions");
-  const bool changed = before != ctx->saved_data.end() && before->second.toInt() != versions;
-  // One that was changed may lead back to this node, which would then never be freed.
-  for (auto& [key, value] : ctx->saved_data)
-    if (changed && key.size() == 1) value = value.toTensor().detach();
-  return changed;
+    if (key.size() == 1) inputs[key[0] - 'a'] = value.toTensor(), unread |= bit(key[0] - 'a');
+  return unread;
 }
 
-inline void check_unchanged(bool changed) {
-  TORCH_CHECK(
-      !changed,
-      "one of the variables needed for gradient computation has been modified by an inplace operation: an "
-      "argument of an LSTM layer, which the gradient of its gradient reads");
+// For the formula: replaces `unread` of the n arguments by zeros with the edge that the argument had in
+// forward, so that a gradient of the gradient finds it.
+inline void connect_unread(torch::autograd::variable_list& inputs, size_t n, Arguments unread) {
+  const auto node = torch::autograd::get_current_node();
+  size_t edge = 0;  // which exist for the tensors that were given only
+  for (size_t k = 0; k < n; ++k) {
+    if (!inputs[k].defined()) continue;
+    if (unread & bit(k)) {
+      inputs[k] = at::zeros({1}, inputs[k].options()).expand(inputs[k].sizes());
+      const torch::autograd::Edge to = node ? node->next_edge(edge) : torch::autograd::Edge();
+      if (to.is_valid()) torch::autograd::impl::set_gradient_edge(inputs[k] = inputs[k].variable_data(), to);
+    }
+    ++edge;
+  }
+}
+
+// The gates for the formula; by an op, which a trace can record.
+inline at::Tensor saved_gates(const at::Tensor& reserve, const at::Tensor& x, at::TensorList weights,
+                              const OptionalTensor& lengths) {
+  static const auto op =
+      c10::Dispatcher::singleton().findSchemaOrThrow("fastlstm::native_gates", "").typed<SavedGates>();
+  at::AutoDispatchBelowADInplaceOrView guard;
+  return op.call(reserve, x, weights, lengths);
 }
 
 // What save_for_backward is given of y, an output: an alias, so that changing y in place is no error. A

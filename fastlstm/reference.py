@@ -12,15 +12,22 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 
-def cell(gates: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
-    """(h, c) after one step from the pre-activations [B, 4H] and c [B, H].
+def cell(gates: Tensor, c: Tensor, known_c: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """(h, c) after one step from the pre-activations [B, 4H] and c [B, H]; for known_c see `layer`.
 
     Hochreiter & Schmidhuber 1997 with the forget gate of Gers et al. 2000, in torch.nn.LSTM's conventions:
     c_t = f * c_{t-1} + i * g and h_t = o * tanh(c_t), where i, f, o = sigmoid and g = tanh of their pre-activations.
     """
     i, f, g, o = gates.chunk(4, dim=-1)
     c = f.sigmoid() * c + i.sigmoid() * g.tanh()
+    if known_c is not None:
+        c = _with_value(c, known_c)
     return o.sigmoid() * c.tanh(), c
+
+
+def _with_value(t: Tensor, value: Tensor) -> Tensor:
+    """`value` with t's gradient: t - t is 0, and where t is not finite its gradient is that of nothing."""
+    return value + (t - t.detach()).nan_to_num(0)
 
 
 def direction(
@@ -31,6 +38,7 @@ def direction(
     lengths: Tensor | None,
     reset_mask: Tensor | None,
     reverse: bool,
+    known: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """One direction: y [T, B, P], h_n [B, P], c_n [B, H], cells [T, B, H] from x [T, B, I], h0 [B, P], c0 [B, H]."""
     w_ih, w_hh, *rest = weights
@@ -49,7 +57,11 @@ def direction(
             if lengths is not None:
                 new = new & (begins < lengths)
             h, c = h.masked_fill(new[:, None], 0), c.masked_fill(new[:, None], 0)
-        h_next, c_next = cell(linear(steps[t], w_ih, b_ih) + linear(h, w_hh, b_hh), c)
+        gates = linear(steps[t], w_ih, b_ih) + linear(h, w_hh, b_hh)
+        if known is None:
+            h_next, c_next = cell(gates, c)
+        else:
+            h_next, c_next = cell(_with_value(gates, known[0][t]), c, known[1][t])
         if w_hr is not None:
             h_next = linear(h_next, w_hr)
         if lengths is None:
@@ -69,8 +81,13 @@ def layer(
     weights: list[Tensor],
     lengths: Tensor | None = None,
     reset_mask: Tensor | None = None,
+    known: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """All directions of one layer: y [T, B, D*P], h_n [D, B, P], c_n [D, B, H], cells [T, B, D*H]."""
+    """All directions of one layer: y [T, B, D*P], h_n [D, B, P], c_n [D, B, H], cells [T, B, D*H].
+
+    `known` are the pre-activations [D, T, B, 4H] and cells of an earlier run on the same arguments. The results then
+    follow from these, so that an argument whose value no wanted gradient reads may have any value.
+    """
     if lengths is not None:  # padding may hold NaN, and 0 * NaN would enter the weights' gradients
         x = x.masked_fill((torch.arange(x.shape[0], device=x.device)[:, None] >= lengths)[..., None], 0)
     H, P = weights[0].shape[0] // 4, weights[1].shape[1]
@@ -80,6 +97,8 @@ def layer(
     for d in range(len(weights) // n):
         h = x.new_zeros(x.shape[1], P) if h0 is None else h0[d]
         c = x.new_zeros(x.shape[1], H) if c0 is None else c0[d]
-        results.append(direction(x, h, c, weights[d * n : (d + 1) * n], lengths, reset_mask, reverse=d == 1))
+        of_d = None if known is None else (known[0][d], known[1][..., d * H : (d + 1) * H])
+        own = weights[d * n : (d + 1) * n]
+        results.append(direction(x, h, c, own, lengths, reset_mask, d == 1, of_d))
     y, h_n, c_n, cells = zip(*results, strict=True)
     return torch.cat(y, dim=-1), torch.stack(h_n), torch.stack(c_n), torch.cat(cells, dim=-1)

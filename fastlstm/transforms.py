@@ -21,7 +21,7 @@ from torch._C._functorch import TransformType
 
 from . import reference
 from .backends import eager
-from .ops.register import differentiable_backward, no_rule_serves
+from .ops.register import differentiable_backward, has_batched_or_dual_grads
 from .ops.schema import LayerShape
 
 
@@ -134,7 +134,8 @@ class _Layer(torch.autograd.Function):
     def setup_context(ctx, inputs, output):
         ctx.call, *given = inputs
         y, _, _, cells, reserve = output
-        # A copy: here nobody can tell whether y has been changed in place since.
+        # A copy: y itself would refuse in-place changes, and wrapped tensors share no version counter by which backward
+        # could notice one, as csrc/saved.h does. Only a transform that differentiates gets here.
         ctx.save_for_backward(y.clone(), cells, reserve, *given)
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(*([reserve] if ctx.call.keep_cells else [cells, reserve]))
@@ -146,7 +147,7 @@ class _Layer(torch.autograd.Function):
         need = ctx.call.spread(ctx.needs_input_grad[1:], absent=False)
         needs = (*need[:3], *need[5:])
         arriving, inputs, ragged = (dy, dh_n, dc_n, dcells), (x, h0, c0), (lengths, reset_mask)
-        if torch._C._functorch.maybe_current_level() is None and no_rule_serves(*arriving):
+        if torch._C._functorch.maybe_current_level() is None and has_batched_or_dual_grads(*arriving):
             *of_rows, of_weights = differentiable_backward(*arriving, *inputs, weights, *ragged, list(needs))
             found = (*of_rows, *of_weights)
         else:

@@ -198,18 +198,54 @@ def test_an_argument(kind, T, backend):
                 torch.testing.assert_close(mine, expected, msg=lambda m, at=(name, frozen): f"{at}: {m}")
 
 
-@pytest.mark.parametrize("kind", ["plain", "cell", "recompute"])
-def test_a_gradient_of_a_gradient_refuses_what_was_changed(kind, backend):
-    """It reads the biases, which a gradient does not; with recompute that one does as well."""
-    module, _ = twins(cell=kind == "cell")
+@pytest.mark.parametrize("kind", ["plain", "cell"])
+def test_a_gradient_of_a_gradient_allows_what_a_gradient_allows(kind, backend):
+    """Biases are read by neither, as in nn.LSTM."""
+    found = []
+    for module in twins(cell=kind == "cell"):
+        x = data(4, 3, 3).requires_grad_()
+        y = module(x[0] if kind == "cell" else x)[0]
+        with torch.no_grad():
+            next(p for name, p in module.named_parameters() if "bias_ih" in name).add_(1)
+        (dx,) = torch.autograd.grad(y.sum(), x, create_graph=True)
+        found.append(torch.autograd.grad(dx.pow(2).sum(), [x, *module.parameters()]))
+    torch.testing.assert_close(*found)
+
+
+def test_a_gradient_of_a_gradient_refuses_what_recompute_reads(backend):
+    module, _ = twins()
+    module.recompute = 2
     x = data(4, 3, 3).requires_grad_()
-    if kind == "recompute":
-        module.recompute = 2
-    y = module(x[0] if kind == "cell" else x)[0]
+    y = module(x)[0]
     with torch.no_grad():
-        next(p for name, p in module.named_parameters() if "bias_ih" in name).add_(1)
+        module.bias_ih_l0.add_(1)
     with pytest.raises(RuntimeError, match=MESSAGE):
         torch.autograd.grad(y.sum(), x, create_graph=True)
+
+
+def test_recompute_reads_its_own_copies_of_the_states(backend):
+    found = []
+    for in_place in (False, True):
+        module, _ = twins(bidirectional=True)
+        module.recompute = 2
+        leaves = [data(5, 2, 3), data(2, 2, 4, seed=1), data(2, 2, 4, seed=2)]
+        x, h0, c0 = (leaf.requires_grad_() * 1 for leaf in leaves)
+        y = module(x, (h0, c0))[0]
+        if in_place:
+            with torch.no_grad():
+                h0.mul_(2), c0.mul_(2)
+        first = torch.autograd.grad(y.pow(2).sum(), leaves, create_graph=True)
+        found.append(torch.autograd.grad(sum(g.pow(2).sum() for g in first), [*leaves, *module.parameters()]))
+    torch.testing.assert_close(*found)
+
+
+def test_cell_states_may_not_be_changed(backend):
+    """Backward reads them, and nn.LSTM returns none: a caller gets them by return_cell_states alone."""
+    module, _ = twins()
+    _, _, cells = module(data(4, 3, 3), return_cell_states=True)
+    cells.mul_(2)
+    with pytest.raises(RuntimeError, match=MESSAGE):
+        cells.sum().backward()
 
 
 def test_a_changed_input_does_not_keep_the_graph_alive(backend):

@@ -3,7 +3,18 @@
 
 #include "cuda/layer.h"
 
+namespace {
+
+// A reserve of the CUDA kernels has the gates in nn.LSTM's order; past a length it is uninitialized.
+at::Tensor gates(const at::Tensor& reserve, const at::Tensor&, at::TensorList,
+                 const fastlstm::OptionalTensor&) {
+  return reserve.clone();
+}
+
+}  // namespace
+
 TORCH_LIBRARY_IMPL(fastlstm, CUDA, m) {
+  m.impl("native_gates", gates);
   m.impl("native_layer", fastlstm::cuda::layer_forward);
   m.impl("native_layer_backward", fastlstm::cuda::layer_backward);
 }

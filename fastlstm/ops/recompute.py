@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from . import saved
-from .register import LIBRARY, differentiable, differentiable_backward, formula_serves, without_autocast
+from .register import LIBRARY, differentiable, differentiable_backward, needs_differentiable_backward, without_autocast
 from .schema import LayerShape, backward_outputs, check, check_gradients, check_range, check_tensor
 
 # Steps between kept states where the user names no number. At T = 4096 they are less than a hundredth of what else
@@ -86,6 +86,11 @@ def _begins(lengths: Tensor | None, reset_mask: Tensor | None, reverse: bool) ->
 
 def _state(x: Tensor, given: Tensor | None, d: int, features: int) -> Tensor:
     return x.new_zeros(1, x.shape[1], features) if given is None else given[d : d + 1]
+
+
+def _initial(states: Tensor) -> Tensor:
+    """h0 or c0 [D, B, .] from the states [D, intervals, B, .] that enter each segment."""
+    return torch.stack([of_direction[-d] for d, of_direction in enumerate(states)])
 
 
 def _parts(T: int, interval: int) -> int:
@@ -217,8 +222,12 @@ class _Node(torch.autograd.Function):
         needs = [*ctx.needs_input_grad[3:6], *ctx.needs_input_grad[10:]]
         inputs, (lengths, reset_mask, h_at, c_at) = saved.restore(ctx, len(needs))
         grads = (dy, dh_n, dc_n, dcells)
-        if formula_serves(*grads):
-            x, h0, c0, *weights = saved.originals(ctx, inputs)
+        if needs_differentiable_backward(*grads):
+            x, h0, c0, *weights = saved.connected(ctx, inputs)
+            if ctx.unread_sizes[1] is not None:
+                h0 = h0 + _initial(h_at)
+            if ctx.unread_sizes[2] is not None:
+                c0 = c0 + _initial(c_at)
             dx, dh0, dc0, dw = differentiable_backward(*grads, x, h0, c0, weights, lengths, reset_mask, needs)
         else:
             x, h0, c0, *weights = inputs

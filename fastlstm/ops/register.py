@@ -21,6 +21,15 @@ from .schema import BACKWARD, FORWARD, backward_outputs, check, check_backward, 
 
 LIBRARY = torch.library.Library("fastlstm", "DEF")
 
+# The native backend's activated gates [D, T, B, 4H], i f g o, from its reserve, for `differentiable_backward`.
+LIBRARY.define(
+    "native_gates(Tensor reserve, Tensor x, Tensor[] weights, Tensor? lengths) -> Tensor",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+torch.library.register_fake(
+    "fastlstm::native_gates", lambda reserve, x, weights, lengths: torch.empty_like(reserve), lib=LIBRARY
+)
+
 Gradients = tuple["Tensor | None", "Tensor | None", "Tensor | None", "list[Tensor | None]"]
 
 
@@ -108,15 +117,15 @@ def _fake_backward(may_be_packed, *args):
 _BATCHED = [torch._C._dispatch_key_parse(name) for name in ("Batched", "FuncTorchBatched")]
 
 
-def formula_serves(*grads: Tensor | None) -> bool:
-    """Whether `differentiable_backward` takes these gradients and not the op, as csrc/autograd.cpp decides.
+def needs_differentiable_backward(*grads: Tensor | None) -> bool:
+    """Whether `differentiable_backward` must take these gradients, not the op, as csrc/autograd.cpp decides.
 
-    It does with create_graph=True, and where the op has no rule for them.
+    It must with create_graph=True, and where the op has no rule for them.
     """
-    return torch.is_grad_enabled() or no_rule_serves(*grads)
+    return torch.is_grad_enabled() or has_batched_or_dual_grads(*grads)
 
 
-def no_rule_serves(*grads: Tensor | None) -> bool:
+def has_batched_or_dual_grads(*grads: Tensor | None) -> bool:
     """Whether many gradients arrive as one (is_grads_batched=True), or under forward-mode AD.
 
     The plain ops of the reference have rules for these.
@@ -150,9 +159,10 @@ def _layer_node(backward_op: Any) -> type[torch.autograd.Function]:
             needs = [*ctx.needs_input_grad[1:4], *ctx.needs_input_grad[8:]]
             inputs, (lengths, reset_mask, cells, reserve, y) = saved.restore(ctx, len(needs))
             grads = (dy, dh_n, dc_n, dcells)
-            if formula_serves(*grads):
-                x, h0, c0, *weights = saved.originals(ctx, inputs)
-                dx, dh0, dc0, dw = differentiable_backward(*grads, x, h0, c0, weights, lengths, reset_mask, needs)
+            if needs_differentiable_backward(*grads):
+                x, h0, c0, *weights = saved.connected(ctx, inputs)
+                given = (*grads, x, h0, c0, weights, lengths, reset_mask)
+                dx, dh0, dc0, dw = differentiable_backward(*given, needs, reserve, cells)
             else:
                 x, h0, c0, *weights = inputs
                 y = saved.output_as_kept(ctx, y, x)
@@ -177,8 +187,14 @@ def differentiable_backward(
     lengths: Tensor | None,
     reset_mask: Tensor | None,
     needs: list[bool],
+    gates: Tensor | None = None,
+    cells: Tensor | None = None,
 ) -> Gradients:
-    """Backward where `formula_serves`: the reference's gradients, themselves differentiable to any order."""
+    """Backward if `needs_differentiable_backward`: the reference's gradients, themselves differentiable to any order.
+
+    With the activated gates [D, T, B, 4H] and cells of forward it needs the values of those arguments alone that the
+    backward op reads, as nn.LSTM's per-step graph does; the others may have changed or be placeholders.
+    """
     inputs = [x, h0, c0, *weights]
     again = torch.is_grad_enabled()
     with torch.enable_grad():
@@ -186,10 +202,14 @@ def differentiable_backward(
         x, h0, c0, *weights = [None if t is None else t.view_as(t) for t in inputs]  # type: ignore[misc, assignment]
         wanted = [t for t, need in zip([x, h0, c0, *weights], needs, strict=True) if need and t is not None]
         if x.dim() == 3 or lengths is None:
-            outputs = reference.layer(x, h0, c0, weights, lengths, reset_mask)
+            known = _known(gates, cells, lengths)
+            outputs = reference.layer(x, h0, c0, weights, lengths, reset_mask, known)
         else:  # packed rows
             layout = PackedLayout.of_lengths(lengths)
-            y, h_n, c_n, cells = reference.layer(layout.pad(x), h0, c0, weights, lengths, None)
+            if gates is not None and cells is not None:
+                gates, cells = torch.stack([layout.pad(part) for part in gates]), layout.pad(cells)
+            known = _known(gates, cells, lengths)
+            y, h_n, c_n, cells = reference.layer(layout.pad(x), h0, c0, weights, lengths, None, known)
             outputs = layout.pack(y), h_n, c_n, layout.pack(cells)
     pairs = [
         (out, grad)
@@ -202,10 +222,30 @@ def differentiable_backward(
     return flat[0], flat[1], flat[2], flat[3:]
 
 
-def _differentiable_backward_op(dy, dh_n, dc_n, dcells, x, h0, c0, weights, lengths, reset_mask, needs):
+def _known(gates: Tensor | None, cells: Tensor | None, lengths: Tensor | None) -> tuple[Tensor, Tensor] | None:
+    """The pre-activations and cells that reference.layer takes, from the activated gates.
+
+    A saturated gate gives an infinite pre-activation: its activation is the same value and passes no gradient.
+    """
+    if gates is None or cells is None:
+        return None
+    gates, cells = gates.detach(), cells.detach()
+    if lengths is not None:  # past them gates are uninitialized
+        gates = gates.masked_fill(
+            (torch.arange(gates.shape[1], device=gates.device)[:, None] >= lengths)[..., None], 0.5
+        )
+    compute = torch.promote_types(gates.dtype, torch.float32)
+    i, f, g, o = gates.to(compute).chunk(4, dim=-1)
+    return torch.cat([i.logit(), f.logit(), g.atanh(), o.logit()], dim=-1).to(gates.dtype), cells
+
+
+def _differentiable_backward_op(
+    dy, dh_n, dc_n, dcells, x, h0, c0, weights, lengths, reset_mask, gates, cells, needs
+):  # one argument for each of the schema's
     """The same for the autograd node in C++, where every result is a tensor; zeros stand for None."""
     inputs = [x, h0, c0, *weights]
-    dx, dh0, dc0, dw = differentiable_backward(dy, dh_n, dc_n, dcells, x, h0, c0, weights, lengths, reset_mask, needs)
+    given = (dy, dh_n, dc_n, dcells, x, h0, c0, weights, lengths, reset_mask)
+    dx, dh0, dc0, dw = differentiable_backward(*given, needs, gates, cells)
     found = [dx, dh0, dc0, *dw]
     flat = [
         x.new_empty(0) if not need else torch.zeros_like(t) if grad is None else grad
@@ -216,7 +256,7 @@ def _differentiable_backward_op(dy, dh_n, dc_n, dcells, x, h0, c0, weights, leng
 
 LIBRARY.define(
     "differentiable_backward(Tensor? dy, Tensor? dh_n, Tensor? dc_n, Tensor? dcells, Tensor x, Tensor? h0, "
-    "Tensor? c0, Tensor[] weights, Tensor? lengths, Tensor? reset_mask, bool[] needs) "
+    "Tensor? c0, Tensor[] weights, Tensor? lengths, Tensor? reset_mask, Tensor? gates, Tensor? cells, bool[] needs) "
     "-> (Tensor, Tensor, Tensor, Tensor[])"
 )
 # The last two for gradients that arrive batched, by torch.autograd.grad's own vmap or by torch.func's.

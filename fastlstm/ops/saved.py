@@ -1,6 +1,6 @@
 """What an autograd node keeps of its forward's arguments and of y, as csrc/saved.h does for nodes in C++.
 
-In-place changes between forward and backward are an error only in what backward reads.
+What backward does not read is not saved: it may change or be freed between forward and backward, as with nn.LSTM.
 """
 
 from __future__ import annotations
@@ -44,35 +44,45 @@ def read_by_backward(x: Tensor, weights: Sequence[Tensor], needs: Sequence[bool]
     return read
 
 
+class _Connection(torch.autograd.Function):
+    """Zeros of t's sizes, one element in memory, whose gradient goes where t's gradient goes."""
+
+    @staticmethod
+    def forward(ctx: Any, t: Tensor) -> Tensor:
+        return t.new_zeros(1).expand(t.shape)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:  # type: ignore[override]
+        return grad
+
+
 def save(ctx: Any, inputs: Sequence[Tensor | None], read: Sequence[bool], *others: Tensor | None) -> None:
-    """Keep `inputs` and `others`; of inputs that backward does not read an alias, whose version nobody changes."""
-    ctx.unread = [None if is_read else t for t, is_read in zip(inputs, read, strict=True)]
-    ctx.versions = _versions(ctx.unread)
-    kept = (t if t is None or is_read else t.data for t, is_read in zip(inputs, read, strict=True))
-    ctx.save_for_backward(*kept, *others)
+    """Save `inputs` and `others` for backward, except the inputs that backward does not read.
+
+    Of these only the sizes and the edge in the graph stay, as in nn.LSTM's nodes: their memory is freed, and in-place
+    changes are no error. The formula does not need their values either, because it is given the gates.
+    """
+    unread = [t if t is not None and not is_read else None for t, is_read in zip(inputs, read, strict=True)]
+    with torch.enable_grad():
+        ctx.connections = [None if t is None or not t.requires_grad else _Connection.apply(t) for t in unread]
+    ctx.unread_sizes = [None if t is None else t.shape for t in unread]
+    ctx.save_for_backward(*(t if is_read else None for t, is_read in zip(inputs, read, strict=True)), *others)
 
 
 def restore(ctx: Any, n: int) -> tuple[list[Any], list[Any]]:
-    """The n inputs and the others of `save`, for the backward op."""
+    """The n inputs and the others of `save`, for the backward op: what it does not read has only its sizes."""
     saved = ctx.saved_tensors
-    # An input that was changed may lead back to this node, which would then never be freed. Under compiled autograd
-    # whatever is not among saved_tensors would break the graph.
-    if not is_compiling() and ctx.unread is not None and _versions(ctx.unread) != ctx.versions:
-        ctx.unread = None
-    return list(saved[:n]), list(saved[n:])
+    inputs, others = list(saved[:n]), list(saved[n:])
+    like = next(t for t in others if t is not None and t.is_floating_point())
+    for k, size in enumerate(ctx.unread_sizes):
+        if size is not None:
+            inputs[k] = like.new_zeros(1).expand(size)
+    return inputs, others
 
 
-def originals(ctx: Any, inputs: Sequence[Any]) -> list[Any]:
-    """The inputs as autograd knows them, for the differentiable formula, which reads them all.
-
-    Raises RuntimeError where one that the backward op does not read has been changed.
-    """
-    if ctx.unread is None or _versions(ctx.unread) != ctx.versions:
-        raise RuntimeError(
-            "one of the variables needed for gradient computation has been modified by an inplace operation: an "
-            "argument of an LSTM layer, which the gradient of its gradient reads"
-        )
-    return [t if original is None else original for t, original in zip(inputs, ctx.unread, strict=True)]
+def connected(ctx: Any, inputs: Sequence[Any]) -> list[Any]:
+    """The inputs of `restore` with their edges in the graph, for the differentiable formula."""
+    return [t if edge is None else edge for t, edge in zip(inputs, ctx.connections, strict=True)]
 
 
 def output(ctx: Any, y: Tensor) -> Tensor:
@@ -88,8 +98,3 @@ def output_as_kept(ctx: Any, y: Tensor | None, x: Tensor) -> Tensor:
     if y is None or is_compiling() or ctx.output._version != ctx.output_version:
         return x.new_empty(0)
     return y
-
-
-def _versions(tensors: Sequence[Tensor | None]) -> int:
-    """Versions only rise: the sum is as it was where each one is."""
-    return sum(0 if t is None or t.is_inference() else t._version for t in tensors)

@@ -20,7 +20,8 @@ and gives
   y           [T, B, D*P]   zero at and past a row's length
   h_n, c_n    [D, B, P], [D, B, H]   the state after the last step each direction takes; h0, c0 for length 0
   cells       [T, B, D*H]   c of every step, zero past the length; [0] unless wanted
-  reserve     [D, T, B, 4H] in a layout private to the backend; [0] unless wanted. Holds the activated gates.
+  reserve     [D, T, B, 4H], [0] unless wanted: the activated gates i, f, g, o, anything past the length. The native
+              backend's is in a layout of its own, which `fastlstm::native_gates` undoes.
 
 The native op takes packed rows of CPU tensors as well: x [N, I], the data of a PackedSequence, with lengths that do not
 rise from row to row and have the sum N, and no reset_mask. y and cells are then [N, .], the reserve is [D, N, 4H].

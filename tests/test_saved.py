@@ -1,0 +1,230 @@
+"""What a call keeps for backward: no argument that nn.LSTM frees, and on every backend the same ones are read."""
+
+from __future__ import annotations
+
+import itertools
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
+
+import fastlstm
+from fastlstm.ragged import PackedLayout
+
+from .cases import Case
+from .runners import require
+from .twins import data, twins
+
+T, B, I, H = 3, 2, 3, 4  # noqa: E741
+KINDS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "bidirectional with projection": {"bidirectional": True, "proj_size": 2},
+    "cell": {"cell": True},
+}
+# Biases, and the weights of both directions, are one.
+GROUPS = ("x", "h0", "c0", "weight_ih", "weight_hh", "bias", "weight_hr")
+MESSAGE = "modified by an inplace operation"
+backends = pytest.mark.parametrize("backend", ["native", "eager"], indirect=True)
+
+
+class Computed(torch.autograd.Function):
+    """A tensor with a history, in an array whose lifetime is that of the tensor's memory."""
+
+    @staticmethod
+    def forward(ctx, source: Tensor, array: np.ndarray) -> Tensor:
+        return torch.from_numpy(array)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        return grad, None
+
+
+class Call:
+    """One call of `module` on computed arguments, of which `needs` (of GROUPS) require a gradient."""
+
+    def __init__(self, module: nn.Module, needs: tuple[str, ...], form: str = "padded") -> None:
+        D, P = 2 if getattr(module, "bidirectional", False) else 1, getattr(module, "proj_size", 0) or H
+        shapes = {"x": (T, B, I), "h0": (D, B, P), "c0": (D, B, H)}
+        if isinstance(module, (nn.LSTMCell, fastlstm.LSTMCell)):
+            shapes = {name: shape[1:] for name, shape in shapes.items()}
+        values = {name: data(*shape, seed=k) for k, (name, shape) in enumerate(shapes.items())}
+        values |= {name: p.detach() for name, p in module.named_parameters()}
+        self.leaves = {name: v.clone().requires_grad_(group(name) in needs) for name, v in values.items()}
+        arrays = {name: v.numpy().copy() for name, v in values.items()}
+        self.memory = {name: weakref.ref(array) for name, array in arrays.items()}
+        self.given = {name: Computed.apply(self.leaves[name], array) for name, array in arrays.items()}
+        weights = {name: self.given[name] for name in arrays if name not in shapes}
+        x = self.given["x"] if form == "padded" else pack_padded_sequence(self.given["x"], [3, 1])
+        y, states = torch.func.functional_call(module, weights, (x, (self.given["h0"], self.given["c0"])))
+        self.y = y.data if isinstance(y, PackedSequence) else y
+        self.c = states if isinstance(states, Tensor) else states[1]
+
+    def wanted(self) -> list[Tensor]:
+        return [leaf for leaf in self.leaves.values() if leaf.requires_grad]
+
+    def kept(self) -> set[str]:
+        """The arguments in memory although only the results are held."""
+        self.given.clear()
+        return {name for name, array in self.memory.items() if array() is not None}
+
+    def edit(self, name: str) -> None:
+        with torch.no_grad():
+            for key, tensor in self.given.items():
+                if group(key) == name:
+                    tensor.mul_(2)
+
+    def gradients(self) -> list[Tensor] | str:
+        try:
+            return list(torch.autograd.grad(self.y.pow(2).sum() + self.c.sum(), self.wanted(), allow_unused=True))
+        except RuntimeError as error:
+            return str(error)
+
+
+def group(name: str) -> str:
+    return next(key for key in GROUPS if name.startswith(key))
+
+
+def subsets(kind: str) -> list[tuple[str, ...]]:
+    names = GROUPS if "projection" in kind else GROUPS[:-1]
+    return [c for n in range(1, len(names) + 1) for c in itertools.combinations(names, n)]
+
+
+@backends
+@pytest.mark.parametrize("form", ["padded", "packed"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_no_argument_is_kept_that_nn_lstm_frees(kind, form, backend):
+    if kind == "cell" and form == "packed":
+        pytest.skip("a cell takes no PackedSequence")
+    for needs in subsets(kind):
+        # Modules record the weights that are leaves, so that each call has one of its own.
+        mine, expected = (Call(module, needs, form).kept() for module in twins(**KINDS[kind]))
+        assert mine <= expected, (needs, mine - expected)
+
+
+@backends
+@pytest.mark.parametrize("kind", KINDS)
+def test_saved_tensor_hooks_see_what_backward_reads_alone(kind, backend):
+    for needs in subsets(kind):
+        seen: list[int] = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t, seen=seen: seen.append(t.data_ptr()) or t, lambda t: t):
+            call = Call(twins(**KINDS[kind])[0], needs)
+        packed = {name for name, t in call.given.items() if t.data_ptr() in seen}
+        assert packed == call.kept(), needs
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_native_and_eager_read_the_same(kind):
+    """By behaviour: the gradients, and which in-place changes between forward and backward are refused."""
+    require("native", Case())
+    ours, theirs = twins(**KINDS[kind])
+    for needs in subsets(kind):
+        for edited in GROUPS if "projection" in kind else GROUPS[:-1]:
+            found = []
+            for module, backend in ((ours, "native"), (ours, "eager"), (theirs, "auto")):
+                with fastlstm.use_backend(backend):
+                    call = Call(module, needs)
+                    call.edit(edited)
+                    found.append(call.gradients())
+            native, eager, expected = found
+            if isinstance(native, str) or isinstance(eager, str):
+                assert MESSAGE in native, (needs, edited)
+                assert MESSAGE in eager, (needs, edited)
+                assert isinstance(expected, str), (needs, edited)
+            else:
+                torch.testing.assert_close(native, eager, msg=lambda m, at=(needs, edited): f"{at}: {m}")
+                if not isinstance(expected, str):
+                    torch.testing.assert_close(native, expected, msg=lambda m, at=(needs, edited): f"{at}: {m}")
+
+
+def second_order(call: Call) -> list[Tensor]:
+    wanted = call.wanted()
+    first = torch.autograd.grad(call.y.pow(2).sum() + call.c.sum(), wanted, create_graph=True, allow_unused=True)
+    loss = sum((g * g).sum() for g in first if g is not None)
+    return list(torch.autograd.grad(loss, wanted, allow_unused=True, materialize_grads=True))
+
+
+def batched(call: Call) -> list[Tensor]:
+    weights = torch.stack([torch.ones_like(call.y), torch.arange(call.y.numel()).view_as(call.y).to(call.y)])
+    return list(torch.autograd.grad(call.y, call.wanted(), weights, is_grads_batched=True, allow_unused=True))
+
+
+def vmapped(call: Call) -> list[Tensor]:
+    weights = torch.stack([torch.ones_like(call.y), torch.arange(call.y.numel()).view_as(call.y).to(call.y)])
+    wanted = call.wanted()
+    return list(torch.vmap(lambda w: torch.autograd.grad(call.y, wanted, w, retain_graph=True))(weights))
+
+
+@backends
+@pytest.mark.parametrize("form", ["padded", "packed"])
+@pytest.mark.parametrize("take", [second_order, batched, vmapped], ids=lambda f: f.__name__)
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_formula_reads_no_more_than_nn_lstm(kind, take: Callable[[Call], list[Tensor]], form, backend):
+    """Gradients of gradients and batched gradients, where an argument was freed or changed after forward."""
+    if kind == "cell" and form == "packed":
+        pytest.skip("a cell takes no PackedSequence")
+    modules = twins(**KINDS[kind])
+    for needs in (("x",), ("weight_hh",), ("bias",), ("x", "weight_ih", "bias"), GROUPS):
+        for edited in ("x", "h0", "c0", "weight_ih", "bias"):
+            if edited == "bias" or edited not in needs:
+                found = []
+                for module in modules:
+                    call = Call(module, needs, form)
+                    call.edit(edited)
+                    call.given.clear()
+                    try:
+                        found.append(take(call))
+                    except RuntimeError as error:
+                        found.append(str(error))
+                mine, expected = found
+                if isinstance(expected, str):
+                    continue
+                assert not isinstance(mine, str), (needs, edited, mine)
+                torch.testing.assert_close(mine, expected, msg=lambda m, at=(needs, edited): f"{at}: {m}")
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("form", ["whole", "lengths", "packed"])
+@pytest.mark.parametrize("sizes", [(1, 1, 37, 37), (6, 4, 37, 37), (6, 4, 5, 3)], ids=str)
+def test_native_gates_are_those_of_eager(sizes, form, dtype):
+    """The op that undoes the layout of the native reserve, whichever kernels wrote it."""
+    require("native", Case())
+    steps, rows, hidden, features = sizes
+    lengths = None if form == "whole" else torch.arange(rows).clamp(max=steps - 1).flip(0) + 1
+    weights = list(nn.LSTM(5, hidden, bidirectional=True, proj_size=features % hidden).to(dtype).parameters())
+    x = data(steps, rows, 5).to(dtype)
+    op, eager = torch.ops.fastlstm.native_layer, torch.ops.fastlstm.eager_layer
+    if form == "lengths":
+        lengths = lengths.flip(0)
+    expected = eager(x, None, None, weights, lengths, None, True, True)[4]
+    given = x
+    if form == "packed":
+        layout = PackedLayout.of_lengths(lengths)
+        given, expected = layout.pack(x), torch.stack([layout.pack(gates) for gates in expected])
+    gates = torch.ops.fastlstm.native_gates(
+        op(given, None, None, weights, lengths, None, True, True)[4], given, weights, lengths
+    )
+    if form == "lengths":
+        padding = torch.arange(steps)[:, None] >= lengths
+        assert not gates[:, padding].any()
+        gates, expected = gates[:, ~padding], expected[:, ~padding]
+    tolerance = 4 * torch.finfo(dtype).eps if dtype.itemsize == 2 else 1e-5
+    torch.testing.assert_close(gates, expected, rtol=0, atol=tolerance)
+
+
+@backends
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_second_order_in_other_dtypes(dtype, backend):
+    ours, _ = twins(5, 20, bidirectional=True, dtype=torch.float64)
+    found = []
+    for precision in (dtype, torch.float64):
+        x = data(6, 4, 5).to(dtype).to(precision).requires_grad_()
+        y = ours.to(dtype).to(precision)(x, lengths=[6, 0, 3, 1])[0]
+        (dx,) = torch.autograd.grad(y.pow(2).sum(), x, create_graph=True)
+        found.append([dx, *torch.autograd.grad(dx.pow(2).sum(), [x, *ours.parameters()])])
+    for mine, truth in zip(*found, strict=True):
+        assert (mine - truth).abs().max() <= 32 * torch.finfo(dtype).eps * truth.abs().max()
