@@ -282,6 +282,12 @@ torch.library.register_fake(
 
 
 def _packed_lengths(batch_sizes: Tensor) -> Tensor:
+    rises = batch_sizes[1:] > batch_sizes[:-1]
+    if rises.any():  # in nn.LSTM's words, whose states have too few rows then
+        before, after = batch_sizes[int(rises.int().argmax()) :][:2].tolist()
+        raise RuntimeError(
+            f"The size of tensor a ({before}) must match the size of tensor b ({after}) at non-singleton dimension 0"
+        )
     # batch_sizes falls with t, so row b's length is the number of steps with more than b rows.
     return torch.searchsorted(-batch_sizes, -torch.arange(int(batch_sizes[0]), device=batch_sizes.device))
 
