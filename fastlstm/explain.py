@@ -7,10 +7,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.utils.rnn import PackedSequence
 
 from . import dispatch
 from .backends import native
+from .functional import check_lengths
 from .modules import LSTM, LSTMCell
 
 
@@ -21,7 +23,8 @@ class Explanation:
     How the native backend runs it, "" elsewhere:
         kernels: which CUDA kernels, and why.
         forward, backward: on the CPU, of the first layer: on how many threads and how these divide the work, which
-            weights are packed, how products are made, and why. Training runs both, inference forward alone.
+            weights are packed, how products are made, and why. Training runs both, inference forward alone. "" with
+            recompute, which runs the layer in segments.
     """
 
     backend: str
@@ -60,7 +63,7 @@ def explain(
         module: a fastlstm.LSTM or fastlstm.LSTMCell; the other arguments are those of its call.
 
     Raises:
-        TypeError: for another module.
+        TypeError, ValueError: for another module, and what the call raises for lengths.
     """
     if isinstance(module, LSTM):
         weights = module.current_weights()[: len(module._all_weights[0]) * (2 if module.bidirectional else 1)]
@@ -71,14 +74,16 @@ def explain(
     packed = isinstance(input, PackedSequence)
     data = input.data if isinstance(input, PackedSequence) else input
     T, B = _sizes(module, input)
+    known = _lengths(input, lengths, T, B)
     call = dispatch.describe(data, weights, data if packed or lengths is not None else None, reset_mask)
     reasons = dispatch.choices(call)
     backend = next((name for name, reason in reasons.items() if reason == "runs"), "")
     if backend != "native":
         return Explanation(backend, reasons)
-    plan = native.cpu_plan(
-        call, T, B, _lengths(input, lengths), packed, hx is not None, cell=isinstance(module, LSTMCell)
-    )
+    unknown = isinstance(known, FakeTensor) or getattr(module, "recompute", False) is not False
+    steps = None if known is None or unknown else known.tolist()
+    cell = isinstance(module, LSTMCell)
+    plan = None if unknown else native.cpu_plan(call, T, B, steps, packed, hx is not None, cell=cell)
     forward, backward = (plan[phase]["text"] for phase in ("forward", "backward")) if plan else ("", "")
     return Explanation(backend, reasons, native.kernels(call, B), forward, backward)
 
@@ -94,8 +99,13 @@ def _sizes(module: nn.Module, input: Tensor | PackedSequence) -> tuple[int, int]
     return (input.shape[1], input.shape[0]) if module.batch_first else (input.shape[0], input.shape[1])
 
 
-def _lengths(input: Tensor | PackedSequence, lengths: Any) -> list[int] | None:
+def _lengths(input: Tensor | PackedSequence, lengths: Any, T: int, B: int) -> Tensor | None:
+    """The lengths [B] of a call, checked as the call would check them."""
     if isinstance(input, PackedSequence):
         steps = input.batch_sizes
-        return (steps[:, None] > torch.arange(int(steps[0]))).sum(0).tolist()
-    return None if lengths is None else torch.as_tensor(lengths).tolist()
+        return (steps[:, None] > torch.arange(int(steps[0]))).sum(0)
+    if lengths is None:
+        return None
+    if input.dim() == 2:  # unbatched
+        lengths = torch.as_tensor(lengths).unsqueeze(0)
+    return check_lengths(lengths, torch.empty(T, B, 0))

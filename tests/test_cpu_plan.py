@@ -59,20 +59,20 @@ def test_every_plan_is_one_that_can_run():
         machine = rng.choice((AVX512, AVX2))
         plan = plan_of(case, threads, **machine)
         for phase, p in plan.items():
-            told = f"{phase} of {case} at {threads} threads: {p}"
-            assert 1 <= p["threads"] <= threads, told
-            assert p["threads"] == p["members"] * (case.directions if p["concurrent"] else 1), told
-            assert p["concurrent"] <= (case.directions == 2), told
-            assert (p["split"] == "none") == (p["members"] == 1), told
-            assert p["copies"] in (1, p["members"]), told
-            assert p["reason"], told
-            assert p["text"].startswith(f"{p['threads']} thread"), told
+            message = f"{phase} of {case} at {threads} threads: {p}"
+            assert 1 <= p["threads"] <= threads, message
+            assert p["threads"] == p["members"] * (case.directions if p["concurrent"] else 1), message
+            assert p["concurrent"] <= (case.directions == 2), message
+            assert (p["split"] == "none") == (p["members"] == 1), message
+            assert p["copies"] in (1, p["members"]), message
+            assert p["reason"], message
+            assert p["text"].startswith(f"{p['threads']} thread"), message
             if p["split"] == "rows":
-                assert p["members"] <= case.B or p["driver"] == "bf16_products", told
+                assert p["members"] <= case.B or p["driver"] == "bf16_products", message
             if p["split"] == "units":
-                assert p["members"] <= case.H // 2, told
+                assert p["members"] <= case.H // 2, message
             if case.dtype != torch.bfloat16:
-                assert p["driver"] == "float_panels", told
+                assert p["driver"] == "float_panels", message
         assert 0 <= plan["forward"]["hoisted_steps"] <= case.T
         assert 1 <= plan["backward"]["chunk_steps"] <= case.T
 
@@ -101,14 +101,14 @@ def four_threads():
 
 
 def test_explain_prints_the_plan(four_threads):
-    told = fastlstm.explain(fastlstm.LSTM(128, 128), torch.zeros(100, 64, 128))
-    assert told.forward.startswith("4 threads by rows")
-    assert ", because " in told.forward
-    assert "W_hh packed" in told.forward
-    assert "dW_hh" in told.backward
-    lines = str(told).splitlines()
-    assert lines[0] == f"native     runs: {told.forward}"
-    assert lines[1] == f"           training: forward the same; backward: {told.backward}"
+    explained = fastlstm.explain(fastlstm.LSTM(128, 128), torch.zeros(100, 64, 128))
+    assert explained.forward.startswith("4 threads by rows")
+    assert ", because " in explained.forward
+    assert "W_hh packed" in explained.forward
+    assert "dW_hh" in explained.backward
+    lines = str(explained).splitlines()
+    assert lines[0] == f"native     runs: {explained.forward}"
+    assert lines[1] == f"           training: forward the same; backward: {explained.backward}"
 
 
 def test_explain_of_every_form_of_input(four_threads):
@@ -129,5 +129,34 @@ def test_explain_of_every_form_of_input(four_threads):
 
 def test_explain_of_other_backends_has_no_plan():
     with fastlstm.use_backend("eager"):
-        told = fastlstm.explain(fastlstm.LSTM(3, 4), torch.zeros(5, 2, 3))
-    assert (told.forward, told.backward) == ("", "")
+        explained = fastlstm.explain(fastlstm.LSTM(3, 4), torch.zeros(5, 2, 3))
+    assert (explained.forward, explained.backward) == ("", "")
+
+
+@pytest.mark.parametrize(
+    ("lengths", "error"),
+    [
+        (torch.tensor([5.0, 3.0, 1.0]), TypeError),
+        ([[5, 3, 1]], ValueError),
+        (5, ValueError),
+        ([5, 3], ValueError),
+        ([9, 3, 1], ValueError),
+        ([5, 3, -1], ValueError),
+    ],
+    ids=str,
+)
+def test_explain_refuses_the_lengths_that_the_call_refuses(lengths, error):
+    lstm, x = fastlstm.LSTM(8, 4), torch.zeros(5, 3, 8)
+    found = []
+    for call in (lstm, lambda *args, **options: fastlstm.explain(lstm, *args, **options)):
+        with pytest.raises(error) as caught:
+            call(x, lengths=lengths)
+        found.append(str(caught.value))
+    assert found[0] == found[1]
+
+
+def test_explain_with_recompute_prints_no_plan_of_the_whole_layer():
+    lstm = fastlstm.LSTM(8, 4)
+    lstm.recompute = True
+    assert fastlstm.explain(lstm, torch.zeros(5, 3, 8)).forward == ""
+    assert fastlstm.explain(lstm, torch.zeros(5, 8), lengths=3).backend

@@ -217,6 +217,25 @@ def test_native_gates_are_those_of_eager(sizes, form, dtype):
 
 
 @backends
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("shift", [0.0, 4.0])
+def test_create_graph_changes_no_first_gradient(shift, dtype, backend):
+    """The gates are those that forward stored, not rounded again as pre-activations."""
+    ours, _ = twins(8, 16, dtype=dtype)
+    with torch.no_grad():  # input and output gates near 0, where a pre-activation has few digits left
+        ours.bias_ih_l0[:16] -= shift
+        ours.bias_ih_l0[48:] -= shift
+    x, reset = data(6, 4, 8).to(dtype).requires_grad_(), torch.zeros(6, 4, dtype=torch.bool)
+    reset[3, 1] = True
+    found = []
+    for create_graph in (False, True):
+        y = ours(x, lengths=[6, 0, 3, 1], reset_mask=reset)[0]
+        found.append(torch.autograd.grad(y.float().pow(2).sum(), [x, *ours.parameters()], create_graph=create_graph))
+    for plain, recorded in zip(*found, strict=True):
+        assert (plain - recorded).abs().max() <= 4 * torch.finfo(dtype).eps * plain.abs().max()
+
+
+@backends
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_second_order_in_other_dtypes(dtype, backend):
     ours, _ = twins(5, 20, bidirectional=True, dtype=torch.float64)

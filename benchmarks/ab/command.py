@@ -91,37 +91,37 @@ def line(row: AbRow) -> str:
 
 def summary(rows: list[AbRow], typical: float) -> list[str]:
     """Geometric means and minima per suite and mode, then the cases outside noise."""
-    told = []
+    lines = []
     for suite in dict.fromkeys(row.suite for row in rows):
         for mode in MODES:
             found = [row for row in rows if (row.suite, row.mode) == (suite, mode) and row.ratio]
             if found:
                 least = min(found, key=lambda row: row.ratio or 0.0)
                 mean = geometric_mean([row.ratio for row in found if row.ratio])
-                told.append(
+                lines.append(
                     f"{suite}, {mode}: geometric mean {mean:.3f}x over {len(found)} cases, "
                     f"min {least.ratio:.3f}x ({least.case})"
                 )
     measured = [row for row in rows if row.noise is not None]
     if measured:
         noise = [row.noise for row in measured if row.noise is not None]
-        told.append(
+        lines.append(
             f"spread of a launch {typical:.1%} (typical standard deviation); "
             f"changes up to {min(noise):.1%} .. {max(noise):.1%}, by the case, are within noise"
         )
     for verdict, colour in ((SLOWER, "red"), (FASTER, "green")):
         outside = sorted((row for row in measured if row.verdict == verdict), key=lambda row: row.ratio or 0.0)
-        told += [
+        lines += [
             f"[{colour}]{verdict}[/]: {row.case}, {row.mode}: {row.ratio:.3f}x "
             f"({row.ratio_low:.3f} .. {row.ratio_high:.3f}; noise {row.noise:.1%})"
             for row in outside
         ]
     if measured and all(row.verdict == WITHIN_NOISE for row in measured):
-        told.append("no case is outside noise")
+        lines.append("no case is outside noise")
     busy = sum(row.others_cpu is not None and row.others_cpu > BUSY for row in rows)
     if busy:
-        told.append(f"{busy} rows were measured on a busy machine (others above {BUSY:.0%} of the CPUs)")
-    return told
+        lines.append(f"{busy} rows were measured on a busy machine (others above {BUSY:.0%} of the CPUs)")
+    return lines
 
 
 def select(options: argparse.Namespace) -> list[tuple[Suite, Case]]:

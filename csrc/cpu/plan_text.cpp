@@ -33,7 +33,7 @@ std::string in_words(const char* weight, WeightMode mode) {
 std::string in_words(const char* product, const WgradPlan& p) {
   std::string text = product;
   if (p.transposed) text += " transposed";
-  if (p.float64) text += " in float64";
+  if (p.float64) text += " summed in float64";
   return text + (p.gemm == Gemm::blas ? " by BLAS" : " by microkernels");
 }
 

@@ -13,7 +13,7 @@
 
 namespace fastlstm {
 
-// ---- Threads of the float kernels (partition in plan.cpp). MACs are estimates: see partition_step_macs.
+// ---- Threads of the float kernels (partition in plan.cpp). MACs are estimates.
 
 // From this many multiply-adds of all steps on, a layer runs on more than one thread. A fork and join cost
 // about what 5e5 of them take. Fitted, 2026-11.

@@ -262,11 +262,13 @@ LayerGradients layer_backward(const OptionalTensor& dy, const OptionalTensor& dh
   const int64_t T = l.T, B = l.B, H = l.H, P = l.P;
   l.check_backward(x, dy, dh_n, dc_n, dcells, y, cells, reserve, needs);
   const auto dense = [](const at::Tensor& t) { return t.defined() ? t.contiguous() : t; };
+  bool reads_x = false;  // otherwise it may be a stand-in of stride 0
+  for (size_t k = 3; k < needs.size(); k += l.per_direction) reads_x |= needs[k];
   const Given given = {readable(dy),
                        dense(readable(dh_n)),
                        dense(readable(dc_n)),
                        readable(dcells),
-                       l.lengths.defined() && x.stride(2) != 1 ? x.contiguous() : x,
+                       reads_x && l.lengths.defined() && x.stride(2) != 1 ? x.contiguous() : x,
                        lacks_output(y) ? output_again(l, cells, reserve) : dense(y),
                        dense(cells),
                        dense(reserve)};

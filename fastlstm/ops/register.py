@@ -199,8 +199,11 @@ def differentiable_backward(
     again = torch.is_grad_enabled()
     with torch.enable_grad():
         # Views, so that a tensor given in two roles gets its own gradient for each.
-        x, h0, c0, *weights = [None if t is None else t.view_as(t) for t in inputs]  # type: ignore[misc, assignment]
-        wanted = [t for t, need in zip([x, h0, c0, *weights], needs, strict=True) if need and t is not None]
+        views = [None if t is None else t.view_as(t) for t in inputs]
+        wanted = [t for t, need in zip(views, needs, strict=True) if need and t is not None]
+        # Of half precision only stored values are rounded, as in the kernels: here the gates and cells, by forward.
+        compute = torch.promote_types(x.dtype, torch.float32)
+        x, h0, c0, *weights = [None if t is None else t.to(compute) for t in views]  # type: ignore[misc, assignment]
         if x.dim() == 3 or lengths is None:
             known = _known(gates, cells, lengths)
             outputs = reference.layer(x, h0, c0, weights, lengths, reset_mask, known)
@@ -216,7 +219,7 @@ def differentiable_backward(
         for out, grad in zip(outputs, (dy, dh_n, dc_n, dcells), strict=True)
         if grad is not None and out.requires_grad
     ]
-    outs, grads = [p[0] for p in pairs], [p[1] for p in pairs]
+    outs, grads = [p[0] for p in pairs], [p[1].to(compute) for p in pairs]
     found = iter(torch.autograd.grad(outs, wanted, grads, create_graph=again, allow_unused=True))
     flat = [next(found) if need else None for need in needs]
     return flat[0], flat[1], flat[2], flat[3:]
@@ -229,14 +232,14 @@ def _known(gates: Tensor | None, cells: Tensor | None, lengths: Tensor | None) -
     """
     if gates is None or cells is None:
         return None
-    gates, cells = gates.detach(), cells.detach()
+    compute = torch.promote_types(gates.dtype, torch.float32)
+    gates, cells = gates.detach().to(compute), cells.detach().to(compute)
     if lengths is not None:  # past them gates are uninitialized
         gates = gates.masked_fill(
             (torch.arange(gates.shape[1], device=gates.device)[:, None] >= lengths)[..., None], 0.5
         )
-    compute = torch.promote_types(gates.dtype, torch.float32)
-    i, f, g, o = gates.to(compute).chunk(4, dim=-1)
-    return torch.cat([i.logit(), f.logit(), g.atanh(), o.logit()], dim=-1).to(gates.dtype), cells
+    i, f, g, o = gates.chunk(4, dim=-1)
+    return torch.cat([i.logit(), f.logit(), g.atanh(), o.logit()], dim=-1), cells
 
 
 def _differentiable_backward_op(
@@ -283,11 +286,10 @@ torch.library.register_fake(
 
 def _packed_lengths(batch_sizes: Tensor) -> Tensor:
     rises = batch_sizes[1:] > batch_sizes[:-1]
-    if rises.any():  # in nn.LSTM's words, whose states have too few rows then
-        before, after = batch_sizes[int(rises.int().argmax()) :][:2].tolist()
-        raise RuntimeError(
-            f"The size of tensor a ({before}) must match the size of tensor b ({after}) at non-singleton dimension 0"
-        )
+    if rises.any():  # a RuntimeError in nn.LSTM, too, whose states have too few rows then
+        step = int(rises.int().argmax())
+        before, after = batch_sizes[step : step + 2].tolist()
+        raise RuntimeError(f"batch_sizes must not rise, got {before} rows in step {step} and {after} in the next")
     # batch_sizes falls with t, so row b's length is the number of steps with more than b rows.
     return torch.searchsorted(-batch_sizes, -torch.arange(int(batch_sizes[0]), device=batch_sizes.device))
 
