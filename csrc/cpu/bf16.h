@@ -19,7 +19,6 @@ constexpr int64_t kTileRows = 16;   // of a tile
 constexpr int64_t kTileDepth = 32;  // bfloat16 numbers in a row of a tile
 constexpr int64_t kBlock = 16;      // units of a block, and of the saved gates
 constexpr int64_t kUnits = 32;      // members own multiples of this many units
-constexpr int64_t kGroup = 128;     // rows of a step whose x is laid out at once
 
 inline int64_t padded(int64_t n) { return (n + kTileDepth - 1) / kTileDepth * kTileDepth; }
 // Elements from row to row of a left operand of depth n: an odd multiple of 64 bytes, so that 16 rows fall
@@ -30,7 +29,7 @@ inline int64_t packed_gates_size(int64_t H, int64_t K) {
   return (H + kBlock - 1) / kBlock * 4 * kBlock * padded(K);
 }
 inline int64_t packed_columns_size(int64_t K, int64_t N) { return padded(K) * padded(N); }
-inline int64_t forward_scratch(int64_t I) { return kGroup * row_stride(I); }
+inline int64_t forward_scratch(int64_t I) { return kBf16RowBlockRows * row_stride(I); }
 
 struct ForwardArgs {
   Rows rows;

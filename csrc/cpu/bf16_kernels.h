@@ -74,8 +74,8 @@ inline void forward(const ForwardArgs& a, const Member& me) {
     PendingCells pending{a, t, next_t, h_out};
     const bool to_the_left =
         s % 2 == 1 && alternate_block_order(8.0 * (I + H) * (me.unit_end - me.unit_begin));
-    for (int64_t g0 = me.row_begin; g0 < end; g0 += kGroup) {
-      const int64_t g1 = std::min(end, g0 + kGroup);
+    for (int64_t g0 = me.row_begin; g0 < end; g0 += kBf16RowBlockRows) {
+      const int64_t g1 = std::min(end, g0 + kBf16RowBlockRows);
       for (int64_t r = g0; r < g1; ++r)
         std::memcpy(x + (r - g0) * ldx, a.x + a.rows.row_at(t, r) * I, I * sizeof(Bf16));
       for (int64_t k = 0; k < blocks; ++k) {

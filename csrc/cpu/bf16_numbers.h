@@ -14,7 +14,6 @@ using bf16::BackwardArgs;
 using bf16::Bf16;
 using bf16::ForwardArgs;
 using bf16::kBlock;
-using bf16::kGroup;
 using bf16::kTileDepth;
 using bf16::kTileRows;
 using bf16::kUnits;

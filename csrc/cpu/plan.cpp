@@ -1,6 +1,8 @@
 // The decisions of cpu/plan.h.
 #include "cpu/plan.h"
 
+#include "cpu/bf16.h"
+
 namespace fastlstm {
 namespace {
 
@@ -76,7 +78,8 @@ ThreadPartition partition(const LayerShape& s, const Machine& machine, bool rows
 }
 
 // For the bfloat16 kernels.
-constexpr int64_t kBf16UnitBlock = 32;  // bf16::kUnits, and a tile's 64 columns are two of them
+constexpr int64_t kBf16UnitBlock = 32;  // a tile's 64 columns are two of them
+static_assert(kBf16UnitBlock == bf16::kUnits);
 
 ThreadPartition partition_bf16(const LayerShape& s, const Machine& machine) {
   const double rows = double(s.N) / s.T;

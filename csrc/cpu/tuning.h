@@ -94,6 +94,8 @@ inline constexpr int64_t kHhPackMaxBytes = 1 << 22;
 // Rows of a step whose pre-activations wait in scratch while the weights of one block of units pass. With
 // projection, up to this many rows of a single step pack weights on use. Fitted, 2026-11-22.
 inline constexpr int64_t kRowBlockRows = 96;
+// Rows of a step whose x the bfloat16 kernels copy into scratch at once. Fitted, 2026-11-27.
+inline constexpr int64_t kBf16RowBlockRows = 128;
 // Up to this many rows of all steps, x W_ih^T is made for all of them at once, from a W_ih that is packed on
 // use. Fitted, 2026-11-28.
 inline constexpr int64_t kHoistAllMaxRows = 192;
