@@ -11,8 +11,8 @@
 
 #include "contract.h"
 #include "cpu/memory.h"
-#include "cpu/partition.h"
 #include "cpu/ragged.h"
+#include "cpu/run_partition.h"
 #include "cpu/sequence.h"
 
 namespace fastlstm {

@@ -1,25 +1,14 @@
-// Running a layer on the threads of its plan (cpu/plan.h), and the machine that plans are made for.
+// What each thread of a partition (cpu/plan.h) runs of a layer. Neither torch nor OpenMP is needed here:
+// cpu/run_partition.h starts the threads.
 #pragma once
-
-#include <ATen/Parallel.h>
-#if defined(_OPENMP)
-#include <omp.h>
-#endif
 
 #include <algorithm>
 #include <vector>
 
-#include "cpu/bf16.h"
 #include "cpu/plan.h"
 #include "cpu/sequence.h"
 
 namespace fastlstm {
-
-// What a call on this thread may use.
-inline Machine this_machine() {
-  return {at::in_parallel_region() ? 1 : at::get_num_threads(), l2_bytes(),
-          kernels<float>().width * static_cast<int64_t>(sizeof(float)), bf16::kernels() != nullptr};
-}
 
 // The sorted rows at which n members begin, and B, so that all have about the same work: of a row its steps,
 // and in each step of its longest row the reading of the weights, which takes as long as two rows.
@@ -58,56 +47,68 @@ inline std::vector<int64_t> split_rows(const Rows& rows, int n) {
   return begin;
 }
 
-// Runs body(direction, member) for every part of a partition, each on a thread of its own.
-template <class F>
-void run_partition(const ThreadPartition& partition, const std::vector<Rows>& rows, int64_t H, int64_t P,
-                   int64_t unit_block, F&& body) {
-  std::vector<int64_t> begin;  // of both directions, whose rows have the same steps
-  if (partition.members > 1 && !partition.split_units) begin = split_rows(rows[0], partition.members);
-  const auto member = [&](int64_t d, int k, int n, bool units, Barrier* barrier, int index) {
-    Member me{0, rows[d].B, 0, H, 0, P, index, nullptr};
-    if (units) {
-      const auto split = [&](int64_t size, int64_t& begin, int64_t& end) {
-        const int64_t blocks = (size + unit_block - 1) / unit_block;
-        begin = blocks * k / n * unit_block;
-        end = std::min(size, blocks * (k + 1) / n * unit_block);
-      };
-      split(H, me.unit_begin, me.unit_end);
-      split(P, me.feature_begin, me.feature_end);
-      me.barrier = barrier;
-    } else if (n > 1) {
-      me.row_begin = begin[k];
-      me.row_end = begin[k + 1];
-    }
-    body(d, me);
-  };
-  const auto serial = [&] {
-    for (int64_t d = 0; d < partition.D; ++d) member(d, 0, 1, false, nullptr, 0);
-  };
-  const int threads = partition.threads();
-  if (threads == 1) return serial();
-#if defined(_OPENMP)
-  Barrier first(partition.members), second(partition.members);
-#pragma omp parallel num_threads(threads)
-  {
-    // A runtime that grants fewer threads must not leave a barrier waiting for the others.
-    if (omp_get_num_threads() != threads) {
-#pragma omp single
-      serial();
+// The members of a partition, and the barriers of those that split units.
+class Members {
+ public:
+  // rows: of each direction. P: features of h. Units are split in multiples of unit_block.
+  Members(const ThreadPartition& partition, const std::vector<Rows>& rows, int64_t H, int64_t P,
+          int64_t unit_block)
+      : partition_(partition),
+        rows_(rows),
+        H_(H),
+        P_(P),
+        unit_block_(unit_block),
+        barriers_{Barrier(partition.members), Barrier(partition.members)} {
+    // Both directions have the same number of rows in each step.
+    if (partition.members > 1 && !partition.split_units) row_begin_ = split_rows(rows[0], partition.members);
+  }
+
+  // Calls body(direction, member) for what a thread, of partition.threads(), runs.
+  template <class F>
+  void run(int thread, F&& body) {
+    const int k = thread % partition_.members;
+    if (partition_.concurrent) {
+      const int64_t d = thread / partition_.members;
+      body(d, member(d, k, thread));
     } else {
-      const int index = omp_get_thread_num(), k = index % partition.members;
-      if (partition.concurrent) {
-        const int64_t d = index / partition.members;
-        member(d, k, partition.members, partition.split_units, d == 0 ? &first : &second, index);
-      } else {
-        for (int64_t d = 0; d < partition.D; ++d)
-          member(d, k, partition.members, partition.split_units, &first, index);
-      }
+      for (int64_t d = 0; d < partition_.D; ++d) body(d, member(d, k, thread));
     }
   }
-#else
-  serial();
-#endif
-}
+
+  // Calls body(direction, member) for the whole layer, as one member of each direction.
+  template <class F>
+  void run_serially(F&& body) const {
+    for (int64_t d = 0; d < partition_.D; ++d) body(d, whole(d));
+  }
+
+ private:
+  Member whole(int64_t d) const { return {0, rows_[d].B, 0, H_, 0, P_, 0, nullptr}; }
+
+  // The k-th member of direction d, on this thread.
+  Member member(int64_t d, int k, int thread) {
+    Member me = whole(d);
+    me.index = thread;
+    if (partition_.split_units) {
+      const auto split = [&](int64_t size, int64_t& begin, int64_t& end) {
+        const int64_t blocks = (size + unit_block_ - 1) / unit_block_, n = partition_.members;
+        begin = blocks * k / n * unit_block_;
+        end = std::min(size, blocks * (k + 1) / n * unit_block_);
+      };
+      split(H_, me.unit_begin, me.unit_end);
+      split(P_, me.feature_begin, me.feature_end);
+      me.barrier = &barriers_[partition_.concurrent ? d : 0];
+    } else if (partition_.members > 1) {
+      me.row_begin = row_begin_[k];
+      me.row_end = row_begin_[k + 1];
+    }
+    return me;
+  }
+
+  const ThreadPartition& partition_;
+  const std::vector<Rows>& rows_;
+  const int64_t H_, P_, unit_block_;
+  std::vector<int64_t> row_begin_;  // of each member, and B
+  Barrier barriers_[2];             // of each direction, if they run at once
+};
 
 }  // namespace fastlstm

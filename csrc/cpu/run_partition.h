@@ -1,0 +1,45 @@
+// Running a layer on the threads of its plan (cpu/plan.h), and the machine that plans are made for.
+#pragma once
+
+#include <ATen/Parallel.h>
+#if defined(_OPENMP)
+#include <omp.h>
+#endif
+
+#include <vector>
+
+#include "cpu/bf16.h"
+#include "cpu/partition.h"
+
+namespace fastlstm {
+
+// What a call on this thread may use.
+inline Machine this_machine() {
+  return {at::in_parallel_region() ? 1 : at::get_num_threads(), l2_bytes(),
+          kernels<float>().width * static_cast<int64_t>(sizeof(float)), bf16::kernels() != nullptr};
+}
+
+// Runs body(direction, member) for every member of a partition, each on a thread of its own.
+template <class F>
+void run_partition(const ThreadPartition& partition, const std::vector<Rows>& rows, int64_t H, int64_t P,
+                   int64_t unit_block, F&& body) {
+  Members members(partition, rows, H, P, unit_block);
+  const int threads = partition.threads();
+  if (threads == 1) return members.run_serially(body);
+#if defined(_OPENMP)
+#pragma omp parallel num_threads(threads)
+  {
+    // A runtime that grants fewer threads must not leave a barrier waiting for the others.
+    if (omp_get_num_threads() != threads) {
+#pragma omp single
+      members.run_serially(body);
+    } else {
+      members.run(omp_get_thread_num(), body);
+    }
+  }
+#else
+  members.run_serially(body);
+#endif
+}
+
+}  // namespace fastlstm
