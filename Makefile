@@ -29,7 +29,8 @@ WORKERS := -n 2 --dist loadfile
 test: $(READY)
 	$(BIN)/python -m pytest $(WORKERS) --durations=15
 
-# The GPU code on a machine without a GPU; parts that need nvcc are skipped where there is none.
+# The GPU code on a machine without a GPU; parts that need nvcc are skipped where there is none. And the CPU kernels
+# under ThreadSanitizer.
 test-gpu-code: $(READY)
 	$(BIN)/python -m pytest $(WORKERS) -m "toolchain and not gpu and not slow" --durations=10
 

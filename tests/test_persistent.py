@@ -6,8 +6,6 @@ Their numbers are in tests/test_cuda_host.py, their registers in tests/test_cuda
 from __future__ import annotations
 
 import itertools
-import shutil
-import subprocess
 from pathlib import Path
 
 import pytest
@@ -18,6 +16,7 @@ from fastlstm.backends import native
 from fastlstm.ops.schema import LayerCall, LayerShape
 
 from .test_cuda_host import ROOT, cuda_headers, why_not
+from .thread_sanitizer import compile_program, run_program
 
 # Streaming multiprocessors, the shared memory a block may ask for, and the most blocks of a cluster.
 H100, A100, RTX4090 = (132, 227 << 10, 16), (108, 163 << 10, 0), (128, 99 << 10, 0)
@@ -188,37 +187,26 @@ def simulation(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """tests/cuda_host/simulation.cpp, compiled with ThreadSanitizer."""
     if reason := why_not():
         pytest.skip(reason)
-    built = tmp_path_factory.mktemp("simulation") / "simulation"
-    command = ["g++", "-std=c++20", "-O1", "-g", "-Wall", "-Werror", "-Wno-unknown-pragmas", "-fsanitize=thread"]
-    command += [f"-I{ROOT / 'tests' / 'cuda_host'}", f"-I{ROOT / 'csrc'}", f"-isystem{cuda_headers()}", "-pthread"]
-    ran = subprocess.run(
-        [*command, str(ROOT / "tests" / "cuda_host" / "simulation.cpp"), "-o", str(built)],
-        capture_output=True,
-        text=True,
+    return compile_program(
+        [ROOT / "tests" / "cuda_host" / "simulation.cpp"],
+        tmp_path_factory.mktemp("simulation") / "simulation",
+        "-Wno-unknown-pragmas",
+        *(f"-I{ROOT / folder}" for folder in ("tests/cuda_host", "csrc")),
+        f"-isystem{cuda_headers()}",
     )
-    if "cannot find -ltsan" in ran.stderr or "libtsan" in ran.stderr:
-        pytest.skip("g++ has no ThreadSanitizer here")
-    assert ran.returncode == 0, ran.stderr
-    return built
-
-
-def simulate(simulation: Path, *arguments: object) -> subprocess.CompletedProcess[str]:
-    # Address space randomisation of some kernels leaves ThreadSanitizer no room for its shadow.
-    command = [*(("setarch", "-R") if shutil.which("setarch") else ()), str(simulation), *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=300)
 
 
 @pytest.mark.toolchain
 @pytest.mark.parametrize(("first_seed", "delay_us"), [(10, 0), (3000, 300)])
 def test_the_exchange_has_no_races(simulation, first_seed, delay_us):
     """Ten layers of random sizes, masks and launches: ThreadSanitizer is silent, the numbers the step-wise kernels'."""
-    ran = simulate(simulation, first_seed, 10, delay_us)
+    ran = run_program(simulation, first_seed, 10, delay_us)
     assert ran.returncode == 0, ran.stderr[-4000:]
 
 
 @pytest.mark.toolchain
 @pytest.mark.parametrize("seed", [0, 3, 18], ids=["flags", "clusters", "clusters of 16 rows"])
 def test_a_lost_flag_or_push_is_a_fault_and_not_a_hang(simulation, seed):
-    ran = simulate(simulation, seed, 1, 0, "silent")
+    ran = run_program(simulation, seed, 1, 0, "silent")
     assert ran.returncode == 3, ran.stderr[-4000:]
     assert "waited in vain for epoch" in ran.stderr
