@@ -79,6 +79,50 @@ def test_two_threads_in_one_call(case, backend, threads):
         assert torch.equal(value, second[name]), f"{name} differs from run to run"
 
 
+def divided(threads: int, split: str, directions: int, kind: str) -> Case:
+    """A layer that is best divided among all threads, so that each has the same number of rows or of blocks of units.
+
+    By rows: several register tiles of them each, and weights that stay in every L2. By units: one or two rows, and
+    weights that take one thread longer than a barrier does; the last block is narrow.
+    """
+    members = threads // directions
+    if split == "rows":
+        T, B, H, P = 9, 24 * members, 43, 29
+    else:
+        T, B, H, P = 6, 1 if kind == "projection" else 2, members * (640 // (32 * members)) * 32 - 5, 210
+    return Case(
+        T=T,
+        B=B,
+        I=32,
+        H=H,
+        bidirectional=directions == 2,
+        proj=P if kind == "projection" else 0,
+        dtype=torch.bfloat16 if kind == "bfloat16" else torch.float32,
+        hx="tuple",
+        lengths=tuple(T - r * T // (2 * B) for r in range(B)) if kind == "ragged" else None,
+    )
+
+
+DIVIDED = [
+    (threads, split, divided(threads, split, directions, kind))
+    for threads in range(3, 9)
+    for directions in (1, 2)[: 2 - threads % 2]
+    for split in ("rows", "units")
+    for kind in ("ragged", "projection", "bfloat16")
+]
+
+
+@pytest.mark.parametrize("backend", ["native"], indirect=True)
+@pytest.mark.parametrize(("count", "split", "case"), DIVIDED, ids=str)
+def test_three_to_eight_threads_in_one_call(count, split, case, backend, threads):
+    """Also more than there are cores. tests/test_partitions.py looks for races among them."""
+    D = case.directions
+    for phase in ("forward", "backward"):
+        assert_path(case, phase, at=count, threads=count, members=count // D, concurrent=D == 2, split=split)
+    threads(count)
+    check(case, backend)
+
+
 # Grants one thread to half of the extension's parallel regions, as a runtime may that has none to spare. Which half a
 # generator decides, for any strict order of regions and threads would leave some sequences of them out.
 FEWER = """
