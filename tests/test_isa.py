@@ -10,15 +10,18 @@ import torch
 from fastlstm import backends
 
 from .cases import Case
+from .plans import assert_path
 from .runners import check_elsewhere
 from .test_bfloat16 import CASES as BFLOAT16_CASES
 from .test_bfloat16 import flags
+from .test_blocks import HOISTED, ON_USE, UNPACKED
 from .test_parity import DTYPES, OPTIONS, SIZES
 
 NAMES = {"DEFAULT": "baseline", "AVX2": "avx2", "AVX512": "avx512"}
 LEVELS = [level for level in NAMES if level in ("DEFAULT", "AVX2", torch.backends.cpu.get_cpu_capability())]
 
-SHAPES = ((20, 3), (1, 130), (1, 4), (4, 1))
+# T, B, and the path of the weights: W_ih ahead of the steps, both for one step of more than a row block, and unpacked.
+SHAPES = {(20, 3): HOISTED, (1, 130): ON_USE, (1, 4): UNPACKED, (4, 1): UNPACKED}
 CASES = [
     replace(case, dtype=dtype)
     for dtype in DTYPES
@@ -40,6 +43,15 @@ assert backends.native.extension.isa() == sys.argv[2], backends.native.extension
 assert backends.native.extension.bfloat16_isa() == sys.argv[3], backends.native.extension.bfloat16_isa()
 save([[run_backend(case, "native")] for case in cases])
 """
+
+
+@pytest.mark.parametrize("backend", ["native"], indirect=True)
+@pytest.mark.parametrize(("T", "B"), SHAPES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_shapes_take_their_path_at_each_level(T, B, dtype, backend):
+    for vector_bytes in (16, 32, 64):
+        on = {"vector_bytes": vector_bytes, "bf16_kernels": False}
+        assert_path(Case(T=T, B=B, H=29, dtype=dtype), "forward", at=1, on=on, **SHAPES[T, B])
 
 
 @pytest.mark.skipif(torch.backends.cpu.get_cpu_capability() not in NAMES, reason="this CPU is no x86-64 with AVX")
