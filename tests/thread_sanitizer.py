@@ -17,7 +17,7 @@ def compile_program(sources: list[Path], program: Path, *flags: str) -> Path:
     """Compile `program` with g++; skip the test where there is none or it has no ThreadSanitizer."""
     if shutil.which("g++") is None:
         pytest.skip("there is no g++")
-    command = ["g++", "-std=c++20", "-O1", "-g", "-Wall", "-Werror", *flags, "-fsanitize=thread", "-pthread"]
+    command = ["g++", "-std=c++20", "-O1", "-g1", "-Wall", "-Werror", *flags, "-fsanitize=thread", "-pthread"]
     ran = subprocess.run([*command, *map(str, sources), "-o", str(program)], capture_output=True, text=True)
     if "cannot find -ltsan" in ran.stderr or "libtsan" in ran.stderr:
         pytest.skip("g++ has no ThreadSanitizer here")

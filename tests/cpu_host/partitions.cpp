@@ -131,7 +131,7 @@ int main(int argc, char** argv) {
           Case k{T, B, I, H, P, members % 2 == 1, weights};
           if (ragged) k.lengths = falling_lengths(T, B);
           for (const int copies : {1, members}) {
-            if (copies > 1 && units) continue;
+            if (copies > 1 && (units || members > 4)) continue;
             run(k, {1, members, false, units, copies});
             run(k, {2, members, true, units, copies});
             if (members <= 3) run(k, {2, members, false, units, copies});
