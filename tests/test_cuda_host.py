@@ -152,14 +152,14 @@ def test_parity_of_the_persistent_kernels(case, dtype, persistent, poisoned_empt
 
 @pytest.mark.parametrize("case", PERSISTENT, ids=str)
 def test_tf32_of_the_persistent_kernels(case, persistent, poisoned_empty):
-    check(case, persistent, gpu_support.TF32.rounding())
+    check(case, persistent, gpu_support.TF32.rounding("native"))
 
 
 @pytest.mark.parametrize("persistent", ["A"], indirect=True)
 def test_the_largest_clusters(persistent, poisoned_empty):
     """As many blocks as a cluster may have, and W_hh partly in shared memory."""
     case = Case(T=4, B=9, I=4, H=500, hx="tuple", cells=True, lengths=(4, 2, 3, 0, 4, 4, 1, 3, 4))
-    check(case, persistent, gpu_support.TF32.rounding())
+    check(case, persistent, gpu_support.TF32.rounding("native"))
 
 
 def test_random_cases_of_the_persistent_kernels(persistent, poisoned_empty):
