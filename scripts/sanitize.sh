@@ -7,7 +7,7 @@ shift
 cd "$(dirname "$0")/.."
 tree=build/sanitize
 mkdir -p "$tree"
-cp -r pyproject.toml README.md LICENSE csrc fastlstm tests "$tree"/
+cp -r pyproject.toml README.md LICENSE csrc fastlstm tests benchmarks "$tree"/
 sed 's/"-O3"/"-O1"/' setup.py >"$tree"/setup.py # -O3 on top of the checks compiles for minutes
 rm -f "$tree"/fastlstm/*.so
 cd "$tree"
