@@ -4,7 +4,7 @@
 - vmap over weights (an ensemble) calls the op once for each member.
 - vmap(grad) over rows (per-sample gradients) runs one backward pass over the folded batch and one batched product for
   each weight (backends/eager.py with `groups`).
-- A gradient of a gradient is that of the reference, which also serves forward-mode AD (fastlstm/dispatch.py).
+- A gradient of a gradient is that of the reference, which also runs forward-mode AD (fastlstm/dispatch.py).
 
 What the arguments mean is said in fastlstm/ops/schema.py.
 """
