@@ -1,14 +1,22 @@
 // The plans of cpu/plan.h as Python reads them: fastlstm._C.cpu_plan and cpu_cell_plan, for any machine,
 // without running anything. Private to fastlstm and its tests.
-#include <torch/extension.h>
+#include <c10/util/Exception.h>
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
+#include <algorithm>
 #include <optional>
+#include <string>
+#include <vector>
 
 #include "cpu/bf16.h"
 #include "cpu/plan.h"
 #include "cpu/sequence.h"
 
 namespace fastlstm {
+
+namespace py = pybind11;
+
 namespace {
 
 Dtype dtype_of(const std::string& name) {

@@ -1,7 +1,7 @@
 // What the backwards of all dtypes share: the rows of a chunk of steps, and the states that entered steps.
 #pragma once
 
-#include <ATen/ATen.h>
+#include <ATen/ops/mm.h>
 
 #include "cpu/layer.h"
 

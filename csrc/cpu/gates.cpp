@@ -1,5 +1,5 @@
 // The activated gates of a CPU layer's reserve in the order of nn.LSTM: fastlstm::native_gates.
-#include <ATen/ATen.h>
+#include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
 #include "cpu/bf16.h"

@@ -1,5 +1,4 @@
 // The native ops on CPU tensors, by dtype.
-#include <ATen/ATen.h>
 #include <torch/library.h>
 
 #include "cpu/layer.h"

@@ -1,6 +1,7 @@
 // Backward of a layer on CPU tensors: the time loop of cpu/backward.h in chunks of steps, and after each
 // chunk the products and sums over its rows.
-#include <ATen/ATen.h>
+#include <ATen/ops/zeros.h>
+#include <ATen/ops/zeros_like.h>
 
 #include "cpu/chunks.h"
 #include "cpu/layer.h"

@@ -1,5 +1,7 @@
 // Forward and backward of a bfloat16 layer without projection on the kernels of cpu/bf16.h.
-#include <ATen/ATen.h>
+#include <ATen/ops/addmm.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/mm.h>
 
 #include "cpu/bf16.h"
 #include "cpu/chunks.h"

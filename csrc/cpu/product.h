@@ -1,8 +1,10 @@
 // A product by the tiles of cpu/gemm.h or by the BLAS behind ATen, as gemm_kind decides.
 #pragma once
 
-#include <ATen/ATen.h>
 #include <ATen/Parallel.h>
+#include <ATen/ops/addmm.h>
+#include <ATen/ops/from_blob.h>
+#include <ATen/ops/mm.h>
 
 #include <algorithm>
 #include <vector>
