@@ -21,7 +21,7 @@ class Expected:
     """What every program must give, and how far rounding may bring it from that."""
 
     truth: dict[str, Tensor]
-    bounds: dict[str, float]
+    bounds: Mapping[str, float]
 
     def names(self, mode: str) -> Iterable[str]:
         """The results of "train" or "forward"."""

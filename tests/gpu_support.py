@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
@@ -153,13 +153,17 @@ def check(case: Case, precision: Arithmetic, backend: str, device: str = "cuda")
 
 
 @lru_cache(maxsize=2)  # the backends run a case one after the other, and the reference takes minutes for T = 70,000
-def expected(case: Case, rounding: accuracy.Precision, device: str) -> tuple[Results, dict[str, float]]:
+def expected(case: Case, rounding: accuracy.Precision, device: str) -> tuple[Results, Mapping[str, float]]:
     """The reference in float64, on the rounded numbers of the case's dtype, and the bounds."""
     given = on_device(case, torch.float64, device)
     call = ours(case, given)
-    with fastlstm.use_backend("reference"), DOUBLE.flags():
-        terms = {f"d {name}": case.T * case.B for name in given.weights}
-        return accuracy.error_bounds(lambda: with_gradients(case, given, call), rounding, terms)
+    terms = {f"d {name}": case.T * case.B for name in given.weights}
+
+    def run() -> Results:
+        with fastlstm.use_backend("reference"), DOUBLE.flags():
+            return with_gradients(case, given, call)
+
+    return accuracy.error_bounds(run, rounding, terms)
 
 
 def same(a: Results, b: Results) -> None:

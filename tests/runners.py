@@ -11,7 +11,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from itertools import pairwise
 from pathlib import Path
@@ -64,7 +64,7 @@ def precision(dtype: torch.dtype, backend: str) -> Precision:
 
 
 @lru_cache(maxsize=1024)
-def expected(case: Case, precision: Precision) -> tuple[Results, dict[str, float]]:
+def expected(case: Case, precision: Precision) -> tuple[Results, Mapping[str, float]]:
     """The truth, and for each result the largest error that rounding explains."""
     given = tensors(case, torch.float64)
     terms = {f"d {name}": case.T * case.B for name in given.weights}
@@ -113,7 +113,7 @@ def check_elsewhere(cases: Sequence[Case], backend: str, program: str, *argument
     return found.stdout
 
 
-def assert_accurate(ours: Results, truth: Results, bounds: dict[str, float], what: str = "") -> None:
+def assert_accurate(ours: Results, truth: Results, bounds: Mapping[str, float], what: str = "") -> None:
     wrong = [str(found) for found in accuracy.compare(ours, truth, bounds) if not found.ok]
     assert not wrong, f"{what}\n  " + "\n  ".join(wrong)
 

@@ -142,6 +142,28 @@ def test_forward_and_backward_of_any_module_are_perturbed():
     assert error_bounds(run, SINGLE)[1] == bounds  # drawn the same way every time
 
 
+def test_more_evaluations_are_made_where_they_may_decide():
+    runs, x = [], normal(8)
+
+    def run():
+        runs.append(None)
+        return {"result": x * 3}
+
+    def judge(error: float):
+        runs.clear()
+        truth, bounds = error_bounds(run, SINGLE)
+        found = compare({"result": truth["result"] + error}, truth, bounds)[0]
+        return len(runs), found
+
+    full = error_bounds(run, SINGLE)[1]["result"]
+    assert len(runs) == 1 + 128 // 8  # the truth, and 8 values an evaluation
+    count, found = judge(0.1 * full)
+    assert (count, found.ok) == (1 + 2, True)
+    for ratio, ok in ((0.99, True), (1.01, False), (100.0, False)):
+        count, found = judge(ratio * full)
+        assert (count, found.ok, found.allowed) == (1 + 128 // 8, ok, full)
+
+
 def test_saturated_gates_may_be_flushed_to_zero():
     """sigmoid(-200) is 1e-87 in float64 and zero in float32."""
     x = torch.full((4,), -200.0, dtype=torch.float64)

@@ -113,7 +113,7 @@ def test_no_recompilation_for_another_t_or_b(ragged, training):
 
 
 @torch._dynamo.config.patch(error_on_recompile=True)
-@pytest.mark.parametrize("kwargs", [{}, {"lengths": LENGTHS}, {"return_cell_states": True}], ids=str)
+@pytest.mark.parametrize("kwargs", [{}, {"lengths": LENGTHS, "return_cell_states": True}], ids=["plain", "everything"])
 def test_compiled_autograd(kwargs, backend):
     model = Model(bidirectional=False)
     expected = loss_and_gradients(model, model, X, **kwargs)

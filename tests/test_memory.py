@@ -108,7 +108,7 @@ def run_limited(program: str) -> list[int]:
 
 @pytest.mark.parametrize("failed", [False, True])
 def test_kept_memory_does_not_pile_up(failed):
-    """Sixty different sizes leave no more behind than the largest of them takes, also after one that did not fit."""
+    """Thirty different sizes leave no more behind than the largest of them takes, also after one that did not fit."""
     once, peak_of_many = run_limited(f"""
 train(16)
 train(256)
@@ -121,7 +121,7 @@ if {failed}:
         assert "allocate memory" in str(error), error
     else:
         raise AssertionError("64 GiB were found")
-for T in range(20, 256, 4):
+for T in range(20, 256, 8):
     train(T)
 print(once, peak())
 """)
