@@ -215,9 +215,13 @@ class Bounds(Mapping[str, float]):
         self._samples = 0  # evaluations that are in _squares
         smallest = min((value.numel() for value in truth.values() if value.numel()), default=VALUES)
         self._all = min(max(-(-VALUES // smallest), MIN_SAMPLES), MAX_SAMPLES)
+        self._found: dict[int, dict[str, float]] = {}  # bounds by the number of evaluations
 
     def __getitem__(self, name: str) -> float:
-        return self._of(name, self._all)
+        return self._from(self._all)[name]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._truth
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._truth)
@@ -227,17 +231,25 @@ class Bounds(Mapping[str, float]):
 
     def stages(self) -> Iterator[dict[str, float]]:
         """The bounds from MIN_SAMPLES evaluations, from twice as many, and so on; the last are the mapping's own."""
+        return map(self._from, self._stages())
+
+    def _from(self, samples: int) -> dict[str, float]:
+        """The bounds from the first `samples` evaluations, a stage's number."""
+        for stage in self._stages():
+            if stage <= samples and stage not in self._found:
+                while self._samples < stage:
+                    self._draw()
+                self._found[stage] = {name: self._bound(name) for name in self}
+        return self._found[samples]
+
+    def _stages(self) -> Iterator[int]:
         samples = MIN_SAMPLES
         while samples < self._all:
-            if samples >= self._samples:  # what an earlier call has drawn is not left out again
-                yield {name: self._of(name, samples) for name in self}
+            yield samples
             samples *= 2
-        yield dict(self)
+        yield self._all
 
-    def _of(self, name: str, samples: int) -> float:
-        """The bound from at least `samples` evaluations."""
-        while self._samples < samples:
-            self._draw()
+    def _bound(self, name: str) -> float:
         square, precision = self._squares[name], self._precision
         variance = float(square.max() / self._samples) if square.numel() else 0.0
         n = precision.additions(self._terms.get(name, 0))
@@ -298,7 +310,8 @@ def max_error(got: Tensor, truth: Tensor) -> float:
 def compare(results: Mapping[str, Tensor], truth: Mapping[str, Tensor], bounds: Mapping[str, float]) -> list[Accuracy]:
     """The accuracy of each result, the worst first. `truth` may hold more than `results`.
 
-    Where every error is below CLEAR of the bounds that few evaluations give, more would not change the verdict.
+    Where every error is at most CLEAR of the bounds that few evaluations give, no more are made, and `allowed` is what
+    these few give.
     """
     errors = {name: max_error(value, truth[name]) for name, value in results.items()}
     scales = {name: _scale(truth[name]) for name in results}

@@ -24,7 +24,7 @@ export UBSAN_OPTIONS=print_stacktrace=1
 # Without what is about rounding or large sizes alone; other threads are under ThreadSanitizer (tests/test_partitions.py).
 selection="not eager and not triton and not reference and not opcheck and not three_to_eight and not 2048"
 selection+=" and not rounded_once and not beyond and not large_case and not fewer_threads"
-selection+=" and not T140 and not T160 and not T300"
+selection+=" and not T140 and not T160"
 # A report goes to the file descriptor, hence --capture=sys, and ends its process: the first one ends the run.
 "$python" -m pytest -p no:cacheprovider --capture=sys --max-worker-restart=0 \
     tests/test_parity.py tests/test_ragged.py tests/test_chunks.py tests/test_ops.py tests/test_threads.py \
