@@ -1,5 +1,6 @@
 """python -m benchmarks [--suite NAME] [--impl NAME ...] [--out DIR]; --help tells the rest.
-python -m benchmarks ab REV [--suite NAME ...] compares two revisions (benchmarks/ab/).
+python -m benchmarks ab REV [--suite NAME ...] compares two revisions (benchmarks/ab/);
+python -m benchmarks calibrate compares the CPU plan's predictions with this machine.
 
 Measures a suite, prints each case as it is done, writes DIR/<suite>.csv, by default benchmarks/results/<device>/. The
 file is whole after every case; --seconds ends a long suite in time, and --resume goes on where it ended.
@@ -110,6 +111,10 @@ def main(arguments: list[str] | None = None) -> int:
         from benchmarks.ab.command import main as compare
 
         return compare(words[1:])
+    if words[:1] == ["calibrate"]:
+        from benchmarks.calibrate import main as calibrate
+
+        return calibrate(words[1:])
     options = parse(arguments)
     say = printer()
     device = "cuda" if options.suite == "gpu" else "cpu"

@@ -5,12 +5,15 @@
 #include <pybind11/stl.h>
 
 #include <algorithm>
+#include <chrono>
+#include <map>
 #include <optional>
 #include <string>
 #include <vector>
 
 #include "cpu/bf16.h"
-#include "cpu/plan.h"
+#include "cpu/cost.h"
+#include "cpu/run_partition.h"
 #include "cpu/sequence.h"
 
 namespace fastlstm {
@@ -39,13 +42,18 @@ const char* name_of(Gemm gemm) {
   return gemm == Gemm::small ? "small" : gemm == Gemm::skinny ? "skinny" : "blas";
 }
 
+const char* split_of(const ThreadPartition& p) {
+  return p.members == 1 ? "none" : !p.split_units ? "rows" : p.row_groups == 1 ? "units" : "grid";
+}
+
 void add(const ThreadPartition& p, py::dict& to) {
   to["threads"] = p.threads();
-  to["members"] = p.members;
-  to["split"] = p.members == 1 ? "none" : p.split_units ? "units" : "rows";
+  to["members"] = p.members, to["row_groups"] = p.row_groups;
+  to["split"] = split_of(p);
   to["concurrent"] = p.concurrent;
   to["copies"] = p.copies;
-  to["reason"] = p.reason;
+  to["reason"] = reason(p);
+  to["predicted_us"] = p.predicted_us;
 }
 
 py::dict dict_of(const WgradPlan& p) {
@@ -82,11 +90,10 @@ py::dict dict_of(const BackwardPlan& p, const LayerShape& s) {
 }
 
 // packed: the rows of x past the lengths are absent.
-py::dict cpu_plan(const std::string& dtype, int64_t T, int64_t B, int64_t I, int64_t H, int64_t P, int64_t D,
-                  const std::optional<std::vector<int64_t>>& lengths, bool packed, bool resets, bool h0,
-                  int threads, int64_t l2_bytes, int64_t vector_bytes, bool bf16_kernels) {
-  TORCH_CHECK(T > 0 && B > 0 && threads > 0 && vector_bytes >= 16,
-              "T, B and threads must be at least 1, and vectors of 16 bytes or more");
+LayerShape shape_of(const std::string& dtype, int64_t T, int64_t B, int64_t I, int64_t H, int64_t P,
+                    int64_t D, const std::optional<std::vector<int64_t>>& lengths, bool packed, bool resets,
+                    bool h0) {
+  TORCH_CHECK(T > 0 && B > 0, "T and B must be at least 1");
   Rows rows{T, B, T * B, nullptr, nullptr, nullptr, nullptr, packed};
   std::vector<int64_t> count;
   if (lengths && std::any_of(lengths->begin(), lengths->end(), [&](int64_t n) { return n != T; })) {
@@ -97,20 +104,102 @@ py::dict cpu_plan(const std::string& dtype, int64_t T, int64_t B, int64_t I, int
     }
     rows.count = count.data();
   }
-  const LayerShape s{dtype_of(dtype),
-                     T,
-                     B,
-                     rows.N,
-                     packed ? rows.N : T * B,
-                     mean_active_rows(rows),
-                     I,
-                     H,
-                     P,
-                     D,
-                     h0 && !rows.count && !resets};
-  const CpuPlan p = plan(s, {threads, l2_bytes, vector_bytes, bf16_kernels});
+  return {dtype_of(dtype),
+          T,
+          B,
+          rows.N,
+          packed ? rows.N : T * B,
+          mean_active_rows(rows),
+          I,
+          H,
+          P,
+          D,
+          h0 && !rows.count && !resets};
+}
+
+struct Figure {
+  const char* name;
+  double CostFigures::* at;
+};
+constexpr Figure kFigures[] = {
+    {"vector_fmas_per_us", &CostFigures::vector_fmas_per_us},
+    {"gate_cost_macs", &CostFigures::gate_cost_macs},
+    {"gate_cost_min_rows", &CostFigures::gate_cost_min_rows},
+    {"l2_read_rows", &CostFigures::l2_read_rows},
+    {"l3_read_rows", &CostFigures::l3_read_rows},
+    {"l3_hidden_min_rows", &CostFigures::l3_hidden_min_rows},
+    {"l3_full_speed_max_threads", &CostFigures::l3_full_speed_max_threads},
+    {"l3_two_directions", &CostFigures::l3_two_directions},
+    {"fork_join_us", &CostFigures::fork_join_us},
+    {"fork_join_thread_us", &CostFigures::fork_join_thread_us},
+    {"barrier_us", &CostFigures::barrier_us},
+    {"barrier_thread_us", &CostFigures::barrier_thread_us},
+    {"core_to_core_bytes_per_us", &CostFigures::core_to_core_bytes_per_us},
+    {"pack_bytes_per_us", &CostFigures::pack_bytes_per_us},
+    {"row_boundary_us", &CostFigures::row_boundary_us},
+    {"bf16_macs_per_us", &CostFigures::bf16_macs_per_us},
+    {"bf16_gate_cost_macs", &CostFigures::bf16_gate_cost_macs},
+    {"bf16_l2_read_rows", &CostFigures::bf16_l2_read_rows},
+    {"bf16_l3_read_rows", &CostFigures::bf16_l3_read_rows},
+    {"bf16_l3_hidden_min_rows", &CostFigures::bf16_l3_hidden_min_rows},
+};
+static_assert(sizeof(CostFigures) == std::size(kFigures) * sizeof(double));
+
+py::dict cost_figures() {
+  py::dict d;
+  for (const Figure& figure : kFigures) d[figure.name] = kCostFigures.*figure.at;
+  return d;
+}
+
+CostFigures figures_of(const std::map<std::string, double>& given) {
+  CostFigures figures;
+  for (const auto& [name, value] : given) {
+    const auto* found =
+        std::find_if(std::begin(kFigures), std::end(kFigures), [&](const auto& f) { return name == f.name; });
+    TORCH_CHECK(found != std::end(kFigures), "there is no figure ", name);
+    TORCH_CHECK(value > 0, name, " must be positive, got ", value);
+    figures.*found->at = value;
+  }
+  return figures;
+}
+
+Machine machine_of(int threads, int64_t l2_bytes, int64_t vector_bytes, bool bf16_kernels) {
+  TORCH_CHECK(threads > 0 && vector_bytes >= 16,
+              "threads must be at least 1, and vectors of 16 bytes or more");
+  return {threads, l2_bytes, vector_bytes, bf16_kernels};
+}
+
+py::dict cpu_plan(const std::string& dtype, int64_t T, int64_t B, int64_t I, int64_t H, int64_t P, int64_t D,
+                  const std::optional<std::vector<int64_t>>& lengths, bool packed, bool resets, bool h0,
+                  int threads, int64_t l2_bytes, int64_t vector_bytes, bool bf16_kernels,
+                  const std::map<std::string, double>& figures) {
+  const LayerShape s = shape_of(dtype, T, B, I, H, P, D, lengths, packed, resets, h0);
+  const CostFigures of_machine = figures_of(figures);
+  Machine machine = machine_of(threads, l2_bytes, vector_bytes, bf16_kernels);
+  machine.figures = &of_machine;
+  const CpuPlan p = plan(s, machine);
   py::dict d;
   d["forward"] = dict_of(p.forward, s), d["backward"] = dict_of(p.backward, s);
+  return d;
+}
+
+// The partitions that cpu_plan chooses from, as (members, row groups, split, concurrent, predicted us).
+py::dict cpu_plan_candidates(const std::string& dtype, int64_t T, int64_t B, int64_t I, int64_t H, int64_t P,
+                             int64_t D, const std::optional<std::vector<int64_t>>& lengths, bool packed,
+                             bool resets, bool h0, int threads, int64_t l2_bytes, int64_t vector_bytes,
+                             bool bf16_kernels, const std::map<std::string, double>& figures) {
+  const LayerShape s = shape_of(dtype, T, B, I, H, P, D, lengths, packed, resets, h0);
+  const CostFigures of_machine = figures_of(figures);
+  Machine machine = machine_of(threads, l2_bytes, vector_bytes, bf16_kernels);
+  machine.figures = &of_machine;
+  const auto list = [&](const Loop& loop) {
+    py::list all;
+    for (const ThreadPartition& p : partition_candidates(loop, machine))
+      all.append(py::make_tuple(p.members, p.row_groups, split_of(p), p.concurrent, p.predicted_us));
+    return all;
+  };
+  py::dict d;
+  d["forward"] = list(forward_loop(s, machine)), d["backward"] = list(backward_loop(s, machine));
   return d;
 }
 
@@ -129,6 +218,32 @@ py::dict cpu_cell_plan(const std::string& dtype, int64_t B, int64_t I, int64_t H
   return d;
 }
 
+void force_cpu_partition(int members, int row_groups, const std::string& split, bool concurrent) {
+  TORCH_CHECK(members >= 0 && row_groups >= 1 && (members == 0 || members % row_groups == 0),
+              "members must be a multiple of row_groups, got ", members, " and ", row_groups);
+  if (members == 0) return forced_partition.reset();
+  TORCH_CHECK(split == "none" || split == "rows" || split == "units" || split == "grid",
+              "split must be none, rows, units or grid, got ", split);
+  forced_partition = PartitionChoice{members, row_groups, split == "units" || split == "grid", concurrent};
+}
+
+double team_us(int threads, int barriers, int repeats) {
+  TORCH_CHECK(threads > 0 && barriers >= 0 && repeats > 0, "threads and repeats must be at least 1");
+  ThreadPartition partition;
+  partition.members = threads, partition.split_units = true;
+  const std::vector<Rows> rows{Rows{1, 1, 1, nullptr, nullptr, nullptr, nullptr, false}};
+  std::vector<double> us;
+  for (int k = 0; k < repeats; ++k) {
+    const auto begin = std::chrono::steady_clock::now();
+    run_partition(partition, rows, 1, 1, 1, [&](int64_t, const Member& me) {
+      for (int b = 0; b < barriers && me.barrier; ++b) me.barrier->wait();
+    });
+    us.push_back(std::chrono::duration<double, std::micro>(std::chrono::steady_clock::now() - begin).count());
+  }
+  std::nth_element(us.begin(), us.begin() + us.size() / 2, us.end());
+  return us[us.size() / 2];
+}
+
 // What of a machine a call finds, but its threads.
 py::dict cpu_machine() {
   py::dict d;
@@ -142,13 +257,28 @@ py::dict cpu_machine() {
 
 void define_cpu_plan(py::module_& m) {
   using py::arg;
-  m.def("cpu_plan", &cpu_plan, arg("dtype"), arg("T"), arg("B"), arg("I"), arg("H"), arg("P"), arg("D"),
-        py::kw_only(), arg("lengths") = py::none(), arg("packed") = false, arg("resets") = false,
-        arg("h0") = false, arg("threads"), arg("l2_bytes"), arg("vector_bytes"), arg("bf16_kernels"),
-        "What the CPU code decides about a layer's call, as cpu/plan.h has it.");
+  const auto def = [&](const char* name, auto f, const char* doc) {
+    m.def(name, f, arg("dtype"), arg("T"), arg("B"), arg("I"), arg("H"), arg("P"), arg("D"), py::kw_only(),
+          arg("lengths") = py::none(), arg("packed") = false, arg("resets") = false, arg("h0") = false,
+          arg("threads"), arg("l2_bytes"), arg("vector_bytes"), arg("bf16_kernels"),
+          arg("figures") = std::map<std::string, double>(), doc);
+  };
+  def("cpu_plan", &cpu_plan, "What the CPU code decides about a layer's call, as cpu/plan.h has it.");
+  def("cpu_plan_candidates", &cpu_plan_candidates,
+      "The thread partitions that cpu_plan chooses from: (members, row groups, split, concurrent, predicted "
+      "us).");
   m.def("cpu_cell_plan", &cpu_cell_plan, arg("dtype"), arg("B"), arg("I"), arg("H"), py::kw_only(),
         arg("threads"), arg("l2_bytes"), arg("vector_bytes"),
         "The same for LSTMCell, in float32 and float64.");
+  m.def("cost_figures", &cost_figures, "The figures of the cost model, by name (cpu/tuning.h).");
+  m.def("force_cpu_partition", &force_cpu_partition, arg("members"), arg("row_groups") = 1, arg("split") = "",
+        arg("concurrent") = false,
+        "Divides every later call's layers in this way, whatever is predicted; members=0 ends it. For "
+        "benchmarks and tests, while no other thread calls.");
+  m.def(
+      "team_us", &team_us, arg("threads"), arg("barriers"), arg("repeats"),
+      "Microseconds of a partition of this many threads that does nothing but meet at so many barriers: the "
+      "median.");
   m.def("cpu_machine", &cpu_machine, "This machine as plans see it, without its threads.");
 }
 

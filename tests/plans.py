@@ -34,6 +34,16 @@ def plan_of(case: Case, threads: int | None = None, **machine: Any) -> Plan:
     return native.cpu_plan(call, case.T, case.B, case.lengths, case.packed, h0, **machine)
 
 
+def candidates_of(case: Case, threads: int, **machine: Any) -> dict[str, list[tuple[int, int, str, bool, float]]]:
+    """The partitions that plan_of chooses from, by pass: members, row groups, split, concurrent, predicted us."""
+    assert native.extension is not None
+    return native.extension.cpu_plan_candidates(
+        str(case.dtype).removeprefix("torch."), case.T, case.B, case.I, case.H, case.proj or case.H, case.directions,
+        lengths=None if case.lengths is None else list(case.lengths), packed=case.packed,
+        resets=case.resets is not None, h0=case.hx != "none", threads=threads, **machine,
+    )  # fmt: skip
+
+
 def assert_path(
     case: Case, phase: str, at: int | None = None, on: dict[str, Any] | None = None, **expected: Any
 ) -> None:
@@ -73,9 +83,14 @@ def layers_of(case: BenchmarkCase) -> Iterator[tuple[str, LayerCall]]:
 
 
 def at_each_number(pass_: str, plan: dict[str, Any]) -> str:
-    """What of a plan depends on the number of threads: 4r is 4 threads by rows, 2x3u two directions by 3 units each."""
-    split = {"rows": "r", "units": "u", "none": ""}[plan["split"]]
-    words = [("2x" if plan["concurrent"] else "") + f"{plan['members']}{split}"]
+    """What of a plan depends on the number of threads.
+
+    4r is 4 threads by rows, 2x3u two directions by 3 units each, 2r4u two groups of rows by 4 units each.
+    """
+    groups, members = plan["row_groups"], plan["members"]
+    grid = f"{groups}r{members // groups}u"
+    split = {"rows": f"{members}r", "units": f"{members}u", "none": "1", "grid": grid}[plan["split"]]
+    words = [("2x" if plan["concurrent"] else "") + split]
     if plan["copies"] > 1:
         words.append("copies")
     if plan.get("driver", "float_panels") != "float_panels":

@@ -31,7 +31,7 @@ CASES = (
     Case(T=2, B=300, I=40, H=96),
     Case(T=160, B=32, I=20, H=64, hx="tuple"),  # several chunks
     Case(T=160, B=32, I=20, H=64, bidirectional=True, layers=2),
-    Case(T=40, B=24, I=128, H=256, hx="tuple"),  # units are split among threads
+    Case(T=40, B=12, I=128, H=256, hx="tuple"),  # units are split among threads
     Case(T=40, B=96, I=64, H=64, hx="tuple"),  # rows are
     Case(T=9, B=20, I=5, H=35, lengths=tuple(k % 10 for k in range(20)), hx="tuple", bidirectional=True),
     Case(T=9, B=20, I=5, H=35, lengths=tuple(1 + k % 9 for k in range(20)), packed=True, layers=2),
@@ -92,7 +92,7 @@ def test_h_is_rounded_between_steps(proj):
     ("sizes", "machine", "path"),
     [
         ((160, 32, 20, 64), "AVX-512, L2 2 MiB", {"driver": "bf16_products", "split": "rows"}),
-        ((40, 24, 128, 256), "AVX-512, L2 2 MiB", {"driver": "bf16_products", "split": "units"}),
+        ((40, 12, 128, 256), "AVX-512, L2 2 MiB", {"driver": "bf16_products", "split": "units"}),
         ((40, 96, 64, 64), "AVX-512, L2 2 MiB", {"driver": "bf16_products", "split": "rows"}),
         ((1, 4, 31, 33), "AVX-512, L2 2 MiB", {"driver": "float_panels", "w_ih": "unpacked"}),
         ((6, 2, 300, 400), "AVX2, L2 1 MiB", {"w_ih": "pack_on_use", "w_hh": "unpacked"}),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ import fastlstm
 from fastlstm.backends import native
 
 from .cases import Case
-from .plans import COLUMNS, MACHINES, golden_rows, plan_of, read_golden
+from .plans import COLUMNS, MACHINES, candidates_of, golden_rows, plan_of, read_golden
 
 pytestmark = pytest.mark.skipif(native.extension is None, reason=native.load_error)
 
@@ -52,6 +53,12 @@ def random_case(rng: random.Random) -> Case:
     )
 
 
+def random_shape(rng: random.Random) -> Case:
+    """The same with few rows of different lengths, which take time to count."""
+    case = random_case(rng)
+    return case if case.lengths is None or case.T * case.B < 1000 else replace(case, lengths=None)
+
+
 def test_every_plan_is_one_that_can_run():
     rng = random.Random(20240229)
     for _ in range(1000):
@@ -65,12 +72,15 @@ def test_every_plan_is_one_that_can_run():
             assert p["concurrent"] <= (case.directions == 2), message
             assert (p["split"] == "none") == (p["members"] == 1), message
             assert p["copies"] in (1, p["members"]), message
+            assert p["members"] % p["row_groups"] == 0, message
             assert p["reason"], message
+            assert p["predicted_us"] > 0, message
             assert p["text"].startswith(f"{p['threads']} thread"), message
             if p["split"] == "rows":
-                assert p["members"] <= case.B or p["driver"] == "bf16_products", message
-            if p["split"] == "units":
-                assert p["members"] <= case.H // 2, message
+                assert p["members"] <= case.B, message
+            if p["split"] in ("units", "grid"):
+                assert p["members"] // p["row_groups"] <= case.H // 2, message
+                assert p["row_groups"] <= case.B, message
             if case.dtype != torch.bfloat16:
                 assert p["driver"] == "float_panels", message
         assert 0 <= plan["forward"]["hoisted_steps"] <= case.T
@@ -85,6 +95,85 @@ def test_more_threads_where_the_work_allows_them():
     assert [p["split"] for p in plans] == ["none", "rows", "rows", "rows"]
     large = plan_of(Case(T=100, B=16, I=1024, H=1024), 8, **AVX512)["forward"]
     assert (large["threads"], large["split"], large["alternate_block_order"]) == (8, "units", True)
+
+
+def test_more_threads_never_take_longer():
+    """By the prediction; nor are fewer of them used. For 10,000 shapes and 1 to 64 threads."""
+    rng = random.Random(20261130)
+    for _ in range(10_000):
+        case, machine = random_shape(rng), rng.choice((AVX512, AVX2))
+        fewer, more = sorted(rng.sample(range(1, 65), 2))
+        before, after = plan_of(case, fewer, **machine), plan_of(case, more, **machine)
+        for phase in ("forward", "backward"):
+            told = f"{phase} of {case} at {fewer} and {more} threads: {before[phase]}, {after[phase]}"
+            assert after[phase]["predicted_us"] <= before[phase]["predicted_us"], told
+            assert after[phase]["threads"] >= before[phase]["threads"], told
+
+
+def test_no_partition_is_predicted_to_be_better():
+    """Than the plan, by more than 2 %, which more threads must gain; for 10,000 shapes and 1 to 64 threads."""
+    rng = random.Random(20261201)
+    for _ in range(10_000):
+        case, machine, threads = random_shape(rng), rng.choice((AVX512, AVX2)), rng.randint(1, 64)
+        plan, candidates = plan_of(case, threads, **machine), candidates_of(case, threads, **machine)
+        for phase, p in plan.items():
+            told = f"{phase} of {case} at {threads} threads: {p}, {candidates[phase]}"
+            times = {candidate[:4]: candidate[4] for candidate in candidates[phase]}
+            assert len(times) == len(candidates[phase]), told
+            assert times[p["members"], p["row_groups"], p["split"], p["concurrent"]] == p["predicted_us"], told
+            assert min(times.values()) >= 0.98 * p["predicted_us"], told
+
+
+def partitions(case: Case, threads: int, unit_block: int) -> set[tuple[int, int, str, bool]]:
+    """Every way to divide a layer of more than one step: members per direction, row groups, split, concurrent."""
+    blocks = -(-case.H // unit_block) if 2 * unit_block <= case.H else 1
+    found = {(1, 1, "none", False)}
+    if case.directions == 2 and threads > 1:
+        found.add((1, 1, "none", True))
+    for concurrent in {False, case.directions == 2}:
+        for k in range(2, threads // (2 if concurrent else 1) + 1):
+            if k <= case.B:
+                found.add((k, 1, "rows", concurrent))
+            if k <= blocks:
+                found.add((k, 1, "units", concurrent))
+            for groups in (2, 4, 8, 16, 32):
+                units = k // groups
+                if (
+                    k % groups == 0
+                    and 2 <= units <= blocks
+                    and groups <= case.B
+                    and concurrent == (case.directions == 2)
+                ):
+                    found.add((k, groups, "grid", concurrent))
+    return found
+
+
+def test_every_partition_is_a_candidate():
+    rng = random.Random(20261202)
+    for _ in range(300):
+        case, threads = random_shape(rng), rng.randint(1, 64)
+        if case.T > 1:
+            for machine in (AVX512, AVX2):
+                driver = plan_of(case, threads, **machine)["forward"]["driver"]
+                panel = 2 * machine["vector_bytes"] // (8 if case.dtype == torch.float64 else 4)
+                expected = partitions(case, threads, 32 if driver == "bf16_products" else panel)
+                for phase, found in candidates_of(case, threads, **machine).items():
+                    assert {tuple(c[:4]) for c in found} == expected, f"{phase} of {case} at {threads} threads"
+
+
+def test_one_thread_more_is_not_a_cliff():
+    """Rows used to be split over all threads or not at all: 9 used 9 threads here, and 10 only 4."""
+    case = Case(T=100, B=32, I=128, H=128)
+    used = [plan_of(case, n, **AVX512)["forward"]["threads"] for n in range(1, 65)]
+    assert used == sorted(used)
+    assert used[:4] == [1, 2, 3, 4]
+    assert used[9] >= 8
+    assert used[-1] > 32
+
+
+def test_three_threads_take_directions_in_turn():
+    plan = plan_of(Case(T=20, B=48, I=64, H=128, bidirectional=True), 3, **AVX512)["forward"]
+    assert (plan["threads"], plan["members"], plan["concurrent"]) == (3, 3, False)
 
 
 def test_a_wrong_dtype_is_refused():
@@ -102,8 +191,10 @@ def four_threads():
 
 def test_explain_prints_the_plan(four_threads):
     explained = fastlstm.explain(fastlstm.LSTM(128, 128), torch.zeros(100, 64, 128))
-    assert explained.forward.startswith("4 threads by rows")
-    assert ", because " in explained.forward
+    assert explained.forward.startswith("4 threads by ")
+    assert ", because predicted " in explained.forward
+    assert " us; by " in explained.forward
+    assert ", on one thread " in explained.forward
     assert "W_hh packed" in explained.forward
     assert "dW_hh" in explained.backward
     lines = str(explained).splitlines()
@@ -116,12 +207,15 @@ def test_explain_of_every_form_of_input(four_threads):
     lengths = torch.arange(16, 0, -1) * 30
     packed = pack_padded_sequence(x, lengths, batch_first=True)
     padded = fastlstm.explain(lstm, x, lengths=lengths.tolist())
-    assert padded.forward == fastlstm.explain(lstm, packed).forward
-    assert fastlstm.explain(lstm, x).forward.startswith("4 threads by rows")
-    assert "by units" in fastlstm.explain(lstm, x[0]).forward  # one row
+    decisions, reasons = padded.forward.split(", because ")
+    assert decisions == fastlstm.explain(lstm, packed).forward.split(", because ")[0]
+    assert "predicted" in reasons  # of 20 steps more than the packed rows have
+    assert fastlstm.explain(lstm, x).forward.startswith("4 threads by ")
+    assert "by rows" not in fastlstm.explain(lstm, x[0]).forward  # one row
     assert fastlstm.explain(lstm, x[:0]).forward == ""
     cell = fastlstm.explain(fastlstm.LSTMCell(64, 64), torch.zeros(1, 64))
-    assert cell.forward == "1 thread, weights unpacked, because starting threads would take longer than they save"
+    assert cell.forward.startswith("1 thread, weights unpacked, because predicted ")
+    assert "; by units " in cell.forward
     assert cell.backward
     half = fastlstm.explain(nn.Module.to(fastlstm.LSTMCell(64, 64), torch.bfloat16), torch.zeros(1, 64).bfloat16())
     assert "W_hh unpacked" in half.forward

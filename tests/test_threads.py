@@ -13,9 +13,10 @@ import torch
 
 import fastlstm
 from fastlstm import dispatch
+from fastlstm.backends import native
 
 from .cases import Case
-from .plans import assert_path
+from .plans import MACHINES, assert_path
 from .runners import check, check_elsewhere, compare, precision, require, run, run_backend
 from .test_parity import OPTIONS
 
@@ -35,16 +36,17 @@ SHARED = (
         lengths=LENGTHS,
     ),
     Case(T=30, B=3, I=70, H=200, dtype=torch.float64),
-    Case(T=6, B=40, I=33, H=48, dtype=torch.bfloat16),
+    Case(T=6, B=160, I=33, H=48, dtype=torch.bfloat16),
     Case(T=90, B=9, I=20, H=64, lengths=(90, 80, 31, 30, 30, 9, 2, 0, 0), bidirectional=True),  # rows beside others
     Case(T=70, B=12, I=30, H=72, lengths=(70, *[7] * 11)),  # all rows of a thread end long before the other's
-    Case(T=300, B=32, I=40, H=64, lengths=(300, *[8] * 31)),  # fewer than two rows a step, but most among many
-    Case(T=20, B=1, I=30, H=130, proj=70),  # fewer rows of a projection than threads: units and features are split
-    Case(T=20, B=3, I=30, H=130, proj=70, hx="tuple", lengths=(20, 3, 1), resets=((4, 0), (2, 1)), cells=True),
-    Case(T=3, B=1, I=300, H=150, proj=45, hx="tuple"),  # all of its weights are read as stored
+    Case(T=60, B=32, I=40, H=64, lengths=(60, *[30] * 31)),  # the last steps have one row, which one thread takes
+    Case(T=20, B=1, I=30, H=259, proj=140),  # fewer rows of a projection than threads: units and features are split
+    Case(T=20, B=3, I=30, H=259, proj=140, hx="tuple", lengths=(20, 3, 1), resets=((4, 0), (2, 1)), cells=True),
+    Case(T=3, B=1, I=600, H=300, proj=90, hx="tuple"),  # all of its weights are read as stored
     Case(T=140, B=32, I=8, H=64),  # backward in two pieces, in which each thread packs its own weights
 )
 # What two threads divide in each: rows, units, or the directions ("none" within one).
+AVX512 = MACHINES["AVX-512, L2 2 MiB"]
 SPLITS = ("rows", "none", "units", "rows", "none", "rows", "rows", "units", "units", "units", "rows")
 
 
@@ -56,15 +58,78 @@ def threads():
     torch.set_num_threads(before)
 
 
+@pytest.fixture
+def divide(threads):
+    """Divide every layer in this way, whatever the plan: members per direction, row groups, split, concurrent."""
+
+    def force(members: int, row_groups: int, split: str, concurrent: bool) -> None:
+        threads(members * (2 if concurrent else 1))
+        native.extension.force_cpu_partition(members, row_groups, split, concurrent)
+
+    yield force
+    native.extension.force_cpu_partition(0)
+
+
 @pytest.mark.parametrize("backend", ["native"], indirect=True)
 @pytest.mark.parametrize(("case", "split"), list(zip(SHARED, SPLITS, strict=True)), ids=str)
 def test_the_work_is_shared(case, split, backend):
-    assert_path(case, "forward", at=2, threads=2, split=split)
+    assert_path(case, "forward", at=2, on=AVX512, threads=2, split=split)
+
+
+# Partitions of more threads than two, on however many cores; by split and the number of threads given.
+RAGGED = {"lengths": (9, 9, 9, 9, 9, 9, 7, 1, 0), "resets": ((4, 0), (2, 1))}
+CHOSEN = (
+    (Case(T=20, B=48, I=64, H=128, bidirectional=True, hx="tuple"), 3, "rows"),  # directions in turn
+    (Case(T=7, B=2, I=64, H=256, bidirectional=True, hx="tuple"), 3, "units"),
+    (Case(T=20, B=24, I=64, H=64), 5, "rows"),
+    (Case(T=7, B=1, I=70, H=259, hx="tuple"), 7, "units"),
+    (Case(T=6, B=48, I=70, H=259, dtype=torch.bfloat16), 8, None),
+)
+# Groups of threads that split the rows, and units among them: members, row groups and whether the directions run at
+# once.
+GRIDS = (
+    (Case(T=6, B=16, I=70, H=259, hx="tuple"), 8, 2, False),
+    (Case(T=4, B=16, I=70, H=259, bidirectional=True, cells=True), 6, 2, True),
+    (Case(T=5, B=16, I=70, H=300, proj=250, hx="tuple"), 16, 4, False),
+    (Case(T=9, B=9, I=30, H=131, **RAGGED), 8, 4, False),
+    (Case(T=6, B=16, I=70, H=259, dtype=torch.bfloat16), 8, 4, False),
+)
+
+
+@pytest.mark.parametrize("backend", ["native"], indirect=True)
+@pytest.mark.parametrize(("case", "n", "split"), CHOSEN, ids=str)
+def test_more_threads_in_one_call(case, n, split, backend, threads):
+    if split:
+        assert_path(case, "forward", at=n, on=AVX512, split=split)
+    threads(n)
+    first = run_backend(case, backend)
+    compare(case, first, precision(case.dtype, backend), backend)
+    second = run_backend(case, backend)
+    for name, value in first.items():
+        assert torch.equal(value, second[name]), f"{name} differs from run to run"
+
+
+@pytest.mark.parametrize("backend", ["native"], indirect=True)
+@pytest.mark.parametrize(("case", "members", "row_groups", "concurrent"), GRIDS, ids=str)
+def test_rows_and_units_in_one_call(case, members, row_groups, concurrent, backend, divide):
+    divide(members, row_groups, "grid", concurrent)
+    first = run_backend(case, backend)
+    compare(case, first, precision(case.dtype, backend), backend)
+    second = run_backend(case, backend)
+    for name, value in first.items():
+        assert torch.equal(value, second[name]), f"{name} differs from run to run"
+
+
+@pytest.mark.parametrize("backend", ["native"], indirect=True)
+def test_a_partition_that_cannot_be_is_refused(backend, divide):
+    divide(5, 1, "rows", False)
+    with pytest.raises(ValueError, match="the forced thread partition is no candidate"):
+        run_backend(Case(T=3, B=4), backend)
 
 
 @pytest.mark.parametrize("backend", ["native"], indirect=True)
 def test_weights_packed_by_each_thread_over_several_chunks(backend):
-    assert_path(SHARED[-1], "backward", at=2, copies=2, pack_hh=True, chunk_steps=128)
+    assert_path(SHARED[-1], "backward", at=2, on=AVX512, copies=2, pack_hh=True, chunk_steps=128)
 
 
 @pytest.mark.parametrize("backend", list(dispatch.BACKENDS), indirect=True)
@@ -79,32 +144,23 @@ def test_two_threads_in_one_call(case, backend, threads):
         assert torch.equal(value, second[name]), f"{name} differs from run to run"
 
 
-def divided(threads: int, split: str, directions: int, kind: str) -> Case:
-    """A layer that is best divided among all threads, so that each has the same number of rows or of blocks of units.
-
-    By rows: several register tiles of them each, and weights that stay in every L2. By units: one or two rows, and
-    weights that take one thread longer than a barrier does; the last block is narrow.
-    """
-    members = threads // directions
-    if split == "rows":
-        T, B, H, P = 9, 24 * members, 43, 29
-    else:
-        T, B, H, P = 6, 1 if kind == "projection" else 2, members * (640 // (32 * members)) * 32 - 5, 210
+def divided(members: int, directions: int, kind: str) -> Case:
+    """A layer with rows and blocks of units enough for so many members; the last block is narrow."""
     return Case(
-        T=T,
-        B=B,
+        T=6,
+        B=2 * members + 1,
         I=32,
-        H=H,
+        H=32 * members + 27,
         bidirectional=directions == 2,
-        proj=P if kind == "projection" else 0,
+        proj=70 if kind == "projection" else 0,
         dtype=torch.bfloat16 if kind == "bfloat16" else torch.float32,
         hx="tuple",
-        lengths=tuple(T - r * T // (2 * B) for r in range(B)) if kind == "ragged" else None,
+        lengths=tuple(6 - r * 6 // (4 * members) for r in range(2 * members + 1)) if kind == "ragged" else None,
     )
 
 
 DIVIDED = [
-    (threads, split, divided(threads, split, directions, kind))
+    (threads, split, divided(threads // directions, directions, kind))
     for threads in range(3, 9)
     for directions in (1, 2)[: 2 - threads % 2]
     for split in ("rows", "units")
@@ -114,12 +170,9 @@ DIVIDED = [
 
 @pytest.mark.parametrize("backend", ["native"], indirect=True)
 @pytest.mark.parametrize(("count", "split", "case"), DIVIDED, ids=str)
-def test_three_to_eight_threads_in_one_call(count, split, case, backend, threads):
+def test_three_to_eight_threads_in_one_call(count, split, case, backend, divide):
     """Also more than there are cores. tests/test_partitions.py looks for races among them."""
-    D = case.directions
-    for phase in ("forward", "backward"):
-        assert_path(case, phase, at=count, threads=count, members=count // D, concurrent=D == 2, split=split)
-    threads(count)
+    divide(count // case.directions, 1, split, case.bidirectional)
     check(case, backend)
 
 
@@ -268,6 +321,6 @@ def test_large_case_with_two_threads(backend, threads):
     case = Case(T=20, B=48, I=64, H=128, bidirectional=True)
     require(backend, case)
     if backend == "native":
-        assert_path(case, "forward", at=2, threads=2)
+        assert_path(case, "forward", at=2, on=AVX512, threads=2)
     threads(2)
     check(case, backend)

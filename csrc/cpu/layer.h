@@ -134,20 +134,23 @@ class Workspace {
   T* data_ = nullptr;
 };
 
-// Calls f(begin, end) over [0, n) in parallel, in multiples of `block` of which each takes `work` elements.
+// Calls f(begin, end) over [0, n) on up to this many threads, in multiples of `block` of which each takes
+// `work` elements.
 template <class F>
-void for_blocks(int64_t n, int64_t block, int64_t work, F&& f) {
-  at::parallel_for(0, (n + block - 1) / block,
-                   std::max<int64_t>(1, kPackTaskMinElements / std::max<int64_t>(1, work)),
+void for_blocks(int threads, int64_t n, int64_t block, int64_t work, F&& f) {
+  const int64_t blocks = (n + block - 1) / block;
+  const int64_t grain =
+      std::max(kPackTaskMinElements / std::max<int64_t>(1, work), (blocks + threads - 1) / threads);
+  at::parallel_for(0, blocks, std::max<int64_t>(1, grain),
                    [&](int64_t begin, int64_t end) { f(begin * block, std::min(n, end * block)); });
 }
 
 // B [K, N] of any strides into panels of columns.
 template <class T, class S>
-void pack_columns(const at::Tensor& b, S* packed) {
+void pack_columns(int threads, const at::Tensor& b, S* packed) {
   const Kernels<T, S>& k = kernels<T, S>();
   const int64_t K = b.size(0);
-  for_blocks(b.size(1), k.unit_block, K * k.unit_block, [&](int64_t begin, int64_t end) {
+  for_blocks(threads, b.size(1), k.unit_block, K * k.unit_block, [&](int64_t begin, int64_t end) {
     k.pack_columns(data_of<T>(b), K, b.stride(0), b.stride(1), begin, end, packed);
   });
 }

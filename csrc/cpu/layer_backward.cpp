@@ -65,7 +65,7 @@ class WeightGradient {
       return;
     }
     Bf16* out = writable<Bf16>(dw_);
-    for_blocks(m, block, block * n * rows, [&](int64_t begin, int64_t end) {
+    for_blocks(at::get_num_threads(), m, block, block * n * rows, [&](int64_t begin, int64_t end) {
       thread_local std::vector<float> sums;
       sums.resize(std::max<size_t>(sums.size(), block * n));
       for (int64_t j = begin; j < end; j += block) {
@@ -188,7 +188,7 @@ LayerGradients backward_on(const BackwardCall& call, const BackwardPlan& plan) {
     gather_state<T>(contiguous(call.dh_n), d, rows[d], P, space.at(dh_at[d]), ld);
     gather_state<T>(contiguous(call.dc_n), d, rows[d], H, space.at(dc_at[d]), H);
     gather_state<T>(contiguous(call.c0), d, rows[d], H, space.at(c0_at[d]), H);
-    if (s.proj()) pack_columns<T>(w.hr, panels(hr_at[d]));
+    if (s.proj()) pack_columns<T>(threads.threads(), w.hr, panels(hr_at[d]));
     args.push_back({rows[d],
                     H,
                     P,
@@ -214,7 +214,7 @@ LayerGradients backward_on(const BackwardCall& call, const BackwardPlan& plan) {
                     space.at(dc_at[d]),
                     space.at(scratch_at)});
     if (pack && !threads.private_weights())
-      for_blocks(P, kernel.unit_block, 4 * H * kernel.unit_block,
+      for_blocks(threads.threads(), P, kernel.unit_block, 4 * H * kernel.unit_block,
                  [&](int64_t begin, int64_t end) { pack_hh(args[d], begin, end); });
   }
   const auto wanted = [&](int64_t i, at::IntArrayRef sizes) {
@@ -242,6 +242,7 @@ LayerGradients backward_on(const BackwardCall& call, const BackwardPlan& plan) {
     if (needs[3 + at + 1] && !ragged.plain()) states[d] = entering_states<R>(y_real, h0_real, s, ragged, d);
   }
 
+  std::vector<char> is_packed(D * threads.copies, 0);
   for (int64_t end = s.T; end > 0; end -= std::min(end, chunk)) {
     const int64_t first = std::max<int64_t>(0, end - chunk);
     const bool add = end < s.T;
@@ -254,9 +255,13 @@ LayerGradients backward_on(const BackwardCall& call, const BackwardPlan& plan) {
     run_partition(threads, rows, H, P, kernel.unit_block, [&](int64_t d, const Member& me) {
       BackwardArgs<T, S> mine = args[d];
       if (pack) mine.packed += threads.copy(me.index) * packed_size;
-      // Once for all steps; a copy anew, since its thread may have been missing before.
-      if (pack && threads.private_weights() && (!add || threads.copies > 1))
-        pack_hh(mine, me.feature_begin, me.feature_end);
+      // Once for all steps; a copy when its thread first runs, which may have been missing before.
+      bool packed = add;
+      if (threads.copies > 1) {
+        char& copy = is_packed[d * threads.copies + threads.copy(me.index)];
+        packed = copy, copy = 1;
+      }
+      if (pack && threads.private_weights() && !packed) pack_hh(mine, me.feature_begin, me.feature_end);
       kernel.backward(mine, me);
     });
     for (int64_t d = 0; d < D; ++d) {

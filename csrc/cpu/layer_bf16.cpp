@@ -22,9 +22,9 @@ at::Tensor float_like() {
   return empty;
 }
 
-void pack_gates(const bf16::Kernels& kernel, const at::Tensor& weight, int64_t H, Bf16* packed) {
+void pack_gates(int threads, const bf16::Kernels& kernel, const at::Tensor& weight, int64_t H, Bf16* packed) {
   const int64_t K = weight.size(1);
-  for_blocks(H, bf16::kBlock, K * bf16::kBlock,
+  for_blocks(threads, H, bf16::kBlock, K * bf16::kBlock,
              [&](int64_t begin, int64_t end) { kernel.pack_gates(bits(weight), H, K, begin, end, packed); });
 }
 
@@ -124,8 +124,8 @@ LayerResults forward_bf16(const LayerSizes& s, const Ragged& ragged, const Forwa
     }
     std::copy_n(h, h_size, h + h_size);  // a reverse row may begin at an odd step
     gather(c0c, d, rows[d], H, floats.at(c_at[d]), H);
-    pack_gates(kernel, w.ih.contiguous(), H, bits(space.at(ih_at[d])));
-    pack_gates(kernel, w.hh.contiguous(), H, bits(space.at(hh_at[d])));
+    pack_gates(plan.partition.threads(), kernel, w.ih.contiguous(), H, bits(space.at(ih_at[d])));
+    pack_gates(plan.partition.threads(), kernel, w.hh.contiguous(), H, bits(space.at(hh_at[d])));
     args.push_back(
         {rows[d], s.I, H, d == 1, bits(input), bias, bits(space.at(ih_at[d])), bits(space.at(hh_at[d])),
          keep_reserve ? writable_bits(reserve) + d * s.rows() * 4 * H : nullptr, bits(h), floats.at(c_at[d]),
@@ -192,7 +192,7 @@ LayerGradients backward_bf16(const BackwardCall& call, const BackwardPlan& plan)
     const at::Tensor w_hh = w.hh.contiguous();
     w_ih.push_back(w.ih);
     Bf16* packed = bits(space.at(packed_at[d]));
-    for_blocks(H, bf16::kUnits, G * bf16::kUnits, [&](int64_t begin, int64_t end) {
+    for_blocks(plan.partition.threads(), H, bf16::kUnits, G * bf16::kUnits, [&](int64_t begin, int64_t end) {
       kernel.pack_columns(bits(w_hh), G, H, begin, end, packed);
     });
     gather(contiguous(call.dh_n), d, rows[d], H, floats.at(dh_at[d]), ld);

@@ -78,7 +78,7 @@ LayerResults forward_on(const LayerSizes& s, const Ragged& ragged, const Forward
     }
     std::copy_n(h, B * P, h + B * P);  // a reverse row may begin at an odd step
     gather_state<T>(c0c, d, rows[d], H, space.at(c_at[d]), H);
-    if (pack_hr) pack_columns<T>(w.hr.t(), panels(hr_at[d]));
+    if (pack_hr) pack_columns<T>(threads.threads(), w.hr.t(), panels(hr_at[d]));
     if (s.proj()) hold.push_back(w.hr.contiguous());
     args.push_back(
         {rows[d],
@@ -102,7 +102,7 @@ LayerResults forward_on(const LayerSizes& s, const Ragged& ragged, const Forward
          D * H,
          space.at(scratch_at)});
     if ((pack_ih || pack_hh) && !threads.private_weights())
-      for_blocks(H, kernel.width, (pack_ih * s.I + pack_hh * P) * 4 * kernel.width,
+      for_blocks(threads.threads(), H, kernel.width, (pack_ih * s.I + pack_hh * P) * 4 * kernel.width,
                  [&](int64_t begin, int64_t end) { pack_forward(args[d], begin, end); });
   }
   run_partition(threads, rows, H, P, kernel.unit_block, [&](int64_t d, const Member& me) {

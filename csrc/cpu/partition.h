@@ -3,6 +3,7 @@
 #pragma once
 
 #include <algorithm>
+#include <deque>
 #include <vector>
 
 #include "cpu/plan.h"
@@ -53,14 +54,12 @@ class Members {
   // rows: of each direction. P: features of h. Units are split in multiples of unit_block.
   Members(const ThreadPartition& partition, const std::vector<Rows>& rows, int64_t H, int64_t P,
           int64_t unit_block)
-      : partition_(partition),
-        rows_(rows),
-        H_(H),
-        P_(P),
-        unit_block_(unit_block),
-        barriers_{Barrier(partition.members), Barrier(partition.members)} {
+      : partition_(partition), rows_(rows), H_(H), P_(P), unit_block_(unit_block) {
+    const int groups = partition.row_shares();
     // Both directions have the same number of rows in each step.
-    if (partition.members > 1 && !partition.split_units) row_begin_ = split_rows(rows[0], partition.members);
+    if (groups > 1) row_begin_ = split_rows(rows[0], groups);
+    if (partition.split_units)
+      for (int64_t k = 0; k < partition.D * groups; ++k) barriers_.emplace_back(partition.shares());
   }
 
   // Calls body(direction, member) for what a thread, of partition.threads(), runs.
@@ -88,18 +87,20 @@ class Members {
   Member member(int64_t d, int k, int thread) {
     Member me = whole(d);
     me.index = thread;
+    const int shares = partition_.shares(), groups = partition_.row_shares(), group = k / shares;
+    if (groups > 1) {
+      me.row_begin = row_begin_[group];
+      me.row_end = row_begin_[group + 1];
+    }
     if (partition_.split_units) {
       const auto split = [&](int64_t size, int64_t& begin, int64_t& end) {
-        const int64_t blocks = (size + unit_block_ - 1) / unit_block_, n = partition_.members;
-        begin = blocks * k / n * unit_block_;
-        end = std::min(size, blocks * (k + 1) / n * unit_block_);
+        const int64_t blocks = (size + unit_block_ - 1) / unit_block_, n = k % shares;
+        begin = blocks * n / shares * unit_block_;
+        end = std::min(size, blocks * (n + 1) / shares * unit_block_);
       };
       split(H_, me.unit_begin, me.unit_end);
       split(P_, me.feature_begin, me.feature_end);
-      me.barrier = &barriers_[partition_.concurrent ? d : 0];
-    } else if (partition_.members > 1) {
-      me.row_begin = row_begin_[k];
-      me.row_end = row_begin_[k + 1];
+      me.barrier = &barriers_[(partition_.concurrent ? d * groups : 0) + group];
     }
     return me;
   }
@@ -107,8 +108,8 @@ class Members {
   const ThreadPartition& partition_;
   const std::vector<Rows>& rows_;
   const int64_t H_, P_, unit_block_;
-  std::vector<int64_t> row_begin_;  // of each member, and B
-  Barrier barriers_[2];             // of each direction, if they run at once
+  std::vector<int64_t> row_begin_;  // of each group of members of the same rows, and B
+  std::deque<Barrier> barriers_;    // of each group; directions in turn share them
 };
 
 }  // namespace fastlstm

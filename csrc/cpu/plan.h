@@ -6,6 +6,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <optional>
 #include <string>
 
 #include "cpu/tuning.h"
@@ -15,11 +16,20 @@ namespace fastlstm {
 // Of x, weights and results; float16 runs as float32.
 enum class Dtype { float32, float64, bfloat16 };
 
+// A way to divide a direction among threads: members split the rows, or the units, or in row_groups both.
+struct PartitionChoice {
+  int members, row_groups;
+  bool split_units, concurrent;
+};
+
 struct Machine {
   int threads;           // available to this call
   int64_t l2_bytes;      // of one core
   int64_t vector_bytes;  // of the float kernels' instruction set
   bool bf16_kernels;     // cpu/bf16.h has kernels for this CPU
+  const CostFigures* figures = &kCostFigures;
+  std::optional<PartitionChoice> forced =
+      {};  // the only candidate; `python -m benchmarks calibrate` times each
 };
 
 // A layer's call. Sizes as in cpu/sequence.h.
@@ -37,23 +47,32 @@ struct LayerShape {
   int64_t real_bytes() const { return dtype == Dtype::float64 ? 8 : 4; }  // of sums and states
 };
 
-// The threads of a layer: per direction a number of members that split either the rows (and never meet) or
-// the units (and meet at barriers in every step).
+// The threads of a layer: per direction a number of members that split either the rows (and never meet), or
+// the units (and meet at a barrier in every step), or both: groups of members split the rows, and the members
+// of a group the units.
 struct ThreadPartition {
   int64_t D = 1;
   int members = 1;          // per direction
   bool concurrent = false;  // directions on threads of their own
   bool split_units = false;
-  int copies = 1;  // of a direction's packed weights
-  const char* reason = "";
+  int copies = 1;      // of a direction's packed weights
+  int row_groups = 1;  // of members that split units
+
+  // Microseconds of the time loop by the cost model (cost.h), and the least of every kind of partition,
+  // infinite where there is none.
+  double predicted_us = 0, one_thread_us = 0, directions_us = 0, rows_us = 0, units_us = 0, grid_us = 0;
+  bool one_available = true;  // the call has one thread
 
   int threads() const { return members * (concurrent ? static_cast<int>(D) : 1); }
   // Returns true if each thread is the only one to read its packed weights: it then packs them, so that they
   // are in its cache.
-  bool private_weights() const { return split_units || copies > 1 || (concurrent && members == 1); }
+  bool private_weights() const {
+    return (split_units && row_groups == 1) || copies > 1 || (concurrent && members == 1);
+  }
   // The copy that the member of this index reads.
   int64_t copy(int index) const { return copies > 1 ? index % members : 0; }
-  int shares() const { return split_units ? members : 1; }  // of a direction's weights
+  int shares() const { return split_units ? members / row_groups : 1; }  // of a direction's weights
+  int row_shares() const { return split_units ? row_groups : members; }  // of its rows
 };
 
 enum class Driver {
@@ -111,7 +130,11 @@ inline CpuPlan plan(const LayerShape& s, const Machine& machine) {
 }
 CellPlan plan_cell(Dtype dtype, int64_t B, int64_t I, int64_t H, const Machine& machine);
 
+// Returns true if the kernels of cpu/bf16.h run a layer.
+bool uses_bf16_products(const LayerShape& s, const Machine& machine);
+
 // In words, for fastlstm.explain.
+std::string reason(const ThreadPartition& partition);
 std::string describe(const ForwardPlan& plan, const LayerShape& s);
 std::string describe(const BackwardPlan& plan, const LayerShape& s);
 std::string describe_forward(const CellPlan& plan);

@@ -1,4 +1,6 @@
 // The plans of cpu/plan.h in words.
+#include <cmath>
+#include <cstdio>
 #include <vector>
 
 #include "cpu/plan.h"
@@ -19,7 +21,10 @@ std::string counted(int64_t n, const char* noun) {
 std::string in_words(const ThreadPartition& p) {
   std::string text = counted(p.threads(), "thread");
   if (p.concurrent) text += ", " + std::to_string(p.members) + " per direction";
-  if (p.members > 1) text += p.split_units ? " by units" : " by rows";
+  if (p.row_groups > 1)
+    text += " by rows and units, " + std::to_string(p.row_groups) + " x " + std::to_string(p.shares());
+  else if (p.members > 1)
+    text += p.split_units ? " by units" : " by rows";
   if (p.copies > 1) text += " with a copy of the weights each";
   return text;
 }
@@ -42,9 +47,32 @@ void add_driver(Driver driver, std::vector<std::string>& parts) {
   if (driver == Driver::bf16_products) parts.push_back("products of bfloat16");
 }
 
-std::string because(const ThreadPartition& p) { return ", because " + std::string(p.reason); }
+std::string us(double time) {
+  char text[32];
+  std::snprintf(text, sizeof(text), time < 10 ? "%.1f us" : "%.0f us", time);
+  return text;
+}
+
+std::string because(const ThreadPartition& p) { return ", because " + reason(p); }
 
 }  // namespace
+
+std::string reason(const ThreadPartition& p) {
+  if (p.one_available) return "one thread is available";
+  const auto none = [](double time) { return std::isinf(time); };
+  if (none(p.directions_us) && none(p.rows_us) && none(p.units_us))
+    return "neither rows nor units can be divided";
+  std::string others;
+  const auto add = [&](const char* kind, double time, bool chosen) {
+    if (!chosen && !none(time)) others += (others.empty() ? "; " : ", ") + (kind + us(time));
+  };
+  add("by rows ", p.rows_us, p.members > 1 && !p.split_units);
+  add("by units ", p.units_us, p.split_units && p.row_groups == 1);
+  add("by both ", p.grid_us, p.row_groups > 1);
+  add("a thread per direction ", p.directions_us, p.members == 1 && p.concurrent);
+  add("on one thread ", p.one_thread_us, p.threads() == 1);
+  return "predicted " + us(p.predicted_us) + others;
+}
 
 std::string describe(const ForwardPlan& plan, const LayerShape& s) {
   std::vector<std::string> parts = {in_words(plan.partition)};

@@ -6,6 +6,7 @@
 #include <omp.h>
 #endif
 
+#include <optional>
 #include <vector>
 
 #include "cpu/bf16.h"
@@ -13,10 +14,17 @@
 
 namespace fastlstm {
 
+// The thread partition of every call, while calibration or a test sets one and no other thread calls.
+inline std::optional<PartitionChoice> forced_partition;
+
 // What a call on this thread may use.
 inline Machine this_machine() {
-  return {at::in_parallel_region() ? 1 : at::get_num_threads(), l2_bytes(),
-          kernels<float>().width * static_cast<int64_t>(sizeof(float)), bf16::kernels() != nullptr};
+  return {at::in_parallel_region() ? 1 : at::get_num_threads(),
+          l2_bytes(),
+          kernels<float>().width * static_cast<int64_t>(sizeof(float)),
+          bf16::kernels() != nullptr,
+          &kCostFigures,
+          forced_partition};
 }
 
 // Runs body(direction, member) for every member of a partition, each on a thread of its own.

@@ -146,7 +146,7 @@ class Barrier {
 };
 
 // One thread's part of a direction: sorted rows [row_begin, row_end) and units [unit_begin, unit_end).
-// Members that share rows split the units and the features of h, and meet at the barrier in every step, with
+// Members of the same rows split the units and the features of h, and meet at the barrier in every step, with
 // projection twice; otherwise barrier is null.
 struct Member {
   int64_t row_begin, row_end;

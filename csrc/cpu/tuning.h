@@ -13,67 +13,100 @@
 
 namespace fastlstm {
 
-// ---- Threads of the float kernels (partition in plan.cpp). MACs are estimates.
+// ---- The cost model (cost.cpp), which predicts the time of a loop on every partition of the threads.
 
-// From this many multiply-adds of all steps on, a layer runs on more than one thread. A fork and join cost
-// about what 5e5 of them take. Fitted, 2026-11.
-inline constexpr double kThreadsMinMacs = 1e6;
-// From this many multiply-adds of a step on, units are split: a barrier costs about what 1e4 of them take,
-// and h passes from core to core. Fitted, 2026-11.
-inline constexpr double kUnitSplitMinMacs = 6e4;
-// A step counts as at least this many rows: fewer wait for their weights, from the L2 or, in a layer of one
-// step, from where the last call left them. Recorded: T = B = 1, H = 256 takes 64 us on one thread and 20 on
-// two (docs/design.md, "Threads"). Fitted, 2026-11.
-inline constexpr double kStepCostMinRows = 2, kSingleStepCostMinRows = 4;
-// What the pointwise stage costs, as multiply-adds per gate and row. Fitted, 2026-11.
-inline constexpr int64_t kGateCostMacs = 16;
+// Its figures. `python -m benchmarks calibrate` measures those of a machine and prints which plans would
+// change. They are recorded in docs/design.md, or fitted to the times of 3,000 random layers on every
+// partition of two threads (Intel Xeon, AVX-512, L2 of 2 MiB, 2026-11-29; docs/design.md, "Threads").
+// Nothing has been measured beyond two threads; the figures marked so are guesses on the side of fewer
+// threads. Rows in a name: the time of that many rows' multiply-adds.
+struct CostFigures {
+  // What a core multiplies and adds, in vectors per us. Recorded: 12 rows, AVX-512, float32, at 162 to 170
+  // GFLOP/s a core (docs/design.md, "Tiles").
+  double vector_fmas_per_us = 5000;
+  // The pointwise stage, as multiply-adds per gate and row, of gate_cost_min_rows rows at least: fewer wait
+  // for the latency of its divisions. Fitted, 2026-11-29.
+  double gate_cost_macs = 24, gate_cost_min_rows = 3;
+  // Reading the weights from the L2; fewer rows than this wait for it. Fitted, 2026-11-29. Recorded: T = 200,
+  // B = 8, H = 64 with 4 rows a thread takes 0.56 ms in forward and 1.8 in training, with half of the units
+  // 0.98 and 3.4 (docs/design.md, "Threads"). 2026-11-28.
+  double l2_read_rows = 4.5;
+  // Reading weights that an L2 does not hold: 4 bytes per multiply-add at 32 GB/s a core (gemm.h, Ahead).
+  // Prefetching hides a part of it that grows with the rows, and all of it from l3_hidden_min_rows on.
+  // Fitted: with 24 rows per thread split rows take no more time than split units. Recorded: T = 50, B = 16,
+  // I = 80, H = 800, P = 512, forward takes 29 ms with rows split and 18 with units split (docs/design.md,
+  // "Threads"). 2026-11-28.
+  double l3_read_rows = 10.5, l3_hidden_min_rows = 24;
+  // Up to this many threads read from the L3, or pack weights, at full speed; more share the bandwidth. Not
+  // measured.
+  double l3_full_speed_max_threads = 8;
+  // Reading from it takes this many times as long while two directions run at once, whose weights share it.
+  // Measured, 2026-11-29: 1.15 to 1.4 for 5 to 50 MB a direction; no CSV.
+  double l3_two_directions = 1.2;
+  // Starting and joining two threads, and each further one (not measured). 1.5 us in a loop that does nothing
+  // else, 2 to 3 fitted where one pass is repeated, more in a training step: T = 2, B = 14, I = 19, H = 47,
+  // float64 takes 123 us on one thread and 137 on two. 2026-11-29.
+  double fork_join_us = 4.5, fork_join_thread_us = 0.5;
+  // A barrier of two threads, the passing of cache lines included, and each further thread, which count down
+  // on one cache line (not measured). Measured, 2026-11-29: 0.18 us in a loop that does nothing else, 0.6
+  // fitted, since threads do not arrive at once.
+  double barrier_us = 0.55, barrier_thread_us = 0.1;
+  // What another core has just written comes at 10 to 14 GB/s (docs/design.md, "Threads").
+  double core_to_core_bytes_per_us = 10000;
+  // Packing weights on one thread. Recorded: H = 100, 160 KB, takes 4.7 us (docs/design.md, "Few rows").
+  // Fitted, 2026-11-29: 20,000 to 35,000.
+  double pack_bytes_per_us = 25000;
+  // Threads that split rows write parts of the same cache lines in each step, the ends of their rows of y, c
+  // and the gates; more of them where a thread's rows of h take less than kRowBoundaryBytes. Fitted,
+  // 2026-11-29: T = 138, B = 14, H = 1 takes 138 us on one thread and 175 on two.
+  double row_boundary_us = 0.17;
 
-// Weights of more than this part of an L2 do not stay in it from step to step: threads that split rows then
-// need kStreamedRowSplitMinRows each, blocks are read in alternating order, and bfloat16 panels stay
-// bfloat16. Recorded for the alternating order: forward on two threads, B = 1, H = 512 takes 45 us a step in
-// one order and 35 in both; H = 1024 283 and 248 (docs/design.md, "Weights larger than the L2"). Fitted,
-// 2026-11-28.
+  // The same of the bfloat16 kernels (cpu/bf16.h), whose products are faster, so that threads pay later. The
+  // rate is the one at which fork_join_us is half of the 1e7 multiply-adds from which a second thread paid.
+  // Rows are computed in whole tiles, which hide the reading from the L2. Fitted, 2026-11-26.
+  double bf16_macs_per_us = 833e3;
+  double bf16_gate_cost_macs = 256;
+  double bf16_l2_read_rows = 16;
+  // 2 bytes per multiply-add at 32 GB/s; the second in the proportion of l3_hidden_min_rows. Not measured.
+  double bf16_l3_read_rows = 52, bf16_l3_hidden_min_rows = 120;
+};
+inline constexpr CostFigures kCostFigures;
+
+// Two cache lines (CostFigures::row_boundary_us).
+inline constexpr double kRowBoundaryBytes = 128;
+// Rows that the bfloat16 kernels compute at once.
+inline constexpr double kBf16TileCostRows = 16;
+// The bfloat16 kernels' weights of more than this part of an L2, which x and the states share, leave it.
+// Fitted. Recorded: T = 232, B = 4, I = 402, H = 228 bidirectional, 1.1 MiB a direction, forward takes 1.18
+// times as long in turn, by units, as with a thread per direction (AVX512_BF16, L2 of 2 MiB). 2026-11-29, no
+// CSV.
+inline constexpr double kBf16L2ResidentMaxFraction = 0.75;
+// More threads are taken if they save more than this part of the time: they cost CPU time, and a prediction
+// is no more exact.
+inline constexpr double kMoreThreadsMinGain = 0.02;
+
+// ---- Other decisions about threads.
+
+// Weights of more than this part of an L2 do not stay in it from step to step: the cost model reads them from
+// the L3, blocks are read in alternating order, and bfloat16 panels stay bfloat16. Recorded for the
+// alternating order: forward on two threads, B = 1, H = 512 takes 45 us a step in one order and 35 in both; H
+// = 1024 283 and 248 (docs/design.md, "Weights larger than the L2"). Fitted, 2026-11-28.
 inline constexpr double kL2ResidentMaxFraction = 0.75;
-
-// Rows are split, and not units, where each thread has at least this many. Splitting rows reads all weights
-// in every thread. Recorded: T = 200, B = 8, H = 64 with 4 rows a thread takes 0.56 ms in forward and 1.8 in
-// training, with half of the units 0.98 and 3.4 (docs/design.md, "Threads"). Fitted, 2026-11-28.
-inline constexpr double kRowSplitMinRows = 3.5;
-// The same for weights of at most kPrivatePackMaxBytes. Fitted, 2026-11-28.
-inline constexpr double kSmallWeightRowSplitMinRows = 2;
-// The same with projection, where a split of units meets at two barriers a step. Fitted, 2026-11-28.
-inline constexpr double kProjectionRowSplitMinRows = 1;
-// The same for weights that no L2 holds, and for a single step, for which each thread packs them itself.
-// Recorded with projection: T = 50, B = 16, I = 80, H = 800, P = 512, forward takes 29 ms with rows split and
-// 18 with units split, a training step 81 and 60 (docs/design.md, "Threads"). Fitted, 2026-11-28.
-inline constexpr double kStreamedRowSplitMinRows = 24;
-// Up to this size of the weights, a single step may split rows. Fitted, 2026-11.
+// A single step packs its weights in every thread that splits rows: rows are split where each thread has at
+// least this many and the weights have at most this size, units otherwise. Fitted, 2026-11-28.
+inline constexpr double kSingleStepRowSplitMinRows = 24;
 inline constexpr double kSingleStepRowSplitMaxBytes = 1 << 20;
-// Up to this size of the weights, each thread that splits rows packs a copy of its own: what another core has
-// just written comes at 10 to 14 GB/s (docs/design.md, "Threads"). Fitted, 2026-11-28.
-inline constexpr double kPrivatePackMaxBytes = 1 << 16;
-// Up to this size of the weights, a thread reads them from its L2 in little time beside its rows: rows per
-// thread are then the mean active rows, above N / T where rows end one by one. Recorded: B = 16, random
-// lengths, H = 64 takes 20 % less time in forward and 10 % in training (docs/design.md, "Threads"). Fitted,
-// 2026-11-28.
-inline constexpr double kCheapReadMaxBytes = 3 << 17;
+// Up to this part of an L2, each thread that splits rows packs a copy of the weights for itself: packing them
+// takes less time than reading what another core has just packed, and no start of threads of its own.
+// Measured against 64 KiB, 44 layers of 2 threads: up to this part 1.0 to 1.7 times as fast in forward, above
+// it 0.75 to 1.14. Two cores of an Intel Xeon, L2 of 2 MiB, no CSV, 2026-11-29.
+inline constexpr double kPrivatePackMaxL2Fraction = 0.25;
 // What reading the weights costs a thread in each step, as rows, where ragged rows are divided. Recorded:
 // lengths from T/2 to T take 7 to 14 % less time in forward, 3 to 11 % in training (docs/design.md,
 // "Threads"). Fitted, 2026-11-28.
 inline constexpr int64_t kWeightReadCostRows = 2;
 // Polls of a barrier before a waiting thread yields; a step lasts microseconds. Fitted.
 inline constexpr int kBarrierYieldMinPolls = 4000;
-
-// ---- Threads of the bfloat16 kernels (cpu/bf16.h), whose products are faster, so that threads pay later.
-
-// As kThreadsMinMacs, kUnitSplitMinMacs and kGateCostMacs. Fitted, 2026-11-26.
-inline constexpr double kBf16ThreadsMinMacs = 1e7;
-inline constexpr double kBf16UnitSplitMinMacs = 4e5;
-inline constexpr int64_t kBf16GateCostMacs = 256;
-// Rows are split where each thread has at least this many, a tile, and the weights have at most this size.
-// Fitted, 2026-11-26.
-inline constexpr double kBf16RowSplitMinRows = 16;
-inline constexpr double kBf16RowSplitMaxBytes = 1 << 20;
 
 // ---- How forward reads the weights.
 

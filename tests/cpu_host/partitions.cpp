@@ -94,9 +94,9 @@ bool check(const Case& k, const ThreadPartition& partition, bool with_barrier) {
     }
   }
   if (!right)
-    std::printf("  %d directions %s, %d members each by %s, %d copies\n", int(partition.D),
+    std::printf("  %d directions %s, %d members each by %s, %d row groups, %d copies\n", int(partition.D),
                 partition.concurrent ? "at once" : "in turn", partition.members,
-                partition.split_units ? "units" : "rows", partition.copies);
+                partition.split_units ? "units" : "rows", partition.row_groups, partition.copies);
   return right;
 }
 
@@ -135,6 +135,10 @@ int main(int argc, char** argv) {
             run(k, {1, members, false, units, copies});
             run(k, {2, members, true, units, copies});
             if (members <= 3) run(k, {2, members, false, units, copies});
+          }
+          if (units && members % 2 == 0) {  // two groups of rows, whose members split the units
+            run(k, {1, members, false, true, 1, 2});
+            if (members <= 4) run(k, {2, members, true, true, 1, 2});
           }
         }
   for (const bool projected : {false, true}) {

@@ -1,0 +1,83 @@
+"""python -m benchmarks calibrate: what it measures, and that it leaves nothing changed."""
+
+from __future__ import annotations
+
+import csv
+import os
+import random
+
+import pytest
+import torch
+
+from benchmarks import calibrate
+from benchmarks.cases import Case
+from fastlstm.backends import native
+
+pytestmark = [
+    pytest.mark.skipif(native.extension is None, reason=native.load_error),
+    pytest.mark.skipif((os.cpu_count() or 1) < 2, reason="two threads meet at barriers, which takes two cores"),
+]
+
+
+@pytest.fixture(autouse=True)
+def two_threads():
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+def test_figures_are_named_as_in_the_model_and_positive():
+    figures = calibrate.measure_figures(2)
+    assert figures.keys() <= native.extension.cost_figures().keys()
+    assert {"vector_fmas_per_us", "fork_join_us"} <= figures.keys()
+    assert all(value > 0 for value in figures.values())
+    assert torch.get_num_threads() == 2
+
+
+def test_other_figures_change_plans():
+    told, count = calibrate.changes([2], {"fork_join_us": 1e6})
+    assert 0 < len(told) < count
+    assert any("by rows -> 1" in line for line in told), told
+    assert calibrate.changes([1, 2], {})[0] == []
+
+
+def test_a_figure_that_does_not_exist_is_refused():
+    with pytest.raises(RuntimeError, match="there is no figure fork_us"):
+        calibrate.plan(Case(2, 2, 2, 2), 2, {"fork_us": 1.0})
+
+
+def test_a_layer_is_timed_on_its_candidates():
+    case = Case(T=5, B=8, I=16, H=64, bidirectional=True)
+    for row in calibrate.time_layer(case, 2, {}):
+        assert row.measured.keys() == row.predicted.keys()
+        kinds = {(split, concurrent) for _, _, split, concurrent in row.measured}
+        assert kinds == {("none", False), ("none", True), ("rows", False), ("units", False)}
+        assert all(us > 0 for us in row.measured.values())
+        chosen = calibrate.key_of(calibrate.plan(case, 2, {})[row.pass_])
+        assert row.predicted[chosen] <= min(row.predicted.values()) / 0.98
+        assert min(map(row.regret, row.measured)) == 1
+
+
+def test_a_partition_of_backward_alone_is_timed():
+    """Of a single step: forward has more weights, and splits no rows."""
+    case = Case(T=1, B=64, I=300, H=200)
+    forward, backward = calibrate.time_layer(case, 2, {})
+    assert (2, 1, "rows", False) in backward.measured.keys() - forward.measured.keys()
+
+
+def test_random_layers_are_the_same_every_time():
+    assert calibrate.random_layer(random.Random(1)) == calibrate.random_layer(random.Random(1))
+
+
+def test_the_command_writes_every_partition(tmp_path, capsys):
+    path = tmp_path / "out.csv"
+    assert calibrate.main(["--threads", "2", "--seconds", "0.5", "--output", str(path)]) == 0
+    told = capsys.readouterr().out
+    assert "plans of the suites cpu, grid and random change" in told
+    assert "forward, figures of tuning.h:" in told
+    with path.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert {row["pass"] for row in rows} == {"forward", "backward"}
+    chosen = [row for row in rows if row["chosen"] == "1"]
+    assert len(chosen) == len({(row["case"], row["pass"]) for row in rows})
