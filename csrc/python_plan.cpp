@@ -275,10 +275,8 @@ void define_cpu_plan(py::module_& m) {
         arg("concurrent") = false,
         "Divides every later call's layers in this way, whatever is predicted; members=0 ends it. For "
         "benchmarks and tests, while no other thread calls.");
-  m.def(
-      "team_us", &team_us, arg("threads"), arg("barriers"), arg("repeats"),
-      "Microseconds of a partition of this many threads that does nothing but meet at so many barriers: the "
-      "median.");
+  m.def("team_us", &team_us, arg("threads"), arg("barriers"), arg("repeats"),
+        "Median time in microseconds of an empty partition whose threads meet at `barriers` barriers.");
   m.def("cpu_machine", &cpu_machine, "This machine as plans see it, without its threads.");
 }
 

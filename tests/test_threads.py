@@ -96,28 +96,29 @@ GRIDS = (
 )
 
 
+def check_twice(case: Case, backend: str) -> None:
+    """Assert that results are right, and the same bits at a second run."""
+    first = run_backend(case, backend)
+    compare(case, first, precision(case.dtype, backend), backend)
+    second = run_backend(case, backend)
+    for name, value in first.items():
+        assert torch.equal(value, second[name]), f"{name} differs from run to run"
+
+
 @pytest.mark.parametrize("backend", ["native"], indirect=True)
 @pytest.mark.parametrize(("case", "n", "split"), CHOSEN, ids=str)
 def test_more_threads_in_one_call(case, n, split, backend, threads):
     if split:
         assert_path(case, "forward", at=n, on=AVX512, split=split)
     threads(n)
-    first = run_backend(case, backend)
-    compare(case, first, precision(case.dtype, backend), backend)
-    second = run_backend(case, backend)
-    for name, value in first.items():
-        assert torch.equal(value, second[name]), f"{name} differs from run to run"
+    check_twice(case, backend)
 
 
 @pytest.mark.parametrize("backend", ["native"], indirect=True)
 @pytest.mark.parametrize(("case", "members", "row_groups", "concurrent"), GRIDS, ids=str)
 def test_rows_and_units_in_one_call(case, members, row_groups, concurrent, backend, divide):
     divide(members, row_groups, "grid", concurrent)
-    first = run_backend(case, backend)
-    compare(case, first, precision(case.dtype, backend), backend)
-    second = run_backend(case, backend)
-    for name, value in first.items():
-        assert torch.equal(value, second[name]), f"{name} differs from run to run"
+    check_twice(case, backend)
 
 
 @pytest.mark.parametrize("backend", ["native"], indirect=True)
@@ -137,11 +138,7 @@ def test_weights_packed_by_each_thread_over_several_chunks(backend):
 def test_two_threads_in_one_call(case, backend, threads):
     require(backend, case)
     threads(2)
-    first = run_backend(case, backend)
-    compare(case, first, precision(case.dtype, backend), backend)
-    second = run_backend(case, backend)
-    for name, value in first.items():
-        assert torch.equal(value, second[name]), f"{name} differs from run to run"
+    check_twice(case, backend)
 
 
 def divided(members: int, directions: int, kind: str) -> Case:

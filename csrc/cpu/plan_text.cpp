@@ -68,7 +68,7 @@ std::string reason(const ThreadPartition& p) {
   };
   add("by rows ", p.rows_us, p.members > 1 && !p.split_units);
   add("by units ", p.units_us, p.split_units && p.row_groups == 1);
-  add("by both ", p.grid_us, p.row_groups > 1);
+  add("by rows and units ", p.grid_us, p.row_groups > 1);
   add("a thread per direction ", p.directions_us, p.members == 1 && p.concurrent);
   add("on one thread ", p.one_thread_us, p.threads() == 1);
   return "predicted " + us(p.predicted_us) + others;
