@@ -207,16 +207,19 @@ void for_candidates(const LoopCost& cost, int64_t D, int threads, bool all, F&& 
   }
 }
 
+// Returns true if the threads meet at a barrier in every step.
+bool waits(Split split) { return split == Split::units || split == Split::grid; }
+
 bool is_choice(const PartitionChoice& p, Split split, int members, int row_groups, bool concurrent) {
   return p.members == members && p.row_groups == row_groups && p.concurrent == concurrent &&
-         p.split_units == (split == Split::units || split == Split::grid);
+         p.split_units == waits(split);
 }
 
 ThreadPartition partition_of(const LoopCost& cost, int64_t D, Split split, int members, int row_groups,
                              bool concurrent) {
   ThreadPartition p;
   p.D = D, p.members = members, p.concurrent = concurrent;
-  p.split_units = split == Split::units || split == Split::grid;
+  p.split_units = waits(split);
   p.row_groups = row_groups;
   p.copies = split == Split::rows && cost.private_copies() ? members : 1;
   return p;
@@ -243,7 +246,8 @@ ThreadPartition choose_partition(const Loop& loop, const Machine& machine) {
                    double& of_kind = least[static_cast<int>(split)];
                    of_kind = std::min(of_kind, us);
                    const int threads = concurrent ? 2 * members : members;
-                   if (us < (threads > best.threads ? 1 - kMoreThreadsMinGain : 1) * best.us)
+                   const bool dearer = threads > best.threads || (waits(split) && !waits(best.split));
+                   if (us < (dearer ? 1 - kPartitionMinGain : 1) * best.us)
                      best = {split, members, row_groups, concurrent, threads, us};
                  });
   if (best.us == kNever) throw std::invalid_argument("the forced thread partition is no candidate");

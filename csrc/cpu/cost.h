@@ -37,8 +37,8 @@ Loop bf16_forward_loop(const LayerShape& s);
 Loop bf16_backward_loop(const LayerShape& s, int64_t chunk_steps);
 Loop cell_backward_loop(const LayerShape& s);
 
-// The candidate of the least predicted time. More threads are taken only if they save more than
-// kMoreThreadsMinGain of the time.
+// The candidate of the least predicted time. More threads, and barriers, are taken only if they save more
+// than kPartitionMinGain of the time.
 ThreadPartition choose_partition(const Loop& loop, const Machine& machine);
 
 // All candidates, by rising number of threads; for tests.
