@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 from types import TracebackType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -178,42 +179,42 @@ def layer(
     return y, h_n, c_n, cells
 
 
-def stack(
-    input: Tensor,
-    hx: tuple[Tensor, Tensor] | None,
-    weights: list[Tensor],
-    num_layers: int,
-    bidirectional: bool,
-    batch_first: bool,
-    I: int,  # noqa: E741
-    H: int,
-    P: int,
-    dropout: float,
-    batch_sizes: Tensor | None = None,
-) -> tuple[Tensor, tuple[Tensor, Tensor]] | None:
-    """All of a torch.nn.LSTM call in one call into the native extension, or None where something is to be looked at.
+def lstm_fast_path(
+    module: Any, input: Tensor, hx: tuple[Tensor, Tensor] | None, batch_sizes: Tensor | None = None
+) -> tuple[Any, Any]:
+    """Run a whole LSTM call in the extension: ((output, (h_n, c_n)), None), or (None, weights) if it may not.
 
     For plain CPU tensors without lengths, resets, autocast, a transform or a tangent: a tiny call would spend most of
-    its time in Python otherwise. Results and errors are those of functional.lstm and `layer`, which serve everything
-    else. I, H and P are the module's; dropout is what is to be applied between layers, 0 in evaluation. With the
-    batch_sizes of a PackedSequence, input is its data and the first result the output's: the rows stay packed.
+    its time in Python otherwise. Results and errors are those of functional.lstm and `layer`, which handle everything
+    else, with the weights of this call, read once. With the batch_sizes of a PackedSequence, input is its data and the
+    first result the output's: the rows stay packed.
     """
-    if not _extension_may_run():
-        return None
-    D = 2 if bidirectional else 1
-    return native.extension.stack(input, hx, weights, num_layers, D, batch_first, I, H, P, dropout, batch_sizes)  # type: ignore[union-attr]
+    result = weights = None
+    if _extension_may_run():
+        extension: Any = native.extension
+        result = extension.lstm(module.__dict__, None, input, hx, batch_sizes)
+        if result is NotImplemented:  # the attributes are not the recorded weights
+            weights = module.current_weights()
+            result = extension.lstm(module.__dict__, weights, input, hx, batch_sizes)
+    if result is None and weights is None:
+        weights = module.current_weights()
+    return result, weights
 
 
-def cell(
-    input: Tensor, hx: tuple[Tensor, Tensor] | None, weights: tuple[Tensor | None, ...]
-) -> tuple[Tensor, Tensor] | None:
-    """The same for torch.nn.LSTMCell: (h, c), or None where functional.lstm_cell is to look at the call.
-
-    `weights` are weight_ih, weight_hh, bias_ih and bias_hh.
-    """
-    return native.extension.cell(input, hx, *weights) if _extension_may_run() else None  # type: ignore[union-attr]
+def cell_fast_path(module: Any, input: Tensor, hx: tuple[Tensor, Tensor] | None) -> tuple[Any, Any]:
+    """The same for LSTMCell: ((h, c), None), or (None, weights)."""
+    result = weights = None
+    if _extension_may_run():
+        extension: Any = native.extension
+        result = extension.lstm_cell(module.__dict__, None, input, hx)
+        if result is NotImplemented:
+            weights = module.current_weights()
+            result = extension.lstm_cell(module.__dict__, weights, input, hx)
+    if result is None and weights is None:
+        weights = module.current_weights()
+    return result, weights
 
 
 def _extension_may_run() -> bool:
-    """Whether the extension may be asked for a whole call; it refuses what is not plain by itself."""
+    """Return True if the extension may be asked for a whole call; it refuses what is not plain by itself."""
     return not (is_compiling() or native.extension is None or _requested not in ("auto", "native"))

@@ -155,13 +155,14 @@ class LSTM(nn.RNNBase):
         Raises:
             what torch.nn.LSTM raises for input and hx; for the rest see functional.lstm.
         """
-        weights = self.current_weights()
         if isinstance(input, PackedSequence):
-            return self._forward_packed(input, hx, weights, lengths, reset_mask, return_cell_states)
+            return self._forward_packed(input, hx, lengths, reset_mask, return_cell_states)
         if lengths is None and reset_mask is None and not (return_cell_states or self.recompute is not False):
-            result = self._stack(input, hx, weights, self.batch_first)
+            result, weights = dispatch.lstm_fast_path(self, input, hx)
             if result is not None:
                 return result
+        else:
+            weights = self.current_weights()
         if input.dim() not in (2, 3):
             raise ValueError(f"LSTM: Expected input to be 2D or 3D, got {input.dim()}D instead")
         batched = input.dim() == 3
@@ -182,20 +183,6 @@ class LSTM(nn.RNNBase):
             output, h_n, c_n = output.squeeze(batch_dim), h_n.squeeze(1), c_n.squeeze(1)
             cells = [c.squeeze(batch_dim) for c in cells]
         return (output, (h_n, c_n), *cells)
-
-    def _stack(
-        self,
-        input: Tensor,
-        hx: States | None,
-        weights: list[Tensor],
-        batch_first: bool,
-        batch_sizes: Tensor | None = None,
-    ) -> tuple[Tensor, States] | None:
-        H, dropout = self.hidden_size, self.dropout if self.training and self.num_layers > 1 else 0.0
-        return dispatch.stack(
-            input, hx, weights, self.num_layers, self.bidirectional, batch_first,
-            self.input_size, H, self.proj_size or H, dropout, batch_sizes,
-        )  # fmt: skip
 
     def _run(
         self,
@@ -258,7 +245,6 @@ class LSTM(nn.RNNBase):
         self,
         input: PackedSequence,
         hx: States | None,
-        weights: list[Tensor],
         lengths: Tensor | Sequence[int] | None,
         reset_mask: Tensor | None,
         return_cell_states: bool,
@@ -271,18 +257,20 @@ class LSTM(nn.RNNBase):
             raise RuntimeError(f"batch_sizes must be int64 [T], got {batch_sizes.dtype} {list(batch_sizes.shape)}")
         if hx is not None:
             hx = self._packed_states(hx, data, batch_sizes, sorted_indices)
-        if data.dim() != 2 or data.size(1) != self.input_size or data.dtype != weights[0].dtype:
-            self._update_flat_weights()
-            try:
-                self.check_input(data, batch_sizes)
-            except ValueError as error:  # of a dtype: nn.LSTM's packed input gets as far as a matrix product
-                raise RuntimeError(*error.args) from None
         result = None
-        if not (return_cell_states or self.recompute is not False):
-            result = self._stack(data, hx, weights, False, batch_sizes)
+        if return_cell_states or self.recompute is not False:
+            weights = self.current_weights()
+        else:
+            result, weights = dispatch.lstm_fast_path(self, data, hx, batch_sizes)
         if result is not None:
             rows, states = [result[0]], result[1]
         else:
+            if data.dim() != 2 or data.size(1) != self.input_size or data.dtype != weights[0].dtype:
+                self._update_flat_weights()
+                try:
+                    self.check_input(data, batch_sizes)
+                except ValueError as error:  # of a dtype: nn.LSTM's packed input gets as far as a matrix product
+                    raise RuntimeError(*error.args) from None
             layout = PackedLayout.of(batch_sizes, data)
             output, h_n, c_n, *cells = self._run(
                 layout.pad(data), hx, weights, False, None, None, return_cell_states, layout
@@ -348,8 +336,7 @@ class LSTMCell(nn.RNNCellBase):
 
     def forward(self, input: Tensor, hx: States | None = None) -> States:
         """(h, c), each [B, H] or [H], from input [B, I] or [I] and hx = (h, c) likewise, or None for zeros."""
-        weights = self.current_weights()
-        result = dispatch.cell(input, hx, weights)
+        result, weights = dispatch.cell_fast_path(self, input, hx)
         if result is not None:
             return result
         if input.dim() not in (1, 2):

@@ -10,9 +10,7 @@ import types
 import pytest
 import torch
 from torch import nn
-from torch.autograd import forward_ad
 from torch.nn.utils.rnn import pack_padded_sequence
-from torch.overrides import TorchFunctionMode
 
 import fastlstm
 from fastlstm import backends, dispatch
@@ -34,9 +32,8 @@ def no_memory(monkeypatch):
 
 @pytest.fixture
 def asked(monkeypatch, no_memory):
-    """(backend, call) of every choice made; the shortcuts past them, for which there is nothing to choose, are off."""
-    for shortcut in ("stack", "cell"):
-        monkeypatch.setattr(dispatch, shortcut, lambda *arguments: None)
+    """(backend, call) of every choice made; the fast paths past them, for which there is nothing to choose, are off."""
+    monkeypatch.setattr(dispatch, "_extension_may_run", lambda: False)
     calls = []
     real = dispatch.select
 
@@ -51,93 +48,6 @@ def asked(monkeypatch, no_memory):
 def test_named_backend_runs_the_call(backend, asked):
     fastlstm.LSTM(3, 4, 2)(X)
     assert [name for name, _ in asked] == [backend, backend]
-
-
-class Subclass(torch.Tensor):
-    pass
-
-
-class Mode(TorchFunctionMode):
-    def __torch_function__(self, function, types, args=(), kwargs=None):
-        return function(*args, **(kwargs or {}))
-
-
-def interposed(x):
-    """x as only Python knows it, in turn: of a class with a __torch_function__, under a mode, with a tangent."""
-    yield x.as_subclass(Subclass)
-    with Mode():
-        yield x
-    with forward_ad.dual_level():
-        yield forward_ad.make_dual(x, torch.ones_like(x))
-
-
-def test_the_shortcut_is_for_what_native_would_run(monkeypatch):
-    """Around the layers' choices, in the extension: only where each of them would be native."""
-    if backends.native.extension is None:
-        pytest.skip("the extension is not built")
-    lstm, x = fastlstm.LSTM(3, 4, 2), torch.rand(5, 2, 3)
-    weights = lstm.current_weights()
-    arguments = (x, None, weights, 2, False, False, 3, 4, 4, 0.0)
-    taken = {}
-    for name in dispatch.NAMES:
-        with fastlstm.use_backend(name):
-            taken[name] = dispatch.stack(*arguments) is not None
-    assert taken == {name: name in ("auto", "native") for name in dispatch.NAMES}
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert dispatch.stack(*arguments) is None
-    h0 = torch.zeros(2, 2, 4)
-    for hx in ((h0[:1], h0), (h0, h0.double()), (h0,), (h0, None), [h0, h0], h0):
-        assert dispatch.stack(x, hx, *arguments[2:]) is None
-    for sizes in ((2, 4, 4), (3, 5, 5), (3, 4, 2)):
-        assert dispatch.stack(*arguments[:-4], *sizes, 0.0) is None
-    for other in (x[0], x.double(), x[..., :2], x[:0], x.to("meta"), x.long(), [1.0]):
-        assert dispatch.stack(other, *arguments[1:]) is None
-    torch.func.vmap(lambda x: taken.update(vmap=dispatch.stack(x, *arguments[1:])) or x)(x[None])
-    assert taken["vmap"] is None
-    with torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True) as mode:
-        assert dispatch.stack(mode.from_tensor(x), *arguments[1:]) is None
-    for changed in ((0, False, False), (1, False, False), (3, False, False), (2, True, False)):
-        assert dispatch.stack(x, None, weights, *changed, 3, 4, 4, 0.0) is None
-    for dropout in (-0.1, 1.1, float("nan")):
-        assert dispatch.stack(*arguments[:-1], dropout) is None
-    for missing in ([], weights[:1], weights[:4]):
-        assert dispatch.stack(x, None, missing, *arguments[3:]) is None
-    for own in interposed(x):
-        assert dispatch.stack(own, *arguments[1:]) is None
-    subclassed = [*weights[:-1], weights[-1].detach().as_subclass(Subclass)]
-    assert dispatch.stack(x, None, subclassed, *arguments[3:]) is None
-    assert dispatch.stack(*arguments) is not None
-    monkeypatch.setattr(backends.native, "extension", None)
-    assert dispatch.stack(*arguments) is None
-
-
-def test_the_shortcut_of_a_cell(monkeypatch):
-    if backends.native.extension is None:
-        pytest.skip("the extension is not built")
-    cell, x, h = fastlstm.LSTMCell(3, 4), torch.rand(2, 3), torch.zeros(2, 4)
-    weights = cell.current_weights()
-    taken = {}
-    for name in dispatch.NAMES:
-        with fastlstm.use_backend(name):
-            taken[name] = dispatch.cell(x, None, weights) is not None
-    assert taken == {name: name in ("auto", "native") for name in dispatch.NAMES}
-    assert dispatch.cell(x[0], (h[0], h[0]), weights) is not None
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert dispatch.cell(x, None, weights) is None
-    for hx in ((h[:1], h), (h, h.double()), (h,), (h, None), [h, h], h, (h[0], h[0]), (h.to("meta"), h)):
-        assert dispatch.cell(x, hx, weights) is None
-    for own in interposed(x):
-        assert dispatch.cell(own, None, weights) is None
-    for other in (x[None], x.double(), x.bfloat16(), x[:, :2], x[:0], x.to("meta"), x.long(), x.to_sparse(), 1.0):
-        assert dispatch.cell(other, None, weights) is None
-    assert dispatch.cell(x, None, (*weights[:3], None)) is None
-    torch.func.vmap(lambda x: taken.update(vmap=dispatch.cell(x, None, weights)) or x)(x[None])
-    assert taken["vmap"] is None
-    with torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True) as mode:
-        assert dispatch.cell(mode.from_tensor(x), None, weights) is None
-        assert dispatch.cell(x, None, weights) is None  # a mode sees every op
-    monkeypatch.setattr(backends.native, "extension", None)
-    assert dispatch.cell(x, None, weights) is None
 
 
 def test_context_ends_with_the_block(asked):

@@ -147,10 +147,11 @@ def test_what_packed_rows_cannot_be_given_with():
 def test_batch_sizes_that_are_not_the_rows(batch_sizes):
     """The extension leaves them to Python; they reach no kernel."""
     lstm = fastlstm.LSTM(3, 4)
-    arguments = (torch.zeros(5, 3), None, lstm.current_weights(), 1, False, False, 3, 4, 4, 0.0)
-    assert dispatch.stack(*arguments, torch.tensor([3, 2])) is not None
+    rows = torch.zeros(5, 3)
+    assert dispatch.lstm_fast_path(lstm, rows, None, torch.tensor([3, 2]))[0] is not None
     for given in (torch.tensor(batch_sizes), torch.tensor([3, 2], dtype=torch.int32), torch.tensor([3, 9, 2])[::2]):
-        assert dispatch.stack(*arguments, given.long() if given.numel() == 0 else given) is None
+        given = given.long() if given.numel() == 0 else given
+        assert dispatch.lstm_fast_path(lstm, rows, None, given)[0] is None
 
 
 @pytest.mark.parametrize("states", [False, True])

@@ -1,0 +1,173 @@
+"""The fast path: which LSTM and LSTMCell calls the extension runs whole (csrc/fast_path.cpp), and which it leaves."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch.autograd import forward_ad
+from torch.overrides import TorchFunctionMode
+
+import fastlstm
+from fastlstm import dispatch
+from fastlstm.backends import native
+
+pytestmark = pytest.mark.skipif(native.extension is None, reason=native.load_error)
+
+
+class Subclass(torch.Tensor):
+    pass
+
+
+class Mode(TorchFunctionMode):
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        return function(*args, **(kwargs or {}))
+
+
+def interposed(x):
+    """x as only Python knows it, in turn: of a class with a __torch_function__, under a mode, with a tangent."""
+    yield x.as_subclass(Subclass)
+    with Mode():
+        yield x
+    with forward_ad.dual_level():
+        yield forward_ad.make_dual(x, torch.ones_like(x))
+
+
+def lstm_takes_it(lstm: fastlstm.LSTM, *arguments: Any) -> bool:
+    """Whether the extension runs the call; otherwise the weights for the general path come instead."""
+    result, weights = dispatch.lstm_fast_path(lstm, *arguments)
+    assert result is not None or weights is not None
+    return result is not None
+
+
+def cell_takes_it(cell: fastlstm.LSTMCell, *arguments: Any) -> bool:
+    result, weights = dispatch.cell_fast_path(cell, *arguments)
+    assert result is not None or weights is not None
+    return result is not None
+
+
+def test_the_fast_path_is_for_what_native_would_run(monkeypatch):
+    """Around the layers' choices, in the extension: only where each of them would be native."""
+    lstm, x = fastlstm.LSTM(3, 4, 2), torch.rand(5, 2, 3)
+    taken = {}
+    for name in dispatch.NAMES:
+        with fastlstm.use_backend(name):
+            taken[name] = lstm_takes_it(lstm, x, None)
+    assert taken == {name: name in ("auto", "native") for name in dispatch.NAMES}
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert not lstm_takes_it(lstm, x, None)
+    h0 = torch.zeros(2, 2, 4)
+    assert lstm_takes_it(lstm, x, (h0, h0))
+    for hx in ((h0[:1], h0), (h0, h0.double()), (h0,), (h0, None), [h0, h0], h0):
+        assert not lstm_takes_it(lstm, x, hx)
+    for other in (x[0], x.double(), x[..., :2], x[:0], x.to("meta"), x.long(), [1.0]):
+        assert not lstm_takes_it(lstm, other, None)
+    torch.func.vmap(lambda x: taken.update(vmap=lstm_takes_it(lstm, x, None)) or x)(x[None])
+    assert taken["vmap"] is False
+    with torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        assert not lstm_takes_it(lstm, mode.from_tensor(x), None)
+    for own in interposed(x):
+        assert not lstm_takes_it(lstm, own, None)
+    assert lstm_takes_it(lstm, x, None)
+    monkeypatch.setattr(native, "extension", None)
+    assert not lstm_takes_it(lstm, x, None)
+
+
+@pytest.mark.parametrize(
+    ("attribute", "value"),
+    [
+        ("input_size", 2), ("hidden_size", 5), ("proj_size", 2), ("num_layers", 0), ("num_layers", 1),
+        ("num_layers", 3), ("num_layers", "2"), ("num_layers", 2**70), ("bidirectional", True), ("dropout", -0.1),
+        ("dropout", 1.1), ("dropout", float("nan")), ("dropout", "0"), ("input_size", None), ("hidden_size", 4.0),
+        ("training", torch.zeros(2)),
+    ],
+)  # fmt: skip
+def test_the_fast_path_refuses_attributes_that_do_not_fit(attribute, value):
+    """They are read off the module at every call, and the general path says what is wrong with them."""
+    lstm, x = fastlstm.LSTM(3, 4, 2), torch.rand(5, 2, 3)
+    assert lstm_takes_it(lstm, x, None)
+    lstm.__dict__[attribute] = value
+    assert not lstm_takes_it(lstm, x, None)
+    del lstm.__dict__[attribute]
+    assert not lstm_takes_it(lstm, x, None)
+
+
+def test_the_fast_path_runs_numbers_of_other_types():
+    x, lstm = torch.rand(5, 2, 3), fastlstm.LSTM(3, 4, bidirectional=True)
+    lstm.input_size, lstm.hidden_size, lstm.num_layers = np.int64(3), np.int32(4), np.int64(1)
+    lstm.bidirectional, lstm.dropout = np.bool_(True), np.float32(0)
+    assert lstm_takes_it(lstm, x, None)
+    assert lstm(x)[0].shape == (5, 2, 8)
+
+
+@pytest.mark.parametrize("names", [[], ["weight_ih_l0"], [["unhashable"]]], ids=str)
+def test_the_fast_path_refuses_weights_that_are_missing(names):
+    lstm, x = fastlstm.LSTM(3, 4), torch.rand(5, 2, 3)
+    whole = lstm._flat_weights_names
+    lstm._flat_weights_names = names
+    lstm._flat_weights = lstm._flat_weights[: len(names)]
+    lstm._flat_weight_refs = lstm._flat_weight_refs[: len(names)]
+    extension = native.extension
+    assert extension.lstm(lstm.__dict__, None, x, None, None) is (NotImplemented if ["unhashable"] in names else None)
+    lstm._flat_weights_names = whole
+    for missing in ([], lstm._flat_weights[:1], 4 * [torch.zeros(3)], 4 * [None], "weights"):
+        assert extension.lstm(lstm.__dict__, missing, x, None, None) is None
+
+
+def test_the_fast_path_asks_for_weights_that_are_not_the_recorded_ones():
+    """It runs with those that LSTM.current_weights finds, which are computed once."""
+    extension, x, computed = native.extension, torch.rand(5, 2, 3), []
+
+    class Twice(torch.nn.Module):
+        def forward(self, weight):
+            computed.append(weight)
+            return 2 * weight
+
+    lstm, cell = fastlstm.LSTM(3, 4), fastlstm.LSTMCell(3, 4)
+    assert isinstance(extension.lstm(lstm.__dict__, None, x, None, None), tuple)
+    torch.nn.utils.parametrize.register_parametrization(lstm, "weight_hh_l0", Twice())
+    torch.nn.utils.parametrize.register_parametrization(cell, "weight_hh", Twice())
+    computed.clear()
+    assert extension.lstm(lstm.__dict__, None, x, None, None) is NotImplemented
+    assert extension.lstm_cell(cell.__dict__, None, x[0], None) is NotImplemented
+    assert not computed
+    assert lstm_takes_it(lstm, x, None)
+    assert len(computed) == 1
+    assert cell_takes_it(cell, x[0], None)
+    assert len(computed) == 2
+    assert not lstm_takes_it(lstm, x.double(), None)
+    assert len(computed) == 3
+    subclassed = [w.detach().as_subclass(Subclass) for w in lstm.current_weights()]
+    assert extension.lstm(lstm.__dict__, subclassed, x, None, None) is None
+
+
+def test_the_fast_path_of_a_cell(monkeypatch):
+    cell, x, h = fastlstm.LSTMCell(3, 4), torch.rand(2, 3), torch.zeros(2, 4)
+    taken = {}
+    for name in dispatch.NAMES:
+        with fastlstm.use_backend(name):
+            taken[name] = cell_takes_it(cell, x, None)
+    assert taken == {name: name in ("auto", "native") for name in dispatch.NAMES}
+    assert cell_takes_it(cell, x[0], (h[0], h[0]))
+    assert cell_takes_it(fastlstm.LSTMCell(3, 4, bias=False), x, None)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert not cell_takes_it(cell, x, None)
+    for hx in ((h[:1], h), (h, h.double()), (h,), (h, None), [h, h], h, (h[0], h[0]), (h.to("meta"), h)):
+        assert not cell_takes_it(cell, x, hx)
+    for own in interposed(x):
+        assert not cell_takes_it(cell, own, None)
+    for other in (x[None], x.double(), x.bfloat16(), x[:, :2], x[:0], x.to("meta"), x.long(), x.to_sparse(), 1.0):
+        assert not cell_takes_it(cell, other, None)
+    torch.func.vmap(lambda x: taken.update(vmap=cell_takes_it(cell, x, None)) or x)(x[None])
+    assert taken["vmap"] is False
+    with torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        assert not cell_takes_it(cell, mode.from_tensor(x), None)
+        assert not cell_takes_it(cell, x, None)  # a mode sees every op
+    cell.bias_hh = None
+    assert not cell_takes_it(cell, x, None)
+    cell.bias_ih = None
+    assert cell_takes_it(cell, x, None)
+    monkeypatch.setattr(native, "extension", None)
+    assert not cell_takes_it(cell, x, None)
