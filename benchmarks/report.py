@@ -1,7 +1,9 @@
-"""python -m benchmarks.report [CSV ...] [--readme README.md] [--no-plots]
+"""python -m benchmarks.report [CSV ...] [--readme FILE] [--no-plots]
 
-Prints the Markdown tables of the CSVs (by default all under benchmarks/results), draws a PNG beside each, and with
---readme puts them between <!-- benchmarks:SUITE --> and <!-- /benchmarks:SUITE -->.
+Prints the Markdown tables of the CSVs (by default all under benchmarks/results) and draws a PNG next to each. With
+--readme it writes each table between FILE's markers <!-- benchmarks:NAME --> and <!-- /benchmarks:NAME -->, where NAME
+is the CSV's path below benchmarks/results without ".csv", or its file name elsewhere. The marker `headline` gets the
+table and figure of benchmarks/headline.py. README.md and docs/benchmarks.md are the files with markers.
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from benchmarks import results
+from benchmarks import headline, results
 from benchmarks.load import BUSY
 from benchmarks.results import Row
 
@@ -43,7 +45,7 @@ def _provenance(rows: list[Row]) -> str:
     words += [f"torch {one.torch}"] + ([f"cuDNN {one.cudnn}"] if one.cudnn else [])
     words += [f"driver {one.driver}"] if one.driver else []
     words += [f"commit {one.commit}", one.date[:10]]
-    text = f"{', '.join(words)}. Medians, nn.LSTM and fastlstm in turn in one process."
+    text = f"{', '.join(words)}. Medians of interleaved runs in one process."
     if any(_busy(row) for row in rows):
         text += " Rows marked busy were measured while other processes used more than a tenth of the CPUs."
     return text
@@ -66,33 +68,33 @@ def _pairs(rows: list[Row], mode: str) -> list[tuple[Row, Row]]:
 
 
 def _tables(rows: list[Row]) -> list[str]:
-    """One table a mode: case, nn.LSTM, each implementation, ratio, goal, fraction of the limit."""
+    """One table per mode: case, nn.LSTM, each implementation, speedup, percentage of the peak."""
     several = len({row.impl for row in rows}) > 2
     parts = []
     for mode in dict.fromkeys(row.mode for row in rows):
         pairs = _pairs(rows, mode)
         if not pairs:  # one of fastlstm's ways beside another
             continue
-        headings = ["case", "nn.LSTM ms", "ms" if several else "fastlstm ms", "ratio", "goal", "of the limit"]
+        headings = ["case", "nn.LSTM ms", "ms" if several else "fastlstm ms", "speedup", "% of peak"]
         lines = []
         for nn, row in pairs:
             name = f"{row.case} ({row.impl})" if several else row.case
-            lines.append([name, _ms(nn), _ms(row), _ratio(row), _goal(row), _percent(row.fraction)])
+            lines.append([name, _ms(nn), _ms(row), _ratio(row), _percent(row.fraction)])
         parts += [f"**{HEADINGS[mode]}**", _table(headings, lines)]
         ratios = [row.ratio for _, row in pairs if row.impl == "fastlstm" and row.ratio]
         if ratios:
-            parts.append(f"Geometric mean {geometric_mean(ratios):.2f}x; least {min(ratios):.2f}x.")
+            parts.append(f"Geometric mean {geometric_mean(ratios):.2f}x; min {min(ratios):.2f}x.")
     limits = dict.fromkeys(row.limit for row in rows if row.limit)
     if limits:
         parts.append(
-            f"The limit is the machine's own rate measured beside each case: {', '.join(limits)}"
-            + (", or a copy through its memory." if any(row.limit_gbytes for row in rows) else ".")
+            f"Peak: the rate measured on the machine next to each case: {', '.join(limits)}"
+            + (", or a copy through memory." if any(row.limit_gbytes for row in rows) else ".")
         )
     return parts
 
 
 def _many(rows: list[Row]) -> list[str]:
-    """What a hundred cases come to, and the worst of them."""
+    """Summarize a suite of many cases, and list the lowest speedups."""
     lines = []
     pairs = {mode: [row for _, row in _pairs(rows, mode) if row.impl == "fastlstm"] for mode in ("train", "forward")}
     for mode, found in pairs.items():
@@ -108,10 +110,10 @@ def _many(rows: list[Row]) -> list[str]:
         rows[0].suite,
         "cases",
         "geometric mean",
-        "least",
+        "min",
         "below 1.0",
         "wrong",
-        "least of the limit, H ≥ 256 and B ≥ 32",
+        "min % of peak, H ≥ 256 and B ≥ 32",
     ]
     worst = sorted((row for found in pairs.values() for row in found if row.ratio), key=lambda row: row.ratio)[:WORST]
     theirs = {(row.case, row.mode): row for row in rows if row.impl == "nn"}
@@ -121,17 +123,17 @@ def _many(rows: list[Row]) -> list[str]:
     ]
     return [
         _table(headings, lines),
-        f"The {len(shown)} least ratios:",
-        _table(["case", "nn.LSTM ms", "fastlstm ms", "ratio", "of the limit"], shown),
+        f"The {len(shown)} lowest speedups:",
+        _table(["case", "nn.LSTM ms", "fastlstm ms", "speedup", "% of peak"], shown),
     ]
 
 
 def _scaling(rows: list[Row]) -> list[str]:
-    """Cost a step over T, cost a row over raggedness, and peak memory; each beside its family's first case."""
+    """Time per step over T, time per row over raggedness, and peak memory, relative to the first case of each."""
     parts = []
     for kind, unit, cost in (
-        ("sequence", "µs a step", lambda row: row.us_per_step),
-        ("packed", "ns a row", lambda row: row.ns_per_row),
+        ("sequence", "µs per step", lambda row: row.us_per_step),
+        ("packed", "ns per row", lambda row: row.ns_per_row),
     ):
         for mode in ("train", "forward"):
             pairs = [(nn, row) for nn, row in _pairs(rows, mode) if row.kind == kind and row.impl == "fastlstm"]
@@ -151,7 +153,7 @@ def _relative(pairs: list[tuple[Row, Row]], unit: str, cost: Callable[[Row], flo
         own = cost(row)
         beside = f"{own / first:.2f}x" if own and first else ""
         lines.append([row.case, _number(cost(nn)), _number(own), beside, _ratio(row)])
-    return _table(["case", f"nn.LSTM {unit}", f"fastlstm {unit}", "beside the first", "ratio"], lines)
+    return _table(["case", f"nn.LSTM {unit}", f"fastlstm {unit}", "relative to the first", "speedup"], lines)
 
 
 def _number(value: float | None) -> str:
@@ -168,12 +170,7 @@ def _ms(row: Row) -> str:
 def _ratio(row: Row) -> str:
     if row.ratio is None:
         return ""
-    short = row.goal is not None and row.ratio < row.goal
-    return f"{row.ratio:.2f}x" + (" (below)" if short else "") + (" (busy)" if _busy(row) else "")
-
-
-def _goal(row: Row) -> str:
-    return "" if row.goal is None else f"≥ {row.goal:g}"
+    return f"{row.ratio:.2f}x" + (" (busy)" if _busy(row) else "")
 
 
 def _percent(fraction: float | None) -> str:
@@ -182,48 +179,74 @@ def _percent(fraction: float | None) -> str:
     return f"{fraction:.0%}" if fraction >= 0.1 else f"{fraction:.1%}"
 
 
-def put_in(readme: Path, suite: str, text: str) -> bool:
-    """Replaces what stands between the suite's markers; False when the file has none for it."""
-    start, end = f"<!-- benchmarks:{suite} -->", f"<!-- /benchmarks:{suite} -->"
-    old = readme.read_text()
+def marker_of(file: Path) -> str:
+    """The name of a CSV's marker: its path below benchmarks/results, or its file name elsewhere, without ".csv"."""
+    path = file.resolve().with_suffix("")
+    return path.relative_to(results.RESULTS).as_posix() if path.is_relative_to(results.RESULTS) else path.name
+
+
+def put_in(document: Path, marker: str, text: str) -> bool:
+    """Replace the text between the markers; return False if the file has none of that name."""
+    start, end = f"<!-- benchmarks:{marker} -->", f"<!-- /benchmarks:{marker} -->"
+    old = document.read_text()
     if start not in old or end not in old:
         return False
     head, rest = old.split(start, 1)
     tail = rest.split(end, 1)[1]
-    readme.write_text(f"{head}{start}\n{text}\n{end}{tail}")
+    document.write_text(f"{head}{start}\n{text}\n{end}{tail}")
     return True
+
+
+def link(document: Path, image: Path, alt: str) -> str:
+    """Markdown for an image, by a path relative to the document."""
+    return f"![{alt}]({Path(os.path.relpath(image.resolve(), document.resolve().parent)).as_posix()})"
+
+
+def sections(files: Iterable[Path], document: Path) -> dict[str, str]:
+    """The text of each CSV for `document`, by marker; an image is linked where there is one."""
+    found = {}
+    for file in files:
+        rows = results.read(file)
+        if rows:
+            image, text = file.with_suffix(".png"), markdown(rows)
+            alt = f"Speedup of fastlstm over nn.LSTM, suite {rows[0].suite}, {rows[0].device}"
+            found[marker_of(file)] = f"{text}\n\n{link(document, image, alt)}" if image.exists() else text
+    return found
+
+
+def headline_section(document: Path) -> str:
+    """The headline table and figure."""
+    alt = "Dot plot of the training and inference speedups of the table above, on a log axis"
+    return f"{headline.markdown()}\n\n{link(document, headline.FIGURE, alt)}"
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.report", description="CSVs into tables and plots.")
     parser.add_argument("csv", nargs="*", type=Path, help="by default every CSV under benchmarks/results")
-    parser.add_argument("--readme", type=Path, help="a file with markers to put the tables into")
+    parser.add_argument("--readme", type=Path, help="a file with markers to write the tables into")
     parser.add_argument("--no-plots", action="store_true")
     options = parser.parse_args(arguments)
     files = options.csv or sorted(results.RESULTS.glob("*/*.csv"))
     if not files:
         print("no CSV to report: run python -m benchmarks first", file=sys.stderr)
         return 2
-    sections: dict[str, list[str]] = {}
     for file in files:
         rows = results.read(file)
         if not rows:
             print(f"{file.name} has no rows", file=sys.stderr)
             continue
-        text = markdown(rows)
-        print(text + "\n")
-        if not options.no_plots:
+        print(markdown(rows) + "\n")
+        if not options.no_plots and rows[0].suite != "features":
             from benchmarks.plot import draw
 
-            image = draw(rows, file.with_suffix(".png"))
-            if options.readme and image:
-                link = Path(os.path.relpath(image.resolve(), options.readme.resolve().parent)).as_posix()
-                text += f"\n\n![nn.LSTM's time over fastlstm's, suite {rows[0].suite}]({link})"
-        sections.setdefault(rows[0].suite, []).append(text)
+            draw(rows, file.with_suffix(".png"))
     if options.readme:
-        for suite, texts in sections.items():
-            if not put_in(options.readme, suite, "\n\n".join(texts)):
-                print(f"{options.readme.name} has no markers for {suite}", file=sys.stderr)
+        if "<!-- benchmarks:headline -->" in options.readme.read_text():
+            if not options.no_plots:
+                headline.draw()
+            put_in(options.readme, "headline", headline_section(options.readme))
+        for marker, text in sections(files, options.readme).items():
+            put_in(options.readme, marker, text)
     return 0
 
 
