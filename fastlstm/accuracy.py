@@ -274,7 +274,7 @@ class Bounds(Mapping[str, float]):
 def error_bounds(
     run: Callable[[], Mapping[str, Tensor]], precision: Precision, terms: Mapping[str, int] | None = None
 ) -> tuple[dict[str, Tensor], Bounds]:
-    """The truth, and the largest error that rounding explains in each result.
+    """Compute the truth, and the largest error that rounding explains in each result.
 
     Args:
         run: evaluates everything in float64 and gives its results by name; called several times, also later by the
@@ -285,6 +285,14 @@ def error_bounds(
 
     Returns:
         run's results, and for each name a bound on the max norm of an error.
+
+    Example:
+        >>> import torch
+        >>> from fastlstm.accuracy import Precision, compare, error_bounds
+        >>> a, b = torch.randn(4, 8), torch.randn(8, 3)
+        >>> truth, bounds = error_bounds(lambda: {"c": a.double() @ b.double()}, Precision.of(torch.float32, False))
+        >>> compare({"c": a @ b}, truth, bounds)[0].ok
+        True
     """
     with torch.enable_grad():
         truth = {name: value.detach() for name, value in run().items()}
@@ -308,7 +316,7 @@ def max_error(got: Tensor, truth: Tensor) -> float:
 
 
 def compare(results: Mapping[str, Tensor], truth: Mapping[str, Tensor], bounds: Mapping[str, float]) -> list[Accuracy]:
-    """The accuracy of each result, the worst first. `truth` may hold more than `results`.
+    """Return the accuracy of each result, the worst first; see error_bounds. `truth` may hold more than `results`.
 
     Where every error is at most CLEAR of the bounds that few evaluations give, no more are made, and `allowed` is what
     these few give.

@@ -22,21 +22,29 @@ _TO_TORCH: dict[type, type] = {ours: theirs for theirs, ours in _TO_FASTLSTM.ite
 
 
 def convert(module: Module, to: str = "fastlstm") -> Module:
-    """Turn every torch.nn.LSTM and torch.nn.LSTMCell in `module`, itself included, into fastlstm's, in place.
+    """Convert every torch.nn.LSTM and torch.nn.LSTMCell in `module`, itself included, to fastlstm's, in place.
 
-    The module objects stay the same, and with them parameters, hooks, parametrizations, buffers and train/eval mode:
-    only their class changes. Subclasses have code of their own, which may call the base class by name or by super():
-    they are left alone, and a warning names them.
+    Only the class of the module objects changes. Parameters, hooks, parametrizations, buffers and train/eval mode
+    stay. Subclasses have code of their own, which may call the base class by name or by super(): they are not
+    converted, and a warning names them.
 
     Args:
         module: the model.
-        to: "fastlstm", or "torch" for the way back (before exporting to ONNX, say).
+        to: "fastlstm", or "torch" to convert back (before exporting to ONNX, for example).
 
     Returns:
         `module`.
 
     Raises:
         ValueError: for another value of `to`.
+
+    Example:
+        >>> import torch, fastlstm
+        >>> model = torch.nn.Sequential(torch.nn.LSTM(8, 16))
+        >>> isinstance(fastlstm.convert(model)[0], fastlstm.LSTM)
+        True
+        >>> isinstance(fastlstm.convert(model, to="torch")[0], torch.nn.LSTM)
+        True
     """
     if to not in ("fastlstm", "torch"):
         raise ValueError(f'to must be "fastlstm" or "torch", got {to!r}')
@@ -101,12 +109,19 @@ def _reduce(module: nn.Module) -> tuple[Any, ...]:
 
 
 class patch_torch:
-    """Put fastlstm.LSTM and fastlstm.LSTMCell in the place of torch.nn.LSTM and torch.nn.LSTMCell.
+    """Replace torch.nn.LSTM and torch.nn.LSTMCell by fastlstm.LSTM and fastlstm.LSTMCell.
 
-    Models built afterwards by code that names torch's classes get fastlstm's, and `isinstance(m, nn.LSTM)` holds for
-    them. Called plainly it stays; in a `with` statement it is undone at the end. Modules that were built before are
-    untouched, and so is a name that other code imported before, as `from torch.nn import LSTM` does: patch first, then
-    import such code. Whole models that are unpickled meanwhile hold fastlstm's classes, too.
+    Models built afterwards by code that names torch's classes get fastlstm's, and `isinstance(m, nn.LSTM)` is True for
+    them. A plain call lasts until the process ends; in a `with` statement it is undone at the end. It has no effect on
+    modules that were built before, or on a name that other code imported before (`from torch.nn import LSTM`): patch
+    first, then import such code. Whole models that are unpickled meanwhile get fastlstm's classes, too.
+
+    Example:
+        >>> import torch, fastlstm
+        >>> with fastlstm.patch_torch():
+        ...     lstm = torch.nn.LSTM(8, 16)
+        >>> isinstance(lstm, fastlstm.LSTM)
+        True
     """
 
     def __init__(self) -> None:

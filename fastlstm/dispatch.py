@@ -29,11 +29,16 @@ class use_backend:
     """Run every later call on the backend `name`; in a `with` statement, until the block ends.
 
     Args:
-        name: "auto" (the best that can run each call), "native", "eager" or "reference".
+        name: "auto" (for each call the first backend that supports it), "native", "triton", "eager" or "reference".
 
     Raises:
         ValueError: for an unknown name. A named backend that cannot run a call raises RuntimeError with the reason
             when called; only "auto" falls back.
+
+    Example:
+        >>> import torch, fastlstm
+        >>> with fastlstm.use_backend("eager"):
+        ...     output, _ = fastlstm.LSTM(8, 16)(torch.randn(5, 3, 8))
     """
 
     def __init__(self, name: str) -> None:

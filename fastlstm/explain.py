@@ -18,13 +18,15 @@ from .modules import LSTM, LSTMCell
 
 @dataclass(frozen=True)
 class Explanation:
-    """The backend that runs a call ("" if the one asked for cannot), and for each backend "runs" or why not.
+    """What `explain` returns; `print` shows it as text.
 
-    How the native backend runs it, "" elsewhere:
-        kernels: which CUDA kernels, and why.
-        forward, backward: on the CPU, of the first layer: on how many threads and how these divide the work, which
-            weights are packed, how products are made, and why. Training runs both, inference forward alone. "" with
-            recompute, which runs the layer in segments.
+    Attributes:
+        backend: the name of the backend that runs the call, "" if the requested one cannot.
+        reasons: for each backend "runs", or why it does not.
+        kernels: which CUDA kernels the native backend runs, and why; "" on other devices.
+        forward: the CPU plan of the first layer: number of threads, how they divide the work, which weights are packed,
+            how products are computed, and why. "" on other devices, and with recompute, which runs segments.
+        backward: the same of the backward pass.
     """
 
     backend: str
@@ -57,13 +59,29 @@ def explain(
     reset_mask: Any = None,
     return_cell_states: bool = False,
 ) -> Explanation:
-    """Which backend would run `module(input, hx, ...)`, without running it.
+    """Tell which backend would run `module(input, hx, ...)`, and why, without running it.
 
     Args:
-        module: a fastlstm.LSTM or fastlstm.LSTMCell; the other arguments are those of its call.
+        module: a fastlstm.LSTM or fastlstm.LSTMCell.
+        input: as in the call.
+        hx: as in the call.
+        lengths: as in the call.
+        reset_mask: as in the call.
+        return_cell_states: as in the call.
+
+    Returns:
+        An Explanation.
 
     Raises:
-        TypeError, ValueError: for another module, and what the call raises for lengths.
+        TypeError: `module` is neither class.
+        ValueError, TypeError: lengths are invalid, as in the call.
+
+    Example:
+        >>> import torch, fastlstm
+        >>> with fastlstm.use_backend("eager"):
+        ...     explanation = fastlstm.explain(fastlstm.LSTM(8, 16), torch.randn(5, 3, 8))
+        >>> explanation.backend, explanation.reasons["eager"]
+        ('eager', 'runs')
     """
     if isinstance(module, LSTM):
         weights = module.current_weights()[: len(module._all_weights[0]) * (2 if module.bidirectional else 1)]

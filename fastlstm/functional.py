@@ -1,6 +1,7 @@
-"""The stateless forms: `lstm` (layers, dropout between them, directions) and `lstm_cell`, on top of dispatch.layer.
+"""Stateless forms: `lstm` (layers, dropout between them, directions) and `lstm_cell`.
 
-Their positional arguments are those of the functions behind torch.nn.LSTM and torch.nn.LSTMCell.
+Their positional arguments are those of the functions behind torch.nn.LSTM and torch.nn.LSTMCell, `torch.lstm` and
+`torch.lstm_cell`.
 """
 
 from __future__ import annotations
@@ -37,24 +38,31 @@ def lstm(
     recompute: bool | int = False,
     layout: PackedLayout | None = None,
 ) -> tuple[Tensor, ...]:
-    """A stack of LSTM layers over a padded batch (torch.nn.LSTM's equations; its documentation is the source).
+    """Run a stack of LSTM layers over a padded batch. Source of the equations: the documentation of torch.nn.LSTM.
 
     T steps, B rows, I features, H hidden units, P = proj_size or H, D = 2 if bidirectional else 1, L = num_layers.
+    All floating-point tensors have one dtype (float64, float32, bfloat16 or float16) and one device.
 
     Args:
         input: [T, B, I], or [B, T, I] with batch_first.
         hx: h_0 [L*D, B, P] and c_0 [L*D, B, H], never batch-first; None for zeros.
         weights: for each layer and direction weight_ih [4H, I], weight_hh [4H, P], then bias_ih and bias_hh [4H] if
             `bias`, then weight_hr [P, H] with projection; gates in the order i, f, g, o.
-        dropout: probability that an element between layers is zeroed, in training, one mask per element and step.
+        bias: whether `weights` contains biases.
+        num_layers: L.
+        dropout: probability in [0, 1] that an element between layers is zeroed, in training, one mask per element and
+            step.
+        training: whether dropout is applied.
+        bidirectional: whether each layer has a reverse direction, its weights after the forward direction's.
+        batch_first: whether input, output, reset_mask and cell states have B before T.
         lengths: B integers in [0, T], any order: row b has lengths[b] steps. Outputs past them are zero, the final
             states are those of each row's last step, the reverse direction starts there, and no gradient passes.
-        reset_mask: bool [T, B], or [B, T] with batch_first. True at t says that step t begins a new sequence in that
-            row: neither state nor gradient crosses from t-1 to t, in any layer and either direction.
-        return_cell_states: whether to give the last layer's c of every step as well.
-        recompute: keep for backward only h and c at intervals, of 256 steps if True or of this many, and run each
-            interval forward once more in backward. Saves most of the memory of long sequences for 20 to 40 % more time.
-            The reference backend and torch.func's transforms take no notice of it.
+        reset_mask: bool [T, B], or [B, T] with batch_first. True at t: step t begins a new sequence in that row, so
+            neither state nor gradient crosses from t-1 to t, in any layer and either direction.
+        return_cell_states: whether to return the last layer's c of every step as well.
+        recompute: save for backward only h and c at intervals, of 256 steps if True or of this many, and run each
+            interval forward again in backward. Saves most of the memory of long sequences for 20 to 40 % more time.
+            The reference backend and torch.func's transforms ignore it.
         layout: where input [T, B, I] is the padded form of packed rows, in place of lengths: dropout then draws its
             masks for the packed rows, as torch.nn.LSTM does.
 
@@ -66,6 +74,14 @@ def lstm(
         RuntimeError: T = 0, or sizes, dtypes, devices or numbers of weights that do not fit together.
         ValueError, TypeError: lengths or reset_mask of a wrong shape, range or type, a weight that is no tensor, or
             recompute < 0.
+
+    Example:
+        >>> import torch, fastlstm
+        >>> weights = [torch.randn(64, 8), torch.randn(64, 16), torch.zeros(64), torch.zeros(64)]
+        >>> x = torch.randn(5, 3, 8)
+        >>> output, h_n, c_n = fastlstm.functional.lstm(x, None, weights, True, 1, 0.0, True, False, False)
+        >>> output.shape
+        torch.Size([5, 3, 16])
     """
     interval = check_recompute(recompute)
     x = input.transpose(0, 1) if batch_first else input
@@ -152,12 +168,27 @@ def lstm_cell(
     bias_ih: Tensor | None = None,
     bias_hh: Tensor | None = None,
 ) -> States:
-    """One step of torch.nn.LSTMCell: (h, c), each [B, H], from input [B, I] and hx = (h, c) or None for zeros.
+    """Run one step. Source of the equations: the documentation of torch.nn.LSTMCell.
 
-    weight_ih is [4H, I], weight_hh [4H, H], the biases [4H] or None; gates in the order i, f, g, o.
+    Args:
+        input: [B, I].
+        hx: (h [B, H], c [B, H]), or None for zeros.
+        weight_ih: [4H, I]; gates in the order i, f, g, o.
+        weight_hh: [4H, H].
+        bias_ih: [4H], or None.
+        bias_hh: [4H], or None.
+
+    Returns:
+        (h, c), each [B, H].
 
     Raises:
         RuntimeError: sizes, dtypes or devices that do not fit together, in torch.nn.LSTMCell's words.
+
+    Example:
+        >>> import torch, fastlstm
+        >>> h, c = fastlstm.functional.lstm_cell(torch.randn(3, 8), None, torch.randn(64, 8), torch.randn(64, 16))
+        >>> h.shape
+        torch.Size([3, 16])
     """
     weights = [weight_ih, weight_hh]
     if bias_ih is not None or bias_hh is not None:

@@ -38,14 +38,39 @@ def mark_as_leaf(module: nn.Module) -> None:
 
 
 class LSTM(nn.RNNBase):
-    """Drop-in replacement of torch.nn.LSTM.
+    """Drop-in replacement for torch.nn.LSTM.
 
-    Constructor, attributes, parameters, state_dict, results and errors are those of torch.nn.LSTM; see its
-    documentation. `forward` takes three more keyword arguments.
+    Constructor, attributes, parameters, state_dict, results and errors are those of torch.nn.LSTM (the source of
+    the equations); `forward` takes three more keyword arguments.
+
+    Args:
+        input_size: I, features of a step of the input.
+        hidden_size: H, hidden units.
+        num_layers: L; layer k > 0 gets the output of layer k-1.
+        bias: whether the layers have `bias_ih` and `bias_hh`.
+        batch_first: whether input and output are [B, T, features] instead of [T, B, features]. States never are.
+        dropout: probability that an element between layers is zeroed in training, in [0, 1].
+        bidirectional: D = 2 directions instead of 1; the output has D * P features.
+        proj_size: P, features of h after a projection; 0 for none (P = H).
+        device: of the parameters.
+        dtype: of the parameters: float64, float32, bfloat16 or float16.
 
     Attributes:
-        recompute: False; True, or a number of steps, to keep for backward only h and c at intervals
+        weight_ih_l[k], weight_hh_l[k]: [4H, I] (k > 0: [4H, D*P]) and [4H, P]; gates in the order i, f, g, o.
+        bias_ih_l[k], bias_hh_l[k]: [4H], with `bias`.
+        weight_hr_l[k]: [P, H], with `proj_size`. Parameters of the reverse direction end in `_reverse`.
+        recompute: False; True, or a number of steps, to save for backward only h and c at intervals
             (functional.lstm). Set it on the module: `lstm.recompute = True`.
+
+    Raises:
+        ValueError, TypeError: for invalid arguments, in torch.nn.LSTM's words.
+
+    Example:
+        >>> import torch, fastlstm
+        >>> lstm = fastlstm.LSTM(8, 16, num_layers=2)
+        >>> output, (h_n, c_n) = lstm(torch.randn(5, 3, 8))
+        >>> output.shape, h_n.shape
+        (torch.Size([5, 3, 16]), torch.Size([2, 3, 16]))
     """
 
     # Of the class, so that converted modules and those unpickled from earlier versions have it.
@@ -85,7 +110,7 @@ class LSTM(nn.RNNBase):
         return super().extra_repr() + (f", recompute={self.recompute}" if self.recompute else "")
 
     def flatten_parameters(self) -> None:
-        """Does nothing: the weights are read where they lie, at every call."""
+        """Do nothing: weights are read in place at every call. nn.LSTM compacts them for cuDNN here."""
 
     def current_weights(self) -> list[Tensor]:
         """Return the weights of this call, in the order of `_flat_weights_names`, by nn.LSTM's rule.
@@ -109,7 +134,7 @@ class LSTM(nn.RNNBase):
         return self._replaced_weights()
 
     def _replaced_weights(self) -> list[Tensor]:
-        """`current_weights` where `_flat_weights` and the attributes differ: the later writing counts."""
+        """Return `current_weights` if `_flat_weights` and the attributes differ: the later write counts."""
         names, refs = self._flat_weights_names, self._flat_weight_refs
         # Each is read once: a parametrization computes it.
         weights: list[Any] = [getattr(self, name, None) for name in names]
@@ -125,7 +150,7 @@ class LSTM(nn.RNNBase):
         return weights
 
     def _is_lasting(self, name: str, weight: Any) -> bool:
-        """Whether `weight` may be recorded: one that was computed for this call would be kept alive with its graph."""
+        """Return True if `weight` may be recorded; one computed for this call would be kept alive with its graph."""
         computed = hasattr(type(self), name) or not isinstance(weight, Tensor) or not weight.is_leaf
         return not (computed or torch._C._functorch.is_functorch_wrapped_tensor(weight))
 
@@ -138,22 +163,33 @@ class LSTM(nn.RNNBase):
         reset_mask: Tensor | None = None,
         return_cell_states: bool = False,
     ) -> tuple[Any, ...]:
-        """Run the layers; `input` and `hx` as in torch.nn.LSTM. Sizes: functional.lstm.
+        """Run the layers; `input` and `hx` as in torch.nn.LSTM.
 
         Args:
-            input: [T, B, I], or [B, T, I] with batch_first, or [T, I] unbatched, or a PackedSequence.
-            hx: (h_0, c_0), or None for zeros.
-            lengths: the number of valid steps of each row of a padded batch, in any order, zeros allowed: equal to
-                pack_padded_sequence -> nn.LSTM -> pad_packed_sequence(total_length=T). A scalar when unbatched.
+            input: [T, B, I], or [B, T, I] with batch_first, or [T, I] unbatched, or a PackedSequence; of the
+                parameters' dtype and device.
+            hx: (h_0 [L*D, B, P], c_0 [L*D, B, H]), without B if unbatched, or None for zeros.
+            lengths: the number of valid steps of each row of a padded batch, B integers in [0, T], in any order. The
+                result equals pack_padded_sequence, nn.LSTM, pad_packed_sequence(total_length=T). A scalar if
+                unbatched. None with a PackedSequence.
             reset_mask: bool, [T, B] or [B, T] as input is ([T] unbatched). True at t: step t begins a new sequence.
-            return_cell_states: give a third result, c of every step of the last layer, shaped like the output with H
-                features a direction.
+                None with a PackedSequence.
+            return_cell_states: return a third result, c of every step of the last layer, shaped like the output with
+                D*H features.
 
         Returns:
-            (output, (h_n, c_n)), or (output, (h_n, c_n), cell_states) with return_cell_states.
+            (output, (h_n, c_n)), or (output, (h_n, c_n), cell_states) with return_cell_states. output is
+            [T, B, D*P] or as the input is laid out, h_n [L*D, B, P], c_n [L*D, B, H].
 
         Raises:
-            what torch.nn.LSTM raises for input and hx; for the rest see functional.lstm.
+            RuntimeError, ValueError, TypeError, IndexError: what torch.nn.LSTM raises for input and hx; for the rest
+                see functional.lstm.
+
+        Example:
+            >>> lstm = fastlstm.LSTM(8, 16, batch_first=True)
+            >>> output, _ = lstm(torch.randn(3, 5, 8), lengths=[5, 0, 2])
+            >>> output[2, 2:].abs().sum().item()  # past the length
+            0.0
         """
         if isinstance(input, PackedSequence):
             return self._forward_packed(input, hx, lengths, reset_mask, return_cell_states)
@@ -301,7 +337,27 @@ class LSTM(nn.RNNBase):
 
 
 class LSTMCell(nn.RNNCellBase):
-    """Drop-in replacement of torch.nn.LSTMCell; see its documentation for arguments, shapes and errors."""
+    """Drop-in replacement for torch.nn.LSTMCell: one step of an LSTM layer, without projection.
+
+    Args:
+        input_size: I, features of the input.
+        hidden_size: H, hidden units.
+        bias: whether there are `bias_ih` and `bias_hh`.
+        device: of the parameters.
+        dtype: of the parameters.
+
+    Attributes:
+        weight_ih, weight_hh: [4H, I] and [4H, H]; gates in the order i, f, g, o.
+        bias_ih, bias_hh: [4H], or None without bias.
+
+    Example:
+        >>> import torch, fastlstm
+        >>> cell = fastlstm.LSTMCell(8, 16)
+        >>> h, c = cell(torch.randn(3, 8))
+        >>> h, c = cell(torch.randn(3, 8), (h, c))
+        >>> h.shape
+        torch.Size([3, 16])
+    """
 
     def __init__(
         self,
@@ -335,7 +391,23 @@ class LSTMCell(nn.RNNCellBase):
         )
 
     def forward(self, input: Tensor, hx: States | None = None) -> States:
-        """(h, c), each [B, H] or [H], from input [B, I] or [I] and hx = (h, c) likewise, or None for zeros."""
+        """Run one step.
+
+        Args:
+            input: [B, I], or [I] unbatched; of the parameters' dtype and device.
+            hx: (h, c), each [B, H] or [H], or None for zeros.
+
+        Returns:
+            (h, c), each [B, H] or [H].
+
+        Raises:
+            RuntimeError, ValueError, TypeError: what torch.nn.LSTMCell raises.
+
+        Example:
+            >>> h, c = fastlstm.LSTMCell(8, 16)(torch.randn(8))
+            >>> c.shape
+            torch.Size([16])
+        """
         result, weights = dispatch.cell_fast_path(self, input, hx)
         if result is not None:
             return result

@@ -13,7 +13,7 @@ from torch.nn.functional import linear
 
 
 def cell(gates: Tensor, c: Tensor, known_c: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """(h, c) after one step from the pre-activations [B, 4H] and c [B, H]; for known_c see `layer`.
+    """Return (h, c) after one step from the pre-activations [B, 4H] and c [B, H]; for known_c see `layer`.
 
     Hochreiter & Schmidhuber 1997 with the forget gate of Gers et al. 2000, in torch.nn.LSTM's conventions:
     c_t = f * c_{t-1} + i * g and h_t = o * tanh(c_t), where i, f, o = sigmoid and g = tanh of their pre-activations.
@@ -40,7 +40,7 @@ def direction(
     reverse: bool,
     known: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """One direction: y [T, B, P], h_n [B, P], c_n [B, H], cells [T, B, H] from x [T, B, I], h0 [B, P], c0 [B, H]."""
+    """Run one direction: y [T, B, P], h_n [B, P], c_n [B, H], cells [T, B, H] of x [T, B, I], h0 [B, P], c0 [B, H]."""
     w_ih, w_hh, *rest = weights
     b_ih, b_hh = rest[:2] if len(rest) >= 2 else (None, None)
     w_hr = rest[-1] if len(rest) in (1, 3) else None
@@ -50,7 +50,7 @@ def direction(
     ys: list[Tensor] = [h0] * T
     cells: list[Tensor] = [c0] * T
     for t in reversed(range(T)) if reverse else range(T):
-        # Step t begins anew when flagged itself (forward), or when its successor in time is (reverse).
+        # Step t starts from zero state if it is flagged (forward), or if the next step in time is (reverse).
         begins = t + 1 if reverse else t
         if reset_mask is not None and begins < T:
             new = reset_mask[begins]
@@ -83,10 +83,28 @@ def layer(
     reset_mask: Tensor | None = None,
     known: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """All directions of one layer: y [T, B, D*P], h_n [D, B, P], c_n [D, B, H], cells [T, B, D*H].
+    """Run all directions of one layer, as fastlstm/ops/schema.py defines it, for any floating-point dtype and device.
 
-    `known` are the pre-activations [D, T, B, 4H] and cells of an earlier run on the same arguments. The results then
-    follow from these, so that an argument whose value no wanted gradient reads may have any value.
+    Args:
+        x: [T, B, I].
+        h0: [D, B, P], or None for zeros.
+        c0: [D, B, H], or None for zeros.
+        weights: those of each direction.
+        lengths: [B] int64, or None.
+        reset_mask: [T, B] bool, or None.
+        known: the pre-activations [D, T, B, 4H] and cells of an earlier run on the same arguments. The results then
+            follow from these, so that an argument whose value no required gradient reads may have any value.
+
+    Returns:
+        y [T, B, D*P], h_n [D, B, P], c_n [D, B, H], cells [T, B, D*H].
+
+    Example:
+        >>> import torch
+        >>> from fastlstm import reference
+        >>> weights = [torch.randn(64, 8), torch.randn(64, 16)]  # H = 16, no bias
+        >>> y, h_n, c_n, cells = reference.layer(torch.randn(5, 3, 8), None, None, weights)
+        >>> y.shape
+        torch.Size([5, 3, 16])
     """
     if lengths is not None:  # padding may hold NaN, and 0 * NaN would enter the weights' gradients
         x = x.masked_fill((torch.arange(x.shape[0], device=x.device)[:, None] >= lengths)[..., None], 0)

@@ -153,7 +153,7 @@ tf32() { measure benchmarks --dtype tf32; }
 float32() { measure benchmarks --dtype float32; }
 triton() { measure triton --dtype bfloat16 --filter "T=512 " --impl native triton; }
 
-# What an exchange between blocks costs, for the prediction in docs/gpu-notes.md.
+# What an exchange between blocks costs, for the prediction in docs/gpu-kernels.md.
 latency() {
   nvcc -std=c++17 -O3 -arch=native -I csrc benchmarks/cuda/latency.cu -o "$out/latency" || return
   timeout 300 "$out/latency" | tee "$out/latency.csv"

@@ -19,7 +19,7 @@ torch.set_num_threads(1)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--steps", action="store_true", help="without the persistent CUDA kernels (docs/gpu-notes.md)")
+    parser.addoption("--steps", action="store_true", help="without the persistent CUDA kernels (docs/gpu-kernels.md)")
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -1,4 +1,4 @@
-"""The order of the package's layers (docs/design.md): imports point down only, and `reference` imports torch alone."""
+"""The order of the package's layers (docs/architecture.md): imports point down, and `reference` imports torch alone."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ OUTSIDE = {"torch", "triton"}  # what the library itself, all but its command li
 def level(module: str) -> int:
     top = module.split(".")[0]
     found = [k for k, names in enumerate(LAYERS) if top in names]
-    assert found, f"fastlstm/{module} is in no layer of tests/test_layers.py; docs/design.md says where it belongs"
+    assert found, f"fastlstm/{module} is in no layer of tests/test_layers.py; docs/architecture.md describes them"
     return found[0]
 
 

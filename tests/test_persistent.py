@@ -108,7 +108,7 @@ def test_more_units_a_block_where_they_fit():
 
 @needs_extension
 def test_the_fastest_by_prediction():
-    """docs/gpu-notes.md, "Time per step"; the plan says what the others were predicted to take."""
+    """docs/gpu-kernels.md, "Time per step"; the plan says what the others were predicted to take."""
     told = plan("forward", 512, 64)[1]
     assert (told["cluster"], told["members"]) == (1, 16)
     assert told["tier"] == "tier A: predicted 2.1 us a step, tier B 2.9 us a step"

@@ -106,7 +106,7 @@ def test_dropout_repeats_under_a_seed(backend):
 
 @pytest.mark.parametrize("H", [8, 100])
 def test_a_row_does_not_depend_on_its_batch_beyond_rounding(H, backend):
-    """Not bit for bit: few rows take other kernels than many (docs/design.md)."""
+    """Not bit for bit: few rows take other kernels than many (docs/limits.md)."""
     torch.manual_seed(0)
     lstm, x = fastlstm.LSTM(5, H), torch.randn(20, 33, 5)
     with torch.no_grad():

@@ -4,8 +4,8 @@
 //
 // Above each: what switches, and the measurement where one is recorded. "Fitted" means that the value was
 // found by timing layers during development on machines of at most two threads (Intel Sapphire and Emerald
-// Rapids, AMD Zen 4, AVX2 EPYC) and that no figure of the crossover itself is recorded; docs/design.md, "The
-// CPU kernels", has what is. On more than two threads nothing has been measured.
+// Rapids, AMD Zen 4, AVX2 EPYC) and that no figure of the crossover itself is recorded; docs/cpu-kernels.md,
+// has what is. On more than two threads nothing has been measured.
 #pragma once
 
 #include <cstddef>
@@ -16,26 +16,26 @@ namespace fastlstm {
 // ---- The cost model (cost.cpp), which predicts the time of a loop on every partition of the threads.
 
 // Its figures. `python -m benchmarks calibrate` measures those of a machine and prints which plans would
-// change. They are recorded in docs/design.md, or fitted to the times of 3,000 random layers on every
-// partition of two threads (Intel Xeon, AVX-512, L2 of 2 MiB, 2026-11-29; docs/design.md, "Threads").
+// change. They are recorded in docs/cpu-kernels.md, or fitted to the times of 3,000 random layers on every
+// partition of two threads (Intel Xeon, AVX-512, L2 of 2 MiB, 2026-11-29; docs/cpu-kernels.md).
 // Nothing has been measured beyond two threads; the figures marked so are guesses on the side of fewer
 // threads. Rows in a name: the time of that many rows' multiply-adds.
 struct CostFigures {
   // What a core multiplies and adds, in vectors per us. Recorded: 12 rows, AVX-512, float32, at 162 to 170
-  // GFLOP/s a core (docs/design.md, "Tiles").
+  // GFLOP/s a core (docs/cpu-kernels.md).
   double vector_fmas_per_us = 5000;
   // The pointwise stage, as multiply-adds per gate and row, of gate_cost_min_rows rows at least: fewer wait
   // for the latency of its divisions. Fitted, 2026-11-29.
   double gate_cost_macs = 24, gate_cost_min_rows = 3;
   // Reading the weights from the L2; fewer rows than this wait for it. Fitted, 2026-11-29. Recorded: T = 200,
   // B = 8, H = 64 with 4 rows a thread takes 0.56 ms in forward and 1.8 in training, with half of the units
-  // 0.98 and 3.4 (docs/design.md, "Threads"). 2026-11-28.
+  // 0.98 and 3.4 (docs/cpu-kernels.md). 2026-11-28.
   double l2_read_rows = 4.5;
   // Reading weights that an L2 does not hold: 4 bytes per multiply-add at 32 GB/s a core (gemm.h, Ahead).
   // Prefetching hides a part of it that grows with the rows, and all of it from l3_hidden_min_rows on.
   // Fitted: with 24 rows per thread split rows take no more time than split units. Recorded: T = 50, B = 16,
-  // I = 80, H = 800, P = 512, forward takes 29 ms with rows split and 18 with units split (docs/design.md,
-  // "Threads"). 2026-11-28.
+  // I = 80, H = 800, P = 512, forward takes 29 ms with rows split and 18 with units split
+  // (docs/cpu-kernels.md). 2026-11-28.
   double l3_read_rows = 10.5, l3_hidden_min_rows = 24;
   // Up to this many threads read from the L3, or pack weights, at full speed; more share the bandwidth. Not
   // measured.
@@ -51,9 +51,9 @@ struct CostFigures {
   // on one cache line (not measured). Measured, 2026-11-29: 0.18 us in a loop that does nothing else, 0.6
   // fitted, since threads do not arrive at once.
   double barrier_us = 0.55, barrier_thread_us = 0.1;
-  // What another core has just written comes at 10 to 14 GB/s (docs/design.md, "Threads").
+  // What another core has just written comes at 10 to 14 GB/s (docs/cpu-kernels.md).
   double core_to_core_bytes_per_us = 10000;
-  // Packing weights on one thread. Recorded: H = 100, 160 KB, takes 4.7 us (docs/design.md, "Few rows").
+  // Packing weights on one thread. Recorded: H = 100, 160 KB, takes 4.7 us (docs/cpu-kernels.md).
   // Fitted, 2026-11-29: 20,000 to 35,000.
   double pack_bytes_per_us = 25000;
   // Threads that split rows write parts of the same cache lines in each step, the ends of their rows of y, c
@@ -92,7 +92,7 @@ inline constexpr double kPartitionMinGain = 0.02;
 // Weights of more than this part of an L2 do not stay in it from step to step: the cost model reads them from
 // the L3, blocks are read in alternating order, and bfloat16 panels stay bfloat16. Recorded for the
 // alternating order: forward on two threads, B = 1, H = 512 takes 45 us a step in one order and 35 in both; H
-// = 1024 283 and 248 (docs/design.md, "Weights larger than the L2"). Fitted, 2026-11-28.
+// = 1024 283 and 248 (docs/cpu-kernels.md). Fitted, 2026-11-28.
 inline constexpr double kL2ResidentMaxFraction = 0.75;
 // A single step packs its weights in every thread that splits rows: rows are split where each thread has at
 // least this many and the weights have at most this size, units otherwise. Fitted, 2026-11-28.
@@ -104,8 +104,8 @@ inline constexpr double kSingleStepRowSplitMaxBytes = 1 << 20;
 // it 0.75 to 1.14. Two cores of an Intel Xeon, L2 of 2 MiB, no CSV, 2026-11-29.
 inline constexpr double kPrivatePackMaxL2Fraction = 0.25;
 // What reading the weights costs a thread in each step, as rows, where ragged rows are divided. Recorded:
-// lengths from T/2 to T take 7 to 14 % less time in forward, 3 to 11 % in training (docs/design.md,
-// "Threads"). Fitted, 2026-11-28.
+// lengths from T/2 to T take 7 to 14 % less time in forward, 3 to 11 % in training (docs/cpu-kernels.md).
+// Fitted, 2026-11-28.
 inline constexpr int64_t kWeightReadCostRows = 2;
 // Polls of a barrier before a waiting thread yields; a step lasts microseconds. Fitted.
 inline constexpr int kBarrierYieldMinPolls = 4000;
@@ -114,17 +114,17 @@ inline constexpr int kBarrierYieldMinPolls = 4000;
 
 // Up to this many rows of all steps both weights, and up to this many rows a step a large W_hh, are read
 // unpacked, as dot products. Packing takes what 3 to 5 rows save by it: H = 100 takes 4.7 us to pack, a step
-// 1.0 us less (docs/design.md, "Few rows"). Fitted, 2026-11-28.
+// 1.0 us less (docs/cpu-kernels.md). Fitted, 2026-11-28.
 inline constexpr int64_t kUnpackedMaxRows = 4;
 // A W_hh of at most this size is always packed: it stays in an L2, packed or not, and a few rows repay the
 // packing. Fitted, 2026-11-28.
 inline constexpr int64_t kHhPackAlwaysMaxBytes = 1 << 19;
 // A larger one is read unpacked for up to this many rows of all steps: it comes through the L3 to be packed
 // and goes back, what 20 to 60 steps save. Recorded: T = 7, B = 1, H = 400 takes 218 us unpacked and 350
-// packed (docs/design.md, "Few rows"). Fitted, 2026-11-28.
+// packed (docs/cpu-kernels.md). Fitted, 2026-11-28.
 inline constexpr int64_t kHhUnpackedMaxRows = 48;
 // Beyond this size, W_hh is read unpacked for any number of steps: each waits for the L3 either way, at 27
-// GB/s a core (docs/design.md, "Few rows"). Fitted, 2026-11-28.
+// GB/s a core (docs/cpu-kernels.md). Fitted, 2026-11-28.
 inline constexpr int64_t kHhPackMaxBytes = 1 << 22;
 // Rows of a step whose pre-activations wait in scratch while the weights of one block of units pass. With
 // projection, up to this many rows of a single step pack weights on use. Fitted, 2026-11-22.
@@ -136,7 +136,7 @@ inline constexpr int64_t kBf16RowBlockRows = 128;
 inline constexpr int64_t kHoistAllMaxRows = 192;
 // Below this many rows a step, x W_ih^T is hoisted: made for kHoistTileRows rows of several steps at once,
 // because reading W_ih in each step would cost more than the product. Recorded: T = 3, B = 1, I = 600, H =
-// 400 takes 0.49 ms with W_ih read in every step and 0.26 hoisted (docs/design.md, "Forward"). Fitted,
+// 400 takes 0.49 ms with W_ih read in every step and 0.26 hoisted (docs/cpu-kernels.md). Fitted,
 // 2026-11-22.
 inline constexpr int64_t kHoistBelowRows = 48;
 inline constexpr int64_t kHoistTileRows = 96;
@@ -155,7 +155,7 @@ inline constexpr int64_t kBackwardNarrowMaxRows = 2;
 inline constexpr int64_t kBackwardNarrowUnpackedMaxRows = 64;
 // otherwise, and for bfloat16, which is widened at each reading, packing pays from 9 rows on. Recorded: T =
 // 64, B = 1, H = 512, a backward pass takes 8.7 ms unpacked and 3.3 packed, at H = 1024 42 and 26
-// (docs/design.md, "Few rows"). Fitted, 2026-11-28.
+// (docs/cpu-kernels.md). Fitted, 2026-11-28.
 inline constexpr int64_t kBackwardStreamedUnpackedMaxRows = 8;
 
 // ---- Chunks of steps, and the products after each.
@@ -171,7 +171,7 @@ inline constexpr int64_t kBf16ChunkMinRows = 1024;
 
 // dW of at most this many columns is made as its transpose, if the second figure of rows is reached.
 // Recorded: MKL is 1.1 to 2.3 times as fast at it for 10 to 100 columns, 1.06 to 1.2 times from 112 to 224,
-// and no faster from 256 on; H = 64: 10 % less time (docs/design.md, "Products after the backward loop").
+// and no faster from 256 on; H = 64: 10 % less time (docs/cpu-kernels.md).
 // 2026-11-27, two Intel cores.
 struct TransposedWgrad {
   int64_t max_columns, min_rows;
@@ -179,7 +179,7 @@ struct TransposedWgrad {
 inline constexpr TransposedWgrad kTransposedWgrad[] = {{64, 0}, {112, 1024}, {224, 2048}};
 // float32 dW over more rows is summed in float64, this many rows at a time. A BLAS sums a deep product in few
 // parts, and its error grows with the depth. Recorded: 256,000 rows at H = 1 err by 2.5 ulp instead of 56
-// (docs/design.md, "Products after the backward loop"). 2026-11-27.
+// (docs/cpu-kernels.md). 2026-11-27.
 inline constexpr int64_t kFloat32WgradMaxRows = 16384;
 inline constexpr int64_t kFloat64WgradBlockRows = 4096;
 // Elements of dW that are made at a time in bfloat16, and rounded while a cache holds them. Fitted,
@@ -187,8 +187,8 @@ inline constexpr int64_t kFloat64WgradBlockRows = 4096;
 inline constexpr int64_t kBf16WgradBlockElements = 1 << 16;
 
 // Up to this many multiply-adds, and this depth, whose scratch would otherwise be megabytes, the microkernels
-// of gemm.h make a product: a BLAS call costs 3 to 5 us, with two threads 20 (docs/design.md, "Small
-// products"). Fitted, 2026-11-26.
+// of gemm.h make a product: a BLAS call costs 3 to 5 us, with two threads 20 (docs/cpu-kernels.md). Fitted,
+// 2026-11-26.
 inline constexpr int64_t kSmallGemmMaxMacs = 1 << 20;
 inline constexpr int64_t kSmallGemmMaxDepth = 1 << 13;
 // Up to this many rows they make any product: some of MKL's kernels (on an AMD CPU those of 1 to 3 rows more
@@ -217,11 +217,11 @@ inline constexpr int64_t kGroupedWgradTaskMinMacs = 1 << 16;
 // Up to this many elements, bfloat16 is widened and rounded on the calling thread, without the dispatcher.
 inline constexpr int64_t kInlineConvertMaxElements = 1 << 15;
 // Blocks from this size on are kept for the next call, smaller ones malloc itself keeps; at most this many
-// bytes idle (docs/design.md, "Memory").
+// bytes idle (docs/cpu-kernels.md).
 inline constexpr size_t kCachedBlockMinBytes = size_t{1} << 18;
 inline constexpr size_t kCachedIdleMaxBytes = size_t{1} << 29;
 // From this size on a workspace is in pages of 2 MiB. Recorded: a loop of microkernels of 12 rows, 178
-// GFLOP/s on two cores and 282 (docs/design.md, "Weights larger than the L2"). 2026-11-28.
+// GFLOP/s on two cores and 282 (docs/cpu-kernels.md). 2026-11-28.
 inline constexpr int64_t kHugePagesMinBytes = int64_t{1} << 22;
 
 }  // namespace fastlstm

@@ -1,7 +1,7 @@
 // The persistent kernels: many steps of a layer in one launch, with W_hh in registers and shared memory for
 // all of them. What they compute per element is step.h's, what they read and write is that of the step-wise
 // kernels (cell_kernels.h), so either may continue where the other stopped:
-// docs/gpu-notes.md.
+// docs/gpu-kernels.md.
 #pragma once
 
 #include "cuda/cell_kernels.h"

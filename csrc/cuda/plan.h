@@ -138,7 +138,7 @@ inline Layout lay_out_clusters(Phase phase, const Recurrence& r, int held, int c
 }
 
 // Microseconds of a step of all slices, without the products before and after the loop: a model whose
-// constants were fitted to times of an H100 (docs/gpu-notes.md, "Time per step"). On other devices only the
+// constants were fitted to times of an H100 (docs/gpu-kernels.md, "Time per step"). On other devices only the
 // order of what it compares has a meaning.
 inline double predicted(const Recurrence& r, const DeviceLimits& device, const Layout& p) {
   constexpr double kClock = 1755;                      // MHz

@@ -1,6 +1,6 @@
 // Matrix products by cuBLAS, at the precision that torch's flags ask of an LSTM.
 //
-// float32 is TF32 or IEEE as nn.LSTM's would be: docs/design.md, "float32 on a GPU". float16 and bfloat16
+// float32 is TF32 or IEEE as nn.LSTM's would be: docs/numerics.md, "float32 on a GPU". float16 and bfloat16
 // multiply in their own type and add in float32, float64 is float64.
 #pragma once
 

@@ -45,7 +45,7 @@ class _Steps:
             fresh = reset_mask.unsqueeze(-1)
             if self.valid is not None:  # a flag in the padding means nothing
                 fresh = fresh & self.valid
-            if reverse:  # step t-1 is entered anew where step t is flagged
+            if reverse:  # step t-1 starts from zero state where step t is flagged
                 fresh = torch.cat([fresh[1:], torch.zeros_like(fresh[:1])])
             self.fresh = fresh
         if self.valid is not None and reverse:

@@ -56,16 +56,23 @@ if not load_error:
 def set_persistent(on: bool, tier: str = "") -> None:
     """Turn the persistent CUDA kernels on or off, for every later call of the process; they are on by default.
 
-    On, float16, bfloat16 and float32 at TF32 precision run many steps in one launch where the layer fits the GPU and
-    that is predicted to be faster (`fastlstm.explain` tells); everything else runs step by step. Meant for measuring
-    and testing the one against the other (docs/gpu-notes.md).
+    If on, float16, bfloat16 and float32 at TF32 precision run many steps in one launch where the layer fits the GPU
+    and this is predicted to be faster (`fastlstm.explain` tells); everything else runs step by step. Experimental, for
+    measurements and tests (docs/gpu-kernels.md).
 
     Args:
-        tier: "A" (thread-block clusters) or "B" (groups of blocks that meet in L2) wherever that one can serve,
-            whatever is predicted.
+        on: whether to use them.
+        tier: "A" (cluster variant) or "B" (grid variant): use this one wherever the layer fits, whatever is predicted;
+            "" for the faster one.
 
     Raises:
-        RuntimeError: when the extension was built without CUDA, or there is no such tier.
+        RuntimeError: the extension was built without CUDA, or there is no such tier.
+
+    Example:
+        >>> from fastlstm.backends import native
+        >>> native.set_persistent(False)
+        >>> if "cuda" in native.devices:
+        ...     native.set_persistent(True)
     """
     if on and "cuda" not in devices:
         raise RuntimeError(f"fastlstm._C must be built for cuda, got {', '.join(devices) or load_error}")
@@ -74,9 +81,9 @@ def set_persistent(on: bool, tier: str = "") -> None:
 
 
 def kernels(call: LayerCall, B: int) -> str:
-    """Which CUDA kernels serve `call` of B rows when this backend runs it, and why; "" on other devices.
+    """Tell which CUDA kernels run `call` of B rows on this backend, and why; "" on other devices.
 
-    As planned from the device's sizes: where the runtime then finds room for fewer clusters, the plan may change.
+    Planned from the device's sizes; the plan may change if the runtime has room for fewer clusters.
     """
     if extension is None or call.device.type != "cuda":
         return ""

@@ -21,7 +21,7 @@ from .register import LIBRARY, differentiable, differentiable_backward, needs_di
 from .schema import LayerShape, backward_outputs, check, check_gradients, check_range, check_tensor
 
 # Steps between kept states where the user names no number. At T = 4096 they are less than a hundredth of what else
-# would be kept. Each interval packs the weights anew and adds to their gradients: 128 steps take 3 % longer.
+# would be kept. Each interval packs the weights again and adds to their gradients: 128 steps take 3 % longer.
 INTERVAL = 256
 
 _FORWARD = (

@@ -34,7 +34,18 @@ Gradients = tuple["Tensor | None", "Tensor | None", "Tensor | None", "list[Tenso
 
 
 def define(backend: str, forward: Callable[..., Any] | None = None, backward: Callable[..., Any] | None = None) -> None:
-    """Declare `backend`'s ops; `forward` and `backward` are its kernels if they are written in Python."""
+    """Declare the ops `fastlstm::<backend>_layer` and `..._layer_backward`, with fake kernels and autograd formula.
+
+    Args:
+        backend: the backend's NAME.
+        forward: its forward kernel if it is written in Python, with the arguments and results of
+            `fastlstm.ops.schema.FORWARD`.
+        backward: its backward kernel, as `fastlstm.ops.schema.BACKWARD`. Both are None for a backend that registers
+            its kernels from C++.
+
+    Example:
+        The last line of `fastlstm/backends/eager.py`: `register.define(NAME, forward, backward)`.
+    """
     layer, layer_backward = f"{backend}_layer", f"{backend}_layer_backward"
     may_be_packed = forward is None
     for name, schema, fake in ((layer, FORWARD, _fake_forward), (layer_backward, BACKWARD, _fake_backward)):

@@ -94,7 +94,7 @@ def output(ctx: Any, y: Tensor) -> Tensor:
 
 
 def output_as_kept(ctx: Any, y: Tensor | None, x: Tensor) -> Tensor:
-    """y for the backward op: [0] where it was changed since `output`, or where that cannot be told."""
+    """y for the backward op: [0] where it was changed since `output`, or where that cannot be known."""
     if y is None or is_compiling() or ctx.output._version != ctx.output_version:
         return x.new_empty(0)
     return y

@@ -5,7 +5,8 @@ Two ops per backend, `fastlstm::<backend>_layer` and `fastlstm::<backend>_layer_
 Sizes: T steps, B rows, I input features, H hidden units, P features of h (proj_size, or H without projection),
 D directions (1, or 2 with the reverse direction second). Gates in the order i, f, g, o, as torch.nn.LSTM stores them.
 
-Forward takes
+Forward takes::
+
   x           [T, B, I]
   h0, c0      [D, B, P], [D, B, H], or None for zeros
   weights     per direction weight_ih [4H, I], weight_hh [4H, P], bias_ih [4H] and bias_hh [4H] unless bias-free,
@@ -16,7 +17,9 @@ Forward takes
   keep_cells, keep_reserve   whether `cells`, and what backward reads (reserve and cells), are wanted. A call that
               autograd records keeps what backward reads whatever keep_reserve says: what a trace records of a call
               must not depend on the grad mode of the moment.
-and gives
+
+and returns::
+
   y           [T, B, D*P]   zero at and past a row's length
   h_n, c_n    [D, B, P], [D, B, H]   the state after the last step each direction takes; h0, c0 for length 0
   cells       [T, B, D*H]   c of every step, zero past the length; [0] unless wanted
@@ -24,11 +27,16 @@ and gives
               backend's is in a layout of its own, which `fastlstm::native_gates` undoes.
 
 The native op takes packed rows of CPU tensors as well: x [N, I], the data of a PackedSequence, with lengths that do not
-rise from row to row and have the sum N, and no reset_mask. y and cells are then [N, .], the reserve is [D, N, 4H].
+rise from row to row and have the sum N, and no reset_mask. y and cells are then [N, features], the reserve is
+[D, N, 4H].
 
 Backward takes the gradients of y, h_n, c_n and cells (None is zero), forward's arguments and results, and `needs`,
-one flag for each of x, h0, c0, *weights. It gives their gradients, [0] where not needed. y may be [0], where its caller
-has changed it since: h is then found again from o and c.
+one flag for each of x, h0, c0 and the weights. It returns their gradients, [0] where not needed. y may be [0] if its
+caller has changed it: h is then recomputed from o and c.
+
+Example of a call of an op::
+
+  y, h_n, c_n, cells, reserve = torch.ops.fastlstm.eager_layer(x, None, None, weights, None, None, False, False)
 """
 
 from __future__ import annotations
@@ -51,7 +59,15 @@ BACKWARD = (
 
 @dataclass(frozen=True)
 class DirectionWeights:
-    """The weights of one direction, as torch.nn.LSTM stores them."""
+    """Weights of one direction as torch.nn.LSTM stores them.
+
+    Attributes:
+        ih: [4H, I].
+        hh: [4H, P].
+        bias_ih: [4H], or None.
+        bias_hh: [4H], or None.
+        hr: [P, H], or None without projection.
+    """
 
     ih: Tensor  # [4H, I]
     hh: Tensor  # [4H, P]
@@ -62,7 +78,14 @@ class DirectionWeights:
 
 @dataclass(frozen=True)
 class LayerShape:
-    """The sizes of a layer, read off its weights."""
+    """Sizes of a layer, derived from its weights.
+
+    Attributes:
+        H: hidden units.
+        P: features of h.
+        D: directions, 1 or 2.
+        bias: whether there are biases.
+    """
 
     H: int
     P: int
@@ -88,7 +111,16 @@ class LayerShape:
 
 @dataclass(frozen=True)
 class LayerCall:
-    """What a backend may base `supports` on. T and B are absent: a choice never depends on them."""
+    """What a backend's `supports` may depend on. T and B are absent: a choice never depends on them.
+
+    Attributes:
+        device: of x.
+        dtype: of x and of the weights.
+        I: input features.
+        shape: the other sizes, from the weights.
+        lengths: whether lengths are given.
+        reset_mask: whether a reset_mask is given.
+    """
 
     device: torch.device
     dtype: torch.dtype
@@ -99,7 +131,7 @@ class LayerCall:
 
 
 def split_weights(weights: list[Tensor]) -> list[DirectionWeights]:
-    """The flat list of the schema, one entry per direction."""
+    """Split the schema's flat list of weights by direction."""
     shape = LayerShape.of(weights)
     n = shape.per_direction
     out = []

@@ -148,7 +148,7 @@ def _entering(y: Tensor, h0: Tensor | None, d: int, valid: Tensor | None, reset_
         entering = torch.where(starts[..., None], h, entering)
     if reset_mask is not None:
         fresh = reset_mask
-        if d:  # step t is entered anew where t+1 begins a sequence
+        if d:  # step t starts from zero state where t+1 begins a sequence
             fresh = reset_mask if valid is None else reset_mask & valid
             fresh = torch.cat([fresh[1:], torch.zeros_like(fresh[:1])])
         entering = entering.masked_fill(fresh[..., None], 0)
@@ -238,7 +238,7 @@ def _widened(out: Tensor) -> bool:
 
 
 def _tf32() -> bool:
-    """Whether nn.LSTM would multiply float32 in TF32 (docs/design.md, "float32 on a GPU"; csrc/cuda/products.cpp)."""
+    """Whether nn.LSTM would multiply float32 in TF32 (docs/numerics.md, "float32 on a GPU"; csrc/cuda/products.cpp)."""
     return torch.backends.cudnn.rnn.fp32_precision == "tf32" if torch.backends.cudnn.enabled else _matmul_tf32()
 
 

@@ -4,7 +4,7 @@
 then the cell, with no memory in between. The `step` kernels run one step per launch, tiles spread over the device; the
 `streamed` kernels loop over time inside one launch, each program owning all units of its rows, tile after tile, with
 a barrier between steps. State crosses tiles through buffers that stay in the cache; h and dgates are read by other
-tiles than wrote them, so h is double-buffered by the parity of the step. H is run-time: one compilation serves all
+tiles than wrote them, so h is double-buffered by the parity of the step. H is run-time: one compilation covers all
 H that are divisible by the same ALIGN.
 """
 

@@ -1,0 +1,31 @@
+"""Sphinx configuration: Markdown by MyST, API reference from docstrings, theme furo. The build needs no network."""
+
+from __future__ import annotations
+
+import fastlstm
+
+project = "fastlstm"
+author = "fastlstm contributors"
+copyright = "fastlstm contributors, BSD-3-Clause"
+version = release = fastlstm.__version__
+
+extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx_copybutton"]
+exclude_patterns = ["_static"]
+suppress_warnings = ["config.cache"]
+
+default_role = "py:obj"  # docstrings use single backticks
+myst_heading_anchors = 4
+
+napoleon_google_docstring = True
+napoleon_numpy_docstring = False
+autodoc_member_order = "bysource"
+autodoc_typehints = "none"  # docstrings give shapes and dtypes, which signatures do not
+
+html_theme = "furo"
+html_title = f"fastlstm {release}"
+html_static_path = ["_static"]
+html_css_files = ["fastlstm.css"]
+html_show_sphinx = False
+html_copy_source = False
+copybutton_prompt_text = r">>> |\.\.\. |\$ "
+copybutton_prompt_is_regexp = True
