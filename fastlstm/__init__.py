@@ -1,4 +1,4 @@
-"""torch.nn.LSTM, several times faster: `fastlstm.LSTM` in its place, and nothing else changes."""
+"""Drop-in replacement for torch.nn.LSTM: use `fastlstm.LSTM` instead, and change nothing else."""
 
 from . import functional, reference
 from .convert import convert, patch_torch

@@ -33,6 +33,7 @@ PLACES = (
     ("benchmarks", ["benchmarks"]),
     ("tests", ["test", "integrations", "triton"]),
     ("scripts", []),
+    ("docs", []),
 )
 
 
@@ -93,6 +94,12 @@ def test_every_dependency_is_imported(extra):
 def test_the_tools_of_development_are_commands_of_the_makefile():
     for name in requirements("dev"):
         assert re.search(rf"\$\(BIN\)/(python -m )?{name}\b", (ROOT / "Makefile").read_text()), name
+
+
+def test_the_tools_of_the_docs_are_in_use():
+    used = (ROOT / "Makefile").read_text() + (ROOT / "docs" / "conf.py").read_text()
+    for name in requirements("docs"):
+        assert re.search(rf"\b{name.replace('-', '_')}\b", used), name
 
 
 def test_tools_know_the_oldest_python():

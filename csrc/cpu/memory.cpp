@@ -100,7 +100,7 @@ class Recycler final : public c10::Allocator {
     self.trim(0);
   }
 
-  // Drops what may not stay idle once so many bytes more are in use.
+  // Releases what may not stay idle once `more` bytes more are in use.
   void trim(size_t more) {
     const size_t use = in_use_ + more, most = std::max(most_in_use_, use);
     drop(std::min(kCachedIdleMaxBytes, most + most / 8 - use));

@@ -78,7 +78,7 @@ class Ragged {
     for (int64_t t = 0; t < T_; ++t)
       for (int64_t r = 0; r < rows.count_at(t); ++r) {
         const int64_t begins =
-            reverse ? t + 1 : t;  // reverse enters step t-1 anew where step t begins a sequence
+            reverse ? t + 1 : t;  // reverse: step t-1 starts from zero where step t begins a sequence
         fresh[rows.offset_at(t) + r] =
             begins < T_ && r < rows.count_at(begins) && given[begins * B_ + rows.batch_row_at(r)];
       }

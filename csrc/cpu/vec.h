@@ -1,7 +1,7 @@
 // Vectors of one ISA and the activation functions on them. Included once by each isa_*.cpp, which first sets
 //   FASTLSTM_ISA           the namespace, so that code compiled for several ISAs never merges at link time
 //   FASTLSTM_VECTOR_BYTES  the register width
-// GCC and Clang vector extensions only, so that one source serves x86-64 and aarch64.
+// GCC and Clang vector extensions only, so that one source compiles for x86-64 and aarch64.
 #pragma once
 
 #include <cstdint>

@@ -2,7 +2,7 @@
 // file.
 //
 // Sizes: T steps, B rows, H units, P features of h (H without projection), D directions (1, or 2 with the
-// reverse one second). Gates i, f, g, o. Every launcher serves all directions at once; an array [2] has one
+// reverse one second). Gates i, f, g, o. Every launcher runs all directions at once; an array [2] has one
 // entry per direction. All pointers are device memory of the caller, dense and row-major in the shape given
 // unless strides stand beside them. T is the tensors' type: float, double, __half or __nv_bfloat16. Acc<T>,
 // the type of sums and of the carried state, is float, and double for double: in bf16 c stops taking in small

@@ -24,7 +24,7 @@ DeviceLimits device_limits() {
     return value;
   };
   const bool able = ask(cudaDevAttrComputeCapabilityMajor) >= 8 && ask(cudaDevAttrCooperativeLaunch) != 0;
-  // 16 is what Hopper and Blackwell allow; whether a cluster of so many fits is asked before it is launched.
+  // 16 is what Hopper and Blackwell allow; whether such a cluster fits is asked before it is launched.
   return {able ? ask(cudaDevAttrMultiProcessorCount) : 0, ask(cudaDevAttrMaxSharedMemoryPerBlockOptin),
           ask(cudaDevAttrClusterLaunch) != 0 ? 16 : 0};
 }

@@ -159,7 +159,7 @@ class ScatterCluster : public ClusterMember {
 
   FASTLSTM_DEVICE float sum(const Warp& warp, int n, int row, int column) const {
     float total = 0;
-#pragma unroll 4  // so many loads on their way; the order of the sum stays
+#pragma unroll 4  // four loads in flight; the order of the sum stays
     for (int member = 0; member < s_.layout.members; ++member) total += inbox(warp, n, member, row)[column];
     return total;
   }

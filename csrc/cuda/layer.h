@@ -7,7 +7,7 @@
 
 namespace fastlstm::cuda {
 
-// Buffers that hold some steps at a time are about this large: x W_ih^T of so many steps is two waves of
+// Buffers that hold some steps at a time are about this large: x W_ih^T of those steps is two waves of
 // tiles of a product on the largest GPUs, and stays in L2 until the cell kernels have read it.
 #ifndef FASTLSTM_CUDA_CHUNK_BYTES  // the tests set a small one, so that small cases run in chunks
 #define FASTLSTM_CUDA_CHUNK_BYTES (32 << 20)

@@ -7,7 +7,7 @@
 
 namespace fastlstm::cuda {
 
-// x W_ih^T of so many more steps than kChunkBytes: each launch loads W_hh anew.
+// x W_ih^T of this many times kChunkBytes of steps: each launch loads W_hh again.
 constexpr int64_t kPersistentChunks = 4;
 
 template <class T>

@@ -63,7 +63,7 @@ struct Layout {
 };
 
 struct Plan {
-  std::string reason;  // why the step-wise path runs instead; empty when the layout serves
+  std::string reason;  // why the step-wise path runs instead; empty if the layout can run
   Layout layout = {};
   std::string tier = {};  // which one, and why not the other
 };
