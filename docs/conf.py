@@ -15,10 +15,12 @@ suppress_warnings = ["config.cache"]
 
 highlight_language = "text"  # of blocks that name none: diagrams, command lines
 default_role = "py:obj"  # docstrings use single backticks
+myst_enable_extensions = ["tasklist"]
 myst_heading_anchors = 4
 
 napoleon_google_docstring = True
 napoleon_numpy_docstring = False
+napoleon_use_ivar = True
 autodoc_member_order = "bysource"
 autodoc_typehints = "none"  # docstrings give shapes and dtypes, which signatures do not
 

@@ -55,10 +55,11 @@ class LSTM(nn.RNNBase):
         device: of the parameters.
         dtype: of the parameters: float64, float32, bfloat16 or float16.
 
+    Parameters of layer k: `weight_ih_l{k}` [4H, I] (k > 0: [4H, D*P]), `weight_hh_l{k}` [4H, P]; with `bias`
+    `bias_ih_l{k}` and `bias_hh_l{k}` [4H]; with `proj_size` `weight_hr_l{k}` [P, H]. Gates in the order i, f, g, o. Those
+    of the reverse direction end in `_reverse`.
+
     Attributes:
-        weight_ih_l[k], weight_hh_l[k]: [4H, I] (k > 0: [4H, D*P]) and [4H, P]; gates in the order i, f, g, o.
-        bias_ih_l[k], bias_hh_l[k]: [4H], with `bias`.
-        weight_hr_l[k]: [P, H], with `proj_size`. Parameters of the reverse direction end in `_reverse`.
         recompute: False; True, or a number of steps, to save for backward only h and c at intervals
             (functional.lstm). Set it on the module: `lstm.recompute = True`.
 
@@ -346,9 +347,8 @@ class LSTMCell(nn.RNNCellBase):
         device: of the parameters.
         dtype: of the parameters.
 
-    Attributes:
-        weight_ih, weight_hh: [4H, I] and [4H, H]; gates in the order i, f, g, o.
-        bias_ih, bias_hh: [4H], or None without bias.
+    Parameters: `weight_ih` [4H, I], `weight_hh` [4H, H], `bias_ih` and `bias_hh` [4H] (None without bias); gates in the
+    order i, f, g, o.
 
     Example:
         >>> import torch, fastlstm

@@ -7,24 +7,29 @@ D directions (1, or 2 with the reverse direction second). Gates in the order i, 
 
 Forward takes::
 
-  x           [T, B, I]
-  h0, c0      [D, B, P], [D, B, H], or None for zeros
-  weights     per direction weight_ih [4H, I], weight_hh [4H, P], bias_ih [4H] and bias_hh [4H] unless bias-free,
-              weight_hr [P, H] with projection only; the reverse direction's after the forward one's
-  lengths     [B] int64 on x's device, or None. Row b has lengths[b] valid steps, 0 allowed. Past them x is never read
-              into a result, so it may hold anything, NaN included.
-  reset_mask  [T, B] bool on x's device, or None. True at t: step t begins a new sequence in that row.
-  keep_cells, keep_reserve   whether `cells`, and what backward reads (reserve and cells), are wanted. A call that
-              autograd records keeps what backward reads whatever keep_reserve says: what a trace records of a call
-              must not depend on the grad mode of the moment.
+  x            [T, B, I]
+  h0, c0       [D, B, P], [D, B, H], or None for zeros
+  weights      per direction weight_ih [4H, I], weight_hh [4H, P]; bias_ih [4H]
+               and bias_hh [4H] unless bias-free; weight_hr [P, H] with projection
+               only; the reverse direction's after the forward one's
+  lengths      [B] int64 on x's device, or None. Row b has lengths[b] valid steps,
+               0 allowed. Past them x may hold anything, NaN included
+  reset_mask   [T, B] bool on x's device, or None. True at t: step t begins a new
+               sequence in that row
+  keep_cells   whether `cells` is wanted
+  keep_reserve whether what backward reads (reserve and cells) is wanted. A call
+               that autograd records keeps it whatever this says: what a trace
+               records of a call must not depend on the grad mode of the moment
 
 and returns::
 
-  y           [T, B, D*P]   zero at and past a row's length
-  h_n, c_n    [D, B, P], [D, B, H]   the state after the last step each direction takes; h0, c0 for length 0
-  cells       [T, B, D*H]   c of every step, zero past the length; [0] unless wanted
-  reserve     [D, T, B, 4H], [0] unless wanted: the activated gates i, f, g, o, anything past the length. The native
-              backend's is in a layout of its own, which `fastlstm::native_gates` undoes.
+  y            [T, B, D*P], zero at and past a row's length
+  h_n, c_n     [D, B, P], [D, B, H], the state after the last step that each
+               direction takes; h0, c0 for length 0
+  cells        [T, B, D*H], c of every step, zero past the length; [0] unless wanted
+  reserve      [D, T, B, 4H], [0] unless wanted: the activated gates i, f, g, o,
+               anything past the length. The native backend's has a layout of its
+               own, which `fastlstm::native_gates` undoes
 
 The native op takes packed rows of CPU tensors as well: x [N, I], the data of a PackedSequence, with lengths that do not
 rise from row to row and have the sum N, and no reset_mask. y and cells are then [N, features], the reserve is
@@ -34,9 +39,10 @@ Backward takes the gradients of y, h_n, c_n and cells (None is zero), forward's 
 one flag for each of x, h0, c0 and the weights. It returns their gradients, [0] where not needed. y may be [0] if its
 caller has changed it: h is then recomputed from o and c.
 
-Example of a call of an op::
+Example::
 
-  y, h_n, c_n, cells, reserve = torch.ops.fastlstm.eager_layer(x, None, None, weights, None, None, False, False)
+  op = torch.ops.fastlstm.eager_layer
+  y, h_n, c_n, cells, reserve = op(x, None, None, weights, None, None, False, False)
 """
 
 from __future__ import annotations
