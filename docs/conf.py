@@ -14,6 +14,7 @@ exclude_patterns = ["_static"]
 suppress_warnings = ["config.cache"]
 
 highlight_language = "text"  # of blocks that name none: diagrams, command lines
+smartquotes = False
 default_role = "py:obj"  # docstrings use single backticks
 myst_enable_extensions = ["tasklist"]
 myst_heading_anchors = 4

@@ -21,11 +21,11 @@ class Explanation:
     """What `explain` returns; `print` shows it as text.
 
     Attributes:
-        backend: the name of the backend that runs the call, "" if the requested one cannot.
+        backend: the name of the backend that runs the call; empty if the requested one cannot.
         reasons: for each backend "runs", or why it does not.
-        kernels: which CUDA kernels the native backend runs, and why; "" on other devices.
+        kernels: which CUDA kernels the native backend runs, and why; empty on other devices.
         forward: the CPU plan of the first layer: number of threads, how they divide the work, which weights are packed,
-            how products are computed, and why. "" on other devices, and with recompute, which runs segments.
+            how products are computed, and why. Empty on other devices, and with recompute, which runs segments.
         backward: the same of the backward pass.
     """
 

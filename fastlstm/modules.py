@@ -56,8 +56,8 @@ class LSTM(nn.RNNBase):
         dtype: of the parameters: float64, float32, bfloat16 or float16.
 
     Parameters of layer k: `weight_ih_l{k}` [4H, I] (k > 0: [4H, D*P]), `weight_hh_l{k}` [4H, P]; with `bias`
-    `bias_ih_l{k}` and `bias_hh_l{k}` [4H]; with `proj_size` `weight_hr_l{k}` [P, H]. Gates in the order i, f, g, o. Those
-    of the reverse direction end in `_reverse`.
+    `bias_ih_l{k}` and `bias_hh_l{k}` [4H]; with `proj_size` `weight_hr_l{k}` [P, H]. Gates in the order i, f, g, o.
+    Parameters of the reverse direction end in `_reverse`.
 
     Attributes:
         recompute: False; True, or a number of steps, to save for backward only h and c at intervals
