@@ -100,9 +100,8 @@ def markdown() -> str:
         f"CPU: {cpu.threads} cores of an {cpu.device} with AVX-512 and AMX, torch {cpu.torch}, {cpu.date[:10]}; "
         "float32 unless stated.",
         f"GPU: {gpu.device}, torch {gpu.torch}, cuDNN {cudnn}, {gpu.date[:10]}; nn.LSTM was **not** in a CUDA graph.",
-        "Times are of a training step: medians of interleaved runs in one process, checked against float64; expect "
-        "10-20 %",
-        "variation. The last row, from `kernels/tiers.csv`, has two samples, checked against nn.LSTM's results.",
+        "Times are of a training step: medians of interleaved runs in one process, checked against float64.",
+        "Expect 10-20 % variation. The last row, from `kernels/tiers.csv`, has two samples, checked against nn.LSTM's.",
     ]
     return "\n".join([*lines, "", "\n".join(text)])
 
