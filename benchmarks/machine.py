@@ -42,7 +42,7 @@ def commit() -> str:
 
     try:
         # A benchmark's own CSVs and plots do not change what was measured.
-        changed = git("status", "--porcelain", "--", ":!benchmarks/results", ":!README.md")
+        changed = git("status", "--porcelain", "--", ":!benchmarks/results", ":!README.md", ":!docs/benchmarks.md")
         return git("rev-parse", "--short=12", "HEAD") + ("-dirty" if changed else "")
     except (OSError, subprocess.CalledProcessError):
         return "unknown"

@@ -14,6 +14,7 @@ import fastlstm
 from benchmarks import report, results
 from fastlstm import accuracy, convert, dispatch, explain, functional, modules, reference
 from fastlstm.backends import native
+from fastlstm.ops import schema
 
 from .fresh import ROOT
 
@@ -45,7 +46,7 @@ def test_examples_of_a_page_run(page):
 
 @pytest.mark.parametrize(
     "module",
-    [modules, functional, convert, dispatch, explain, reference, native, accuracy],
+    [modules, functional, convert, dispatch, explain, reference, native, accuracy, schema],
     ids=lambda module: module.__name__,
 )
 def test_examples_of_docstrings_run(module):

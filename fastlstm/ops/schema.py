@@ -39,10 +39,13 @@ Backward takes the gradients of y, h_n, c_n and cells (None is zero), forward's 
 one flag for each of x, h0, c0 and the weights. It returns their gradients, [0] where not needed. y may be [0] if its
 caller has changed it: h is then recomputed from o and c.
 
-Example::
-
-  op = torch.ops.fastlstm.eager_layer
-  y, h_n, c_n, cells, reserve = op(x, None, None, weights, None, None, False, False)
+Example:
+    >>> import torch, fastlstm
+    >>> x, weights = torch.randn(5, 3, 8), [torch.randn(64, 8), torch.randn(64, 16)]
+    >>> op = torch.ops.fastlstm.eager_layer
+    >>> y, h_n, c_n, cells, reserve = op(x, None, None, weights, None, None, True, False)
+    >>> y.shape, cells.shape, reserve.shape
+    (torch.Size([5, 3, 16]), torch.Size([5, 3, 16]), torch.Size([0]))
 """
 
 from __future__ import annotations
