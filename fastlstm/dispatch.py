@@ -108,7 +108,7 @@ def describe(x: Tensor, weights: list[Tensor], lengths: Tensor | None, reset_mas
 
 
 def _transforming() -> bool:
-    """Whether torch.func or forward-mode AD is at work, which the ops themselves know nothing of."""
+    """Return True under torch.func or forward-mode AD, for which the ops have no rule of their own."""
     return torch._C._functorch.maybe_current_level() is not None or torch.autograd.forward_ad._current_level >= 0
 
 
@@ -140,7 +140,7 @@ def _choose(x: Tensor, weights: list[Tensor], lengths: Tensor | None, reset_mask
 
 
 def _recorded(x: Tensor) -> bool:
-    """Whether a graph is made of the call, for which a comparison with T would fix it."""
+    """Return True if a graph is recorded of the call; a comparison with T would make T a constant of it."""
     return is_compiling() or torch.jit.is_tracing() or isinstance(x.shape[0], torch.SymInt)
 
 

@@ -27,13 +27,13 @@ from .ops.schema import LayerShape
 
 @dataclass(frozen=True)
 class _Call:
-    """What a call is, tensors apart. One object, because torch.func flattens the arguments at every level."""
+    """The arguments of a call except its tensors. One object, because torch.func flattens the arguments at every level."""
 
     backend: str
     keep_cells: bool = False
     keep_reserve: bool = False
     needs: tuple[bool, ...] = ()  # of backward
-    groups: int = 0  # likewise; as in backends/eager.py
+    groups: int = 0  # of backward; as in backends/eager.py
     present: tuple[bool, ...] = ()  # which tensors are given: torch.func takes time for every argument, None or not
 
     @property
@@ -55,7 +55,7 @@ class _Call:
 
 
 def plain_ops_only() -> bool:
-    """Whether forward-mode AD (torch.func.jvp, a dual level) or functionalize is at work, which have no rule here."""
+    """Return True under forward-mode AD (torch.func.jvp, a dual level) or functionalize: no rule is here for them."""
     if torch.autograd.forward_ad._current_level >= 0:
         return True
     refused = (TransformType.Jvp, TransformType.Functionalize)
@@ -90,7 +90,7 @@ def _below(call: _Call, *tensors: Tensor | None) -> tuple[Tensor, ...]:
 
 
 def _backward_below(call: _Call, *tensors: Tensor | None) -> tuple[Tensor, ...]:
-    """Likewise of `_Backward`."""
+    """The same for `_Backward`."""
     call, *given = call.of(tensors)
     if torch._C._functorch.maybe_current_level() is not None or _differentiated(*given):
         return _Backward.apply(call, *given)

@@ -60,7 +60,7 @@ def _backward(x: Tensor, weights: list[Tensor], lengths: Tensor | None, needs: S
 
 
 def _is_identity(w_ih: Tensor, shape: LayerShape, d: int) -> bool:
-    """Whether weight_ih is direction d's part of an identity [D * 4H, D * 4H].
+    """Return True if weight_ih is direction d's part of an identity [D * 4H, D * 4H].
 
     fastlstm/transforms.py asks for the gradients of the gates with it, and no product is made.
     """

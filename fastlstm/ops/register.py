@@ -129,7 +129,7 @@ _BATCHED = [torch._C._dispatch_key_parse(name) for name in ("Batched", "FuncTorc
 
 
 def needs_differentiable_backward(*grads: Tensor | None) -> bool:
-    """Whether `differentiable_backward` must take these gradients, not the op, as csrc/autograd.cpp decides.
+    """Return True if `differentiable_backward` must take these gradients, not the op, as csrc/autograd.cpp decides.
 
     It must with create_graph=True, and where the op has no rule for them.
     """
@@ -137,7 +137,7 @@ def needs_differentiable_backward(*grads: Tensor | None) -> bool:
 
 
 def has_batched_or_dual_grads(*grads: Tensor | None) -> bool:
-    """Whether many gradients arrive as one (is_grads_batched=True), or under forward-mode AD.
+    """Return True if many gradients arrive as one (is_grads_batched=True), or under forward-mode AD.
 
     The plain ops of the reference have rules for these.
     """

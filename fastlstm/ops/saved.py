@@ -16,7 +16,7 @@ from .schema import LayerShape
 
 
 def traced(x: Tensor) -> bool:
-    """Whether x is of a subclass, as under torch.compile: a graph cannot ask for versions when it runs."""
+    """Return True if x is of a subclass, as under torch.compile, whose graph cannot read versions when it runs."""
     return torch._C._dispatch_keys(x).has(torch._C.DispatchKey.Python)
 
 

@@ -236,7 +236,7 @@ def check_backward(
 
 
 def lacks_output(y: Tensor) -> bool:
-    """Whether backward was given no y."""
+    """Return True if backward was given no y."""
     return y.dim() == 1 and y.shape[0] == 0
 
 

@@ -78,7 +78,7 @@ def row_lengths(
 
 @triton.jit
 def has_step(t, length):
-    """Whether each row has step t, which may lie at -1 or T as well."""
+    """Return True for rows that have step t, which may also be -1 or T."""
     # length * 0 for 0: where a scalar comparison meets a tensor, the interpreter takes its bits for integers.
     return (t < length) & (length * 0 <= t)
 
@@ -92,6 +92,6 @@ def starts_fresh(
     length,  # [BLOCK_B]
     B,
 ):
-    """Whether step t, which each row has, starts from zero state: flagged itself, or in reverse, where t+1 is."""
+    """Return True where step t of a row starts from zero state: it is flagged, or in reverse step t+1 is."""
     begins = t + d
     return tl.load(reset_mask + begins.to(tl.int64) * B + row, mask=begins < length, other=0) != 0

@@ -230,7 +230,7 @@ def _state(initial: Tensor | None, x: Tensor, s: LayerShape) -> Tensor:
 
 
 def _widened(out: Tensor) -> bool:
-    """Whether torch would multiply in TF32 where nn.LSTM does not; then its products run in float64.
+    """Return True if torch would multiply in TF32 where nn.LSTM does not; then its products run in float64.
 
     torch offers Python no IEEE for one thread alone, and its setting would reach other threads' products.
     """
@@ -238,7 +238,7 @@ def _widened(out: Tensor) -> bool:
 
 
 def _tf32() -> bool:
-    """Whether nn.LSTM would multiply float32 in TF32 (docs/numerics.md, "float32 on a GPU"; csrc/cuda/products.cpp)."""
+    """Return True if nn.LSTM would multiply float32 in TF32 (docs/numerics.md; csrc/cuda/products.cpp)."""
     return torch.backends.cudnn.rnn.fp32_precision == "tf32" if torch.backends.cudnn.enabled else _matmul_tf32()
 
 
