@@ -27,7 +27,7 @@ from .ops.schema import LayerShape
 
 @dataclass(frozen=True)
 class _Call:
-    """The arguments of a call except its tensors. One object, because torch.func flattens the arguments at every level."""
+    """The arguments of a call except its tensors, as one object: torch.func flattens the arguments at every level."""
 
     backend: str
     keep_cells: bool = False
