@@ -14,7 +14,7 @@ import torch
 for package in ("rich", "matplotlib", "numpy"):
     pytest.importorskip(package)
 
-from benchmarks import __main__ as command
+from benchmarks import __main__ as command, headline
 from benchmarks import console, gpu, load, machine, measure, memory, peers, report, results
 from benchmarks.cases import CPU, MODES, Case
 from benchmarks.machine import Limit, describe, slug
@@ -271,6 +271,21 @@ def test_the_report_command_fills_the_readme_and_draws(tmp_path, capsys):
     assert "](cpu.png)" in text
     assert (tmp_path / "cpu.png").read_bytes().startswith(b"\x89PNG")
     capsys.readouterr()
+
+
+def test_headline_includes_losses_and_draws(tmp_path):
+    rows = headline.rows()
+    assert len(rows) == len(headline.SELECTED)
+    assert any(row.train < 1 for row in rows)
+    assert any(row.forward < 1 for row in rows)
+    assert "not** in a CUDA graph" in headline.markdown()
+    assert headline.draw(tmp_path / "headline.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_headline_names_a_case_that_is_not_there(monkeypatch):
+    monkeypatch.setattr(headline, "SELECTED", [("CPU", "none", headline.CPU, "T=0")])
+    with pytest.raises(LookupError, match="T=0"):
+        headline.rows()
 
 
 def test_grid_and_scaling_reports_sum_up(tmp_path):
