@@ -14,8 +14,8 @@ import torch
 for package in ("rich", "matplotlib", "numpy"):
     pytest.importorskip(package)
 
-from benchmarks import __main__ as command, headline
-from benchmarks import console, gpu, load, machine, measure, memory, peers, report, results
+from benchmarks import __main__ as command
+from benchmarks import console, gpu, headline, load, machine, measure, memory, peers, report, results
 from benchmarks.cases import CPU, MODES, Case
 from benchmarks.machine import Limit, describe, slug
 from benchmarks.measure import Contender, Plan, Spread
