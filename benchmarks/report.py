@@ -1,9 +1,9 @@
 """python -m benchmarks.report [CSV ...] [--readme FILE] [--no-plots]
 
 Prints the Markdown tables of the CSVs (by default all under benchmarks/results) and draws a PNG next to each. With
---readme it writes each table between FILE's markers <!-- benchmarks:NAME --> and <!-- /benchmarks:NAME -->, where NAME
-is the CSV's path below benchmarks/results without ".csv", or its file name elsewhere. The marker `headline` gets the
-table and figure of benchmarks/headline.py. README.md and docs/benchmarks.md are the files with markers.
+--readme it writes each table between FILE's markers <!-- benchmarks:NAME --> and <!-- /benchmarks:NAME -->. NAME is the
+CSV's path below benchmarks/results without ".csv" (elsewhere its file name), or a suite, for the tables of all its CSVs.
+The marker `headline` gets the table and figure of benchmarks/headline.py. README.md and docs/benchmarks.md have markers.
 """
 
 from __future__ import annotations
@@ -203,15 +203,17 @@ def link(document: Path, image: Path, alt: str) -> str:
 
 
 def sections(files: Iterable[Path], document: Path) -> dict[str, str]:
-    """The text of each CSV for `document`, by marker; an image is linked where there is one."""
-    found = {}
+    """The text of each CSV, and of all CSVs of each suite, by marker; an image is linked if there is one."""
+    found: dict[str, str] = {}
+    suites: dict[str, list[str]] = {}
     for file in files:
         rows = results.read(file)
         if rows:
             image, text = file.with_suffix(".png"), markdown(rows)
             alt = f"Speedup of fastlstm over nn.LSTM, suite {rows[0].suite}, {rows[0].device}"
             found[marker_of(file)] = f"{text}\n\n{link(document, image, alt)}" if image.exists() else text
-    return found
+            suites.setdefault(rows[0].suite, []).append(found[marker_of(file)])
+    return {suite: "\n\n".join(texts) for suite, texts in suites.items()} | found
 
 
 def headline_section(document: Path) -> str:
