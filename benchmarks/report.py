@@ -2,7 +2,7 @@
 
 Prints the Markdown tables of the CSVs (by default all under benchmarks/results) and draws a PNG next to each. With
 --readme it writes each table between FILE's markers <!-- benchmarks:NAME --> and <!-- /benchmarks:NAME -->. NAME is the
-CSV's path below benchmarks/results without ".csv" (elsewhere its file name), or a suite: the tables of all its CSVs. The
+CSV's path below benchmarks/results without ".csv" (elsewhere its file name), or a suite for all its CSVs. The
 marker `headline` gets the table and figure of benchmarks/headline.py. README.md and docs/benchmarks.md have markers.
 """
 
