@@ -1,6 +1,7 @@
-// Whole calls of LSTM and LSTMCell on plain CPU tensors. In Python their checks and conversions would cost
-// three times what a tiny layer does; so would pybind11's conversion of a dozen arguments, which is why these
-// functions are METH_FASTCALL and read the module's attributes themselves.
+// Whole calls of LSTM and LSTMCell on plain CPU tensors. In Python their checks and conversions would take
+// three times as long as a tiny layer. pybind11's conversion of a dozen arguments costs 1 us, so these
+// functions are METH_FASTCALL and read the module's attributes themselves. They rely on the GIL, which the
+// module does not give up in free-threaded builds.
 #include <ATen/PythonTorchFunctionTLS.h>
 #include <ATen/autocast_mode.h>
 #include <ATen/ops/cat.h>
@@ -11,6 +12,10 @@
 #include <torch/csrc/autograd/python_variable.h>
 #include <torch/csrc/utils/pybind.h>
 
+#include <algorithm>
+#include <array>
+#include <optional>
+#include <tuple>
 #include <utility>
 
 #include "cell_step.h"
@@ -21,8 +26,7 @@ namespace {
 
 using Tensors = c10::SmallVector<at::Tensor, 8>;
 
-// Whether something stands between a call and its tensors that only Python knows of, or that changes what the
-// op is given: autocast, a transform of torch.func, a __torch_function__ mode.
+// Returns true if autocast, a transform of torch.func or a __torch_function__ mode is active.
 bool interposed() {
   return at::autocast::is_autocast_enabled(at::kCPU) || at::impl::torch_function_mode_enabled() ||
          c10::impl::tls_local_dispatch_key_set().included_.has(
@@ -30,7 +34,7 @@ bool interposed() {
 }
 
 // Tensors of a Python call, as long as each is a torch.Tensor or Parameter itself, no subclass, and has no
-// tangent of forward-mode AD; else `plain` turns false, and the tensor is undefined.
+// tangent of forward-mode AD; otherwise `plain` turns false, and the tensor is undefined.
 struct Plain {
   bool plain = !interposed();
 
@@ -54,6 +58,23 @@ struct Plain {
   }
 };
 
+// Names of attributes, interned and never freed.
+struct Keys {
+  static PyObject* intern(const char* name) { return PyUnicode_InternFromString(name); }
+  PyObject *dict = intern("__dict__"), *parameters = intern("_parameters"),
+           *flat_weights_names = intern("_flat_weights_names"), *flat_weights = intern("_flat_weights"),
+           *flat_weight_refs = intern("_flat_weight_refs"), *num_layers = intern("num_layers"),
+           *bidirectional = intern("bidirectional"), *input_size = intern("input_size"),
+           *hidden_size = intern("hidden_size"), *proj_size = intern("proj_size"),
+           *batch_first = intern("batch_first"), *training = intern("training"), *dropout = intern("dropout"),
+           *weight_ih = intern("weight_ih"), *weight_hh = intern("weight_hh"), *bias_ih = intern("bias_ih"),
+           *bias_hh = intern("bias_hh");
+};
+const Keys& keys() {
+  static const Keys k;
+  return k;
+}
+
 bool refers_to(PyObject* reference, PyObject* object) {
   if (!PyWeakref_Check(reference)) return false;
 #if PY_VERSION_HEX >= 0x030D0000
@@ -66,66 +87,89 @@ bool refers_to(PyObject* reference, PyObject* object) {
 #endif
 }
 
-// A module's attributes, from its __dict__. `found` turns false where one is missing or of another kind.
+// A module's attributes, as Python reads them. `complete` turns false where one is missing or of another
+// kind.
 class Attributes {
  public:
-  explicit Attributes(PyObject* dict) : dict_(dict), found_(PyDict_Check(dict)) {}
+  explicit Attributes(PyObject* module) : module_(module) {}
 
-  bool found() const { return found_; }
-  // Borrowed.
-  PyObject* operator[](PyObject* name) {
-    PyObject* value = found_ ? PyDict_GetItemWithError(dict_, name) : nullptr;
-    found_ &= value != nullptr;
-    return value;
+  bool complete() const { return complete_; }
+  py::object operator[](PyObject* name) {
+    PyObject* value = complete_ ? PyObject_GetAttr(module_, name) : nullptr;
+    check(value != nullptr);
+    return py::reinterpret_steal<py::object>(value);
   }
   bool flag(PyObject* name) {
-    PyObject* value = (*this)[name];
-    const int is_true = value ? PyObject_IsTrue(value) : 0;
-    return checked(is_true >= 0) && is_true == 1;
+    const py::object value = (*this)[name];
+    const int is_true = complete_ ? PyObject_IsTrue(value.ptr()) : 0;
+    return check(is_true >= 0) && is_true == 1;
   }
   int64_t size(PyObject* name) {
-    PyObject* value = (*this)[name];
-    const Py_ssize_t n = value ? PyNumber_AsSsize_t(value, PyExc_OverflowError) : 0;
-    return checked(!PyErr_Occurred()) ? n : 0;
+    const py::object value = (*this)[name];
+    const Py_ssize_t n = complete_ ? PyNumber_AsSsize_t(value.ptr(), PyExc_OverflowError) : 0;
+    return check(!PyErr_Occurred()) ? n : 0;
   }
   double number(PyObject* name) {
-    PyObject* value = (*this)[name];
-    if (!checked(value && (PyFloat_Check(value) || PyLong_Check(value)))) return 0;
-    const double x = PyFloat_AsDouble(value);
-    return checked(!PyErr_Occurred()) ? x : 0;
-  }
-  // A parameter that no attribute of its name hides; nullptr where there is none. Borrowed.
-  PyObject* parameter(PyObject* name) {
-    static PyObject* const of = PyUnicode_InternFromString("_parameters");
-    PyObject* parameters = (*this)[of];
-    if (!parameters || !PyDict_Check(parameters) || PyDict_Contains(dict_, name) != 0) return nullptr;
-    return PyDict_GetItemWithError(parameters, name);
+    const py::object value = (*this)[name];
+    if (!check(complete_ && (PyFloat_Check(value.ptr()) || PyLong_Check(value.ptr())))) return 0;
+    const double x = PyFloat_AsDouble(value.ptr());
+    return check(!PyErr_Occurred()) ? x : 0;
   }
 
  private:
-  bool checked(bool good) {
-    if (!good) PyErr_Clear();
-    found_ &= good;
+  // An exception that Python code would raise again stays for the general path to meet; KeyboardInterrupt and
+  // the like are passed on.
+  bool check(bool good) {
+    if (PyErr_Occurred()) {
+      if (!PyErr_ExceptionMatches(PyExc_Exception)) throw py::error_already_set();
+      PyErr_Clear();
+      good = false;
+    }
+    complete_ &= good;
     return good;
   }
 
-  PyObject* dict_;
-  bool found_;
+  PyObject* module_;
+  bool complete_ = true;
+};
+
+// The module's parameters by name, where no instance attribute hides one. With other kinds of dict, whose
+// __getitem__ may do more, there are none. Names are exact strings: looking them up runs no Python code, so
+// borrowed references stay valid.
+class Parameters {
+ public:
+  explicit Parameters(Attributes& module)
+      : attributes_(module[keys().dict]), parameters_(module[keys().parameters]) {
+    readable_ = module.complete() && PyDict_CheckExact(attributes_.ptr()) &&
+                (PyDict_CheckExact(parameters_.ptr()) || PyODict_CheckExact(parameters_.ptr()));
+  }
+  // Borrowed, or nullptr.
+  PyObject* operator[](PyObject* name) const {
+    if (!readable_ || !PyUnicode_CheckExact(name) || PyDict_Contains(attributes_.ptr(), name) != 0)
+      return nullptr;
+    return PyDict_GetItemWithError(parameters_.ptr(), name);
+  }
+
+ private:
+  py::object attributes_, parameters_;
+  bool readable_;
 };
 
 // LSTM's weights where its attributes are still the parameters that it recorded, the common case of
-// LSTM.current_weights; otherwise false, for that rule to find them.
+// LSTM._current_weights. Returns false if that method must find them.
 bool recorded_weights(Attributes& module, Plain& tensor, Tensors& weights) {
-  static PyObject *const of_names = PyUnicode_InternFromString("_flat_weights_names"),
-                         *const of_flat = PyUnicode_InternFromString("_flat_weights"),
-                         *const of_refs = PyUnicode_InternFromString("_flat_weight_refs");
-  PyObject *names = module[of_names], *flat = module[of_flat], *refs = module[of_refs];
-  if (!module.found() || !PyList_Check(names) || !PyList_Check(flat) || !PyList_Check(refs)) return false;
-  const Py_ssize_t n = PyList_GET_SIZE(names);
-  if (PyList_GET_SIZE(flat) != n || PyList_GET_SIZE(refs) != n) return false;
+  const Parameters parameters(module);
+  const py::object names = module[keys().flat_weights_names], flat = module[keys().flat_weights],
+                   references = module[keys().flat_weight_refs];
+  if (!module.complete() || !PyList_Check(names.ptr()) || !PyList_Check(flat.ptr()) ||
+      !PyList_Check(references.ptr()))
+    return false;
+  const Py_ssize_t n = PyList_GET_SIZE(names.ptr());
+  if (PyList_GET_SIZE(flat.ptr()) != n || PyList_GET_SIZE(references.ptr()) != n) return false;
   for (Py_ssize_t k = 0; k < n; ++k) {
-    PyObject* weight = PyList_GET_ITEM(flat, k);
-    if (module.parameter(PyList_GET_ITEM(names, k)) != weight || !refers_to(PyList_GET_ITEM(refs, k), weight))
+    PyObject* weight = PyList_GET_ITEM(flat.ptr(), k);
+    if (parameters[PyList_GET_ITEM(names.ptr(), k)] != weight ||
+        !refers_to(PyList_GET_ITEM(references.ptr(), k), weight))
       return false;
     weights.push_back(tensor(weight));
   }
@@ -158,22 +202,14 @@ struct Stack {
 };
 
 Stack stack_of(Attributes& module, bool packed) {
-  static PyObject *const layers = PyUnicode_InternFromString("num_layers"),
-                         *const bidirectional = PyUnicode_InternFromString("bidirectional"),
-                         *const input_size = PyUnicode_InternFromString("input_size"),
-                         *const hidden_size = PyUnicode_InternFromString("hidden_size"),
-                         *const proj_size = PyUnicode_InternFromString("proj_size"),
-                         *const batch_first = PyUnicode_InternFromString("batch_first"),
-                         *const training = PyUnicode_InternFromString("training"),
-                         *const dropout = PyUnicode_InternFromString("dropout");
   Stack s;
-  s.layers = module.size(layers);
-  s.D = module.flag(bidirectional) ? 2 : 1;
-  s.I = module.size(input_size), s.H = module.size(hidden_size);
-  const int64_t projected = module.size(proj_size);
+  s.layers = module.size(keys().num_layers);
+  s.D = module.flag(keys().bidirectional) ? 2 : 1;
+  s.I = module.size(keys().input_size), s.H = module.size(keys().hidden_size);
+  const int64_t projected = module.size(keys().proj_size);
   s.P = projected ? projected : s.H;
-  s.batch_first = !packed && module.flag(batch_first);
-  s.dropout = module.flag(training) && s.layers > 1 ? module.number(dropout) : 0;
+  s.batch_first = !packed && module.flag(keys().batch_first);
+  s.dropout = module.flag(keys().training) && s.layers > 1 ? module.number(keys().dropout) : 0;
   return s;
 }
 
@@ -221,14 +257,14 @@ std::optional<StackResults> run_stack(const Stack& s, const at::Tensor& input, c
   at::Tensor x = s.batch_first ? input.transpose(0, 1) : input;
   Tensors h_n, c_n;
   for (int64_t k = 0; k < s.layers; ++k) {
-    const auto own = weights.slice(k * n, n);
+    const auto layer_weights = weights.slice(k * n, n);
     const auto part = [&](const at::Tensor& t) {
       return !t.defined() ? OptionalTensor() : s.layers == 1 ? t : t.narrow(0, k * s.D, s.D);
     };
     const OptionalTensor h = part(h0), c = part(c0);
-    if (!LayerSizes::fit(x, h, c, own, known, {})) return {};
+    if (!LayerSizes::fit(x, h, c, layer_weights, known, {})) return {};
     auto [y, h_last, c_last, cells, reserve] =
-        op.call(x, h, c, own, lengths, {}, /*keep_cells=*/false, /*keep_reserve=*/false);
+        op.call(x, h, c, layer_weights, lengths, {}, /*keep_cells=*/false, /*keep_reserve=*/false);
     x = s.dropout > 0 && k + 1 < s.layers ? at::dropout(y, s.dropout, /*train=*/true) : std::move(y);
     h_n.push_back(std::move(h_last));
     c_n.push_back(std::move(c_last));
@@ -240,18 +276,12 @@ std::optional<StackResults> run_stack(const Stack& s, const at::Tensor& input, c
 
 py::object wrap(at::Tensor t) { return py::reinterpret_steal<py::object>(THPVariable_Wrap(std::move(t))); }
 
-// Leaves the call to the general path; no lookup's error stays.
-PyObject* none() {
-  PyErr_Clear();
-  return py::none().release().ptr();
-}
-// Asks the caller for the weights.
-PyObject* not_recorded() {
-  PyErr_Clear();
+PyObject* none() { return py::none().release().ptr(); }  // the general path must run the call
+PyObject* not_recorded() {                               // asks the caller for the weights
   return py::reinterpret_borrow<py::object>(Py_NotImplemented).release().ptr();
 }
 
-// (attributes, weights, input, hx, batch_sizes) -> (output, (h_n, c_n)), None or NotImplemented.
+// (module, weights, input, hx, batch_sizes) -> (output, (h_n, c_n)), None or NotImplemented.
 PyObject* lstm(PyObject*, PyObject* const* args, Py_ssize_t count) {
   HANDLE_TH_ERRORS
   TORCH_CHECK(count == 5, "lstm takes 5 arguments, got ", count);
@@ -263,7 +293,7 @@ PyObject* lstm(PyObject*, PyObject* const* args, Py_ssize_t count) {
   const auto [h0, c0] = tensor.states(args[3]);
   Attributes module(args[0]);
   const Stack s = stack_of(module, packed);
-  if (!module.found() || !tensor.plain) return none();
+  if (!module.complete() || !tensor.plain) return none();
   Tensors weights;
   if (args[1] == Py_None) {
     if (!recorded_weights(module, tensor, weights)) return not_recorded();
@@ -286,24 +316,25 @@ PyObject* lstm(PyObject*, PyObject* const* args, Py_ssize_t count) {
   END_HANDLE_TH_ERRORS
 }
 
-// (attributes, weights, input, hx) -> (h, c), None or NotImplemented.
+// (module, weights, input, hx) -> (h, c), None or NotImplemented.
 PyObject* lstm_cell(PyObject*, PyObject* const* args, Py_ssize_t count) {
   HANDLE_TH_ERRORS
   TORCH_CHECK(count == 4, "lstm_cell takes 4 arguments, got ", count);
-  static PyObject* const names[] = {
-      PyUnicode_InternFromString("weight_ih"), PyUnicode_InternFromString("weight_hh"),
-      PyUnicode_InternFromString("bias_ih"), PyUnicode_InternFromString("bias_hh")};
   Plain tensor;
   StepInputs in;
   in.x = tensor(args[2]);
   if (!tensor.plain || !in.x.device().is_cpu()) return none();
   std::tie(in.h0, in.c0) = tensor.states(args[3]);
-  PyObject* weights[4];
   Attributes module(args[0]);
-  if (args[1] != Py_None && !(PyTuple_Check(args[1]) && PyTuple_GET_SIZE(args[1]) == 4)) return none();
-  for (int k = 0; k < 4; ++k) {
-    weights[k] = args[1] == Py_None ? module.parameter(names[k]) : PyTuple_GET_ITEM(args[1], k);
-    if (!weights[k]) return not_recorded();
+  std::array<PyObject*, 4> weights;
+  if (args[1] == Py_None) {
+    const Parameters parameters(module);
+    weights = {parameters[keys().weight_ih], parameters[keys().weight_hh], parameters[keys().bias_ih],
+               parameters[keys().bias_hh]};
+    if (std::count(weights.begin(), weights.end(), nullptr) > 0) return not_recorded();
+  } else {
+    if (!PyTuple_Check(args[1]) || PyTuple_GET_SIZE(args[1]) != 4) return none();
+    for (int k = 0; k < 4; ++k) weights[k] = PyTuple_GET_ITEM(args[1], k);
   }
   in.w_ih = tensor(weights[0]), in.w_hh = tensor(weights[1]);
   if (weights[2] != Py_None || weights[3] != Py_None)
@@ -322,11 +353,10 @@ PyObject* lstm_cell(PyObject*, PyObject* const* args, Py_ssize_t count) {
 // PyCFunction_New keeps a pointer to these.
 PyMethodDef methods[] = {
     {"lstm", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(lstm)), METH_FASTCALL,
-     "A call of torch.nn.LSTM: (attributes, weights, input, hx, batch_sizes) -> (output, (h_n, c_n)). None "
-     "where the general path must run it; NotImplemented where weights is None and those that the module "
-     "recorded are not its own any more."},
+     "Run a whole LSTM call: (module, weights, input, hx, batch_sizes) -> (output, (h_n, c_n)). None if the "
+     "general path must run it; NotImplemented if weights is None and the recorded weights are stale."},
     {"lstm_cell", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(lstm_cell)), METH_FASTCALL,
-     "The same of torch.nn.LSTMCell: (attributes, weights, input, hx) -> (h, c)."}};
+     "Run a whole LSTMCell call: (module, weights, input, hx) -> (h, c), None or NotImplemented as lstm()."}};
 
 }  // namespace
 

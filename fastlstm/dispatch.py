@@ -197,26 +197,26 @@ def lstm_fast_path(
     result = weights = None
     if _extension_may_run():
         extension: Any = native.extension
-        result = extension.lstm(module.__dict__, None, input, hx, batch_sizes)
-        if result is NotImplemented:  # the attributes are not the recorded weights
-            weights = module.current_weights()
-            result = extension.lstm(module.__dict__, weights, input, hx, batch_sizes)
+        result = extension.lstm(module, None, input, hx, batch_sizes)
+        if result is NotImplemented:  # the recorded weights are stale
+            weights = module._current_weights()
+            result = extension.lstm(module, weights, input, hx, batch_sizes)
     if result is None and weights is None:
-        weights = module.current_weights()
+        weights = module._current_weights()
     return result, weights
 
 
 def cell_fast_path(module: Any, input: Tensor, hx: tuple[Tensor, Tensor] | None) -> tuple[Any, Any]:
-    """The same for LSTMCell: ((h, c), None), or (None, weights)."""
+    """Run a whole LSTMCell call in the extension: ((h, c), None), or (None, weights) if it may not."""
     result = weights = None
     if _extension_may_run():
         extension: Any = native.extension
-        result = extension.lstm_cell(module.__dict__, None, input, hx)
+        result = extension.lstm_cell(module, None, input, hx)
         if result is NotImplemented:
-            weights = module.current_weights()
-            result = extension.lstm_cell(module.__dict__, weights, input, hx)
+            weights = module._current_weights()
+            result = extension.lstm_cell(module, weights, input, hx)
     if result is None and weights is None:
-        weights = module.current_weights()
+        weights = module._current_weights()
     return result, weights
 
 

@@ -84,7 +84,7 @@ def explain(
         ('eager', 'runs')
     """
     if isinstance(module, LSTM):
-        weights = module.current_weights()[: len(module._all_weights[0]) * (2 if module.bidirectional else 1)]
+        weights = module._current_weights()[: len(module._all_weights[0]) * (2 if module.bidirectional else 1)]
     elif isinstance(module, LSTMCell):
         weights = [w for w in (module.weight_ih, module.weight_hh, module.bias_ih, module.bias_hh) if w is not None]
     else:

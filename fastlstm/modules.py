@@ -113,7 +113,7 @@ class LSTM(nn.RNNBase):
     def flatten_parameters(self) -> None:
         """Do nothing: weights are read in place at every call. nn.LSTM compacts them for cuDNN here."""
 
-    def current_weights(self) -> list[Tensor]:
+    def _current_weights(self) -> list[Tensor]:
         """Return the weights of this call, in the order of `_flat_weights_names`, by nn.LSTM's rule.
 
         They are `_flat_weights` as it stands, so that adapters may write to it, unless an attribute is no longer the
@@ -135,7 +135,7 @@ class LSTM(nn.RNNBase):
         return self._replaced_weights()
 
     def _replaced_weights(self) -> list[Tensor]:
-        """Return `current_weights` if `_flat_weights` and the attributes differ: the later write counts."""
+        """Return `_current_weights` if `_flat_weights` and the attributes differ: the later write counts."""
         names, refs = self._flat_weights_names, self._flat_weight_refs
         # Each is read once: a parametrization computes it.
         weights: list[Any] = [getattr(self, name, None) for name in names]
@@ -199,7 +199,7 @@ class LSTM(nn.RNNBase):
             if result is not None:
                 return result
         else:
-            weights = self.current_weights()
+            weights = self._current_weights()
         if input.dim() not in (2, 3):
             raise ValueError(f"LSTM: Expected input to be 2D or 3D, got {input.dim()}D instead")
         batched = input.dim() == 3
@@ -296,7 +296,7 @@ class LSTM(nn.RNNBase):
             hx = self._packed_states(hx, data, batch_sizes, sorted_indices)
         result = None
         if return_cell_states or self.recompute is not False:
-            weights = self.current_weights()
+            weights = self._current_weights()
         else:
             result, weights = dispatch.lstm_fast_path(self, data, hx, batch_sizes)
         if result is not None:
@@ -381,7 +381,7 @@ class LSTMCell(nn.RNNCellBase):
         if type(self) is LSTMCell:
             mark_as_leaf(self)
 
-    def current_weights(self) -> tuple[Any, ...]:
+    def _current_weights(self) -> tuple[Any, ...]:
         """Return weight_ih, weight_hh, bias_ih and bias_hh as they are now, whatever has taken a parameter's place."""
         attributes = self.__dict__
         parameters = attributes["_parameters"]

@@ -110,14 +110,14 @@ def test_the_fast_path_refuses_weights_that_are_missing(names):
     lstm._flat_weights = lstm._flat_weights[: len(names)]
     lstm._flat_weight_refs = lstm._flat_weight_refs[: len(names)]
     extension = native.extension
-    assert extension.lstm(lstm.__dict__, None, x, None, None) is (NotImplemented if ["unhashable"] in names else None)
+    assert extension.lstm(lstm, None, x, None, None) is (NotImplemented if ["unhashable"] in names else None)
     lstm._flat_weights_names = whole
     for missing in ([], lstm._flat_weights[:1], 4 * [torch.zeros(3)], 4 * [None], "weights"):
-        assert extension.lstm(lstm.__dict__, missing, x, None, None) is None
+        assert extension.lstm(lstm, missing, x, None, None) is None
 
 
 def test_the_fast_path_asks_for_weights_that_are_not_the_recorded_ones():
-    """It runs with those that LSTM.current_weights finds, which are computed once."""
+    """It runs with those that LSTM._current_weights finds, which are computed once."""
     extension, x, computed = native.extension, torch.rand(5, 2, 3), []
 
     class Twice(torch.nn.Module):
@@ -126,12 +126,12 @@ def test_the_fast_path_asks_for_weights_that_are_not_the_recorded_ones():
             return 2 * weight
 
     lstm, cell = fastlstm.LSTM(3, 4), fastlstm.LSTMCell(3, 4)
-    assert isinstance(extension.lstm(lstm.__dict__, None, x, None, None), tuple)
+    assert isinstance(extension.lstm(lstm, None, x, None, None), tuple)
     torch.nn.utils.parametrize.register_parametrization(lstm, "weight_hh_l0", Twice())
     torch.nn.utils.parametrize.register_parametrization(cell, "weight_hh", Twice())
     computed.clear()
-    assert extension.lstm(lstm.__dict__, None, x, None, None) is NotImplemented
-    assert extension.lstm_cell(cell.__dict__, None, x[0], None) is NotImplemented
+    assert extension.lstm(lstm, None, x, None, None) is NotImplemented
+    assert extension.lstm_cell(cell, None, x[0], None) is NotImplemented
     assert not computed
     assert lstm_takes_it(lstm, x, None)
     assert len(computed) == 1
@@ -139,8 +139,8 @@ def test_the_fast_path_asks_for_weights_that_are_not_the_recorded_ones():
     assert len(computed) == 2
     assert not lstm_takes_it(lstm, x.double(), None)
     assert len(computed) == 3
-    subclassed = [w.detach().as_subclass(Subclass) for w in lstm.current_weights()]
-    assert extension.lstm(lstm.__dict__, subclassed, x, None, None) is None
+    subclassed = [w.detach().as_subclass(Subclass) for w in lstm._current_weights()]
+    assert extension.lstm(lstm, subclassed, x, None, None) is None
 
 
 def test_the_fast_path_of_a_cell(monkeypatch):
@@ -171,3 +171,60 @@ def test_the_fast_path_of_a_cell(monkeypatch):
     assert cell_takes_it(cell, x, None)
     monkeypatch.setattr(native, "extension", None)
     assert not cell_takes_it(cell, x, None)
+
+
+def test_the_fast_path_reads_attributes_as_python_does():
+    """Properties of a subclass count, as in nn.LSTM and on the general path."""
+
+    class Scheduled(fastlstm.LSTM):
+        scale = 1.0
+        batch_first = property(lambda self: True, lambda self, value: None)
+
+        @property
+        def dropout(self):
+            return self.__dict__["dropout"] * self.scale
+
+        @dropout.setter
+        def dropout(self, value):
+            self.__dict__["dropout"] = value
+
+    lstm, x = Scheduled(3, 4, 2, dropout=0.9), torch.rand(5, 2, 3)
+    assert lstm_takes_it(lstm, x, None)
+    assert lstm(x)[1][0].shape == (2, 5, 4)
+    assert not torch.equal(lstm(x)[0], lstm(x)[0])
+    lstm.scale = 0.0
+    assert torch.equal(lstm(x)[0], lstm(x)[0])
+
+
+def test_the_fast_path_does_not_look_into_other_kinds_of_dict():
+    """A name or a dict of another class runs Python code when it is looked up."""
+
+    class Name(str):
+        __slots__ = ()
+
+    class Dict(dict):
+        pass
+
+    lstm, cell, x = fastlstm.LSTM(3, 4), fastlstm.LSTMCell(3, 4), torch.rand(5, 2, 3)
+    lstm._flat_weights_names = [Name(name) for name in lstm._flat_weights_names]
+    cell._parameters = Dict(cell._parameters)
+    assert native.extension.lstm(lstm, None, x, None, None) is NotImplemented
+    assert native.extension.lstm_cell(cell, None, x[0], None) is NotImplemented
+    assert lstm_takes_it(lstm, x, None)
+    assert cell_takes_it(cell, x[0], None)
+
+
+@pytest.mark.parametrize(("error", "passed_on"), [(KeyboardInterrupt, True), (ArithmeticError, False)])
+def test_errors_of_attributes(error, passed_on):
+    """Of KeyboardInterrupt nothing is swallowed; what the general path would raise again is left to it."""
+
+    class Flag:
+        def __bool__(self):
+            raise error
+
+    lstm, x = fastlstm.LSTM(3, 4), torch.rand(5, 2, 3)
+    lstm.bidirectional = Flag()
+    if not passed_on:
+        assert native.extension.lstm(lstm, None, x, None, None) is None
+    with pytest.raises(error):
+        lstm(x)

@@ -284,7 +284,7 @@ def test_what_records_ops_sees_where_the_lengths_come_from():
 @needs_native
 def test_rows_of_no_step_behind_the_others():
     """The module makes none; the op's contract has them."""
-    weights = twins()[0].current_weights()
+    weights = twins()[0]._current_weights()
 
     def run(x, h0, c0):
         y, h_n, c_n, _, _ = torch.ops.fastlstm.native_layer(x, h0, c0, weights, lengths, None, False, True)

@@ -12,6 +12,7 @@ namespace {
 // units.
 enum class Split { none, directions, rows, units, grid };
 
+constexpr int64_t kCacheLineBytes = 64;
 constexpr double kNever = std::numeric_limits<double>::infinity();
 
 // Of whole numbers. A division of doubles takes less time than one of int64_t.
@@ -76,7 +77,7 @@ class LoopCost {
   const Loop loop_;
   const CostFigures& figures_;
   bool ragged_;
-  double T_, B_, D_, row_bytes_;
+  double T_, B_, D_, row_bytes_, row_boundary_us_, handed_over_us_;
   double full_steps_;    // of active_rows rows; the others have about one row
   double depth_bytes_;   // of the weights of all gates, per element of depth
   double weight_bytes_;  // of a direction, but W_hr
@@ -93,6 +94,9 @@ LoopCost::LoopCost(const Loop& loop, const Machine& machine) : loop_(loop), figu
   const CostFigures& f = *machine.figures;
   ragged_ = s.N < s.T * s.B;
   T_ = s.T, B_ = s.B, D_ = s.D, row_bytes_ = s.H * s.real_bytes();
+  const bool whole_lines =
+      s.H * s.real_bytes() % kCacheLineBytes == 0 && s.P * s.real_bytes() % kCacheLineBytes == 0;
+  row_boundary_us_ = whole_lines ? 0 : f.row_boundary_us;
   full_steps_ = s.N / std::max(1.0, s.active_rows);
   depth_bytes_ = 4.0 * s.H * (loop.bf16_products ? 2 : s.real_bytes());
   weight_bytes_ = depth_bytes_ * (loop.depth + loop.input);
@@ -118,6 +122,7 @@ LoopCost::LoopCost(const Loop& loop, const Machine& machine) : loop_(loop), figu
                          std::max(1.0, ceil_div(4.0 * s.H * loop.packed, double(kPackTaskMinElements))));
   barriers_ = double(s.T) * loop.barriers;
   exchanged_us_ = loop.exchanged * (loop.bf16_products ? 2 : s.real_bytes()) / f.core_to_core_bytes_per_us;
+  handed_over_us_ = s.N * loop.handed_over * s.real_bytes() / f.core_to_core_bytes_per_us;
 }
 
 // A step of a thread. Prefetching hides a part of the reading, the larger the more rows there are to
@@ -170,13 +175,13 @@ inline double LoopCost::predicted_us(Split split, int members, int row_groups, b
     const double units = units_of_member(shares);
     us = full_steps_ * step_us(rows, units, threads, concurrent);
     if (ragged_) us += std::max(0.0, T_ - full_steps_) * step_us(1, units, threads, concurrent);
-    if (row_shares > 1)
-      us += T_ * figures_.row_boundary_us * std::max(1.0, kRowBoundaryBytes / (rows * row_bytes_));
+    if (row_shares > 1) us += T_ * row_boundary_us_ * std::max(1.0, kRowBoundaryBytes / (rows * row_bytes_));
     if (split_units)
       us += barriers_ * (barrier_us_ + (shares - 2) * figures_.barrier_thread_us) +
             full_steps_ * rows * exchanged_us_ * (1 - 1.0 / shares);
   }
   if (!concurrent) us *= D_;
+  us += D_ * handed_over_us_ * (1 - 1.0 / threads);
   if (!loop_.even) us += pack_us(split, members, row_groups, concurrent);
   return threads == 1 ? us : us + loop_.regions * (fork_us_ + (threads - 2) * figures_.fork_join_thread_us);
 }
@@ -208,18 +213,18 @@ void for_candidates(const LoopCost& cost, int64_t D, int threads, bool all, F&& 
 }
 
 // Returns true if the threads meet at a barrier in every step.
-bool waits(Split split) { return split == Split::units || split == Split::grid; }
+bool has_step_barrier(Split split) { return split == Split::units || split == Split::grid; }
 
 bool is_choice(const PartitionChoice& p, Split split, int members, int row_groups, bool concurrent) {
   return p.members == members && p.row_groups == row_groups && p.concurrent == concurrent &&
-         p.split_units == waits(split);
+         p.split_units == has_step_barrier(split);
 }
 
 ThreadPartition partition_of(const LoopCost& cost, int64_t D, Split split, int members, int row_groups,
                              bool concurrent) {
   ThreadPartition p;
   p.D = D, p.members = members, p.concurrent = concurrent;
-  p.split_units = waits(split);
+  p.split_units = has_step_barrier(split);
   p.row_groups = row_groups;
   p.copies = split == Split::rows && cost.private_copies() ? members : 1;
   return p;
@@ -246,8 +251,9 @@ ThreadPartition choose_partition(const Loop& loop, const Machine& machine) {
                    double& of_kind = least[static_cast<int>(split)];
                    of_kind = std::min(of_kind, us);
                    const int threads = concurrent ? 2 * members : members;
-                   const bool dearer = threads > best.threads || (waits(split) && !waits(best.split));
-                   if (us < (dearer ? 1 - kPartitionMinGain : 1) * best.us)
+                   const bool needs_min_gain =
+                       threads > best.threads || (has_step_barrier(split) && !has_step_barrier(best.split));
+                   if (us < (needs_min_gain ? 1 - kPartitionMinGain : 1) * best.us)
                      best = {split, members, row_groups, concurrent, threads, us};
                  });
   if (best.us == kNever) throw std::invalid_argument("the forced thread partition is no candidate");
@@ -288,6 +294,8 @@ Loop float_backward_loop(const LayerShape& s, bool pack_hh, int64_t chunk_steps)
   loop.packed = pack_hh ? s.P : 0;
   loop.exchanged = s.proj() ? 4 * s.H + s.P : 4 * s.H, loop.barriers = s.proj() ? 2 : 1;
   if (s.proj()) loop.projection = s.P / 4.0;
+  const int64_t rows = std::min(s.N, chunk_steps * s.B);
+  if (gemm_kind(4 * s.H, std::max(s.I, s.P), rows, true, false) == Gemm::small) loop.handed_over = 4 * s.H;
   return loop;
 }
 

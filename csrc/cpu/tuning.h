@@ -51,14 +51,18 @@ struct CostFigures {
   // on one cache line (not measured). Measured, 2026-11-29: 0.18 us in a loop that does nothing else, 0.6
   // fitted, since threads do not arrive at once.
   double barrier_us = 0.55, barrier_thread_us = 0.1;
-  // What another core has just written comes at 10 to 14 GB/s (docs/cpu-kernels.md).
+  // What another core has just written comes at 10 to 14 GB/s (docs/cpu-kernels.md, "Threads"): states of
+  // units, and the gradients of the gates, which the products after the loop read on one thread where they
+  // are small. T = 20, B = 8, I = H = 32: backward takes 14 us longer on two threads; 2026-11-30, no CSV.
   double core_to_core_bytes_per_us = 10000;
   // Packing weights on one thread. Recorded: H = 100, 160 KB, takes 4.7 us (docs/cpu-kernels.md).
   // Fitted, 2026-11-29: 20,000 to 35,000.
   double pack_bytes_per_us = 25000;
   // Threads that split rows write parts of the same cache lines in each step, the ends of their rows of y, c
-  // and the gates; more of them where a thread's rows of h take less than kRowBoundaryBytes. Fitted,
-  // 2026-11-29: T = 138, B = 14, H = 1 takes 138 us on one thread and 175 on two.
+  // and the gates, unless a row is whole lines; more of them where a thread's rows of h take less than
+  // kRowBoundaryBytes. Fitted, 2026-11-29: T = 138, B = 14, H = 1 takes 138 us on one thread and 175 on two.
+  // Whole lines, measured 2026-11-30, no CSV: T = 20, B = 8, I = 10, H = 32, forward takes 36 us on one
+  // thread and 31 on two (Intel Xeon, AVX-512).
   double row_boundary_us = 0.17;
 
   // The same of the bfloat16 kernels (cpu/bf16.h), whose products are faster, so that threads pay later. The
@@ -81,10 +85,10 @@ inline constexpr double kBf16TileCostRows = 16;
 // times as long in turn, by units, as with a thread per direction (AVX512_BF16, L2 of 2 MiB). 2026-11-29, no
 // CSV.
 inline constexpr double kBf16L2ResidentMaxFraction = 0.75;
-// More threads, and a barrier in every step, are taken if they save more than this part of the time: threads
-// cost CPU time, a barrier waits for whichever thread was interrupted, and a prediction is no more exact.
-// Recorded: T = 35, B = 75, I = 2, H = 186, rows of random lengths, forward is predicted to take 1529 us by
-// units and 1533 by rows; it takes 1.15 times as long by units. 2026-11-29, no CSV.
+// Min fraction of the predicted time that more threads, or a barrier per step, must save over the best so
+// far: threads cost CPU time, a barrier waits for whichever thread was interrupted, and a prediction is no
+// more exact. Recorded: T = 35, B = 75, I = 2, H = 186, rows of random lengths, forward is predicted to take
+// 1529 us by units and 1533 by rows; it takes 1.15 times as long by units. 2026-11-29, no CSV.
 inline constexpr double kPartitionMinGain = 0.02;
 
 // ---- Other decisions about threads.
