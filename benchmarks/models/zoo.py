@@ -121,9 +121,14 @@ def recurrent_ppo() -> Workload:
     from sb3_contrib.common.recurrent.type_aliases import RNNStates
     from stable_baselines3.common.utils import ConstantSchedule
 
+    class Policy(RecurrentActorCriticPolicy):
+        def extract_features(self, *args: Any) -> Any:
+            """The features in the weights' dtype: the package casts observations to float32, also in a float64 copy."""
+            return super().extract_features(*args).to(self.value_net.weight.dtype)
+
     T, B, features, actions = 128, 8, 24, 4
     observations = spaces.Box(-math.inf, math.inf, (features,))
-    module = RecurrentActorCriticPolicy(observations, spaces.Box(-1, 1, (actions,)), ConstantSchedule(3e-4))
+    module = Policy(observations, spaces.Box(-1, 1, (actions,)), ConstantSchedule(3e-4))
     zeros = torch.zeros(1, B, 256)
     starts = torch.zeros(B, T)
     starts[:, 0] = 1
