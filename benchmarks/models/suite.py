@@ -24,7 +24,7 @@ from benchmarks.models.gate import check_accuracy, reference_of, results_of, ste
 from benchmarks.models.zoo import MODELS, Model, Workload
 from benchmarks.results import ModelRow
 
-PLAN = Plan(budget=6.0, min_rounds=7, slow_rounds=5, patience=30.0, warm_up=0.2)
+PLAN = Plan(budget=4.0, min_rounds=7, slow_rounds=5, patience=20.0, warm_up=0.2)
 ATTEMPTS = 2  # at timing a model while other processes keep the machine busy
 SHARE_ROUNDS = 5
 IMPLS = ("nn", "fastlstm")

@@ -95,7 +95,7 @@ def tacotron2() -> Workload:
     """Speech synthesis: a bidirectional LSTM over text, two LSTMCells and attention in a loop over frames."""
     from torchaudio.models import Tacotron2
 
-    B, characters, frames = 8, 80, 200
+    B, characters, frames = 8, 80, 100
     module = Tacotron2(decoder_max_step=frames, gate_threshold=1.0)  # random weights say nothing about where to stop
     tokens = torch.randint(0, 148, (B, characters))
     lengths = torch.full((B,), characters)
@@ -193,7 +193,7 @@ def crdnn() -> Workload:
     from speechbrain.lobes.models.CRDNN import CRDNN
     from speechbrain.nnet.RNN import LSTM
 
-    B, frames, states = 8, 400, 40
+    B, frames, states = 4, 400, 40
     model = CRDNN(input_shape=[B, frames, 40], rnn_class=LSTM, rnn_layers=4, rnn_neurons=512, time_pooling=True)
     module = nn.Sequential(model, nn.Linear(512, states))
     features, labels = torch.randn(B, frames, 40), torch.randint(0, states, (B, frames // 2))
@@ -209,7 +209,7 @@ MODELS = (
     Model("neuralhydrology CudaLSTM", "256 x 365 days, H=128", "neuralhydrology", rainfall_runoff),
     Model("open-unmix", "16 x 6 s", "openunmix", open_unmix),
     Model("Recurrent PPO", "8 x 128 steps, H=256", "sb3-contrib", recurrent_ppo),
-    Model("SpeechBrain CRDNN", "8 x 4 s, H=512", "speechbrain", crdnn),
-    Model("Tacotron 2", "8 x 200 frames, H=1024", "torchaudio", tacotron2),
+    Model("SpeechBrain CRDNN", "4 x 4 s, H=512", "speechbrain", crdnn),
+    Model("Tacotron 2", "8 x 100 frames, H=1024", "torchaudio", tacotron2),
     Model("Hybrid Demucs", "2 s", "demucs", hybrid_demucs),
 )
