@@ -135,15 +135,20 @@ def broken() -> Workload:
 
 
 @pytest.mark.parametrize(
-    ("build", "status"),
+    ("package", "build", "status"),
     [
-        (missing, "skipped: a_package_that_is_not_there is not installed (pip install fastlstm[models])"),
-        (broken, "skipped: pkg cannot be imported: OSError: libsomething.so: cannot open shared object file"),
+        ("no-such-package", missing, "no-such-package is not installed (pip install 'fastlstm[models]')"),
+        (
+            "torch",
+            missing,
+            "torch cannot be imported: ModuleNotFoundError: No module named 'a_package_that_is_not_there'",
+        ),
+        ("torch", broken, "torch cannot be imported: OSError: libsomething.so: cannot open shared object file"),
     ],
 )
-def test_absent_package_is_skipped_with_the_reason(build, status):
-    rows = suite.measure_model(Model("absent", "", "pkg", build), PLAN)
-    assert {row.status for row in rows} == {status}
+def test_absent_package_is_skipped_with_the_reason(package, build, status):
+    rows = suite.measure_model(Model("absent", "", package, build), PLAN)
+    assert {row.status for row in rows} == {f"skipped: {status}"}
 
 
 def test_clock_times_forward_and_backward_of_lstms_alone(monkeypatch):
@@ -182,7 +187,7 @@ def test_clock_without_gradients_of_inputs_ends_with_the_weights(monkeypatch):
 
 def test_command_writes_a_csv_and_report_a_table(monkeypatch, tmp_path, capsys):
     def in_this_process(matching, tell, *limits):
-        for model in (MODEL, Model("absent", "1", "pkg", missing)):
+        for model in (MODEL, Model("absent", "1", "no-such-package", missing)):
             rows = suite.measure_model(model, PLAN)
             tell(model.case, rows)
         return rows
@@ -193,7 +198,7 @@ def test_command_writes_a_csv_and_report_a_table(monkeypatch, tmp_path, capsys):
     assert all(isinstance(row, ModelRow) and row.device and row.commit and row.torch for row in rows)
     text = report.markdown(rows)
     assert "| tagger, 4 x 6 |" in text
-    assert "Not measured: absent, 1: skipped: a_package_that_is_not_there is not installed" in text
+    assert "Not measured: absent, 1: skipped: no-such-package is not installed" in text
     assert "LSTMs take" in capsys.readouterr().out
 
 

@@ -70,12 +70,20 @@ def _in_new_process(model: Model, plan: Plan, wait: float, threads: int) -> list
 
 
 def why_not(error: Exception, model: Model) -> str:
-    """Returns the status of a model that could not be built: what is not installed, or what else went wrong."""
-    if isinstance(error, ModuleNotFoundError):
-        return f"skipped: {error.name} is not installed (pip install fastlstm[models])"
+    """Returns the status of a model that could not be built: its package is not installed, or what else went wrong."""
+    if isinstance(error, ModuleNotFoundError) and not _is_installed(model.package):
+        return f"skipped: {model.package} is not installed (pip install 'fastlstm[models]')"
     if isinstance(error, (ImportError, OSError)):
         return f"skipped: {model.package} cannot be imported: {_one_line(error)}"
     return f"failed: {_one_line(error)}"
+
+
+def _is_installed(package: str) -> bool:
+    try:
+        importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return True
 
 
 def measure_model(model: Model, plan: Plan = PLAN, wait: float = 0.0) -> list[ModelRow]:
