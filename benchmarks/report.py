@@ -157,7 +157,7 @@ def _models(rows: list[ModelRow]) -> list[str]:
             [row.case, row.package, _percent(nn.lstm_share), _ms(nn), _ms(row), _ratio(row), _percent(row.lstm_share)]
             for nn, row in pairs
         ]
-        headings = ["model", "package", "LSTMs before", "nn.LSTM ms", "fastlstm ms", "speedup", "LSTMs after"]
+        headings = ["model", "package", "LSTM share", "nn.LSTM ms", "fastlstm ms", "speedup", "LSTM share after"]
         ratios = [row.ratio for _, row in pairs if row.ratio]
         parts += [f"**{HEADINGS[mode]}**", _table(headings, lines)]
         parts.append(f"Geomean {geometric_mean(ratios):.2f}x; min {min(ratios):.2f}x; max {max(ratios):.2f}x.")
