@@ -124,7 +124,8 @@ def recurrent_ppo() -> Workload:
     class Policy(RecurrentActorCriticPolicy):
         def extract_features(self, *args: Any) -> Any:
             """The features in the weights' dtype: the package casts observations to float32, also in a float64 copy."""
-            return super().extract_features(*args).to(self.value_net.weight.dtype)
+            features: Any = super().extract_features(*args)
+            return features.to(self.value_net.weight.dtype)
 
     T, B, features, actions = 128, 8, 24, 4
     observations = spaces.Box(-math.inf, math.inf, (features,))
