@@ -20,7 +20,7 @@ from benchmarks import gpu, machine, peers, results, suites
 from benchmarks.cases import TORCH_DTYPES
 from benchmarks.console import escape, printer, progress
 from benchmarks.load import BUSY
-from benchmarks.results import Row
+from benchmarks.results import ModelRow, Row
 from benchmarks.run import failures, silence
 from fastlstm.backends import native
 
@@ -29,7 +29,13 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks", description="fastlstm beside nn.LSTM and the machine."
     )
-    parser.add_argument("--suite", choices=suites.NAMES, default="cpu")
+    parser.add_argument(
+        "--suite",
+        choices=suites.NAMES,
+        default="cpu",
+        help="cpu by default; models: public models before and after fastlstm.convert, whose packages "
+        "pip install 'fastlstm[models]' installs",
+    )
     parser.add_argument(
         "--impl",
         nargs="+",
@@ -78,6 +84,8 @@ def line(row: Row) -> str:
     if row.impl != "nn" and row.ratio is not None:
         colour = "green" if row.ratio >= (row.goal or 1.0) else "yellow" if row.ratio >= 1 else "red"
         what += f"  [{colour}]{row.ratio:.2f}x[/]" + (f" (goal {row.goal:g})" if row.goal else "")
+    if isinstance(row, ModelRow) and row.lstm_share is not None:
+        what += f"  LSTMs take {row.lstm_share:.0%}"
     if row.fraction is not None:
         what += f"  {row.fraction:.0%} of the limit"
     if row.others_cpu is not None and row.others_cpu > BUSY:

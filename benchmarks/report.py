@@ -17,7 +17,7 @@ from pathlib import Path
 
 from benchmarks import headline, results
 from benchmarks.load import BUSY
-from benchmarks.results import Row
+from benchmarks.results import ModelRow, Row
 
 HEADINGS = {
     "train": "Training step (forward and backward)",
@@ -35,7 +35,7 @@ def geometric_mean(ratios: Iterable[float]) -> float:
 
 def markdown(rows: list[Row]) -> str:
     """The tables of one CSV, with the line that says where it was measured."""
-    body = {"grid": _many, "random": _many, "scaling": _scaling}.get(rows[0].suite, _tables)
+    body = {"grid": _many, "random": _many, "scaling": _scaling, "models": _models}.get(rows[0].suite, _tables)
     return "\n\n".join([_provenance(rows), *body(rows)])
 
 
@@ -144,6 +144,27 @@ def _scaling(rows: list[Row]) -> list[str]:
         lines = [[row.case, _number(nn.peak_mib), _number(row.peak_mib), _ratio(row)] for nn, row in memory]
         parts += [f"**{HEADINGS['memory']}**", _table(["case", "nn.LSTM MiB", "fastlstm MiB", "ratio"], lines)]
     return parts
+
+
+def _models(rows: list[ModelRow]) -> list[str]:
+    """One table per mode: model, package, the LSTMs' share of the time, whole-model times, speedup; then what is not
+    in them."""
+    parts = []
+    for mode in ("train", "forward"):
+        pairs = [(nn, row) for nn, row in _pairs(rows, mode) if row.ratio]
+        if not pairs:
+            continue
+        pairs.sort(key=lambda pair: -(pair[0].lstm_share or 0.0))
+        lines = [
+            [row.case, row.package, _percent(nn.lstm_share), _ms(nn), _ms(row), _ratio(row), _percent(row.lstm_share)]
+            for nn, row in pairs
+        ]
+        headings = ["model", "package", "LSTM share", "nn.LSTM ms", "fastlstm ms", "speedup", "LSTM share after"]
+        ratios = [row.ratio for _, row in pairs if row.ratio]
+        parts += [f"**{HEADINGS[mode]}**", _table(headings, lines)]
+        parts.append(f"Geomean {geometric_mean(ratios):.2f}x; min {min(ratios):.2f}x; max {max(ratios):.2f}x.")
+    absent = dict.fromkeys(f"{row.case}: {row.status}" for row in rows if row.status != "ok")
+    return parts + (["Not measured: " + "; ".join(absent) + "."] if absent else [])
 
 
 def _relative(pairs: list[tuple[Row, Row]], unit: str, cost: Callable[[Row], float | None]) -> str:

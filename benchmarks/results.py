@@ -68,7 +68,22 @@ class Row:
     date: str = ""
 
 
+@dataclass
+class ModelRow(Row):
+    """A row of the suite models: a whole model, unconverted (nn) or converted (fastlstm)."""
+
+    package: str = ""  # name and version
+    lstms: int | None = None  # LSTM and LSTMCell modules converted
+    lstm_share: float | None = None  # the LSTMs' part of the time, 0 to 1, timed by hooks in runs of their own
+
+
 COLUMNS = [field.name for field in fields(Row)]
+SUITE_ROWS: dict[str, type[Row]] = {"models": ModelRow}  # where they are not Row
+
+
+def row_type(suite: str) -> type[Row]:
+    """The rows of a suite, by the name of its CSV."""
+    return SUITE_ROWS.get(suite, Row)
 
 
 def columns(kind: type) -> dict[str, str]:
@@ -76,9 +91,12 @@ def columns(kind: type) -> dict[str, str]:
     return {field.name: str(field.type) for field in fields(kind)}
 
 
-def write(rows: Iterable[object], path: Path, kind: type = Row) -> None:
-    """Writes the CSV anew, through a neighbour so that an interrupted run leaves the old file whole."""
-    names = list(columns(kind))
+def write(rows: Iterable[object], path: Path, kind: type | None = None) -> None:
+    """Writes the CSV anew, through a neighbour so that an interrupted run leaves the old file whole.
+
+    kind: the dataclass of the rows; by default the one of the suite that the file is named after.
+    """
+    names = list(columns(kind or row_type(path.stem)))
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_suffix(".part")
     with part.open("w", newline="") as file:
@@ -96,8 +114,9 @@ def read(path: Path) -> list[Row]: ...
 def read(path: Path, kind: type[R]) -> list[R]: ...
 
 
-def read(path: Path, kind: type = Row) -> list:
+def read(path: Path, kind: type | None = None) -> list:
     """The rows of a CSV that `write` made. Raises ValueError when a column is missing or strange."""
+    kind = kind or row_type(path.stem)
     types = columns(kind)
     with path.open(newline="") as file:
         table = csv.DictReader(file)

@@ -10,17 +10,18 @@ from benchmarks import features, gpu, sweeps
 from benchmarks.cases import CPU, QUICK, Case
 from benchmarks.measure import Plan
 from benchmarks.memory import peak_rows
+from benchmarks.models import suite as models
 from benchmarks.peers import Peer
 from benchmarks.results import Row
 from benchmarks.run import Suite, run_suite
 
 Report = Callable[[str, list[Row]], None]
 
-NAMES = ("cpu", "gpu", "quick", "grid", "random", "scaling", "tutorials", "features")
+NAMES = ("cpu", "gpu", "quick", "grid", "random", "scaling", "tutorials", "features", "models")
 
 
 def suite_of(name: str) -> Suite:
-    """A suite of cases; "tutorials" and "features" are not, they have programs of their own."""
+    """A suite of cases; "tutorials", "features" and "models" are not, they have programs of their own."""
     if name == "cpu":
         return Suite("cpu", CPU, alone=True)
     if name == "quick":
@@ -54,6 +55,8 @@ def size_of(name: str, matching: str = "", done: Set[str] = frozenset(), dtype: 
         return len(chosen(matching))
     if name == "features":
         return len(features.chosen(matching)) + len(features.compiled(matching))
+    if name == "models":
+        return len(models.chosen(matching, done))
     return len(_select(suite_of(name).cases, matching, done, dtype)) + len(_memory_cases(name, matching, done, dtype))
 
 
@@ -80,9 +83,11 @@ def rows_of(
         return tutorial_rows(matching, report)
     if name == "features":
         return features.feature_rows(matching, report, budget)
+    until = float("inf") if seconds is None else time.monotonic() + seconds
+    if name == "models":
+        return list(models.model_rows(matching, report, budget, wait, done, until))
     suite = suite_of(name)
     suite.cases, suite.wait = _select(suite.cases, matching, done, dtype), wait
-    until = float("inf") if seconds is None else time.monotonic() + seconds
     if budget is not None:
         suite.plan = replace(suite.plan, budget=budget)
     rows = run_suite(suite, peers, lambda case, made: report(case.name, made), until)
