@@ -1,4 +1,4 @@
-"""Code that asks for the class torch.nn.LSTM, or derives from it: what the README advises, in use."""
+"""Code that checks the class torch.nn.LSTM, or derives from it: what the README advises, in use."""
 
 from __future__ import annotations
 
