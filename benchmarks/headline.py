@@ -101,8 +101,8 @@ def markdown() -> str:
         "float32 unless stated.",
         f"GPU: {gpu.device}, torch {gpu.torch}, cuDNN {cudnn}, {gpu.date[:10]}; nn.LSTM was **not** in a CUDA graph.",
         "Times are of a training step: medians of interleaved runs in one process, checked against float64.",
-        "Expect 10-20 % variation. Later changes of the code are not measured. The last row is a median of two samples,",
-        f"compared with nn.LSTM's results, not float64 (`benchmarks/results/{KERNELS}.csv`).",
+        "Expect 10-20 % variation. Later changes of the code are not measured. The last row is a median of two",
+        f"samples, compared with nn.LSTM's results, not float64 (`benchmarks/results/{KERNELS}.csv`).",
     ]
     return "\n".join([*lines, "", "\n".join(text)])
 
