@@ -24,12 +24,12 @@ struct CostFigures {
   // What a core multiplies and adds, in vectors per us. Recorded: 12 rows, AVX-512, float32, at 162 to 170
   // GFLOP/s a core (docs/cpu-kernels.md).
   double vector_fmas_per_us = 5000;
-  // The pointwise stage, as multiply-adds per gate and row, of gate_cost_min_rows rows at least: fewer wait
-  // for the latency of its divisions. Fitted, 2026-11-29.
+  // The pointwise stage, as multiply-adds per gate and row, of gate_cost_min_rows rows at least: fewer are
+  // bound by the latency of its divisions. Fitted, 2026-11-29.
   double gate_cost_macs = 24, gate_cost_min_rows = 3;
-  // Reading the weights from the L2; fewer rows than this wait for it. Fitted, 2026-11-29. Recorded: T = 200,
-  // B = 8, H = 64 with 4 rows a thread takes 0.56 ms in forward and 1.8 in training, with half of the units
-  // 0.98 and 3.4 (docs/cpu-kernels.md). 2026-11-28.
+  // Reading the weights from the L2; fewer rows than this are bound by it. Fitted, 2026-11-29. Recorded: T =
+  // 200, B = 8, H = 64 with 4 rows a thread takes 0.56 ms in forward and 1.8 in training, with half of the
+  // units 0.98 and 3.4 (docs/cpu-kernels.md). 2026-11-28.
   double l2_read_rows = 4.5;
   // Reading weights that an L2 does not hold: 4 bytes per multiply-add at 32 GB/s a core (gemm.h, Ahead).
   // Prefetching hides a part of it that grows with the rows, and all of it from l3_hidden_min_rows on.
@@ -65,9 +65,9 @@ struct CostFigures {
   // thread and 31 on two (Intel Xeon, AVX-512).
   double row_boundary_us = 0.17;
 
-  // The same of the bfloat16 kernels (cpu/bf16.h), whose products are faster, so that threads pay later. The
-  // rate is the one at which fork_join_us is half of the 1e7 multiply-adds from which a second thread paid.
-  // Rows are computed in whole tiles, which hide the reading from the L2. Fitted, 2026-11-26.
+  // The figures of the bfloat16 kernels (cpu/bf16.h). Their products are faster, so a second thread is faster
+  // only for larger layers; the rate was fitted to that crossover, about 1e7 multiply-adds. Rows are computed
+  // in whole tiles, which hide the reading from the L2. Fitted, 2026-11-26.
   double bf16_macs_per_us = 833e3;
   double bf16_gate_cost_macs = 256;
   double bf16_l2_read_rows = 16;
@@ -80,10 +80,10 @@ inline constexpr CostFigures kCostFigures;
 inline constexpr double kRowBoundaryBytes = 128;
 // Rows that the bfloat16 kernels compute at once.
 inline constexpr double kBf16TileCostRows = 16;
-// The bfloat16 kernels' weights of more than this part of an L2, which x and the states share, leave it.
-// Fitted. Recorded: T = 232, B = 4, I = 402, H = 228 bidirectional, 1.1 MiB a direction, forward takes 1.18
-// times as long in turn, by units, as with a thread per direction (AVX512_BF16, L2 of 2 MiB). 2026-11-29, no
-// CSV.
+// The bfloat16 kernels' weights of more than this part of an L2, which x and the states share, are evicted
+// from it between steps. Fitted. Recorded: T = 232, B = 4, I = 402, H = 228 bidirectional, 1.1 MiB a
+// direction, forward takes 1.18 times as long in turn, by units, as with a thread per direction (AVX512_BF16,
+// L2 of 2 MiB). 2026-11-29, no CSV.
 inline constexpr double kBf16L2ResidentMaxFraction = 0.75;
 // Min fraction of the predicted time that more threads, or a barrier per step, must save over the best so
 // far: threads cost CPU time, a barrier waits for whichever thread was interrupted, and a prediction is no
@@ -93,7 +93,7 @@ inline constexpr double kPartitionMinGain = 0.02;
 
 // ---- Other decisions about threads.
 
-// Weights of more than this part of an L2 do not stay in it from step to step: the cost model reads them from
+// Weights of more than this part of an L2 are evicted from it between steps: the cost model reads them from
 // the L3, blocks are read in alternating order, and bfloat16 panels stay bfloat16. Recorded for the
 // alternating order: forward on two threads, B = 1, H = 512 takes 45 us a step in one order and 35 in both; H
 // = 1024 283 and 248 (docs/cpu-kernels.md). Fitted, 2026-11-28.
@@ -117,30 +117,30 @@ inline constexpr int kBarrierYieldMinPolls = 4000;
 // ---- How forward reads the weights.
 
 // Up to this many rows of all steps both weights, and up to this many rows a step a large W_hh, are read
-// unpacked, as dot products. Packing takes what 3 to 5 rows save by it: H = 100 takes 4.7 us to pack, a step
+// unpacked, as dot products. Packing costs what 3 to 5 rows save by it: H = 100 takes 4.7 us to pack, a step
 // 1.0 us less (docs/cpu-kernels.md). Fitted, 2026-11-28.
 inline constexpr int64_t kUnpackedMaxRows = 4;
 // A W_hh of at most this size is always packed: it stays in an L2, packed or not, and a few rows repay the
 // packing. Fitted, 2026-11-28.
 inline constexpr int64_t kHhPackAlwaysMaxBytes = 1 << 19;
-// A larger one is read unpacked for up to this many rows of all steps: it comes through the L3 to be packed
-// and goes back, what 20 to 60 steps save. Recorded: T = 7, B = 1, H = 400 takes 218 us unpacked and 350
+// A larger one is read unpacked for up to this many rows of all steps: packing streams it through L3 twice,
+// which costs what 20 to 60 steps save. Recorded: T = 7, B = 1, H = 400 takes 218 us unpacked and 350
 // packed (docs/cpu-kernels.md). Fitted, 2026-11-28.
 inline constexpr int64_t kHhUnpackedMaxRows = 48;
-// Beyond this size, W_hh is read unpacked for any number of steps: each waits for the L3 either way, at 27
-// GB/s a core (docs/cpu-kernels.md). Fitted, 2026-11-28.
+// Beyond this size, W_hh is read unpacked for any number of steps: each is bound by the L3 either way, at 27
+// GB/s per core (docs/cpu-kernels.md). Fitted, 2026-11-28.
 inline constexpr int64_t kHhPackMaxBytes = 1 << 22;
-// Rows of a step whose pre-activations wait in scratch while the weights of one block of units pass. With
+// Rows of a step whose pre-activations are in scratch while the weights of one block of units are read. With
 // projection, up to this many rows of a single step pack weights on use. Fitted, 2026-11-22.
 inline constexpr int64_t kRowBlockRows = 96;
 // Rows of a step whose x the bfloat16 kernels copy into scratch at once. Fitted, 2026-11-27.
 inline constexpr int64_t kBf16RowBlockRows = 128;
-// Up to this many rows of all steps, x W_ih^T is made for all of them at once, from a W_ih that is packed on
+// Up to this many rows of all steps, x W_ih^T is computed for all of them at once, from a W_ih packed on
 // use. Fitted, 2026-11-28.
 inline constexpr int64_t kHoistAllMaxRows = 192;
-// Below this many rows a step, x W_ih^T is hoisted: made for kHoistTileRows rows of several steps at once,
-// because reading W_ih in each step would cost more than the product. Recorded: T = 3, B = 1, I = 600, H =
-// 400 takes 0.49 ms with W_ih read in every step and 0.26 hoisted (docs/cpu-kernels.md). Fitted,
+// Below this many rows a step, x W_ih^T is hoisted: computed for kHoistTileRows rows of several steps at
+// once, because reading W_ih in each step would cost more than the product. Recorded: T = 3, B = 1, I = 600,
+// H = 400 takes 0.49 ms with W_ih read in every step and 0.26 hoisted (docs/cpu-kernels.md). Fitted,
 // 2026-11-22.
 inline constexpr int64_t kHoistBelowRows = 48;
 inline constexpr int64_t kHoistTileRows = 96;
@@ -155,10 +155,10 @@ inline constexpr int64_t kPackPrefetchMaxBytes = 512;
 inline constexpr int64_t kBackwardUnpackedMaxRows = 12;
 // Steps of at most this many rows have thresholds of their own:
 inline constexpr int64_t kBackwardNarrowMaxRows = 2;
-// where an L2 holds what a thread reads of a float W_hh, unpacked is nearly as fast as packed; fitted;
+// if a thread's share of a float W_hh fits its L2, unpacked is nearly as fast as packed; fitted;
 inline constexpr int64_t kBackwardNarrowUnpackedMaxRows = 64;
-// otherwise, and for bfloat16, which is widened at each reading, packing pays from 9 rows on. Recorded: T =
-// 64, B = 1, H = 512, a backward pass takes 8.7 ms unpacked and 3.3 packed, at H = 1024 42 and 26
+// otherwise, and for bfloat16, which is widened at each reading, packing was faster from 9 rows on. Recorded:
+// T = 64, B = 1, H = 512, a backward pass takes 8.7 ms unpacked and 3.3 packed, at H = 1024 42 and 26
 // (docs/cpu-kernels.md). Fitted, 2026-11-28.
 inline constexpr int64_t kBackwardStreamedUnpackedMaxRows = 8;
 
@@ -173,7 +173,7 @@ inline constexpr int64_t kChunkMinBytes = int64_t{4} << 20;
 inline constexpr int64_t kBf16ChunksMax = 4;
 inline constexpr int64_t kBf16ChunkMinRows = 1024;
 
-// dW of at most this many columns is made as its transpose, if the second figure of rows is reached.
+// dW of at most max_columns columns is computed as its transpose, if it sums over min_rows rows or more.
 // Recorded: MKL is 1.1 to 2.3 times as fast at it for 10 to 100 columns, 1.06 to 1.2 times from 112 to 224,
 // and no faster from 256 on; H = 64: 10 % less time (docs/cpu-kernels.md).
 // 2026-11-27, two Intel cores.
@@ -186,27 +186,28 @@ inline constexpr TransposedWgrad kTransposedWgrad[] = {{64, 0}, {112, 1024}, {22
 // (docs/cpu-kernels.md). 2026-11-27.
 inline constexpr int64_t kFloat32WgradMaxRows = 16384;
 inline constexpr int64_t kFloat64WgradBlockRows = 4096;
-// Elements of dW that are made at a time in bfloat16, and rounded while a cache holds them. Fitted,
+// Elements of dW that are computed at a time in bfloat16, and rounded while they are in cache. Fitted,
 // 2026-11-29.
 inline constexpr int64_t kBf16WgradBlockElements = 1 << 16;
 
 // Up to this many multiply-adds, and this depth, whose scratch would otherwise be megabytes, the microkernels
-// of gemm.h make a product: a BLAS call costs 3 to 5 us, with two threads 20 (docs/cpu-kernels.md). Fitted,
-// 2026-11-26.
+// of gemm.h compute a product: a BLAS call costs 3 to 5 us, with two threads 20 (docs/cpu-kernels.md).
+// Fitted, 2026-11-26.
 inline constexpr int64_t kSmallGemmMaxMacs = 1 << 20;
 inline constexpr int64_t kSmallGemmMaxDepth = 1 << 13;
-// Up to this many rows they make any product: some of MKL's kernels (on an AMD CPU those of 1 to 3 rows more
-// than a multiple of 4) are slower, and err 5 times as much. 2026-11-27.
+// Up to this many rows the microkernels compute any product: some of MKL's kernels (on an AMD CPU those of 1
+// to 3 rows more than a multiple of 4) are slower, and err 5 times as much. 2026-11-27.
 inline constexpr int64_t kSkinnyGemmMaxRows = 12;
-// The same where B is bfloat16, widened as it is read; a BLAS needs a float32 copy. Fitted, 2026-11-29.
+// Up to this many rows they compute a product whose B is bfloat16, widened as it is read; a BLAS needs a
+// float32 copy. Fitted, 2026-11-29.
 inline constexpr int64_t kWidenedGemmMaxRows = 96;
-// Columns of such a product that a thread takes at a time.
+// Columns of a skinny product per task of a thread.
 inline constexpr int64_t kSkinnyGemmTaskColumns = 64;
 
 // ---- LSTMCell (one_step.cpp).
 
-// Up to this many multiply-adds of a weight's gradient, microkernels that read both factors in place keep up
-// with a BLAS; above, its packing pays. Fitted, 2026-11-26.
+// Up to this many multiply-adds of a weight's gradient, microkernels that read both factors in place are as
+// fast as a BLAS; above, a BLAS, which packs, was faster. Fitted, 2026-11-26.
 inline constexpr int64_t kCellWgradMaxMacs = int64_t{1} << 22;
 // Up to this size of the packed W_hh, each thread packs its own, which is as fast as fetching it from
 // another's cache. Fitted, 2026-11-28.
