@@ -207,7 +207,7 @@ def main(arguments: list[str] | None = None) -> int:
     chosen = [tutorial for name, tutorial in TUTORIALS.items() if "all" in parsed.names or name in parsed.names]
     missing = missing_packages(chosen)
     if missing:
-        print(f"the tutorials need {', '.join(missing)}: pip install 'fastlstm[tutorials]'", file=sys.stderr)
+        print(f"the tutorials need {', '.join(missing)}: pip install {' '.join(missing)}", file=sys.stderr)
         return 2
     from rich.console import Console
 
