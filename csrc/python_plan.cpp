@@ -137,6 +137,7 @@ constexpr Figure kFigures[] = {
     {"core_to_core_bytes_per_us", &CostFigures::core_to_core_bytes_per_us},
     {"pack_bytes_per_us", &CostFigures::pack_bytes_per_us},
     {"row_boundary_us", &CostFigures::row_boundary_us},
+    {"whole_line_row_boundary_us", &CostFigures::whole_line_row_boundary_us},
     {"bf16_macs_per_us", &CostFigures::bf16_macs_per_us},
     {"bf16_gate_cost_macs", &CostFigures::bf16_gate_cost_macs},
     {"bf16_l2_read_rows", &CostFigures::bf16_l2_read_rows},

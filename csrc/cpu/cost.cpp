@@ -96,7 +96,7 @@ LoopCost::LoopCost(const Loop& loop, const Machine& machine) : loop_(loop), figu
   T_ = s.T, B_ = s.B, D_ = s.D, row_bytes_ = s.H * s.real_bytes();
   const bool whole_lines =
       s.H * s.real_bytes() % kCacheLineBytes == 0 && s.P * s.real_bytes() % kCacheLineBytes == 0;
-  row_boundary_us_ = whole_lines ? 0 : f.row_boundary_us;
+  row_boundary_us_ = whole_lines ? f.whole_line_row_boundary_us : f.row_boundary_us;
   full_steps_ = s.N / std::max(1.0, s.active_rows);
   depth_bytes_ = 4.0 * s.H * (loop.bf16_products ? 2 : s.real_bytes());
   weight_bytes_ = depth_bytes_ * (loop.depth + loop.input);

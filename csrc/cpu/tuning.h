@@ -59,11 +59,12 @@ struct CostFigures {
   // Fitted, 2026-11-29: 20,000 to 35,000.
   double pack_bytes_per_us = 25000;
   // Threads that split rows write parts of the same cache lines in each step, the ends of their rows of y, c
-  // and the gates, unless a row is whole lines; more of them where a thread's rows of h take less than
-  // kRowBoundaryBytes. Fitted, 2026-11-29: T = 138, B = 14, H = 1 takes 138 us on one thread and 175 on two.
-  // Whole lines, measured 2026-11-30, no CSV: T = 20, B = 8, I = 10, H = 32, forward takes 36 us on one
-  // thread and 31 on two (Intel Xeon, AVX-512).
-  double row_boundary_us = 0.17;
+  // and the gates; more of them where a thread's rows of h take less than kRowBoundaryBytes. Fitted,
+  // 2026-11-29: T = 138, B = 14, H = 1 takes 138 us on one thread and 175 on two. Rows of whole cache lines
+  // share none, but what follows reads them from another core. Measured, 2026-11-30, no CSV, one thread and
+  // two: T = 20, B = 8, I = 10, H = 32 takes 36 and 31 us in forward; T = 50, B = 6, I = H = 16 33 and 32,
+  // and 110 and 123 us in a training step.
+  double row_boundary_us = 0.17, whole_line_row_boundary_us = 0.05;
 
   // The figures of the bfloat16 kernels (cpu/bf16.h). Their products are faster, so a second thread is faster
   // only for larger layers; the rate was fitted to that crossover, about 1e7 multiply-adds. Rows are computed
