@@ -35,7 +35,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         nargs="+",
         default=[],
         metavar="NAME",
-        help=f"nn, the baseline, and any of {', '.join(name for name in peers.PEERS if name != 'nn')}; "
+        help=f"any of {', '.join(name for name in peers.PEERS if name not in results.BASELINES)}, beside nn, the "
+        "baseline, and on CUDA nn_graph, nn in a CUDA graph: ratios are to the faster of these two; "
         "by default fastlstm and whichever rivals are installed",
     )
     parser.add_argument("--out", type=Path, metavar="DIR", help="folder of the CSV")
@@ -75,7 +76,7 @@ def line(row: Row) -> str:
         what += f"{row.p50_ms:10.3f} ms  ({row.p20_ms:.3f} .. {row.p80_ms:.3f}, {row.rounds} x {row.calls})"
     if row.suite == "gpu" and row.us_per_step is not None:
         what += f"{row.us_per_step:9.2f} us a step"
-    if row.impl != "nn" and row.ratio is not None:
+    if row.impl not in results.BASELINES and row.ratio is not None:
         colour = "green" if row.ratio >= (row.goal or 1.0) else "yellow" if row.ratio >= 1 else "red"
         what += f"  [{colour}]{row.ratio:.2f}x[/]" + (f" (goal {row.goal:g})" if row.goal else "")
     if row.fraction is not None:
@@ -88,7 +89,7 @@ def line(row: Row) -> str:
 def summary(rows: list[Row]) -> list[str]:
     """Geometric means, and what misses its goal."""
     told = []
-    for impl in dict.fromkeys(row.impl for row in rows if row.impl != "nn"):
+    for impl in dict.fromkeys(row.impl for row in rows if row.impl not in results.BASELINES):
         for mode in dict.fromkeys(row.mode for row in rows):
             ratios = [row.ratio for row in rows if (row.impl, row.mode) == (impl, mode) and row.ratio]
             if ratios:

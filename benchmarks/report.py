@@ -15,7 +15,7 @@ from pathlib import Path
 
 from benchmarks import results
 from benchmarks.load import BUSY
-from benchmarks.results import Row
+from benchmarks.results import BASELINES, Row
 
 HEADINGS = {
     "train": "Training step (forward and backward)",
@@ -62,26 +62,43 @@ def _table(headings: list[str], lines: Iterable[list[str]]) -> str:
 def _pairs(rows: list[Row], mode: str) -> list[tuple[Row, Row]]:
     """(nn.LSTM's row, another's row) for every case of a mode, in file order."""
     theirs = {row.case: row for row in rows if row.mode == mode and row.impl == "nn"}
-    return [(theirs[row.case], row) for row in rows if row.mode == mode and row.impl != "nn" and row.case in theirs]
+    others = [row for row in rows if row.mode == mode and row.impl not in BASELINES]
+    return [(theirs[row.case], row) for row in others if row.case in theirs]
 
 
 def _tables(rows: list[Row]) -> list[str]:
-    """One table a mode: case, nn.LSTM, each implementation, ratio, goal, fraction of the limit."""
-    several = len({row.impl for row in rows}) > 2
+    """One table a mode: case, nn.LSTM, each implementation, ratio, goal, fraction of the limit.
+
+    Where nn.LSTM was measured in a CUDA graph too, that is a column of its own, and ratios are to the faster of both.
+    """
+    several = len({row.impl for row in rows} - set(BASELINES)) > 1
+    graphs = {(row.case, row.mode): row for row in rows if row.impl == "nn_graph"}
     parts = []
     for mode in dict.fromkeys(row.mode for row in rows):
         pairs = _pairs(rows, mode)
         if not pairs:  # one of fastlstm's ways beside another
             continue
-        headings = ["case", "nn.LSTM ms", "ms" if several else "fastlstm ms", "ratio", "goal", "of the limit"]
+        headings = [
+            "case",
+            "nn.LSTM ms",
+            *(["in a graph ms"] if graphs else []),
+            "ms" if several else "fastlstm ms",
+            "ratio",
+            "goal",
+            "of the limit",
+        ]
         lines = []
         for nn, row in pairs:
             name = f"{row.case} ({row.impl})" if several else row.case
-            lines.append([name, _ms(nn), _ms(row), _ratio(row), _goal(row), _percent(row.fraction)])
+            graph = graphs.get((row.case, mode))
+            beside = [_ms(graph) if graph else ""] if graphs else []
+            lines.append([name, _ms(nn), *beside, _ms(row), _ratio(row), _goal(row), _percent(row.fraction)])
         parts += [f"**{HEADINGS[mode]}**", _table(headings, lines)]
         ratios = [row.ratio for _, row in pairs if row.impl == "fastlstm" and row.ratio]
         if ratios:
             parts.append(f"Geometric mean {geometric_mean(ratios):.2f}x; least {min(ratios):.2f}x.")
+    if graphs:
+        parts.append("Ratios are to the faster of nn.LSTM as called and nn.LSTM in a CUDA graph.")
     limits = dict.fromkeys(row.limit for row in rows if row.limit)
     if limits:
         parts.append(
