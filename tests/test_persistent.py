@@ -136,6 +136,22 @@ def test_the_fastest_by_prediction():
 
 
 @needs_extension
+def test_the_step_wise_prediction_counts_the_batch():
+    """The host's launches where that is all, and what B rows take to multiply and to move where it is not."""
+
+    def steps(phase, H, B, D=1, element=2):
+        return float(plan(phase, H, B, D, element)[0].removeprefix("predicted ").split(" us")[0])
+
+    assert steps("forward", 2048, 128) == 20.1  # W_hh on its way to the SMs
+    assert steps("forward", 512, 512) == 12.0
+    assert steps("forward", 1024, 1024) == 38.8
+    assert steps("backward", 1024, 1024) == 27.6
+    assert steps("forward", 1024, 1024, element=4) > steps("forward", 1024, 1024)
+    for phase in ("forward", "backward"):
+        assert steps(phase, 1024, 4096) == pytest.approx(4 * steps(phase, 1024, 1024), rel=0.01)
+
+
+@needs_extension
 def test_the_switch():
     before = native.extension.persistent_enabled()
     if "cuda" not in native.devices:

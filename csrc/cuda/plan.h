@@ -70,8 +70,11 @@ struct Plan {
 
 constexpr int kPlanWarps = 8;       // kWarps in cuda/warp.cuh
 constexpr int kChunkBytesOfK = 64;  // 16 bytes of a lane, four lanes to a row
-// A persistent launch loads all of W_hh first; for fewer steps than this it does not pay.
-constexpr int64_t kLeastSteps = 4;
+// A persistent launch first loads all of W_hh: with fewer steps than the first it does not pay (chosen
+// without a measurement; scripts/gpu_numbers.sh has T = 4 to 32). Epochs and step counters have 32 bits,
+// hence the second.
+constexpr int64_t kPersistentMinSteps = 4, kPersistentMaxSteps = std::numeric_limits<int>::max() - 1;
+constexpr bool supports_steps(int64_t T) { return kPersistentMinSteps <= T && T <= kPersistentMaxSteps; }
 
 // Tier B, what the kernels are compiled for, best first: as many units as fit, since what a block must take
 // in per step is the whole state, whatever part of it the block makes.
@@ -171,10 +174,20 @@ inline double predicted(const Recurrence& r, const DeviceLimits& device, const L
   return turns == 1 ? work + flag_trip : turns * (work + kTurn);
 }
 
-// The same of the step-wise kernels: the host's two launches, or W_hh on its way to the SMs.
+// Microseconds of a step of the step-wise kernels: the largest of the host's two launches (measured: H100,
+// docs/gpu-notes.md), W_hh on its way to the SMs (fitted), and the arithmetic and traffic of B rows
+// (calculated: the GEMM at 600 TFLOP/s in 16 bits, then what the kernels read and write of float32 sums and
+// of the rest at 3 TB/s).
 inline double predicted_by_step(Phase phase, const Recurrence& r) {
-  const double host = phase == Phase::forward ? 12 : 17;
-  return std::max(host, 0.6e-6 * 4 * r.H * r.H * r.element * r.D);
+  constexpr double kMacsPerUs = 3.0e8, kBytesPerUs = 3.0e6;
+  const bool forward = phase == Phase::forward;
+  const double host = forward ? 12 : 17;
+  const double weights = 4.0 * r.H * r.H * r.D, elements = static_cast<double>(r.H) * r.B * r.D;
+  // Forward: gates_h written and read, gates_x read, c read and written; y, h and cells, and the activated
+  // gates. Backward: dh and dc written and read; gates, dgates, cells of two steps and dy.
+  const double bytes = forward ? 56 + 7 * r.element : 16 + 11 * r.element;
+  const double rows = weights * r.B / kMacsPerUs * r.element / 2 + elements * bytes / kBytesPerUs;
+  return std::max({host, 0.6e-6 * weights * r.element, rows});
 }
 
 // The best layout of tier A, or why there is none.

@@ -275,7 +275,10 @@ cudaError_t launch_together(const S& s, int blocks, int cluster, int64_t shared_
   const cudaError_t status = allow(kernel, cluster);
   if (status != cudaSuccess) return status;
   const Together launch(blocks, cluster, shared_bytes, stream);
-  return cudaLaunchKernelEx(&launch.config, kernel, s);
+  const cudaError_t launched = cudaLaunchKernelEx(&launch.config, kernel, s);
+  // The caller answers to it, so it must not come up again in somebody's cudaGetLastError().
+  if (launched != cudaSuccess) cudaGetLastError();
+  return launched;
 }
 
 }  // namespace fastlstm::cuda
