@@ -47,7 +47,7 @@ struct Pack {
       // (gate, unit) of the row and the column of W_hh
       int64_t gate, unit, column;
       if (s.phase == Phase::forward) {
-        gate = m / p.units, unit = int64_t{member} * p.units + m % p.units, column = k;
+        gate = m % 4, unit = int64_t{member} * p.units + m / 4, column = k;
       } else if (p.scatters) {
         gate = k / p.units, unit = int64_t{member} * p.units + k % p.units, column = m;
       } else {

@@ -35,9 +35,9 @@ struct Recurrence {
 
 // The product of a step is A [rows, K] times a state [K, 8 * columns]; A stays in the block. It is cut into
 // fragments of 16 rows and 64 bytes of K (a chunk), which the 8 warps of a block divide among them.
-//   forward            A [4 * units, H]: the gates' rows of the block's units          state: h
-//   backward, tier B   A [units, 4 * members * units]: the block's columns of W_hh     state: all dgates
-//   backward, tier A   A [members * units, 4 * units]: the forward's, transposed       state: its own dgates
+//   forward            A [units * 4, H]: rows of the block's units, a unit's four gates together   state: h
+//   backward, tier B   A [units, members * 4 * units]: the block's columns of W_hh    state: all dgates
+//   backward, tier A   A [members * units, 4 * units]: its rows of W_hh, transposed    state: its own dgates
 // Tier A: a group is a thread-block cluster, whose blocks push into each other's shared memory. Tier B: it is
 // any blocks of one launch that are on the device together, and states go through L2.
 struct Layout {
@@ -76,6 +76,10 @@ constexpr int kChunkBytesOfK = 64;  // 16 bytes of a lane, four lanes to a row
 constexpr int64_t kPersistentMinSteps = 4, kPersistentMaxSteps = std::numeric_limits<int>::max() - 1;
 constexpr bool supports_steps(int64_t T) { return kPersistentMinSteps <= T && T <= kPersistentMaxSteps; }
 
+// Tier B: a lane polls one flag at most, so a warp's share of K may lie in the parts of 32 members: an eighth
+// of all, and up to four more at its ends. (On no GPU of today would W_hh of so many members fit.)
+constexpr int kMaxFlags = 28 * kPlanWarps;
+
 // Tier B, what the kernels are compiled for, best first: as many units as fit, since what a block must take
 // in per step is the whole state, whatever part of it the block makes.
 struct Variant {
@@ -83,7 +87,7 @@ struct Variant {
   int held[2];  // rounds in registers for slices of 8 and of 16 rows, as ptxas can place them
 };
 constexpr Variant kForwardVariants[] = {{32, {2, 1}}, {16, {3, 3}}};
-constexpr Variant kBackwardVariants[] = {{32, {8, 3}}, {16, {16, 16}}};
+constexpr Variant kBackwardVariants[] = {{32, {8, 3}}, {16, {16, 15}}};
 
 // Tier A. A state is close by, so the warps cut K into two parts only: they read it four times, and add two
 // shares for a sum instead of eight.
@@ -217,7 +221,7 @@ inline Layout lay_out_anywhere(Phase phase, const Recurrence& r, const DeviceLim
   if (r.H > 32 * static_cast<int64_t>(device.sms)) return {};
   for (const Variant& v : variants) {
     const Layout one = lay_out(phase, r, device, v, 1);
-    if (one.shared > device.shared || one.members * r.D > device.sms) continue;
+    if (one.shared > device.shared || one.members * r.D > device.sms || one.members > kMaxFlags) continue;
     if (one.slices <= one.groups) return one;
     // Twice the rows at once where the groups cannot take all slices of 8 side by side.
     const Layout two = lay_out(phase, r, device, v, 2);

@@ -25,7 +25,7 @@
 namespace fastlstm::cuda {
 
 constexpr int kWarps = 8;
-inline uint32_t kMostTries = uint32_t{1} << 26;
+inline uint32_t kMaxPolls = uint32_t{1} << 26;
 inline int longest_delay_us = 0;  // random pauses before barriers, flags and loads of the state; 0 for none
 inline int silent_block = -1;     // never raises its flags, nor pushes
 
@@ -126,6 +126,8 @@ class Warp {
   int index_;
 };
 
+inline int keep(int x) { return x; }
+
 inline thread_local int this_block = 0;
 
 inline void store_release(uint32_t* flag, uint32_t value) {
@@ -143,7 +145,7 @@ inline uint4 load_published(const uint4* p) { return *p; }
 // Fetched as if it were read, so that what does not exist is found.
 inline void prefetch(const void* p) { static_cast<void>(*static_cast<const volatile char*>(p)); }
 
-[[noreturn]] inline void give_up(uint32_t*, uint32_t epoch) {
+[[noreturn]] inline void trap_on_timeout(uint32_t*, uint32_t epoch) {
   std::fprintf(stderr, "block %d waited in vain for epoch %u\n", this_block, epoch);
   std::_Exit(3);
 }
