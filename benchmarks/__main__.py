@@ -74,7 +74,7 @@ def line(row: Row) -> str:
         what += f"{row.peak_mib:10.1f} MiB"
     if row.p50_ms is not None:
         what += f"{row.p50_ms:10.3f} ms  ({row.p20_ms:.3f} .. {row.p80_ms:.3f}, {row.rounds} x {row.calls})"
-    if row.suite == "gpu" and row.us_per_step is not None:
+    if row.suite in ("gpu", "gpu_points") and row.us_per_step is not None:
         what += f"{row.us_per_step:9.2f} us a step"
     if row.impl not in results.BASELINES and row.ratio is not None:
         colour = "green" if row.ratio >= (row.goal or 1.0) else "yellow" if row.ratio >= 1 else "red"
@@ -118,8 +118,9 @@ def main(arguments: list[str] | None = None) -> int:
         return calibrate(words[1:])
     options = parse(arguments)
     say = printer()
-    device = "cuda" if options.suite == "gpu" else "cpu"
-    if options.suite == "gpu" and gpu.why_not():
+    on_gpu = options.suite in ("gpu", "gpu_points")
+    device = "cuda" if on_gpu else "cpu"
+    if on_gpu and gpu.why_not():
         say(f"[red]{gpu.why_not()}[/]")
         return 2
     if options.kernels:

@@ -34,6 +34,18 @@ def cases() -> list[Case]:
     return found
 
 
+def points() -> list[Case]:
+    """A few minutes' choice: the sizes of docs/gpu-notes.md, short sequences, and large batches."""
+    found = [
+        Case(512, B, H, H, dtype=dtype)
+        for dtype in ("float16", "bfloat16")
+        for H, B in ((128, 16), (512, 64), (768, 16), (1024, 16), (1024, 64), (2048, 64))
+    ]
+    found += [Case(T, 64, H, H, dtype="bfloat16") for H in (128, 512) for T in (4, 8, 16, 32)]
+    found += [Case(64, B, H, H, dtype="bfloat16") for H in (512, 1024) for B in (256, 1024, 4096)]
+    return [*found, Case(512, 64, 512, 512, dtype="tf32"), Case(512, 64, 1024, 1024, dtype="tf32")]
+
+
 def why_not() -> str | None:
     """None when the suite can run here, else what to tell the user."""
     if not torch.cuda.is_available():

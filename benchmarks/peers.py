@@ -15,6 +15,8 @@ from benchmarks.data import Inputs
 from benchmarks.graphs import GraphProgram
 from benchmarks.programs import Program, build_program
 from benchmarks.results import BASELINES
+from benchmarks.stepwise import StepwiseProgram
+from fastlstm.backends import native
 from fastlstm.dispatch import NAMES as BACKENDS
 
 
@@ -41,21 +43,35 @@ def _fastlstm(backend: str, default: bool = False) -> Peer:
     return Peer(build, ours=True, default=default)
 
 
-def _in_graphs(peer: Peer) -> Peer:
+def _stepwise(peer: Peer) -> Peer:
+    """The same without the persistent CUDA kernels."""
+
+    def build(case: Case, inputs: Inputs) -> Program:
+        return StepwiseProgram(peer.build(case, inputs))
+
+    def missing(device: str) -> str | None:
+        if device != "cuda":
+            return "persistent kernels exist on CUDA alone"
+        return None if "cuda" in native.devices else f"fastlstm._C: {', '.join(native.devices) or native.load_error}"
+
+    return Peer(build, missing, peer.refuses, peer.ours)
+
+
+def _in_graphs(peer: Peer, default: bool = True) -> Peer:
     """The same captured in CUDA graphs."""
 
     def build(case: Case, inputs: Inputs) -> Program:
         return GraphProgram(peer.build(case, inputs))
 
     def missing(device: str) -> str | None:
-        return None if device == "cuda" else "CUDA graphs exist on CUDA alone"
+        return peer.missing(device) if device == "cuda" else "CUDA graphs exist on CUDA alone"
 
     def refuses(case: Case) -> str | None:
         if case.kind == "packed":
             return "a packed batch is copied from the host, which a CUDA graph does not replay"
         return peer.refuses(case)
 
-    return Peer(build, missing, refuses, peer.ours, default=True)
+    return Peer(build, missing, refuses, peer.ours, default)
 
 
 def _needs(module: str) -> Callable[[str], str | None]:
@@ -75,6 +91,8 @@ PEERS: dict[str, Peer] = {
     "fastlstm": _fastlstm("auto", default=True),
     "fastlstm_graph": _in_graphs(_fastlstm("auto")),
     **{name: _fastlstm(name) for name in BACKENDS if name != "auto"},
+    "steps": _stepwise(_fastlstm("native")),
+    "steps_graph": _in_graphs(_stepwise(_fastlstm("native")), default=False),
     "compile": Peer(rivals.compiled_loop, refuses=rivals.compiled_loop_refuses),
     "haste": Peer(rivals.haste, _needs("haste_pytorch"), rivals.haste_refuses, default=True),
     "flashrnn": Peer(rivals.flashrnn, _needs("flashrnn"), rivals.flashrnn_refuses, default=True),
