@@ -55,7 +55,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--resume", action="store_true", help="keep the rows of the CSV, and measure the other cases")
     parser.add_argument(
         "--kernels",
-        choices=("steps", "A", "B"),
+        choices=("steps", "A", "B", "S"),
         help="fastlstm's CUDA kernels: step by step, or persistent ones of a tier where they fit; else as planned",
     )
     return parser.parse_args(arguments)

@@ -43,6 +43,19 @@ def sends(text: str) -> bool:
     return "MEMBAR" in text or "STAS" in text
 
 
+def shortest_loop(instructions: list[tuple[int, str]], *has: Callable[[str], bool]) -> list[str]:
+    """From the target of a backward branch to the branch, with an instruction of each kind in `has`."""
+    loops = []
+    for address, text in instructions:
+        target = BRANCH.search(text)
+        if target and int(target[1], 16) < address:
+            body = [t for a, t in instructions if int(target[1], 16) <= a <= address]
+            if all(any(map(is_it, body)) for is_it in has):
+                loops.append(body)
+    assert loops, "no loop has all of these instructions"
+    return min(loops, key=len)
+
+
 @dataclass
 class Step:
     """The instructions of one turn of the loop over time, in the order of their addresses."""
@@ -52,15 +65,7 @@ class Step:
     @classmethod
     def of(cls, instructions: list[tuple[int, str]]) -> Step:
         """The shortest loop that polls, sends and has a barrier."""
-        loops = []
-        for address, text in instructions:
-            target = BRANCH.search(text)
-            if target and int(target[1], 16) < address:
-                body = [t for a, t in instructions if int(target[1], 16) <= a <= address]
-                if any(map(polls, body)) and any(map(sends, body)) and any("BAR.SYNC" in t for t in body):
-                    loops.append(body)
-        assert loops, "no loop polls, sends and has a barrier"
-        return cls(min(loops, key=len))
+        return cls(shortest_loop(instructions, polls, sends, lambda text: "BAR.SYNC" in text))
 
     def after_last_poll(self) -> list[str]:
         """From the last instruction that may be repeated until the state is there, to the state's sending."""

@@ -94,9 +94,12 @@ def backend(compiled: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
         yield NAME
 
 
-@pytest.fixture(params=["A", "B"])
+@pytest.fixture(params=["A", "B", "S"])
 def persistent(request: pytest.FixtureRequest, backend: str) -> Iterator[str]:
-    """The same with the persistent kernels of one tier in use, on a device of 8 SMs; float32 multiplies in TF32."""
+    """The same with the persistent kernels of one tier in use, on a device of 8 SMs; float32 multiplies in TF32.
+
+    S serves up to 128 units in 16 bits, and otherwise B runs.
+    """
     torch.ops.fastlstm_cuda_host.persistent(True, request.param)
     yield backend
     torch.ops.fastlstm_cuda_host.persistent(False, "")
@@ -152,6 +155,7 @@ def test_parity_of_the_persistent_kernels(case, dtype, persistent, poisoned_empt
     check(case.to(dtype), persistent)
 
 
+@pytest.mark.parametrize("persistent", ["A", "B"], indirect=True)
 @pytest.mark.parametrize("case", PERSISTENT, ids=str)
 def test_tf32_of_the_persistent_kernels(case, persistent, poisoned_empty):
     check(case, persistent, gpu_support.TF32.rounding("native"))

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from .sass import Step, barriers, cuobjdump, disassemble
+from .sass import Step, barriers, cuobjdump, disassemble, shortest_loop
 
 pytestmark = [
     pytest.mark.toolchain,
@@ -39,23 +39,40 @@ CEILINGS = {
     ("backward", "BackwardFlags<T, 32, 8, 1, {ragged}>"): (16, 48, 32),  # 11, 39, 24; were 41, 293, 16
     ("backward", "BackwardCluster<T, 1, {ragged}>"): (None, 84, 75),  # 72, 65; were 237, 58
 }
+SINGLE = (
+    ("forward", "ForwardBlock<T, SingleForward<T>, {ragged}>"),
+    ("backward", "BackwardBlock<T, SingleBackward<T>, {ragged}>"),
+)
 RAGGED_EXTRA = 48  # flags that were read ahead, and the branch of rows that lack the step
 
 
 @pytest.fixture(scope="module")
-def step(tmp_path_factory: pytest.TempPathFactory):
-    """The loop over time of a block, compiled once."""
+def instructions(tmp_path_factory: pytest.TempPathFactory):
+    """A block's, compiled once."""
     folder = tmp_path_factory.mktemp("sass")
 
     @cache
-    def compiled(phase: str, block: str) -> Step:
+    def compiled(phase: str, block: str) -> list[tuple[int, str]]:
         source, cubin = folder / f"{abs(hash(block))}.cu", folder / f"{abs(hash(block))}.cubin"
         source.write_text(PROGRAM.format(phase=phase, block=block, args=phase.capitalize()))
         command = ["nvcc", "-std=c++17", "-O3", "-lineinfo", "-gencode=arch=compute_90a,code=sm_90a", "-cubin"]
         subprocess.run([*command, f"-I{ROOT / 'csrc'}", str(source), "-o", str(cubin)], check=True)
-        return Step.of(disassemble(cubin))
+        return disassemble(cubin)
 
     return compiled
+
+
+@pytest.fixture
+def step(instructions):
+    """The loop over time of a block."""
+    return lambda phase, block: Step.of(instructions(phase, block))
+
+
+@pytest.fixture
+def single(instructions):
+    """The same of a block that is a group by itself: the loop with products and a barrier."""
+    multiplies = (lambda text: "HMMA" in text, lambda text: "BAR.SYNC" in text)
+    return lambda phase, block: shortest_loop(instructions(phase, block), *multiplies)
 
 
 kernels = pytest.mark.parametrize(("phase", "block"), CEILINGS, ids=lambda value: value.split("<")[0])
@@ -68,6 +85,14 @@ def test_two_barriers_a_step(phase, block, ragged, step):
     """One where W_hh is not multiplied before the cell."""
     expected = 1 if block.startswith("BackwardCluster") else 2
     assert len(barriers(step(phase, block.format(ragged=ragged)).code)) == expected
+
+
+@pytest.mark.parametrize(("phase", "block"), SINGLE, ids=["forward", "backward"])
+@ragged_or_dense
+def test_one_barrier_and_no_exchange_in_a_single_block(phase, block, ragged, single):
+    loop = single(phase, block.format(ragged=ragged))
+    assert len(barriers(loop)) == 1
+    assert not [text for text in loop if "MEMBAR" in text or "STAS" in text or "STRONG" in text]
 
 
 @kernels

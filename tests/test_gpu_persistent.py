@@ -31,7 +31,7 @@ SMALL = (
 SIZES = [(H, B) for H in (31, 128, 256, 500, 512, 640, 768, 1024, 1536, 2048) for B in (1, 16, 100)]
 
 
-@pytest.fixture(autouse=True, params=["A", "B"])
+@pytest.fixture(autouse=True, params=["A", "B", "S"])
 def persistent(request: pytest.FixtureRequest) -> Iterator[str]:
     """With the persistent kernels of one tier on, wherever it can serve."""
     if "cuda" not in native.devices:

@@ -68,6 +68,14 @@ struct Variant<BackwardBlock<T, Group, RAGGED>, Without> {
   using type = BackwardBlock<T, Without<Group>, RAGGED>;
 };
 
+// Single blocks, which wait for nobody.
+template <class Block>
+constexpr bool kSingle = false;
+template <class T, int TILES, int ROUNDS, int CHAINS, bool RAGGED>
+constexpr bool kSingle<ForwardBlock<T, SingleGroup<T, TILES, ROUNDS, CHAINS>, RAGGED>> = true;
+template <class T, int TILES, int ROUNDS, int CHAINS, bool RAGGED>
+constexpr bool kSingle<BackwardBlock<T, SingleGroup<T, TILES, ROUNDS, CHAINS>, RAGGED>> = true;
+
 // Clusters' backward, which has no product after the wait.
 template <class Block>
 constexpr bool kMultipliesToSend = false;
@@ -133,15 +141,15 @@ struct Problem {
   void run(Phase phase, char tier) {
     const Plan found = plan(phase, {H, H, B, 1, sizeof(T)}, limits, tier);
     const Layout& p = found.layout;
-    if (!found.reason.empty() || p.cluster != (tier == 'A')) return;
+    if (!found.reason.empty() || p.cluster != (tier == 'A') || p.single != (tier == 'S')) return;
     const int room = phase == Phase::forward ? persistent_fwd_blocks<T>(p) : persistent_bwd_blocks<T>(p);
-    if (room < (p.cluster ? p.members : p.blocks(1))) return;
+    if (room < (p.in_cluster() == 0 ? p.blocks(1) : p.members)) return;
     PackWeights<T> pack = {p, phase, H, 1, {noise<T>(4 * H * H), nullptr}, {H, 0}, {1, 0}, nullptr};
     pack.packed = noise<uint4>(pack.words());
     check(launch_pack_weights(pack, nullptr), "pack");
     const int64_t flags = int64_t{p.slices} * p.members;
     s = {}, s.layout = p, s.packed = pack.packed, s.count = static_cast<int>(steps);
-    if (!p.cluster) s.exchange = noise<uint4>(int64_t{2} * p.slices * p.state);
+    if (p.in_cluster() == 0) s.exchange = noise<uint4>(int64_t{2} * p.slices * p.state);
     s.flags = noise<uint32_t>(flags + 1), s.fault = s.flags + flags;
     check(cudaMemset(s.flags, 0, 4 * (flags + 1)), "memset");
     if (phase == Phase::forward) {
@@ -161,7 +169,7 @@ struct Problem {
   int measure(Block, Arguments arguments) {
     one<Block>("all", arguments, static_cast<int>(steps));
     one<Block>("an eighth", arguments, static_cast<int>(steps / 8));
-    if constexpr (!kMultipliesToSend<Block>) {
+    if constexpr (!kMultipliesToSend<Block> && !kSingle<Block>) {
       one<typename Variant<Block, NoProduct>::type>("no product", arguments, static_cast<int>(steps));
       if constexpr (!Block::kCluster) {
         one<typename Variant<Block, NoWait>::type>("no wait", arguments, static_cast<int>(steps));
@@ -182,8 +190,11 @@ struct Problem {
     });
     std::printf("%s,%s,%d,%d,%d,%d,%s,%.3f,%.3f\n",
                 std::is_same_v<Arguments, PersistentForward<T>> ? "forward" : "backward",
-                p.cluster ? "clusters" : "flags", static_cast<int>(H), static_cast<int>(B), p.members,
-                static_cast<int>(p.blocks(1)), variant, time.median, time.least);
+                p.cluster  ? "clusters"
+                : p.single ? "single"
+                           : "flags",
+                static_cast<int>(H), static_cast<int>(B), p.members, static_cast<int>(p.blocks(1)), variant,
+                time.median, time.least);
     std::fflush(stdout);
   }
 };
@@ -204,7 +215,7 @@ int main(int argc, char** argv) {
   for (const auto& [H, B] : sizes) {
     Problem problem(count, B, H, limits);
     for (const Phase phase : {Phase::forward, Phase::backward}) {
-      for (const char tier : {'A', 'B'}) problem.run(phase, tier);
+      for (const char tier : {'A', 'B', 'S'}) problem.run(phase, tier);
     }
   }
   return 0;

@@ -64,6 +64,7 @@ template <class T, int UNITS, int HELD, int COLUMNS>
 class GatherCluster : public ClusterMember {
  public:
   static constexpr int kUnits = UNITS, kSliceRows = 8 * COLUMNS;
+  using Elements = Deal<UNITS, 8 * COLUMNS>;
   using Place = int;  // an element of shared memory
 
   FASTLSTM_DEVICE GatherCluster(const Persistent& s, const Warp& warp, const Member& member)
@@ -127,8 +128,8 @@ class GatherCluster : public ClusterMember {
   }
 
   FASTLSTM_DEVICE int sum_at(int row, int column) const { return product_.sum_at(row, column); }
-  FASTLSTM_DEVICE float sum(const Warp& warp, int at) const { return product_.sum(warp, at); }
-  FASTLSTM_DEVICE float4 sum4(const Warp& warp, int at) const { return product_.sum4(warp, at); }
+  FASTLSTM_DEVICE float sum(const Warp& warp, int, int, int at) const { return product_.sum(warp, at); }
+  FASTLSTM_DEVICE float4 sum4(const Warp& warp, int, int, int at) const { return product_.sum4(warp, at); }
 
  protected:  // benchmarks/cuda/steps.cu leaves out stages
   static constexpr int kOfWord = 16 / static_cast<int>(sizeof(T)), kWords = UNITS * kSliceRows / kOfWord;
@@ -151,6 +152,7 @@ template <class T, int UNITS, int HELD, int COLUMNS>
 class ScatterCluster : public ClusterMember {
  public:
   static constexpr int kUnits = UNITS, kSliceRows = 8 * COLUMNS;
+  using Elements = Deal<UNITS, 8 * COLUMNS>;
   using Place = int;  // an element of shared memory
 
   FASTLSTM_DEVICE ScatterCluster(const Persistent& s, const Warp& warp, const Member& member)
@@ -224,7 +226,7 @@ class ScatterCluster : public ClusterMember {
   FASTLSTM_DEVICE void receive(const Warp& warp) const { await(warp); }
 
   FASTLSTM_DEVICE int sum_at(int row, int column) const { return 4 * end() + row * kStride + column; }
-  FASTLSTM_DEVICE float sum(const Warp& warp, int at) const {
+  FASTLSTM_DEVICE float sum(const Warp& warp, int, int, int at) const {
     const int members = s_.layout.members,
               slot = static_cast<unsigned>(n_) % 2 == 0 ? 0 : members * kInboxWords;
     const float* const from = reinterpret_cast<float*>(warp.shared()) + at + 4 * slot;

@@ -6,12 +6,12 @@
 //   bind(warp, slice, n)    sets both; n = -1 where there is no state yet to be received
 //   advance(warp)           to the next state
 //   receive(warp)           by all warps: waits for state n and multiplies W_hh by it
-//   sum(warp, at)           what W_hh makes of state n; at: sum_at(row, column)
-//   sum4(warp, at)          the same of four rows, a unit's gates
-//   place(warp, row, k)     of element k of the block's own part of state n + 1; own(warp, place): where
-//   flip(place)             the same of state n + 2, before advance(); before(place): of state n
-//   send(warp)              by all warps, after a block_sync that follows what they wrote of state n + 1
-//   leave(warp)             at the end
+//   sum(warp, lane, q, at)           what W_hh makes of state n for the lane's element q; at: sum_at(row,
+//   column) sum4(warp, lane, q, at)          the same of four rows, a unit's gates place(warp, row, k)     of
+//   element k of the block's own part of state n + 1; own(warp, place) points there flip(place) the same of
+//   state n + 2, before advance(); before(place): of state n send(warp)              by all warps, after a
+//   block_sync that follows what they wrote of state n + 1 leave(warp)             at the end Elements deals
+//   the elements of a slice to threads
 #pragma once
 
 #include "cuda/exchange.h"
@@ -25,6 +25,7 @@ class FlagGroup {
  public:
   static constexpr bool kCluster = false;
   static constexpr int kUnits = UNITS, kSliceRows = 8 * COLUMNS;
+  using Elements = Deal<UNITS, 8 * COLUMNS>;
   using Place = T*;
 
   FASTLSTM_DEVICE FlagGroup(const Persistent& s, const Warp& warp, const Member& member)
@@ -77,8 +78,8 @@ class FlagGroup {
   }
 
   FASTLSTM_DEVICE int sum_at(int row, int column) const { return product_.sum_at(row, column); }
-  FASTLSTM_DEVICE float sum(const Warp& warp, int at) const { return product_.sum(warp, at); }
-  FASTLSTM_DEVICE float4 sum4(const Warp& warp, int at) const { return product_.sum4(warp, at); }
+  FASTLSTM_DEVICE float sum(const Warp& warp, int, int, int at) const { return product_.sum(warp, at); }
+  FASTLSTM_DEVICE float4 sum4(const Warp& warp, int, int, int at) const { return product_.sum4(warp, at); }
 
   FASTLSTM_DEVICE void leave(const Warp&) const {}
 

@@ -4,6 +4,7 @@
 
 #include "cuda/group_cluster.h"
 #include "cuda/group_flags.h"
+#include "cuda/group_single.h"
 #include "cuda/persistent_backward.h"
 
 namespace fastlstm::cuda {
@@ -23,6 +24,7 @@ auto with_backward_block(const Layout& p, F&& f) -> decltype(f(BackwardCluster<T
     return p.units == units && p.held == held && p.columns == columns;
   };
   if constexpr (sizeof(T) == 2) {
+    if (p.single) return f(BackwardBlock<T, SingleBackward<T>, RAGGED>());
     if (p.cluster && p.columns == 2) return f(BackwardCluster<T, 2, RAGGED>());
   }
   if (p.cluster) return f(BackwardCluster<T, 1, RAGGED>());

@@ -4,6 +4,7 @@
 
 #include "cuda/group_cluster.h"
 #include "cuda/group_flags.h"
+#include "cuda/group_single.h"
 #include "cuda/persistent_forward.h"
 
 namespace fastlstm::cuda {
@@ -22,6 +23,9 @@ auto with_forward_block(const Layout& p, F&& f) -> decltype(f(ForwardCluster<T, 
   const auto is = [&](int units, int held, int columns) {
     return p.units == units && p.held == held && p.columns == columns;
   };
+  if constexpr (sizeof(T) == 2) {
+    if (p.single) return f(ForwardBlock<T, SingleForward<T>, RAGGED>());
+  }
   if (p.cluster && p.columns == 2) return f(ForwardCluster<T, 2, RAGGED>());
   if (p.cluster) return f(ForwardCluster<T, 1, RAGGED>());
   if (is(32, 2, 1)) return f(ForwardFlags<T, 32, 2, 1, RAGGED>());

@@ -47,7 +47,7 @@ PersistentPass<T>::PersistentPass(const Layer& l, Phase phase, bool tf32, cudaSt
     }
     if (!found.reason.empty()) return;
     // Fewer where the process is limited to a part of the device.
-    if (!found.layout.cluster && room() < found.layout.blocks(D)) return;
+    if (room() < (found.layout.in_cluster() == 0 ? found.layout.blocks(D) : 1)) return;
     layout_ = found.layout;
 
     PackWeights<T> pack = {layout_, phase, l.H, D};
@@ -58,7 +58,8 @@ PersistentPass<T>::PersistentPass(const Layer& l, Phase phase, bool tf32, cudaSt
     packed_ = at::empty({16 * pack.words()}, l.options.dtype(at::kByte));
     pack.packed = out<uint4>(packed_);
     check(launch_pack_weights(pack, stream));
-    const int64_t slices = layout_.cluster ? 0 : l.D * layout_.slices;  // in global memory
+    // What goes through global memory.
+    const int64_t slices = layout_.in_cluster() == 0 ? l.D * layout_.slices : 0;
     flags_at_ = slices * 2 * layout_.state * 4, fault_at_ = flags_at_ + slices * layout_.members;
     exchange_ = at::zeros({fault_at_ + 1}, l.options.dtype(at::kInt));
   }

@@ -13,7 +13,7 @@ template <class T, class Group, bool RAGGED>
 struct BackwardBlock {
   static constexpr bool kCluster = Group::kCluster;
   static constexpr int kUnits = Group::kUnits, kSliceRows = Group::kSliceRows;
-  static constexpr int kElements = (kUnits * kSliceRows + kWarps * 32 - 1) / (kWarps * 32);  // of a thread
+  static constexpr int kElements = Group::Elements::kElements;  // of a thread
   using A = Acc<T>;
 
   // An element of a slice, and what a thread keeps of it from step to step.
@@ -70,7 +70,7 @@ struct BackwardBlock {
 
   static FASTLSTM_DEVICE Element element(const PersistentBackward<T>& s, const Warp& warp, int lane, int q,
                                          const Member& member, int slice) {
-    return Element::of<kUnits, kSliceRows>(warp, lane, q, member.index, slice, s.step.H, s.step.steps.B);
+    return Group::Elements::element(warp, lane, q, member.index, slice, s.step.H, s.step.steps.B);
   }
   static FASTLSTM_DEVICE Moment moment(const PersistentBackward<T>& s, int d, int i) {
     const int64_t at = s.begin + i, t = d == 0 ? s.step.steps.T - 1 - at : at;
@@ -176,7 +176,7 @@ struct BackwardBlock {
         ThreadState& x = elements[q][lane];
         if (!x.exists()) continue;
         const Pending& known = in[q][lane];
-        A dh = i > 0 ? group.sum(warp, x.sum) : known.dh;
+        A dh = i > 0 ? group.sum(warp, lane, q, x.sum) : known.dh;
         if constexpr (RAGGED) {
           if (!x.had_step) dh = x.carry;
           if (x.was_fresh) dh = 0;
@@ -252,12 +252,13 @@ struct BackwardBlock {
                                           const Member& member, int slice, int i) {
     const BackwardStep<T>& f = s.step;
     const int64_t B = f.steps.B, H = f.H, t = moment(s, member.d, i).t, before = step_before(member.d, t);
-    const int unit = member.index * kUnits;
-    if (i >= s.count || unit >= H) return;
+    constexpr int kOfRow = kLines<T, kUnits>, kOfLine = kUnits / kOfRow;  // units
+    if (i >= s.count || member.index * kUnits >= H) return;
     for (const int lane : warp.lanes()) {
-      const int row = (warp.index() * 32 + lane) / 8, what = lane % 8;
+      const int thread = warp.index() * 32 + lane, row = thread / (8 * kOfRow), what = thread / kOfRow % 8;
       const int64_t b = int64_t{slice} * kSliceRows + row;
-      if (row >= kSliceRows || b >= B) continue;
+      const int unit = member.index * kUnits + thread % kOfRow * kOfLine;
+      if (row >= kSliceRows || b >= B || unit >= H) continue;
       if (what < 4) {
         prefetch(f.gates + (((member.d * f.steps.T + t) * B + b) * 4 + what) * H + unit);
       } else if (what == 4 && before >= 0 && before < f.steps.T) {
@@ -273,11 +274,11 @@ struct BackwardBlock {
                                      int slice, Group& group) {
     group.bind(warp, slice, s.count - 1);
     group.receive(warp);
-#pragma unroll 1
+#pragma unroll
     for (int q = 0; q < kElements; ++q) {
       for (const int lane : warp.lanes()) {
         const Element e = element(s, warp, lane, q, member, slice);
-        if (e.exists) s.dh[of_state(s, member.d, e)] = group.sum(warp, group.sum_at(e.unit, e.row));
+        if (e.exists) s.dh[of_state(s, member.d, e)] = group.sum(warp, lane, q, group.sum_at(e.unit, e.row));
       }
     }
     warp.block_sync();  // the sums have been read

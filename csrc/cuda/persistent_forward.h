@@ -16,7 +16,7 @@ template <class T, class Group, bool RAGGED>
 struct ForwardBlock {
   static constexpr bool kCluster = Group::kCluster;
   static constexpr int kUnits = Group::kUnits, kSliceRows = Group::kSliceRows;
-  static constexpr int kElements = (kUnits * kSliceRows + kWarps * 32 - 1) / (kWarps * 32);  // of a thread
+  static constexpr int kElements = Group::Elements::kElements;  // of a thread
   using A = Acc<T>;
 
   // An element of a slice, and what a thread keeps of it from step to step.
@@ -58,7 +58,7 @@ struct ForwardBlock {
 
   static FASTLSTM_DEVICE Element element(const PersistentForward<T>& s, const Warp& warp, int lane, int q,
                                          const Member& member, int slice) {
-    return Element::of<kUnits, kSliceRows>(warp, lane, q, member.index, slice, s.step.H, s.step.steps.B);
+    return Group::Elements::element(warp, lane, q, member.index, slice, s.step.H, s.step.steps.B);
   }
   static FASTLSTM_DEVICE Moment moment(const PersistentForward<T>& s, int d, int i) {
     const int64_t at = s.begin + i, t = d == 0 ? at : s.step.steps.T - 1 - at;
@@ -84,7 +84,7 @@ struct ForwardBlock {
 #pragma unroll
     for (int q = 0; q < kElements; ++q) {
       for (const int lane : warp.lanes()) {
-        const auto e = Element::of<kUnits, kSliceRows>(warp, lane, q, member.index, 0, H, kSliceRows);
+        const Element e = Group::Elements::element(warp, lane, q, member.index, 0, H, kSliceRows);
 #pragma unroll
         for (int g = 0; g < 4; ++g) {
           bias[q][g][lane] =
@@ -167,7 +167,7 @@ struct ForwardBlock {
         if (!x.exists()) continue;
         Gates<A>& gate = gates[q][lane];
         if (!RAGGED || m.t < x.length) {
-          const float4 sum = group.sum4(warp, x.sum);
+          const float4 sum = group.sum4(warp, lane, q, x.sum);
           gate = activate<Fast>(Gates<A>{x.x[0] + sum.x, x.x[1] + sum.y, x.x[2] + sum.z, x.x[3] + sum.w});
           x.c = next_c(gate, x.c);
           h[q][lane] = gate.o * Fast::tanh(x.c);
@@ -221,16 +221,18 @@ struct ForwardBlock {
     }
   }
 
-  // Into L2 what the block will read at the launch's step i: one line, or two, for each row and gate.
+  // Into L2 what the block will read at the launch's step i: for each row and gate the lines that would be
+  // full if they began with the block's units.
   static FASTLSTM_DEVICE void prefetch_l2(const PersistentForward<T>& s, const Warp& warp,
                                           const Member& member, int slice, int i) {
     const int64_t B = s.step.steps.B, H = s.step.H, slot = moment(s, member.d, i).slot;
-    const int unit = member.index * kUnits;
-    if (i >= s.count || unit >= H) return;
+    constexpr int kOfRow = kLines<A, kUnits>, kOfLine = kUnits / kOfRow;  // units
+    if (i >= s.count || member.index * kUnits >= H) return;
     for (const int lane : warp.lanes()) {
-      const int row = (warp.index() * 32 + lane) / 4, gate = lane % 4;
+      const int thread = warp.index() * 32 + lane, row = thread / (4 * kOfRow), gate = thread / kOfRow % 4;
       const int64_t b = int64_t{slice} * kSliceRows + row;
-      if (row >= kSliceRows || b >= B) continue;
+      const int unit = member.index * kUnits + thread % kOfRow * kOfLine;
+      if (row >= kSliceRows || b >= B || unit >= H) continue;
       prefetch(s.step.gates_x + (((member.d * s.step.slots + slot) * B + b) * 4 + gate) * H + unit);
     }
   }

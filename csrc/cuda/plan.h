@@ -14,7 +14,8 @@ namespace fastlstm::cuda {
 
 // Whether the persistent kernels may run at all; off to measure and test the step-wise ones.
 inline std::atomic<bool> persistent_enabled{true};
-// 'A' or 'B' for that tier wherever it can serve, to measure and test it; 0: what is predicted to be fastest.
+// 'A', 'B' or 'S' for that tier wherever it can serve, to measure and test it; 0: what is predicted to be
+// fastest.
 inline std::atomic<char> persistent_tier{0};
 
 struct DeviceLimits {
@@ -40,8 +41,11 @@ struct Recurrence {
 //   backward, tier A   A [members * units, 4 * units]: its rows of W_hh, transposed    state: its own dgates
 // Tier A: a group is a thread-block cluster, whose blocks push into each other's shared memory. Tier B: it is
 // any blocks of one launch that are on the device together, and states go through L2.
+// Tier S: one block is a group, for small layers in 16 bits; nothing is exchanged (forward's A has its rows
+// in another order, [8 warps, 4 gates, 16 units]).
 struct Layout {
   bool cluster;    // tier A
+  bool single;     // tier S, with slices of 4 rows
   bool scatters;   // tier A's backward: blocks hand on products, for the others to add
   int units;       // hidden units of a block
   int width;       // fragments a warp multiplies in a round: of its rows, or where it scatters of its K
@@ -58,7 +62,9 @@ struct Layout {
   int64_t shared_weights() const {  // bytes of A that registers do not hold
     return int64_t{std::max(0, rounds - held)} * 8 * width * 1024;
   }
-  int in_cluster() const { return cluster ? members : 0; }  // blocks
+  int in_cluster() const {
+    return cluster ? members : single ? -1 : 0;
+  }  // blocks; 0: all together, -1: each by itself
   int64_t blocks(int D) const { return int64_t{D} * groups * members; }
 };
 
@@ -98,6 +104,10 @@ constexpr int inbox_stride(int columns) { return 8 * columns + 2; }
 constexpr int cluster_held(Phase phase, int element, int columns) {  // rounds, as ptxas can place them
   return (phase == Phase::forward ? 8 : 8 / element) / columns;
 }
+
+// Tier S.
+constexpr int kSingleUnits = 128, kSingleRows = 4;
+constexpr int kSingleForwardRounds = 4, kSingleBackwardRounds = 16;
 
 constexpr int64_t up(int64_t n, int64_t by) { return (n + by - 1) / by; }
 // Blocks of a cluster: one alone is none, and may not push even to itself.
@@ -143,6 +153,19 @@ inline Layout lay_out_clusters(Phase phase, const Recurrence& r, int held, int c
   p.shared = 16 + 2 * p.state * 16 + p.shared_weights() + received;
   return p;
 }
+
+// A block for each slice; they need not be on the device together.
+inline Layout lay_out_single(Phase phase, const Recurrence& r) {
+  const bool forward = phase == Phase::forward;
+  Layout p = {};
+  p.single = true, p.units = kSingleUnits, p.columns = 1, p.members = 1, p.parts = 1;
+  p.width = forward ? 4 : 1, p.rounds = forward ? kSingleForwardRounds : kSingleBackwardRounds;
+  p.held = p.rounds;
+  p.slices = p.groups = static_cast<int>(up(r.B, kSingleRows));
+  p.state = p.rounds * 32, p.shared = 2 * p.state * 16;
+  return p;
+}
+inline bool fits_single(const Recurrence& r) { return r.element == 2 && r.H <= kSingleUnits; }
 
 // Microseconds of a step of all slices, without the products before and after the loop: a model whose
 // constants were fitted to times of an H100 (docs/gpu-notes.md, "Time per step"). On other devices only the
@@ -236,6 +259,10 @@ inline Plan plan(Phase phase, const Recurrence& r, const DeviceLimits& device, c
     return {"only float16, bfloat16, and float32 at TF32 precision have persistent kernels"};
   if (r.H < 1 || r.B < 1) return {"there is nothing to compute"};
   if (device.sms < 1) return {"there is no GPU that can launch blocks together"};
+  // Only where asked for: that it is the fastest, at a calculated 0.65 us a step forward, has not been
+  // measured.
+  if (asked == 'S' && fits_single(r) && up(r.B, kSingleRows) * r.D <= std::numeric_limits<int>::max())
+    return {"", lay_out_single(phase, r), "tier S: asked for S"};
   const Plan a = plan_clusters(phase, r, device);
   const Layout b = lay_out_anywhere(phase, r, device);
   const bool fits_a = a.reason.empty(), fits_b = b.members > 0;

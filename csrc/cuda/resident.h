@@ -261,20 +261,35 @@ constexpr int kStepsAhead = 3;
 template <class T, int UNITS, int K>
 constexpr int kGateOffset = K * UNITS / kChunkOf<T> * 8 * kChunkOf<T> + K * UNITS % kChunkOf<T>;
 
-// The elements (unit, row) of a slice, dealt to the block's threads: always the same ones to the same thread.
+// Lines of 128 bytes that a row of a block's units takes in a matrix of X.
+template <class X, int UNITS>
+constexpr int kLines =
+    UNITS * static_cast<int>(sizeof(X)) > 128 ? UNITS * static_cast<int>(sizeof(X)) / 128 : 1;
+
+// An element (unit, row) of a slice.
 struct Element {
   int unit, row;  // in the slice
   int j, b;       // in the layer; a launch has no 2^31 rows, nor W_hh 2^31 units
   bool exists;
 
-  template <int UNITS, int ROWS>
-  static FASTLSTM_DEVICE Element of(const Warp& warp, int lane, int q, int member, int slice, int64_t H,
-                                    int64_t B) {
+  FASTLSTM_DEVICE Element(int unit, int row, int units, int rows, int member, int slice, int64_t H, int64_t B)
+      : unit(unit),
+        row(row),
+        j(member * units + unit),
+        b(slice * rows + row),
+        exists(row < rows && j < H && b < B) {}
+};
+
+// Which elements of a slice a thread has, always the same ones: neighbouring units to neighbouring lanes.
+template <int UNITS, int ROWS>
+struct Deal {
+  static constexpr int kElements = (UNITS * ROWS + kWarps * 32 - 1) / (kWarps * 32);  // of a thread
+
+  // Its element q.
+  static FASTLSTM_DEVICE Element element(const Warp& warp, int lane, int q, int member, int slice, int64_t H,
+                                         int64_t B) {
     const unsigned e = static_cast<unsigned>((q * kWarps + warp.index()) * 32 + lane);
-    Element x = {static_cast<int>(e % UNITS), static_cast<int>(e / UNITS)};
-    x.j = member * UNITS + x.unit, x.b = slice * ROWS + x.row;
-    x.exists = x.row < ROWS && x.j < H && x.b < B;
-    return x;
+    return {static_cast<int>(e % UNITS), static_cast<int>(e / UNITS), UNITS, ROWS, member, slice, H, B};
   }
 };
 

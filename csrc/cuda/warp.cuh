@@ -227,7 +227,8 @@ __global__ void __launch_bounds__(kWarps * 32, 1) persistent(const __grid_consta
 #endif
 }
 
-// `blocks` blocks; in clusters of `cluster`, or, if that is 0, all on the device at once or not at all.
+// `blocks` blocks; in clusters of `cluster`, or, if that is 0, all on the device at once or not at all; -1:
+// at any time.
 struct LaunchConfig {
   cudaLaunchAttribute attribute;
   cudaLaunchConfig_t config;
@@ -235,7 +236,7 @@ struct LaunchConfig {
   LaunchConfig(int blocks, int cluster, int64_t shared_bytes, cudaStream_t stream) : attribute(), config() {
     config.gridDim = dim3(blocks), config.blockDim = dim3(kWarps * 32);
     config.dynamicSmemBytes = static_cast<size_t>(shared_bytes), config.stream = stream;
-    config.attrs = &attribute, config.numAttrs = 1;
+    config.attrs = &attribute, config.numAttrs = cluster < 0 ? 0 : 1;
     if (cluster > 0) {
       attribute.id = cudaLaunchAttributeClusterDimension;
       attribute.val.clusterDim.x = static_cast<unsigned>(cluster);

@@ -61,7 +61,8 @@ def set_persistent(on: bool, tier: str = "") -> None:
     and testing the one against the other (docs/gpu-notes.md).
 
     Args:
-        tier: "A" (thread-block clusters) or "B" (groups of blocks that meet in L2) wherever that one can serve,
+        tier: "A" (thread-block clusters), "B" (groups of blocks that meet in L2) or "S" (single blocks, for H up to 128
+            in 16 bits; not chosen unless asked for, as it has not been measured) wherever that one can run the layer,
             whatever is predicted.
 
     Raises:
@@ -92,12 +93,9 @@ def kernels(call: LayerCall, B: int) -> str:
             16 if gpu.major >= 9 else 0,  # the most blocks of a cluster, as csrc/cuda/device.cpp has it
             extension.persistent_tier(),
         )  # fmt: skip
-        groups = "clusters" if layout["cluster"] else "groups"
-        phases.append(
-            f"{phase} step by step: {reason}"
-            if reason
-            else f"{phase} in {groups} of {layout['members']} blocks ({tier})"
-        )
+        groups = f"{'clusters' if layout['cluster'] else 'groups'} of {layout['members']} blocks"
+        groups = "single blocks" if layout["single"] else groups
+        phases.append(f"{phase} step by step: {reason}" if reason else f"{phase} in {groups} ({tier})")
     return f"persistent from 4 steps on: {'; '.join(phases)}"
 
 

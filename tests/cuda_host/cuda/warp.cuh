@@ -312,7 +312,7 @@ int blocks_together(int cluster, int64_t) {
 // more.
 template <class F, class S>
 cudaError_t launch_together(const S& s, int blocks, int cluster, int64_t shared_bytes, cudaStream_t) {
-  const int at_once = cluster > 0 ? cluster : blocks;
+  const int at_once = cluster > 0 ? cluster : cluster == 0 ? blocks : 1;
   if (blocks % at_once != 0 || F::kCluster != (cluster > 0)) return cudaErrorInvalidConfiguration;
   if (launches_left == 0)
     return cluster > 0 ? cudaErrorInvalidClusterSize : cudaErrorCooperativeLaunchTooLarge;
