@@ -98,7 +98,7 @@ def backend(compiled: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
 def persistent(request: pytest.FixtureRequest, backend: str) -> Iterator[str]:
     """The same with the persistent kernels of one tier in use, on a device of 8 SMs; float32 multiplies in TF32.
 
-    S serves up to 128 units in 16 bits, and otherwise B runs.
+    S runs layers of up to 128 units in 16 bits; B runs the others.
     """
     torch.ops.fastlstm_cuda_host.persistent(True, request.param)
     yield backend

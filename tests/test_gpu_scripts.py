@@ -13,7 +13,17 @@ import pytest
 ROOT = Path(__file__).parent.parent
 STAGES = {
     "gpu_first": ("build", "compile_exchange", "compile_latency", "crash_probe", "exchange", "latency", "hostile"),
-    "gpu_correctness": ("build", "persistent", "graphs", "parity", "memcheck", "launches_A", "launches_B", "racecheck"),
+    "gpu_correctness": (
+        "build",
+        "persistent",
+        "graphs",
+        "parity",
+        "memcheck",
+        "launches_A",
+        "launches_B",
+        "launches_S",
+        "racecheck",
+    ),
     "gpu_numbers": ("build", "compile_steps", "steps", "ragged", "points", "ncu_512", "ncu_1024"),
 }
 
@@ -47,8 +57,8 @@ def call(tmp_path):
 
 @pytest.mark.parametrize("name", STAGES)
 def test_every_stage_runs_and_leaves_a_log(name, call):
-    status, told, out = call(name)
-    assert status == 0, told
+    status, output, out = call(name)
+    assert status == 0, output
     summary = (out / "summary.txt").read_text().splitlines()
     done = [line.split()[1].rstrip(":") for line in summary if line.startswith("==") and "exit 0" in line]
     assert tuple(dict.fromkeys(done)) == STAGES[name]
@@ -58,22 +68,22 @@ def test_every_stage_runs_and_leaves_a_log(name, call):
 
 def test_the_built_extension_is_kept_for_the_next_call(call):
     call("gpu_first")
-    status, told, out = call("gpu_numbers")
-    assert status == 0, told
+    status, output, out = call("gpu_numbers")
+    assert status == 0, output
     assert (out / "_C.test.so").exists()
-    assert "== build" not in told.split("== compile_steps")[0]
+    assert "== build" not in output.split("== compile_steps")[0]
 
 
 def test_what_does_not_fit_in_the_time_is_named(call):
     call("gpu_first")
-    status, told, out = call("gpu_correctness", CALL_SECONDS="10")
-    assert status == 0, told
+    status, output, out = call("gpu_correctness", CALL_SECONDS="10")
+    assert status == 0, output
     assert "== persistent: left, for want of time" in (out / "summary.txt").read_text()
 
 
 def test_a_failed_stage_does_not_stop_the_next_and_decides_the_status(call):
-    status, told, out = call("gpu_correctness", STATUS="3")
-    assert status == 3, told
+    status, output, out = call("gpu_correctness", STATUS="3")
+    assert status == 3, output
     summary = (out / "summary.txt").read_text()
     assert all(f"== {stage}: exit 3" in summary for stage in STAGES["gpu_correctness"][1:4])
     assert "== racecheck: exit 0" in summary  # compute-sanitizer's own

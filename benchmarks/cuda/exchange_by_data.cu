@@ -76,7 +76,7 @@ __device__ uint32_t take(const Exchange& s, const uint4* slot, int begin, int en
   return __reduce_add_sync(~0u, sum);
 }
 
-// Each block's part of a round is a function of all it has read; a wrong word is told in s.wrong.
+// Each block's part of a round is a function of all it has read; a wrong word is reported in s.wrong.
 template <How HOW>
 __global__ void __launch_bounds__(kThreads, 1) rounds(const __grid_constant__ Exchange s) {
   __shared__ uint32_t partial[kWarps];
