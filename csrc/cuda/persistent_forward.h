@@ -18,6 +18,8 @@ struct ForwardBlock {
   static constexpr int kUnits = Group::kUnits, kSliceRows = Group::kSliceRows;
   static constexpr int kElements = Group::Elements::kElements;  // of a thread
   using A = Acc<T>;
+  // TF32 computes the place of its outputs again in each step: there are no registers for it.
+  static constexpr bool kKeepsPlace = sizeof(T) == 2;
 
   // An element of a slice, and what a thread keeps of it from step to step.
   struct ThreadState {
@@ -25,6 +27,7 @@ struct ForwardBlock {
     int sum;                    // of its gates; below zero where there is no such element
     int length;                 // RAGGED: steps of its row
     bool fresh;                 // RAGGED: whether the next step is entered with zeros
+    int64_t at;                 // in 16 bits: its place in [T, B, D*H] at the coming step
     int64_t wide;               // its gate i in [D, slots, B, 4H] at the coming step
     A c;                        // that enters the step, a reset applied
     A x[4];                     // x W_ih^T
@@ -111,6 +114,7 @@ struct ForwardBlock {
         if (!e.exists) continue;
         const int64_t state = of_state(s, d, e);
         x.own = group.place(warp, e.row, e.unit);
+        if constexpr (kKeepsPlace) x.at = ((m.t * B + e.b) * f.D + d) * H + e.j;
         x.wide = ((d * f.slots + m.slot) * B + e.b) * 4 * H + e.j;
         x.c = m.first ? load_or_zeros<1>(f.c0, state).v[0] : f.c[state];
         if constexpr (RAGGED) {
@@ -255,7 +259,8 @@ struct ForwardBlock {
         if (!x.exists()) continue;
         const bool valid = !RAGGED || m.t < x.length;
         const Element e = element(s, warp, lane, q, member, slice);
-        const int64_t at = ((m.t * B + e.b) * f.D + d) * H + e.j;
+        int64_t at = ((m.t * B + e.b) * f.D + d) * H + e.j;  // in [T, B, D*H]
+        if constexpr (kKeepsPlace) at = x.at, x.at += stride(s, d) / 4 * f.D;
         narrow(valid ? h[q][lane] : 0, f.state.y[at]);
         if (f.cells) narrow(valid ? x.c : 0, f.cells[at]);
         if (f.gates) {
