@@ -41,7 +41,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         nargs="+",
         default=[],
         metavar="NAME",
-        help=f"nn, the baseline, and any of {', '.join(name for name in peers.PEERS if name != 'nn')}; "
+        help=f"any of {', '.join(name for name in peers.PEERS if name not in results.BASELINES)}, beside nn, the "
+        "baseline, and on CUDA nn_graph, nn in a CUDA graph: ratios are to the faster of these two; "
         "by default fastlstm and whichever rivals are installed",
     )
     parser.add_argument("--out", type=Path, metavar="DIR", help="folder of the CSV")
@@ -60,7 +61,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--resume", action="store_true", help="keep the rows of the CSV, and measure the other cases")
     parser.add_argument(
         "--kernels",
-        choices=("steps", "A", "B"),
+        choices=("steps", "A", "B", "S"),
         help="fastlstm's CUDA kernels: step by step, or persistent ones of a tier where they fit; else as planned",
     )
     return parser.parse_args(arguments)
@@ -79,9 +80,9 @@ def line(row: Row) -> str:
         what += f"{row.peak_mib:10.1f} MiB"
     if row.p50_ms is not None:
         what += f"{row.p50_ms:10.3f} ms  ({row.p20_ms:.3f} .. {row.p80_ms:.3f}, {row.rounds} x {row.calls})"
-    if row.suite == "gpu" and row.us_per_step is not None:
+    if row.suite in ("gpu", "gpu_points") and row.us_per_step is not None:
         what += f"{row.us_per_step:9.2f} us a step"
-    if row.impl != "nn" and row.ratio is not None:
+    if row.impl not in results.BASELINES and row.ratio is not None:
         colour = "green" if row.ratio >= (row.goal or 1.0) else "yellow" if row.ratio >= 1 else "red"
         what += f"  [{colour}]{row.ratio:.2f}x[/]"
     if isinstance(row, ModelRow) and row.lstm_share is not None:
@@ -96,7 +97,7 @@ def line(row: Row) -> str:
 def summary(rows: list[Row]) -> list[str]:
     """Geometric means, and the number of rows measured on a busy machine."""
     told = []
-    for impl in dict.fromkeys(row.impl for row in rows if row.impl != "nn"):
+    for impl in dict.fromkeys(row.impl for row in rows if row.impl not in results.BASELINES):
         for mode in dict.fromkeys(row.mode for row in rows):
             ratios = [row.ratio for row in rows if (row.impl, row.mode) == (impl, mode) and row.ratio]
             if ratios:
@@ -122,8 +123,9 @@ def main(arguments: list[str] | None = None) -> int:
         return calibrate(words[1:])
     options = parse(arguments)
     say = printer()
-    device = "cuda" if options.suite == "gpu" else "cpu"
-    if options.suite == "gpu" and gpu.why_not():
+    on_gpu = options.suite in ("gpu", "gpu_points")
+    device = "cuda" if on_gpu else "cpu"
+    if on_gpu and gpu.why_not():
         say(f"[red]{gpu.why_not()}[/]")
         return 2
     if options.kernels:

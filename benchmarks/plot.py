@@ -11,7 +11,7 @@ import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
-from benchmarks.results import Row
+from benchmarks.results import BASELINES, Row
 
 COLOURS = {"train": "#1f5fa8", "forward": "#e08214"}
 LABELS = {"train": "training step", "forward": "forward, no_grad"}
@@ -23,7 +23,7 @@ TICKS = (0.1, 0.2, 0.5, 1, 2, 3, 5, 8, 12, 20, 40, 80, 160)
 
 def draw(rows: list[Row], path: Path) -> Path | None:
     """Writes the PNG; None when no row has both a time and a ratio."""
-    timed = [row for row in rows if row.ratio and row.impl != "nn" and row.mode in COLOURS]
+    timed = [row for row in rows if row.ratio and row.impl not in BASELINES and row.mode in COLOURS]
     if not timed:
         return None
     # One implementation a picture: fastlstm's own where it was measured.

@@ -62,7 +62,11 @@ class Program:
     def results(self, mode: str) -> dict[str, Tensor]:
         """One run's output, h_n, c_n and, in training, every gradient; padded, and named alike in all programs."""
         with self.mode(mode) as run:
-            output, h_n, c_n = (t.detach() for t in run())
+            return self.named_results(mode, run())
+
+    def named_results(self, mode: str, outputs: Outputs) -> dict[str, Tensor]:
+        """`outputs` of a run and the gradients it left."""
+        output, h_n, c_n = (t.detach() for t in outputs)
         found = {"output": self._padded(output), "h_n": h_n, "c_n": c_n}
         if mode == "forward":
             return found

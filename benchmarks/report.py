@@ -17,7 +17,7 @@ from pathlib import Path
 
 from benchmarks import headline, results
 from benchmarks.load import BUSY
-from benchmarks.results import ModelRow, Row
+from benchmarks.results import BASELINES, ModelRow, Row
 
 HEADINGS = {
     "train": "Training step (forward and backward)",
@@ -64,26 +64,42 @@ def _table(headings: list[str], lines: Iterable[list[str]]) -> str:
 def _pairs(rows: list[Row], mode: str) -> list[tuple[Row, Row]]:
     """(nn.LSTM's row, another's row) for every case of a mode, in file order."""
     theirs = {row.case: row for row in rows if row.mode == mode and row.impl == "nn"}
-    return [(theirs[row.case], row) for row in rows if row.mode == mode and row.impl != "nn" and row.case in theirs]
+    others = [row for row in rows if row.mode == mode and row.impl not in BASELINES]
+    return [(theirs[row.case], row) for row in others if row.case in theirs]
 
 
 def _tables(rows: list[Row]) -> list[str]:
-    """One table per mode: case, nn.LSTM, each implementation, speedup, percentage of the peak."""
-    several = len({row.impl for row in rows}) > 2
+    """One table per mode: case, nn.LSTM, each implementation, speedup, percentage of the peak.
+
+    If nn.LSTM was also measured in a CUDA graph, that is a column, and speedups are relative to the faster of both.
+    """
+    several = len({row.impl for row in rows} - set(BASELINES)) > 1
+    graphs = {(row.case, row.mode): row for row in rows if row.impl == "nn_graph"}
     parts = []
     for mode in dict.fromkeys(row.mode for row in rows):
         pairs = _pairs(rows, mode)
         if not pairs:  # one of fastlstm's ways beside another
             continue
-        headings = ["case", "nn.LSTM ms", "ms" if several else "fastlstm ms", "speedup", "% of peak"]
+        headings = [
+            "case",
+            "nn.LSTM ms",
+            *(["in a graph ms"] if graphs else []),
+            "ms" if several else "fastlstm ms",
+            "speedup",
+            "% of peak",
+        ]
         lines = []
         for nn, row in pairs:
             name = f"{row.case} ({row.impl})" if several else row.case
-            lines.append([name, _ms(nn), _ms(row), _ratio(row), _percent(row.fraction)])
+            graph = graphs.get((row.case, mode))
+            in_graph = [_ms(graph) if graph else ""] if graphs else []
+            lines.append([name, _ms(nn), *in_graph, _ms(row), _ratio(row), _percent(row.fraction)])
         parts += [f"**{HEADINGS[mode]}**", _table(headings, lines)]
         ratios = [row.ratio for _, row in pairs if row.impl == "fastlstm" and row.ratio]
         if ratios:
             parts.append(f"Geometric mean {geometric_mean(ratios):.2f}x; min {min(ratios):.2f}x.")
+    if graphs:
+        parts.append("Speedups are relative to the faster of nn.LSTM as called and nn.LSTM in a CUDA graph.")
     limits = dict.fromkeys(row.limit for row in rows if row.limit)
     if limits:
         parts.append(

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TypeVar, overload
 
 R = TypeVar("R")
+BASELINES = ("nn", "nn_graph")  # nn.LSTM as called and in a CUDA graph: ratios are to the faster
 RESULTS = Path(__file__).resolve().parent / "results"
 
 
@@ -25,8 +26,8 @@ class Row:
     p20_ms: float | None = None
     p50_ms: float | None = None
     p80_ms: float | None = None
-    ratio: float | None = None  # nn p50 / this p50
-    ratio_rounds: float | None = None  # median of the rounds' own ratios nn / this
+    ratio: float | None = None  # baseline p50 / this p50; the baseline is nn, or nn_graph where that is faster
+    ratio_rounds: float | None = None  # median of the rounds' own ratios baseline / this
     goal: float | None = None
     fraction: float | None = None  # of the machine's limit: floor_ms / p50_ms
     floor_ms: float | None = None

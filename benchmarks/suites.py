@@ -17,7 +17,9 @@ from benchmarks.run import Suite, run_suite
 
 Report = Callable[[str, list[Row]], None]
 
-NAMES = ("cpu", "gpu", "quick", "grid", "random", "scaling", "tutorials", "features", "models")
+NAMES = (
+    "cpu", "gpu", "gpu_points", "quick", "grid", "random", "scaling", "tutorials", "features", "models",
+)  # fmt: skip
 
 
 def suite_of(name: str) -> Suite:
@@ -33,12 +35,13 @@ def suite_of(name: str) -> Suite:
         return Suite(name, cases, plan=plan, gate_flops=2e9, attempts=2, alone=True)
     if name == "scaling":
         return Suite("scaling", sweeps.SCALING_T + sweeps.SCALING_PACKED, gate_flops=2e10, alone=True)
-    if name == "gpu":
+    if name in ("gpu", "gpu_points"):
+        points = name == "gpu_points"
         return Suite(
-            "gpu",
-            gpu.cases(),
+            name,
+            gpu.points() if points else gpu.cases(),
             device="cuda",
-            plan=Plan(budget=0.6, patience=4.0),
+            plan=Plan(budget=0.3, min_rounds=5, patience=2.0) if points else Plan(budget=0.6, patience=4.0),
             gate_flops=5e12,
             attempts=1,  # the device times itself; what else runs on the host matters little
             precision=gpu.precision,

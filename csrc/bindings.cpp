@@ -77,6 +77,7 @@ std::tuple<std::string, std::map<std::string, int64_t>, std::string> persistent_
   const cuda::Layout& l = found.layout;
   return {found.reason,
           {{"cluster", l.cluster},
+           {"single", l.single},
            {"units", l.units},
            {"width", l.width},
            {"rounds", l.rounds},
@@ -112,7 +113,8 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
     return tier ? std::string(1, tier) : std::string();
   });
   m.def("enable_persistent", [](bool on, const std::string& tier) {
-    TORCH_CHECK(tier.empty() || tier == "A" || tier == "B", "tier must be A, B or empty, got ", tier);
+    TORCH_CHECK(tier.empty() || tier == "A" || tier == "B" || tier == "S",
+                "tier must be A, B, S or empty, got ", tier);
     fastlstm::cuda::persistent_enabled = on, fastlstm::cuda::persistent_tier = tier.c_str()[0];
   });
   m.def("activation", &fastlstm::activation, "The CPU kernels' sigmoid or tanh of a tensor, for tests.");

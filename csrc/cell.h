@@ -31,16 +31,33 @@ FASTLSTM_HD V next_c(const Gates<V>& a, V c_prev) {
   return a.f * c_prev + a.i * a.g;
 }
 
+// All of a step's backward that does not depend on dh and dc.
+template <class V>
+struct CellDerivatives {
+  Gates<V> pre;  // of the pre-activations: times the gradient of c_t, for the output gate times that of h_t
+  V c, c_prev;   // dc_t / dh_t and dc_t / dc_{t-1}
+};
+
+template <class V>
+FASTLSTM_HD CellDerivatives<V> cell_derivatives(const Gates<V>& a, V c_prev, V tanh_c) {
+  return {{a.g * (a.i * (1 - a.i)), c_prev * (a.f * (1 - a.f)), a.i * (1 - a.g * a.g),
+           tanh_c * (a.o * (1 - a.o))},
+          a.o * (1 - tanh_c * tanh_c),
+          a.f};
+}
+
 // From dh, the gradient of h_t (before any projection), and dc, that of c_t by every other way: the gradients
 // of the pre-activations. dc becomes the gradient of c_{t-1}.
 template <class V>
-FASTLSTM_HD Gates<V> cell_backward(const Gates<V>& a, V c_prev, V tanh_c, V dh, V& dc) {
-  // dh and dc come last: all else is known before they are.
-  dc = dc + dh * (a.o * (1 - tanh_c * tanh_c));
-  const Gates<V> pre = {dc * (a.g * (a.i * (1 - a.i))), dc * (c_prev * (a.f * (1 - a.f))),
-                        dc * (a.i * (1 - a.g * a.g)), dh * (tanh_c * (a.o * (1 - a.o)))};
-  dc = dc * a.f;
+FASTLSTM_HD Gates<V> cell_backward(const CellDerivatives<V>& d, V dh, V& dc) {
+  dc = dc + dh * d.c;
+  const Gates<V> pre = {dc * d.pre.i, dc * d.pre.f, dc * d.pre.g, dh * d.pre.o};
+  dc = dc * d.c_prev;
   return pre;
+}
+template <class V>
+FASTLSTM_HD Gates<V> cell_backward(const Gates<V>& a, V c_prev, V tanh_c, V dh, V& dc) {
+  return cell_backward(cell_derivatives(a, c_prev, tanh_c), dh, dc);
 }
 
 }  // namespace fastlstm

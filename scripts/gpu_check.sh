@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Everything there is to check on a machine with a GPU, in one command:
 #   scripts/gpu_check.sh OUT [STAGE ...]
-# Stages, all by default: build, small, parity, gradients, execution, features, hostile, persistent (the suite), steps
+# Stages, all by default: build, small, parity, gradients, execution, graphs, features, hostile, persistent (the suite), steps
 # (the suite without the persistent kernels), first_call, memcheck, racecheck, initcheck, synccheck, bfloat16,
 # float16, tf32, float32 (the benchmark suite, a dtype at a time), triton (the same on Triton, T=512), latency,
 # launches_A and launches_B (10,000 random launches of a tier of the persistent kernels), persistent_memcheck,
@@ -22,7 +22,7 @@ shift
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python3}
 seconds=${STAGE_SECONDS:-580}
-all=(build small parity gradients execution features hostile persistent steps first_call memcheck racecheck initcheck
+all=(build small parity gradients execution graphs features hostile persistent steps first_call memcheck racecheck initcheck
   synccheck bfloat16 float16 tf32 float32 triton latency launches_A launches_B persistent_memcheck
   persistent_racecheck persistent_initcheck persistent_synccheck kernels_steps kernels_A kernels_B)
 stages=("$@")
@@ -96,6 +96,7 @@ small() { suite small; }
 parity() { suite parity; }
 gradients() { suite gradients; }
 execution() { suite execution; }
+graphs() { suite graphs; }
 features() { suite features; }
 hostile() { suite hostile; }
 persistent() { suite persistent; }

@@ -177,6 +177,8 @@ def test_without_a_gpu_the_suite_says_so(monkeypatch, capsys):
         (Case(64, 16, 128, 128, dtype="float32"), "train", "cuDNN PERSIST_STATIC_SMALL_H"),
         (Case(64, 16, 192, 192, dtype="float32"), "forward", "cuDNN PERSIST_STATIC_SMALL_H"),
         (Case(64, 16, 192, 192, dtype="float32"), "train", "cuDNN STANDARD"),
+        (Case(64, 16, 128, 128, dtype="float16"), "train", "cuDNN PERSIST_STATIC_SMALL_H"),
+        (Case(64, 16, 128, 128, dtype="bfloat16"), "train", "cuDNN STANDARD"),
         (Case(64, 64, 768, 768, dtype="float16"), "train", "cuDNN PERSIST_STATIC"),
         (Case(64, 64, 768, 768, 2, dtype="float16"), "train", "cuDNN STANDARD"),
         (Case(64, 256, 768, 768, dtype="float16"), "train", "cuDNN STANDARD"),

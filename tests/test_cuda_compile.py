@@ -20,7 +20,7 @@ KERNELS = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
 ARCHITECTURES = {"sm_80": "compute_80", "sm_90a": "compute_90a", "sm_100": "compute_100"}
 
 # The persistent kernels' unrolled products keep ptxas busy for a minute an architecture: pytest -m slow. Float16
-# differs from bfloat16 in its conversions alone.
+# differs from bfloat16 in its conversions alone. Each is compiled with and without lengths and resets.
 LARGE = [path for path in KERNELS if path.name.startswith("persistent_")]
 COMPILED = [
     pytest.param(
@@ -69,11 +69,12 @@ def test_kernels_include_no_torch_header(source):
 
 @needs_nvcc
 @pytest.mark.parametrize("architecture", ["sm_80", "sm_90a"])
-def test_the_latency_benchmark_compiles(architecture, tmp_path):
-    """benchmarks/cuda/latency.cu, a program of its own; scripts/gpu_check.sh runs it."""
+@pytest.mark.parametrize("name", ["latency", "exchange_by_data", pytest.param("steps", marks=pytest.mark.slow)])
+def test_the_programs_that_measure_compile(name, architecture, tmp_path):
+    """benchmarks/cuda, which scripts/gpu_*.sh run."""
     target = f"-gencode=arch={ARCHITECTURES[architecture]},code={architecture}"
     command = ["nvcc", "-std=c++17", "-O3", target, f"-I{ROOT / 'csrc'}", "-Werror", "all-warnings"]
-    command += [str(ROOT / "benchmarks" / "cuda" / "latency.cu"), "-o", str(tmp_path / "latency")]
+    command += [str(ROOT / "benchmarks" / "cuda" / f"{name}.cu"), "-o", str(tmp_path / name)]
     ran = subprocess.run(command, capture_output=True, text=True)
     assert ran.returncode == 0, ran.stderr
 

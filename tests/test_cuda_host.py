@@ -76,6 +76,8 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> None:
     library.define("native_layer_backward" + schema.BACKWARD)
     library.define("multiply(Tensor(a!) out, Tensor a, Tensor b, bool add) -> int")
     library.define("persistent(bool enabled, str tier) -> ()")
+    library.define("launches_left(int n) -> ()")
+    library.define("occupancy_queries() -> int")
     torch.ops.load_library(str(built))
     torch.ops.fastlstm_cuda_host.persistent(False, "")
     register.define(NAME, torch.ops.fastlstm_cuda_host.native_layer, torch.ops.fastlstm_cuda_host.native_layer_backward)
@@ -92,9 +94,12 @@ def backend(compiled: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
         yield NAME
 
 
-@pytest.fixture(params=["A", "B"])
+@pytest.fixture(params=["A", "B", "S"])
 def persistent(request: pytest.FixtureRequest, backend: str) -> Iterator[str]:
-    """The same with the persistent kernels of one tier in use, on a device of 8 SMs; float32 multiplies in TF32."""
+    """The same with the persistent kernels of one tier in use, on a device of 8 SMs; float32 multiplies in TF32.
+
+    S runs layers of up to 128 units in 16 bits; B runs the others.
+    """
     torch.ops.fastlstm_cuda_host.persistent(True, request.param)
     yield backend
     torch.ops.fastlstm_cuda_host.persistent(False, "")
@@ -150,6 +155,7 @@ def test_parity_of_the_persistent_kernels(case, dtype, persistent, poisoned_empt
     check(case.to(dtype), persistent)
 
 
+@pytest.mark.parametrize("persistent", ["A", "B"], indirect=True)
 @pytest.mark.parametrize("case", PERSISTENT, ids=str)
 def test_tf32_of_the_persistent_kernels(case, persistent, poisoned_empty):
     check(case, persistent, gpu_support.TF32.rounding("native"))
@@ -172,6 +178,52 @@ def test_the_persistent_kernels_give_the_same_bits_every_time(persistent):
     case = Case(T=20, B=19, I=4, H=40, bidirectional=True, hx="tuple", dtype=torch.bfloat16)
     first, second = run_backend(case, persistent), run_backend(case, persistent)
     assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.parametrize("launches", [0, 1, 2])
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(T=17, B=3, I=2, H=33, bidirectional=True, hx="tuple", cells=True, lengths=(17, 7, 0), dtype=torch.float16),
+        Case(T=40, B=3, I=2, H=33, resets=((0, 0), (16, 1), (20, 2)), hx="tuple", dtype=torch.bfloat16),
+        Case(T=9, B=3, I=2, H=8, dtype=torch.float16),
+    ],
+    ids=str,
+)
+def test_steps_continue_where_launches_find_no_room(case, launches, persistent, poisoned_empty):
+    """A green context, or MPS, may leave a stream fewer SMs than the device has: each pass goes on step by step."""
+    torch.ops.fastlstm_cuda_host.launches_left(launches)
+    try:
+        check(case, persistent)
+    finally:
+        torch.ops.fastlstm_cuda_host.launches_left(-1)
+
+
+def test_the_runtime_is_asked_once(persistent):
+    case = Case(T=6, B=3, I=2, H=24, dtype=torch.bfloat16)
+    run_backend(case, persistent)
+    asked = torch.ops.fastlstm_cuda_host.occupancy_queries()
+    run_backend(case, persistent)
+    assert torch.ops.fastlstm_cuda_host.occupancy_queries() == asked > 0
+
+
+@pytest.mark.parametrize("backend", ["persistent", "step-wise"], indirect=False)
+@pytest.mark.parametrize("D", [1, 2])
+def test_no_units(D, backend, compiled):
+    """hidden_size 0, which the modules refuse and the op does not: empty results."""
+    torch.ops.fastlstm_cuda_host.persistent(backend == "persistent", "")
+    x = torch.ones(5, 2, 3, dtype=torch.float16)
+    weights = [torch.ones(0, 3), torch.ones(0, 0), torch.ones(0), torch.ones(0)] * D
+    weights = [w.to(x.dtype) for w in weights]
+    results = torch.ops.fastlstm_cuda_host.native_layer(x, None, None, weights, None, None, True, True)
+    torch.ops.fastlstm_cuda_host.persistent(False, "")
+    y, h_n, c_n, cells, reserve = results
+    assert [tuple(t.shape) for t in results] == [(5, 2, 0), (D, 2, 0), (D, 2, 0), (5, 2, 0), (D, 5, 2, 0)]
+    needs = [True] * (3 + len(weights))
+    dx, *_ = torch.ops.fastlstm_cuda_host.native_layer_backward(
+        y, h_n, c_n, None, x, None, None, weights, None, None, y, cells, reserve, needs
+    )
+    assert not dx.any()
 
 
 def test_addresses_that_do_not_fit_the_vector_width(backend):

@@ -31,7 +31,7 @@ SMALL = (
 SIZES = [(H, B) for H in (31, 128, 256, 500, 512, 640, 768, 1024, 1536, 2048) for B in (1, 16, 100)]
 
 
-@pytest.fixture(autouse=True, params=["A", "B"])
+@pytest.fixture(autouse=True, params=["A", "B", "S"])
 def persistent(request: pytest.FixtureRequest) -> Iterator[str]:
     """With the persistent kernels of one tier on, wherever it can serve."""
     if "cuda" not in native.devices:
@@ -103,6 +103,32 @@ def test_random_launches():
         require("native", case)
         against_steps(case, precision)
     torch.cuda.synchronize()
+
+
+@pytest.mark.parametrize("sms", [8, 32])
+def test_a_green_context(sms):
+    """The stream has fewer SMs than the device: the launch finds no room, and the layer runs step by step.
+
+    Not run on a GPU yet. The expected status is cudaErrorCooperativeLaunchTooLarge, or for clusters
+    cudaErrorInvalidClusterSize; csrc/cuda/layer_persistent.cpp takes the step-wise path for no other.
+    """
+    green_contexts = pytest.importorskip("torch.cuda.green_contexts")
+    case = Case(T=24, B=64, I=64, H=1024, hx="tuple", dtype=torch.bfloat16)
+    expected = run(case, BFLOAT16, "native")
+    torch.cuda.synchronize()
+    try:
+        context = green_contexts.GreenContext.create(num_sms=sms, device_id=0)
+    except RuntimeError as error:
+        pytest.skip(str(error))
+    context.set_context()
+    try:
+        found = run(case, BFLOAT16, "native")
+        torch.cuda.synchronize()
+    finally:
+        context.pop_context()
+    for name, value in found.items():
+        scale = float(expected[name].double().abs().max()) if value.numel() else 0.0
+        assert max_error(value, expected[name]) <= 16 * BFLOAT16.eps * scale, name
 
 
 def test_launches_on_many_streams():

@@ -39,7 +39,7 @@ def plan(phase, H, B, D=1, element=2, device=H100, P=None, tier=""):
     [H100, HOPPER_WITHOUT_CLUSTERS, A100, RTX4090],
     ids=["H100", "H100 without clusters", "A100", "RTX4090"],
 )
-@pytest.mark.parametrize("tier", ["", "A", "B"])
+@pytest.mark.parametrize("tier", ["", "A", "B", "S"])
 def test_a_plan_covers_the_layer_and_fits_the_device(phase, device, tier):
     sizes = (1, 7, 32, 33, 100, 128, 256, 384, 512, 640, 768, 1000, 1024, 1536, 2048, 4096, 10**6)
     served = 0
@@ -67,8 +67,8 @@ def test_a_plan_covers_the_layer_and_fits_the_device(phase, device, tier):
         assert p["slices"] * p["columns"] * 8 >= B, told
         assert 1 <= p["groups"] <= p["slices"], told
         assert p["blocks"] == D * p["groups"] * p["members"], told
-        assert p["members"] <= device[2] if p["cluster"] else p["blocks"] <= device[0], told
-        assert p["groups"] == p["slices"] or not p["cluster"], told
+        assert p["members"] <= device[2] if p["cluster"] else p["single"] or p["blocks"] <= device[0], told
+        assert p["groups"] == p["slices"] or not (p["cluster"] or p["single"]), told
         assert p["held"] * p["width"] * 8 * 1024 <= REGISTERS, told
         assert p["shared"] <= device[1], told
     assert served > 100
@@ -136,12 +136,41 @@ def test_the_fastest_by_prediction():
 
 
 @needs_extension
+def test_the_step_wise_prediction_counts_the_batch():
+    """The host's launches where that is all, and what B rows take to multiply and to move where it is not."""
+
+    def steps(phase, H, B, D=1, element=2):
+        return float(plan(phase, H, B, D, element)[0].removeprefix("predicted ").split(" us")[0])
+
+    assert steps("forward", 2048, 128) == 20.1  # W_hh on its way to the SMs
+    assert steps("forward", 512, 512) == 12.0
+    assert steps("forward", 1024, 1024) == 38.8
+    assert steps("backward", 1024, 1024) == 27.6
+    assert steps("forward", 1024, 1024, element=4) > steps("forward", 1024, 1024)
+    for phase in ("forward", "backward"):
+        assert steps(phase, 1024, 4096) == pytest.approx(4 * steps(phase, 1024, 1024), rel=0.01)
+
+
+@needs_extension
+def test_single_blocks():
+    """Up to 128 units in 16 bits, four rows a block, on any device; only where asked for until they are measured."""
+    for phase, device in itertools.product(("forward", "backward"), (H100, A100, RTX4090)):
+        for H, B, D in itertools.product((1, 32, 100, 128), (1, 4, 5, 64, 1000), (1, 2)):
+            reason, p = plan(phase, H, B, D, device=device, tier="S")
+            assert (reason, p["tier"]) == ("", "tier S: asked for S")
+            assert (p["single"], p["members"], p["blocks"]) == (1, 1, D * -(-B // 4))
+            assert not plan(phase, H, B, D, device=device)[1]["single"]
+        assert not plan(phase, 129, 16, device=device, tier="S")[1]["single"]
+        assert not plan(phase, 128, 16, element=4, device=device, tier="S")[1]["single"]
+
+
+@needs_extension
 def test_the_switch():
     before = native.extension.persistent_enabled()
     if "cuda" not in native.devices:
         with pytest.raises(RuntimeError, match="must be built for cuda"):
             native.set_persistent(True)
-    with pytest.raises(RuntimeError, match="tier must be A, B or empty, got C"):
+    with pytest.raises(RuntimeError, match="tier must be A, B, S or empty, got C"):
         native.set_persistent(False, tier="C")
     call = LayerCall(torch.device("cuda"), torch.bfloat16, 64, LayerShape(64, 64, 1, True), False, False)
     native.set_persistent(False)
@@ -197,7 +226,7 @@ def simulation(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.toolchain
-@pytest.mark.parametrize(("first_seed", "delay_us"), [(10, 0), (3000, 300)])
+@pytest.mark.parametrize(("first_seed", "delay_us"), [(10, 0), (3000, 300), (6000, 100)])
 def test_the_exchange_has_no_races(simulation, first_seed, delay_us):
     """Ten layers of random sizes, masks and launches: ThreadSanitizer is silent, the numbers the step-wise kernels'."""
     ran = run_program(simulation, first_seed, 10, delay_us)

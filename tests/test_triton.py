@@ -17,6 +17,7 @@ import torch
 import fastlstm
 from fastlstm import backends, dispatch
 from fastlstm.backends import triton as backend
+from fastlstm.ops.schema import LayerCall, LayerShape
 
 ROOT = Path(__file__).parents[1]
 
@@ -82,6 +83,16 @@ def test_gpus_run_everything_but_projections_and_float64(device, kwargs, dtype, 
     assert backend.supports(call(device, dtype, **kwargs)) is None
     assert "proj_size" in backend.supports(call(device, dtype, proj_size=2, **kwargs))
     assert "got torch.float64" in backend.supports(call(device, torch.float64, **kwargs))
+
+
+def test_offsets_fit_32_bits(on_gpu):
+    def supports(H):
+        shape = LayerShape(H, H, 2, False)
+        return backend.supports(LayerCall(torch.device("cuda"), torch.float16, 4, shape, False, False))
+
+    assert 4 * backend.MAX_H**2 < 2**31 <= 4 * (backend.MAX_H + 1) ** 2
+    assert supports(backend.MAX_H) is None
+    assert supports(backend.MAX_H + 1) == "hidden_size must be at most 23170 in Triton, got 23171"
 
 
 def test_refusals_say_why(on_gpu, monkeypatch):

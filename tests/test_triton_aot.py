@@ -230,7 +230,7 @@ def test_each_step_of_the_tiled_kernels_is_one_launch(recorded, monkeypatch):
     recorded("sm_90", "half", lambda: launch.forward(*given, True, True))
     names = Kernel.arg_names
     assert [args[names.index("s")] for _, args in launched] == [0, 1, 2, 3, 4]
-    assert {(grid, len(args)) for grid, args in launched} == {((19, 2, 2), len(names))}
+    assert {(grid, len(args)) for grid, args in launched} == {((38, 2, 1), len(names))}
     for _, args in launched:
         told = dict(zip(names, args, strict=True))
         assert (told["T"], told["B"], told["spans"] * told["ALIGN"], told["D"]) == (5, 70, 300, 2)

@@ -41,11 +41,14 @@ __global__ void __launch_bounds__(kThreads) flags_round(uint32_t* flags, uint32_
     for (int i = static_cast<int>(threadIdx.x); i < words; i += kThreads) {
       slot[blockIdx.x * words + i] = {sum, epoch, static_cast<uint32_t>(round), 0};
     }
-    publish(warp, flags, warp.block(), epoch + round);
+    warp.block_sync();
+    publish(warp, flags + warp.block(), epoch + round);
     // As in a step, each warp waits for its share of the members and reads that.
     const int share = (members + kWarps - 1) / kWarps, first = warp.index() * share;
     const int last = min(first + share, members);
-    await(warp, flags, first, last, epoch + round, fault);
+    PerLane<const uint32_t*> flag;
+    for (const int lane : warp.lanes()) flag[lane] = first + lane < last ? flags + first + lane : nullptr;
+    await(warp, flag, epoch + round, fault);
     for (const int lane : warp.lanes()) {
 #pragma unroll 4
       for (int i = first * words + lane; i < last * words; i += 32) sum += load_published(slot + i).z;
@@ -96,7 +99,7 @@ __global__ void __launch_bounds__(kThreads)
       slot[rank * words + i] = {sum, 0, static_cast<uint32_t>(round) + 1, 0};
     }
     warp.block_sync();
-    Mailbox::prepare(warp, box, round, (members - 1) * words * 16);
+    Mailbox::prepare(warp, &box->slots[round % 2], (members - 1) * words * 16);
     for (int i = 1 + warp.index(); i < members; i += kWarps) {
       for (const int lane : warp.lanes()) {
         for (int word = lane; word < words; word += 32) {

@@ -4,6 +4,9 @@
 #include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
 
+#include <map>
+#include <mutex>
+
 namespace fastlstm::cuda {
 
 struct OnDeviceOf::Guard {
@@ -18,6 +21,10 @@ cudaStream_t OnDeviceOf::stream() const { return c10::cuda::getCurrentCUDAStream
 DeviceLimits device_limits() {
   int device = 0;
   C10_CUDA_CHECK(cudaGetDevice(&device));
+  static std::mutex mutex;
+  static std::map<int, DeviceLimits> known;
+  const std::lock_guard<std::mutex> lock(mutex);
+  if (const auto found = known.find(device); found != known.end()) return found->second;
   const auto ask = [device](cudaDeviceAttr attribute) {
     int value = 0;
     C10_CUDA_CHECK(cudaDeviceGetAttribute(&value, attribute, device));
@@ -25,8 +32,11 @@ DeviceLimits device_limits() {
   };
   const bool able = ask(cudaDevAttrComputeCapabilityMajor) >= 8 && ask(cudaDevAttrCooperativeLaunch) != 0;
   // 16 is what Hopper and Blackwell allow; whether such a cluster fits is asked before it is launched.
-  return {able ? ask(cudaDevAttrMultiProcessorCount) : 0, ask(cudaDevAttrMaxSharedMemoryPerBlockOptin),
-          ask(cudaDevAttrClusterLaunch) != 0 ? 16 : 0};
+  const DeviceLimits limits = {able ? ask(cudaDevAttrMultiProcessorCount) : 0,
+                               ask(cudaDevAttrMaxSharedMemoryPerBlockOptin),
+                               ask(cudaDevAttrClusterLaunch) != 0 ? 16 : 0};
+  known.emplace(device, limits);
+  return limits;
 }
 
 void check(cudaError_t status) { C10_CUDA_CHECK(status); }

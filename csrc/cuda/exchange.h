@@ -15,27 +15,25 @@ namespace fastlstm::cuda {
 // for the flags of the parts it reads. Epochs count up by one from state to state and are never reset while
 // the buffers live.
 
-// By one warp: after this, its lanes may read what the members first ... last - 1 wrote for `epoch`.
-FASTLSTM_DEVICE void await(const Warp& warp, const uint32_t* flags, int first, int last, uint32_t epoch,
+// By one warp: after this, its lanes may read what members wrote for `epoch`, up to 32 of them. Each lane
+// polls the flag of one; null: none.
+FASTLSTM_DEVICE void await(const Warp& warp, const PerLane<const uint32_t*>& flag, uint32_t epoch,
                            uint32_t* fault) {
   for (const int lane : warp.lanes()) {
+    if (flag[lane] == nullptr) continue;
 #pragma unroll 1
-    for (int member = first + lane; member < last; member += 32) {
-#pragma unroll 1
-      for (uint32_t tries = 0; load_acquire(flags + member) < epoch; ++tries) {
-        if (tries == kMostTries) give_up(fault, epoch);
-      }
+    for (uint32_t tries = 0; load_acquire(flag[lane]) < epoch; ++tries) {
+      if (tries == kMaxPolls) trap_on_timeout(fault, epoch);
     }
   }
   warp.sync();
 }
 
-// By all warps of a block, each having written its share of the block's part.
-FASTLSTM_DEVICE void publish(const Warp& warp, uint32_t* flags, int member, uint32_t epoch) {
-  warp.block_sync();
+// By all warps of a block, after a block_sync that follows what they wrote of the block's part.
+FASTLSTM_DEVICE void publish(const Warp& warp, uint32_t* flag, uint32_t epoch) {
   if (warp.index() != 0) return;
   for (const int lane : warp.lanes()) {
-    if (lane == 0) store_release(flags + member, epoch);
+    if (lane == 0) store_release(flag, epoch);
   }
 }
 
@@ -56,10 +54,10 @@ struct Mailbox {
     warp.cluster_sync();
   }
 
-  // By all warps: the bytes that the whole cluster will push to this block for state n.
-  FASTLSTM_DEVICE static void prepare(const Warp& warp, Mailbox* box, int n, int64_t bytes) {
+  // By all warps: the bytes that the whole cluster will push to this block for a state, by its slot.
+  FASTLSTM_DEVICE static void prepare(const Warp& warp, Arrivals* slot, int bytes) {
     for (const int lane : warp.lanes()) {
-      if (warp.index() == 0 && lane == 0) expect(&box->slots[n % 2], static_cast<uint32_t>(bytes));
+      if (warp.index() == 0 && lane == 0) expect(slot, static_cast<uint32_t>(bytes));
     }
     warp.sync();  // what follows may be a product of the whole warp
   }
@@ -70,8 +68,9 @@ struct Mailbox {
     for (const int lane : warp.lanes()) {
       static_cast<void>(lane);
 #pragma unroll 1
-      for (uint32_t tries = 0; !ended(&box->slots[n % 2], n / 2 % 2); ++tries) {
-        if (tries == kMostTries) give_up(fault, epoch);
+      for (uint32_t tries = 0;
+           !ended(&box->slots[static_cast<unsigned>(n) % 2], static_cast<unsigned>(n) / 2 % 2); ++tries) {
+        if (tries == kMaxPolls) trap_on_timeout(fault, epoch);
       }
     }
     acquire_pushed();

@@ -25,22 +25,34 @@ class ClusterMember {
     for (const int lane : warp.lanes()) {
 #pragma unroll 1
       for (int i = warp.index() * 32 + lane; i < 2 * words; i += kWarps * 32) {
-        state(warp, 0)[i] = {0, 0, 0, 0};
+        warp.shared()[state(0) + i] = {0, 0, 0, 0};
       }
     }
     Mailbox::open(warp, box(warp));
   }
 
   FASTLSTM_DEVICE static Mailbox* box(const Warp& warp) { return reinterpret_cast<Mailbox*>(warp.shared()); }
-  FASTLSTM_DEVICE uint4* state(const Warp& warp, int n) const { return warp.shared() + 1 + n % 2 * words_; }
+  // Word of shared memory at which state n, or one of its parity, begins.
+  FASTLSTM_DEVICE int state(unsigned n) const { return 1 + (n % 2 == 0 ? 0 : words_); }
   FASTLSTM_DEVICE int end() const { return 1 + 2 * words_; }
 
-  FASTLSTM_DEVICE void await(const Warp& warp, int n) const {
-    Mailbox::await(warp, box(warp), n, s_.epoch + 1 + static_cast<uint32_t>(n), s_.fault);
+  FASTLSTM_DEVICE void await(const Warp& warp) const {
+    Mailbox::await(warp, box(warp), n_, s_.epoch + 1 + static_cast<uint32_t>(n_), s_.fault);
   }
+
+  // To state n. What the sending of state n + 1 addresses is computed here, and kept.
+  FASTLSTM_DEVICE void set(int n) {
+    n_ = n;
+    parity_ = keep(static_cast<int>((static_cast<unsigned>(n) + 1) % 2));
+    made_ = keep(state(static_cast<unsigned>(n) + 1));
+  }
+  FASTLSTM_DEVICE Arrivals* arrivals(const Warp& warp) const { return &box(warp)->slots[parity_]; }
 
   const Persistent& s_;
   const Member member_;
+  int n_ = 0;
+  int parity_ = 0;  // of state n + 1
+  int made_ = 0;    // where it begins, in words of shared memory
 
  private:
   const int words_;
@@ -52,47 +64,84 @@ template <class T, int UNITS, int HELD, int COLUMNS>
 class GatherCluster : public ClusterMember {
  public:
   static constexpr int kUnits = UNITS, kSliceRows = 8 * COLUMNS;
+  using Elements = Deal<UNITS, 8 * COLUMNS>;
+  using Place = int;  // an element of shared memory
 
   FASTLSTM_DEVICE GatherCluster(const Persistent& s, const Warp& warp, const Member& member)
       : ClusterMember(s, warp, member, static_cast<int>(s.layout.state)),
-        product_(warp, s.packed, member.of_all(s.layout), s.layout.rounds, end()) {}
-
-  FASTLSTM_DEVICE T* own(const Warp& warp, int, int n, int row, int k) const {
-    return state_element<T>(state(warp, n), product_.chunks(), row, member_.index * UNITS + k);
+        product_(warp, s.packed, member.of_all(s.layout), s.layout.rounds, end()) {
+    for (const int lane : warp.lanes()) {
+#pragma unroll
+      for (int i = 0; i < kWords / 32; ++i) {
+        const int word = 32 * i + lane;
+        part_[i][lane] = element(word % kSliceRows, word / kSliceRows * kOfWord) / kOfWord;
+      }
+    }
   }
 
-  FASTLSTM_DEVICE void send(const Warp& warp, int slice, int n) const {
-    constexpr int kOfWord = 16 / static_cast<int>(sizeof(T)), kWords = UNITS * kSliceRows / kOfWord;
+  FASTLSTM_DEVICE void bind(const Warp& warp, int, int n) {
+    set(n);
+    for (const int lane : warp.lanes()) {
+#pragma unroll
+      for (int c = 0; c < COLUMNS; ++c) {
+        from_[c][lane] = state(static_cast<unsigned>(n)) + product_.first_word(warp, lane, c);
+      }
+    }
+  }
+  FASTLSTM_DEVICE void advance(const Warp& warp) { bind(warp, 0, n_ + 1); }
+
+  FASTLSTM_DEVICE Place place(const Warp&, int row, int k) const { return made_ * kOfWord + element(row, k); }
+  FASTLSTM_DEVICE static T* own(const Warp& warp, Place place) {
+    return reinterpret_cast<T*>(warp.shared()) + place;
+  }
+  FASTLSTM_DEVICE Place before(Place place) const {
+    return place - (made_ - state(static_cast<unsigned>(n_))) * kOfWord;
+  }
+  FASTLSTM_DEVICE Place flip(Place place) const { return before(place); }
+
+  FASTLSTM_DEVICE void send(const Warp& warp) const {
     const int members = s_.layout.members;
-    warp.block_sync();
-    Mailbox::prepare(warp, box(warp), n, (members - 1) * kWords * 16);
+    Mailbox::prepare(warp, arrivals(warp), (members - 1) * kWords * 16);
     // Each block begins with the peer after itself, so that no peer is everybody's first.
 #pragma unroll 1
     for (int i = 1 + warp.index(); i < members; i += kWarps) {
       const int next = member_.index + i, peer = next < members ? next : next - members;  // % is slow
       for (const int lane : warp.lanes()) {
 #pragma unroll
-        for (int word = lane; word < kWords; word += 32) {
-          uint4* const from =
-              reinterpret_cast<uint4*>(own(warp, slice, n, word % kSliceRows, word / kSliceRows * kOfWord));
-          push(warp, peer, from, &box(warp)->slots[n % 2], *from);
+        for (int k = 0; k < kWords / 32; ++k) {
+          uint4* const from = warp.shared() + made_ + part_[k][lane];
+          push(warp, peer, from, arrivals(warp), *from);
         }
       }
     }
   }
 
-  FASTLSTM_DEVICE void receive(const Warp& warp, int, int n) {
-    await(warp, n);
-    product_.multiply(warp, state(warp, n));
+  FASTLSTM_DEVICE void receive(const Warp& warp) {
+    PerLane<const uint4*> from[COLUMNS];
+#pragma unroll
+    for (int c = 0; c < COLUMNS; ++c) {
+      for (const int lane : warp.lanes()) from[c][lane] = warp.shared() + from_[c][lane];
+    }
+    await(warp);
+    product_.multiply(warp, from);
     warp.block_sync();
   }
 
-  FASTLSTM_DEVICE float sum(const Warp& warp, int, int row, int column) const {
-    return product_.sum(warp, row, column);
+  FASTLSTM_DEVICE int sum_at(int row, int column) const { return product_.sum_at(row, column); }
+  FASTLSTM_DEVICE float sum(const Warp& warp, int, int, int at) const { return product_.sum(warp, at); }
+  FASTLSTM_DEVICE float4 sum4(const Warp& warp, int, int, int at) const { return product_.sum4(warp, at); }
+
+ protected:  // benchmarks/cuda/steps.cu leaves out stages
+  static constexpr int kOfWord = 16 / static_cast<int>(sizeof(T)), kWords = UNITS * kSliceRows / kOfWord;
+
+  // Element k of the block's own part, from the beginning of a state.
+  FASTLSTM_DEVICE int element(int row, int k) const {
+    return state_offset<T>(product_.chunks(), row, member_.index * UNITS + k);
   }
 
- private:
-  Gathered<T, UNITS / 16, HELD, COLUMNS, kClusterParts, load_received> product_;
+  Gathered<T, UNITS / 16, HELD, COLUMNS, kClusterParts, true, load_received> product_;
+  PerLane<int> from_[COLUMNS];      // the first word that the lane reads of state n
+  PerLane<int> part_[kWords / 32];  // the words that it pushes, within a state
 };
 
 // Backward: the state is the block's own gradients of the gates alone, [COLUMNS, chunks, 8 rows, 64 bytes]. A
@@ -103,19 +152,38 @@ template <class T, int UNITS, int HELD, int COLUMNS>
 class ScatterCluster : public ClusterMember {
  public:
   static constexpr int kUnits = UNITS, kSliceRows = 8 * COLUMNS;
+  using Elements = Deal<UNITS, 8 * COLUMNS>;
+  using Place = int;  // an element of shared memory
 
   FASTLSTM_DEVICE ScatterCluster(const Persistent& s, const Warp& warp, const Member& member)
       : ClusterMember(s, warp, member, COLUMNS * kChunks * 32),
         a_(warp, s.packed, member.of_all(s.layout), s.layout.rounds,
-           end() + 2 * s.layout.members * kInboxWords) {}
-
-  FASTLSTM_DEVICE T* own(const Warp& warp, int, int n, int row, int k) const {
-    return state_element<T>(state(warp, n), kChunks, row, k);
+           end() + 2 * s.layout.members * kInboxWords) {
+#pragma unroll
+    for (int i = 0; i < HELD; ++i) held_tiles_[i] = keep(tile(warp, i));
   }
 
-  FASTLSTM_DEVICE void send(const Warp& warp, int, int n) const {
-    warp.block_sync();
-    Mailbox::prepare(warp, box(warp), n, s_.layout.members * UNITS * kSliceRows * 4);
+  FASTLSTM_DEVICE void bind(const Warp& warp, int, int n) {
+    set(n);
+    for (const int lane : warp.lanes()) {
+      to_[lane] = keep(4 * (end() + (parity_ * s_.layout.members + member_.index) * kInboxWords) +
+                       lane / 4 * kStride + lane % 4 * 2);
+    }
+  }
+  FASTLSTM_DEVICE void advance(const Warp& warp) { bind(warp, 0, n_ + 1); }
+
+  FASTLSTM_DEVICE Place place(const Warp&, int row, int k) const {
+    return made_ * (16 / static_cast<int>(sizeof(T))) + state_offset<T>(kChunks, row, k);
+  }
+  FASTLSTM_DEVICE static T* own(const Warp& warp, Place place) {
+    return reinterpret_cast<T*>(warp.shared()) + place;
+  }
+  FASTLSTM_DEVICE Place flip(Place place) const {
+    return place - (made_ - state(static_cast<unsigned>(n_))) * (16 / static_cast<int>(sizeof(T)));
+  }
+
+  FASTLSTM_DEVICE void send(const Warp& warp) const {
+    Mailbox::prepare(warp, arrivals(warp), s_.layout.members * UNITS * kSliceRows * 4);
     PerLane<float4> acc[HELD][COLUMNS];
 #pragma unroll
     for (int i = 0; i < HELD; ++i) {
@@ -128,7 +196,7 @@ class ScatterCluster : public ClusterMember {
     for (int k = 0; k < kChunks; ++k) {
 #pragma unroll
       for (int c = 0; c < COLUMNS; ++c) {
-        const PerLane<uint4> b = chunk(warp, n, c, k);
+        const PerLane<uint4> b = chunk(warp, c, k);
 #pragma unroll
         for (int i = 0; i < HELD; ++i) {
           multiply_chunk<T>(acc[i][c], a_.held[i][2 * k], a_.held[i][2 * k + 1], b);
@@ -136,7 +204,7 @@ class ScatterCluster : public ClusterMember {
       }
     }
 #pragma unroll
-    for (int i = 0; i < HELD; ++i) push_tile(warp, n, i, acc[i]);
+    for (int i = 0; i < HELD; ++i) push_tile(warp, held_tiles_[i], acc[i]);
 #pragma unroll 1
     for (int i = HELD; i < a_.rounds(); ++i) {
       PerLane<float4> sum[COLUMNS];
@@ -149,18 +217,22 @@ class ScatterCluster : public ClusterMember {
         PerLane<uint4> a[2];
         a_.load(warp, i, 2 * k, 2 * k + 2, a);
 #pragma unroll
-        for (int c = 0; c < COLUMNS; ++c) multiply_chunk<T>(sum[c], a[0], a[1], chunk(warp, n, c, k));
+        for (int c = 0; c < COLUMNS; ++c) multiply_chunk<T>(sum[c], a[0], a[1], chunk(warp, c, k));
       }
-      push_tile(warp, n, i, sum);
+      push_tile(warp, tile(warp, i), sum);
     }
   }
 
-  FASTLSTM_DEVICE void receive(const Warp& warp, int, int n) const { await(warp, n); }
+  FASTLSTM_DEVICE void receive(const Warp& warp) const { await(warp); }
 
-  FASTLSTM_DEVICE float sum(const Warp& warp, int n, int row, int column) const {
+  FASTLSTM_DEVICE int sum_at(int row, int column) const { return 4 * end() + row * kStride + column; }
+  FASTLSTM_DEVICE float sum(const Warp& warp, int, int, int at) const {
+    const int members = s_.layout.members,
+              slot = static_cast<unsigned>(n_) % 2 == 0 ? 0 : members * kInboxWords;
+    const float* const from = reinterpret_cast<float*>(warp.shared()) + at + 4 * slot;
     float total = 0;
 #pragma unroll 4  // four loads in flight; the order of the sum stays
-    for (int member = 0; member < s_.layout.members; ++member) total += inbox(warp, n, member, row)[column];
+    for (int member = 0; member < members; ++member) total += from[member * 4 * kInboxWords];
     return total;
   }
 
@@ -171,41 +243,40 @@ class ScatterCluster : public ClusterMember {
   static constexpr int kStride = inbox_stride(COLUMNS);
   static constexpr int kInboxWords = UNITS * kStride / 4;
 
-  FASTLSTM_DEVICE PerLane<uint4> chunk(const Warp& warp, int n, int column, int k) const {
+  FASTLSTM_DEVICE PerLane<uint4> chunk(const Warp& warp, int column, int k) const {
     PerLane<uint4> b;
     for (const int lane : warp.lanes())
-      b[lane] = operand(state(warp, n)[(column * kChunks + k) * 32 + lane], T());
+      b[lane] = operand(warp.shared()[made_ + (column * kChunks + k) * 32 + lane], T());
     return b;
   }
 
-  // What a member pushed for one of the block's units, [kSliceRows].
-  FASTLSTM_DEVICE float* inbox(const Warp& warp, int n, int member, int unit) const {
-    return reinterpret_cast<float*>(warp.shared() + end() +
-                                    (n % 2 * s_.layout.members + member) * kInboxWords) +
-           unit * kStride;
+  // Which 16 rows of all the warp multiplies in round i; -1: none. W_hh is packed so that each block begins
+  // with its own, and no member is everybody's first to be pushed to.
+  FASTLSTM_DEVICE int tile(const Warp& warp, int i) const {
+    const int all = s_.layout.members * kTiles, at = i * kWarps + warp.index();
+    const int next = at + member_.index * kTiles;
+    return at >= all ? -1 : next < all ? next : next - all;  // % is slow
   }
 
-  // The 16 terms of each row that the warp's round i made go to the member whose units they are. W_hh is
-  // packed so that each block begins with its own, and no member is everybody's first.
-  FASTLSTM_DEVICE void push_tile(const Warp& warp, int n, int i,
-                                 const PerLane<float4> (&acc)[COLUMNS]) const {
-    const int all = s_.layout.members * kTiles, at = i * kWarps + warp.index();
-    if (at >= all) return;
-    const int next = at + member_.index * kTiles, tile = next < all ? next : next - all;  // % is slow
-    const int peer = tile / kTiles;
-    Arrivals* const arrivals = &box(warp)->slots[n % 2];
+  // The terms of a tile go to the member whose units they are.
+  FASTLSTM_DEVICE void push_tile(const Warp& warp, int tile, const PerLane<float4> (&acc)[COLUMNS]) const {
+    if (tile < 0) return;
+    const int peer = static_cast<int>(static_cast<unsigned>(tile) / kTiles),
+              half = static_cast<int>(static_cast<unsigned>(tile) % kTiles);
 #pragma unroll
     for (int c = 0; c < COLUMNS; ++c) {
       for (const int lane : warp.lanes()) {
-        float* const to = inbox(warp, n, member_.index, tile % kTiles * 16 + lane / 4) + 8 * c + lane % 4 * 2;
+        float* const to = reinterpret_cast<float*>(warp.shared()) + to_[lane] + half * 16 * kStride + 8 * c;
         const float4 x = acc[c][lane];
-        push(warp, peer, reinterpret_cast<float2*>(to), arrivals, {x.x, x.y});
-        push(warp, peer, reinterpret_cast<float2*>(to + 8 * kStride), arrivals, {x.z, x.w});
+        push(warp, peer, reinterpret_cast<float2*>(to), arrivals(warp), {x.x, x.y});
+        push(warp, peer, reinterpret_cast<float2*>(to + 8 * kStride), arrivals(warp), {x.z, x.w});
       }
     }
   }
 
   Resident<kChunks, HELD> a_;
+  int held_tiles_[HELD];
+  PerLane<int> to_;  // of unit lane / 4, where a peer takes in the block's terms: [members, units, rows + 2]
 };
 
 }  // namespace fastlstm::cuda

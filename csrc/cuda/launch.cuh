@@ -25,6 +25,7 @@ __global__ void __launch_bounds__(kThreads, 4)
 
 template <class F, int V, class S>
 cudaError_t launch(const S& s, const Extent& n, cudaStream_t stream) {
+  if (n.features == 0 || n.rows == 0) return cudaSuccess;  // a grid of no blocks is an error
   const int64_t units = (n.features + V - 1) / V;
   int wide = 1;
   while (wide < kThreads && wide < units) wide *= 2;

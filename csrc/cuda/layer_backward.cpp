@@ -161,7 +161,6 @@ std::pair<at::Tensor, at::Tensor> Pass<T>::run(const at::Tensor& dx, std::vector
   at::Tensor dh, dh_all, dhidden, dhidden_all, dprojected, hidden, carry, w_hh, w_hr;
   if (l.T > 1 || need_dh0) {
     dh = at::empty({D, B, P}, l.sum_options), dh_all = l.per_product(dh);
-    if (!persistent) w_hh = l.stacked(&DirectionWeights::hh);
   }
   if (l.lengths.defined()) carry = at::empty({D, B, P}, l.sum_options);
   if (l.proj()) {
@@ -196,10 +195,11 @@ std::pair<at::Tensor, at::Tensor> Pass<T>::run(const at::Tensor& dx, std::vector
       count = std::min(slots, l.T - s);
       begin[0] = l.T - s - count, begin[1] = s;
     }
-    if (persistent) {
-      persistent.backward(step, s, count, begin, s + count < l.T || need_dh0 ? out<Acc<T>>(dh) : nullptr);
+    const bool dh_wanted = s + count < l.T || need_dh0;
+    if (persistent && persistent.backward(step, s, count, begin, dh_wanted ? out<Acc<T>>(dh) : nullptr)) {
       s += count - 1;
     } else {
+      if (dh.defined() && !w_hh.defined()) w_hh = l.stacked(&DirectionWeights::hh);
       step.first = project.first = s == 0;
       for (int d = 0; d < 2; ++d) {
         step.t[d] = project.t[d] = d == 0 ? l.T - 1 - s : s;

@@ -41,7 +41,7 @@ void run(const Layer& l, const at::Tensor& x, const at::Tensor& y, const at::Ten
   const Products multiply(l.dtype);
   const int D = static_cast<int>(l.D);
   // x W_ih^T is kept in the type of sums, and for a chunk of steps only: no buffer of T steps in inference.
-  const int64_t step_bytes = D * l.B * 4 * l.H * static_cast<int64_t>(sizeof(Acc<T>));
+  const int64_t step_bytes = std::max<int64_t>(1, D * l.B * 4 * l.H * static_cast<int64_t>(sizeof(Acc<T>)));
   PersistentPass<T> persistent(l, Phase::forward, multiply.tf32(), stream);
   const int64_t chunk_bytes = persistent ? kPersistentChunks * kChunkBytes : kChunkBytes;
   const int64_t slots = std::clamp<int64_t>(chunk_bytes / step_bytes, 1, l.T);
@@ -49,16 +49,10 @@ void run(const Layer& l, const at::Tensor& x, const at::Tensor& y, const at::Ten
   at::Tensor gates_h, h, c, hidden, projected, w_hh_t, w_hr_t;
   // What the steps' products read and write, in their shape.
   at::Tensor gates_h_all, h_all, hidden_all, projected_all;
-  if (!persistent && (l.T > 1 || l.h0.defined())) {
-    gates_h = at::empty({D, l.B, 4 * l.H}, l.sum_options);
-    gates_h_all = l.per_product(gates_h);
-    w_hh_t = l.stacked(&DirectionWeights::hh).transpose(-2, -1);
-  }
   if (l.T > 1) {
     h = at::empty({D, l.B, l.P}, l.options);
     c = at::empty({D, l.B, l.H}, l.sum_options);
   }
-  if (!persistent && l.h0.defined()) h_all = l.per_product(entering_first(l));
   if (l.proj()) {
     hidden = at::empty({D, l.B, l.H}, l.options), hidden_all = l.per_product(hidden);
     projected = at::empty({D, l.B, l.P}, l.sum_options), projected_all = l.per_product(projected);
@@ -77,6 +71,16 @@ void run(const Layer& l, const at::Tensor& x, const at::Tensor& y, const at::Ten
   step.state = state;
   ProjectedStep<T> project = {l.steps, D, true, {}, in<Acc<T>>(projected), state};
 
+  // What the step-wise kernels need beyond the persistent ones, before they take step s.
+  const auto begin_steps = [&](int64_t s) {
+    if (l.T > 1 || l.h0.defined()) {
+      gates_h = at::empty({D, l.B, 4 * l.H}, l.sum_options), gates_h_all = l.per_product(gates_h);
+      w_hh_t = l.stacked(&DirectionWeights::hh).transpose(-2, -1);
+    }
+    if (s == 0 && l.h0.defined()) h_all = l.per_product(entering_first(l));
+    if (s > 0) h_all = l.per_product(h);
+  };
+  if (!persistent) begin_steps(0);
   int64_t begin[2] = {};
   for (int64_t s = 0; s < l.T; ++s) {
     if (s % slots == 0) {
@@ -84,10 +88,13 @@ void run(const Layer& l, const at::Tensor& x, const at::Tensor& y, const at::Ten
       begin[0] = s, begin[1] = l.T - s - count;
       input_gates(l, multiply, x, begin, count, gates_x);
       if (persistent) {
-        step.c_n = out<T>(c_n), step.state.h_n = out<T>(h_n);
-        persistent.forward(step, s, count, begin);
-        s += count - 1;
-        continue;
+        ForwardStep<T> steps = step;
+        steps.c_n = out<T>(c_n), steps.state.h_n = out<T>(h_n);
+        if (persistent.forward(steps, s, count, begin)) {
+          s += count - 1;
+          continue;
+        }
+        begin_steps(s);
       }
     }
     if (s == 1) h_all = l.per_product(h);

@@ -46,8 +46,10 @@ struct Pack {
       const int64_t k = (chunk * 4 + lane % 4) * E + e;
       // (gate, unit) of the row and the column of W_hh
       int64_t gate, unit, column;
-      if (s.phase == Phase::forward) {
-        gate = m / p.units, unit = int64_t{member} * p.units + m % p.units, column = k;
+      if (s.phase == Phase::forward && p.single) {
+        gate = m / 16 % 4, unit = m / 64 * 16 + m % 16, column = k;
+      } else if (s.phase == Phase::forward) {
+        gate = m % 4, unit = int64_t{member} * p.units + m / 4, column = k;
       } else if (p.scatters) {
         gate = k / p.units, unit = int64_t{member} * p.units + k % p.units, column = m;
       } else {

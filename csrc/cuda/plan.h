@@ -14,7 +14,8 @@ namespace fastlstm::cuda {
 
 // Whether the persistent kernels may run at all; off to measure and test the step-wise ones.
 inline std::atomic<bool> persistent_enabled{true};
-// 'A' or 'B' for that tier wherever it can serve, to measure and test it; 0: what is predicted to be fastest.
+// 'A', 'B' or 'S' for that tier wherever it can serve, to measure and test it; 0: what is predicted to be
+// fastest.
 inline std::atomic<char> persistent_tier{0};
 
 struct DeviceLimits {
@@ -35,13 +36,16 @@ struct Recurrence {
 
 // The product of a step is A [rows, K] times a state [K, 8 * columns]; A stays in the block. It is cut into
 // fragments of 16 rows and 64 bytes of K (a chunk), which the 8 warps of a block divide among them.
-//   forward            A [4 * units, H]: the gates' rows of the block's units          state: h
-//   backward, tier B   A [units, 4 * members * units]: the block's columns of W_hh     state: all dgates
-//   backward, tier A   A [members * units, 4 * units]: the forward's, transposed       state: its own dgates
+//   forward            A [units * 4, H]: rows of the block's units, a unit's four gates together   state: h
+//   backward, tier B   A [units, members * 4 * units]: the block's columns of W_hh    state: all dgates
+//   backward, tier A   A [members * units, 4 * units]: its rows of W_hh, transposed    state: its own dgates
 // Tier A: a group is a thread-block cluster, whose blocks push into each other's shared memory. Tier B: it is
 // any blocks of one launch that are on the device together, and states go through L2.
+// Tier S: one block is a group, for small layers in 16 bits; nothing is exchanged (forward's A has its rows
+// in another order, [8 warps, 4 gates, 16 units]).
 struct Layout {
   bool cluster;    // tier A
+  bool single;     // tier S, with slices of 4 rows
   bool scatters;   // tier A's backward: blocks hand on products, for the others to add
   int units;       // hidden units of a block
   int width;       // fragments a warp multiplies in a round: of its rows, or where it scatters of its K
@@ -58,7 +62,9 @@ struct Layout {
   int64_t shared_weights() const {  // bytes of A that registers do not hold
     return int64_t{std::max(0, rounds - held)} * 8 * width * 1024;
   }
-  int in_cluster() const { return cluster ? members : 0; }  // blocks
+  int in_cluster() const {
+    return cluster ? members : single ? -1 : 0;
+  }  // blocks; 0: all together, -1: each by itself
   int64_t blocks(int D) const { return int64_t{D} * groups * members; }
 };
 
@@ -70,8 +76,15 @@ struct Plan {
 
 constexpr int kPlanWarps = 8;       // kWarps in cuda/warp.cuh
 constexpr int kChunkBytesOfK = 64;  // 16 bytes of a lane, four lanes to a row
-// A persistent launch loads all of W_hh first; for fewer steps than this it does not pay.
-constexpr int64_t kLeastSteps = 4;
+// A persistent launch first loads all of W_hh: with fewer steps than the first it does not pay (chosen
+// without a measurement; scripts/gpu_numbers.sh has T = 4 to 32). Epochs and step counters have 32 bits,
+// hence the second.
+constexpr int64_t kPersistentMinSteps = 4, kPersistentMaxSteps = std::numeric_limits<int>::max() - 1;
+constexpr bool supports_steps(int64_t T) { return kPersistentMinSteps <= T && T <= kPersistentMaxSteps; }
+
+// Tier B: a lane polls one flag at most, so a warp's share of K may lie in the parts of 32 members: an eighth
+// of all, and up to four more at its ends. (On no GPU of today would W_hh of so many members fit.)
+constexpr int kMaxFlags = 28 * kPlanWarps;
 
 // Tier B, what the kernels are compiled for, best first: as many units as fit, since what a block must take
 // in per step is the whole state, whatever part of it the block makes.
@@ -80,7 +93,7 @@ struct Variant {
   int held[2];  // rounds in registers for slices of 8 and of 16 rows, as ptxas can place them
 };
 constexpr Variant kForwardVariants[] = {{32, {2, 1}}, {16, {3, 3}}};
-constexpr Variant kBackwardVariants[] = {{32, {8, 3}}, {16, {16, 16}}};
+constexpr Variant kBackwardVariants[] = {{32, {8, 3}}, {16, {16, 15}}};
 
 // Tier A. A state is close by, so the warps cut K into two parts only: they read it four times, and add two
 // shares for a sum instead of eight.
@@ -91,6 +104,10 @@ constexpr int inbox_stride(int columns) { return 8 * columns + 2; }
 constexpr int cluster_held(Phase phase, int element, int columns) {  // rounds, as ptxas can place them
   return (phase == Phase::forward ? 8 : 8 / element) / columns;
 }
+
+// Tier S.
+constexpr int kSingleUnits = 128, kSingleRows = 4;
+constexpr int kSingleForwardRounds = 4, kSingleBackwardRounds = 16;
 
 constexpr int64_t up(int64_t n, int64_t by) { return (n + by - 1) / by; }
 // Blocks of a cluster: one alone is none, and may not push even to itself.
@@ -137,6 +154,19 @@ inline Layout lay_out_clusters(Phase phase, const Recurrence& r, int held, int c
   return p;
 }
 
+// A block for each slice; they need not be on the device together.
+inline Layout lay_out_single(Phase phase, const Recurrence& r) {
+  const bool forward = phase == Phase::forward;
+  Layout p = {};
+  p.single = true, p.units = kSingleUnits, p.columns = 1, p.members = 1, p.parts = 1;
+  p.width = forward ? 4 : 1, p.rounds = forward ? kSingleForwardRounds : kSingleBackwardRounds;
+  p.held = p.rounds;
+  p.slices = p.groups = static_cast<int>(up(r.B, kSingleRows));
+  p.state = p.rounds * 32, p.shared = 2 * p.state * 16;
+  return p;
+}
+inline bool fits_single(const Recurrence& r) { return r.element == 2 && r.H <= kSingleUnits; }
+
 // Microseconds of a step of all slices, without the products before and after the loop: a model whose
 // constants were fitted to times of an H100 (docs/gpu-kernels.md, "Time per step"). On other devices only the
 // order of what it compares has a meaning.
@@ -171,10 +201,20 @@ inline double predicted(const Recurrence& r, const DeviceLimits& device, const L
   return turns == 1 ? work + flag_trip : turns * (work + kTurn);
 }
 
-// The same of the step-wise kernels: the host's two launches, or W_hh on its way to the SMs.
+// Microseconds of a step of the step-wise kernels: the largest of the host's two launches (measured: H100,
+// docs/gpu-kernels.md), W_hh on its way to the SMs (fitted), and the arithmetic and traffic of B rows
+// (calculated: the GEMM at 600 TFLOP/s in 16 bits, then what the kernels read and write of float32 sums and
+// of the rest at 3 TB/s).
 inline double predicted_by_step(Phase phase, const Recurrence& r) {
-  const double host = phase == Phase::forward ? 12 : 17;
-  return std::max(host, 0.6e-6 * 4 * r.H * r.H * r.element * r.D);
+  constexpr double kMacsPerUs = 3.0e8, kBytesPerUs = 3.0e6;
+  const bool forward = phase == Phase::forward;
+  const double host = forward ? 12 : 17;
+  const double weights = 4.0 * r.H * r.H * r.D, elements = static_cast<double>(r.H) * r.B * r.D;
+  // Forward: gates_h written and read, gates_x read, c read and written; y, h and cells, and the activated
+  // gates. Backward: dh and dc written and read; gates, dgates, cells of two steps and dy.
+  const double bytes = forward ? 56 + 7 * r.element : 16 + 11 * r.element;
+  const double rows = weights * r.B / kMacsPerUs * r.element / 2 + elements * bytes / kBytesPerUs;
+  return std::max({host, 0.6e-6 * weights * r.element, rows});
 }
 
 // The best layout of tier A, or why there is none.
@@ -204,7 +244,7 @@ inline Layout lay_out_anywhere(Phase phase, const Recurrence& r, const DeviceLim
   if (r.H > 32 * static_cast<int64_t>(device.sms)) return {};
   for (const Variant& v : variants) {
     const Layout one = lay_out(phase, r, device, v, 1);
-    if (one.shared > device.shared || one.members * r.D > device.sms) continue;
+    if (one.shared > device.shared || one.members * r.D > device.sms || one.members > kMaxFlags) continue;
     if (one.slices <= one.groups) return one;
     // Twice the rows at once where the groups cannot take all slices of 8 side by side.
     const Layout two = lay_out(phase, r, device, v, 2);
@@ -219,6 +259,10 @@ inline Plan plan(Phase phase, const Recurrence& r, const DeviceLimits& device, c
     return {"only float16, bfloat16, and float32 at TF32 precision have persistent kernels"};
   if (r.H < 1 || r.B < 1) return {"there is nothing to compute"};
   if (device.sms < 1) return {"there is no GPU that can launch blocks together"};
+  // Only where asked for: that it is the fastest, at a calculated 0.65 us a step forward, has not been
+  // measured.
+  if (asked == 'S' && fits_single(r) && up(r.B, kSingleRows) * r.D <= std::numeric_limits<int>::max())
+    return {"", lay_out_single(phase, r), "tier S: asked for S"};
   const Plan a = plan_clusters(phase, r, device);
   const Layout b = lay_out_anywhere(phase, r, device);
   const bool fits_a = a.reason.empty(), fits_b = b.members > 0;

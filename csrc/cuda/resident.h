@@ -13,12 +13,12 @@ static_assert(kWarps == kPlanWarps, "the planner and the kernels must agree on t
 template <class T>
 constexpr int kChunkOf = kChunkBytesOfK / static_cast<int>(sizeof(T));
 
-// Element k of row n of a slice's state, which lies as the lanes load it: [columns, chunks, 8 rows, 64
-// bytes].
+// Index of element k of row n in a slice's state, which lies as the lanes load it: [columns, chunks, 8 rows,
+// 64 bytes].
 template <class T>
-FASTLSTM_DEVICE T* state_element(uint4* state, int chunks, int n, int k) {
+FASTLSTM_DEVICE int state_offset(int chunks, int n, int k) {
   constexpr int E = kChunkOf<T>;
-  return reinterpret_cast<T*>(state) + ((n / 8 * chunks + k / E) * 8 + n % 8) * E + k % E;
+  return ((n / 8 * chunks + k / E) * 8 + n % 8) * E + k % E;
 }
 
 FASTLSTM_DEVICE uint4 operand(uint4 x, float) {
@@ -84,8 +84,9 @@ class Resident {
 };
 
 // A [kRows, K] times a whole state [K, 8 * COLUMNS]. The warps cut K into PARTS and the rows among the warps
-// of a part, TILES of 16 to each; a warp's round is 64 bytes of K. LOAD reads a word of the state.
-template <class T, int TILES, int HELD, int COLUMNS, int PARTS, uint4 (*LOAD)(const uint4*)>
+// of a part, TILES of 16 to each; a warp's round is 64 bytes of K. LOAD reads a word of the state. TIGHT:
+// the kernel has no registers to spare.
+template <class T, int TILES, int HELD, int COLUMNS, int PARTS, bool TIGHT, uint4 (*LOAD)(const uint4*)>
 class Gathered {
  public:
   static constexpr int kRows = 16 * TILES * kWarps / PARTS, kColumns = 8 * COLUMNS;
@@ -94,13 +95,24 @@ class Gathered {
 
   // Shared memory from word `at` on: Resident's, then the warps' products, [PARTS, kColumns, kStride].
   FASTLSTM_DEVICE Gathered(const Warp& warp, const uint4* packed, int64_t member, int rounds, int at)
-      : a_(warp, packed, member, rounds, at) {}
+      : a_(warp, packed, member, rounds, at) {
+    for (const int lane : warp.lanes()) {
+      own_[lane] = keep(4 * a_.end() + (warp.index() % PARTS * kColumns + lane % 4 * 2) * kStride +
+                        warp.index() / PARTS * 16 * TILES + lane / 4);
+    }
+  }
 
   // The chunks of a whole state's row.
   FASTLSTM_DEVICE int chunks() const { return PARTS * a_.rounds(); }
 
-  // The warp's share of A times `state`, into its part of the sums; sum() after a block_sync.
-  FASTLSTM_DEVICE void multiply(const Warp& warp, const uint4* state) {
+  // Index, within a state, of the first word that a lane loads for 8 columns; the others follow at 32 words.
+  FASTLSTM_DEVICE int first_word(const Warp& warp, int lane, int column) const {
+    return (column * PARTS + warp.index() % PARTS) * a_.rounds() * 32 + lane;
+  }
+
+  // The warp's share of A times a state, into its part of the sums; sum() after a block_sync. from: the
+  // lanes' first words of the state.
+  FASTLSTM_DEVICE void multiply(const Warp& warp, const PerLane<const uint4*> (&from)[COLUMNS]) {
     PerLane<float4> acc[TILES][COLUMNS];
     PerLane<uint4> b[kAhead][COLUMNS];
 #pragma unroll
@@ -110,12 +122,22 @@ class Gathered {
         for (const int lane : warp.lanes()) acc[r][c][lane] = {0, 0, 0, 0};
       }
     }
+    if (a_.rounds() >= kAhead) {
 #pragma unroll
-    for (int k = 0; k < kAhead; ++k) fetch(warp, state, k, b[k]);
+      for (int k = 0; k < kAhead; ++k) load(warp, from, k, b[k]);
+    } else {
+#pragma unroll
+      for (int k = 0; k < kAhead - 1; ++k) fetch(warp, from, k, k, b[k]);
+    }
 #pragma unroll
     for (int i = 0; i < HELD; ++i) {
       if (i < a_.rounds()) take(warp, a_.held[i], b[i % kAhead], acc);
-      fetch(warp, state, i + kAhead, b[i % kAhead]);
+      fetch(warp, from, i + kAhead, i + kAhead, b[i % kAhead]);
+    }
+    PerLane<const uint4*> later[COLUMNS];  // those of the rounds first + kAhead and on
+#pragma unroll
+    for (int c = 0; c < COLUMNS; ++c) {
+      for (const int lane : warp.lanes()) later[c][lane] = from[c][lane] + (HELD + kAhead) * 32;
     }
 #pragma unroll 1
     for (int first = HELD; first < a_.rounds(); first += kAhead) {
@@ -126,18 +148,20 @@ class Gathered {
           PerLane<uint4> a[2 * TILES];
           a_.load(warp, i, 0, 2 * TILES, a);
           take(warp, a, b[(HELD + k) % kAhead], acc);
-          fetch(warp, state, i + kAhead, b[(HELD + k) % kAhead]);
+          fetch(warp, later, i + kAhead, k, b[(HELD + k) % kAhead]);
         }
       }
+#pragma unroll
+      for (int c = 0; c < COLUMNS; ++c) {
+        for (const int lane : warp.lanes()) later[c][lane] += kAhead * 32;
+      }
     }
-    float* const own =
-        sums(warp) + warp.index() % PARTS * kColumns * kStride + warp.index() / PARTS * 16 * TILES;
 #pragma unroll
     for (int r = 0; r < TILES; ++r) {
 #pragma unroll
       for (int c = 0; c < COLUMNS; ++c) {
         for (const int lane : warp.lanes()) {
-          float* const to = own + (8 * c + lane % 4 * 2) * kStride + 16 * r + lane / 4;
+          float* const to = floats(warp) + own_[lane] + 8 * c * kStride + 16 * r;
           const float4 x = acc[r][c][lane];
           to[0] = x.x, to[kStride] = x.y, to[8] = x.z, to[kStride + 8] = x.w;
         }
@@ -145,33 +169,56 @@ class Gathered {
     }
   }
 
-  // Element (row, column) of the product: the warps' shares, always added in the same order.
-  FASTLSTM_DEVICE float sum(const Warp& warp, int row, int column) const {
-    const float* const at = sums(warp) + column * kStride + row;
-    float total = at[0];
-#pragma unroll
-    for (int part = 1; part < PARTS; ++part) total += at[part * kColumns * kStride];
-    return total;
+  // Where sum() finds element (row, column) of the product; those of further rows follow.
+  FASTLSTM_DEVICE int sum_at(int row, int column) const { return 4 * a_.end() + column * kStride + row; }
+  // The warps' shares, always added in the same order: pairwise, for the fewest additions that wait for
+  // another.
+  FASTLSTM_DEVICE float sum(const Warp& warp, int at) const {
+    const float* const own = floats(warp) + at;
+    return add<PARTS>([&](int part) { return own[part * kColumns * kStride]; });
+  }
+  // Those of four rows, the first a multiple of four: one load of 16 bytes a share.
+  FASTLSTM_DEVICE float4 sum4(const Warp& warp, int at) const {
+    const float4* const own = reinterpret_cast<const float4*>(floats(warp) + at);
+    return add<PARTS>([&](int part) { return own[part * (kColumns * kStride / 4)]; });
   }
 
  private:
   // Chunks of the state on their way at once. Eight warps then have 16 KiB in flight, which is about the
-  // bandwidth of an SM's path to L2 times its latency; more of them make ptxas spill.
-  static constexpr int kAhead = sizeof(T) == 4 && TILES * COLUMNS == 16 ? 1 : 4 / COLUMNS;
+  // bandwidth of an SM's path to L2 times its latency; more of them make ptxas spill, in TF32 sooner.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  static constexpr bool kTight = TIGHT;
+#else
+  static constexpr bool kTight = true;
+#endif
+  static constexpr bool kWideTf32 = sizeof(T) == 4 && TILES == 8;
+  static constexpr int kAhead = !kWideTf32 ? 4 / COLUMNS : COLUMNS == 2 ? 1 : kTight ? 2 : 4;
 
-  FASTLSTM_DEVICE float* sums(const Warp& warp) const {
-    return reinterpret_cast<float*>(warp.shared() + a_.end());
+  FASTLSTM_DEVICE static float* floats(const Warp& warp) { return reinterpret_cast<float*>(warp.shared()); }
+
+  template <int N, class Share>
+  FASTLSTM_DEVICE static auto add(Share share, int first = 0) {
+    if constexpr (N == 1) {
+      return share(first);
+    } else {
+      return plus(add<N / 2>(share, first), add<N / 2>(share, first + N / 2));
+    }
+  }
+  FASTLSTM_DEVICE static float plus(float a, float b) { return a + b; }
+  FASTLSTM_DEVICE static float4 plus(float4 a, float4 b) {
+    return {a.x + b.x, a.y + b.y, a.z + b.z, a.w + b.w};
   }
 
-  FASTLSTM_DEVICE void fetch(const Warp& warp, const uint4* state, int i,
+  // Round i of the warp's K, which is `ahead` rounds from where `from` points.
+  FASTLSTM_DEVICE void fetch(const Warp& warp, const PerLane<const uint4*> (&from)[COLUMNS], int i, int ahead,
                              PerLane<uint4> (&b)[COLUMNS]) const {
-    if (i >= a_.rounds()) return;
+    if (i < a_.rounds()) load(warp, from, ahead, b);
+  }
+  FASTLSTM_DEVICE static void load(const Warp& warp, const PerLane<const uint4*> (&from)[COLUMNS], int ahead,
+                                   PerLane<uint4> (&b)[COLUMNS]) {
 #pragma unroll
     for (int c = 0; c < COLUMNS; ++c) {
-      for (const int lane : warp.lanes()) {
-        const int64_t part = c * PARTS + warp.index() % PARTS;
-        b[c][lane] = LOAD(state + (part * a_.rounds() + i) * 32 + lane);
-      }
+      for (const int lane : warp.lanes()) b[c][lane] = LOAD(from[c][lane] + ahead * 32);
     }
   }
 
@@ -191,6 +238,7 @@ class Gathered {
   }
 
   Resident<TILES, HELD> a_;
+  PerLane<int> own_;  // where the lane's accumulators go
 };
 
 // Which part of the layer a block has.
@@ -208,20 +256,40 @@ struct Member {
 // So many steps ahead a block begins to fetch what its steps read of memory, which takes about one of them.
 constexpr int kStepsAhead = 3;
 
-// The elements (unit, row) of a slice, dealt to the block's threads: always the same ones to the same thread.
+// Elements from that of unit u to that of unit u + k * UNITS in a row of a state, for u < UNITS: a constant,
+// where chunks and UNITS divide one another.
+template <class T, int UNITS, int K>
+constexpr int kGateOffset = K * UNITS / kChunkOf<T> * 8 * kChunkOf<T> + K * UNITS % kChunkOf<T>;
+
+// Lines of 128 bytes that a row of a block's units takes in a matrix of X.
+template <class X, int UNITS>
+constexpr int kLines =
+    UNITS * static_cast<int>(sizeof(X)) > 128 ? UNITS * static_cast<int>(sizeof(X)) / 128 : 1;
+
+// An element (unit, row) of a slice.
 struct Element {
   int unit, row;  // in the slice
   int j, b;       // in the layer; a launch has no 2^31 rows, nor W_hh 2^31 units
   bool exists;
 
-  template <int UNITS, int ROWS>
-  static FASTLSTM_DEVICE Element of(const Warp& warp, int lane, int q, int member, int slice, int64_t H,
-                                    int64_t B) {
-    const int e = (q * kWarps + warp.index()) * 32 + lane;
-    Element x = {e % UNITS, e / UNITS};
-    x.j = member * UNITS + x.unit, x.b = slice * ROWS + x.row;
-    x.exists = x.row < ROWS && x.j < H && x.b < B;
-    return x;
+  FASTLSTM_DEVICE Element(int unit, int row, int units, int rows, int member, int slice, int64_t H, int64_t B)
+      : unit(unit),
+        row(row),
+        j(member * units + unit),
+        b(slice * rows + row),
+        exists(row < rows && j < H && b < B) {}
+};
+
+// Which elements of a slice a thread has, always the same ones: neighbouring units to neighbouring lanes.
+template <int UNITS, int ROWS>
+struct Deal {
+  static constexpr int kElements = (UNITS * ROWS + kWarps * 32 - 1) / (kWarps * 32);  // of a thread
+
+  // Its element q.
+  static FASTLSTM_DEVICE Element element(const Warp& warp, int lane, int q, int member, int slice, int64_t H,
+                                         int64_t B) {
+    const unsigned e = static_cast<unsigned>((q * kWarps + warp.index()) * 32 + lane);
+    return {static_cast<int>(e % UNITS), static_cast<int>(e / UNITS), UNITS, ROWS, member, slice, H, B};
   }
 };
 

@@ -12,8 +12,8 @@
 
 namespace fastlstm::cuda {
 
-constexpr int kWarps = 8;                           // in a persistent block
-constexpr uint32_t kMostTries = uint32_t{1} << 25;  // of a spin: seconds, and then it is a fault
+constexpr int kWarps = 8;                          // in a persistent block
+constexpr uint32_t kMaxPolls = uint32_t{1} << 25;  // of a spin: seconds, and then it is a fault
 
 // One X for every lane of a warp: a register of its own here, an array on the host.
 template <class X>
@@ -43,14 +43,21 @@ class Lanes {
   int lane_;
 };
 
+// x, as the result of an instruction that ptxas does not repeat: it stays in a register, where ptxas would
+// otherwise compute it again in every step. By all lanes of a warp.
+FASTLSTM_DEVICE int keep(int x) { return __shfl_sync(~0u, x, static_cast<int>(threadIdx.x % 32)); }
+
 class Warp {
  public:
+  FASTLSTM_DEVICE Warp()
+      : index_(keep(static_cast<int>(threadIdx.x / 32))),
+        shared_(keep(static_cast<int>(__cvta_generic_to_shared(dynamic())))) {}
+
   FASTLSTM_DEVICE int block() const { return static_cast<int>(blockIdx.x); }
-  FASTLSTM_DEVICE int index() const { return static_cast<int>(threadIdx.x) / 32; }
-  FASTLSTM_DEVICE Lanes lanes() const { return Lanes(static_cast<int>(threadIdx.x) % 32); }
+  FASTLSTM_DEVICE int index() const { return index_; }
+  FASTLSTM_DEVICE Lanes lanes() const { return Lanes(static_cast<int>(threadIdx.x % 32)); }
   FASTLSTM_DEVICE uint4* shared() const {  // the block's
-    extern __shared__ uint4 memory[];
-    return memory;
+    return static_cast<uint4*>(__cvta_shared_to_generic(static_cast<uint32_t>(shared_)));
   }
   FASTLSTM_DEVICE void sync() const { __syncwarp(); }
   FASTLSTM_DEVICE void block_sync() const { __syncthreads(); }
@@ -61,6 +68,15 @@ class Warp {
         "barrier.cluster.wait.acquire;" ::
             : "memory");
   }
+
+ private:
+  FASTLSTM_DEVICE static uint4* dynamic() {
+    extern __shared__ uint4 memory[];
+    return memory;
+  }
+
+  int index_;
+  int shared_;  // where shared memory begins, which depends on the block's place in its cluster
 };
 
 // Everything the block did before its last barrier is visible to whoever reads `value` with load_acquire.
@@ -158,7 +174,7 @@ FASTLSTM_DEVICE void push(const Warp&, int peer, float2* to, Arrivals* arrivals,
 }
 
 // A spin that came to its end: an error of the launch, as any invalid access is; never a hang.
-FASTLSTM_DEVICE void give_up(uint32_t* fault, uint32_t epoch) {
+FASTLSTM_DEVICE void trap_on_timeout(uint32_t* fault, uint32_t epoch) {
   store_release(fault, epoch);
   __trap();
 }
@@ -211,15 +227,16 @@ __global__ void __launch_bounds__(kWarps * 32, 1) persistent(const __grid_consta
 #endif
 }
 
-// `blocks` blocks; in clusters of `cluster`, or, if that is 0, all on the device at once or not at all.
-struct Together {
+// `blocks` blocks; in clusters of `cluster`, or, if that is 0, all on the device at once or not at all; -1:
+// at any time.
+struct LaunchConfig {
   cudaLaunchAttribute attribute;
   cudaLaunchConfig_t config;
 
-  Together(int blocks, int cluster, int64_t shared_bytes, cudaStream_t stream) : attribute(), config() {
+  LaunchConfig(int blocks, int cluster, int64_t shared_bytes, cudaStream_t stream) : attribute(), config() {
     config.gridDim = dim3(blocks), config.blockDim = dim3(kWarps * 32);
     config.dynamicSmemBytes = static_cast<size_t>(shared_bytes), config.stream = stream;
-    config.attrs = &attribute, config.numAttrs = 1;
+    config.attrs = &attribute, config.numAttrs = cluster < 0 ? 0 : 1;
     if (cluster > 0) {
       attribute.id = cudaLaunchAttributeClusterDimension;
       attribute.val.clusterDim.x = static_cast<unsigned>(cluster);
@@ -228,7 +245,7 @@ struct Together {
       attribute.id = cudaLaunchAttributeCooperative, attribute.val.cooperative = 1;
     }
   }
-  Together(const Together&) = delete;
+  LaunchConfig(const LaunchConfig&) = delete;
 };
 
 // Lets a kernel be launched with all the shared memory that the current device gives one block. Not with what
@@ -254,7 +271,7 @@ int blocks_together(int cluster, int64_t shared_bytes) {
   bool known = cudaFuncGetAttributes(&attributes, kernel) == cudaSuccess &&
                attributes.ptxVersion >= kLeastArchitecture<F> && allow(kernel, cluster) == cudaSuccess;
   if (known && cluster > 0) {
-    const Together launch(cluster, cluster, shared_bytes, nullptr);
+    const LaunchConfig launch(cluster, cluster, shared_bytes, nullptr);
     known = cudaOccupancyMaxActiveClusters(&most, kernel, &launch.config) == cudaSuccess;
     most *= cluster;
   } else if (known) {
@@ -274,8 +291,11 @@ cudaError_t launch_together(const S& s, int blocks, int cluster, int64_t shared_
   const auto kernel = persistent<F, S>;
   const cudaError_t status = allow(kernel, cluster);
   if (status != cudaSuccess) return status;
-  const Together launch(blocks, cluster, shared_bytes, stream);
-  return cudaLaunchKernelEx(&launch.config, kernel, s);
+  const LaunchConfig launch(blocks, cluster, shared_bytes, stream);
+  const cudaError_t launched = cudaLaunchKernelEx(&launch.config, kernel, s);
+  // The caller answers to it, so it must not come up again in somebody's cudaGetLastError().
+  if (launched != cudaSuccess) cudaGetLastError();
+  return launched;
 }
 
 }  // namespace fastlstm::cuda

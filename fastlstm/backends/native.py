@@ -62,8 +62,9 @@ def set_persistent(on: bool, tier: str = "") -> None:
 
     Args:
         on: whether to use them.
-        tier: "A" (cluster variant) or "B" (grid variant): use this one wherever the layer fits, whatever is predicted;
-            "" for the faster one.
+        tier: "A" (cluster variant), "B" (grid variant) or "S" (single-block variant, for H up to 128 in 16 bits): use
+            this one wherever the layer fits, whatever is predicted; "" for the faster of "A" and "B" ("S" has not been
+            measured).
 
     Raises:
         RuntimeError: the extension was built without CUDA, or there is no such tier.
@@ -99,12 +100,9 @@ def kernels(call: LayerCall, B: int) -> str:
             16 if gpu.major >= 9 else 0,  # the most blocks of a cluster, as csrc/cuda/device.cpp has it
             extension.persistent_tier(),
         )  # fmt: skip
-        groups = "clusters" if layout["cluster"] else "groups"
-        phases.append(
-            f"{phase} step by step: {reason}"
-            if reason
-            else f"{phase} in {groups} of {layout['members']} blocks ({tier})"
-        )
+        groups = f"{'clusters' if layout['cluster'] else 'groups'} of {layout['members']} blocks"
+        groups = "single blocks" if layout["single"] else groups
+        phases.append(f"{phase} step by step: {reason}" if reason else f"{phase} in {groups} ({tier})")
     return f"persistent from 4 steps on: {'; '.join(phases)}"
 
 

@@ -41,6 +41,9 @@ int64_t multiply(at::Tensor out, const at::Tensor& a, const at::Tensor& b, bool 
   return host::calls ? host::last_compute : 0;
 }
 
+static_assert(!supports_steps(3) && supports_steps(4) && supports_steps((int64_t{1} << 31) - 2) &&
+              !supports_steps((int64_t{1} << 31) - 1));
+
 }  // namespace fastlstm::cuda
 
 TORCH_LIBRARY_IMPL(fastlstm_cuda_host, CompositeExplicitAutograd, m) {
@@ -48,6 +51,8 @@ TORCH_LIBRARY_IMPL(fastlstm_cuda_host, CompositeExplicitAutograd, m) {
     fastlstm::cuda::persistent_enabled = enabled;
     fastlstm::cuda::persistent_tier = tier.empty() ? '\0' : tier[0];
   });
+  m.impl("launches_left", [](int64_t n) { fastlstm::cuda::launches_left = static_cast<int>(n); });
+  m.impl("occupancy_queries", [] { return static_cast<int64_t>(fastlstm::cuda::occupancy_queries); });
 }
 
 TORCH_LIBRARY_IMPL(fastlstm_cuda_host, CPU, m) {

@@ -11,6 +11,7 @@
 
 #include "cuda/group_cluster.h"
 #include "cuda/group_flags.h"
+#include "cuda/group_single.h"
 #include "cuda/pack_weights.cu"
 #include "cuda/persistent_backward.h"
 #include "cuda/persistent_forward.h"
@@ -141,13 +142,14 @@ struct Run {
     }
   }
 
-  // Forward and backward, each in two launches.
-  template <class Forward, class Backward>
+  // Forward and backward, each in two launches, by the groups' blocks with or without lengths and resets.
+  template <class Forward, class Backward, bool RAGGED>
   void persistent(Problem<T>& p, const Layout& there, const Layout& back) {
-    launches<Forward>(p, Phase::forward, there,
-                      [&](const Persistent& s) { return PersistentForward<T>{s, forward}; });
-    launches<Backward>(p, Phase::backward, back,
-                       [&](const Persistent& s) { return PersistentBackward<T>{s, backward, dh.data()}; });
+    launches<ForwardBlock<T, Forward, RAGGED>>(
+        p, Phase::forward, there, [&](const Persistent& s) { return PersistentForward<T>{s, forward}; });
+    launches<BackwardBlock<T, Backward, RAGGED>>(p, Phase::backward, back, [&](const Persistent& s) {
+      return PersistentBackward<T>{s, backward, dh.data()};
+    });
   }
   template <class Body, class Make>
   void launches(Problem<T>& p, Phase phase, const Layout& layout, Make make) {
@@ -170,7 +172,7 @@ struct Run {
   }
 };
 
-// layouts(phase, recurrence): of the blocks.
+// Forward and Backward: the groups; layouts(phase, recurrence): of the blocks.
 template <class T, class Forward, class Backward, class Layouts>
 bool agree(unsigned seed, Layouts layouts) {
   Problem<T> p(seed);
@@ -178,7 +180,12 @@ bool agree(unsigned seed, Layouts layouts) {
   expected.step_by_step(p);
   const Recurrence r = {p.H, p.H, p.B, p.D, sizeof(T)};
   const Layout there = layouts(Phase::forward, r);
-  found.template persistent<Forward, Backward>(p, there, layouts(Phase::backward, r));
+  const Layout back = layouts(Phase::backward, r);
+  if (p.steps.lengths || p.steps.reset_mask) {
+    found.template persistent<Forward, Backward, true>(p, there, back);
+  } else {
+    found.template persistent<Forward, Backward, false>(p, there, back);
+  }
   const float off =
       worst_difference("y", found.y, expected.y) + worst_difference("h_n", found.h_n, expected.h_n) +
       worst_difference("c_n", found.c_n, expected.c_n) +
@@ -196,8 +203,8 @@ bool agree(unsigned seed, Layouts layouts) {
 
 template <class T, int UNITS, int HELD, int HELD_BACK, int COLUMNS>
 bool agree_by_flags(unsigned seed) {
-  return agree<T, ForwardBlock<T, FlagGroup<T, UNITS, 4 * UNITS, UNITS, HELD, COLUMNS>>,
-               BackwardBlock<T, FlagGroup<T, UNITS, UNITS, 4 * UNITS, HELD_BACK, COLUMNS>>>(
+  return agree<T, FlagGroup<T, UNITS, 4 * UNITS, UNITS, HELD, COLUMNS>,
+               FlagGroup<T, UNITS, UNITS, 4 * UNITS, HELD_BACK, COLUMNS>>(
       seed, [&](Phase phase, const Recurrence& r) {
         // On a device of one group for each direction, or two.
         const int members = static_cast<int>(up(r.H, UNITS)), groups = 1 + static_cast<int>(seed / 5 % 2);
@@ -209,15 +216,23 @@ bool agree_by_flags(unsigned seed) {
 // HELD and HELD_BACK rounds in registers, some fewer than planned, so that shared memory has a part of W_hh.
 template <class T, int HELD, int HELD_BACK, int COLUMNS>
 bool agree_in_clusters(unsigned seed) {
-  return agree<T, ForwardBlock<T, GatherCluster<T, kClusterUnits, HELD, COLUMNS>>,
-               BackwardBlock<T, ScatterCluster<T, kClusterUnits, HELD_BACK, COLUMNS>>>(
+  return agree<T, GatherCluster<T, kClusterUnits, HELD, COLUMNS>,
+               ScatterCluster<T, kClusterUnits, HELD_BACK, COLUMNS>>(
       seed, [&](Phase phase, const Recurrence& r) {
         return lay_out_clusters(phase, r, phase == Phase::forward ? HELD : HELD_BACK, COLUMNS);
       });
 }
 
+// Each block by itself.
+template <class T>
+bool agree_singly(unsigned seed) {
+  return agree<T, SingleForward<T>, SingleBackward<T>>(
+      seed, [](Phase phase, const Recurrence& r) { return lay_out_single(phase, r); });
+}
+
 bool agree(unsigned seed) {
   using B = __nv_bfloat16;
+  if (seed >= 6000) return agree_singly<B>(seed);
   switch (seed % 5) {
     case 0:
       return agree_by_flags<B, 32, 1, 4, 1>(seed);
@@ -240,7 +255,7 @@ int main(int argc, char** argv) {
   fastlstm::cuda::longest_delay_us = std::atoi(argv[3]);
   if (argc > 4) {
     fastlstm::cuda::silent_block = 1;
-    fastlstm::cuda::kMostTries = 20000;
+    fastlstm::cuda::kMaxPolls = 20000;
   }
   const unsigned first = std::atoi(argv[1]);
   int wrong = 0;

@@ -17,6 +17,7 @@ from ...ops.schema import LayerCall
 NAME = "triton"
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 DEVICES = ("cuda", "xpu")
+MAX_H = 23_170  # 4 * H * H, an offset into W_hh, is an int32 in the kernels
 INSTALLED = importlib.util.find_spec("triton") is not None
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "yes", "on", "y")
 
@@ -36,6 +37,8 @@ def supports(call: LayerCall) -> str | None:
         return f"dtype must be one of {', '.join(map(str, DTYPES))}, got {call.dtype}"
     if call.shape.proj:
         return "proj_size > 0 is not implemented in Triton"
+    if call.shape.H > MAX_H:
+        return f"hidden_size must be at most {MAX_H} in Triton, got {call.shape.H}"
     return None
 
 

@@ -201,7 +201,7 @@ class _Layer:
         if self.row.kernel == "streamed":
             kernels[0][batch, s.D, 1](*tensors, *sizes, **self._options(tiles))
             return
-        kernel, grid = kernels[1], (triton.cdiv(s.H, tiles.block_n), batch, s.D)
+        kernel, grid = kernels[1], (triton.cdiv(s.H, tiles.block_n) * batch, s.D, 1)
         compiled = kernel[grid](*tensors, 0, *sizes, **self._options(tiles))
         # Past Triton's look-ups of the compiled kernel and of the stream, most of a launch's cost on the host. The
         # interpreter has neither.

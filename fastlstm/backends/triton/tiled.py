@@ -204,11 +204,12 @@ def step_tiled_fwd(
     BLOCK_K: tl.constexpr,  # units of h per round of the product
     PRECISION: tl.constexpr,  # "ieee" or "tf32": picks the instruction of fp32 products
 ):
-    """One step of all directions. Grid (tiles of units, tiles of the batch, D)."""
+    """One step of all directions. Grid (tiles of units times tiles of the batch, D)."""
     H = spans * ALIGN
-    first_n, first_b = tl.program_id(0) * BLOCK_N, tl.program_id(1).to(tl.int64) * BLOCK_B
+    tiles = tl.cdiv(H, BLOCK_N)
+    first_n, first_b = tl.program_id(0) % tiles * BLOCK_N, (tl.program_id(0) // tiles).to(tl.int64) * BLOCK_B
     _forward_tile(
-        gates, w_hh, h_state, c_state, lengths, reset_mask, y, cells, s, tl.program_id(2), first_b, first_n,
+        gates, w_hh, h_state, c_state, lengths, reset_mask, y, cells, s, tl.program_id(1), first_b, first_n,
         T, B, H, D, KEEP_GATES, BLOCK_B, BLOCK_N, BLOCK_K, PRECISION,
     )  # fmt: skip
 
@@ -270,11 +271,12 @@ def step_tiled_bwd(
     BLOCK_K: tl.constexpr,  # gate rows of W_hh per round of the product
     PRECISION: tl.constexpr,  # "ieee" or "tf32": picks the instruction of fp32 products
 ):
-    """One step back of all directions. Grid (tiles of units, tiles of the batch, D)."""
+    """One step back of all directions. Grid (tiles of units times tiles of the batch, D)."""
     H = spans * ALIGN
-    first_n, first_b = tl.program_id(0) * BLOCK_N, tl.program_id(1).to(tl.int64) * BLOCK_B
+    tiles = tl.cdiv(H, BLOCK_N)
+    first_n, first_b = tl.program_id(0) % tiles * BLOCK_N, (tl.program_id(0) // tiles).to(tl.int64) * BLOCK_B
     _backward_tile(
-        dy, dcells, gates, cells, c0, w_hh, lengths, reset_mask, dgates, dh_state, dc_state, s, tl.program_id(2),
+        dy, dcells, gates, cells, c0, w_hh, lengths, reset_mask, dgates, dh_state, dc_state, s, tl.program_id(1),
         first_b, first_n, T, B, H, D, BLOCK_B, BLOCK_N, BLOCK_K, PRECISION,
     )  # fmt: skip
 

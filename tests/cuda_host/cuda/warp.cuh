@@ -25,7 +25,7 @@
 namespace fastlstm::cuda {
 
 constexpr int kWarps = 8;
-inline uint32_t kMostTries = uint32_t{1} << 26;
+inline uint32_t kMaxPolls = uint32_t{1} << 26;
 inline int longest_delay_us = 0;  // random pauses before barriers, flags and loads of the state; 0 for none
 inline int silent_block = -1;     // never raises its flags, nor pushes
 
@@ -126,6 +126,8 @@ class Warp {
   int index_;
 };
 
+inline int keep(int x) { return x; }
+
 inline thread_local int this_block = 0;
 
 inline void store_release(uint32_t* flag, uint32_t value) {
@@ -143,7 +145,7 @@ inline uint4 load_published(const uint4* p) { return *p; }
 // Fetched as if it were read, so that what does not exist is found.
 inline void prefetch(const void* p) { static_cast<void>(*static_cast<const volatile char*>(p)); }
 
-[[noreturn]] inline void give_up(uint32_t*, uint32_t epoch) {
+[[noreturn]] inline void trap_on_timeout(uint32_t*, uint32_t epoch) {
   std::fprintf(stderr, "block %d waited in vain for epoch %u\n", this_block, epoch);
   std::_Exit(3);
 }
@@ -296,9 +298,13 @@ inline void multiply_chunk(PerLane<float4>& acc, const PerLane<uint4>& top, cons
 }
 
 inline int most_in_cluster = 16;
+inline int launches_left =
+    -1;  // then launches find no room, as in a green context; below zero: there always is
+inline int occupancy_queries = 0;
 
 template <class F, class S>
 int blocks_together(int cluster, int64_t) {
+  ++occupancy_queries;
   return cluster > most_in_cluster ? 0 : 1 << 20;
 }
 
@@ -306,8 +312,11 @@ int blocks_together(int cluster, int64_t) {
 // more.
 template <class F, class S>
 cudaError_t launch_together(const S& s, int blocks, int cluster, int64_t shared_bytes, cudaStream_t) {
-  const int at_once = cluster > 0 ? cluster : blocks;
+  const int at_once = cluster > 0 ? cluster : cluster == 0 ? blocks : 1;
   if (blocks % at_once != 0 || F::kCluster != (cluster > 0)) return cudaErrorInvalidConfiguration;
+  if (launches_left == 0)
+    return cluster > 0 ? cudaErrorInvalidClusterSize : cudaErrorCooperativeLaunchTooLarge;
+  if (launches_left > 0) --launches_left;
   for (int first = 0; first < blocks; first += at_once) {
     std::deque<Block> all;
     std::vector<Block*> by_rank;

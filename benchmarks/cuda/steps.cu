@@ -1,0 +1,222 @@
+// The persistent kernels without torch, on buffers of noise: microseconds of a step, whole and with a stage
+// left out.
+//   nvcc -std=c++17 -O3 -arch=native -I csrc benchmarks/cuda/steps.cu -o steps && ./steps [T]
+// Prints CSV: pass, kernels, H, B, blocks of a group, blocks, variant, us a step (median and minimum of 9
+// launches of T steps, 256 by default). What differs between two rows of a size is what the stage costs, less
+// what hid behind it:
+//
+//   all         the kernel as it is
+//   no product  the state is waited for and not multiplied: the exchange, the cell, the barriers
+//   no wait     the state is multiplied without waiting (kernels by flags): no exchange
+//   an eighth   of the steps a launch: what a launch and the loading of W_hh cost beside
+//
+// Results of the variants that leave something out are meaningless, and no number is checked: the tests do
+// that.
+#include <algorithm>
+#include <cstdio>
+#include <cstdlib>
+#include <vector>
+
+#include "cuda/launch_persistent_backward.cuh"
+#include "cuda/launch_persistent_forward.cuh"
+#include "cuda/pack_weights.cu"
+
+// Named, as a nameless one beside those of the headers confuses nvcc.
+namespace steps {
+
+using namespace fastlstm::cuda;
+using T = __nv_bfloat16;
+
+constexpr int kLaunches = 9;
+
+void check(cudaError_t status, const char* what) {
+  if (status == cudaSuccess) return;
+  std::fprintf(stderr, "%s: %s\n", what, cudaGetErrorString(status));
+  std::exit(1);
+}
+
+template <class Group>
+struct NoWait : Group {
+  using Group::Group;
+  FASTLSTM_DEVICE void receive(const Warp& warp) {
+    this->product_.multiply(warp, this->from_);
+    warp.block_sync();
+  }
+};
+template <class Group>
+struct NoProduct : Group {
+  using Group::Group;
+  FASTLSTM_DEVICE void receive(const Warp& warp) {
+    if constexpr (Group::kCluster) {
+      this->await(warp);
+    } else {
+      await(warp, this->flag_, this->epoch_, this->s_.fault);
+    }
+    warp.block_sync();
+  }
+};
+
+// A block with another group in the place of its own.
+template <class Block, template <class> class Without>
+struct Variant;
+template <class T, class Group, bool RAGGED, template <class> class Without>
+struct Variant<ForwardBlock<T, Group, RAGGED>, Without> {
+  using type = ForwardBlock<T, Without<Group>, RAGGED>;
+};
+template <class T, class Group, bool RAGGED, template <class> class Without>
+struct Variant<BackwardBlock<T, Group, RAGGED>, Without> {
+  using type = BackwardBlock<T, Without<Group>, RAGGED>;
+};
+
+// Single blocks, which wait for nobody.
+template <class Block>
+constexpr bool kSingle = false;
+template <class T, int TILES, int ROUNDS, int CHAINS, bool RAGGED>
+constexpr bool kSingle<ForwardBlock<T, SingleGroup<T, TILES, ROUNDS, CHAINS>, RAGGED>> = true;
+template <class T, int TILES, int ROUNDS, int CHAINS, bool RAGGED>
+constexpr bool kSingle<BackwardBlock<T, SingleGroup<T, TILES, ROUNDS, CHAINS>, RAGGED>> = true;
+
+// Clusters' backward, which has no product after the wait.
+template <class Block>
+constexpr bool kMultipliesToSend = false;
+template <class T, int UNITS, int HELD, int COLUMNS, bool RAGGED>
+constexpr bool kMultipliesToSend<BackwardBlock<T, ScatterCluster<T, UNITS, HELD, COLUMNS>, RAGGED>> = true;
+
+template <class X>
+X* noise(int64_t n) {
+  X* p;
+  check(cudaMalloc(&p, n * sizeof(X)), "memory");
+  check(cudaMemset(p, 0x3c, n * sizeof(X)), "memset");  // about 0.01 in bfloat16 and float32
+  return p;
+}
+
+struct Time {
+  double median, least;
+};
+
+template <class Launch>
+Time microseconds(int steps, Launch launch) {
+  cudaEvent_t begin, end;
+  check(cudaEventCreate(&begin), "event");
+  check(cudaEventCreate(&end), "event");
+  std::vector<double> found;
+  for (int i = 0; i < kLaunches + 2; ++i) {
+    check(cudaEventRecord(begin), "record");
+    check(launch(), "launch");
+    check(cudaEventRecord(end), "record");
+    check(cudaEventSynchronize(end), "a launch");
+    float ms = 0;
+    check(cudaEventElapsedTime(&ms, begin, end), "time");
+    if (i >= 2) found.push_back(ms * 1e3 / steps);
+  }
+  std::sort(found.begin(), found.end());
+  return {found[found.size() / 2], found[0]};
+}
+
+// The buffers of a size, freed when the program ends.
+struct Problem {
+  int64_t steps, B, H;
+  DeviceLimits limits;
+  Persistent s = {};
+  ForwardStep<T> forward = {};
+  BackwardStep<T> backward = {};
+  float* dh;
+
+  Problem(int64_t steps, int64_t B, int64_t H, const DeviceLimits& limits)
+      : steps(steps), B(B), H(H), limits(limits) {
+    const int64_t state = B * H, all = steps * state;
+    forward.steps = backward.steps = {steps, B, nullptr, nullptr};
+    forward.H = backward.H = H, forward.D = backward.D = 1;
+    forward.gates_x = noise<float>(4 * all), forward.slots = backward.slots = steps;
+    forward.bias_ih[0] = forward.bias_hh[0] = noise<T>(4 * H);
+    forward.c = noise<float>(state), forward.c_n = noise<T>(state), forward.cells = noise<T>(all);
+    forward.gates = noise<T>(4 * all);
+    forward.state = {H, nullptr, noise<T>(state), noise<T>(all), noise<T>(state)};
+    dh = noise<float>(state);
+    backward.gradient = {H, forward.state.y, B * H, H, nullptr, dh, nullptr};
+    backward.gates = forward.gates, backward.cells = forward.cells, backward.dc = noise<float>(state);
+    backward.dgates = noise<T>(4 * all);
+  }
+
+  void run(Phase phase, char tier) {
+    const Plan found = plan(phase, {H, H, B, 1, sizeof(T)}, limits, tier);
+    const Layout& p = found.layout;
+    if (!found.reason.empty() || p.cluster != (tier == 'A') || p.single != (tier == 'S')) return;
+    const int room = phase == Phase::forward ? persistent_fwd_blocks<T>(p) : persistent_bwd_blocks<T>(p);
+    if (room < (p.in_cluster() == 0 ? p.blocks(1) : p.members)) return;
+    PackWeights<T> pack = {p, phase, H, 1, {noise<T>(4 * H * H), nullptr}, {H, 0}, {1, 0}, nullptr};
+    pack.packed = noise<uint4>(pack.words());
+    check(launch_pack_weights(pack, nullptr), "pack");
+    const int64_t flags = int64_t{p.slices} * p.members;
+    s = {}, s.layout = p, s.packed = pack.packed, s.count = static_cast<int>(steps);
+    if (p.in_cluster() == 0) s.exchange = noise<uint4>(int64_t{2} * p.slices * p.state);
+    s.flags = noise<uint32_t>(flags + 1), s.fault = s.flags + flags;
+    check(cudaMemset(s.flags, 0, 4 * (flags + 1)), "memset");
+    if (phase == Phase::forward) {
+      with_forward_block<T, false>(
+          p, [&](auto block) { return measure(block, PersistentForward<T>{s, forward}); });
+    } else {
+      with_backward_block<T, false>(
+          p, [&](auto block) { return measure(block, PersistentBackward<T>{s, backward, dh}); });
+    }
+    check(cudaFree(pack.packed), "free");
+    check(cudaFree(const_cast<T*>(pack.w_hh[0])), "free");
+    check(cudaFree(s.flags), "free");
+    if (s.exchange) check(cudaFree(s.exchange), "free");
+  }
+
+  template <class Block, class Arguments>
+  int measure(Block, Arguments arguments) {
+    one<Block>("all", arguments, static_cast<int>(steps));
+    one<Block>("an eighth", arguments, static_cast<int>(steps / 8));
+    if constexpr (!kMultipliesToSend<Block> && !kSingle<Block>) {
+      one<typename Variant<Block, NoProduct>::type>("no product", arguments, static_cast<int>(steps));
+      if constexpr (!Block::kCluster) {
+        one<typename Variant<Block, NoWait>::type>("no wait", arguments, static_cast<int>(steps));
+      }
+    }
+    return 0;
+  }
+
+  template <class Block, class Arguments>
+  void one(const char* variant, Arguments& arguments, int count) {
+    const Layout& p = arguments.layout;
+    arguments.count = count;
+    const Time time = microseconds(count, [&] {
+      const cudaError_t status = launch_together<Block, Arguments>(arguments, static_cast<int>(p.blocks(1)),
+                                                                   p.in_cluster(), p.shared, nullptr);
+      arguments.epoch += static_cast<uint32_t>(count);
+      return status;
+    });
+    std::printf("%s,%s,%d,%d,%d,%d,%s,%.3f,%.3f\n",
+                std::is_same_v<Arguments, PersistentForward<T>> ? "forward" : "backward",
+                p.cluster  ? "clusters"
+                : p.single ? "single"
+                           : "flags",
+                static_cast<int>(H), static_cast<int>(B), p.members, static_cast<int>(p.blocks(1)), variant,
+                time.median, time.least);
+    std::fflush(stdout);
+  }
+};
+
+}  // namespace steps
+
+int main(int argc, char** argv) {
+  using namespace steps;
+  cudaDeviceProp gpu;
+  check(cudaGetDeviceProperties(&gpu, 0), "no GPU");
+  std::fprintf(stderr, "%s, %d SMs\n", gpu.name, gpu.multiProcessorCount);
+  const DeviceLimits limits = {gpu.multiProcessorCount, static_cast<int64_t>(gpu.sharedMemPerBlockOptin),
+                               gpu.major >= 9 ? 16 : 0};
+  const int64_t count = argc > 1 ? std::atoi(argv[1]) : 256;
+  std::printf("pass,kernels,H,B,members,blocks,variant,median_us,min_us\n");
+  const int64_t sizes[][2] = {{128, 16}, {256, 16},  {256, 64},  {512, 16}, {512, 64},
+                              {768, 16}, {1024, 16}, {1024, 64}, {2048, 64}};
+  for (const auto& [H, B] : sizes) {
+    Problem problem(count, B, H, limits);
+    for (const Phase phase : {Phase::forward, Phase::backward}) {
+      for (const char tier : {'A', 'B', 'S'}) problem.run(phase, tier);
+    }
+  }
+  return 0;
+}

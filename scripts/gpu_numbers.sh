@@ -1,0 +1,41 @@
+#!/usr/bin/env bash
+# The third call: how fast?
+#   scripts/gpu_numbers.sh OUT
+# The kernels without torch, whole and with a stage left out (steps.csv); nn.LSTM and fastlstm, eager and in CUDA graphs,
+# with and without the persistent kernels, at the suite gpu_points; what lengths and resets cost; ncu on two sizes.
+source "$(dirname "$0")/gpu_common.sh"
+build || finish
+stage compile_steps 90 bash -c "$(declare -f kernels); out='$out'; kernels steps.cu steps"
+stage steps 60 bash -c "'$out/steps' >'$out/steps.csv'; status=\$?; tail -n 8 '$out/steps.csv'; exit \$status"
+stage ragged 40 "$python" - <<'PYTHON'
+import statistics, torch, fastlstm
+from benchmarks.measure import Contender, Plan, alternate, cuda_timer
+print("H,B,T,what,forward us a step,median of the rounds")
+for H, B in ((128, 16), (512, 64), (1024, 64)):
+    T = 512
+    lstm = fastlstm.LSTM(H, H, device="cuda", dtype=torch.bfloat16)
+    x = torch.randn(T, B, H, device="cuda", dtype=torch.bfloat16)
+    masks = {
+        "dense": {},
+        "resets": {"reset_mask": torch.rand(T, B, device="cuda") < 0.02},
+        "lengths": {"lengths": torch.randint(T // 2, T + 1, (B,), device="cuda")},
+    }
+    with torch.no_grad(), fastlstm.use_backend("native"):
+        contenders = {name: Contender.of(lambda mask=mask: lstm(x, **mask)) for name, mask in masks.items()}
+        alternate(contenders, cuda_timer, Plan(budget=1.0, min_rounds=7))
+    for name, contender in contenders.items():
+        print(f"{H},{B},{T},{name},{statistics.median(contender.samples) * 1e6 / T:.3f}")
+PYTHON
+LINES_SHOWN=40 stage points 330 "$python" -m benchmarks --suite gpu_points --out "$out" --resume --seconds 310 \
+  --impl fastlstm fastlstm_graph steps steps_graph
+if command -v ncu >/dev/null; then
+  for H in 512 1024; do
+    stage "ncu_$H" 60 ncu --clock-control none --set full --kernel-name regex:persistent --launch-count 2 \
+      "$python" -c "
+import torch, fastlstm
+lstm = fastlstm.LSTM($H, $H, device='cuda', dtype=torch.bfloat16)
+lstm(torch.randn(256, 64, $H, device='cuda', dtype=torch.bfloat16))[0].sum().backward()
+torch.cuda.synchronize()"
+  done
+fi
+finish
