@@ -18,7 +18,7 @@ from benchmarks.run import Suite, run_suite
 Report = Callable[[str, list[Row]], None]
 
 NAMES = (
-    "cpu", "gpu", "gpu_points", "quick", "grid", "random", "scaling", "tutorials", "features", "models",
+    "cpu", "gpu", "gpu_points", "quick", "grid", "random", "few_rows", "scaling", "tutorials", "features", "models",
 )  # fmt: skip
 
 
@@ -28,10 +28,10 @@ def suite_of(name: str) -> Suite:
         return Suite("cpu", CPU, alone=True)
     if name == "quick":
         return Suite("quick", QUICK, plan=Plan(budget=0.4, min_rounds=5), attempts=1)
-    if name in ("grid", "random"):
+    if name in ("grid", "random", "few_rows"):
         # Gate flops small: two hundred float64 references would otherwise take longer than the timing.
         plan = Plan(budget=0.5, min_rounds=5, patience=3.0)
-        cases = sweeps.grid() if name == "grid" else sweeps.random_cases()
+        cases = {"grid": sweeps.grid, "random": sweeps.random_cases, "few_rows": lambda: sweeps.FEW_ROWS}[name]()
         return Suite(name, cases, plan=plan, gate_flops=2e9, attempts=2, alone=True)
     if name == "scaling":
         return Suite("scaling", sweeps.SCALING_T + sweeps.SCALING_PACKED, gate_flops=2e10, alone=True)

@@ -57,6 +57,18 @@ def random_cases() -> list[Case]:
     return list(cases.values())
 
 
+# One to four rows per step, in float32 and bfloat16, and a layer whose rows, inputs and units fill no register tile.
+FEW_ROWS: list[Case] = [
+    *(
+        Case(T, B, H, H, dtype=dtype)
+        for H in (64, 256, 1024)
+        for B in (1, 2, 4)
+        for T in (1, 50)
+        for dtype in ("float32", "bfloat16")
+    ),
+    Case(77, 13, 61, 203),
+]
+
 # One shape, ever longer: its cost a step should not change.
 SCALING_T: list[Case] = [Case(T, 8, 64, 64) for T in (100, 1_000, 10_000, 100_000)]
 

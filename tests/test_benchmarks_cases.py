@@ -25,7 +25,9 @@ def name(case: Case) -> str:
 SCALING = sweeps.SCALING_T + sweeps.SCALING_PACKED
 
 
-@pytest.mark.parametrize("cases", [CPU, QUICK, sweeps.grid(), sweeps.random_cases(), SCALING, gpu.cases()])
+@pytest.mark.parametrize(
+    "cases", [CPU, QUICK, sweeps.grid(), sweeps.random_cases(), sweeps.FEW_ROWS, SCALING, gpu.cases()]
+)
 def test_names_within_a_suite_are_unique(cases):
     assert len({case.name for case in cases}) == len(cases)
 

@@ -20,7 +20,7 @@ from benchmarks.console import Print, escape, printer, progress
 from benchmarks.load import BUSY
 from benchmarks.run import Suite
 
-SUITES = ("cpu", "quick", "grid", "random", "scaling")
+SUITES = ("cpu", "quick", "grid", "random", "few_rows", "scaling")
 ABOUT = ("device", "cpu", "cpu_capability", "cores", "threads", "torch", "python", "date")
 
 

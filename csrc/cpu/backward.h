@@ -65,11 +65,18 @@ void product_direct(int64_t rows, int64_t K, const T* a, int64_t lda, const S* b
                     int64_t n_end, T* c, int64_t ldc) {
   constexpr int64_t W = kWidth<T>;
   int64_t n = n_begin;
-  for (; rows == 1 && n + 8 * W <= n_end; n += 8 * W) tile<T, 1, 8>(K, a, lda, b + n, N, c + n, ldc, false);
-  for (; n + 4 * W <= n_end; n += 4 * W)
-    for_row_tiles(rows, kWideRows, [&](int64_t r, int M) {
-      tile_rows<T, 4, false, kWideRows>(M, K, a + r * lda, lda, b + n, N, c + r * ldc + n, ldc, false);
-    });
+  for (int64_t k = 0; k < K; k += kDepth) {  // for the TLB, as in small_product_of
+    const int64_t depth = std::min(kDepth, K - k);
+    const S* rows_of_b = b + k * N;
+    n = n_begin;
+    for (; rows == 1 && n + 8 * W <= n_end; n += 8 * W)
+      tile<T, 1, 8>(depth, a + k, lda, rows_of_b + n, N, c + n, ldc, k > 0);
+    for (; n + 4 * W <= n_end; n += 4 * W)
+      for_row_tiles(rows, kWideRows, [&](int64_t r, int M) {
+        tile_rows<T, 4, false, kWideRows>(M, depth, a + r * lda + k, lda, rows_of_b + n, N, c + r * ldc + n,
+                                          ldc, k > 0);
+      });
+  }
   for (; n < n_end; n += W) {
     const int part = static_cast<int>(std::min<int64_t>(W, n_end - n));
     for (int64_t r = 0; r < rows; ++r) {

@@ -218,25 +218,33 @@ FASTLSTM_INLINE void edge_tile(int rows, int64_t columns, int64_t K, const T* a,
     }
 }
 
+// One pass of depth at a time for all columns: rows of a wide B are on pages of their own, and a tile that
+// went down all of K would miss the TLB at every row.
 template <bool transposed_a, class T, class B>
 FASTLSTM_INLINE void small_product_of(const Product<T, B>& p) {
   constexpr int64_t W2 = kPanel<T>;
-  T* panel = p.scratch;               // [k, W2]
-  T* partial = p.scratch + p.k * W2;  // [kTileRows, W2]
-  for (int64_t j = 0; j < p.n; j += W2) {
-    const int64_t columns = std::min(W2, p.n - j);
-    const B* b = p.b + j;
-    if (columns < W2)
-      for (int64_t k = 0; k < p.k; ++k) copy_panel_row(b + k * p.ldb, 1, columns, panel + k * W2);
-    for_row_tiles(p.m, kTileRows, [&](int64_t r, int rows) {
-      const T* a = p.a + (transposed_a ? r : r * p.lda);
-      T* c = p.c + r * p.ldc + j;
+  T* panel = p.scratch;                                 // [kDepth, W2]
+  T* partial = p.scratch + std::min(p.k, kDepth) * W2;  // [kTileRows, W2]
+  int64_t k = 0;
+  do {  // once even for K = 0, whose product is zero
+    const int64_t depth = std::min(kDepth, p.k - k);
+    const bool add = p.add || k > 0;
+    for (int64_t j = 0; j < p.n; j += W2) {
+      const int64_t columns = std::min(W2, p.n - j);
+      const B* b = p.b + k * p.ldb + j;
       if (columns < W2)
-        edge_tile<T, transposed_a>(rows, columns, p.k, a, p.lda, panel, p.add, c, p.ldc, partial);
-      else
-        tile_rows<T, 2, transposed_a>(rows, p.k, a, p.lda, b, p.ldb, c, p.ldc, p.add);
-    });
-  }
+        for (int64_t q = 0; q < depth; ++q) copy_panel_row(b + q * p.ldb, 1, columns, panel + q * W2);
+      for_row_tiles(p.m, kTileRows, [&](int64_t r, int rows) {
+        const T* a = p.a + (transposed_a ? k * p.lda + r : r * p.lda + k);
+        T* c = p.c + r * p.ldc + j;
+        if (columns < W2)
+          edge_tile<T, transposed_a>(rows, columns, depth, a, p.lda, panel, add, c, p.ldc, partial);
+        else
+          tile_rows<T, 2, transposed_a>(rows, depth, a, p.lda, b, p.ldb, c, p.ldc, add);
+      });
+    }
+    k += kDepth;
+  } while (k < p.k);
 }
 
 template <class T>
@@ -247,7 +255,7 @@ void small_product(const Product<Real<T>, T>& p) {
 // Elements of scratch that takes.
 template <class T>
 int64_t small_product_scratch(int64_t K) {
-  return (K + kTileRows) * kPanel<T>;
+  return (std::min(K, kDepth) + kTileRows) * kPanel<T>;
 }
 
 }  // namespace fastlstm::FASTLSTM_ISA
