@@ -6,12 +6,16 @@
 //   bind(warp, slice, n)    sets both; n = -1 where there is no state yet to be received
 //   advance(warp)           to the next state
 //   receive(warp)           by all warps: waits for state n and multiplies W_hh by it
-//   sum(warp, lane, q, at)           what W_hh makes of state n for the lane's element q; at: sum_at(row,
-//   column) sum4(warp, lane, q, at)          the same of four rows, a unit's gates place(warp, row, k)     of
-//   element k of the block's own part of state n + 1; own(warp, place) points there flip(place) the same of
-//   state n + 2, before advance(); before(place): of state n send(warp)              by all warps, after a
-//   block_sync that follows what they wrote of state n + 1 leave(warp)             at the end Elements deals
-//   the elements of a slice to threads
+//   sum_at(row, column)     where sum and sum4 find that element of the product
+//   sum(warp, lane, q, at)  what W_hh makes of state n for the lane's element q; at: sum_at's
+//   sum4(warp, lane, q, at) the same of four rows, a unit's gates
+//   place(warp, row, k)     of element k of the block's own part of state n + 1
+//   own(warp, place)        points there
+//   flip(place)             the same of state n + 2, before advance()
+//   before(place)           the same of state n
+//   send(warp)              by all warps, after a block_sync that follows what they wrote of state n + 1
+//   leave(warp)             at the end
+// Elements deals the elements of a slice to threads.
 #pragma once
 
 #include "cuda/exchange.h"

@@ -83,7 +83,7 @@ constexpr int64_t kPersistentMinSteps = 4, kPersistentMaxSteps = std::numeric_li
 constexpr bool supports_steps(int64_t T) { return kPersistentMinSteps <= T && T <= kPersistentMaxSteps; }
 
 // Tier B: a lane polls one flag at most, so a warp's share of K may lie in the parts of 32 members: an eighth
-// of all, and up to four more at its ends. (On no GPU of today would W_hh of so many members fit.)
+// of all, and up to four more at its ends. (W_hh of a larger group fits no GPU of today.)
 constexpr int kMaxFlags = 28 * kPlanWarps;
 
 // Tier B, what the kernels are compiled for, best first: as many units as fit, since what a block must take
