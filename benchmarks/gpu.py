@@ -35,7 +35,7 @@ def cases() -> list[Case]:
 
 
 def points() -> list[Case]:
-    """A few minutes' choice: the sizes of docs/gpu-kernels.md, short sequences, and large batches."""
+    """A few minutes' choice: sizes of docs/gpu-kernels.md, "Time per step", short sequences, and large batches."""
     found = [
         Case(512, B, H, H, dtype=dtype)
         for dtype in ("float16", "bfloat16")

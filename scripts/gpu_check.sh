@@ -154,7 +154,7 @@ tf32() { measure benchmarks --dtype tf32; }
 float32() { measure benchmarks --dtype float32; }
 triton() { measure triton --dtype bfloat16 --filter "T=512 " --impl native triton; }
 
-# What an exchange between blocks costs, for the prediction in docs/gpu-kernels.md.
+# What an exchange between blocks costs, for the predicted times (docs/gpu-kernels.md, "Planner").
 latency() {
   nvcc -std=c++17 -O3 -arch=native -I csrc benchmarks/cuda/latency.cu -o "$out/latency" || return
   timeout 300 "$out/latency" | tee "$out/latency.csv"

@@ -1,7 +1,8 @@
 """What lies between a state's arrival and the sending of the next in the persistent kernels, counted in SASS.
 
-A step is bound by that (docs/gpu-kernels.md), so no address is computed there, no length or reset is read, and
-the number of instructions has a ceiling. Counts are static: an inner loop over W_hh in shared memory counts once.
+A step is bound by that (docs/gpu-kernels.md, "Critical path"), so no address is computed there, no length or reset is
+read, and the number of instructions has a ceiling. Counts are static: an inner loop over W_hh in shared memory counts
+once.
 """
 
 from __future__ import annotations
