@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .place import HERE
+from .device import TEST_DEVICE
 
 OUTPUTS = ("output", "h_n", "c_n", "cells")
 # How hx is given: a tuple, a list, one row expanded over the batch, permuted memory, or one tensor in both roles.
@@ -101,13 +101,13 @@ class Tensors:
 
 
 def tensors(case: Case, dtype: torch.dtype | None = None, device: str | None = None) -> Tensors:
-    """The case's tensors: drawn in float64, rounded to the case's dtype, then given in `dtype`, where HERE says.
+    """The case's tensors: drawn in float64, rounded to the case's dtype, then given in `dtype`, where TEST_DEVICE says.
 
     So the truth in float64 and the run in bfloat16 see the same numbers. Padding holds NaN.
     """
     with torch.device("cpu"):
         given = _drawn(case, dtype or case.dtype)
-    device = device or HERE.device
+    device = device or TEST_DEVICE.device
     return given if device == "cpu" else _moved(given, device)
 
 

@@ -16,8 +16,8 @@ from fastlstm import backends, dispatch
 from fastlstm.backends.triton import plan
 
 from .cases import Case, tensors
+from .module_pairs import data, flat
 from .runners import check
-from .twins import data, flat
 
 if not backends.triton.INTERPRETED:
     pytest.skip("runs with TRITON_INTERPRET=1 alone", allow_module_level=True)

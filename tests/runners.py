@@ -26,15 +26,15 @@ from fastlstm import accuracy, dispatch
 from fastlstm.accuracy import Precision
 
 from .cases import OUTPUTS, Case, Tensors, tensors
-from .place import HERE
+from .device import TEST_DEVICE
 
 Results = dict[str, Tensor]
 
 
 def require(backend: str, case: Case) -> None:
     """Skip the test, with the backend's own reason, where it cannot run `case`."""
-    weights = list(case.module(fastlstm.LSTM, {}).to_empty(device=HERE.device).to(case.dtype).parameters())
-    x = torch.empty(1, 1, case.I, dtype=case.dtype, device=HERE.device)
+    weights = list(case.module(fastlstm.LSTM, {}).to_empty(device=TEST_DEVICE.device).to(case.dtype).parameters())
+    x = torch.empty(1, 1, case.I, dtype=case.dtype, device=TEST_DEVICE.device)
     group = weights[: len(weights) // case.layers]
     call = dispatch.describe(x, group, x if case.lengths else None, x if case.resets else None)
     reason = None if backend == "reference" else dispatch.BACKENDS[backend].supports(call)

@@ -15,15 +15,15 @@ from torch.func import functional_call
 import fastlstm
 from fastlstm.accuracy import error_bounds
 
+from .module_pairs import assert_same, data, error_of, flat, module_pair
 from .runners import assert_accurate, precision
-from .twins import assert_same, data, error_of, flat, twins
 
 STATES = (data(2, 4), data(2, 4, seed=1))
 
 
 @pytest.mark.parametrize("bias", [True, False])
 def test_surface(bias):
-    ours, theirs = twins(cell=True, bias=bias)
+    ours, theirs = module_pair(cell=True, bias=bias)
     assert isinstance(ours, nn.RNNCellBase)
     assert repr(ours) == repr(theirs)
     assert ours.extra_repr() == theirs.extra_repr()
@@ -41,7 +41,7 @@ def test_arguments_by_position_and_keyword():
     args = (3, 4, False, "meta", torch.float64)
     assert repr(fastlstm.LSTMCell(*args)) == repr(nn.LSTMCell(*args))
     assert fastlstm.LSTMCell(*args).weight_hh.device.type == "meta"
-    ours, _ = twins(cell=True)
+    ours, _ = module_pair(cell=True)
     assert torch.equal(ours(input=STATES[0][:, :3], hx=STATES)[0], ours(STATES[0][:, :3], STATES)[0])
 
 
@@ -49,7 +49,7 @@ def test_arguments_by_position_and_keyword():
 @pytest.mark.parametrize("batched", [True, False])
 @pytest.mark.parametrize("hx", ["none", "tuple", "list", "expanded", "strided"])
 def test_numbers(bias, batched, hx, backend):
-    pair = twins(cell=True, bias=bias)
+    pair = module_pair(cell=True, bias=bias)
     x = data(2, 3) if batched else data(3)
     h, c = STATES if batched else (s[0] for s in STATES)
     given = {
@@ -103,7 +103,7 @@ def test_loop_of_cells_equals_the_layer(backend):
 
 
 def test_state_and_weights_swapped():
-    pair = twins(cell=True)
+    pair = module_pair(cell=True)
     x = data(2, 3)
     assert_same(copy.deepcopy(pair[0]), pair[1], x)
     assert_same(pickle.loads(pickle.dumps(pair[0])), pair[1], x)
@@ -127,7 +127,7 @@ def test_states_may_be_changed_in_place(backend):
         c.mul_(3)
         return torch.autograd.grad((h.sum() + c.sum()), list(cell.parameters()))
 
-    ours, theirs = twins(cell=True)
+    ours, theirs = module_pair(cell=True)
     torch.testing.assert_close(gradients(ours), gradients(theirs))
 
 
@@ -138,7 +138,7 @@ def test_second_order(backend):
         (dx,) = torch.autograd.grad(h.square().sum() + c.square().sum(), x, create_graph=True)
         return torch.autograd.grad(dx.square().sum(), [x, *cell.parameters()])
 
-    ours, theirs = twins(cell=True)
+    ours, theirs = module_pair(cell=True)
     torch.testing.assert_close(curvature(ours), curvature(theirs))
 
 
@@ -158,13 +158,13 @@ def test_gradients_and_saved_tensors_that_are_not_plain(lazy, backend):
         }[lazy]
         return torch.autograd.grad([h, c], [x, *cell.parameters()], [grad, data(2, 4, seed=4)])
 
-    ours, theirs = twins(cell=True)
+    ours, theirs = module_pair(cell=True)
     torch.testing.assert_close(gradients(ours), gradients(theirs))
 
 
 def test_traced():
     """torch.jit.trace records ops: the call in one piece (csrc/cell_step.cpp) must not hide them."""
-    cell, _ = twins(cell=True)
+    cell, _ = module_pair(cell=True)
     x = data(2, 3, seed=5)
     with torch.no_grad():
         traced = torch.jit.trace(cell, (data(2, 3), STATES))
@@ -177,7 +177,7 @@ def test_traced():
 )
 @pytest.mark.parametrize("used", ["h", "c", "both"])
 def test_every_subset_of_gradients(B, I, H, used, backend):  # noqa: E741
-    pair = twins(I, H, cell=True)
+    pair = module_pair(I, H, cell=True)
     count = 3 + len(list(pair[0].parameters()))
     for subset in (*([k] for k in range(count)), range(count), range(3), range(3, count)):
         found = []
@@ -195,7 +195,7 @@ def test_every_subset_of_gradients(B, I, H, used, backend):  # noqa: E741
 
 
 def test_empty_batch(backend):
-    ours, theirs = twins(cell=True)
+    ours, theirs = module_pair(cell=True)
     x = torch.zeros(0, 3, dtype=torch.float64)
     assert [t.shape for t in ours(x)] == [t.shape for t in theirs(x)] == [(0, 4), (0, 4)]
 
@@ -204,7 +204,7 @@ def test_empty_batch(backend):
 @pytest.mark.parametrize("low_input", [False, True])
 @pytest.mark.parametrize("state", [None, "float32", "low"])
 def test_autocast(dtype, low_input, state, backend):
-    ours, theirs = twins(cell=True, dtype=torch.float32)
+    ours, theirs = module_pair(cell=True, dtype=torch.float32)
     x = data(2, 3).to(dtype if low_input else torch.float32)
     hx = None if state is None else tuple(t.to(dtype if state == "low" else torch.float32) for t in STATES)
     with torch.autocast("cpu", dtype):

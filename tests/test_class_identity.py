@@ -14,7 +14,7 @@ from torch.ao.quantization import quantize_dynamic
 
 import fastlstm
 
-from .twins import assert_same, data
+from .module_pairs import assert_same, data
 
 X = data(5, 2, 3)
 

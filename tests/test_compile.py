@@ -16,8 +16,8 @@ from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, Stateles
 
 import fastlstm
 
-from .place import HERE
-from .twins import data, flat
+from .device import TEST_DEVICE
+from .module_pairs import data, flat
 
 
 class Model(nn.Module):
@@ -26,9 +26,9 @@ class Model(nn.Module):
     def __init__(self, **kwargs) -> None:
         super().__init__()
         torch.manual_seed(0)
-        self.lstm = fastlstm.LSTM(3, 4, **{"num_layers": 2, "bidirectional": True, **kwargs}, dtype=HERE.dtype)
+        self.lstm = fastlstm.LSTM(3, 4, **{"num_layers": 2, "bidirectional": True, **kwargs}, dtype=TEST_DEVICE.dtype)
         width = (2 if self.lstm.bidirectional else 1) * (self.lstm.proj_size or 4)
-        self.head = nn.Linear(width, 2, dtype=HERE.dtype)
+        self.head = nn.Linear(width, 2, dtype=TEST_DEVICE.dtype)
 
     def forward(self, x, hx=None, **kwargs):
         output, (h_n, c_n), *cells = self.lstm(x, hx, **kwargs)
@@ -159,7 +159,7 @@ def test_lengths_out_of_range_are_noticed_in_a_graph(backend):
 
 
 def test_cell():
-    cell = fastlstm.LSTMCell(3, 4, dtype=HERE.dtype)
+    cell = fastlstm.LSTMCell(3, 4, dtype=TEST_DEVICE.dtype)
     compiled = torch.compile(cell, backend="aot_eager", fullgraph=True)
     hx = (data(3, 4), data(3, 4, seed=1))
     for args in ((X[0],), (X[0], hx)):
@@ -171,7 +171,7 @@ def test_cell():
 
 
 def test_converted_model_compiles():
-    model = nn.ModuleList([nn.LSTM(3, 4, dtype=HERE.dtype)])
+    model = nn.ModuleList([nn.LSTM(3, 4, dtype=TEST_DEVICE.dtype)])
     expected = model[0](X)
     compiled = torch.compile(fastlstm.convert(model)[0], backend="aot_eager", fullgraph=True)
     torch.testing.assert_close(flat(compiled(X)), flat(expected))
@@ -216,9 +216,11 @@ def test_symbols_stay_symbols_outside_of_a_compiler(option, grad, backend):
         pytest.skip("its loop over the steps fixes T")
     mode = FakeTensorMode(shape_env=ShapeEnv())
     free = StatelessSymbolicContext(dynamic_sizes=[DimDynamic.DYNAMIC, DimDynamic.DYNAMIC, DimDynamic.STATIC])
-    x = mode.from_tensor(torch.empty(5, 6, 3, dtype=HERE.dtype, device=HERE.device), symbolic_context=free)
+    x = mode.from_tensor(
+        torch.empty(5, 6, 3, dtype=TEST_DEVICE.dtype, device=TEST_DEVICE.device), symbolic_context=free
+    )
     with mode, torch.set_grad_enabled(grad):
-        lstm = fastlstm.LSTM(3, 4, dtype=HERE.dtype, device=HERE.device)
+        lstm = fastlstm.LSTM(3, 4, dtype=TEST_DEVICE.dtype, device=TEST_DEVICE.device)
         T, B = x.shape[:2]
         kwargs = {
             "hx": {"hx": (x.new_zeros(1, B, 4), x.new_zeros(1, B, 4))},
@@ -237,7 +239,7 @@ def test_weights_with_symbolic_sizes(ragged, backend):
     """functorch's aot_function traces once for all sizes, of the weights as well."""
     if backend == "reference":
         pytest.skip("its loop over the steps fixes T")
-    lstm = fastlstm.LSTM(3, 4, dtype=HERE.dtype, device=HERE.device)
+    lstm = fastlstm.LSTM(3, 4, dtype=TEST_DEVICE.dtype, device=TEST_DEVICE.device)
     graphs = []
 
     def run(x, lengths, *weights):
@@ -252,7 +254,7 @@ def test_weights_with_symbolic_sizes(ragged, backend):
     traced = aot_function(run, fw_compiler=keep, bw_compiler=keep, dynamic=True)
     for T, B in ((5, 6), (7, 9)):
         x = data(T, B, 3).requires_grad_()
-        lengths = torch.arange(B, device=HERE.device) % T
+        lengths = torch.arange(B, device=TEST_DEVICE.device) % T
         expected = lstm(x, **({"lengths": lengths} if ragged else {}))[0]
         output = traced(x, lengths, *lstm.parameters())
         torch.testing.assert_close(output, expected)

@@ -12,7 +12,7 @@ from torch.nn.utils import prune
 
 import fastlstm
 
-from .twins import data
+from .module_pairs import data
 
 
 class Tagger(nn.Module):

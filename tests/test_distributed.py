@@ -9,8 +9,8 @@ from torch.distributed import checkpoint
 
 import fastlstm
 
-from .place import HERE
-from .twins import data
+from .device import TEST_DEVICE
+from .module_pairs import data
 
 if not distributed.is_available() or not distributed.is_gloo_available():
     pytest.skip("this torch has no gloo", allow_module_level=True)
@@ -122,7 +122,7 @@ def test_activation_checkpointing_replays_dropout(use_reentrant, recompute, back
     gradients = []
     for wrapped in (False, True):
         torch.manual_seed(3)
-        lstm = fastlstm.LSTM(3, 4, 3, dropout=0.5, dtype=HERE.dtype)
+        lstm = fastlstm.LSTM(3, 4, 3, dropout=0.5, dtype=TEST_DEVICE.dtype)
         lstm.recompute = recompute
         x = data(T, 2, 3).requires_grad_()
         torch.manual_seed(4)

@@ -12,7 +12,7 @@ from torch.nn.utils.rnn import pack_padded_sequence
 
 import fastlstm
 
-from .twins import error_of
+from .module_pairs import error_of
 
 
 @pytest.mark.parametrize(

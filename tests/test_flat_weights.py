@@ -16,7 +16,7 @@ from torch.nn.utils.rnn import pack_padded_sequence
 
 import fastlstm
 
-from .twins import assert_same, data, flat, twins
+from .module_pairs import assert_same, data, flat, module_pair
 
 X = data(5, 2, 3)
 OPTIONS = {"num_layers": 2, "bidirectional": True, "proj_size": 2}
@@ -48,7 +48,7 @@ class Adapted(nn.Module):
 
 
 def adapted(write: str, how: str = "plain") -> tuple[nn.Module, nn.Module]:
-    ours, theirs = twins(**OPTIONS)
+    ours, theirs = module_pair(**OPTIONS)
     if how == "converted":
         ours = fastlstm.convert(copy.deepcopy(theirs))
     pair = Adapted(ours, write), Adapted(theirs, write)
@@ -97,7 +97,7 @@ def test_adapters_compile_in_one_graph(write):
 
 def test_a_compiled_call_notices_what_is_written_between_calls():
     torch._dynamo.reset()
-    ours, theirs = twins()
+    ours, theirs = module_pair()
     compiled = torch.compile(ours, backend="aot_eager", fullgraph=True)
     for k in range(4):
         torch.testing.assert_close(flat(compiled(X)), flat(theirs(X)))
@@ -138,7 +138,7 @@ def after(module: nn.Module, step: str) -> list[torch.Tensor]:
 def test_the_later_writing_counts(first, backend):
     """Every pair of ways to change a weight: as nn.LSTM takes it, call by call."""
     for second in STEPS:
-        ours, theirs = twins()
+        ours, theirs = module_pair()
         for step in (first, second, "another item", "requires_grad"):
             torch.testing.assert_close(
                 after(ours, step), after(theirs, step), msg=lambda m, k=second, s=step: f"{k}, {s}: {m}"
@@ -147,7 +147,7 @@ def test_the_later_writing_counts(first, backend):
 
 @pytest.mark.parametrize("seed", range(20))
 def test_any_order_of_changes(seed):
-    ours, theirs = twins()
+    ours, theirs = module_pair()
     steps = list(STEPS)
     order = [steps[k] for k in torch.randint(len(steps), (25,), generator=torch.Generator().manual_seed(seed))]
     for k, step in enumerate(order):
@@ -156,7 +156,7 @@ def test_any_order_of_changes(seed):
 
 def test_a_missing_attribute_leaves_the_list():
     """Code that takes a parameter away writes the list instead."""
-    pair = twins()
+    pair = module_pair()
     for module in pair:
         raw = data(16, 4, seed=3)
         del module.weight_hh_l0
@@ -166,7 +166,7 @@ def test_a_missing_attribute_leaves_the_list():
 
 
 def test_a_tuple_of_the_parameters(backend):
-    pair = twins()
+    pair = module_pair()
     for module in pair:
         module._flat_weights = tuple(module.parameters())
     assert_same(*pair, X)
@@ -175,7 +175,7 @@ def test_a_tuple_of_the_parameters(backend):
 @pytest.mark.parametrize("grad", [True, False], ids=["grad", "no_grad"])
 def test_computed_weights_are_not_kept_alive_and_do_not_hinder_a_copy(grad):
     """nn.LSTM keeps them in the list, and cannot be copied after a call."""
-    lstm = twins()[0]
+    lstm = module_pair()[0]
     parametrizations.weight_norm(lstm, "weight_hh_l0")
     kept = []
     lstm.parametrizations.weight_hh_l0.register_forward_hook(lambda m, args, out: kept.append(weakref.ref(out)))
@@ -190,14 +190,14 @@ def test_computed_weights_are_not_kept_alive_and_do_not_hinder_a_copy(grad):
 
 
 def test_weights_of_a_transform_are_not_kept():
-    lstm = twins()[0]
+    lstm = module_pair()[0]
     weights = {name: torch.stack([w, 2 * w]).detach() for name, w in lstm.named_parameters()}
     torch.func.vmap(lambda w: functional_call(lstm, w, (X,))[0])(weights)
     assert [id(w) for w in lstm._flat_weights] == [id(w) for w in lstm.parameters()]
 
 
 def test_a_parametrization_is_computed_once_a_call():
-    lstm, calls = twins()[0], []
+    lstm, calls = module_pair()[0], []
     parametrizations.weight_norm(lstm, "weight_hh_l0")
     lstm.parametrizations.weight_hh_l0.register_forward_hook(lambda *_: calls.append(1))
     lstm(X)
@@ -214,7 +214,7 @@ def test_the_list_follows_lasting_weights():
 
 @pytest.mark.parametrize("hx", [None, (data(2, 4), data(2, 4, seed=1))], ids=["zeros", "hx"])
 def test_cells_read_what_stands_beside_a_parameter(hx, backend):
-    pair = twins(cell=True)
+    pair = module_pair(cell=True)
     for module in pair:
         module.__dict__["weight_hh"] = 2 * module.weight_hh
         module.__dict__["bias_ih"] = data(16)

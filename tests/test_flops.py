@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import fastlstm
 
-from .twins import data, twins
+from .module_pairs import data, module_pair
 
 T, B, I, H = 5, 3, 7, 4  # noqa: E741
 LENGTHS = (T, 1, T - 1)
@@ -51,7 +51,7 @@ def formula(rows: int, P: int = H, D: int = 1, features: int = I) -> int:
 )
 def test_a_layer_counts_as_nn_lstms_products(kwargs, form, given, backend):
     """In float64, where nn.LSTM runs step by step."""
-    ours, theirs = twins(I, H, **kwargs)
+    ours, theirs = module_pair(I, H, **kwargs)
     found = []
     for module in (ours, theirs):
         x = data(T, B, I).requires_grad_(given != "nothing")
@@ -74,8 +74,8 @@ def test_a_layer_counts_as_nn_lstms_products(kwargs, form, given, backend):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_other_dtypes_count_the_same(dtype, backend):
     """nn.LSTM's own float32 layer counts as nothing, since oneDNN runs it."""
-    ours, _ = twins(I, H, bidirectional=True, dtype=dtype)
-    truth, _ = twins(I, H, bidirectional=True)
+    ours, _ = module_pair(I, H, bidirectional=True, dtype=dtype)
+    truth, _ = module_pair(I, H, bidirectional=True)
     x = data(T, B, I)
     found = both(ours, (x.to(dtype),))
     assert found == both(truth, (x,))
@@ -84,7 +84,7 @@ def test_other_dtypes_count_the_same(dtype, backend):
 
 def test_what_is_not_asked_for_does_not_count(backend):
     found = []
-    for module in twins(I, H):
+    for module in module_pair(I, H):
         x = data(T, B, I).requires_grad_()
         module.weight_ih_l0.requires_grad_(False)
         found.append(both(module, (x,)))
@@ -95,7 +95,7 @@ def test_what_is_not_asked_for_does_not_count(backend):
 
 
 def test_rows_count_by_their_lengths_where_these_are_known(backend):
-    ours, _ = twins(I, H)
+    ours, _ = module_pair(I, H)
     assert both(ours, (data(T, B, I),), lengths=[5, 0, 2])[0] == formula(7)
     with FakeTensorMode() as mode:
         fake = fastlstm.LSTM(I, H)
@@ -104,7 +104,7 @@ def test_rows_count_by_their_lengths_where_these_are_known(backend):
 
 
 def test_recompute_counts_its_second_forward(backend):
-    ours, _ = twins(I, H, proj_size=2)
+    ours, _ = module_pair(I, H, proj_size=2)
     plain = both(ours, (data(T, B, I),))
     ours.recompute = 2
     forward = formula(T * B, P=2)
@@ -116,7 +116,7 @@ def test_recompute_counts_its_second_forward(backend):
 def test_a_cell_counts_as_nn_lstm_cells_products(states, inside, backend):
     """A small one is not seen by the dispatcher, unless a mode watches."""
     found = []
-    for module in twins(I, H, cell=True):
+    for module in module_pair(I, H, cell=True):
         x = data(B, I).requires_grad_()
         hx = (data(B, H).requires_grad_(), data(B, H, seed=1).requires_grad_()) if states else None
         if inside == "both":
@@ -136,7 +136,7 @@ def test_per_sample_gradients_count(bidirectional, backend):
     Of the two products with the zero states before the first step, the plain op counts one (dW_hh's). Here eager makes
     both, and next to the native op neither is made.
     """
-    ours, _ = twins(I, H, bidirectional=bidirectional)
+    ours, _ = module_pair(I, H, bidirectional=bidirectional)
     parameters = {name: p.detach() for name, p in ours.named_parameters()}
 
     def loss(parameters, x):
@@ -150,7 +150,7 @@ def test_per_sample_gradients_count(bidirectional, backend):
 
 def test_an_expanded_input_counts_as_any_other(backend):
     """The strides of x say nothing about the products."""
-    ours, _ = twins(I, H)
+    ours, _ = module_pair(I, H)
     x = data(1, 1, 1).requires_grad_()
     found = both(ours, (x.expand(T, B, I),))
     assert found == both(ours, (data(T, B, I).requires_grad_(),))

@@ -13,7 +13,7 @@ from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 import fastlstm
 
-from .twins import assert_same, data
+from .module_pairs import assert_same, data
 
 X = data(5, 2, 3)
 LENGTHS = torch.tensor([5, 2])

@@ -1,7 +1,7 @@
-"""What nn.LSTM cannot do, on the GPU: the bodies of the CPU's tests again, with their tensors on CUDA.
+"""Features beyond nn.LSTM on the GPU: runs tests of the CPU with their tensors on CUDA.
 
-A body draws with `data` and `twins`, which put what they make where HERE says; the constants of its module and the
-parameters of its test are moved. FASTLSTM_TEST_DEVICE=cpu runs all of it on CPU tensors, where no GPU is at hand.
+`data` and `module_pair` create tensors on TEST_DEVICE; constants of the tests' modules and parameters of the tests are
+moved. FASTLSTM_TEST_DEVICE=cpu runs these tests on CPU tensors, without a GPU.
 """
 
 from __future__ import annotations
@@ -20,8 +20,9 @@ from torch import Tensor, nn
 
 import fastlstm
 
+from .device import TEST_DEVICE
 from .gpu_support import DEVICE, each_backend, gpu  # noqa: F401
-from .place import HERE
+from .module_pairs import data, module_pair
 from .test_compile import (  # noqa: F401
     fresh_compiler,
     test_cell,
@@ -91,7 +92,6 @@ from .test_transforms_deep import (  # noqa: F401
     test_per_sample_gradients_of_states,
     test_vmap_in_vmap,
 )
-from .twins import data, twins
 
 pytestmark = gpu
 MODULES = [
@@ -111,20 +111,20 @@ MODULES = [
 
 
 def moved(value: Any) -> Any:
-    """`value` with every tensor in it where HERE says, and of HERE's dtype if it is floating point."""
+    """Move every tensor in `value` to TEST_DEVICE, and floating-point ones to its dtype."""
     if isinstance(value, Tensor):
-        return value.to(HERE.device, HERE.dtype if value.dtype == torch.float64 else None)
+        return value.to(TEST_DEVICE.device, TEST_DEVICE.dtype if value.dtype == torch.float64 else None)
     if isinstance(value, dict):
         return {key: moved(part) for key, part in value.items()}
     return type(value)(map(moved, value)) if type(value) in (tuple, list) else value
 
 
 @pytest.fixture(autouse=True)
-def place(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """The test's tensors on the device; nn.LSTM without cuDNN, which has no double backward and none in eval mode."""
-    asked = getattr(request.node, "callspec", None)
-    triton = asked is not None and asked.params.get("backend") == "triton"
-    with HERE.at(DEVICE, torch.float32 if triton else torch.float64), torch.backends.cudnn.flags(enabled=False):
+def on_test_device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Move the test's tensors; nn.LSTM runs without cuDNN, which has no double backward and no backward in eval mode."""
+    callspec = getattr(request.node, "callspec", None)
+    triton = callspec is not None and callspec.params.get("backend") == "triton"
+    with TEST_DEVICE.use(DEVICE, torch.float32 if triton else torch.float64), torch.backends.cudnn.flags(enabled=False):
         if triton:
             loosely = functools.partial(torch.testing.assert_close, rtol=1e-3, atol=1e-3)
             monkeypatch.setattr(torch.testing, "assert_close", loosely)
@@ -132,9 +132,9 @@ def place(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> It
             for name, value in vars(module).items():
                 if isinstance(value, Tensor):
                     monkeypatch.setitem(vars(module), name, moved(value))
-        if asked is not None:
-            for name, value in asked.params.items():
-                asked.params[name] = moved(value)
+        if callspec is not None:
+            for name, value in callspec.params.items():
+                callspec.params[name] = moved(value)
         yield
 
 
@@ -158,7 +158,7 @@ def test_recompute_halves_the_peak_of_a_long_training_step(backend):
 
 def test_modules_travel(backend):
     """pickle, deepcopy, state_dict and .to, with the optimizer's view of the weights: the device's numbers stay."""
-    ours, theirs = twins(num_layers=2, bidirectional=True)
+    ours, theirs = module_pair(num_layers=2, bidirectional=True)
     x = data(4, 2, 3)
     expected = ours(x)[0]
     buffer = io.BytesIO()
@@ -181,7 +181,7 @@ def test_modules_travel(backend):
     torch.testing.assert_close(there(x)[0], expected)
     on_cpu = torch.load(io.BytesIO(_saved(there.state_dict())), map_location="cpu")
     assert {w.device.type for w in on_cpu.values()} == {"cpu"}
-    fresh = fastlstm.LSTM(3, 4, 2, bidirectional=True, dtype=HERE.dtype)
+    fresh = fastlstm.LSTM(3, 4, 2, bidirectional=True, dtype=TEST_DEVICE.dtype)
     fresh.load_state_dict(on_cpu)
     torch.testing.assert_close(fresh(x)[0], expected)
 

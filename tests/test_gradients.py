@@ -11,8 +11,8 @@ from torch.autograd import gradcheck, gradgradcheck
 import fastlstm
 
 from .cases import OUTPUTS, Case, tensors
+from .module_pairs import data, flat, module_pair
 from .runners import check, require, run_torch
-from .twins import data, flat, twins
 
 SMALL = {"T": 3, "B": 2, "I": 2, "H": 3, "dtype": torch.float64, "hx": "tuple"}
 RAGGED = {"lengths": (3, 2), "resets": ((1, 0), (1, 1), (2, 1))}
@@ -66,7 +66,7 @@ def test_gradgradcheck(case, backend):
 def test_gradient_penalty_equals_nn_lstms(backend):
     """Double backward as its users write it: the norm of the input's gradient is in the loss."""
     found = []
-    for module in twins(num_layers=2, bidirectional=True):
+    for module in module_pair(num_layers=2, bidirectional=True):
         x = data(4, 2, 3).requires_grad_()
         (dx,) = torch.autograd.grad(module(x)[0].square().sum(), x, create_graph=True)
         (dx.square().sum() + dx.pow(3).sum()).backward()
@@ -77,7 +77,7 @@ def test_gradient_penalty_equals_nn_lstms(backend):
 def test_double_backward_of_part_of_the_weights(backend):
     """A gradient of a gradient with frozen weights and an output that is in no loss."""
     found = []
-    for module in twins():
+    for module in module_pair():
         module.weight_ih_l0.requires_grad_(False)
         output, _ = module(data(4, 2, 3))
         (dw,) = torch.autograd.grad(output.pow(2).sum(), module.weight_hh_l0, create_graph=True)
@@ -103,7 +103,7 @@ def test_backward_twice_with_retain_graph(case, backend):
 
 
 def test_gradients_accumulate(backend):
-    ours, _ = twins(num_layers=2)
+    ours, _ = module_pair(num_layers=2)
     x = data(4, 2, 3)
     ours(x)[0].sum().backward()
     once = {name: w.grad.clone() for name, w in ours.named_parameters()}
@@ -114,7 +114,7 @@ def test_gradients_accumulate(backend):
 
 def test_no_two_gradients_share_memory(backend):
     """Else an in-place step on one (clipping, say) would change the other: both biases have equal gradients."""
-    ours, _ = twins(bidirectional=True)
+    ours, _ = module_pair(bidirectional=True)
     x, hx = data(4, 2, 3).requires_grad_(), (data(2, 2, 4).requires_grad_(), data(2, 2, 4).requires_grad_())
     grads = torch.autograd.grad(sum(t.sum() for t in flat(ours(x, hx))), [x, *hx, *ours.parameters()])
     for k, grad in enumerate(grads):
@@ -124,7 +124,7 @@ def test_no_two_gradients_share_memory(backend):
 
 
 def test_backward_in_eval_mode(backend):
-    ours, theirs = twins(num_layers=2, dropout=0.5)
+    ours, theirs = module_pair(num_layers=2, dropout=0.5)
     x = data(4, 2, 3).requires_grad_()
     got, expected = (torch.autograd.grad(m.eval()(x)[0].sum(), [x, *m.parameters()]) for m in (ours, theirs))
     torch.testing.assert_close(got, expected)
@@ -164,7 +164,7 @@ def test_each_output_alone_in_the_loss(name, case, backend):
 def test_one_step_of_one_output_alone(backend):
     """The gradient of output arrives with zeros in it, and the other outputs' not at all."""
     found = []
-    for module in twins(bidirectional=True):
+    for module in module_pair(bidirectional=True):
         x = data(5, 2, 3).requires_grad_()
         found.append(torch.autograd.grad(module(x)[0][2, 1, 5], [x, *module.parameters()]))
     torch.testing.assert_close(*found)
@@ -173,7 +173,7 @@ def test_one_step_of_one_output_alone(backend):
 def test_one_tensor_in_two_roles(backend):
     """Tied weights: both directions share one, and so do both biases; each role adds to the gradient."""
     found = []
-    for module in twins(bidirectional=True):
+    for module in module_pair(bidirectional=True):
         module.weight_hh_l0_reverse = module.weight_hh_l0
         module.bias_hh_l0 = module.bias_ih_l0
         module(data(4, 2, 3))[0].pow(2).sum().backward()
@@ -183,7 +183,7 @@ def test_one_tensor_in_two_roles(backend):
 
 def test_weights_changed_between_forward_and_backward_are_noticed(backend):
     """In-place change of what backward reads is an error as everywhere in autograd, not a wrong gradient."""
-    ours, _ = twins()
+    ours, _ = module_pair()
     loss = ours(data(4, 2, 3))[0].sum()
     with torch.no_grad():
         ours.weight_hh_l0.mul_(2)
@@ -193,7 +193,7 @@ def test_weights_changed_between_forward_and_backward_are_noticed(backend):
 
 def test_output_changed_in_place_before_backward(backend):
     """Backward reads y again, so either autograd refuses or the gradient is right."""
-    ours, theirs = twins(dtype=torch.float64)
+    ours, theirs = module_pair(dtype=torch.float64)
     x = data(4, 2, 3)
     expected = torch.autograd.grad((theirs(x)[0] * 2).sum(), list(theirs.parameters()))
     output, _ = ours(x)
@@ -207,7 +207,7 @@ def test_output_changed_in_place_before_backward(backend):
 
 def test_checkpointing(backend):
     found = []
-    for module in twins(num_layers=2):
+    for module in module_pair(num_layers=2):
         x = data(4, 2, 3).requires_grad_()
         output, _ = torch.utils.checkpoint.checkpoint(module, x, use_reentrant=False)
         output.pow(2).sum().backward()
@@ -216,7 +216,7 @@ def test_checkpointing(backend):
 
 
 def test_anomaly_mode(backend):
-    ours, _ = twins(num_layers=2, bidirectional=True)
+    ours, _ = module_pair(num_layers=2, bidirectional=True)
     with torch.autograd.set_detect_anomaly(True):
         ours(data(4, 2, 3), lengths=[4, 0])[0].sum().backward()
 
@@ -224,7 +224,7 @@ def test_anomaly_mode(backend):
 @pytest.mark.parametrize("backend", ["native", "eager"], indirect=True)
 def test_second_derivatives_under_autocast_keep_their_precision(backend):
     """A backward called inside autocast must not run its differentiable formula in bfloat16."""
-    ours, _ = twins(dtype=torch.float32)
+    ours, _ = module_pair(dtype=torch.float32)
     x = data(4, 3, 3).float().requires_grad_()
 
     def gradient():

@@ -12,7 +12,7 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
 import fastlstm
 
-from .twins import data, twins
+from .module_pairs import data, module_pair
 
 EDITS: dict[str, Callable[[Tensor], object]] = {
     "relu_": lambda y: y.relu_(),
@@ -52,7 +52,7 @@ def gradients(module: nn.Module, edit: Callable[[Tensor], object], form: str = "
 def test_the_output(kind, edit, form, backend):
     if kind == "deep" and form == "packed":
         pytest.skip("pack_padded_sequence is given [T, B, I]")
-    ours, theirs = twins(**KINDS[kind])
+    ours, theirs = module_pair(**KINDS[kind])
     torch.testing.assert_close(gradients(ours, EDITS[edit], form), gradients(theirs, EDITS[edit], form))
 
 
@@ -61,7 +61,7 @@ def test_the_output(kind, edit, form, backend):
 @pytest.mark.parametrize("kind", ["plain", "bidirectional", "projected"])
 def test_the_output_in_every_dtype(kind, dtype, lengths, backend):
     """Some of these nn.LSTM refuses. As far from the truth as the change out of place, twice at most."""
-    ours, _ = twins(24, 40, **({"proj_size": 18} if kind == "projected" else KINDS[kind]), dtype=dtype)
+    ours, _ = module_pair(24, 40, **({"proj_size": 18} if kind == "projected" else KINDS[kind]), dtype=dtype)
     found = []
     for precision, in_place in ((dtype, True), (dtype, False), (torch.float64, False)):
         x = data(6, 3, 24).to(dtype).to(precision).requires_grad_()
@@ -77,7 +77,7 @@ def test_the_output_in_every_dtype(kind, dtype, lengths, backend):
 @pytest.mark.parametrize("option", ["lengths", "reset_mask", "return_cell_states", "recompute"])
 def test_the_output_with_every_option(option, backend):
     """The final states and c of every step, edited as well, are no part of what is read again."""
-    ours, _ = twins(bidirectional=True)
+    ours, _ = module_pair(bidirectional=True)
     ours.recompute = 2 if option == "recompute" else False
     kwargs = {
         "lengths": {"lengths": [4, 0, 2]},
@@ -99,7 +99,7 @@ def test_the_output_with_every_option(option, backend):
 @pytest.mark.parametrize("where", ["outside", "inside"])
 @pytest.mark.parametrize("kind", ["bidirectional", "projected"])
 def test_the_output_under_compile(kind, where, backend):
-    ours, theirs = twins(**KINDS[kind])
+    ours, theirs = module_pair(**KINDS[kind])
 
     def inside(x):
         y, states = ours(x)
@@ -113,7 +113,7 @@ def test_the_output_under_compile(kind, where, backend):
 
 
 def test_the_output_with_saved_tensor_hooks_and_checkpoints(backend):
-    ours, theirs = twins(bidirectional=True)
+    ours, theirs = module_pair(bidirectional=True)
     expected = gradients(theirs, EDITS["relu_"])
     with torch.autograd.graph.save_on_cpu():
         torch.testing.assert_close(gradients(ours, EDITS["relu_"]), expected)
@@ -128,7 +128,7 @@ def test_the_output_with_saved_tensor_hooks_and_checkpoints(backend):
 
 
 def test_the_output_keeps_its_second_derivatives(backend):
-    ours, theirs = twins(bidirectional=True)
+    ours, theirs = module_pair(bidirectional=True)
     found = []
     for module in (ours, theirs):
         x = data(4, 3, 3).requires_grad_()
@@ -141,7 +141,7 @@ def test_the_output_keeps_its_second_derivatives(backend):
 
 def test_the_output_inside_of_a_transform(backend):
     found = []
-    for module in twins(bidirectional=True):
+    for module in module_pair(bidirectional=True):
         parameters = {name: p.detach() for name, p in module.named_parameters()}
 
         def loss(parameters, module=module):
@@ -190,7 +190,7 @@ def test_an_argument(kind, T, backend):
     for name in ARGUMENTS if kind == "projected" else ARGUMENTS[:-1]:
         for frozen in FROZEN:
             kwargs = {"cell": True} if kind == "cell" else KINDS[kind]
-            mine, expected = (change(module, name, frozen, T) for module in twins(**kwargs))
+            mine, expected = (change(module, name, frozen, T) for module in module_pair(**kwargs))
             assert isinstance(mine, str) == isinstance(expected, str), (name, frozen, mine, expected)
             if isinstance(mine, str):
                 assert MESSAGE in mine
@@ -202,7 +202,7 @@ def test_an_argument(kind, T, backend):
 def test_a_gradient_of_a_gradient_allows_what_a_gradient_allows(kind, backend):
     """Biases are read by neither, as in nn.LSTM."""
     found = []
-    for module in twins(cell=kind == "cell"):
+    for module in module_pair(cell=kind == "cell"):
         x = data(4, 3, 3).requires_grad_()
         y = module(x[0] if kind == "cell" else x)[0]
         with torch.no_grad():
@@ -213,7 +213,7 @@ def test_a_gradient_of_a_gradient_allows_what_a_gradient_allows(kind, backend):
 
 
 def test_a_gradient_of_a_gradient_refuses_what_recompute_reads(backend):
-    module, _ = twins()
+    module, _ = module_pair()
     module.recompute = 2
     x = data(4, 3, 3).requires_grad_()
     y = module(x)[0]
@@ -226,7 +226,7 @@ def test_a_gradient_of_a_gradient_refuses_what_recompute_reads(backend):
 def test_recompute_reads_its_own_copies_of_the_states(backend):
     found = []
     for in_place in (False, True):
-        module, _ = twins(bidirectional=True)
+        module, _ = module_pair(bidirectional=True)
         module.recompute = 2
         leaves = [data(5, 2, 3), data(2, 2, 4, seed=1), data(2, 2, 4, seed=2)]
         x, h0, c0 = (leaf.requires_grad_() * 1 for leaf in leaves)
@@ -241,7 +241,7 @@ def test_recompute_reads_its_own_copies_of_the_states(backend):
 
 def test_cell_states_may_not_be_changed(backend):
     """Backward reads them, and nn.LSTM returns none: a caller gets them by return_cell_states alone."""
-    module, _ = twins()
+    module, _ = module_pair()
     _, _, cells = module(data(4, 3, 3), return_cell_states=True)
     cells.mul_(2)
     with pytest.raises(RuntimeError, match=MESSAGE):
@@ -250,7 +250,7 @@ def test_cell_states_may_not_be_changed(backend):
 
 def test_a_changed_input_does_not_keep_the_graph_alive(backend):
     """x += y leads from x back to the layer's node, which holds x: a circle that nobody collects."""
-    module, _ = twins(proj_size=3)
+    module, _ = module_pair(proj_size=3)
     module.requires_grad_(False)
     x = data(4, 3, 3).requires_grad_() * 1
     x += module(x)[0]

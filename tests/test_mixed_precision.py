@@ -13,9 +13,9 @@ from fastlstm.accuracy import error_bounds
 from fastlstm.tutorials.common import implementation
 from fastlstm.tutorials.gradient_regression import BATCH, GradientRegression
 
-from .place import HERE
+from .device import TEST_DEVICE
+from .module_pairs import data, module_pair
 from .runners import assert_accurate, precision
-from .twins import data, twins
 
 X = data(6, 3, 3).float()
 
@@ -37,12 +37,12 @@ def train(dtype=None, scaled=False, steps=80):
     """Mean squared error after training on sines of random phase; under autocast to `dtype` if given."""
     model, generator = Forecast(), torch.Generator().manual_seed(1)
     optimizer = torch.optim.Adam(model.parameters(), lr=0.02)
-    scaler = torch.amp.GradScaler(HERE.device, enabled=scaled, init_scale=2.0**14, growth_interval=20)
+    scaler = torch.amp.GradScaler(TEST_DEVICE.device, enabled=scaled, init_scale=2.0**14, growth_interval=20)
     losses = []
     for _ in range(steps):
-        phase = torch.rand(1, 8, 1, generator=generator, device="cpu").to(HERE.device) * 6.28
+        phase = torch.rand(1, 8, 1, generator=generator, device="cpu").to(TEST_DEVICE.device) * 6.28
         series = (torch.arange(31)[:, None, None] * 0.4 + phase).sin()
-        with torch.autocast(HERE.device, dtype or torch.bfloat16, enabled=dtype is not None):
+        with torch.autocast(TEST_DEVICE.device, dtype or torch.bfloat16, enabled=dtype is not None):
             loss = (model(series[:-1]).float() - series[1:]).pow(2).mean()
         optimizer.zero_grad()
         scaler.scale(loss).backward()
@@ -70,11 +70,11 @@ def test_a_tutorial_meets_its_bar_under_the_scaler(dtype):
     task = GradientRegression(quick=True)
     model, history, generator = task.build(implementation("fastlstm")), {}, task.generator()
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-3, weight_decay=1e-5)
-    scaler = torch.amp.GradScaler(HERE.device)
+    scaler = torch.amp.GradScaler(TEST_DEVICE.device)
     windows, slopes = task.training
     for _ in range(task.epochs):
         for rows in torch.randperm(len(slopes), generator=generator).split(BATCH):
-            with torch.autocast(HERE.device, dtype):
+            with torch.autocast(TEST_DEVICE.device, dtype):
                 predicted = model(windows[rows])
                 assert predicted.dtype == dtype
                 loss = nn.functional.mse_loss(predicted.float(), slopes[rows])
@@ -93,10 +93,10 @@ def test_the_scaler_skips_a_step_that_overflows(backend):
     lstm = fastlstm.LSTM(3, 4)
     optimizer, scaler = (
         torch.optim.SGD(lstm.parameters(), lr=0.1),
-        torch.amp.GradScaler(HERE.device, init_scale=2.0**40),
+        torch.amp.GradScaler(TEST_DEVICE.device, init_scale=2.0**40),
     )
     before = [w.detach().clone() for w in lstm.parameters()]
-    with torch.autocast(HERE.device, torch.float16):
+    with torch.autocast(TEST_DEVICE.device, torch.float16):
         loss = lstm(X)[0].float().pow(2).sum()
     scaler.scale(loss).backward()
     assert not all(w.grad.isfinite().all() for w in lstm.parameters())  # float16 ends at 65504
@@ -112,7 +112,7 @@ def test_modules_in_half_precision_train(dtype, options, backend):
     """All in one dtype, results and gradients included."""
     if backend == "triton" and "proj_size" in options:
         pytest.skip("no projection")
-    ours, theirs = twins(**options)
+    ours, theirs = module_pair(**options)
     ours.to(dtype)
     theirs.double().load_state_dict({name: w.double() for name, w in ours.state_dict().items()})
     x = X.to(dtype)
@@ -130,7 +130,7 @@ def test_modules_in_half_precision_train(dtype, options, backend):
 
 def test_autocast_of_every_form_of_call(backend):
     """lengths, reset_mask, cell states, packed input: the low dtype out, float32 gradients, float32's numbers."""
-    ours, _ = twins(bidirectional=True, dtype=torch.float32)
+    ours, _ = module_pair(bidirectional=True, dtype=torch.float32)
     packed = nn.utils.rnn.pack_padded_sequence(X, [6, 2, 3], enforce_sorted=False)
     calls = (
         {"lengths": [6, 0, 3]},
@@ -142,7 +142,7 @@ def test_autocast_of_every_form_of_call(backend):
         found = []
         for enabled in (False, True):
             ours.zero_grad()
-            with torch.autocast(HERE.device, torch.bfloat16, enabled=enabled):
+            with torch.autocast(TEST_DEVICE.device, torch.bfloat16, enabled=enabled):
                 output, *rest = ours(packed) if call is None else ours(X, **call)
             output = output.data if call is None else output
             assert output.dtype == (torch.bfloat16 if enabled else torch.float32)

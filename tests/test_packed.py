@@ -15,8 +15,8 @@ from fastlstm import backends, dispatch
 from fastlstm.ragged import PackedLayout
 
 from .cases import Case
+from .module_pairs import assert_same, data, module_pair
 from .test_ops import backward_arguments, flat, forward_arguments, ops
-from .twins import assert_same, data, twins
 
 LENGTHS = (6, 4, 4, 1)  # as PackedSequence sorts them
 CASES = (
@@ -160,7 +160,7 @@ def test_batch_sizes_that_rise(batch_sizes, states, backend):
     """PackedSequence itself checks nothing; nn.LSTM's states have too few rows."""
     given = PackedSequence(data(sum(batch_sizes), 3), torch.tensor(batch_sizes))
     hx = tuple(data(1, batch_sizes[0], 4, seed=k) for k in (1, 2)) if states else None
-    for module in twins():
+    for module in module_pair():
         with pytest.raises(RuntimeError) as caught:
             module(given, hx)
         if isinstance(module, fastlstm.LSTM):
@@ -169,7 +169,7 @@ def test_batch_sizes_that_rise(batch_sizes, states, backend):
 
 @pytest.mark.parametrize("kwargs", [{}, {"bidirectional": True, "proj_size": 2}, {"batch_first": True}], ids=str)
 def test_dropout_draws_the_mask_of_nn_lstm(kwargs, backend):
-    ours, theirs = twins(num_layers=3, dropout=0.4, **kwargs)
+    ours, theirs = module_pair(num_layers=3, dropout=0.4, **kwargs)
     given, found = packed_batch(4, 1, 6, 4), []
     variants = [lambda: theirs(given), lambda: ours(given), lambda: ours(given, return_cell_states=True)[:2]]
     for call in variants:
@@ -191,7 +191,7 @@ def flat_results(results):
 @pytest.mark.parametrize("enforce_sorted", [False, True])
 def test_gradients_of_a_gradient(enforce_sorted, backend):
     lengths = (4, 2, 1) if enforce_sorted else (2, 1, 4)
-    given, (lstm, _) = packed_batch(*lengths, enforce_sorted=enforce_sorted), twins(3, 2, bidirectional=True)
+    given, (lstm, _) = packed_batch(*lengths, enforce_sorted=enforce_sorted), module_pair(3, 2, bidirectional=True)
     hx = [data(2, 3, 2, seed=k).requires_grad_() for k in (1, 2)]
 
     def run(rows, h0, c0):
@@ -205,7 +205,7 @@ def test_gradients_of_a_gradient(enforce_sorted, backend):
 
 @needs_native
 def test_compiled_autograd_of_packed_rows():
-    ours, theirs = twins(num_layers=2)
+    ours, theirs = module_pair(num_layers=2)
     given = packed_batch(4, 1, 6)
     with torch._dynamo.compiled_autograd._enable(torch.compile(backend="eager")):
         ours(given)[0].data.square().sum().backward()
@@ -216,7 +216,7 @@ def test_compiled_autograd_of_packed_rows():
 
 @needs_native
 def test_saved_tensors_of_other_strides():
-    ours, theirs = twins(bidirectional=True)
+    ours, theirs = module_pair(bidirectional=True)
     given = packed_batch(4, 1, 6)
     turn = lambda t: torch.stack([t, -t], -1)[..., 0]  # noqa: E731
     with torch.autograd.graph.saved_tensors_hooks(lambda t: t, turn):
@@ -252,7 +252,7 @@ def test_the_rows_stay_packed(monkeypatch):
 def test_the_output_may_be_changed_in_place(kwargs, backend):
     """As nn.LSTM's packed one; on padded input nn.LSTM itself refuses it."""
     found = []
-    for module in twins(**kwargs):
+    for module in module_pair(**kwargs):
         output, _ = module(packed_batch(4, 1, 6))
         output.data.relu_().square().sum().backward()
         found.append([output.data, *(p.grad for p in module.parameters())])
@@ -284,7 +284,7 @@ def test_what_records_ops_sees_where_the_lengths_come_from():
 @needs_native
 def test_rows_of_no_step_behind_the_others():
     """The module makes none; the op's contract has them."""
-    weights = twins()[0]._current_weights()
+    weights = module_pair()[0]._current_weights()
 
     def run(x, h0, c0):
         y, h_n, c_n, _, _ = torch.ops.fastlstm.native_layer(x, h0, c0, weights, lengths, None, False, True)
@@ -297,7 +297,7 @@ def test_rows_of_no_step_behind_the_others():
 
 
 def test_strided_rows_and_states():
-    pair = twins(num_layers=2, bidirectional=True)
+    pair = module_pair(num_layers=2, bidirectional=True)
     given = packed_batch(4, 1, 6)
     wide = torch.stack([given.data, -given.data], 2)[..., 0]
     hx = (data(4, 4, 3).transpose(1, 2), data(4, 4, 3, seed=1).transpose(1, 2))

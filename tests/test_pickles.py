@@ -18,7 +18,7 @@ from torch import nn
 
 import fastlstm
 
-from .twins import assert_same, data, flat, twins
+from .module_pairs import assert_same, data, flat, module_pair
 
 X = data(5, 2, 3)
 TorchLSTM, TorchLSTMCell = nn.LSTM, nn.LSTMCell  # whatever is patched
@@ -180,7 +180,7 @@ SHAPES = [{}, {"num_layers": 2, "bidirectional": True}, {"bias": False, "num_lay
 @pytest.mark.parametrize("version", VERSIONS)
 @pytest.mark.parametrize("cls", [fastlstm.LSTM, nn.LSTM], ids=["fastlstm.LSTM", "nn.LSTM under the patch"])
 def test_states_of_early_versions(cls, version, kwargs):
-    _, theirs = twins(**kwargs)
+    _, theirs = module_pair(**kwargs)
     written = pickle.dumps(Written(cls, old_state(theirs, version)))
     with fastlstm.patch_torch():
         restored = pickle.loads(written)

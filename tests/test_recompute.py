@@ -11,11 +11,11 @@ from torch.autograd import gradgradcheck
 import fastlstm
 
 from .cases import Case, random_case, tensors
-from .place import HERE
+from .device import TEST_DEVICE
+from .module_pairs import data, module_pair
 from .runners import check, require, run_backend
 from .test_compile import Model, loss_and_gradients
 from .test_gradients import CASES, function
-from .twins import data, twins
 
 EVERYTHING = {
     "lengths": (7, 0, 3, 5),
@@ -80,7 +80,7 @@ def test_gradgradcheck(case, interval, backend):
 
 @pytest.mark.parametrize("interval", [2], indirect=True)
 def test_the_op_does_the_work_and_twice_with_retain_graph(interval, backend):
-    ours, theirs = twins(bidirectional=True)
+    ours, theirs = module_pair(bidirectional=True)
     x = data(7, 2, 3).requires_grad_()
     output, _ = ours(x)
     loss = output.pow(2).sum()
@@ -157,9 +157,9 @@ def test_compiles_to_one_graph_without_recompilation(interval):
 
 @pytest.mark.parametrize("interval", [2], indirect=True)
 def test_autocast_and_transforms(interval, backend):
-    ours, theirs = twins(dtype=torch.float32)
+    ours, theirs = module_pair(dtype=torch.float32)
     x = data(5, 2, 3).float()
-    with torch.autocast(HERE.device, torch.bfloat16):
+    with torch.autocast(TEST_DEVICE.device, torch.bfloat16):
         output, _ = ours(x)
     assert output.dtype == torch.bfloat16
     output.float().pow(2).sum().backward()

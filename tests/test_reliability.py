@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, Dataset
 
 import fastlstm
 
-from .place import HERE
+from .device import TEST_DEVICE
 from .test_threads import together
 
 ROOT = Path(__file__).parent.parent
@@ -87,7 +87,7 @@ def test_attributes_of_a_later_version_do_no_harm():
 
 def test_dropout_repeats_under_a_seed(backend):
     lstm, x = fastlstm.LSTM(3, 8, 3, dropout=0.5), torch.randn(5, 2, 3)
-    rng = torch if HERE.device == "cpu" else torch.get_device_module(HERE.device)
+    rng = torch if TEST_DEVICE.device == "cpu" else torch.get_device_module(TEST_DEVICE.device)
     with torch.device("cpu"):  # where torch wants the lengths
         packed = nn.utils.rnn.pack_sequence([x[:, 0], x[:3, 1]])
     for forms in ((x,), (packed,)):

@@ -7,8 +7,8 @@ from torch import nn
 
 import fastlstm
 
-from .place import HERE
-from .twins import data
+from .device import TEST_DEVICE
+from .module_pairs import data
 
 T, B = 12, 5
 
@@ -19,7 +19,7 @@ class Policy(nn.Module):
     def __init__(self, H: int = 8, dtype: torch.dtype | None = None) -> None:
         super().__init__()
         torch.manual_seed(0)
-        dtype = dtype or HERE.dtype
+        dtype = dtype or TEST_DEVICE.dtype
         self.lstm = fastlstm.LSTM(3, H, dtype=dtype)
         self.actor, self.critic = nn.Linear(H, 2, dtype=dtype), nn.Linear(H, 1, dtype=dtype)
 

@@ -17,8 +17,8 @@ import fastlstm
 from fastlstm.ragged import PackedLayout
 
 from .cases import Case
+from .module_pairs import data, module_pair
 from .runners import require
-from .twins import data, twins
 
 T, B, I, H = 3, 2, 3, 4  # noqa: E741
 KINDS: dict[str, dict[str, Any]] = {
@@ -102,7 +102,7 @@ def test_no_argument_is_kept_that_nn_lstm_frees(kind, form, backend):
         pytest.skip("a cell takes no PackedSequence")
     for needs in subsets(kind):
         # Modules record the weights that are leaves, so that each call has one of its own.
-        mine, expected = (Call(module, needs, form).kept() for module in twins(**KINDS[kind]))
+        mine, expected = (Call(module, needs, form).kept() for module in module_pair(**KINDS[kind]))
         assert mine <= expected, (needs, mine - expected)
 
 
@@ -112,7 +112,7 @@ def test_saved_tensor_hooks_see_what_backward_reads_alone(kind, backend):
     for needs in subsets(kind):
         seen: list[int] = []
         with torch.autograd.graph.saved_tensors_hooks(lambda t, seen=seen: seen.append(t.data_ptr()) or t, lambda t: t):
-            call = Call(twins(**KINDS[kind])[0], needs)
+            call = Call(module_pair(**KINDS[kind])[0], needs)
         packed = {name for name, t in call.given.items() if t.data_ptr() in seen}
         assert packed == call.kept(), needs
 
@@ -121,7 +121,7 @@ def test_saved_tensor_hooks_see_what_backward_reads_alone(kind, backend):
 def test_native_and_eager_read_the_same(kind):
     """By behaviour: the gradients, and which in-place changes between forward and backward are refused."""
     require("native", Case())
-    ours, theirs = twins(**KINDS[kind])
+    ours, theirs = module_pair(**KINDS[kind])
     for needs in subsets(kind):
         for edited in GROUPS if "projection" in kind else GROUPS[:-1]:
             found = []
@@ -167,7 +167,7 @@ def test_the_formula_reads_no_more_than_nn_lstm(kind, take: Callable[[Call], lis
     """Gradients of gradients and batched gradients, where an argument was freed or changed after forward."""
     if kind == "cell" and form == "packed":
         pytest.skip("a cell takes no PackedSequence")
-    modules = twins(**KINDS[kind])
+    modules = module_pair(**KINDS[kind])
     for needs in (("x",), ("weight_hh",), ("bias",), ("x", "weight_ih", "bias"), GROUPS):
         for edited in ("x", "h0", "c0", "weight_ih", "bias"):
             if edited == "bias" or edited not in needs:
@@ -221,7 +221,7 @@ def test_native_gates_are_those_of_eager(sizes, form, dtype):
 @pytest.mark.parametrize("shift", [0.0, 4.0])
 def test_create_graph_changes_no_first_gradient(shift, dtype, backend):
     """The gates are those that forward stored, not rounded again as pre-activations."""
-    ours, _ = twins(8, 16, dtype=dtype)
+    ours, _ = module_pair(8, 16, dtype=dtype)
     with torch.no_grad():  # input and output gates near 0, where a pre-activation has few digits left
         ours.bias_ih_l0[:16] -= shift
         ours.bias_ih_l0[48:] -= shift
@@ -238,7 +238,7 @@ def test_create_graph_changes_no_first_gradient(shift, dtype, backend):
 @backends
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_second_order_in_other_dtypes(dtype, backend):
-    ours, _ = twins(5, 20, bidirectional=True, dtype=torch.float64)
+    ours, _ = module_pair(5, 20, bidirectional=True, dtype=torch.float64)
     found = []
     for precision in (dtype, torch.float64):
         x = data(6, 4, 5).to(dtype).to(precision).requires_grad_()

@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastlstm
 
-from .twins import assert_same, data, flat, twins
+from .module_pairs import assert_same, data, flat, module_pair
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning"),
@@ -60,7 +60,7 @@ def test_a_packed_trace_serves_other_lengths(kwargs, enforce_sorted, mode, backe
     """The same sum, other sums, more and fewer rows and steps than it was traced with."""
     kwargs = dict(kwargs)
     recompute = kwargs.pop("recompute", False)
-    pair = twins(**kwargs, batch_first=True)
+    pair = module_pair(**kwargs, batch_first=True)
     pair[0].recompute = recompute
     if recompute and mode == "grad":
         pytest.skip("one of the modes is enough")
@@ -81,7 +81,7 @@ def test_a_packed_trace_serves_other_lengths(kwargs, enforce_sorted, mode, backe
 
 @on_ops
 def test_a_packed_trace_draws_nn_lstms_dropout(backend):
-    ours, theirs = (Packed(lstm, True) for lstm in twins(num_layers=2, dropout=0.5, batch_first=True))
+    ours, theirs = (Packed(lstm, True) for lstm in module_pair(num_layers=2, dropout=0.5, batch_first=True))
     traced, yours = (trace(m, batch(5, 3, 2), "grad", check_trace=False) for m in (ours, theirs))
     found = []
     for module in (traced, yours):
@@ -115,7 +115,7 @@ def arguments(T: int, B: int) -> tuple[Tensor, ...]:
 )
 def test_a_trace_is_the_module(wanted, recompute, mode, backend):
     """For other T and B than it was made with, under no_grad and in training."""
-    lstm, _ = twins(bidirectional=True)
+    lstm, _ = module_pair(bidirectional=True)
     lstm.recompute = recompute
     module = Options(lstm, **dict.fromkeys(wanted, True))
     traced = trace(module, arguments(5, 3), mode)
@@ -142,7 +142,7 @@ class Steps(nn.Module):
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("kwargs", [{}, {"bias": False}], ids=str)
 def test_a_loop_of_cells(kwargs, mode, backend):
-    ours, theirs = (Steps(cell) for cell in twins(cell=True, **kwargs))
+    ours, theirs = (Steps(cell) for cell in module_pair(cell=True, **kwargs))
     traced = trace(ours, (data(4, 3, 3),), mode)
     for B in (3, 5):
         assert_same(traced, theirs, data(4, B, 3))
@@ -153,7 +153,7 @@ def test_a_loop_of_cells(kwargs, mode, backend):
 @on_ops
 @pytest.mark.parametrize("packed", [False, True])
 def test_the_graph_is_the_same_in_every_grad_mode(packed, backend):
-    lstm, _ = twins(num_layers=2, batch_first=True)
+    lstm, _ = module_pair(num_layers=2, batch_first=True)
     module, args = (Packed(lstm, True), batch(3, 2)) if packed else (lstm, (data(2, 3, 3),))
     graphs = []
     for mode, frozen in (("grad", False), ("no_grad", False), ("grad", True)):
@@ -166,7 +166,7 @@ def test_the_graph_is_the_same_in_every_grad_mode(packed, backend):
 @on_ops
 def test_add_graph_of_tensorboard(backend):
     """torch.utils.tensorboard.SummaryWriter.add_graph is this call and a walk over the graph."""
-    ours, _ = twins(num_layers=2)
+    ours, _ = module_pair(num_layers=2)
     traced = torch.jit.trace(ours, data(4, 2, 3), strict=False)
     graph = traced.graph
     torch._C._jit_pass_inline(graph)
@@ -183,7 +183,7 @@ def test_inference_on_a_trace_keeps_no_reserve(recompute, backend):
                 kept.append(sum(t.numel() for t in flat(results)[4 if not recompute else 3 :]))
             return results
 
-    ours, _ = twins()
+    ours, _ = module_pair()
     ours.recompute = recompute
     traced, kept = trace(ours, (data(4, 2, 3),), "grad"), []
     with torch.no_grad(), Record():

@@ -13,9 +13,9 @@ import fastlstm
 from fastlstm.accuracy import error_bounds
 
 from .cases import Case
-from .place import HERE
+from .device import TEST_DEVICE
+from .module_pairs import data, flat, module_pair
 from .runners import assert_accurate, precision, require
-from .twins import data, flat, twins
 
 T, N, B = 4, 3, 2
 LENGTHS = torch.tensor([[4, 0], [2, 3], [1, 4]])
@@ -50,8 +50,8 @@ def looped(module, inputs, options=({},) * N):
 @pytest.mark.parametrize("steps", [T, 1])
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_per_sample_gradients(options, steps, backend):
-    require(backend, Case(proj=options.get("proj_size", 0), dtype=HERE.dtype))
-    ours, theirs = twins(**options)
+    require(backend, Case(proj=options.get("proj_size", 0), dtype=TEST_DEVICE.dtype))
+    ours, theirs = module_pair(**options)
     inputs = data(N, *((B, steps) if "batch_first" in options else (steps, B)), 3)
     got = vmap(grad(lambda w, x: loss(ours, w, x)), in_dims=(None, 0))(weights_of(ours), inputs)
     torch.testing.assert_close(list(got.values()), looped(theirs, inputs))
@@ -60,8 +60,8 @@ def test_per_sample_gradients(options, steps, backend):
 @pytest.mark.parametrize("options", OPTIONS[:3], ids=str)
 def test_per_sample_gradients_of_ragged_rows(options, backend):
     """Lengths and masks of their own for each sample; the padding holds NaN."""
-    require(backend, Case(proj=options.get("proj_size", 0), dtype=HERE.dtype, lengths=(1,), resets=((0, 0),)))
-    ours, _ = twins(**options)
+    require(backend, Case(proj=options.get("proj_size", 0), dtype=TEST_DEVICE.dtype, lengths=(1,), resets=((0, 0),)))
+    ours, _ = module_pair(**options)
     padding = torch.arange(T)[None, :, None] >= LENGTHS[:, None]
     inputs = data(N, T, B, 3).masked_fill(padding[..., None], float("nan"))
 
@@ -77,7 +77,7 @@ def test_per_sample_gradients_of_ragged_rows(options, backend):
 
 def test_per_sample_gradients_of_states(backend):
     """Mapped initial states and their gradients, beside a frozen weight."""
-    ours, theirs = twins(bidirectional=True)
+    ours, theirs = module_pair(bidirectional=True)
     x, h0, c0 = data(T, B, 3), data(N, 2, B, 4), data(2, N, B, 4, seed=1)
     got = vmap(grad(lambda h, c: ours(x, (h, c))[0].pow(2).sum(), argnums=(0, 1)), in_dims=(0, 1))(h0, c0)
     for k in range(N):
@@ -87,7 +87,7 @@ def test_per_sample_gradients_of_states(backend):
 
 
 def test_vmap_in_vmap(backend):
-    ours, theirs = twins()
+    ours, theirs = module_pair()
     inputs = data(2, N, T, B, 3)
     per_sample = vmap(vmap(grad(lambda w, x: loss(ours, w, x)), in_dims=(None, 0)), in_dims=(None, 0))
     got = per_sample(weights_of(ours), inputs)
@@ -97,7 +97,7 @@ def test_vmap_in_vmap(backend):
 
 def test_an_ensemble_and_its_gradients(backend):
     """Training an ensemble both ways: vmap(grad), and a plain backward through vmap."""
-    pairs = [twins(num_layers=2) for _ in range(N)]
+    pairs = [module_pair(num_layers=2) for _ in range(N)]
     for k, (ours, theirs) in enumerate(pairs):
         with torch.no_grad():
             for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
@@ -116,7 +116,7 @@ def test_an_ensemble_and_its_gradients(backend):
 
 
 def test_per_sample_gradients_of_an_ensemble(backend):
-    models = [fastlstm.LSTM(3, 4, dtype=HERE.dtype) for _ in range(2)]
+    models = [fastlstm.LSTM(3, 4, dtype=TEST_DEVICE.dtype) for _ in range(2)]
     params, _ = stack_module_state(models)
     params = {name: w.detach() for name, w in params.items()}
     inputs = data(N, T, B, 3)
@@ -132,7 +132,7 @@ def test_per_sample_gradients_of_an_ensemble(backend):
 
 def test_backward_through_per_sample_gradients(backend):
     """The norm of every sample's gradient in a loss: a second derivative through vmap."""
-    ours, theirs = twins(bidirectional=True)
+    ours, theirs = module_pair(bidirectional=True)
     inputs = data(N, T, B, 3)
     leaves = {name: w.clone().requires_grad_() for name, w in weights_of(ours).items()}
     found = vmap(grad(lambda w, x: loss(ours, w, x)), in_dims=(None, 0))(leaves, inputs)
@@ -147,7 +147,7 @@ def test_backward_through_per_sample_gradients(backend):
 
 
 def test_hessian_and_its_two_other_ways(backend):
-    ours, theirs = twins(2, 3)
+    ours, theirs = module_pair(2, 3)
     x = data(3, 1, 2)
     expected = torch.autograd.functional.hessian(lambda x: theirs(x)[0].pow(3).sum(), x)
 
@@ -159,7 +159,7 @@ def test_hessian_and_its_two_other_ways(backend):
 
 
 def test_hessian_vector_product_and_third_derivative(backend):
-    ours, theirs = twins(2, 3)
+    ours, theirs = module_pair(2, 3)
     x, v = data(3, 1, 2), data(3, 1, 2, seed=1)
     _, pull = vjp(grad(lambda x: ours(x)[0].pow(2).sum()), x)
     leaf = x.clone().requires_grad_()
@@ -171,7 +171,7 @@ def test_hessian_vector_product_and_third_derivative(backend):
 
 
 def test_jacobians_of_mapped_rows(backend):
-    ours, theirs = twins()
+    ours, theirs = module_pair()
     inputs = data(N, 2, 1, 3)
     expected = [torch.autograd.functional.jacobian(lambda x: theirs(x)[0], x) for x in inputs]
     for jacobian in (jacrev, jacfwd):
@@ -181,7 +181,7 @@ def test_jacobians_of_mapped_rows(backend):
 
 def test_transforms_run_on_the_backend_and_not_on_the_loop(monkeypatch):
     """vmap(grad) never enters the reference; a gradient of a gradient does."""
-    ours, _ = twins()
+    ours, _ = module_pair()
     inputs, calls = data(N, T, B, 3), []
     real = fastlstm.reference.layer
     monkeypatch.setattr(fastlstm.reference, "layer", lambda *args: calls.append(1) or real(*args))
@@ -194,13 +194,13 @@ def test_transforms_run_on_the_backend_and_not_on_the_loop(monkeypatch):
 
 
 def test_lengths_out_of_range_are_noticed_under_vmap(backend):
-    ours, _ = twins()
+    ours, _ = module_pair()
     with pytest.raises(ValueError, match=r"lengths must lie in \[0, T=4\], got 9"):
         vmap(lambda x, n: ours(x, lengths=n)[0])(data(N, T, B, 3), LENGTHS + 5)
 
 
 def test_dropout_under_vmap(backend):
-    ours, _ = twins(num_layers=2, dropout=0.5)
+    ours, _ = module_pair(num_layers=2, dropout=0.5)
     same = data(T, B, 3).expand(N, T, B, 3)
     got = vmap(lambda x: ours(x)[0], randomness="different")(same)
     assert not torch.equal(got[0], got[1])
@@ -210,7 +210,7 @@ def test_dropout_under_vmap(backend):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_per_sample_gradients_in_other_dtypes(dtype, backend):
-    ours, theirs = twins(3, 8, dtype=dtype)
+    ours, theirs = module_pair(3, 8, dtype=dtype)
     inputs = data(N, T, B, 3).to(dtype)
     got = vmap(grad(lambda w, x: loss(ours, w, x)), in_dims=(None, 0))(weights_of(ours), inputs)
     theirs.double()
