@@ -106,16 +106,18 @@ def persistent(request: pytest.FixtureRequest, backend: str) -> Iterator[str]:
 
 
 RAGGED = {"lengths": (4, 0, 7, 1, 6), "resets": ((0, 0), (3, 0), (5, 0), (2, 2), (6, 2), (6, 3), (4, 4))}
+WITH_CELLS = Case(T=9, B=5, I=3, H=8, hx="tuple", cells=True)  # H is a multiple of the vector width
+RAGGED_PROJECTION = Case(T=7, B=5, I=4, H=8, bidirectional=True, cells=True, proj=3, hx="tuple", **RAGGED)
 CASES = (
     Case(T=1, B=1, I=1, H=1),
     Case(T=1, hx="tuple", bidirectional=True),
-    Case(T=9, B=5, I=3, H=8, hx="tuple", cells=True),  # H a multiple of the vector width
+    WITH_CELLS,
     Case(T=9, B=5, I=3, H=8, bias=False),
     Case(T=9, B=5, I=3, H=7, hx="strided", bidirectional=True, batch_first=True),
     Case(T=7, B=5, I=4, H=8, proj=4, hx="tuple", bidirectional=True, cells=True),
     Case(T=7, B=5, I=4, H=8, proj=3, layers=2),
     Case(T=7, B=5, I=4, H=8, bidirectional=True, cells=True, hx="tuple", **RAGGED),
-    Case(T=7, B=5, I=4, H=8, bidirectional=True, cells=True, proj=3, hx="tuple", **RAGGED),
+    RAGGED_PROJECTION,
     Case(T=7, B=5, I=4, H=8, bidirectional=True, lengths=RAGGED["lengths"]),
     Case(T=7, B=5, I=4, H=8, bidirectional=True, hx="expanded", resets=RAGGED["resets"]),
     Case(T=17, B=3, I=2, H=16, bidirectional=True, hx="tuple"),  # several chunks, the last one short
@@ -286,7 +288,7 @@ def test_the_two_biases_get_gradients_of_their_own(backend):
     assert db_ih.data_ptr() != db_hh.data_ptr()
 
 
-@pytest.mark.parametrize("case", [CASES[2], CASES[8]], ids=str)
+@pytest.mark.parametrize("case", [WITH_CELLS, RAGGED_PROJECTION], ids=str)
 def test_the_reserve_has_no_holes(case, backend, poisoned_empty):
     """Every element of every result is written, in padding too: else torch.library.opcheck fails now and then."""
     given = tensors(case)

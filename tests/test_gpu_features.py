@@ -121,7 +121,7 @@ def moved(value: Any) -> Any:
 
 @pytest.fixture(autouse=True)
 def on_test_device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Move the test's tensors; nn.LSTM runs without cuDNN, which has no double backward and no backward in eval mode."""
+    """Move the test's tensors. cuDNN is off: it has no double backward, and no backward in eval mode."""
     callspec = getattr(request.node, "callspec", None)
     triton = callspec is not None and callspec.params.get("backend") == "triton"
     with TEST_DEVICE.use(DEVICE, torch.float32 if triton else torch.float64), torch.backends.cudnn.flags(enabled=False):

@@ -34,16 +34,18 @@ pytestmark = gpu
 
 SIZES = (1, 17, 192, 500, 1024, 2048)
 RAGGED = {"lengths": (9, 0, 4, 1, 9, 6, 2), "resets": ((0, 0), (3, 0), (2, 2), (8, 4), (5, 5), (7, 6))}
+STACKED = Case(T=9, B=7, I=12, H=40, layers=2, bidirectional=True, hx="tuple")
+ALL_OPTIONS = Case(T=9, B=7, I=12, H=40, bidirectional=True, layers=2, proj=8, hx="tuple", cells=True, **RAGGED)
 FEATURES = (
     Case(T=9, B=7, I=12, H=40, bias=False, hx="tuple"),
-    Case(T=9, B=7, I=12, H=40, layers=2, bidirectional=True, hx="tuple"),
+    STACKED,
     Case(T=9, B=7, I=12, H=40, proj=20, layers=2, bidirectional=True, hx="tuple"),
     Case(T=9, B=7, I=12, H=41, proj=7, batch_first=True),
     Case(T=9, B=1, I=12, H=40, unbatched=True),
     Case(T=9, B=7, I=12, H=40, bidirectional=True, hx="tuple", cells=True),
     Case(T=9, B=7, I=12, H=40, bidirectional=True, hx="tuple", lengths=RAGGED["lengths"]),
     Case(T=9, B=7, I=12, H=40, bidirectional=True, hx="tuple", resets=RAGGED["resets"]),
-    Case(T=9, B=7, I=12, H=40, bidirectional=True, layers=2, proj=8, hx="tuple", cells=True, **RAGGED),
+    ALL_OPTIONS,
     Case(T=1, B=7, I=12, H=40, hx="tuple"),
     Case(T=9, B=7, I=12, H=40, hx="tuple", frozen=("weight_ih_l0", "bias_hh_l0"), x_grad=False),
     Case(T=9, B=7, I=12, H=40, hx="tuple", hx_grad=False, frozen=("weight_hh_l0", "bias_ih_l0")),
@@ -111,7 +113,7 @@ def test_more_elements_than_32_bits_count(backend):
 
 
 @backends
-@pytest.mark.parametrize("case", [FEATURES[1], FEATURES[8]], ids=str)
+@pytest.mark.parametrize("case", [STACKED, ALL_OPTIONS], ids=str)
 @pytest.mark.parametrize("precision", [IEEE, BFLOAT16], ids=str)
 def test_non_contiguous_everything(case, precision, backend):
     """x, hx, weights and the arriving gradients with gaps (NaN in them) and in other orders: the same as dense ones."""

@@ -16,15 +16,17 @@ from .runners import check, require, run_torch
 
 SMALL = {"T": 3, "B": 2, "I": 2, "H": 3, "dtype": torch.float64, "hx": "tuple"}
 RAGGED = {"lengths": (3, 2), "resets": ((1, 0), (1, 1), (2, 1))}
+DENSE, PROJECTION, STACKED = Case(**SMALL), Case(**SMALL, proj=2), Case(**SMALL, bidirectional=True, layers=2)
+ALL_OPTIONS = Case(**SMALL, **RAGGED, cells=True, proj=2, bidirectional=True)
 CASES = (
-    Case(**SMALL),
+    DENSE,
     Case(**SMALL, bias=False),
-    Case(**SMALL, proj=2),
-    Case(**SMALL, bidirectional=True, layers=2),
+    PROJECTION,
+    STACKED,
     Case(**SMALL, lengths=(1, 3)),
     Case(**SMALL, lengths=(0, 3), bidirectional=True),
     Case(**SMALL, resets=((0, 0), (2, 1)), bidirectional=True),
-    Case(**SMALL, **RAGGED, cells=True, proj=2, bidirectional=True),
+    ALL_OPTIONS,
     Case(**{**SMALL, "B": 1}, unbatched=True, cells=True),
 )
 
@@ -56,7 +58,7 @@ def test_gradcheck_in_full(backend):
     assert gradcheck(f, inputs)
 
 
-@pytest.mark.parametrize("case", [CASES[0], CASES[2], CASES[3], CASES[7]], ids=str)
+@pytest.mark.parametrize("case", [DENSE, PROJECTION, STACKED, ALL_OPTIONS], ids=str)
 def test_gradgradcheck(case, backend):
     require(backend, case)
     f, inputs = function(case)
@@ -85,7 +87,7 @@ def test_double_backward_of_part_of_the_weights(backend):
     torch.testing.assert_close(*found)
 
 
-@pytest.mark.parametrize("case", [CASES[0], CASES[7]], ids=str)
+@pytest.mark.parametrize("case", [DENSE, ALL_OPTIONS], ids=str)
 def test_backward_twice_with_retain_graph(case, backend):
     require(backend, case)
     f, inputs = function(case)

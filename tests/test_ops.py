@@ -17,10 +17,11 @@ from .cases import Case, tensors
 from .runners import require
 
 EVERYTHING = {"lengths": (4, 0, 2), "resets": ((1, 0), (2, 0), (1, 2)), "cells": True, "hx": "tuple"}
+ALL_OPTIONS = Case(T=4, **EVERYTHING, bidirectional=True, proj=2)
 CASES = (
     Case(T=4),
     Case(T=4, hx="tuple", proj=2, bias=False),
-    Case(T=4, **EVERYTHING, bidirectional=True, proj=2),
+    ALL_OPTIONS,
     Case(T=4, lengths=(1, 4, 3)),
     Case(T=1, B=1, I=1, H=1, hx="tuple", bidirectional=True),
     Case(T=3, B=0, hx="tuple"),
@@ -168,7 +169,7 @@ def test_backward_keeps_the_contract(case, op_backend, poisoned_empty):
 
 @pytest.mark.parametrize("form", ["transposed", "sliced", "expanded"])
 def test_gradients_that_arrive_need_not_be_contiguous(form, op_backend):
-    case = CASES[2]
+    case = ALL_OPTIONS
     require(op_backend, case)
     forward, backward = ops(op_backend)
     args = backward_arguments(forward, forward_arguments(case, torch.float64))
@@ -189,7 +190,7 @@ def test_gradients_that_arrive_need_not_be_contiguous(form, op_backend):
 
 def test_arguments_need_not_be_contiguous(op_backend):
     """h0, c0, lengths and reset_mask with gaps; a transposed mask is what batch_first gives."""
-    case = replace(CASES[2], B=3)
+    case = replace(ALL_OPTIONS, B=3)
     require(op_backend, case)
     forward, backward = ops(op_backend)
     plain = forward_arguments(case, torch.float64)

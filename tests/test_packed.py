@@ -19,8 +19,9 @@ from .module_pairs import assert_same, data, module_pair
 from .test_ops import backward_arguments, flat, forward_arguments, ops
 
 LENGTHS = (6, 4, 4, 1)  # as PackedSequence sorts them
+ONE_LAYER = Case(T=6, B=4, lengths=LENGTHS)
 CASES = (
-    Case(T=6, B=4, lengths=LENGTHS),
+    ONE_LAYER,
     Case(T=6, B=4, lengths=LENGTHS, bidirectional=True, proj=2, hx="tuple", cells=True),
     Case(T=6, B=4, H=37, I=5, lengths=(6, 6, 6, 6), bidirectional=True, bias=False, hx="tuple"),
     Case(T=1, B=1, I=1, H=1, lengths=(1,), hx="tuple", cells=True),
@@ -110,7 +111,7 @@ def test_fake_kernels_of_packed_rows(case):
     ids=str,
 )
 def test_lengths_that_are_not_the_packed_rows(lengths, rows):
-    (_, *rest), _ = packed_arguments(CASES[0])
+    (_, *rest), _ = packed_arguments(ONE_LAYER)
     rest[3] = torch.tensor(lengths)
     with pytest.raises(RuntimeError, match=rf"lengths of packed rows must not rise and have the sum N={rows}, got \["):
         torch.ops.fastlstm.native_layer(torch.zeros(rows, 3), *rest)
@@ -118,7 +119,7 @@ def test_lengths_that_are_not_the_packed_rows(lengths, rows):
 
 @needs_native
 def test_what_packed_rows_cannot_be_given_with():
-    (x, h0, c0, weights, lengths, _, *keep), _ = packed_arguments(CASES[0])
+    (x, h0, c0, weights, lengths, _, *keep), _ = packed_arguments(ONE_LAYER)
     op = torch.ops.fastlstm.native_layer
     mask = torch.zeros(6, 4, dtype=torch.bool)
     for arguments, message in (

@@ -15,7 +15,7 @@ from .device import TEST_DEVICE
 from .module_pairs import data, module_pair
 from .runners import check, require, run_backend
 from .test_compile import Model, loss_and_gradients
-from .test_gradients import CASES, function
+from .test_gradients import ALL_OPTIONS, DENSE, function
 
 EVERYTHING = {
     "lengths": (7, 0, 3, 5),
@@ -23,8 +23,10 @@ EVERYTHING = {
     "cells": True,
     "hx": "tuple",
 }
+WITH_STATES = Case(T=7, B=4, hx="tuple")
+DOUBLE = Case(T=7, B=4, **EVERYTHING, bidirectional=True, dtype=torch.float64)
 OPTIONS = (
-    Case(T=7, B=4, hx="tuple"),
+    WITH_STATES,
     Case(T=7, B=4, hx="tuple", bidirectional=True, layers=2, cells=True),
     Case(T=7, B=4, **EVERYTHING),
     Case(T=7, B=4, **EVERYTHING, bidirectional=True, layers=2),
@@ -36,7 +38,7 @@ OPTIONS = (
     ),
     Case(T=7, B=1, unbatched=True, hx="tuple"),
     Case(T=7, B=0, hx="tuple"),
-    Case(T=7, B=4, **EVERYTHING, bidirectional=True, dtype=torch.float64),
+    DOUBLE,
     Case(T=7, B=4, **EVERYTHING, bidirectional=True, dtype=torch.bfloat16),
 )
 
@@ -71,7 +73,7 @@ def test_random_configurations(interval, backend):
 
 
 @pytest.mark.parametrize("interval", [2], indirect=True)
-@pytest.mark.parametrize("case", [CASES[0], CASES[7]], ids=str)
+@pytest.mark.parametrize("case", [DENSE, ALL_OPTIONS], ids=str)
 def test_gradgradcheck(case, interval, backend):
     require(backend, case)
     f, inputs = function(case)
@@ -170,7 +172,7 @@ def test_autocast_and_transforms(interval, backend):
 
 
 def test_the_ops_keep_their_promises():
-    for name, case in {"plain": OPTIONS[0], "everything": OPTIONS[10]}.items():
+    for name, case in {"states": WITH_STATES, "all options": DOUBLE}.items():
         given = tensors(case.to(torch.float64))
         weights = list(given.weights.values())
         x = torch.nan_to_num(given.leaves["x"].detach()).requires_grad_()
@@ -183,7 +185,7 @@ def test_the_ops_keep_their_promises():
 
 def ops_arguments():
     """Of the forward op, with lengths and cells, and of the backward op after it."""
-    given = tensors(OPTIONS[10])
+    given = tensors(DOUBLE)
     x, weights = torch.nan_to_num(given.leaves["x"].detach()), [w.detach() for w in given.weights.values()]
     states = [t.detach() for t in given.hx]
     forward = ["eager", 3, x, *states, weights, torch.as_tensor(given.lengths), given.reset_mask, True, True]

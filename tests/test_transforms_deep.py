@@ -20,10 +20,13 @@ from .runners import assert_accurate, precision, require
 T, N, B = 4, 3, 2
 LENGTHS = torch.tensor([[4, 0], [2, 3], [1, 4]])
 MASK = data(N, T, B, seed=5) > 0.4
-OPTIONS = (
+RAGGED_OPTIONS = (
     {},
     {"num_layers": 2, "bidirectional": True},
     {"proj_size": 2, "bias": False, "bidirectional": True},
+)
+OPTIONS = (
+    *RAGGED_OPTIONS,
     {"batch_first": True},
     {"proj_size": 2, "num_layers": 2},
 )
@@ -57,7 +60,7 @@ def test_per_sample_gradients(options, steps, backend):
     torch.testing.assert_close(list(got.values()), looped(theirs, inputs))
 
 
-@pytest.mark.parametrize("options", OPTIONS[:3], ids=str)
+@pytest.mark.parametrize("options", RAGGED_OPTIONS, ids=str)
 def test_per_sample_gradients_of_ragged_rows(options, backend):
     """Lengths and masks of their own for each sample; the padding holds NaN."""
     require(backend, Case(proj=options.get("proj_size", 0), dtype=TEST_DEVICE.dtype, lengths=(1,), resets=((0, 0),)))
