@@ -80,13 +80,13 @@ def kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> I
     ],
     ids=str,
 )
-def test_sizes_with_everything_on(H, dtype):
+def test_sizes_with_all_options(H, dtype):
     check(Case(T=3, B=3, I=2, H=H, dtype=dtype, **EVERYTHING), "triton")
 
 
 @pytest.mark.parametrize("kernel", ["step"], indirect=True)
 @pytest.mark.parametrize(("H", "dtype"), [(70, torch.float32), (33, torch.bfloat16), (5, torch.float16)], ids=str)
-def test_steps_with_everything_on(H, dtype):
+def test_steps_with_all_options(H, dtype):
     check(Case(T=3, B=3, I=2, H=H, dtype=dtype, **EVERYTHING), "triton")
 
 
@@ -98,18 +98,18 @@ def test_options(case):
 
 @pytest.mark.parametrize("kernel", ["resident"], indirect=True)
 @pytest.mark.parametrize("case", AROUND, ids=str)
-def test_options_around_the_kernels(case):
+def test_options_outside_the_kernels(case):
     check(case, "triton")
 
 
 @pytest.mark.parametrize("case", [Case(T=2, B=3, **{**EVERYTHING, "lengths": (2, 0, 1)}), Case(T=2, B=2)], ids=str)
-def test_nothing_is_read_before_it_is_written(case, poisoned_empty):
+def test_no_uninitialized_memory_is_read(case, poisoned_empty):
     check(case, "triton")
 
 
 @TWO
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_padding_reaches_nothing(value):
+def test_padding_is_ignored(value):
     ours = fastlstm.LSTM(3, 4, bidirectional=True)
     lengths, found = torch.tensor([2, 3, 0]), []
     padding = (torch.arange(3)[:, None] >= lengths)[..., None]
@@ -127,7 +127,7 @@ def test_padding_reaches_nothing(value):
 
 
 @TWO
-def test_infinite_and_nan_inputs_travel_as_in_nn_lstm():
+def test_infinite_and_nan_inputs_propagate_as_in_nn_lstm():
     case = Case(T=3, B=3, bidirectional=True)
     given, results = tensors(case), []
     given.input.data[1, 0, 0], given.input.data[1, 1, 0] = float("inf"), float("nan")
@@ -137,7 +137,7 @@ def test_infinite_and_nan_inputs_travel_as_in_nn_lstm():
         torch.testing.assert_close(ours, theirs, equal_nan=True)
 
 
-def test_backward_twice_and_inference_give_the_same_numbers():
+def test_backward_twice_and_inference_are_bitwise_equal():
     case = Case(T=3, B=2, H=33, hx="tuple")
     given = tensors(case)
     module = case.module(fastlstm.LSTM, given.weights)
@@ -178,13 +178,13 @@ def test_torch_compile_makes_one_graph():
         torch._dynamo.reset()
 
 
-def test_auto_never_takes_the_interpreter(kernel):
+def test_auto_never_selects_the_interpreter(kernel):
     with fastlstm.use_backend("auto"):
         assert fastlstm.explain(fastlstm.LSTM(3, 4), data(2, 1, 3)).backend != "triton"
     assert list(dispatch.BACKENDS)[-1] == "triton"
 
 
-def test_the_kernel_asked_for_is_the_one_that_runs(kernel, monkeypatch):
+def test_requested_kernel_runs(kernel, monkeypatch):
     """Else every test here could pass on one kernel."""
     from fastlstm.backends.triton import launch
 

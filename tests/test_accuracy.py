@@ -59,7 +59,7 @@ def test_max_error(got, truth, expected):
 
 @pytest.mark.parametrize("K", [1, 16, 400, 6000])
 @pytest.mark.parametrize("kind", ["signs", "positive"])
-def test_the_bound_of_a_product_is_that_of_its_running_sum(K, kind):
+def test_gemm_bound_is_that_of_a_running_sum(K, kind):
     """Errors of sums taken one term after the other in float32 have the deviation that the model gives them."""
     a, b = normal(40, K).float().double(), normal(K, 30, seed=1).float().double()
     if kind == "positive":
@@ -77,13 +77,13 @@ def perturbed(run, seed: int, precision: Precision = SINGLE) -> torch.Tensor:
         return run()
 
 
-def test_a_sum_that_cancels_is_measured_by_its_terms():
+def test_bound_of_a_cancelling_sum_scales_with_its_terms():
     terms = torch.tensor([[1e6, 1.0, -1e6]], dtype=torch.float64)
     allowed = bound(lambda: terms @ terms.new_ones(3, 1))
     assert 1e6 * 2.0**-24 < allowed < 100 * 1e6 * 2.0**-24
 
 
-def test_zeros_must_be_met_exactly():
+def test_zeros_must_be_exact():
     x = torch.zeros(3, 4, dtype=torch.float64)
     assert bound(lambda: torch.tanh(x @ normal(4, 5)) * 3 + 0) == 0
     truth = {"result": torch.zeros(2)}
@@ -91,7 +91,7 @@ def test_zeros_must_be_met_exactly():
     assert not compare({"result": torch.tensor([0.0, 1e-40])}, truth, {"result": 0.0})[0].ok
 
 
-def test_what_is_not_finite_must_be_met_and_bounds_the_rest():
+def test_non_finite_reference_requires_equal_results():
     x = torch.tensor([1.0, INF, -INF, NAN], dtype=torch.float64)
     truth, bounds = error_bounds(lambda: {"result": x * 3}, SINGLE)
     assert 0 < bounds["result"] < 1e-5
@@ -110,7 +110,7 @@ def test_bounds_follow_dtype_and_scale(scale):
     assert 1000 < tf32 / allowed[1] < 8192  # 13 bits less, of factors alone
 
 
-def test_rounding_to_a_dtype_stays_within_its_bound_and_four_times_as_much_does_not():
+def test_bound_allows_rounding_and_refuses_four_times_rounding():
     """The last place of float32, as often as a bound is drawn."""
     for seed in range(200):
         x = normal(1 + seed % 7, seed=seed)
@@ -119,13 +119,13 @@ def test_rounding_to_a_dtype_stays_within_its_bound_and_four_times_as_much_does_
         assert allowed <= 4 * DEVIATIONS * 2.0**-24 * float((x * 1.5).abs().max())
 
 
-def test_a_sum_over_blocks_has_a_smaller_bound():
+def test_blockwise_sum_has_a_smaller_bound():
     a, b = normal(4, 20_000), normal(20_000, 4, seed=1)
     whole = bound(lambda: a @ b)
     assert bound(lambda: a @ b, replace(SINGLE, max_running_sum=500)) < 0.3 * whole
 
 
-def test_forward_and_backward_of_any_module_are_perturbed():
+def test_perturbation_covers_forward_and_backward():
     lstm, x = nn.LSTM(3, 4, 2, bidirectional=True, dtype=torch.float64), normal(5, 2, 3)
 
     def run():
@@ -142,7 +142,7 @@ def test_forward_and_backward_of_any_module_are_perturbed():
     assert error_bounds(run, SINGLE)[1] == bounds  # drawn the same way every time
 
 
-def test_more_evaluations_are_made_where_they_may_decide():
+def test_close_results_get_more_evaluations():
     runs, x = [], normal(8)
 
     def run():
@@ -183,7 +183,7 @@ def test_results_are_listed_worst_first():
     assert str(found[0]) == "b: error 0.5, allowed 0.2 at scale 1"
 
 
-def test_a_sum_that_the_truth_takes_in_parts_may_be_taken_as_one():
+def test_one_sum_is_allowed_where_the_float64_run_splits_it():
     parts = normal(300, 4, 1).abs()
 
     def run():
@@ -196,7 +196,7 @@ def test_a_sum_that_the_truth_takes_in_parts_may_be_taken_as_one():
     assert 1.5 * in_parts < as_one < 10 * in_parts
 
 
-def test_a_bound_that_is_not_finite_allows_nothing():
+def test_non_finite_bound_allows_no_error():
     assert not compare({"a": torch.tensor([NAN])}, {"a": torch.tensor([1.0])}, {"a": INF})[0].ok
 
 
@@ -222,7 +222,7 @@ class Recorder(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def test_every_operation_of_the_truth_is_perturbed_or_exact():
+def test_every_op_of_the_float64_run_is_perturbed_or_exact():
     """An operation without a rule would pass as free of error, and bounds would be too narrow."""
     with Recorder() as recorder:
         for k in range(60):
@@ -234,7 +234,7 @@ def test_every_operation_of_the_truth_is_perturbed_or_exact():
     assert recorder.names <= set(EXACT.split())
 
 
-def test_float64_results_and_the_truth_may_both_err():
+def test_float64_bounds_allow_errors_on_both_sides():
     a, b = normal(30, 40), normal(40, 30, seed=1)
     double = Precision.of(torch.float64)
     assert double.sums == TRUTH_UNIT

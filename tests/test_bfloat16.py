@@ -65,7 +65,7 @@ def flags() -> set[str]:
     return cpuinfo("flags")
 
 
-def test_the_cpu_decides_what_serves_bfloat16():
+def test_bfloat16_support_depends_on_the_cpu():
     expected = backends.native.extension.isa()
     if "avx512_bf16" in flags() and expected == "avx512":
         if "ATEN_CPU_CAPABILITY" not in os.environ and {"amx_bf16", "amx_tile"} <= flags():
@@ -118,7 +118,7 @@ def test_parity(case, threads):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_backward_checks_lengths_before_it_reads_them(dtype):
+def test_backward_checks_lengths_before_reading_them(dtype):
     weights = [w.detach() for w in fastlstm.LSTM(3, 4).to(dtype).parameters()]
     x, y, reserve = (torch.zeros(*shape, dtype=dtype) for shape in ((5, 2, 3), (5, 2, 4), (1, 5, 2, 16)))
     backward, lengths = torch.ops.fastlstm.native_layer_backward, torch.tensor([5, 3], dtype=torch.int32)
@@ -147,7 +147,7 @@ def test_nan_stays_in_its_row():
 
 
 @pytest.mark.parametrize("shape", [(40, 24, 64, 256), (40, 96, 64, 64)])
-def test_results_are_the_same_at_every_run(shape):
+def test_results_are_bitwise_deterministic(shape):
     T, B, I, H = shape  # noqa: E741
     lstm = fastlstm.LSTM(I, H).bfloat16()
     x = torch.randn(T, B, I, dtype=torch.bfloat16, requires_grad=True)

@@ -54,7 +54,7 @@ def test_one_step_of_many_rows(B, backend):
 @pytest.mark.parametrize("backend", ["native"], indirect=True)
 @pytest.mark.parametrize("B", [1, 2, 3, 4, 5])
 @pytest.mark.parametrize("ragged", [False, True], ids=["padded", "lengths"])
-def test_few_rows_of_a_large_weight(ragged, B, backend):
+def test_small_batch_of_a_large_weight(ragged, B, backend):
     """More than 512 KiB, unpacked up to 4 rows a step and 48 in all; x W_ih^T is hoisted."""
     kwargs = {"hx": "tuple", "dtype": torch.float64}
     for T, up_to in ((7, 4), (20, 2)):
@@ -72,7 +72,7 @@ def test_few_rows_of_a_large_weight(ragged, B, backend):
 
 
 @pytest.mark.parametrize("backend", ["native"], indirect=True)
-def test_a_weight_beyond_every_cache(backend):
+def test_weight_beyond_every_cache(backend):
     """More than 4 MiB, read as stored however many the steps; beside a W_ih that is packed, beyond 192 rows."""
     for case, w_ih in (
         (Case(T=60, B=1, I=3, H=363, dtype=torch.float64), "pack_on_use"),
@@ -84,7 +84,7 @@ def test_a_weight_beyond_every_cache(backend):
 
 @pytest.mark.parametrize("backend", ["native"], indirect=True)
 @pytest.mark.parametrize("B", [1, 3, 7, 13])
-def test_a_weight_beyond_an_l2(B, backend):
+def test_weight_beyond_l2(B, backend):
     """4 MiB and more, which every second step reads from its end; packed by backward from 9 rows on."""
     lengths = tuple(11 - b if b < 10 else 0 for b in range(B))
     case = Case(T=11, B=B, I=5, H=363, hx="tuple", dtype=torch.float64)

@@ -53,7 +53,7 @@ def test_tensors_are_equal_in_every_dtype_and_strided_where_asked():
 @pytest.mark.parametrize(
     "case", [Case(layers=2, bidirectional=True, hx="tuple"), Case(proj=2, batch_first=True)], ids=str
 )
-def test_the_oracles_ragged_paths_agree_with_nn_lstm_where_nothing_is_ragged(case):
+def test_oracle_ragged_paths_equal_nn_lstm_on_dense_input(case):
     plain = run_torch(case, torch.float64)
     for trivial in (
         replace(case, lengths=(case.T,) * case.B),
@@ -67,7 +67,7 @@ def test_the_oracles_ragged_paths_agree_with_nn_lstm_where_nothing_is_ragged(cas
                 torch.testing.assert_close(results[name], value, rtol=1e-12, atol=1e-14, msg=f"{trivial}: {name}")
 
 
-def test_the_oracles_segments_are_separate_sequences():
+def test_oracle_segments_are_separate_sequences():
     case = Case(T=5, B=1, bidirectional=True, hx="tuple", resets=((2, 0),), used=())
     given, results = tensors(case, torch.float64), run_torch(case, torch.float64)
     module, (h0, c0) = case.module(nn.LSTM, given.weights), given.hx
@@ -79,7 +79,7 @@ def test_the_oracles_segments_are_separate_sequences():
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
-def test_the_comparison_notices_a_wrong_result(dtype):
+def test_comparison_detects_a_wrong_result(dtype):
     case, rounding = Case(dtype=dtype, hx="tuple"), Precision.of(dtype)
     right = {name: value.to(dtype) for name, value in expected(case, rounding)[0].items()}
     compare(case, right, rounding, "rounded")

@@ -102,7 +102,7 @@ def test_loop_of_cells_equals_the_layer(backend):
     torch.testing.assert_close(state, (h_n[0], c_n[0]))
 
 
-def test_state_and_weights_swapped():
+def test_swapped_state_and_weights_are_refused():
     pair = module_pair(cell=True)
     x = data(2, 3)
     assert_same(copy.deepcopy(pair[0]), pair[1], x)
@@ -143,7 +143,7 @@ def test_second_order(backend):
 
 
 @pytest.mark.parametrize("lazy", ["negation", "zero", "hooks"])
-def test_gradients_and_saved_tensors_that_are_not_plain(lazy, backend):
+def test_gradients_and_saved_tensors_of_subclasses(lazy, backend):
     """Backward must not read their memory as it lies: conj's imaginary parts, ZeroTensors, what a hook gives back."""
 
     def gradients(cell):

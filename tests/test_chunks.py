@@ -60,13 +60,13 @@ BLOCKWISE = replace(Precision.of(torch.float32), max_running_sum=512)
     ids=str,
 )
 @pytest.mark.parametrize("backend", ["native"], indirect=True)
-def test_long_sums_are_made_in_parts(case, backend):
+def test_long_sums_are_blockwise(case, backend):
     """Some of MKL's products for few rows sum one term after the other on an AMD CPU."""
     check(case, backend, BLOCKWISE)
 
 
-def test_one_running_sum_over_a_long_row_is_noticed():
-    """The bound of `test_long_sums_are_made_in_parts` is not so loose that it would miss what it is for."""
+def test_running_sum_over_a_long_row_is_detected():
+    """The bound of `test_long_sums_are_blockwise` is not so loose that it would miss what it is for."""
     case = Case(T=1, B=3, I=200_000, H=4, x_scale=1e-2)
     given = tensors(case)
     weights = {name: weight.detach() for name, weight in given.weights.items()}
@@ -125,7 +125,7 @@ def test_many_short_rows_and_a_longer_one(rows, options, recompute, backend):
 @pytest.mark.parametrize("directions", [(0,), (1,), (0, 1)], ids=str)
 @pytest.mark.parametrize(("T", "B"), [(4, 3), (160, 128)])
 @pytest.mark.parametrize("backend", ["native"], indirect=True)
-def test_a_weight_that_is_an_identity(T, B, directions, backend):
+def test_identity_weight_is_exact(T, B, directions, backend):
     """Of one direction or both: the native backward has a shortcut for what transforms.py asks of it."""
     torch.manual_seed(0)
     H = 4
@@ -146,7 +146,7 @@ def test_a_weight_that_is_an_identity(T, B, directions, backend):
 
 @pytest.mark.parametrize("masks", ["plain", "lengths", "lengths and resets"])
 @pytest.mark.parametrize("backend", ["native"], indirect=True)
-def test_an_identity_over_several_chunks(masks, backend):
+def test_identity_weight_is_exact_over_several_chunks(masks, backend):
     """Of one direction: the gradients of the gates then lie in dx, and those of the weights are read from there."""
     torch.manual_seed(0)
     T, B, H = 90, 60, 66

@@ -44,7 +44,7 @@ def test_initialise_then_convert():
     assert_same(ours, theirs, X)
 
 
-def test_initialisers_reach_models_built_and_initialised_under_the_patch():
+def test_initialisers_apply_to_models_built_under_the_patch():
     with fastlstm.patch_torch():
         ours = Model().apply(initialise)
     assert type(ours.lstm) is fastlstm.LSTM
@@ -87,7 +87,7 @@ class MaskedRunner(nn.Module):
         return torch.cat(pieces, 1)
 
 
-def test_a_library_that_asks_at_the_call_is_called_under_the_patch():
+def test_library_checking_types_at_the_call_runs_under_the_patch():
     starts, x = torch.zeros(2, 5, dtype=torch.bool), X.transpose(0, 1)
     starts[:, 2] = True
     expected = MaskedRunner()(x, starts)
@@ -148,7 +148,7 @@ def library(name: str) -> types.ModuleType:
     return module
 
 
-def test_subclasses_are_left_and_named():
+def test_subclasses_are_not_converted_and_are_named():
     lib = library("lib")
     model = lib.model()
     with pytest.warns(UserWarning, match="leaves subclasses") as found:
@@ -164,7 +164,7 @@ def test_subclasses_are_left_and_named():
         fastlstm.convert(lib.LSTM(3, 4))
 
 
-def test_what_is_converted_or_has_nothing_to_convert_warns_of_nothing():
+def test_complete_conversion_does_not_warn():
     lstm = nn.utils.parametrizations.weight_norm(nn.LSTM(3, 4), "weight_hh_l0")
     model = nn.ModuleList([Model(), fastlstm.LSTM(3, 4), nn.GRU(3, 4), nn.LSTMCell(3, 4), lstm])
     with warnings.catch_warnings():
@@ -184,7 +184,7 @@ def test_subclasses_defined_under_the_patch_run_on_fastlstm(backend):
         fastlstm.convert(ours, to="torch")
 
 
-def test_names_that_were_imported_before_are_not_patched():
+def test_names_imported_before_the_patch_are_not_patched():
     lib = library("lib")
     with fastlstm.patch_torch():
         assert not isinstance(lib.Early(3, 4), fastlstm.LSTM)

@@ -136,7 +136,7 @@ def test_no_recompilation_after_a_step_of_the_optimizer():
     assert losses[2] < losses[1] < losses[0]
 
 
-def test_the_graph_holds_one_op_a_layer():
+def test_graph_has_one_op_per_layer():
     counter = CompileCounterWithBackend("eager")
     torch.compile(Model(), backend=counter, fullgraph=True)(X)
     names = [str(node.target) for node in counter.graphs[0].graph.nodes if "fastlstm" in str(node.target)]
@@ -151,7 +151,7 @@ def test_dropout_and_eval_mode_compile():
     torch.testing.assert_close(compiled(X), model(X))
 
 
-def test_lengths_out_of_range_are_noticed_in_a_graph(backend):
+def test_lengths_out_of_range_raise_in_a_compiled_graph(backend):
     model = Model(num_layers=1, bidirectional=False)
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
     with pytest.raises((RuntimeError, ValueError), match="lengths must lie in"):
@@ -178,7 +178,7 @@ def test_converted_model_compiles():
 
 
 @pytest.mark.parametrize("ragged", [False, True])
-def test_export_with_free_t_and_b(ragged):
+def test_export_with_dynamic_t_and_b(ragged):
     class Caller(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -197,7 +197,7 @@ def test_export_with_free_t_and_b(ragged):
 
 
 @pytest.mark.parametrize("ragged", [False, True])
-def test_one_compilation_serves_training_of_every_t_and_b(ragged):
+def test_one_compilation_covers_training_at_every_t_and_b(ragged):
     """Counted by what reaches the compiler, forward and backward: `error_on_recompile` sees Dynamo's guards alone."""
     counter = CompileCounterWithBackend("aot_eager")
     model = Model(num_layers=1)
@@ -210,7 +210,7 @@ def test_one_compilation_serves_training_of_every_t_and_b(ragged):
 
 @pytest.mark.parametrize("grad", [False, True], ids=["no_grad", "grad"])
 @pytest.mark.parametrize("option", ["none", "hx", "lengths", "reset_mask", "recompute"])
-def test_symbols_stay_symbols_outside_of_a_compiler(option, grad, backend):
+def test_symbolic_sizes_stay_symbolic_outside_a_compiler(option, grad, backend):
     """As make_fx and aot_function call a model: Python sees the symbols, and no number may be asked of them."""
     if backend == "reference":
         pytest.skip("its loop over the steps fixes T")

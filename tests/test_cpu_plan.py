@@ -59,7 +59,7 @@ def random_shape(rng: random.Random) -> Case:
     return case if case.lengths is None or case.T * case.B < 1000 else replace(case, lengths=None)
 
 
-def test_every_plan_is_one_that_can_run():
+def test_every_plan_is_valid():
     rng = random.Random(20240229)
     for _ in range(1000):
         case, threads = random_case(rng), rng.randint(1, 64)
@@ -87,7 +87,7 @@ def test_every_plan_is_one_that_can_run():
         assert 1 <= plan["backward"]["chunk_steps"] <= case.T
 
 
-def test_more_threads_where_the_work_allows_them():
+def test_more_work_gets_more_threads():
     """The partition of a plan is asked for, at any number of threads, without running anything."""
     case = Case(T=100, B=64, I=128, H=128)
     plans = [plan_of(case, n, **AVX512)["forward"] for n in (1, 2, 4, 8)]
@@ -97,7 +97,7 @@ def test_more_threads_where_the_work_allows_them():
     assert (large["threads"], large["split"], large["alternate_block_order"]) == (8, "units", True)
 
 
-def test_more_threads_never_take_longer():
+def test_more_threads_are_never_predicted_slower():
     """By the prediction; nor are fewer of them used. For 10,000 shapes and 1 to 64 threads."""
     rng = random.Random(20261130)
     for _ in range(10_000):
@@ -110,7 +110,7 @@ def test_more_threads_never_take_longer():
             assert after[phase]["threads"] >= before[phase]["threads"], told
 
 
-def test_no_partition_is_predicted_to_be_better():
+def test_chosen_partition_has_the_lowest_predicted_time():
     """Than the plan, by more than 2 %, which more threads must gain; for 10,000 shapes and 1 to 64 threads."""
     rng = random.Random(20261201)
     for _ in range(10_000):
@@ -161,7 +161,7 @@ def test_every_partition_is_a_candidate():
                     assert {tuple(c[:4]) for c in found} == expected, f"{phase} of {case} at {threads} threads"
 
 
-def test_one_thread_more_is_not_a_cliff():
+def test_one_more_thread_changes_predicted_time_smoothly():
     """Rows used to be split over all threads or not at all: 9 used 9 threads here, and 10 only 4."""
     case = Case(T=100, B=32, I=128, H=128)
     used = [plan_of(case, n, **AVX512)["forward"]["threads"] for n in range(1, 65)]
@@ -171,12 +171,12 @@ def test_one_thread_more_is_not_a_cliff():
     assert used[-1] > 32
 
 
-def test_three_threads_take_directions_in_turn():
+def test_three_threads_run_directions_sequentially():
     plan = plan_of(Case(T=20, B=48, I=64, H=128, bidirectional=True), 3, **AVX512)["forward"]
     assert (plan["threads"], plan["members"], plan["concurrent"]) == (3, 3, False)
 
 
-def test_a_wrong_dtype_is_refused():
+def test_wrong_dtype_is_refused():
     with pytest.raises(RuntimeError, match="dtype must be float32, float64 or bfloat16, got int8"):
         native.extension.cpu_plan("int8", 1, 1, 1, 1, 1, 1, threads=1, **AVX512)
 
@@ -239,7 +239,7 @@ def test_explain_of_other_backends_has_no_plan():
     ],
     ids=str,
 )
-def test_explain_refuses_the_lengths_that_the_call_refuses(lengths, error):
+def test_explain_refuses_invalid_lengths(lengths, error):
     lstm, x = fastlstm.LSTM(8, 4), torch.zeros(5, 3, 8)
     found = []
     for call in (lstm, lambda *args, **options: fastlstm.explain(lstm, *args, **options)):

@@ -70,7 +70,7 @@ def test_kernels_include_no_torch_header(source):
 @needs_nvcc
 @pytest.mark.parametrize("architecture", ["sm_80", "sm_90a"])
 @pytest.mark.parametrize("name", ["latency", "exchange_by_data", pytest.param("steps", marks=pytest.mark.slow)])
-def test_the_programs_that_measure_compile(name, architecture, tmp_path):
+def test_benchmark_programs_compile(name, architecture, tmp_path):
     """benchmarks/cuda, which scripts/gpu_*.sh run."""
     target = f"-gencode=arch={ARCHITECTURES[architecture]},code={architecture}"
     command = ["nvcc", "-std=c++17", "-O3", target, f"-I{ROOT / 'csrc'}", "-Werror", "all-warnings"]

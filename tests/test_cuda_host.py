@@ -164,7 +164,7 @@ def test_tf32_of_the_persistent_kernels(case, persistent, poisoned_empty):
 
 
 @pytest.mark.parametrize("persistent", ["A"], indirect=True)
-def test_the_largest_clusters(persistent, poisoned_empty):
+def test_largest_clusters(persistent, poisoned_empty):
     """As many blocks as a cluster may have, and W_hh partly in shared memory."""
     case = Case(T=4, B=9, I=4, H=500, hx="tuple", cells=True, lengths=(4, 2, 3, 0, 4, 4, 1, 3, 4))
     check(case, persistent, gpu_support.TF32.rounding("native"))
@@ -176,7 +176,7 @@ def test_random_cases_of_the_persistent_kernels(persistent, poisoned_empty):
         check(random_case(rng, (torch.float16, torch.bfloat16, torch.float64)), persistent)
 
 
-def test_the_persistent_kernels_give_the_same_bits_every_time(persistent):
+def test_persistent_kernels_are_bitwise_deterministic(persistent):
     case = Case(T=20, B=19, I=4, H=40, bidirectional=True, hx="tuple", dtype=torch.bfloat16)
     first, second = run_backend(case, persistent), run_backend(case, persistent)
     assert all(torch.equal(first[name], second[name]) for name in first)
@@ -192,7 +192,7 @@ def test_the_persistent_kernels_give_the_same_bits_every_time(persistent):
     ],
     ids=str,
 )
-def test_steps_continue_where_launches_find_no_room(case, launches, persistent, poisoned_empty):
+def test_step_kernels_run_if_cooperative_launch_does_not_fit(case, launches, persistent, poisoned_empty):
     """A green context, or MPS, may leave a stream fewer SMs than the device has: each pass goes on step by step."""
     torch.ops.fastlstm_cuda_host.launches_left(launches)
     try:
@@ -201,7 +201,7 @@ def test_steps_continue_where_launches_find_no_room(case, launches, persistent, 
         torch.ops.fastlstm_cuda_host.launches_left(-1)
 
 
-def test_the_runtime_is_asked_once(persistent):
+def test_device_properties_are_queried_once(persistent):
     case = Case(T=6, B=3, I=2, H=24, dtype=torch.bfloat16)
     run_backend(case, persistent)
     asked = torch.ops.fastlstm_cuda_host.occupancy_queries()
@@ -251,13 +251,13 @@ def test_addresses_that_do_not_fit_the_vector_width(backend):
             assert torch.equal(got.detach(), expected[name]), f"{name} with {off} one element off"
 
 
-def test_results_are_the_same_bits_every_time(backend):
+def test_results_are_bitwise_deterministic(backend):
     case = Case(T=20, B=3, I=4, H=8, bidirectional=True, hx="tuple", lengths=(20, 3, 11))
     first, second = run_backend(case, backend), run_backend(case, backend)
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
-def test_backward_leaves_what_forward_saved_alone(backend):
+def test_backward_does_not_modify_saved_tensors(backend):
     case = Case(T=9, B=3, H=8, bidirectional=True, hx="tuple", proj=4)
     given = tensors(case)
     output, states = case.module(fastlstm.LSTM, given.weights)(given.input, given.hx)
@@ -269,7 +269,7 @@ def test_backward_leaves_what_forward_saved_alone(backend):
 
 @pytest.mark.parametrize("options", [{}, {"bidirectional": True, "proj_size": 2}], ids=str)
 @pytest.mark.parametrize("lengths", [None, [4, 0, 2]], ids=["whole", "lengths"])
-def test_h_is_found_again_where_the_output_was_changed(options, lengths, backend, poisoned_empty):
+def test_h_is_recomputed_if_the_output_was_changed(options, lengths, backend, poisoned_empty):
     lstm, found = fastlstm.LSTM(3, 4, **options), []
     for in_place in (True, False):
         x = torch.linspace(-1, 1, 36).view(4, 3, 3).requires_grad_()
@@ -279,7 +279,7 @@ def test_h_is_found_again_where_the_output_was_changed(options, lengths, backend
     torch.testing.assert_close(*found)
 
 
-def test_the_two_biases_get_gradients_of_their_own(backend):
+def test_bias_gradients_do_not_alias(backend):
     case = Case()
     given = tensors(case)
     output, _ = case.module(fastlstm.LSTM, given.weights)(given.input)
@@ -289,7 +289,7 @@ def test_the_two_biases_get_gradients_of_their_own(backend):
 
 
 @pytest.mark.parametrize("case", [WITH_CELLS, RAGGED_PROJECTION], ids=str)
-def test_the_reserve_has_no_holes(case, backend, poisoned_empty):
+def test_reserve_is_fully_written(case, backend, poisoned_empty):
     """Every element of every result is written, in padding too: else torch.library.opcheck fails now and then."""
     given = tensors(case)
     D, none = case.directions, (None, None)

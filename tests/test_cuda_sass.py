@@ -97,21 +97,21 @@ def test_one_barrier_and_no_exchange_in_a_single_block(phase, block, ragged, sin
 
 @kernels
 @ragged_or_dense
-def test_no_address_is_computed_between_arrival_and_the_state(phase, block, ragged, step):
+def test_no_address_arithmetic_between_arrival_and_state_load(phase, block, ragged, step):
     path = step(phase, block.format(ragged=ragged)).after_last_poll()
     product = path[: barriers(path)[0]]
     assert not [text for text in product if "IMAD.WIDE" in text or re.search(r"\bLEA\.HI\.X\b", text)]
 
 
 @kernels
-def test_nothing_is_read_but_the_state_between_arrival_and_departure(phase, block, step):
+def test_only_the_state_is_loaded_between_arrival_and_departure(phase, block, step):
     """Dense: no length, no reset mask, no x, no saved gate."""
     path = step(phase, block.format(ragged="false")).after_last_poll()
     assert not [text for text in path if "LDG" in text and ".128.STRONG.GPU" not in text]
 
 
 @kernels
-def test_resets_are_read_ahead(phase, block, step):
+def test_resets_are_prefetched(phase, block, step):
     """With lengths or resets the only other load is of h, from the block's own part, for a row that lacks the step."""
     path = step(phase, block.format(ragged="true")).after_last_poll()
     other = [text for text in path if "LDG" in text and ".128.STRONG.GPU" not in text]
@@ -121,7 +121,7 @@ def test_resets_are_read_ahead(phase, block, step):
 
 @kernels
 @ragged_or_dense
-def test_ceiling_on_the_critical_path(phase, block, ragged, step):
+def test_critical_path_is_within_its_limit(phase, block, ragged, step):
     path = step(phase, block.format(ragged=ragged)).after_last_poll()
     first_load, cell, send = CEILINGS[phase, block]
     at = barriers(path)

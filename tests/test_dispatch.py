@@ -70,7 +70,7 @@ def test_context_ends_with_an_error(asked):
     assert asked[0][0] != "reference"
 
 
-def test_called_as_a_function_it_stays(asked):
+def test_use_backend_as_a_function_persists(asked):
     try:
         fastlstm.use_backend("reference")
         fastlstm.LSTM(3, 4)(X)
@@ -81,7 +81,7 @@ def test_called_as_a_function_it_stays(asked):
     assert asked[1][0] != "reference"
 
 
-def test_remembered_choices_follow_what_is_asked_and_what_is_called():
+def test_cached_dispatch_depends_on_backend_and_call():
     """With dispatch's memory at work: told apart by the kind of autograd node."""
 
     def node(name, *args, **kwargs):
@@ -143,7 +143,7 @@ def test_native_without_its_extension(monkeypatch, no_memory):
         fastlstm.LSTM(3, 4)(X)
 
 
-def test_auto_takes_the_first_that_supports_the_call(monkeypatch, asked):
+def test_auto_selects_the_first_backend_that_supports_the_call(monkeypatch, asked):
     eager = dispatch.BACKENDS["eager"]
     refusing = types.SimpleNamespace(supports=lambda call: "not today")
     monkeypatch.setattr(dispatch, "BACKENDS", {"native": refusing, "eager": eager})
@@ -155,14 +155,14 @@ def test_auto_takes_the_first_that_supports_the_call(monkeypatch, asked):
     assert dispatch.select(call(proj_size=2)) == "eager"
 
 
-def test_the_choice_does_not_rest_on_t_or_b(asked):
+def test_choice_is_independent_of_t_and_b(asked):
     lstm = fastlstm.LSTM(3, 4)
     for T, B in ((1, 1), (5, 2), (300, 1), (2, 40), (3, 0)):
         lstm(torch.zeros(T, B, 3))
     assert len({call for _, call in asked}) == 1
 
 
-def test_describe_tells_what_matters():
+def test_describe_includes_shape_dtype_and_device():
     told = call(dtype=torch.float64, lengths=True, bidirectional=True, proj_size=2, bias=False)
     assert (told.device.type, told.dtype, told.I) == ("cpu", torch.float64, 3)
     assert (told.shape.H, told.shape.P, told.shape.D, told.shape.bias) == (4, 2, 2, False)
@@ -212,7 +212,7 @@ def test_explain_of_a_named_backend():
     assert told.reasons["eager"] == "can run it, but backend 'reference' was asked for"
 
 
-def test_explain_where_the_named_backend_cannot(monkeypatch):
+def test_explain_if_the_named_backend_cannot_run(monkeypatch):
     monkeypatch.setattr(dispatch.BACKENDS["eager"], "supports", lambda call: "out of order")
     with fastlstm.use_backend("eager"):
         told = fastlstm.explain(fastlstm.LSTM(3, 4), X)
@@ -239,7 +239,7 @@ def test_environment_variable_with_an_unknown_name(monkeypatch, no_memory):
         fastlstm.LSTM(3, 4)(X)
 
 
-def test_remembered_choices_tell_biases_from_a_second_direction(monkeypatch):
+def test_cached_dispatch_separates_biases_from_directions(monkeypatch):
     """Both make four weights of the same sizes, and a backend may refuse one of the two."""
     picky = types.SimpleNamespace(supports=lambda call: "one direction only" if call.shape.D == 2 else None)
     monkeypatch.setattr(dispatch, "BACKENDS", {"native": picky, "eager": dispatch.BACKENDS["eager"]})
@@ -249,7 +249,7 @@ def test_remembered_choices_tell_biases_from_a_second_direction(monkeypatch):
         assert dispatch._choose(X, weights, None, None) == name
 
 
-def test_a_backend_named_once_may_be_used_twice():
+def test_use_backend_returns_a_reusable_context():
     eager = fastlstm.use_backend("eager")
     for _ in range(2):
         with eager:

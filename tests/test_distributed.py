@@ -96,12 +96,12 @@ def test_two_processes_equal_one(how, found, alone):
             torch.testing.assert_close(results[how][name], weight, rtol=1e-6, atol=1e-8, msg=f"{how}: {name}")
 
 
-def test_the_weights_were_sharded_and_trained(found, alone):
+def test_sharded_weights_train(found, alone):
     assert all(int(results["shard"]["rows"]) == 4 * 8 // WORLD for results in found[1])
     assert not torch.allclose(alone["lstm.weight_hh_l0"], dict(Tagger().named_parameters())["lstm.weight_hh_l0"])
 
 
-def test_a_sharded_checkpoint_into_one_process(found, alone):
+def test_sharded_checkpoint_loads_in_one_process(found, alone):
     """And into nn.LSTM: the names and shapes are its own."""
     model = fastlstm.convert(Tagger(), to="torch")
     with torch.no_grad():

@@ -148,7 +148,7 @@ def test_inputs(name, hx, backend):
 
 @pytest.mark.parametrize("hx", [None, pair(1, 2, 4)], ids=["zeros", "hx"])
 @pytest.mark.parametrize("sizes", [SIZES.float(), SIZES[None]], ids=["float32", "2-D"])
-def test_sizes_of_steps_that_are_none(sizes, hx, backend):
+def test_invalid_batch_sizes(sizes, hx, backend):
     """nn.LSTM's error depends on hx: a TypeError or a RuntimeError of its insides."""
     with pytest.raises(RuntimeError, match=r"batch_sizes must be int64 \[T\], got torch\."):
         fastlstm.LSTM(3, 4)(sequence(ROWS, sizes), hx)
@@ -165,7 +165,7 @@ def test_states_of_other_layers_with_packed_input(name, kwargs, backend):
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.int64], ids=str)
 @pytest.mark.parametrize("name", ["2-D", "of one", "nothing twice", "a tensor of two states"])
-def test_the_state_is_looked_at_before_the_input(name, dtype):
+def test_state_is_checked_before_the_input(name, dtype):
     x = packed(X.to(dtype))
     assert_same_outcome(*(lambda m=m: m(x, STATES[name]) for m in modules()))
 
@@ -174,7 +174,7 @@ def test_the_state_is_looked_at_before_the_input(name, dtype):
     ("name", "is_sorted"),
     [("2-D", True), ("1-D", True), ("of one", True), ("nothing twice", True), ("a dict", False), ("numbers", False)],
 )
-def test_words_of_packed_input(name, is_sorted):
+def test_error_messages_of_packed_input(name, is_sorted):
     """Where nn.LSTM's tell what is wrong, they are the same."""
     raised = []
     for module in modules():

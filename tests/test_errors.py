@@ -134,13 +134,13 @@ def test_hx_stacked_in_one_tensor(model):
         model(X, torch.zeros(2, 1, 2, 4))
 
 
-def test_forward_refuses_what_neither_knows():
+def test_forward_refuses_unknown_arguments():
     with pytest.raises(TypeError, match="unexpected keyword argument 'hidden'"):
         fastlstm.LSTM(3, 4)(X, hidden=None)
 
 
 @pytest.mark.parametrize("x", [torch.zeros(2, 2, 4), torch.zeros(2, 2, 3).double()], ids=["size", "dtype"])
-def test_packed_input_gets_the_words_of_padded_input(x):
+def test_packed_and_padded_inputs_have_equal_errors(x):
     """Here nn.LSTM tells of a matrix product inside, in a RuntimeError."""
     given = pack_padded_sequence(x, torch.tensor([2, 1]))
     kind, text = error_of(lambda: fastlstm.LSTM(3, 4)(given))
@@ -194,7 +194,7 @@ def test_tensors_on_different_devices():
         ),
     ],
 )
-def test_weights_that_do_not_fit(name, value, text, backend):
+def test_weights_of_invalid_shape(name, value, text, backend):
     lstm = fastlstm.LSTM(3, 4)
     setattr(lstm, name, nn.Parameter(value))
     with pytest.raises(RuntimeError, match=text):
@@ -286,7 +286,7 @@ MISFITS = {
 
 @pytest.mark.parametrize("grad", [False, True], ids=["no_grad", "grad"])
 @pytest.mark.parametrize("wrong", MISFITS)
-def test_weights_that_do_not_fit_together(wrong, grad, backend):
+def test_weights_of_inconsistent_shapes(wrong, grad, backend):
     """In the same words on every backend, from the function and from a module whose weights were exchanged."""
     place, change, text = MISFITS[wrong]
     lstm = fastlstm.LSTM(3, 4, dtype=torch.float64)
@@ -323,7 +323,7 @@ MISCOUNTED = {
 
 
 @pytest.mark.parametrize("wrong", MISCOUNTED)
-def test_weights_that_the_arguments_do_not_describe(wrong, backend):
+def test_weights_that_contradict_the_arguments(wrong, backend):
     change, (bias, layers, bidirectional), text = MISCOUNTED[wrong]
     weights = change([torch.rand(16, 3), torch.rand(16, 4)])
     with pytest.raises(TypeError if wrong == "None" else RuntimeError, match=text):
@@ -331,7 +331,7 @@ def test_weights_that_the_arguments_do_not_describe(wrong, backend):
 
 
 @pytest.mark.parametrize("options", [{}, {"recompute": True}, {"return_cell_states": True}], ids=str)
-def test_the_function_takes_no_packed_rows(options, backend):
+def test_function_refuses_packed_sequences(options, backend):
     """Though the native op does, and these lengths would be theirs."""
     weights = [w.detach() for w in fastlstm.LSTM(3, 4).parameters()]
     for x in (torch.zeros(6, 3), torch.zeros(6, 3).t()):
@@ -342,7 +342,7 @@ def test_the_function_takes_no_packed_rows(options, backend):
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_half_input_with_other_weights_is_refused(dtype, backend):
+def test_half_input_with_float32_weights_is_refused(dtype, backend):
     """Also where half precision is computed in float32, to which everything would be cast."""
     weights = [w.detach() for w in fastlstm.LSTM(3, 4, dtype=torch.float64).parameters()]
     with pytest.raises(RuntimeError, match=r"same dtype|must be .* as x is"):

@@ -48,7 +48,7 @@ def cell_takes_it(cell: fastlstm.LSTMCell, *arguments: Any) -> bool:
     return result is not None
 
 
-def test_the_fast_path_is_for_what_native_would_run(monkeypatch):
+def test_fast_path_runs_only_what_native_would(monkeypatch):
     """Around the layers' choices, in the extension: only where each of them would be native."""
     lstm, x = fastlstm.LSTM(3, 4, 2), torch.rand(5, 2, 3)
     taken = {}
@@ -84,7 +84,7 @@ def test_the_fast_path_is_for_what_native_would_run(monkeypatch):
         ("training", torch.zeros(2)),
     ],
 )  # fmt: skip
-def test_the_fast_path_refuses_attributes_that_do_not_fit(attribute, value):
+def test_fast_path_refuses_invalid_attributes(attribute, value):
     """They are read off the module at every call, and the general path says what is wrong with them."""
     lstm, x = fastlstm.LSTM(3, 4, 2), torch.rand(5, 2, 3)
     assert lstm_takes_it(lstm, x, None)
@@ -94,7 +94,7 @@ def test_the_fast_path_refuses_attributes_that_do_not_fit(attribute, value):
     assert not lstm_takes_it(lstm, x, None)
 
 
-def test_the_fast_path_runs_numbers_of_other_types():
+def test_fast_path_accepts_other_number_types():
     x, lstm = torch.rand(5, 2, 3), fastlstm.LSTM(3, 4, bidirectional=True)
     lstm.input_size, lstm.hidden_size, lstm.num_layers = np.int64(3), np.int32(4), np.int64(1)
     lstm.bidirectional, lstm.dropout = np.bool_(True), np.float32(0)
@@ -103,7 +103,7 @@ def test_the_fast_path_runs_numbers_of_other_types():
 
 
 @pytest.mark.parametrize("names", [[], ["weight_ih_l0"], [["unhashable"]]], ids=str)
-def test_the_fast_path_refuses_weights_that_are_missing(names):
+def test_fast_path_refuses_missing_weights(names):
     lstm, x = fastlstm.LSTM(3, 4), torch.rand(5, 2, 3)
     whole = lstm._flat_weights_names
     lstm._flat_weights_names = names
@@ -116,7 +116,7 @@ def test_the_fast_path_refuses_weights_that_are_missing(names):
         assert extension.lstm(lstm, missing, x, None, None) is None
 
 
-def test_the_fast_path_asks_for_weights_that_are_not_the_recorded_ones():
+def test_fast_path_computes_parametrized_weights_once():
     """It runs with those that LSTM._current_weights finds, which are computed once."""
     extension, x, computed = native.extension, torch.rand(5, 2, 3), []
 
@@ -143,7 +143,7 @@ def test_the_fast_path_asks_for_weights_that_are_not_the_recorded_ones():
     assert extension.lstm(lstm, subclassed, x, None, None) is None
 
 
-def test_the_fast_path_of_a_cell(monkeypatch):
+def test_fast_path_of_a_cell(monkeypatch):
     cell, x, h = fastlstm.LSTMCell(3, 4), torch.rand(2, 3), torch.zeros(2, 4)
     taken = {}
     for name in dispatch.NAMES:
@@ -173,7 +173,7 @@ def test_the_fast_path_of_a_cell(monkeypatch):
     assert not cell_takes_it(cell, x, None)
 
 
-def test_the_fast_path_reads_attributes_as_python_does():
+def test_fast_path_reads_attributes_as_python_does():
     """Properties of a subclass count, as in nn.LSTM and on the general path."""
 
     class Scheduled(fastlstm.LSTM):
@@ -196,7 +196,7 @@ def test_the_fast_path_reads_attributes_as_python_does():
     assert torch.equal(lstm(x)[0], lstm(x)[0])
 
 
-def test_the_fast_path_does_not_look_into_other_kinds_of_dict():
+def test_fast_path_requires_a_plain_dict():
     """A name or a dict of another class runs Python code when it is looked up."""
 
     class Name(str):
@@ -215,7 +215,7 @@ def test_the_fast_path_does_not_look_into_other_kinds_of_dict():
 
 
 @pytest.mark.parametrize(("error", "passed_on"), [(KeyboardInterrupt, True), (ArithmeticError, False)])
-def test_errors_of_attributes(error, passed_on):
+def test_attribute_errors(error, passed_on):
     """Of KeyboardInterrupt nothing is swallowed; what the general path would raise again is left to it."""
 
     class Flag:

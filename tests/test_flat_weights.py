@@ -95,7 +95,7 @@ def test_adapters_compile_in_one_graph(write):
             model.a[0] = nn.Parameter(2 * model.a[0].detach())
 
 
-def test_a_compiled_call_notices_what_is_written_between_calls():
+def test_compiled_call_reads_weights_written_between_calls():
     torch._dynamo.reset()
     ours, theirs = module_pair()
     compiled = torch.compile(ours, backend="aot_eager", fullgraph=True)
@@ -135,7 +135,7 @@ def after(module: nn.Module, step: str) -> list[torch.Tensor]:
 
 
 @pytest.mark.parametrize("first", STEPS)
-def test_the_later_writing_counts(first, backend):
+def test_pairs_of_weight_changes_equal_nn_lstm(first, backend):
     """Every pair of ways to change a weight: as nn.LSTM takes it, call by call."""
     for second in STEPS:
         ours, theirs = module_pair()
@@ -146,7 +146,7 @@ def test_the_later_writing_counts(first, backend):
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_any_order_of_changes(seed):
+def test_weight_changes_in_any_order(seed):
     ours, theirs = module_pair()
     steps = list(STEPS)
     order = [steps[k] for k in torch.randint(len(steps), (25,), generator=torch.Generator().manual_seed(seed))]
@@ -154,7 +154,7 @@ def test_any_order_of_changes(seed):
         torch.testing.assert_close(after(ours, step), after(theirs, step), msg=lambda m, k=k: f"{order[: k + 1]}: {m}")
 
 
-def test_a_missing_attribute_leaves_the_list():
+def test_missing_attribute_is_dropped_from_flat_weights():
     """Code that takes a parameter away writes the list instead."""
     pair = module_pair()
     for module in pair:
@@ -165,7 +165,7 @@ def test_a_missing_attribute_leaves_the_list():
     torch.testing.assert_close(flat(pair[0](X)), flat(pair[1](X)))
 
 
-def test_a_tuple_of_the_parameters(backend):
+def test_flat_weights_accept_a_tuple(backend):
     pair = module_pair()
     for module in pair:
         module._flat_weights = tuple(module.parameters())
@@ -189,14 +189,14 @@ def test_computed_weights_are_not_kept_alive_and_do_not_hinder_a_copy(grad):
     assert not any(ref() is not None for ref in kept)
 
 
-def test_weights_of_a_transform_are_not_kept():
+def test_weights_of_a_transform_are_not_retained():
     lstm = module_pair()[0]
     weights = {name: torch.stack([w, 2 * w]).detach() for name, w in lstm.named_parameters()}
     torch.func.vmap(lambda w: functional_call(lstm, w, (X,))[0])(weights)
     assert [id(w) for w in lstm._flat_weights] == [id(w) for w in lstm.parameters()]
 
 
-def test_a_parametrization_is_computed_once_a_call():
+def test_parametrization_is_computed_once_per_call():
     lstm, calls = module_pair()[0], []
     parametrizations.weight_norm(lstm, "weight_hh_l0")
     lstm.parametrizations.weight_hh_l0.register_forward_hook(lambda *_: calls.append(1))
@@ -204,7 +204,7 @@ def test_a_parametrization_is_computed_once_a_call():
     assert len(calls) == 1
 
 
-def test_the_list_follows_lasting_weights():
+def test_flat_weights_follow_replaced_parameters():
     lstm = fastlstm.LSTM(3, 4, dtype=torch.float64)
     lstm._parameters["weight_hh_l0"] = new = weight(0)
     lstm(X)
@@ -213,7 +213,7 @@ def test_the_list_follows_lasting_weights():
 
 
 @pytest.mark.parametrize("hx", [None, (data(2, 4), data(2, 4, seed=1))], ids=["zeros", "hx"])
-def test_cells_read_what_stands_beside_a_parameter(hx, backend):
+def test_cells_read_instance_attributes_before_parameters(hx, backend):
     pair = module_pair(cell=True)
     for module in pair:
         module.__dict__["weight_hh"] = 2 * module.weight_hh

@@ -49,7 +49,7 @@ def formula(rows: int, P: int = H, D: int = 1, features: int = I) -> int:
     [{}, {"bidirectional": True}, {"proj_size": 2}, {"num_layers": 2, "bidirectional": True, "bias": False}],
     ids=str,
 )
-def test_a_layer_counts_as_nn_lstms_products(kwargs, form, given, backend):
+def test_flops_of_a_layer_equal_nn_lstms(kwargs, form, given, backend):
     """In float64, where nn.LSTM runs step by step."""
     ours, theirs = module_pair(I, H, **kwargs)
     found = []
@@ -72,7 +72,7 @@ def test_a_layer_counts_as_nn_lstms_products(kwargs, form, given, backend):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_other_dtypes_count_the_same(dtype, backend):
+def test_flops_are_equal_in_other_dtypes(dtype, backend):
     """nn.LSTM's own float32 layer counts as nothing, since oneDNN runs it."""
     ours, _ = module_pair(I, H, bidirectional=True, dtype=dtype)
     truth, _ = module_pair(I, H, bidirectional=True)
@@ -82,7 +82,7 @@ def test_other_dtypes_count_the_same(dtype, backend):
     assert found[0] == formula(T * B, D=2)
 
 
-def test_what_is_not_asked_for_does_not_count(backend):
+def test_unneeded_gradients_have_no_flops(backend):
     found = []
     for module in module_pair(I, H):
         x = data(T, B, I).requires_grad_()
@@ -94,7 +94,7 @@ def test_what_is_not_asked_for_does_not_count(backend):
     assert found[1][1] == 2 * T * B * 4 * H * I + 2 * (T - 1) * B * 4 * H * H
 
 
-def test_rows_count_by_their_lengths_where_these_are_known(backend):
+def test_flops_follow_known_lengths(backend):
     ours, _ = module_pair(I, H)
     assert both(ours, (data(T, B, I),), lengths=[5, 0, 2])[0] == formula(7)
     with FakeTensorMode() as mode:
@@ -113,7 +113,7 @@ def test_recompute_counts_its_second_forward(backend):
 
 @pytest.mark.parametrize("inside", ["both", "backward alone"])
 @pytest.mark.parametrize("states", [False, True])
-def test_a_cell_counts_as_nn_lstm_cells_products(states, inside, backend):
+def test_flops_of_a_cell_equal_nn_lstm_cells(states, inside, backend):
     """A small one is not seen by the dispatcher, unless a mode watches."""
     found = []
     for module in module_pair(I, H, cell=True):
@@ -148,7 +148,7 @@ def test_per_sample_gradients_count(bidirectional, backend):
     assert of_samples == forward + backward + (of_first_steps if backend == "eager" else -of_first_steps)
 
 
-def test_an_expanded_input_counts_as_any_other(backend):
+def test_flops_of_an_expanded_input(backend):
     """The strides of x say nothing about the products."""
     ours, _ = module_pair(I, H)
     x = data(1, 1, 1).requires_grad_()
@@ -156,7 +156,7 @@ def test_an_expanded_input_counts_as_any_other(backend):
     assert found == both(ours, (data(T, B, I).requires_grad_(),))
 
 
-def test_the_import_of_fastlstm_does_not_import_the_counter(backend):
+def test_importing_fastlstm_does_not_import_the_flop_counter(backend):
     """It takes longer than fastlstm, for it imports Triton; in either order the one learns of the other's ops."""
     first = "torch" if backend == "native" else "torch.utils.flop_counter"
     lines = (
@@ -173,7 +173,7 @@ def test_the_import_of_fastlstm_does_not_import_the_counter(backend):
     assert ran.stdout.split() == [str(first != "torch"), str(formula(T * B))]
 
 
-def test_a_probe_or_another_module_of_the_loader_changes_nothing(backend):
+def test_probes_and_other_modules_of_the_loader_have_no_effect(backend):
     """The formulas are registered when the counter runs, and with no other module that its loader loads."""
     program = """
 import importlib.util, sys

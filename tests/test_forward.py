@@ -72,7 +72,7 @@ def test_input_and_state_are_not_written_to(backend):
         assert torch.equal(t, value)
 
 
-def test_results_do_not_alias_the_state_given():
+def test_results_do_not_alias_hx():
     ours, _ = module_pair()
     hx = (data(1, 2, 4), data(1, 2, 4))
     _, (h_n, c_n) = ours(data(5, 2, 3), hx, lengths=[0, 0])
@@ -155,7 +155,7 @@ def test_dropout_draws_the_mask_of_nn_lstm(kwargs):
     assert_same(ours.eval(), theirs.eval(), x)
 
 
-def test_dropout_leaves_first_layers_state_and_last_layers_output_whole():
+def test_dropout_skips_first_layers_state_and_last_layers_output():
     ours, _ = module_pair(num_layers=2, dropout=0.9)
     dropped, kept = ours(data(6, 3, 3)), ours.eval()(data(6, 3, 3))
     assert torch.equal(dropped[1][0][0], kept[1][0][0])
@@ -217,7 +217,7 @@ def test_autocast_of_inputs_in_its_dtype_is_nn_lstms(with_hx):
         torch.testing.assert_close(mine, yours, rtol=2e-2, atol=1e-2)
 
 
-def test_autocast_leaves_float64_alone():
+def test_autocast_does_not_change_float64():
     ours, theirs = module_pair()
     with torch.autocast("cpu", torch.bfloat16):
         torch.testing.assert_close(flat(ours(data(4, 2, 3))), flat(theirs(data(4, 2, 3))))

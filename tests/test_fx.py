@@ -73,7 +73,7 @@ def nodes(traced: fx.GraphModule) -> list[tuple[str, str]]:
 
 
 @pytest.mark.parametrize("how", ["plain", "converted", "patched", "copied", "unpickled"])
-def test_the_graph_is_that_of_nn_lstm(how, backend):
+def test_graph_equals_nn_lstms(how, backend):
     theirs = fx.symbolic_trace(Tagger(nn.LSTM, nn.LSTMCell))
     ours = fx.symbolic_trace(built(how))
     assert nodes(ours) == nodes(theirs)
@@ -82,14 +82,14 @@ def test_the_graph_is_that_of_nn_lstm(how, backend):
     assert_same(ours, theirs, X)
 
 
-def test_a_graph_with_packed_input(backend):
+def test_fx_graph_with_packed_input(backend):
     theirs, ours = (fx.symbolic_trace(Packed(cls)) for cls in (nn.LSTM, fastlstm.LSTM))
     assert nodes(ours) == nodes(theirs)
     for lengths in (LENGTHS, torch.tensor([3, 3])):
         assert_same(ours, theirs, X, lengths)
 
 
-def test_arguments_beyond_nn_lstms_are_kept_in_the_graph(backend):
+def test_graph_keeps_arguments_that_nn_lstm_lacks(backend):
     class Model(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -115,7 +115,7 @@ def test_hooks_run_once():
     assert_same(ours, theirs, X, LENGTHS)
 
 
-def test_a_call_without_a_traced_argument_is_a_node(backend):
+def test_call_without_traced_arguments_is_one_node(backend):
     """Its weights may change after the trace."""
 
     class Model(nn.Module):
@@ -136,7 +136,7 @@ def test_a_call_without_a_traced_argument_is_a_node(backend):
     assert_same(ours, theirs, X)
 
 
-def test_tracers_of_their_own():
+def test_custom_tracers():
     class Deeper(fx.Tracer):
         """As torch's quantization and feature extractors have them: more leaves, and paths noted."""
 
@@ -164,7 +164,7 @@ def test_tracers_of_their_own():
     assert found[0] == found[1]
 
 
-def test_subclasses_are_looked_into():
+def test_fx_traces_into_subclasses():
     """As those of nn.LSTM: they have code of their own."""
 
     class Doubled(fastlstm.LSTM):
@@ -176,7 +176,7 @@ def test_subclasses_are_looked_into():
     assert Doubled(3, 4).__module__ == copy.deepcopy(Doubled(3, 4)).__module__ == __name__
 
 
-def test_a_traced_model_is_copied_and_compiled(backend):
+def test_traced_model_can_be_copied_and_compiled(backend):
     if backend == "reference":
         pytest.skip("its loop over the steps is unrolled")
     torch._dynamo.reset()

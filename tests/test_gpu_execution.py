@@ -195,7 +195,7 @@ def test_two_devices(precision, backend):
 @backends
 @pytest.mark.parametrize("case", CASES, ids=str)
 @pytest.mark.parametrize("precision", [IEEE, MIXED, BFLOAT16], ids=str)
-def test_no_synchronisation_of_the_host(case, precision, backend):
+def test_no_host_synchronization(case, precision, backend):
     case = case.to(precision.dtype)
     require(backend, case)
     given = on_device(case, precision.dtype)

@@ -28,47 +28,47 @@ from .test_compile import (  # noqa: F401
     test_cell,
     test_compile_time_does_not_grow_with_t,
     test_compiled_autograd,
-    test_export_with_free_t_and_b,
+    test_export_with_dynamic_t_and_b,
+    test_graph_has_one_op_per_layer,
     test_inductor,
     test_no_recompilation_after_a_step_of_the_optimizer,
     test_no_recompilation_for_another_t_or_b,
-    test_one_compilation_serves_training_of_every_t_and_b,
+    test_one_compilation_covers_training_at_every_t_and_b,
     test_one_graph_on_every_backend,
     test_one_graph_with_every_argument,
-    test_the_graph_holds_one_op_a_layer,
 )
 from .test_distributed import test_activation_checkpointing_replays_dropout  # noqa: F401
 from .test_gradients import (  # noqa: F401
+    test_aliasing_arguments,
     test_anomaly_mode,
     test_backward_in_eval_mode,
     test_backward_twice_with_retain_graph,
     test_checkpointing,
-    test_double_backward_of_part_of_the_weights,
+    test_double_backward_of_some_weights,
     test_gradgradcheck,
     test_gradient_penalty_equals_nn_lstms,
     test_gradients_accumulate,
-    test_one_tensor_in_two_roles,
 )
 from .test_mixed_precision import (  # noqa: F401
-    test_autocast_of_every_form_of_call,
+    test_autocast_with_every_call_form,
+    test_grad_scaler_skips_a_step_that_overflows,
     test_modules_in_half_precision_train,
-    test_the_scaler_skips_a_step_that_overflows,
     test_training_converges_as_in_float32,
 )
 from .test_recompute import (  # noqa: F401
     interval,
     test_autocast_and_transforms,
     test_compiles_to_one_graph_without_recompilation,
+    test_recompute_op_runs_and_backward_twice_with_retain_graph,
     test_saved_memory_is_at_most_a_third,
-    test_the_op_does_the_work_and_twice_with_retain_graph,
 )
 from .test_reliability import (  # noqa: F401
     test_dropout_repeats_under_a_seed,
-    test_eight_python_threads_train_and_serve_one_module,
+    test_eight_python_threads_train_and_infer_with_one_module,
 )
 from .test_rl import (  # noqa: F401
     test_gradients_of_ppo_equal_those_of_the_step_loop,
-    test_the_training_pass_sees_what_the_rollout_saw,
+    test_training_pass_equals_the_rollout,
 )
 from .test_transforms import (  # noqa: F401
     test_ensemble,
@@ -81,10 +81,10 @@ from .test_transforms import (  # noqa: F401
     test_vmap_over_inputs_and_ragged_arguments,
 )
 from .test_transforms_deep import (  # noqa: F401
-    test_an_ensemble_and_its_gradients,
     test_backward_through_per_sample_gradients,
     test_dropout_under_vmap,
-    test_hessian_and_its_two_other_ways,
+    test_ensemble_gradients,
+    test_hessian_by_three_compositions,
     test_hessian_vector_product_and_third_derivative,
     test_per_sample_gradients,
     test_per_sample_gradients_of_an_ensemble,

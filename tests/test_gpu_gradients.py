@@ -122,7 +122,7 @@ def test_any_subset_of_gradients(backend):
             )
 
 
-def test_auto_takes_native_where_it_was_built_for_cuda():
+def test_auto_selects_native_if_built_for_cuda():
     """Else a broken build would pass the suite by skipping it."""
     extension = dispatch.BACKENDS["native"].extension
     if extension is None or "cuda" not in extension.devices():

@@ -64,7 +64,7 @@ print("replayed")
 
 @marked
 @SIZES
-def test_the_first_call_of_a_process_in_a_capture(H):
+def test_first_call_of_a_process_inside_a_capture(H):
     """What happens once only, as loading kernels and asking the runtime what fits, may happen within a capture."""
     ran = subprocess.run([sys.executable, "-c", FIRST_CALL, str(H)], capture_output=True, text=True, timeout=300)
     assert ran.returncode == 0, ran.stderr[-3000:]
@@ -98,7 +98,7 @@ def test_two_branches_of_a_graph(H):
 @marked
 @SIZES
 @pytest.mark.parametrize("taken", [True, False])
-def test_a_conditional_node(H, taken):
+def test_capture_in_a_conditional_node(H, taken):
     lstm, x = layer(H)
     with torch.no_grad(), fastlstm.use_backend("native"):
         expected = lstm(x)[0].clone()
@@ -114,7 +114,7 @@ def test_a_conditional_node(H, taken):
             assert torch.equal(y, expected if taken else torch.full_like(y, 3))
 
 
-def test_the_node_parameters_have_the_runtimes_layout():
+def test_node_parameters_have_the_runtimes_layout():
     """cudaGraphNodeParams of driver_types.h: the union at 16, 232 bytes of it, and a reserved word."""
     import ctypes
 

@@ -77,19 +77,19 @@ def test_batches(B, precision, backend):
 
 
 @backends
-def test_more_rows_than_a_grid_has_blocks(backend):
+def test_more_rows_than_grid_blocks(backend):
     """65,535 blocks is the most a grid has in its second dimension."""
     check(Case(T=2, B=66_001, I=2, H=256), IEEE, backend)
 
 
 @backends
 @pytest.mark.parametrize("precision", [IEEE, BFLOAT16], ids=str)
-def test_more_steps_than_cudnn_takes(precision, backend):
+def test_more_steps_than_cudnn_supports(precision, backend):
     check(Case(T=70_000, B=2, I=3, H=8), precision, backend)
 
 
 @backends
-def test_more_elements_than_32_bits_count(backend):
+def test_more_than_2_to_the_32_elements(backend):
     """The first and the last steps of a run whose gates have 2.2e9 elements, against runs of those steps alone."""
     free, _ = torch.cuda.mem_get_info()
     if free < 40 << 30:
@@ -115,7 +115,7 @@ def test_more_elements_than_32_bits_count(backend):
 @backends
 @pytest.mark.parametrize("case", [STACKED, ALL_OPTIONS], ids=str)
 @pytest.mark.parametrize("precision", [IEEE, BFLOAT16], ids=str)
-def test_non_contiguous_everything(case, precision, backend):
+def test_all_tensors_non_contiguous(case, precision, backend):
     """x, hx, weights and the arriving gradients with gaps (NaN in them) and in other orders: the same as dense ones."""
     case = case.to(precision.dtype)
     require(backend, case)
@@ -244,7 +244,7 @@ def test_backward_in_eval_mode(backend):
 
 
 @backends
-def test_an_empty_batch(backend):
+def test_empty_batch(backend):
     case = Case(T=3, B=0, I=4, H=8, bidirectional=True)
     require(backend, case)
     given = on_device(case, torch.float32)

@@ -66,7 +66,7 @@ def test_parity_with_cudnn(H, B, precision, persistent):
 
 
 @pytest.mark.parametrize("precision", PRECISIONS, ids=str)
-def test_the_same_bits_every_time(precision):
+def test_results_are_bitwise_deterministic(precision):
     case = Case(T=200, B=64, I=64, H=512, bidirectional=True, dtype=precision.dtype)
     first = run(case, precision, "native")
     for _ in range(20):

@@ -76,7 +76,7 @@ def test_gradient_penalty_equals_nn_lstms(backend):
     torch.testing.assert_close(*found)
 
 
-def test_double_backward_of_part_of_the_weights(backend):
+def test_double_backward_of_some_weights(backend):
     """A gradient of a gradient with frozen weights and an output that is in no loss."""
     found = []
     for module in module_pair():
@@ -114,7 +114,7 @@ def test_gradients_accumulate(backend):
         torch.testing.assert_close(weight.grad, 2 * once[name])
 
 
-def test_no_two_gradients_share_memory(backend):
+def test_gradients_do_not_alias(backend):
     """Else an in-place step on one (clipping, say) would change the other: both biases have equal gradients."""
     ours, _ = module_pair(bidirectional=True)
     x, hx = data(4, 2, 3).requires_grad_(), (data(2, 2, 4).requires_grad_(), data(2, 2, 4).requires_grad_())
@@ -158,12 +158,12 @@ def test_any_subset_of_gradients(case, backend):
 @pytest.mark.parametrize(
     "case", [Case(hx="tuple", cells=True, layers=2, bidirectional=True), Case(cells=True, lengths=(5, 0, 2))], ids=str
 )
-def test_each_output_alone_in_the_loss(name, case, backend):
+def test_loss_of_a_single_output(name, case, backend):
     require(backend, case)
     check(Case(**{**vars(case), "used": (name,)}), backend)
 
 
-def test_one_step_of_one_output_alone(backend):
+def test_loss_of_one_step_of_one_output(backend):
     """The gradient of output arrives with zeros in it, and the other outputs' not at all."""
     found = []
     for module in module_pair(bidirectional=True):
@@ -172,7 +172,7 @@ def test_one_step_of_one_output_alone(backend):
     torch.testing.assert_close(*found)
 
 
-def test_one_tensor_in_two_roles(backend):
+def test_aliasing_arguments(backend):
     """Tied weights: both directions share one, and so do both biases; each role adds to the gradient."""
     found = []
     for module in module_pair(bidirectional=True):
@@ -183,7 +183,7 @@ def test_one_tensor_in_two_roles(backend):
     torch.testing.assert_close(*found)
 
 
-def test_weights_changed_between_forward_and_backward_are_noticed(backend):
+def test_weights_changed_between_forward_and_backward_are_an_error(backend):
     """In-place change of what backward reads is an error as everywhere in autograd, not a wrong gradient."""
     ours, _ = module_pair()
     loss = ours(data(4, 2, 3))[0].sum()

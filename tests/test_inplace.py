@@ -49,7 +49,7 @@ def gradients(module: nn.Module, edit: Callable[[Tensor], object], form: str = "
 @pytest.mark.parametrize("form", ["padded", "packed"])
 @pytest.mark.parametrize("edit", EDITS)
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_output(kind, edit, form, backend):
+def test_output_changed_in_place(kind, edit, form, backend):
     if kind == "deep" and form == "packed":
         pytest.skip("pack_padded_sequence is given [T, B, I]")
     ours, theirs = module_pair(**KINDS[kind])
@@ -59,7 +59,7 @@ def test_the_output(kind, edit, form, backend):
 @pytest.mark.parametrize("lengths", [None, (6, 0, 4)], ids=["whole", "lengths"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("kind", ["plain", "bidirectional", "projected"])
-def test_the_output_in_every_dtype(kind, dtype, lengths, backend):
+def test_output_changed_in_place_in_every_dtype(kind, dtype, lengths, backend):
     """Some of these nn.LSTM refuses. As far from the truth as the change out of place, twice at most."""
     ours, _ = module_pair(24, 40, **({"proj_size": 18} if kind == "projected" else KINDS[kind]), dtype=dtype)
     found = []
@@ -75,7 +75,7 @@ def test_the_output_in_every_dtype(kind, dtype, lengths, backend):
 
 
 @pytest.mark.parametrize("option", ["lengths", "reset_mask", "return_cell_states", "recompute"])
-def test_the_output_with_every_option(option, backend):
+def test_output_changed_in_place_with_every_option(option, backend):
     """The final states and c of every step, edited as well, are no part of what is read again."""
     ours, _ = module_pair(bidirectional=True)
     ours.recompute = 2 if option == "recompute" else False
@@ -98,7 +98,7 @@ def test_the_output_with_every_option(option, backend):
 
 @pytest.mark.parametrize("where", ["outside", "inside"])
 @pytest.mark.parametrize("kind", ["bidirectional", "projected"])
-def test_the_output_under_compile(kind, where, backend):
+def test_output_changed_in_place_under_compile(kind, where, backend):
     ours, theirs = module_pair(**KINDS[kind])
 
     def inside(x):
@@ -112,7 +112,7 @@ def test_the_output_under_compile(kind, where, backend):
     torch.testing.assert_close(gradients(ours, edit, call=call), gradients(theirs, EDITS["relu_"]))
 
 
-def test_the_output_with_saved_tensor_hooks_and_checkpoints(backend):
+def test_output_changed_in_place_with_hooks_and_checkpoints(backend):
     ours, theirs = module_pair(bidirectional=True)
     expected = gradients(theirs, EDITS["relu_"])
     with torch.autograd.graph.save_on_cpu():
@@ -127,7 +127,7 @@ def test_the_output_with_saved_tensor_hooks_and_checkpoints(backend):
     torch.testing.assert_close([y.detach(), x.grad, *(p.grad for p in ours.parameters())], expected)
 
 
-def test_the_output_keeps_its_second_derivatives(backend):
+def test_output_changed_in_place_keeps_second_derivatives(backend):
     ours, theirs = module_pair(bidirectional=True)
     found = []
     for module in (ours, theirs):
@@ -139,7 +139,7 @@ def test_the_output_keeps_its_second_derivatives(backend):
     torch.testing.assert_close(*found)
 
 
-def test_the_output_inside_of_a_transform(backend):
+def test_output_changed_in_place_inside_a_transform(backend):
     found = []
     for module in module_pair(bidirectional=True):
         parameters = {name: p.detach() for name, p in module.named_parameters()}
@@ -183,7 +183,7 @@ def change(module: nn.Module, name: str, frozen: str, T: int) -> object:
 
 @pytest.mark.parametrize("T", [1, 4])
 @pytest.mark.parametrize("kind", ["plain", "projected", "cell"])
-def test_an_argument(kind, T, backend):
+def test_argument_changed_in_place(kind, T, backend):
     """What nn.LSTM allows is allowed, with its gradients, and what it refuses is refused."""
     if kind == "cell" and T > 1:
         pytest.skip("a cell is one step")
@@ -199,7 +199,7 @@ def test_an_argument(kind, T, backend):
 
 
 @pytest.mark.parametrize("kind", ["plain", "cell"])
-def test_a_gradient_of_a_gradient_allows_what_a_gradient_allows(kind, backend):
+def test_double_backward_allows_the_same_in_place_changes(kind, backend):
     """Biases are read by neither, as in nn.LSTM."""
     found = []
     for module in module_pair(cell=kind == "cell"):
@@ -212,7 +212,7 @@ def test_a_gradient_of_a_gradient_allows_what_a_gradient_allows(kind, backend):
     torch.testing.assert_close(*found)
 
 
-def test_a_gradient_of_a_gradient_refuses_what_recompute_reads(backend):
+def test_double_backward_refuses_changes_of_recomputed_inputs(backend):
     module, _ = module_pair()
     module.recompute = 2
     x = data(4, 3, 3).requires_grad_()
@@ -223,7 +223,7 @@ def test_a_gradient_of_a_gradient_refuses_what_recompute_reads(backend):
         torch.autograd.grad(y.sum(), x, create_graph=True)
 
 
-def test_recompute_reads_its_own_copies_of_the_states(backend):
+def test_recompute_reads_copies_of_the_states(backend):
     found = []
     for in_place in (False, True):
         module, _ = module_pair(bidirectional=True)
@@ -239,7 +239,7 @@ def test_recompute_reads_its_own_copies_of_the_states(backend):
     torch.testing.assert_close(*found)
 
 
-def test_cell_states_may_not_be_changed(backend):
+def test_cell_states_changed_in_place_are_an_error(backend):
     """Backward reads them, and nn.LSTM returns none: a caller gets them by return_cell_states alone."""
     module, _ = module_pair()
     _, _, cells = module(data(4, 3, 3), return_cell_states=True)
@@ -248,7 +248,7 @@ def test_cell_states_may_not_be_changed(backend):
         cells.sum().backward()
 
 
-def test_a_changed_input_does_not_keep_the_graph_alive(backend):
+def test_input_changed_in_place_does_not_leak_the_graph(backend):
     """x += y leads from x back to the layer's node, which holds x: a circle that nobody collects."""
     module, _ = module_pair(proj_size=3)
     module.requires_grad_(False)

@@ -30,7 +30,7 @@ def model() -> fastlstm.LSTM:
     return fastlstm.LSTM(64, 256)
 
 
-def test_memory_in_use_is_never_handed_out():
+def test_allocated_memory_is_never_reused():
     lstm = model()
     kept = [lstm(X * k)[0] for k in range(1, 5)]
     expected = [y.detach().clone() for y in kept]
@@ -48,7 +48,7 @@ def test_memory_in_use_is_never_handed_out():
         assert torch.equal(lstm.weight_hh_l0.grad, gradient)
 
 
-def test_results_are_tensors_like_any_other():
+def test_results_are_ordinary_tensors():
     y = model()(X)[0].detach()
     for other in (copy.deepcopy(y), pickle.loads(pickle.dumps(y)), y.clone().share_memory_()):
         assert torch.equal(other, y)
@@ -57,7 +57,7 @@ def test_results_are_tensors_like_any_other():
     torch.testing.assert_close(grown[:size].sum(), sum_)
 
 
-def test_threads_share_the_kept_memory():
+def test_threads_share_cached_memory():
     lstm, failures = model(), []
     with torch.no_grad():
         expected = lstm(X)[0]
@@ -107,7 +107,7 @@ def run_limited(program: str) -> list[int]:
 
 
 @pytest.mark.parametrize("failed", [False, True])
-def test_kept_memory_does_not_pile_up(failed):
+def test_cached_memory_is_bounded(failed):
     """Thirty different sizes leave no more behind than the largest of them takes, also after one that did not fit."""
     once, peak_of_many = run_limited(f"""
 train(16)
@@ -128,7 +128,7 @@ print(once, peak())
     assert peak_of_many < 1.1 * once, f"{peak_of_many} KiB after many sizes, {once} KiB after the largest"
 
 
-def test_kept_memory_makes_room():
+def test_cached_memory_is_released_under_pressure():
     """No request fails for memory that only waits for the next call."""
     run_limited("""
 x = torch.zeros(700, 256, 4)

@@ -65,7 +65,7 @@ def test_training_converges_as_in_float32(dtype, scaled):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_a_tutorial_meets_its_bar_under_the_scaler(dtype):
+def test_tutorial_meets_its_target_with_a_grad_scaler(dtype):
     """gradient_regression in its quick form: its model, data, optimizer and bar, in mixed precision."""
     task = GradientRegression(quick=True)
     model, history, generator = task.build(implementation("fastlstm")), {}, task.generator()
@@ -89,7 +89,7 @@ def test_a_tutorial_meets_its_bar_under_the_scaler(dtype):
     assert untrained > 2 * check.bar
 
 
-def test_the_scaler_skips_a_step_that_overflows(backend):
+def test_grad_scaler_skips_a_step_that_overflows(backend):
     lstm = fastlstm.LSTM(3, 4)
     optimizer, scaler = (
         torch.optim.SGD(lstm.parameters(), lr=0.1),
@@ -128,7 +128,7 @@ def test_modules_in_half_precision_train(dtype, options, backend):
     assert_accurate(found, *error_bounds(lambda: run(theirs, x.double()), precision(dtype, backend)))
 
 
-def test_autocast_of_every_form_of_call(backend):
+def test_autocast_with_every_call_form(backend):
     """lengths, reset_mask, cell states, packed input: the low dtype out, float32 gradients, float32's numbers."""
     ours, _ = module_pair(bidirectional=True, dtype=torch.float32)
     packed = nn.utils.rnn.pack_padded_sequence(X, [6, 2, 3], enforce_sorted=False)

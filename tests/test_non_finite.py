@@ -41,7 +41,7 @@ def results(lstm: nn.Module, x: Tensor, hx: tuple[Tensor, Tensor]) -> dict[str, 
 @pytest.mark.parametrize("backend", ["native", "eager"], indirect=True)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("shape", SHAPES)
-def test_one_odd_number_reaches_what_it_reaches_in_nn_lstm(backend, shape, dtype):
+def test_non_finite_number_reaches_the_same_results_as_in_nn_lstm(backend, shape, dtype):
     T, B, I, H, options = SHAPES[shape]  # noqa: E741
     torch.manual_seed(0)
     theirs = nn.LSTM(I, H, **options).to(dtype)

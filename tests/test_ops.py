@@ -94,7 +94,7 @@ def test_opcheck_of_backward(case, op_backend):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("keep_reserve", [False, True])
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_fake_kernels_tell_the_layout_of_real_results(case, keep_reserve, dtype, op_backend):
+def test_fake_kernels_give_the_layout_of_real_results(case, keep_reserve, dtype, op_backend):
     case = case.to(dtype)
     require(op_backend, case)
     forward, backward = ops(op_backend)
@@ -115,7 +115,7 @@ def test_fake_kernels_tell_the_layout_of_real_results(case, keep_reserve, dtype,
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_forward_keeps_the_contract(case, op_backend, poisoned_empty):
+def test_forward_follows_the_contract(case, op_backend, poisoned_empty):
     """Every result against the reference; what was not asked for is [0]."""
     require(op_backend, case)
     forward, _ = ops(op_backend)
@@ -135,7 +135,7 @@ def test_forward_keeps_the_contract(case, op_backend, poisoned_empty):
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_backward_keeps_the_contract(case, op_backend, poisoned_empty):
+def test_backward_follows_the_contract(case, op_backend, poisoned_empty):
     """Each subset of arriving gradients and each single gradient needed, against autograd through the reference."""
     require(op_backend, case)
     forward, backward = ops(op_backend)
@@ -168,7 +168,7 @@ def test_backward_keeps_the_contract(case, op_backend, poisoned_empty):
 
 
 @pytest.mark.parametrize("form", ["transposed", "sliced", "expanded"])
-def test_gradients_that_arrive_need_not_be_contiguous(form, op_backend):
+def test_arriving_gradients_of_any_strides(form, op_backend):
     case = ALL_OPTIONS
     require(op_backend, case)
     forward, backward = ops(op_backend)
@@ -217,7 +217,7 @@ def test_ops_have_a_meta_kernel(op_backend):
         assert real.shape == shape_only.shape
 
 
-def test_the_reserve_takes_no_part_in_autograd(op_backend):
+def test_reserve_is_not_differentiable(op_backend):
     forward, _ = ops(op_backend)
     y, _, _, cells, reserve = forward(*forward_arguments(Case(T=4), requires_grad=True))
     assert y.requires_grad
@@ -239,7 +239,7 @@ def test_the_reserve_takes_no_part_in_autograd(op_backend):
         (5, lambda mask: mask.to("meta"), "reset_mask must be"),
     ],
 )
-def test_forward_refuses_what_does_not_fit(index, change, text, op_backend):
+def test_forward_refuses_invalid_shapes(index, change, text, op_backend):
     """The op itself, which programs may call: a kernel must never read past a tensor."""
     arguments = forward_arguments(Case(T=4, **EVERYTHING))
     arguments[index] = change(arguments[index])
@@ -264,7 +264,7 @@ BACKWARD_NAMES = ("dy", "dh_n", "dc_n", "dcells", None, None, None, None, None, 
 
 @pytest.mark.parametrize("name", [name for name in BACKWARD_NAMES if name])
 @pytest.mark.parametrize("change", [lambda t: t[:, :1], lambda t: t.double()], ids=["shape", "dtype"])
-def test_backward_refuses_what_does_not_fit(name, change, op_backend):
+def test_backward_refuses_invalid_shapes(name, change, op_backend):
     forward, backward = ops(op_backend)
     arguments = backward_arguments(forward, forward_arguments(Case(T=4, **EVERYTHING)))
     index = BACKWARD_NAMES.index(name)
@@ -282,14 +282,14 @@ def test_no_input_features(B, op_backend, poisoned_empty):
     torch.testing.assert_close(y, reference.layer(*arguments[:6])[0])
 
 
-def test_a_backward_without_a_reserve_is_refused(op_backend):
+def test_backward_without_a_reserve_is_refused(op_backend):
     forward, backward = ops(op_backend)
     arguments = backward_arguments(forward, forward_arguments(Case(T=3), keep_reserve=False))
     with pytest.raises(RuntimeError, match="reserve must be"):
         backward(*arguments)
 
 
-def test_what_autograd_records_keeps_a_reserve_whatever_was_said(op_backend):
+def test_recorded_forward_always_keeps_a_reserve(op_backend):
     forward, _ = ops(op_backend)
     found = []
     for keep in (True, False):
@@ -303,7 +303,7 @@ def test_what_autograd_records_keeps_a_reserve_whatever_was_said(op_backend):
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 @pytest.mark.parametrize("case", [*CASES, Case(T=9, B=3, H=37, lengths=(9, 2, 5), bidirectional=True)], ids=str)
-def test_backward_finds_h_again_where_y_is_missing(case, dtype, op_backend, poisoned_empty):
+def test_backward_recomputes_h_if_y_is_missing(case, dtype, op_backend, poisoned_empty):
     """As it is asked to where y was changed in place; tests/test_inplace.py has the other dtypes."""
     case = case.to(dtype)
     require(op_backend, case)
@@ -328,7 +328,7 @@ def test_grouped_products(T, rows, groups, m, n, dtype):
     opcheck(op, (a, b, groups), test_utils=["test_schema", "test_faketensor"])
 
 
-def test_grouped_products_of_what_does_not_fit():
+def test_grouped_products_refuse_invalid_shapes():
     op = torch.ops.fastlstm.grouped_products.default
     a, b = torch.randn(3, 4, 5), torch.randn(3, 4, 2)
     for arguments in ((a, b, 3), (a, b, 0), (a, b[1:], 2), (a, b[:, 1:], 2), (a[0], b, 2), (a, b.double(), 2)):

@@ -48,7 +48,7 @@ def packed_batch(*lengths: int, features: int = 3, enforce_sorted: bool = False)
 @needs_native
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_packed_rows_are_the_padded_ones(case, dtype, poisoned_empty):
+def test_packed_rows_equal_padded_rows(case, dtype, poisoned_empty):
     """Forward and each single gradient, to the bit: nothing but where a row lies differs."""
     forward, backward = ops("native")
     arguments = forward_arguments(case, dtype)
@@ -110,7 +110,7 @@ def test_fake_kernels_of_packed_rows(case):
     [([2, 3], 5), ([3, 2], 6), ([3, 2], 4), ([3, -1], 2), ([2**62, 2**62, 2**62, 2**62], 0), ([-1], 3), ([3, 3], 3)],
     ids=str,
 )
-def test_lengths_that_are_not_the_packed_rows(lengths, rows):
+def test_lengths_must_match_the_packed_rows(lengths, rows):
     (_, *rest), _ = packed_arguments(ONE_LAYER)
     rest[3] = torch.tensor(lengths)
     with pytest.raises(RuntimeError, match=rf"lengths of packed rows must not rise and have the sum N={rows}, got \["):
@@ -118,7 +118,7 @@ def test_lengths_that_are_not_the_packed_rows(lengths, rows):
 
 
 @needs_native
-def test_what_packed_rows_cannot_be_given_with():
+def test_arguments_that_packed_rows_refuse():
     (x, h0, c0, weights, lengths, _, *keep), _ = packed_arguments(ONE_LAYER)
     op = torch.ops.fastlstm.native_layer
     mask = torch.zeros(6, 4, dtype=torch.bool)
@@ -145,7 +145,7 @@ def test_what_packed_rows_cannot_be_given_with():
     [[2, 3], [3, 1], [3, 2, 1], [5, 0], [-1, 6], [2**62, 2**62, 2**62, 2**62, 5], [], [[3, 2]]],
     ids=str,
 )
-def test_batch_sizes_that_are_not_the_rows(batch_sizes):
+def test_batch_sizes_must_sum_to_the_rows(batch_sizes):
     """The extension leaves them to Python; they reach no kernel."""
     lstm = fastlstm.LSTM(3, 4)
     rows = torch.zeros(5, 3)
@@ -157,7 +157,7 @@ def test_batch_sizes_that_are_not_the_rows(batch_sizes):
 
 @pytest.mark.parametrize("states", [False, True])
 @pytest.mark.parametrize("batch_sizes", [[2, 3], [3, 2, 3], [4, 2, 3, 1], [3, 9, 2], [1, 2], [3, 1, 2]], ids=str)
-def test_batch_sizes_that_rise(batch_sizes, states, backend):
+def test_increasing_batch_sizes_are_refused(batch_sizes, states, backend):
     """PackedSequence itself checks nothing; nn.LSTM's states have too few rows."""
     given = PackedSequence(data(sum(batch_sizes), 3), torch.tensor(batch_sizes))
     hx = tuple(data(1, batch_sizes[0], 4, seed=k) for k in (1, 2)) if states else None
@@ -190,7 +190,7 @@ def flat_results(results):
 
 
 @pytest.mark.parametrize("enforce_sorted", [False, True])
-def test_gradients_of_a_gradient(enforce_sorted, backend):
+def test_second_order_gradients(enforce_sorted, backend):
     lengths = (4, 2, 1) if enforce_sorted else (2, 1, 4)
     given, (lstm, _) = packed_batch(*lengths, enforce_sorted=enforce_sorted), module_pair(3, 2, bidirectional=True)
     hx = [data(2, 3, 2, seed=k).requires_grad_() for k in (1, 2)]
@@ -228,7 +228,7 @@ def test_saved_tensors_of_other_strides():
 
 
 @needs_native
-def test_the_rows_stay_packed(monkeypatch):
+def test_packed_rows_are_not_padded(monkeypatch):
     """On plain tensors; what the shortcut cannot do runs padded, with the same results."""
     lstm, given, padded = fastlstm.LSTM(3, 4, 2), packed_batch(4, 1, 6), []
     lstm = lstm.to(given.data.dtype)
@@ -250,7 +250,7 @@ def test_the_rows_stay_packed(monkeypatch):
 
 
 @pytest.mark.parametrize("kwargs", [{}, {"num_layers": 2, "bidirectional": True}], ids=str)
-def test_the_output_may_be_changed_in_place(kwargs, backend):
+def test_output_may_be_changed_in_place(kwargs, backend):
     """As nn.LSTM's packed one; on padded input nn.LSTM itself refuses it."""
     found = []
     for module in module_pair(**kwargs):
@@ -262,7 +262,7 @@ def test_the_output_may_be_changed_in_place(kwargs, backend):
 
 @needs_native
 @pytest.mark.filterwarnings("ignore")  # of the tracer
-def test_what_records_ops_sees_where_the_lengths_come_from():
+def test_recorded_ops_include_the_source_of_lengths():
     class Record(TorchDispatchMode):
         def __torch_dispatch__(self, function, types, args=(), kwargs=None):
             seen.append(function)
@@ -283,7 +283,7 @@ def test_what_records_ops_sees_where_the_lengths_come_from():
 
 
 @needs_native
-def test_rows_of_no_step_behind_the_others():
+def test_rows_of_length_zero_at_the_end():
     """The module makes none; the op's contract has them."""
     weights = module_pair()[0]._current_weights()
 
@@ -297,7 +297,7 @@ def test_rows_of_no_step_behind_the_others():
     assert torch.autograd.gradgradcheck(run, inputs)
 
 
-def test_strided_rows_and_states():
+def test_packed_rows_and_states_of_any_strides():
     pair = module_pair(num_layers=2, bidirectional=True)
     given = packed_batch(4, 1, 6)
     wide = torch.stack([given.data, -given.data], 2)[..., 0]
@@ -308,7 +308,7 @@ def test_strided_rows_and_states():
 
 
 @pytest.mark.parametrize("kwargs", [{"num_layers": 2, "dropout": 0.3}, {"bidirectional": True}], ids=str)
-def test_threads_change_nothing(kwargs):
+def test_packed_results_are_independent_of_threads(kwargs):
     """Long rows on one thread, short ones on the other."""
     lengths = torch.randint(1, 300, (16,), generator=torch.Generator().manual_seed(5))
     found = []

@@ -52,7 +52,7 @@ def test_partitions_have_no_races_in_wide_vectors(tmp_path):
     assert_right_without_races(compile_partitions(tmp_path, BEST), 3, at_least=80)
 
 
-def test_a_barrier_left_out_is_a_race(baseline):
+def test_missing_barrier_is_reported_as_a_race(baseline):
     ran = run_program(baseline, 2, "without-barrier", **FIRST_REPORT_ENDS)
     assert REPORT in ran.stderr
     assert ran.returncode != 0
@@ -67,7 +67,7 @@ WEAKER = (
 
 
 @pytest.mark.parametrize(("order", "weaker"), WEAKER, ids=["arrival", "release", "acquire"])
-def test_a_weaker_memory_order_in_the_barrier_is_a_race(order, weaker, tmp_path):
+def test_weaker_memory_order_in_the_barrier_is_reported_as_a_race(order, weaker, tmp_path):
     text = (ROOT / "csrc" / "cpu" / "sequence.h").read_text()
     assert text.count(order) == 1
     (tmp_path / "cpu").mkdir()

@@ -40,7 +40,7 @@ def plan(phase, H, B, D=1, element=2, device=H100, P=None, tier=""):
     ids=["H100", "H100 without clusters", "A100", "RTX4090"],
 )
 @pytest.mark.parametrize("tier", ["", "A", "B", "S"])
-def test_a_plan_covers_the_layer_and_fits_the_device(phase, device, tier):
+def test_plan_covers_the_layer_and_fits_the_device(phase, device, tier):
     sizes = (1, 7, 32, 33, 100, 128, 256, 384, 512, 640, 768, 1000, 1024, 1536, 2048, 4096, 10**6)
     served = 0
     for H, B, D, element in itertools.product(sizes, (1, 8, 9, 64, 100, 1000), (1, 2), (2, 4)):
@@ -75,13 +75,13 @@ def test_a_plan_covers_the_layer_and_fits_the_device(phase, device, tier):
 
 
 @needs_extension
-def test_what_fits_does_not_depend_on_the_batch():
+def test_fit_is_independent_of_the_batch():
     for phase, H, D, element in itertools.product(("forward", "backward"), (64, 700, 1024, 2048, 2100), (1, 2), (2, 4)):
         assert len({bool(plan(phase, H, B, D, element, tier="B")[0]) for B in (1, 8, 64, 777)}) == 1
 
 
 @needs_extension
-def test_where_the_plan_ends():
+def test_plan_limits_on_an_h100():
     """W_hh in the registers and shared memory of one wave of blocks: what issue and hardware allow on an H100."""
     for phase in ("forward", "backward"):
         assert plan(phase, 2048, 128, tier="B")[0] == ""
@@ -96,7 +96,7 @@ def test_where_the_plan_ends():
 
 
 @needs_extension
-def test_more_units_a_block_where_they_fit():
+def test_more_units_per_block_if_they_fit():
     """What a block takes in per step grows with the members of its group, so the smallest group wins."""
     assert plan("forward", 1024, 64)[1]["members"] == 32
     assert plan("forward", 1024, 64, element=4)[1]["members"] == 64
@@ -107,7 +107,7 @@ def test_more_units_a_block_where_they_fit():
 
 
 @needs_extension
-def test_the_fastest_by_prediction():
+def test_chosen_variant_has_the_lowest_predicted_time():
     """docs/gpu-kernels.md, "Time per step"; the plan says what the others were predicted to take."""
     told = plan("forward", 512, 64)[1]
     assert (told["cluster"], told["members"]) == (1, 16)
@@ -136,7 +136,7 @@ def test_the_fastest_by_prediction():
 
 
 @needs_extension
-def test_the_step_wise_prediction_counts_the_batch():
+def test_stepwise_prediction_grows_with_the_batch():
     """The host's launches where that is all, and what B rows take to multiply and to move where it is not."""
 
     def steps(phase, H, B, D=1, element=2):
@@ -165,7 +165,7 @@ def test_single_blocks():
 
 
 @needs_extension
-def test_the_switch():
+def test_set_persistent_switches_the_kernels():
     before = native.extension.persistent_enabled()
     if "cuda" not in native.devices:
         with pytest.raises(RuntimeError, match="must be built for cuda"):
@@ -182,7 +182,7 @@ def test_the_switch():
 
 
 @needs_extension
-def test_explain_tells_the_kernels(monkeypatch):
+def test_explain_names_the_kernels(monkeypatch):
     class Extension:
         persistent_plan = staticmethod(native.extension.persistent_plan)
         persistent_enabled = staticmethod(lambda: True)
@@ -227,7 +227,7 @@ def simulation(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.toolchain
 @pytest.mark.parametrize(("first_seed", "delay_us"), [(10, 0), (3000, 300), (6000, 100)])
-def test_the_exchange_has_no_races(simulation, first_seed, delay_us):
+def test_exchange_has_no_races(simulation, first_seed, delay_us):
     """Ten layers of random sizes, masks and launches: ThreadSanitizer is silent, the numbers the step-wise kernels'."""
     ran = run_program(simulation, first_seed, 10, delay_us)
     assert ran.returncode == 0, ran.stderr[-4000:]
@@ -235,7 +235,7 @@ def test_the_exchange_has_no_races(simulation, first_seed, delay_us):
 
 @pytest.mark.toolchain
 @pytest.mark.parametrize("seed", [0, 3, 18], ids=["flags", "clusters", "clusters of 16 rows"])
-def test_a_lost_flag_or_push_is_a_fault_and_not_a_hang(simulation, seed):
+def test_lost_flag_or_push_traps_instead_of_hanging(simulation, seed):
     ran = run_program(simulation, seed, 1, 0, "silent")
     assert ran.returncode == 3, ran.stderr[-4000:]
     assert "waited in vain for epoch" in ran.stderr

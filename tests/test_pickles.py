@@ -109,7 +109,7 @@ def test_pickles_of_torch_modules_need_no_fastlstm(tmp_path):
     subprocess.run([sys.executable, "-c", program], check=True, timeout=120)
 
 
-def test_what_a_spawned_process_is_sent_under_the_patch():
+def test_pickles_sent_to_a_spawned_process_under_the_patch():
     model = Model()
     with fastlstm.patch_torch():
         sent = ForkingPickler.dumps(model)
@@ -118,7 +118,7 @@ def test_what_a_spawned_process_is_sent_under_the_patch():
     assert_same(received, Model(), X)
 
 
-def test_the_patch_leaves_nothing_behind():
+def test_patch_is_undone_completely():
     with fastlstm.patch_torch():
         with fastlstm.patch_torch():
             pass

@@ -48,7 +48,7 @@ def few_bits(t: Tensor, bits: int) -> Tensor:
 
 
 @pytest.mark.parametrize("leaf", LEAVES)
-def test_a_relative_error_of_2_to_the_minus_17_in_one_gradient(leaf, backend):
+def test_relative_gradient_error_of_2_to_the_minus_17_is_detected(leaf, backend):
     results = run_backend(CASE, backend)
     results[f"d {leaf}"] *= 1 + 2.0**-17
     assert_found(CASE, backend, results, f"d {leaf}")
@@ -56,14 +56,14 @@ def test_a_relative_error_of_2_to_the_minus_17_in_one_gradient(leaf, backend):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("bias", ["bias_ih_l0", "bias_hh_l0"])
-def test_a_bias_left_out(bias, dtype, backend):
+def test_missing_bias_is_detected(bias, dtype, backend):
     case = replace(CASE, dtype=dtype)
     results = altered(case, backend, lambda given: given.weights[bias].zero_())
     assert_found(case, backend, results, "output", "h_n", "c_n", "d weight_hh_l0")
 
 
 @pytest.mark.parametrize("bits", [23, 7])
-def test_one_element_of_a_weight_gradient_off_by_a_hundredth(bits, backend):
+def test_one_percent_error_of_a_weight_gradient_element_is_detected(bits, backend):
     """An element of ordinary size."""
     case = CASE if bits == 23 else replace(CASE, dtype=torch.bfloat16)
     results = run_backend(case, backend)
@@ -74,7 +74,7 @@ def test_one_element_of_a_weight_gradient_off_by_a_hundredth(bits, backend):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_sums_in_bfloat16(dtype, backend):
+def test_bfloat16_accumulation_is_detected(dtype, backend):
     """x W_ih^T summed in bfloat16, one term after the other; the backend multiplies the sum with the identity."""
     case = Case(T=2, B=3, I=4096, H=8, x_scale=0.02, dtype=dtype, used=())
 
@@ -92,7 +92,7 @@ def test_sums_in_bfloat16(dtype, backend):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("bidirectional", [False, True])
-def test_one_reset_ignored(bidirectional, dtype, backend):
+def test_ignored_reset_is_detected(bidirectional, dtype, backend):
     resets = ((0, 0), (3, 0), (4, 1), (7, 3))
     case = replace(CASE, resets=resets, bidirectional=bidirectional, dtype=dtype)
     for k in range(len(resets)):
@@ -101,7 +101,7 @@ def test_one_reset_ignored(bidirectional, dtype, backend):
 
 
 @pytest.mark.parametrize("factor", ["x", "h0", "weight_ih_l0", "weight_hh_l0", "weight_hr_l0"])
-def test_one_factor_of_a_product_rounded_as_for_tf32(factor, backend):
+def test_tf32_rounding_of_one_operand_is_detected(factor, backend):
     def rounded(given: Tensors) -> None:
         given.leaves[factor].copy_(few_bits(given.leaves[factor], 10))
 

@@ -42,7 +42,7 @@ def test_lengths_of_every_integer_type(dtype):
         torch.testing.assert_close(ours(x, lengths=lengths), expected, rtol=0, atol=0)
 
 
-def test_lengths_of_all_steps_change_nothing(backend):
+def test_full_lengths_equal_no_lengths(backend):
     ours, _ = module_pair(bidirectional=True, num_layers=2)
     x = data(5, 3, 3)
     torch.testing.assert_close(ours(x, lengths=[5, 5, 5]), ours(x))
@@ -64,7 +64,7 @@ def test_rows_of_length_zero_keep_their_state(backend):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("kwargs", [{}, {"bidirectional": True, "num_layers": 2}, {"proj_size": 2}], ids=str)
 @pytest.mark.parametrize("value", [NAN, float("inf")])
-def test_padding_reaches_nothing(value, kwargs, dtype, backend):
+def test_padding_is_ignored(value, kwargs, dtype, backend):
     ours, _ = module_pair(**kwargs, dtype=dtype)
     lengths, found = torch.tensor([2, 6, 0]), []
     padding = (torch.arange(6)[:, None] >= lengths)[..., None]
@@ -83,7 +83,7 @@ def test_padding_reaches_nothing(value, kwargs, dtype, backend):
         assert not zero_there.masked_select(padding).any()
 
 
-def test_gradients_that_arrive_in_the_padding_reach_nothing(backend):
+def test_gradients_arriving_in_padding_are_ignored(backend):
     ours, _ = module_pair(bidirectional=True)
     x = data(6, 2, 3).requires_grad_()
     output, _, cells = ours(x, lengths=[2, 5], return_cell_states=True)
@@ -96,7 +96,7 @@ def test_gradients_that_arrive_in_the_padding_reach_nothing(backend):
         assert not any(g.any() for g in grads)
 
 
-def test_what_follows_a_reset_does_not_know_what_came_before(backend):
+def test_reset_isolates_sequences(backend):
     ours, theirs = module_pair(num_layers=2)
     x, mask = data(6, 1, 3), mask_of(6, 1, (4, 0))
     output, states = ours(x, (data(2, 1, 4), data(2, 1, 4)), reset_mask=mask)
@@ -105,7 +105,7 @@ def test_what_follows_a_reset_does_not_know_what_came_before(backend):
     torch.testing.assert_close(states, tail_states)
 
 
-def test_a_reset_at_every_step_makes_each_step_a_sequence(backend):
+def test_reset_at_every_step_isolates_every_step(backend):
     ours, theirs = module_pair(num_layers=2, bidirectional=True)
     x = data(5, 2, 3)
     output, _ = ours(x, reset_mask=torch.ones(5, 2, dtype=torch.bool))
@@ -113,7 +113,7 @@ def test_a_reset_at_every_step_makes_each_step_a_sequence(backend):
     torch.testing.assert_close(output, expected.view(5, 2, 8))
 
 
-def test_no_gradient_crosses_a_reset(backend):
+def test_reset_contributes_no_gradient_to_earlier_steps(backend):
     ours, _ = module_pair(num_layers=2, bidirectional=True)
     x, hx = data(6, 2, 3).requires_grad_(), (data(4, 2, 4).requires_grad_(), data(4, 2, 4).requires_grad_())
     output, _ = ours(x, hx, reset_mask=mask_of(6, 2, (2, 0), (4, 0), (3, 1)))
@@ -123,7 +123,7 @@ def test_no_gradient_crosses_a_reset(backend):
         assert not untouched.any()
 
 
-def test_a_reset_at_the_first_step_sets_hx_aside(backend):
+def test_reset_at_the_first_step_discards_hx(backend):
     ours, _ = module_pair(bidirectional=True)
     x, hx = data(5, 2, 3), (data(2, 2, 4).requires_grad_(), data(2, 2, 4, seed=1).requires_grad_())
     output, (h_n, _) = ours(x, hx, reset_mask=mask_of(5, 2, (0, 0)))
@@ -137,13 +137,13 @@ def test_a_reset_at_the_first_step_sets_hx_aside(backend):
     assert dh[1, 0].all()
 
 
-def test_a_mask_without_a_reset_changes_nothing(backend):
+def test_mask_without_resets_equals_no_mask(backend):
     ours, _ = module_pair(bidirectional=True, num_layers=2)
     x, hx = data(5, 3, 3), (data(4, 3, 4), data(4, 3, 4))
     torch.testing.assert_close(ours(x, hx, reset_mask=mask_of(5, 3)), ours(x, hx))
 
 
-def test_resets_past_the_length_mean_nothing(backend):
+def test_resets_after_the_length_are_ignored(backend):
     ours, _ = module_pair(bidirectional=True, num_layers=2)
     x, hx = data(6, 3, 3), (data(4, 3, 4), data(4, 3, 4))
     flags = ((2, 0), (3, 0), (5, 0), (5, 1), (0, 2), (1, 2))
@@ -207,7 +207,7 @@ def test_cell_states_equal_a_loop_of_cells(layers, bidirectional, batch_first, b
     torch.testing.assert_close(got, torch.autograd.grad(expected, list(theirs.parameters()), weights))
 
 
-def test_cell_states_have_h_features_beside_a_projection_and_end_in_c_n(backend):
+def test_cell_states_have_h_features_with_a_projection_and_end_in_c_n(backend):
     ours, _ = module_pair(proj_size=2, bidirectional=True)
     output, (_, c_n), cells = ours(data(5, 2, 3), return_cell_states=True)
     assert output.shape == (5, 2, 4)

@@ -81,7 +81,7 @@ def test_gradgradcheck(case, interval, backend):
 
 
 @pytest.mark.parametrize("interval", [2], indirect=True)
-def test_the_op_does_the_work_and_twice_with_retain_graph(interval, backend):
+def test_recompute_op_runs_and_backward_twice_with_retain_graph(interval, backend):
     ours, theirs = module_pair(bidirectional=True)
     x = data(7, 2, 3).requires_grad_()
     output, _ = ours(x)
@@ -131,7 +131,7 @@ def test_saved_memory_is_at_most_a_third(options, backend):
     assert 0 < held[True] <= held[False] / 3, held
 
 
-def test_without_gradient_nothing_is_kept_or_slower():
+def test_inference_saves_no_checkpoints():
     lstm, x = fastlstm.LSTM(3, 4), torch.randn(200, 1, 3)
     lstm.recompute = True
     with torch.no_grad():
@@ -171,7 +171,7 @@ def test_autocast_and_transforms(interval, backend):
     torch.testing.assert_close(got, torch.func.grad(lambda x: theirs(x)[0].pow(2).sum())(x))
 
 
-def test_the_ops_keep_their_promises():
+def test_ops_match_their_schema_and_fake_kernels():
     for name, case in {"states": WITH_STATES, "all options": DOUBLE}.items():
         given = tensors(case.to(torch.float64))
         weights = list(given.weights.values())
@@ -195,7 +195,7 @@ def ops_arguments():
 
 
 @pytest.mark.parametrize("index", [2, 3, 4, 5, 6, 7, 8, 10, 11, 12, 13])  # every tensor but the weights
-def test_the_backward_op_refuses_what_does_not_fit(index):
+def test_backward_op_refuses_invalid_shapes_and_dtypes(index):
     _, arguments = ops_arguments()
     torch.ops.fastlstm.recomputed_layer_backward(*arguments)
     for wrong in (arguments[index][:-1], arguments[index].to(torch.complex64)):
@@ -204,7 +204,7 @@ def test_the_backward_op_refuses_what_does_not_fit(index):
             torch.ops.fastlstm.recomputed_layer_backward(*changed)
 
 
-def test_both_ops_refuse_lengths_out_of_range_and_the_rest():
+def test_both_ops_refuse_invalid_arguments():
     for op, arguments, lengths in zip(
         (torch.ops.fastlstm.recomputed_layer, torch.ops.fastlstm.recomputed_layer_backward),
         ops_arguments(),
@@ -234,7 +234,7 @@ def test_intervals_about_as_long_as_the_sequence_and_longer(interval):
     torch.testing.assert_close(found, torch.ops.fastlstm.eager_layer_backward(*given, y, cells, reserve, needs))
 
 
-def test_how_it_is_set():
+def test_setting_recompute():
     assert fastlstm.LSTM(3, 4).recompute is False
     converted = fastlstm.convert(torch.nn.LSTM(3, 4))
     converted.recompute = 16
@@ -261,7 +261,7 @@ def test_results_equal_those_without(backend):
         torch.testing.assert_close(again[name], value, rtol=1e-5, atol=1e-5 * float(value.abs().max()), msg=name)
 
 
-def test_gradients_are_dense_whatever_the_strides():
+def test_gradients_are_contiguous_for_any_strides():
     """As the fake kernel says, which a compiled graph relies on."""
     lstm = fastlstm.LSTM(5, 7, batch_first=True)
     lstm.recompute = 2

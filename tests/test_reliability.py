@@ -19,7 +19,7 @@ from .test_threads import together
 ROOT = Path(__file__).parent.parent
 
 
-def test_eight_python_threads_train_and_serve_one_module(backend):
+def test_eight_python_threads_train_and_infer_with_one_module(backend):
     """Gradients of each thread's own graph, and forward passes between them, as when each runs alone."""
     torch.manual_seed(0)
     lstm = fastlstm.LSTM(3, 17, 2, bidirectional=True)
@@ -67,7 +67,7 @@ def test_data_loader_workers(method):
     torch.testing.assert_close(torch.cat(list(loader)), expected)
 
 
-def test_a_module_saved_by_an_earlier_version():
+def test_module_saved_by_an_earlier_version_loads():
     """tests/data/lstm-0.1.0.pt: torch.save of a module, an input and the output that 0.1.0 gave."""
     saved = torch.load(ROOT / "tests/data/lstm-0.1.0.pt", weights_only=False)
     module = saved["module"]
@@ -76,7 +76,7 @@ def test_a_module_saved_by_an_earlier_version():
     assert module.recompute is False  # an attribute that came later has its default
 
 
-def test_attributes_of_a_later_version_do_no_harm():
+def test_attributes_of_a_later_version_are_ignored():
     lstm = fastlstm.LSTM(3, 4)
     state = {**lstm.__getstate__(), "option_of_the_future": 3}
     restored = fastlstm.LSTM.__new__(fastlstm.LSTM)
@@ -105,7 +105,7 @@ def test_dropout_repeats_under_a_seed(backend):
 
 
 @pytest.mark.parametrize("H", [8, 100])
-def test_a_row_does_not_depend_on_its_batch_beyond_rounding(H, backend):
+def test_row_is_independent_of_its_batch_to_within_rounding(H, backend):
     """Not bit for bit: few rows take other kernels than many (docs/limits.md)."""
     torch.manual_seed(0)
     lstm, x = fastlstm.LSTM(5, H), torch.randn(20, 33, 5)
@@ -130,7 +130,7 @@ for name in ("native", "eager"):
 
 
 @pytest.mark.parametrize("threads", [1, 2])
-def test_results_repeat_bit_for_bit_in_another_process(threads):
+def test_results_are_bitwise_deterministic_across_processes(threads):
     if "not available" in str(fastlstm.explain(fastlstm.LSTM(2, 3), torch.zeros(1, 1, 2))):
         pytest.skip("the extension is not built")
     command = [sys.executable, "-c", PROGRAM, str(threads)]

@@ -62,7 +62,7 @@ def rollout_data():
     return data(T, B, 3), state, starts
 
 
-def test_the_training_pass_sees_what_the_rollout_saw(backend):
+def test_training_pass_equals_the_rollout(backend):
     policy, (x, state, starts) = Policy(), rollout_data()
     with torch.no_grad():
         logits, values, last = step_by_step(policy, x, state, starts)
@@ -87,7 +87,7 @@ def test_gradients_of_ppo_equal_those_of_the_step_loop(backend):
     torch.testing.assert_close(part[0], policy(x, state, starts)[0][:, rows])
 
 
-def test_it_learns_what_needs_memory():
+def test_recurrent_policy_learns_a_memory_task():
     """A cue is shown in an episode's first step alone; each step is rewarded for the action that equals it."""
     policy = Policy(H=16, dtype=torch.float32)
     optimizer = torch.optim.Adam(policy.parameters(), lr=0.02)

@@ -97,7 +97,7 @@ def subsets(kind: str) -> list[tuple[str, ...]]:
 @backends
 @pytest.mark.parametrize("form", ["padded", "packed"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_no_argument_is_kept_that_nn_lstm_frees(kind, form, backend):
+def test_no_argument_outlives_that_of_nn_lstm(kind, form, backend):
     if kind == "cell" and form == "packed":
         pytest.skip("a cell takes no PackedSequence")
     for needs in subsets(kind):
@@ -108,7 +108,7 @@ def test_no_argument_is_kept_that_nn_lstm_frees(kind, form, backend):
 
 @backends
 @pytest.mark.parametrize("kind", KINDS)
-def test_saved_tensor_hooks_see_what_backward_reads_alone(kind, backend):
+def test_saved_tensor_hooks_see_only_what_backward_reads(kind, backend):
     for needs in subsets(kind):
         seen: list[int] = []
         with torch.autograd.graph.saved_tensors_hooks(lambda t, seen=seen: seen.append(t.data_ptr()) or t, lambda t: t):
@@ -118,7 +118,7 @@ def test_saved_tensor_hooks_see_what_backward_reads_alone(kind, backend):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_native_and_eager_read_the_same(kind):
+def test_native_and_eager_save_equal_tensors(kind):
     """By behaviour: the gradients, and which in-place changes between forward and backward are refused."""
     require("native", Case())
     ours, theirs = module_pair(**KINDS[kind])
@@ -163,7 +163,7 @@ def vmapped(call: Call) -> list[Tensor]:
 @pytest.mark.parametrize("form", ["padded", "packed"])
 @pytest.mark.parametrize("take", [second_order, batched, vmapped], ids=lambda f: f.__name__)
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_formula_reads_no_more_than_nn_lstm(kind, take: Callable[[Call], list[Tensor]], form, backend):
+def test_double_backward_saves_no_more_than_nn_lstm(kind, take: Callable[[Call], list[Tensor]], form, backend):
     """Gradients of gradients and batched gradients, where an argument was freed or changed after forward."""
     if kind == "cell" and form == "packed":
         pytest.skip("a cell takes no PackedSequence")
@@ -190,7 +190,7 @@ def test_the_formula_reads_no_more_than_nn_lstm(kind, take: Callable[[Call], lis
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("form", ["whole", "lengths", "packed"])
 @pytest.mark.parametrize("sizes", [(1, 1, 37, 37), (6, 4, 37, 37), (6, 4, 5, 3)], ids=str)
-def test_native_gates_are_those_of_eager(sizes, form, dtype):
+def test_native_gates_equal_eager_gates(sizes, form, dtype):
     """The op that undoes the layout of the native reserve, whichever kernels wrote it."""
     require("native", Case())
     steps, rows, hidden, features = sizes
@@ -219,7 +219,7 @@ def test_native_gates_are_those_of_eager(sizes, form, dtype):
 @backends
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("shift", [0.0, 4.0])
-def test_create_graph_changes_no_first_gradient(shift, dtype, backend):
+def test_create_graph_does_not_change_first_gradients(shift, dtype, backend):
     """The gates are those that forward stored, not rounded again as pre-activations."""
     ours, _ = module_pair(8, 16, dtype=dtype)
     with torch.no_grad():  # input and output gates near 0, where a pre-activation has few digits left

@@ -65,7 +65,7 @@ def imports_of(folder: str) -> dict[Path, set[str]]:
     return {path: imported(path) for path in files}
 
 
-def test_the_sdist_holds_every_file_of_the_repository(tmp_path):
+def test_sdist_contains_every_file_of_the_repository(tmp_path):
     """Also where nothing would be built: sources for every device, the tests and what they read."""
     with tarfile.open(sdist(tmp_path, FASTLSTM_BUILD="python")) as packed:
         names = {member.name.partition("/")[2] for member in packed if member.isfile()}
@@ -91,12 +91,12 @@ def test_every_dependency_is_imported(extra):
         assert MODULES.get(name, name) in used or (name in PLUGINS and PLUGINS[name] in makefile), name
 
 
-def test_the_tools_of_development_are_commands_of_the_makefile():
+def test_development_tools_are_makefile_commands():
     for name in requirements("dev"):
         assert re.search(rf"\$\(BIN\)/(python -m )?{name}\b", (ROOT / "Makefile").read_text()), name
 
 
-def test_the_tools_of_the_docs_are_in_use():
+def test_docs_tools_are_used():
     used = (ROOT / "Makefile").read_text() + (ROOT / "docs" / "conf.py").read_text()
     for name in requirements("docs"):
         assert re.search(rf"\b{name.replace('-', '_')}\b", used), name

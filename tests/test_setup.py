@@ -30,7 +30,7 @@ def setup(monkeypatch):
 
 
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not on the PATH")
-def test_the_toolkit_behind_a_wrapper_is_found(setup, monkeypatch, tmp_path):
+def test_toolkit_behind_an_nvcc_wrapper_is_found(setup, monkeypatch, tmp_path):
     """torch would take the folder above a script that only starts nvcc, where no header is."""
     wrapper = tmp_path / "bin" / "nvcc"
     wrapper.parent.mkdir()
@@ -42,7 +42,7 @@ def test_the_toolkit_behind_a_wrapper_is_found(setup, monkeypatch, tmp_path):
     assert not Path(os.environ["CUDA_HOME"]).is_relative_to(tmp_path)
 
 
-def test_a_given_toolkit_is_left_alone(setup, monkeypatch):
+def test_cuda_home_is_not_overridden(setup, monkeypatch):
     monkeypatch.setenv("CUDA_HOME", "/given")
     setup.set_cuda_home()
     assert os.environ["CUDA_HOME"] == "/given"
@@ -80,7 +80,7 @@ def test_openmp(system, flags, link, setup, monkeypatch, tmp_path):
     assert not linked[1:] or linked[1:] == ["-Wl,-rpath,@loader_path/../torch/lib"]
 
 
-def test_a_compiler_without_openmp_builds_for_one_thread(setup, monkeypatch, tmp_path):
+def test_build_without_openmp_is_single_threaded(setup, monkeypatch, tmp_path):
     compiler = fake_compiler(tmp_path, 1)
     monkeypatch.setenv("CXX", compiler)
     assert setup.openmp() == ([], [], f"{compiler} finds no omp.h")

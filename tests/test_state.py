@@ -158,7 +158,7 @@ def test_spectral_norm():
     assert not torch.equal(vector, before)
 
 
-def test_own_parametrization_and_its_removal():
+def test_custom_parametrization_and_its_removal():
     class Double(nn.Module):
         def forward(self, weight):
             return 2 * weight
@@ -189,7 +189,7 @@ def test_prune():
     assert int((pair[0].weight_hh_l0 == 0).sum()) == 32
 
 
-def test_data_assignment_and_writes_that_bump_no_version():
+def test_data_assignment_and_writes_without_version_bump():
     pair = module_pair()
     assert_same(*pair, X)
     before = pair[0](X)[0]

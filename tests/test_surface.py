@@ -156,7 +156,7 @@ def test_setting_a_weight_updates_flat_weights():
     assert lstm._flat_weights[1] is lstm.weight_hh_l0
 
 
-def test_replicas_have_weight_lists_of_their_own():
+def test_replicas_have_separate_weight_lists():
     lstm = fastlstm.LSTM(3, 4)
     replica = lstm._replicate_for_data_parallel()
     assert replica._flat_weights is not lstm._flat_weights

@@ -56,7 +56,7 @@ def trace(module: nn.Module, args: tuple, mode: str, **kwargs):
 @pytest.mark.parametrize(
     "kwargs", [{}, {"num_layers": 2, "bidirectional": True}, {"proj_size": 2, "bias": False}, {"recompute": 2}], ids=str
 )
-def test_a_packed_trace_serves_other_lengths(kwargs, enforce_sorted, mode, backend):
+def test_trace_with_packed_input_supports_other_lengths(kwargs, enforce_sorted, mode, backend):
     """The same sum, other sums, more and fewer rows and steps than it was traced with."""
     kwargs = dict(kwargs)
     recompute = kwargs.pop("recompute", False)
@@ -80,7 +80,7 @@ def test_a_packed_trace_serves_other_lengths(kwargs, enforce_sorted, mode, backe
 
 
 @on_ops
-def test_a_packed_trace_draws_nn_lstms_dropout(backend):
+def test_trace_with_packed_input_draws_nn_lstms_dropout(backend):
     ours, theirs = (Packed(lstm, True) for lstm in module_pair(num_layers=2, dropout=0.5, batch_first=True))
     traced, yours = (trace(m, batch(5, 3, 2), "grad", check_trace=False) for m in (ours, theirs))
     found = []
@@ -113,7 +113,7 @@ def arguments(T: int, B: int) -> tuple[Tensor, ...]:
 @pytest.mark.parametrize(
     "wanted", [(), ("lengths",), ("reset_mask",), ("lengths", "reset_mask", "return_cell_states")], ids=str
 )
-def test_a_trace_is_the_module(wanted, recompute, mode, backend):
+def test_trace_equals_the_module(wanted, recompute, mode, backend):
     """For other T and B than it was made with, under no_grad and in training."""
     lstm, _ = module_pair(bidirectional=True)
     lstm.recompute = recompute
@@ -152,7 +152,7 @@ def test_a_loop_of_cells(kwargs, mode, backend):
 
 @on_ops
 @pytest.mark.parametrize("packed", [False, True])
-def test_the_graph_is_the_same_in_every_grad_mode(packed, backend):
+def test_graph_is_independent_of_grad_mode(packed, backend):
     lstm, _ = module_pair(num_layers=2, batch_first=True)
     module, args = (Packed(lstm, True), batch(3, 2)) if packed else (lstm, (data(2, 3, 3),))
     graphs = []
@@ -197,7 +197,7 @@ def in_a_fresh_process(*lines: str) -> str:
     return ran.stdout + ran.stderr
 
 
-def test_loading_takes_an_import_of_fastlstm(tmp_path):
+def test_loading_a_trace_requires_importing_fastlstm(tmp_path):
     """It defines the ops of a saved trace or program; without it the errors are those that the README names."""
     lstm, x = fastlstm.LSTM(3, 4).eval(), data(5, 2, 3).float()
     torch.jit.trace(lstm, (x,)).save(tmp_path / "trace.pt")

@@ -156,7 +156,7 @@ def test_tangent_of_an_arriving_gradient(cell, backend):
     torch.testing.assert_close(found.tangent, torch.autograd.grad(y, x, tangent)[0])
 
 
-def test_gradients_behind_a_transform_batched_or_with_a_tangent(backend):
+def test_batched_or_dual_gradients_arriving_at_backward(backend):
     """Of weights that torch.func.grad_and_value does not know of: the graph it leaves behind is autograd's own."""
     ours, _ = module_pair()
     weights = {name: w.detach().requires_grad_() for name, w in ours.named_parameters()}
@@ -183,7 +183,7 @@ def test_cell(backend):
     )
 
 
-def test_after_a_transform_the_backend_is_at_work_again():
+def test_backend_is_restored_after_a_transform():
     ours, _ = module_pair()
     before = type(ours(X)[0].grad_fn)
     grad(lambda x: ours(x)[0].sum())(X)
@@ -192,7 +192,7 @@ def test_after_a_transform_the_backend_is_at_work_again():
     assert type(ours(X)[0].grad_fn) is before
 
 
-def test_flops_and_module_trackers_do_not_break():
+def test_flop_counter_and_module_tracker_work():
     from torch.utils.flop_counter import FlopCounterMode
 
     with FlopCounterMode(display=False) as counter:

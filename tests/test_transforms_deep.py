@@ -98,7 +98,7 @@ def test_vmap_in_vmap(backend):
         torch.testing.assert_close([g[k] for g in got.values()], looped(theirs, inputs[k]))
 
 
-def test_an_ensemble_and_its_gradients(backend):
+def test_ensemble_gradients(backend):
     """Training an ensemble both ways: vmap(grad), and a plain backward through vmap."""
     pairs = [module_pair(num_layers=2) for _ in range(N)]
     for k, (ours, theirs) in enumerate(pairs):
@@ -149,7 +149,7 @@ def test_backward_through_per_sample_gradients(backend):
     torch.testing.assert_close(got, torch.autograd.grad(total, list(theirs.parameters())))
 
 
-def test_hessian_and_its_two_other_ways(backend):
+def test_hessian_by_three_compositions(backend):
     ours, theirs = module_pair(2, 3)
     x = data(3, 1, 2)
     expected = torch.autograd.functional.hessian(lambda x: theirs(x)[0].pow(3).sum(), x)
@@ -182,7 +182,7 @@ def test_jacobians_of_mapped_rows(backend):
         torch.testing.assert_close(got, torch.stack(expected))
 
 
-def test_transforms_run_on_the_backend_and_not_on_the_loop(monkeypatch):
+def test_transforms_run_on_the_backend(monkeypatch):
     """vmap(grad) never enters the reference; a gradient of a gradient does."""
     ours, _ = module_pair()
     inputs, calls = data(N, T, B, 3), []
@@ -196,7 +196,7 @@ def test_transforms_run_on_the_backend_and_not_on_the_loop(monkeypatch):
         assert calls
 
 
-def test_lengths_out_of_range_are_noticed_under_vmap(backend):
+def test_lengths_out_of_range_raise_under_vmap(backend):
     ours, _ = module_pair()
     with pytest.raises(ValueError, match=r"lengths must lie in \[0, T=4\], got 9"):
         vmap(lambda x, n: ours(x, lengths=n)[0])(data(N, T, B, 3), LENGTHS + 5)

@@ -46,7 +46,7 @@ def run(program: str) -> tuple[str, str]:
 
 @pytest.mark.toolchain
 @pytest.mark.skipif(why_no_interpreter() != "", reason=why_no_interpreter())
-def test_the_contract_in_the_interpreter():
+def test_contract_in_the_interpreter():
     """Every kernel, option and dtype against the float64 truth, in two processes; their output where they fail."""
     command = ("-m", "pytest", "tests/interpreted_triton.py", "-p", "no:cacheprovider", "-k")
     environment = {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
@@ -79,7 +79,7 @@ def on_gpu(monkeypatch):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("kwargs", [{}, {"bidirectional": True, "bias": False}], ids=str)
 @pytest.mark.parametrize("device", ["cuda", "xpu"])
-def test_gpus_run_everything_but_projections_and_float64(device, kwargs, dtype, on_gpu):
+def test_gpus_support_all_but_projections_and_float64(device, kwargs, dtype, on_gpu):
     assert backend.supports(call(device, dtype, **kwargs)) is None
     assert "proj_size" in backend.supports(call(device, dtype, proj_size=2, **kwargs))
     assert "got torch.float64" in backend.supports(call(device, torch.float64, **kwargs))
@@ -107,7 +107,7 @@ def test_refusals_say_why(on_gpu, monkeypatch):
 
 
 @pytest.mark.skipif(backend.INTERPRETED, reason="TRITON_INTERPRET is set")
-def test_a_cpu_tensor_is_refused_by_name_and_passed_over_by_auto(monkeypatch):
+def test_cpu_tensor_is_refused_by_name_and_skipped_by_auto(monkeypatch):
     monkeypatch.setattr(dispatch, "_chosen", {})
     lstm, x = fastlstm.LSTM(3, 4), torch.zeros(2, 1, 3)
     assert fastlstm.explain(lstm, x).backend != "triton"
@@ -115,7 +115,7 @@ def test_a_cpu_tensor_is_refused_by_name_and_passed_over_by_auto(monkeypatch):
         lstm(x)
 
 
-def test_native_goes_before_triton_and_eager_after():
+def test_native_precedes_triton_and_eager_follows():
     order = list(backends.BACKENDS)
     expected = ["native", "eager", "triton"] if backend.INTERPRETED else ["native", "triton", "eager"]
     assert [name for name in order if name in expected] == expected
@@ -128,11 +128,11 @@ def test_importing_fastlstm_imports_no_triton():
     assert "'fastlstm.backends.triton.launch'" not in out
 
 
-def test_torch_compile_takes_the_age_of_a_gpu_for_a_constant():
+def test_torch_compile_treats_compute_capability_as_constant():
     assert vars(backend._too_old) == vars(torch.compiler.assume_constant_result(lambda device: False))
 
 
-def test_fastlstm_works_where_triton_is_absent():
+def test_fastlstm_works_without_triton_installed():
     program = """
 import sys
 sys.modules["triton"] = None  # as if it were not installed

@@ -198,7 +198,7 @@ def test_ten_shapes_compile_once(kind, H, recorded):
     assert len(found) == 2
 
 
-def test_an_h_of_the_same_alignment_compiles_nothing_new(recorded):
+def test_h_of_equal_alignment_reuses_compiled_kernels(recorded):
     def several() -> None:
         for H in (512, 520, 1000, 2048):
             run(arguments(2, 3, H, torch.bfloat16, everything=False), everything=False)
