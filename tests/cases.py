@@ -46,13 +46,13 @@ class Case:
 
     def __str__(self) -> str:
         """Sizes and what differs from the defaults: the test's id."""
-        told = [f"T{self.T}-B{self.B}-I{self.I}-H{self.H}"]
+        words = [f"T{self.T}-B{self.B}-I{self.I}-H{self.H}"]
         for field in fields(self)[4:]:
             value = getattr(self, field.name)
             if value != field.default:
                 text = str(value).replace("torch.", "").replace(" ", "")
-                told.append(field.name if value is True else f"{field.name}={text}")
-        return "-".join(told)
+                words.append(field.name if value is True else f"{field.name}={text}")
+        return "-".join(words)
 
     def to(self, dtype: torch.dtype) -> Case:
         return replace(self, dtype=dtype)
@@ -96,7 +96,7 @@ class Tensors:
     lengths: Any
     reset_mask: Tensor | None
 
-    def wanted(self) -> dict[str, Tensor]:
+    def grad_leaves(self) -> dict[str, Tensor]:
         return {name: leaf for name, leaf in self.leaves.items() if leaf.requires_grad}
 
 
@@ -106,28 +106,28 @@ def tensors(case: Case, dtype: torch.dtype | None = None, device: str | None = N
     So the truth in float64 and the run in bfloat16 see the same numbers. Padding holds NaN.
     """
     with torch.device("cpu"):
-        given = _drawn(case, dtype or case.dtype)
+        case_tensors = _drawn(case, dtype or case.dtype)
     device = device or TEST_DEVICE.device
-    return given if device == "cpu" else _moved(given, device)
+    return case_tensors if device == "cpu" else _moved(case_tensors, device)
 
 
-def _moved(given: Tensors, device: str) -> Tensors:
+def _moved(case_tensors: Tensors, device: str) -> Tensors:
     """Lengths and masks too, in the same forms and layouts."""
     moved = {}
-    for name, leaf in given.leaves.items():
+    for name, leaf in case_tensors.leaves.items():
         there = torch.empty_strided(leaf.shape, leaf.stride(), dtype=leaf.dtype, device=device)
         there.copy_(leaf.detach())
-        is_weight = name in given.weights
+        is_weight = name in case_tensors.weights
         moved[name] = nn.Parameter(there, leaf.requires_grad) if is_weight else there.requires_grad_(leaf.requires_grad)
     hx = None
-    if given.hx is not None:
+    if case_tensors.hx is not None:
         own = [moved["h0"], moved.get("c0", moved["h0"])]
         # A node of autograd only where it must be: its backward runs on this stream, not where a graph is captured.
-        pairs = zip(own, given.hx, strict=True)
-        hx = type(given.hx)(m if m.shape == s.shape else m.expand(s.shape) for m, s in pairs)
-    lengths = None if given.lengths is None else torch.as_tensor(given.lengths).to(device)
-    reset_mask = None if given.reset_mask is None else given.reset_mask.to(device)
-    weights = {name: moved[name] for name in given.weights}
+        pairs = zip(own, case_tensors.hx, strict=True)
+        hx = type(case_tensors.hx)(m if m.shape == s.shape else m.expand(s.shape) for m, s in pairs)
+    lengths = None if case_tensors.lengths is None else torch.as_tensor(case_tensors.lengths).to(device)
+    reset_mask = None if case_tensors.reset_mask is None else case_tensors.reset_mask.to(device)
+    weights = {name: moved[name] for name in case_tensors.weights}
     return Tensors(moved, weights, moved["x"], hx, lengths, reset_mask)
 
 

@@ -129,25 +129,25 @@ def test_padding_is_ignored(value):
 @TWO
 def test_infinite_and_nan_inputs_propagate_as_in_nn_lstm():
     case = Case(T=3, B=3, bidirectional=True)
-    given, results = tensors(case), []
-    given.input.data[1, 0, 0], given.input.data[1, 1, 0] = float("inf"), float("nan")
+    case_tensors, results = tensors(case), []
+    case_tensors.input.data[1, 0, 0], case_tensors.input.data[1, 1, 0] = float("inf"), float("nan")
     for cls in (torch.nn.LSTM, fastlstm.LSTM):
-        results.append(flat(case.module(cls, given.weights)(given.input)))
+        results.append(flat(case.module(cls, case_tensors.weights)(case_tensors.input)))
     for theirs, ours in zip(*results, strict=True):
         torch.testing.assert_close(ours, theirs, equal_nan=True)
 
 
 def test_backward_twice_and_inference_are_bitwise_equal():
     case = Case(T=3, B=2, H=33, hx="tuple")
-    given = tensors(case)
-    module = case.module(fastlstm.LSTM, given.weights)
-    outputs = flat(module(given.input, given.hx))
-    leaves, loss = list(given.wanted().values()), sum(o.square().sum() for o in outputs)
+    case_tensors = tensors(case)
+    module = case.module(fastlstm.LSTM, case_tensors.weights)
+    outputs = flat(module(case_tensors.input, case_tensors.hx))
+    leaves, loss = list(case_tensors.grad_leaves().values()), sum(o.square().sum() for o in outputs)
     first = torch.autograd.grad(loss, leaves, retain_graph=True)
     for a, b in zip(first, torch.autograd.grad(loss, leaves), strict=True):
         assert torch.equal(a, b)
     with torch.no_grad():
-        for a, b in zip(outputs, flat(module(given.input, given.hx)), strict=True):
+        for a, b in zip(outputs, flat(module(case_tensors.input, case_tensors.hx)), strict=True):
             assert torch.equal(a, b)
 
 
@@ -155,11 +155,11 @@ def test_backward_twice_and_inference_are_bitwise_equal():
 def test_opcheck():
     """Schema, fake kernels and the autograd formula; forward and backward."""
     case = Case(T=2, B=2, hx="tuple", lengths=(2, 1), resets=((1, 0),), cells=True)
-    given = tensors(case)
+    case_tensors = tensors(case)
     forward, backward = torch.ops.fastlstm.triton_layer.default, torch.ops.fastlstm.triton_layer_backward.default
-    x, (h0, c0) = given.input.detach(), [t.detach() for t in given.hx]
-    weights = [w.detach() for w in given.weights.values()]
-    arguments = [x.nan_to_num(), h0, c0, weights, torch.tensor(case.lengths), given.reset_mask]
+    x, (h0, c0) = case_tensors.input.detach(), [t.detach() for t in case_tensors.hx]
+    weights = [w.detach() for w in case_tensors.weights.values()]
+    arguments = [x.nan_to_num(), h0, c0, weights, torch.tensor(case.lengths), case_tensors.reset_mask]
     torch.library.opcheck(forward, [*arguments, True, False])
     y, h_n, c_n, cells, reserve = forward(*arguments, True, True)
     grads = [torch.ones_like(t) for t in (y, h_n, c_n, cells)]

@@ -124,7 +124,7 @@ def golden_rows() -> dict[tuple[str, ...], dict[str, str]]:
     rows: dict[tuple[str, ...], dict[str, str]] = {}
     for case in [*CPU, *sweeps.grid(), *sweeps.random_cases()]:
         lengths = case.lengths()
-        given = {
+        options = {
             "lengths": None if lengths is None else lengths.tolist(),
             "packed": lengths is not None,
             "h0": case.kind == "stream",
@@ -133,7 +133,7 @@ def golden_rows() -> dict[tuple[str, ...], dict[str, str]]:
         T = 1 if case.kind == "cells" else case.T
         for name, call in layers_of(case):
             for machine, description in MACHINES.items():
-                plans = [native.cpu_plan(call, T, case.B, **given, threads=n, **description) for n in THREADS]
+                plans = [native.cpu_plan(call, T, case.B, **options, threads=n, **description) for n in THREADS]
                 for pass_ in ("forward", "backward"):
                     general = {at_any_number(pass_, p[pass_]) for p in plans}
                     assert len(general) == 1, f"{name}, {machine}, {pass_} depends on the threads: {general}"

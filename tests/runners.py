@@ -66,9 +66,9 @@ def precision(dtype: torch.dtype, backend: str) -> Precision:
 @lru_cache(maxsize=1024)
 def expected(case: Case, precision: Precision) -> tuple[Results, Mapping[str, float]]:
     """The truth, and for each result the largest error that rounding explains."""
-    given = tensors(case, torch.float64)
-    terms = {f"d {name}": case.T * case.B for name in given.weights}
-    return accuracy.error_bounds(lambda: results_of(case, given, _call_torch), precision, terms)
+    case_tensors = tensors(case, torch.float64)
+    terms = {f"d {name}": case.T * case.B for name in case_tensors.weights}
+    return accuracy.error_bounds(lambda: results_of(case, case_tensors, _call_torch), precision, terms)
 
 
 def check(case: Case, backend: str, rounding: Precision | None = None) -> None:
@@ -78,12 +78,14 @@ def check(case: Case, backend: str, rounding: Precision | None = None) -> None:
 
 def compare(case: Case, ours: Results, rounding: Precision, what: str) -> None:
     """`check` for results that are there already."""
-    truth, bounds = expected(case, rounding)
-    assert ours.keys() == truth.keys()
+    reference, bounds = expected(case, rounding)
+    assert ours.keys() == reference.keys()
     for name, value in ours.items():
         assert value.dtype == case.dtype, f"{name}: {value.dtype}"
-        assert value.shape == truth[name].shape, f"{name}: {list(value.shape)}, expected {list(truth[name].shape)}"
-    assert_accurate(ours, truth, bounds, f"{what} on {case!r}")
+        assert value.shape == reference[name].shape, (
+            f"{name}: {list(value.shape)}, expected {list(reference[name].shape)}"
+        )
+    assert_accurate(ours, reference, bounds, f"{what} on {case!r}")
 
 
 def check_elsewhere(cases: Sequence[Case], backend: str, program: str, *arguments: str, **environment: str) -> str:
@@ -113,8 +115,8 @@ def check_elsewhere(cases: Sequence[Case], backend: str, program: str, *argument
     return found.stdout
 
 
-def assert_accurate(ours: Results, truth: Results, bounds: Mapping[str, float], what: str = "") -> None:
-    wrong = [str(found) for found in accuracy.compare(ours, truth, bounds) if not found.ok]
+def assert_accurate(ours: Results, reference: Results, bounds: Mapping[str, float], what: str = "") -> None:
+    wrong = [str(found) for found in accuracy.compare(ours, reference, bounds) if not found.ok]
     assert not wrong, f"{what}\n  " + "\n  ".join(wrong)
 
 
@@ -122,16 +124,16 @@ def _run(case: Case, dtype: torch.dtype, call: Callable[[Case, Tensors], Results
     return results_of(case, tensors(case, dtype), call)
 
 
-def results_of(case: Case, given: Tensors, call: Callable[[Case, Tensors], Results]) -> Results:
-    results = call(case, given)
-    wanted = given.wanted()
+def results_of(case: Case, case_tensors: Tensors, call: Callable[[Case, Tensors], Results]) -> Results:
+    results = call(case, case_tensors)
+    leaves = case_tensors.grad_leaves()
     used = {name: results[name] for name in case.used if name in results and results[name].requires_grad}
-    found = [None] * len(wanted)
-    if used and wanted:
+    found = [None] * len(leaves)
+    if used and leaves:
         found = torch.autograd.grad(
-            list(used.values()), list(wanted.values()), gradients(case, used), allow_unused=True
+            list(used.values()), list(leaves.values()), gradients(case, used), allow_unused=True
         )
-    for (name, leaf), grad in zip(wanted.items(), found, strict=True):
+    for (name, leaf), grad in zip(leaves.items(), found, strict=True):
         # nn.LSTM gives zeros where some other graph gives None: the same to every user.
         results[f"d {name}"] = torch.zeros_like(leaf) if grad is None else grad
     return {name: value.detach() for name, value in results.items()}
@@ -152,21 +154,31 @@ def _named(output: Tensor, states: tuple[Tensor, Tensor], *cells: Tensor) -> Res
     return dict(zip(("output", "h_n", "c_n", "cells"), (output, *states, *cells), strict=False))
 
 
-def call_fastlstm(case: Case, given: Tensors) -> Results:
-    module = case.module(fastlstm.LSTM, given.weights)
+def call_fastlstm(case: Case, case_tensors: Tensors) -> Results:
+    module = case.module(fastlstm.LSTM, case_tensors.weights)
     options = {"return_cell_states": True} if case.cells else {}
     if not case.packed:
-        return _named(*module(given.input, given.hx, lengths=given.lengths, reset_mask=given.reset_mask, **options))
-    packed = pack_padded_sequence(given.input, torch.tensor(case.lengths), case.batch_first, enforce_sorted=False)
-    output, states, *cells = module(packed, given.hx, **options)
+        return _named(
+            *module(
+                case_tensors.input,
+                case_tensors.hx,
+                lengths=case_tensors.lengths,
+                reset_mask=case_tensors.reset_mask,
+                **options,
+            )
+        )
+    packed = pack_padded_sequence(
+        case_tensors.input, torch.tensor(case.lengths), case.batch_first, enforce_sorted=False
+    )
+    output, states, *cells = module(packed, case_tensors.hx, **options)
     padded = [pad_packed_sequence(p, case.batch_first, total_length=case.T)[0] for p in (output, *cells)]
     return _named(padded[0], states, *padded[1:])
 
 
-def _call_torch(case: Case, given: Tensors) -> Results:
+def _call_torch(case: Case, case_tensors: Tensors) -> Results:
     if not (case.ragged or case.cells):
-        return _named(*case.module(nn.LSTM, given.weights)(given.input, given.hx))
-    x, hx = given.input, given.hx
+        return _named(*case.module(nn.LSTM, case_tensors.weights)(case_tensors.input, case_tensors.hx))
+    x, hx = case_tensors.input, case_tensors.hx
     if case.unbatched:
         x, hx = x.unsqueeze(1), hx and [state.unsqueeze(1) for state in hx]
     elif case.batch_first:
@@ -175,12 +187,12 @@ def _call_torch(case: Case, given: Tensors) -> Results:
         S, P = case.layers * case.directions, case.proj or case.H
         hx = (x.new_zeros(S, case.B, P), x.new_zeros(S, case.B, case.H))
     if case.resets is None and not case.cells:
-        results = _packed_rows(case, given.weights, x, *hx)
+        results = _packed_rows(case, case_tensors.weights, x, *hx)
     elif case.ragged:
-        rows = [_segmented_row(case, given.weights, x, *hx, b) for b in range(case.B)]
+        rows = [_segmented_row(case, case_tensors.weights, x, *hx, b) for b in range(case.B)]
         results = {name: torch.cat([row[name] for row in rows], 1) for name in rows[0]}
     else:
-        results = _segment(case, given.weights, x, *hx)
+        results = _segment(case, case_tensors.weights, x, *hx)
     for name in ("output", "cells"):
         if name in results and (case.batch_first or case.unbatched):
             results[name] = results[name][:, 0] if case.unbatched else results[name].transpose(0, 1)

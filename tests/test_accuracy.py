@@ -39,7 +39,7 @@ def bound(run, precision: Precision = SINGLE) -> float:
 
 
 @pytest.mark.parametrize(
-    ("got", "truth", "expected"),
+    ("got", "reference", "expected"),
     [
         ([1.0, 2.0], [1.0, 2.5], 0.5),
         ([-3.0], [1.0], 4.0),
@@ -52,8 +52,8 @@ def bound(run, precision: Precision = SINGLE) -> float:
         ([[1.0]], [1.0], None),
     ],
 )
-def test_max_error(got, truth, expected):
-    off = max_error(torch.tensor(got), torch.tensor(truth, dtype=torch.float64))
+def test_max_error(got, reference, expected):
+    off = max_error(torch.tensor(got), torch.tensor(reference, dtype=torch.float64))
     assert off > 1e300 if expected is None else off == expected
 
 
@@ -86,17 +86,17 @@ def test_bound_of_a_cancelling_sum_scales_with_its_terms():
 def test_zeros_must_be_exact():
     x = torch.zeros(3, 4, dtype=torch.float64)
     assert bound(lambda: torch.tanh(x @ normal(4, 5)) * 3 + 0) == 0
-    truth = {"result": torch.zeros(2)}
-    assert compare({"result": torch.zeros(2)}, truth, {"result": 0.0})[0].ok
-    assert not compare({"result": torch.tensor([0.0, 1e-40])}, truth, {"result": 0.0})[0].ok
+    reference = {"result": torch.zeros(2)}
+    assert compare({"result": torch.zeros(2)}, reference, {"result": 0.0})[0].ok
+    assert not compare({"result": torch.tensor([0.0, 1e-40])}, reference, {"result": 0.0})[0].ok
 
 
 def test_non_finite_reference_requires_equal_results():
     x = torch.tensor([1.0, INF, -INF, NAN], dtype=torch.float64)
-    truth, bounds = error_bounds(lambda: {"result": x * 3}, SINGLE)
+    reference, bounds = error_bounds(lambda: {"result": x * 3}, SINGLE)
     assert 0 < bounds["result"] < 1e-5
-    assert compare({"result": (x * 3).float()}, truth, bounds)[0].ok
-    assert not compare({"result": torch.tensor([3.0, INF, INF, NAN])}, truth, bounds)[0].ok
+    assert compare({"result": (x * 3).float()}, reference, bounds)[0].ok
+    assert not compare({"result": torch.tensor([3.0, INF, INF, NAN])}, reference, bounds)[0].ok
 
 
 @pytest.mark.parametrize("scale", [1e-30, 1.0, 1e30])
@@ -133,10 +133,10 @@ def test_perturbation_covers_forward_and_backward():
         grads = torch.autograd.grad(y.sin().sum(), list(lstm.parameters()))
         return {"output": y.detach(), **dict(zip(dict(lstm.named_parameters()), grads, strict=True))}
 
-    truth, bounds = error_bounds(run, SINGLE)
-    assert truth.keys() == bounds.keys() == run().keys()
+    reference, bounds = error_bounds(run, SINGLE)
+    assert reference.keys() == bounds.keys() == run().keys()
     for name, value in run().items():
-        assert torch.equal(value, truth[name])  # the mode is off again
+        assert torch.equal(value, reference[name])  # the mode is off again
         size = float(value.abs().max())
         assert 1e-8 * size < bounds[name] < 1e-4 * max(size, 0.1), name
     assert error_bounds(run, SINGLE)[1] == bounds  # drawn the same way every time
@@ -151,8 +151,8 @@ def test_close_results_get_more_evaluations():
 
     def judge(error: float):
         runs.clear()
-        truth, bounds = error_bounds(run, SINGLE)
-        found = compare({"result": truth["result"] + error}, truth, bounds)[0]
+        reference, bounds = error_bounds(run, SINGLE)
+        found = compare({"result": reference["result"] + error}, reference, bounds)[0]
         return len(runs), found
 
     full = error_bounds(run, SINGLE)[1]["result"]
@@ -167,15 +167,17 @@ def test_close_results_get_more_evaluations():
 def test_saturated_gates_may_be_flushed_to_zero():
     """sigmoid(-200) is 1e-87 in float64 and zero in float32."""
     x = torch.full((4,), -200.0, dtype=torch.float64)
-    truth, bounds = error_bounds(lambda: {"result": x.sigmoid()}, SINGLE)
-    assert compare({"result": torch.zeros(4)}, truth, bounds)[0].ok
-    assert not compare({"result": torch.full((4,), 1e-30)}, truth, bounds)[0].ok
+    reference, bounds = error_bounds(lambda: {"result": x.sigmoid()}, SINGLE)
+    assert compare({"result": torch.zeros(4)}, reference, bounds)[0].ok
+    assert not compare({"result": torch.full((4,), 1e-30)}, reference, bounds)[0].ok
 
 
 def test_results_are_listed_worst_first():
-    truth = {name: torch.tensor([1.0]) for name in "abc"}
+    reference = {name: torch.tensor([1.0]) for name in "abc"}
     found = compare(
-        {"a": torch.tensor([1.0]), "b": torch.tensor([1.5]), "c": torch.tensor([1.1])}, truth, dict.fromkeys("abc", 0.2)
+        {"a": torch.tensor([1.0]), "b": torch.tensor([1.5]), "c": torch.tensor([1.1])},
+        reference,
+        dict.fromkeys("abc", 0.2),
     )
     assert [accuracy.name for accuracy in found] == ["b", "c", "a"]
     assert [accuracy.ok for accuracy in found] == [False, True, True]

@@ -46,10 +46,10 @@ def test_error_stays_within_the_bound(name, dtype):
     x = arguments(dtype)
     if dtype == torch.float64:
         x = x[::7].contiguous()  # mpmath is slow
-    truth = exact(x, name)
+    reference = exact(x, name)
     ours = native.extension.activation(x, name)
-    ulp = torch.from_numpy(np.spacing(truth.abs().to(dtype).numpy())).double()
-    error = (ours.double() - truth.double()).abs() / ulp
+    ulp = torch.from_numpy(np.spacing(reference.abs().to(dtype).numpy())).double()
+    error = (ours.double() - reference.double()).abs() / ulp
     worst = int(error.argmax())
     assert error[worst] <= MAX_ULP, f"{float(error[worst]):.2f} ulp at x = {float(x[worst])!r}"
 

@@ -69,11 +69,11 @@ def test_oracle_ragged_paths_equal_nn_lstm_on_dense_input(case):
 
 def test_oracle_segments_are_separate_sequences():
     case = Case(T=5, B=1, bidirectional=True, hx="tuple", resets=((2, 0),), used=())
-    given, results = tensors(case, torch.float64), run_torch(case, torch.float64)
-    module, (h0, c0) = case.module(nn.LSTM, given.weights), given.hx
+    case_tensors, results = tensors(case, torch.float64), run_torch(case, torch.float64)
+    module, (h0, c0) = case.module(nn.LSTM, case_tensors.weights), case_tensors.hx
     first_only, last_only = torch.tensor([1.0, 0.0])[:, None, None], torch.tensor([0.0, 1.0])[:, None, None]
-    early, (h_early, _) = module(given.input[:2], (h0 * first_only, c0 * first_only))
-    late, (h_late, _) = module(given.input[2:], (h0 * last_only, c0 * last_only))
+    early, (h_early, _) = module(case_tensors.input[:2], (h0 * first_only, c0 * first_only))
+    late, (h_late, _) = module(case_tensors.input[2:], (h0 * last_only, c0 * last_only))
     torch.testing.assert_close(results["output"], torch.cat([early, late]))
     torch.testing.assert_close(results["h_n"], torch.stack([h_late[0], h_early[1]]))
 

@@ -60,9 +60,9 @@ def test_numbers(bias, batched, hx, backend):
         "strided": (h.repeat_interleave(2, -1)[..., ::2], c.t().contiguous().t()),
     }[hx]
     assert_same(*pair, x, given)
-    for mine, yours in zip(flat(pair[0](x, given)), flat(pair[1](x, given)), strict=True):
-        assert mine.shape == yours.shape
-        assert mine.is_contiguous()
+    for our_tensor, their_tensor in zip(flat(pair[0](x, given)), flat(pair[1](x, given)), strict=True):
+        assert our_tensor.shape == their_tensor.shape
+        assert our_tensor.is_contiguous()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
@@ -70,11 +70,11 @@ def test_numbers(bias, batched, hx, backend):
 def test_precision(dtype, B, I, H, backend):  # noqa: E741
     torch.manual_seed(2)
     cell = fastlstm.LSTMCell(I, H, dtype=dtype)
-    given = [t.to(dtype) for t in (data(B, I), data(B, H, seed=1), data(B, H, seed=2))]
+    inputs = [t.to(dtype) for t in (data(B, I), data(B, H, seed=1), data(B, H, seed=2))]
     arriving = [t.to(dtype) for t in (data(B, H, seed=3), data(B, H, seed=4))]
 
     def run(cell, to):
-        leaves = {name: t.to(to).requires_grad_() for name, t in zip(("x", "h0", "c0"), given, strict=True)}
+        leaves = {name: t.to(to).requires_grad_() for name, t in zip(("x", "h0", "c0"), inputs, strict=True)}
         gradients_at = [t.to(to) for t in arriving]
 
         def results():
@@ -190,8 +190,10 @@ def test_every_subset_of_gradients(B, I, H, used, backend):  # noqa: E741
             results = {"h": [h], "c": [c], "both": [h, c]}[used]
             weights = [data(B, H, seed=7 + k) for k in range(len(results))]
             found.append(torch.autograd.grad(results, chosen, weights, allow_unused=True))
-        for mine, yours in zip(*found, strict=True):
-            torch.testing.assert_close(mine, torch.zeros_like(mine) if yours is None else yours)
+        for our_tensor, their_tensor in zip(*found, strict=True):
+            torch.testing.assert_close(
+                our_tensor, torch.zeros_like(our_tensor) if their_tensor is None else their_tensor
+            )
 
 
 def test_empty_batch(backend):
@@ -209,9 +211,9 @@ def test_autocast(dtype, low_input, state, backend):
     hx = None if state is None else tuple(t.to(dtype if state == "low" else torch.float32) for t in STATES)
     with torch.autocast("cpu", dtype):
         got, expected = ours(x, hx), theirs(x, hx)
-    for mine, yours in zip(got, expected, strict=True):
-        assert mine.dtype == yours.dtype
-        torch.testing.assert_close(mine, yours, rtol=2e-2, atol=2e-2)
+    for our_tensor, their_tensor in zip(got, expected, strict=True):
+        assert our_tensor.dtype == their_tensor.dtype
+        torch.testing.assert_close(our_tensor, their_tensor, rtol=2e-2, atol=2e-2)
 
 
 @pytest.mark.parametrize(

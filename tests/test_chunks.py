@@ -40,8 +40,8 @@ def test_chunked_equals_reference(bidirectional, masks):
         loss = (y * y).sum() + h.sum() + c.sum()
         return [y, h, c, inferred, *torch.autograd.grad(loss, [x, *hx, *lstm.parameters()])]
 
-    for ours, truth in zip(results("auto"), results("eager"), strict=True):
-        torch.testing.assert_close(ours, truth, rtol=1e-9, atol=1e-10)
+    for ours, correct in zip(results("auto"), results("eager"), strict=True):
+        torch.testing.assert_close(ours, correct, rtol=1e-9, atol=1e-10)
 
 
 # No sum of the CPU kernels adds more terms than this one after the other: the deepest pass of a product, that of the
@@ -68,15 +68,15 @@ def test_long_sums_are_blockwise(case, backend):
 def test_running_sum_over_a_long_row_is_detected():
     """The bound of `test_long_sums_are_blockwise` is not so loose that it would miss what it is for."""
     case = Case(T=1, B=3, I=200_000, H=4, x_scale=1e-2)
-    given = tensors(case)
-    weights = {name: weight.detach() for name, weight in given.weights.items()}
-    terms = (given.input[0].detach()[:, None] * weights["weight_ih_l0"]).permute(2, 0, 1).contiguous()
+    case_tensors = tensors(case)
+    weights = {name: weight.detach() for name, weight in case_tensors.weights.items()}
+    terms = (case_tensors.input[0].detach()[:, None] * weights["weight_ih_l0"]).permute(2, 0, 1).contiguous()
     sums = torch.zeros(3, 16)
     for k in range(case.I):
         sums += terms[k]
     h, _ = reference.cell(sums + weights["bias_ih_l0"] + weights["bias_hh_l0"], torch.zeros(3, 4))
-    truth, bounds = expected(case, BLOCKWISE)
-    assert max_error(h[None], truth["output"]) > bounds["output"]
+    correct, bounds = expected(case, BLOCKWISE)
+    assert max_error(h[None], correct["output"]) > bounds["output"]
 
 
 @pytest.mark.parametrize(
@@ -118,8 +118,8 @@ def test_many_short_rows_and_a_longer_one(rows, options, recompute, backend):
             y, (h, c) = lstm(x, lengths=lengths)
         return [y, h, c, *torch.autograd.grad((y * y).sum() + h.sum() + c.sum(), [x, *lstm.parameters()])]
 
-    for ours, truth in zip(results(backend), results("reference"), strict=True):
-        torch.testing.assert_close(ours, truth, rtol=1e-9, atol=1e-10)
+    for ours, correct in zip(results(backend), results("reference"), strict=True):
+        torch.testing.assert_close(ours, correct, rtol=1e-9, atol=1e-10)
 
 
 @pytest.mark.parametrize("directions", [(0,), (1,), (0, 1)], ids=str)
@@ -140,8 +140,8 @@ def test_identity_weight_is_exact(T, B, directions, backend):
         with fastlstm.use_backend(name):
             return torch.autograd.grad(lstm(x)[0].pow(2).sum(), [x, *lstm.parameters()])
 
-    for ours, truth in zip(gradients(backend), gradients("eager"), strict=True):
-        torch.testing.assert_close(ours, truth, rtol=1e-9, atol=1e-9)
+    for ours, correct in zip(gradients(backend), gradients("eager"), strict=True):
+        torch.testing.assert_close(ours, correct, rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("masks", ["plain", "lengths", "lengths and resets"])
@@ -163,5 +163,5 @@ def test_identity_weight_is_exact_over_several_chunks(masks, backend):
             y = lstm(x, lengths=lengths, reset_mask=resets)[0]
             return torch.autograd.grad(y.pow(2).sum(), [x, *lstm.parameters()])
 
-    for ours, truth in zip(gradients(backend), gradients("eager"), strict=True):
-        torch.testing.assert_close(ours, truth, rtol=1e-9, atol=1e-9)
+    for ours, correct in zip(gradients(backend), gradients("eager"), strict=True):
+        torch.testing.assert_close(ours, correct, rtol=1e-9, atol=1e-9)

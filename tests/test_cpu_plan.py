@@ -105,9 +105,9 @@ def test_more_threads_are_never_predicted_slower():
         fewer, more = sorted(rng.sample(range(1, 65), 2))
         before, after = plan_of(case, fewer, **machine), plan_of(case, more, **machine)
         for phase in ("forward", "backward"):
-            told = f"{phase} of {case} at {fewer} and {more} threads: {before[phase]}, {after[phase]}"
-            assert after[phase]["predicted_us"] <= before[phase]["predicted_us"], told
-            assert after[phase]["threads"] >= before[phase]["threads"], told
+            details = f"{phase} of {case} at {fewer} and {more} threads: {before[phase]}, {after[phase]}"
+            assert after[phase]["predicted_us"] <= before[phase]["predicted_us"], details
+            assert after[phase]["threads"] >= before[phase]["threads"], details
 
 
 def test_chosen_partition_has_the_lowest_predicted_time():
@@ -117,11 +117,11 @@ def test_chosen_partition_has_the_lowest_predicted_time():
         case, machine, threads = random_shape(rng), rng.choice((AVX512, AVX2)), rng.randint(1, 64)
         plan, candidates = plan_of(case, threads, **machine), candidates_of(case, threads, **machine)
         for phase, p in plan.items():
-            told = f"{phase} of {case} at {threads} threads: {p}, {candidates[phase]}"
+            details = f"{phase} of {case} at {threads} threads: {p}, {candidates[phase]}"
             times = {candidate[:4]: candidate[4] for candidate in candidates[phase]}
-            assert len(times) == len(candidates[phase]), told
-            assert times[p["members"], p["row_groups"], p["split"], p["concurrent"]] == p["predicted_us"], told
-            assert min(times.values()) >= 0.98 * p["predicted_us"], told
+            assert len(times) == len(candidates[phase]), details
+            assert times[p["members"], p["row_groups"], p["split"], p["concurrent"]] == p["predicted_us"], details
+            assert min(times.values()) >= 0.98 * p["predicted_us"], details
 
 
 def partitions(case: Case, threads: int, unit_block: int) -> set[tuple[int, int, str, bool]]:

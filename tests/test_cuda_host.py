@@ -233,16 +233,18 @@ def test_addresses_that_do_not_fit_the_vector_width(backend):
     case = Case(T=3, B=2, I=4, H=8, hx="tuple", dtype=torch.float16, lengths=(3, 2))
     expected = run_backend(case, backend)
     for off in ("x", "h0", "c0", *tensors(case).weights, "d output", "d c_n"):
-        given = tensors(case)
+        case_tensors = tensors(case)
 
         def shifted(t: torch.Tensor, name: str, off: str = off) -> torch.Tensor:
             if name != off:
                 return t.detach()
             return torch.empty(t.numel() + 1, dtype=t.dtype)[1:].view(t.shape).copy_(t.detach())
 
-        weights = {name: torch.nn.Parameter(shifted(w, name)) for name, w in given.weights.items()}
-        hx = tuple(shifted(s, name) for s, name in zip(given.hx, ("h0", "c0"), strict=True))
-        output, (h_n, c_n) = case.module(fastlstm.LSTM, weights)(shifted(given.input, "x"), hx, lengths=given.lengths)
+        weights = {name: torch.nn.Parameter(shifted(w, name)) for name, w in case_tensors.weights.items()}
+        hx = tuple(shifted(s, name) for s, name in zip(case_tensors.hx, ("h0", "c0"), strict=True))
+        output, (h_n, c_n) = case.module(fastlstm.LSTM, weights)(
+            shifted(case_tensors.input, "x"), hx, lengths=case_tensors.lengths
+        )
         results = {"output": output, "h_n": h_n, "c_n": c_n}
         grads = [shifted(g, f"d {name}") for name, g in zip(results, gradients(case, results), strict=True)]
         found = torch.autograd.grad(list(results.values()), list(weights.values()), grads)
@@ -259,9 +261,9 @@ def test_results_are_bitwise_deterministic(backend):
 
 def test_backward_does_not_modify_saved_tensors(backend):
     case = Case(T=9, B=3, H=8, bidirectional=True, hx="tuple", proj=4)
-    given = tensors(case)
-    output, states = case.module(fastlstm.LSTM, given.weights)(given.input, given.hx)
-    leaves = list(given.wanted().values())
+    case_tensors = tensors(case)
+    output, states = case.module(fastlstm.LSTM, case_tensors.weights)(case_tensors.input, case_tensors.hx)
+    leaves = list(case_tensors.grad_leaves().values())
     first = torch.autograd.grad(output.sum() + states[1].sum(), leaves, retain_graph=True)
     second = torch.autograd.grad(output.sum() + states[1].sum(), leaves)
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
@@ -281,9 +283,11 @@ def test_h_is_recomputed_if_the_output_was_changed(options, lengths, backend, po
 
 def test_bias_gradients_do_not_alias(backend):
     case = Case()
-    given = tensors(case)
-    output, _ = case.module(fastlstm.LSTM, given.weights)(given.input)
-    db_ih, db_hh = torch.autograd.grad(output.sum(), [given.weights["bias_ih_l0"], given.weights["bias_hh_l0"]])
+    case_tensors = tensors(case)
+    output, _ = case.module(fastlstm.LSTM, case_tensors.weights)(case_tensors.input)
+    db_ih, db_hh = torch.autograd.grad(
+        output.sum(), [case_tensors.weights["bias_ih_l0"], case_tensors.weights["bias_hh_l0"]]
+    )
     assert torch.equal(db_ih, db_hh)
     assert db_ih.data_ptr() != db_hh.data_ptr()
 
@@ -291,13 +295,13 @@ def test_bias_gradients_do_not_alias(backend):
 @pytest.mark.parametrize("case", [WITH_CELLS, RAGGED_PROJECTION], ids=str)
 def test_reserve_is_fully_written(case, backend, poisoned_empty):
     """Every element of every result is written, in padding too: else torch.library.opcheck fails now and then."""
-    given = tensors(case)
+    case_tensors = tensors(case)
     D, none = case.directions, (None, None)
-    h0, c0 = none if given.hx is None else (state[:D].detach() for state in given.hx)
-    weights = [w.detach() for w in given.weights.values()]
-    lengths = None if given.lengths is None else torch.as_tensor(given.lengths).long()
+    h0, c0 = none if case_tensors.hx is None else (state[:D].detach() for state in case_tensors.hx)
+    weights = [w.detach() for w in case_tensors.weights.values()]
+    lengths = None if case_tensors.lengths is None else torch.as_tensor(case_tensors.lengths).long()
     layer = torch.ops.fastlstm_cuda_host.native_layer
-    results = layer(given.input.detach(), h0, c0, weights, lengths, given.reset_mask, True, True)
+    results = layer(case_tensors.input.detach(), h0, c0, weights, lengths, case_tensors.reset_mask, True, True)
     assert not any(result.isnan().any() for result in results)
 
 

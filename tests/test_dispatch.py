@@ -31,7 +31,7 @@ def no_memory(monkeypatch):
 
 
 @pytest.fixture
-def asked(monkeypatch, no_memory):
+def choices(monkeypatch, no_memory):
     """(backend, call) of every choice made; the fast paths past them, for which there is nothing to choose, are off."""
     monkeypatch.setattr(dispatch, "_extension_may_run", lambda: False)
     calls = []
@@ -45,12 +45,12 @@ def asked(monkeypatch, no_memory):
     return calls
 
 
-def test_named_backend_runs_the_call(backend, asked):
+def test_named_backend_runs_the_call(backend, choices):
     fastlstm.LSTM(3, 4, 2)(X)
-    assert [name for name, _ in asked] == [backend, backend]
+    assert [name for name, _ in choices] == [backend, backend]
 
 
-def test_context_ends_with_the_block(asked):
+def test_context_ends_with_the_block(choices):
     lstm = fastlstm.LSTM(3, 4)
     lstm(X)
     with fastlstm.use_backend("reference"):
@@ -59,26 +59,26 @@ def test_context_ends_with_the_block(asked):
             lstm(X)
         lstm(X)
     lstm(X)
-    auto = asked[0][0]
-    assert [name for name, _ in asked] == [auto, "reference", "eager", "reference", auto]
+    auto = choices[0][0]
+    assert [name for name, _ in choices] == [auto, "reference", "eager", "reference", auto]
 
 
-def test_context_ends_with_an_error(asked):
+def test_context_ends_with_an_error(choices):
     with pytest.raises(KeyError), fastlstm.use_backend("reference"):
         raise KeyError
     fastlstm.LSTM(3, 4)(X)
-    assert asked[0][0] != "reference"
+    assert choices[0][0] != "reference"
 
 
-def test_use_backend_as_a_function_persists(asked):
+def test_use_backend_as_a_function_persists(choices):
     try:
         fastlstm.use_backend("reference")
         fastlstm.LSTM(3, 4)(X)
-        assert asked[0][0] == "reference"
+        assert choices[0][0] == "reference"
     finally:
         fastlstm.use_backend("auto")
     fastlstm.LSTM(3, 4)(X)
-    assert asked[1][0] != "reference"
+    assert choices[1][0] != "reference"
 
 
 def test_cached_dispatch_depends_on_backend_and_call():
@@ -143,46 +143,46 @@ def test_native_without_its_extension(monkeypatch, no_memory):
         fastlstm.LSTM(3, 4)(X)
 
 
-def test_auto_selects_the_first_backend_that_supports_the_call(monkeypatch, asked):
+def test_auto_selects_the_first_backend_that_supports_the_call(monkeypatch, choices):
     eager = dispatch.BACKENDS["eager"]
     refusing = types.SimpleNamespace(supports=lambda call: "not today")
     monkeypatch.setattr(dispatch, "BACKENDS", {"native": refusing, "eager": eager})
     fastlstm.LSTM(3, 4)(X)
-    assert asked[0][0] == "eager"
+    assert choices[0][0] == "eager"
     picky = types.SimpleNamespace(supports=lambda call: "no projections" if call.shape.proj else None)
     monkeypatch.setattr(dispatch, "BACKENDS", {"native": picky, "eager": eager})
     assert dispatch.select(call()) == "native"
     assert dispatch.select(call(proj_size=2)) == "eager"
 
 
-def test_choice_is_independent_of_t_and_b(asked):
+def test_choice_is_independent_of_t_and_b(choices):
     lstm = fastlstm.LSTM(3, 4)
     for T, B in ((1, 1), (5, 2), (300, 1), (2, 40), (3, 0)):
         lstm(torch.zeros(T, B, 3))
-    assert len({call for _, call in asked}) == 1
+    assert len({call for _, call in choices}) == 1
 
 
 def test_describe_includes_shape_dtype_and_device():
-    told = call(dtype=torch.float64, lengths=True, bidirectional=True, proj_size=2, bias=False)
-    assert (told.device.type, told.dtype, told.I) == ("cpu", torch.float64, 3)
-    assert (told.shape.H, told.shape.P, told.shape.D, told.shape.bias) == (4, 2, 2, False)
-    assert told.lengths
-    assert not told.reset_mask
+    described = call(dtype=torch.float64, lengths=True, bidirectional=True, proj_size=2, bias=False)
+    assert (described.device.type, described.dtype, described.I) == ("cpu", torch.float64, 3)
+    assert (described.shape.H, described.shape.P, described.shape.D, described.shape.bias) == (4, 2, 2, False)
+    assert described.lengths
+    assert not described.reset_mask
 
 
 def test_explain():
     lstm = fastlstm.LSTM(3, 4, 2, bidirectional=True)
-    told = fastlstm.explain(lstm, X)
-    assert list(told.reasons) == [*dispatch.BACKENDS, "reference"]
-    assert [name for name, reason in told.reasons.items() if reason == "runs"] == [told.backend]
-    assert told.reasons["reference"] == f"can run it, but {told.backend!r} is preferred"
-    assert len(str(told).splitlines()) == len(told.reasons) + bool(told.backward)
-    for name, reason in told.reasons.items():
-        assert f"{name} " in str(told)
-        assert reason in str(told)
+    explanation = fastlstm.explain(lstm, X)
+    assert list(explanation.reasons) == [*dispatch.BACKENDS, "reference"]
+    assert [name for name, reason in explanation.reasons.items() if reason == "runs"] == [explanation.backend]
+    assert explanation.reasons["reference"] == f"can run it, but {explanation.backend!r} is preferred"
+    assert len(str(explanation).splitlines()) == len(explanation.reasons) + bool(explanation.backward)
+    for name, reason in explanation.reasons.items():
+        assert f"{name} " in str(explanation)
+        assert reason in str(explanation)
 
 
-def test_explain_of_every_form_of_input(asked):
+def test_explain_of_every_form_of_input(choices):
     lstm, cell = fastlstm.LSTM(3, 4, 2, proj_size=2), fastlstm.LSTMCell(3, 4)
     packed = pack_padded_sequence(X, torch.tensor([5, 3]))
     forms = [
@@ -197,28 +197,28 @@ def test_explain_of_every_form_of_input(asked):
     ]
     for module, args, kwargs in forms:
         fastlstm.explain(module, *args, **kwargs)
-        explained = asked[-1]
-        asked.clear()
+        explained = choices[-1]
+        choices.clear()
         module(*args, **kwargs)
-        assert asked[0] == explained  # the very call that the first layer makes
-        asked.clear()
+        assert choices[0] == explained  # the very call that the first layer makes
+        choices.clear()
 
 
 def test_explain_of_a_named_backend():
     lstm = fastlstm.LSTM(3, 4)
     with fastlstm.use_backend("reference"):
-        told = fastlstm.explain(lstm, X)
-    assert told.backend == "reference"
-    assert told.reasons["eager"] == "can run it, but backend 'reference' was asked for"
+        explanation = fastlstm.explain(lstm, X)
+    assert explanation.backend == "reference"
+    assert explanation.reasons["eager"] == "can run it, but backend 'reference' was asked for"
 
 
 def test_explain_if_the_named_backend_cannot_run(monkeypatch):
     monkeypatch.setattr(dispatch.BACKENDS["eager"], "supports", lambda call: "out of order")
     with fastlstm.use_backend("eager"):
-        told = fastlstm.explain(fastlstm.LSTM(3, 4), X)
-    assert told.backend == ""
-    assert told.reasons["eager"] == "out of order"
-    assert "runs" not in told.reasons.values()
+        explanation = fastlstm.explain(fastlstm.LSTM(3, 4), X)
+    assert explanation.backend == ""
+    assert explanation.reasons["eager"] == "out of order"
+    assert "runs" not in explanation.reasons.values()
 
 
 def test_explain_refuses_other_modules():
@@ -229,8 +229,8 @@ def test_explain_refuses_other_modules():
 def test_environment_variable():
     program = "import torch, fastlstm; print(fastlstm.explain(fastlstm.LSTM(3, 4), torch.zeros(2, 1, 3)).backend)"
     environment = {**os.environ, "FASTLSTM_BACKEND": "reference"}
-    told = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=120)
-    assert told.stdout.strip() == "reference", told.stderr
+    ran = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=120)
+    assert ran.stdout.strip() == "reference", ran.stderr
 
 
 def test_environment_variable_with_an_unknown_name(monkeypatch, no_memory):

@@ -142,10 +142,10 @@ def test_forward_refuses_unknown_arguments():
 @pytest.mark.parametrize("x", [torch.zeros(2, 2, 4), torch.zeros(2, 2, 3).double()], ids=["size", "dtype"])
 def test_packed_and_padded_inputs_have_equal_errors(x):
     """Here nn.LSTM tells of a matrix product inside, in a RuntimeError."""
-    given = pack_padded_sequence(x, torch.tensor([2, 1]))
-    kind, text = error_of(lambda: fastlstm.LSTM(3, 4)(given))
+    packed_input = pack_padded_sequence(x, torch.tensor([2, 1]))
+    kind, text = error_of(lambda: fastlstm.LSTM(3, 4)(packed_input))
     assert text == error_of(lambda: nn.LSTM(3, 4)(x))[1]
-    assert kind is error_of(lambda: nn.LSTM(3, 4)(given))[0] is RuntimeError
+    assert kind is error_of(lambda: nn.LSTM(3, 4)(packed_input))[0] is RuntimeError
 
 
 @pytest.mark.parametrize(

@@ -42,32 +42,34 @@ def formula(rows: int, P: int = H, D: int = 1, features: int = I) -> int:
     return D * 2 * rows * (4 * H * (features + P) + (H * P if P != H else 0))
 
 
-@pytest.mark.parametrize("given", ["nothing", "x", "hx"])
+@pytest.mark.parametrize("needs_grad", ["nothing", "x", "hx"])
 @pytest.mark.parametrize("form", ["padded", "packed"])
 @pytest.mark.parametrize(
     "kwargs",
     [{}, {"bidirectional": True}, {"proj_size": 2}, {"num_layers": 2, "bidirectional": True, "bias": False}],
     ids=str,
 )
-def test_flops_of_a_layer_equal_nn_lstms(kwargs, form, given, backend):
+def test_flops_of_a_layer_equal_nn_lstms(kwargs, form, needs_grad, backend):
     """In float64, where nn.LSTM runs step by step."""
     ours, theirs = module_pair(I, H, **kwargs)
     found = []
     for module in (ours, theirs):
-        x = data(T, B, I).requires_grad_(given != "nothing")
+        x = data(T, B, I).requires_grad_(needs_grad != "nothing")
         S = (2 if module.bidirectional else 1) * module.num_layers
-        hx = [data(S, B, n, seed=n).requires_grad_() for n in (module.proj_size or H, H)] if given == "hx" else None
+        hx = (
+            [data(S, B, n, seed=n).requires_grad_() for n in (module.proj_size or H, H)] if needs_grad == "hx" else None
+        )
         packed = pack_padded_sequence(x, LENGTHS, enforce_sorted=False)
         found.append(both(module, (x if form == "padded" else packed, hx)))
     # In reverse nn.LSTM passes a gradient to the zeros that rows begin with, unless they begin at the last step of all.
     needless = 0
-    if form == "packed" and given != "hx" and ours.bidirectional:
+    if form == "packed" and needs_grad != "hx" and ours.bidirectional:
         needless = ours.num_layers * 2 * 4 * H * H * sum(n < T for n in LENGTHS)
     assert found[0] == (found[1][0], found[1][1] - needless)
     if kwargs == {}:
         rows = T * B if form == "padded" else sum(LENGTHS)
         assert found[0][0] == formula(rows)
-        if given == "hx":
+        if needs_grad == "hx":
             assert found[0][1] == 2 * formula(rows)
 
 
@@ -75,10 +77,10 @@ def test_flops_of_a_layer_equal_nn_lstms(kwargs, form, given, backend):
 def test_flops_are_equal_in_other_dtypes(dtype, backend):
     """nn.LSTM's own float32 layer counts as nothing, since oneDNN runs it."""
     ours, _ = module_pair(I, H, bidirectional=True, dtype=dtype)
-    truth, _ = module_pair(I, H, bidirectional=True)
+    reference, _ = module_pair(I, H, bidirectional=True)
     x = data(T, B, I)
     found = both(ours, (x.to(dtype),))
-    assert found == both(truth, (x,))
+    assert found == both(reference, (x,))
     assert found[0] == formula(T * B, D=2)
 
 

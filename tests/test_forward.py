@@ -40,12 +40,12 @@ def test_layout_of_results(kwargs, dtype, shape, with_hx, backend):
         assert len(got) == 2
         assert type(got[1]) is tuple
         assert len(got[1]) == 2
-        for mine, yours in zip(flat(got), flat(expected), strict=True):
-            assert mine.shape == yours.shape
-            assert mine.dtype == yours.dtype
-            assert mine.requires_grad == yours.requires_grad
-            if yours.is_contiguous():
-                assert mine.is_contiguous()
+        for our_tensor, their_tensor in zip(flat(got), flat(expected), strict=True):
+            assert our_tensor.shape == their_tensor.shape
+            assert our_tensor.dtype == their_tensor.dtype
+            assert our_tensor.requires_grad == their_tensor.requires_grad
+            if their_tensor.is_contiguous():
+                assert our_tensor.is_contiguous()
 
 
 def test_default_state_takes_the_dtype_of_the_input():
@@ -87,8 +87,8 @@ def test_results_do_not_alias_hx():
 def test_empty_batch(kwargs, backend):
     ours, theirs = module_pair(**kwargs)
     x = torch.zeros((0, 5, 3) if kwargs.get("batch_first") else (5, 0, 3), dtype=torch.float64, requires_grad=True)
-    for mine, yours in zip(flat(ours(x)), flat(theirs(x)), strict=True):
-        assert mine.shape == yours.shape
+    for our_tensor, their_tensor in zip(flat(ours(x)), flat(theirs(x)), strict=True):
+        assert our_tensor.shape == their_tensor.shape
     sum(t.sum() for t in flat(ours(x))).backward()
     assert x.grad.shape == x.shape
     for weight in ours.parameters():
@@ -112,9 +112,9 @@ def test_nan_stays_in_its_own_row(where, backend):
     (x if where == "input" else hx[0])[..., 2, :] = float("nan")
     x.requires_grad_()
     got, others = flat(ours(x, hx)), torch.tensor([0, 1, 3])
-    for mine, yours, untouched in zip(got, flat(theirs(x, hx)), clean, strict=True):
-        assert torch.equal(mine.isnan(), yours.isnan())
-        torch.testing.assert_close(mine[:, others], untouched[:, others])
+    for our_tensor, their_tensor, untouched in zip(got, flat(theirs(x, hx)), clean, strict=True):
+        assert torch.equal(our_tensor.isnan(), their_tensor.isnan())
+        torch.testing.assert_close(our_tensor[:, others], untouched[:, others])
     sum(t[:, others].sum() for t in got).backward()
     assert x.grad[:, others].isfinite().all()
 
@@ -127,8 +127,8 @@ def test_extreme_inputs_saturate_as_in_nn_lstm(value, dtype, backend):
     with torch.no_grad():
         for module in (ours, theirs):
             module.weight_ih_l0.abs_()  # else inf - inf
-        for mine, yours in zip(flat(ours(x)), flat(theirs(x)), strict=True):
-            torch.testing.assert_close(mine, yours, rtol=2e-2, atol=1e-6)
+        for our_tensor, their_tensor in zip(flat(ours(x)), flat(theirs(x)), strict=True):
+            torch.testing.assert_close(our_tensor, their_tensor, rtol=2e-2, atol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -194,14 +194,14 @@ def test_autocast(dtype, kwargs, backend):
     with torch.autocast("cpu", dtype):
         got = flat(lstm(x))
     expected = flat(cast(low))
-    for mine, yours in zip(got, expected, strict=True):
-        assert mine.dtype == dtype
-        assert torch.equal(mine, yours)
+    for our_tensor, their_tensor in zip(got, expected, strict=True):
+        assert our_tensor.dtype == dtype
+        assert torch.equal(our_tensor, their_tensor)
     for results in (got, expected):
         sum(t.sum() for t in results).backward()
-    for mine, yours in zip((x, *lstm.parameters()), (low, *cast.parameters()), strict=True):
-        assert mine.grad.dtype == torch.float32
-        assert torch.equal(mine.grad, yours.grad.float())
+    for our_tensor, their_tensor in zip((x, *lstm.parameters()), (low, *cast.parameters()), strict=True):
+        assert our_tensor.grad.dtype == torch.float32
+        assert torch.equal(our_tensor.grad, their_tensor.grad.float())
     with torch.autocast("cpu", dtype, enabled=False):
         assert lstm(x)[0].dtype == torch.float32
 
@@ -212,9 +212,9 @@ def test_autocast_of_inputs_in_its_dtype_is_nn_lstms(with_hx):
     x, hx = data(4, 2, 3).bfloat16(), (data(1, 2, 4).bfloat16(), data(1, 2, 4).bfloat16()) if with_hx else None
     with torch.autocast("cpu", torch.bfloat16):
         got, expected = ours(x, hx), theirs(x, hx)
-    for mine, yours in zip(flat(got), flat(expected), strict=True):
-        assert mine.dtype == yours.dtype
-        torch.testing.assert_close(mine, yours, rtol=2e-2, atol=1e-2)
+    for our_tensor, their_tensor in zip(flat(got), flat(expected), strict=True):
+        assert our_tensor.dtype == their_tensor.dtype
+        torch.testing.assert_close(our_tensor, their_tensor, rtol=2e-2, atol=1e-2)
 
 
 def test_autocast_does_not_change_float64():

@@ -49,12 +49,12 @@ def test_graph_capture(case, precision, backend):
     """Forward and backward in one CUDA graph; replayed on new numbers, it gives what a plain run gives."""
     case = case.to(precision.dtype)
     require(backend, case)
-    given = on_device(case, precision.dtype)
-    call = ours(case, given)
+    case_tensors = on_device(case, precision.dtype)
+    call = ours(case, case_tensors)
     with precision.flags(), fastlstm.use_backend(backend):
-        first = with_gradients(case, given, call)
+        first = with_gradients(case, case_tensors, call)
         arriving = {name: torch.ones_like(first[name]) for name in ("output", "h_n", "c_n")}
-        leaves = given.wanted()
+        leaves = case_tensors.grad_leaves()
 
         def step():
             results = call()
@@ -91,12 +91,12 @@ def test_torch_compile(H, mode, backend):
     """One graph without a break, also as a CUDA graph, forward and backward: what a plain call gives."""
     case = Case(T=12, B=9, I=16, H=H, bidirectional=True, dtype=torch.bfloat16)
     require(backend, case)
-    given = on_device(case, torch.bfloat16)
-    module = case.module(fastlstm.LSTM, given.weights)
-    leaves = list(given.wanted().values())
+    case_tensors = on_device(case, torch.bfloat16)
+    module = case.module(fastlstm.LSTM, case_tensors.weights)
+    leaves = list(case_tensors.grad_leaves().values())
 
     def step(f):
-        output = f(given.input)[0]
+        output = f(case_tensors.input)[0]
         return [output.detach().clone(), *torch.autograd.grad(output.square().mean(), leaves)]
 
     with fastlstm.use_backend(backend):
@@ -130,14 +130,14 @@ def test_two_streams(precision, backend):
     cases = [Case(T=60, B=16, I=64, H=256, dtype=precision.dtype, seed=seed, bidirectional=True) for seed in (1, 2)]
     require(backend, cases[0])
     expected = [run(case, precision, backend) for case in cases]
-    given = [on_device(case, precision.dtype) for case in cases]
-    calls = [ours(case, g) for case, g in zip(cases, given, strict=True)]
+    case_tensors = [on_device(case, precision.dtype) for case in cases]
+    calls = [ours(case, g) for case, g in zip(cases, case_tensors, strict=True)]
     streams = [torch.cuda.Stream() for _ in cases]
     torch.cuda.synchronize()
     with precision.flags(), fastlstm.use_backend(backend):
         for _ in range(5):
             found = []
-            for case, g, call, stream in zip(cases, given, calls, streams, strict=True):
+            for case, g, call, stream in zip(cases, case_tensors, calls, streams, strict=True):
                 with torch.cuda.stream(stream):
                     torch.cuda._sleep(100_000)
                     found.append(with_gradients(case, g, call))
@@ -157,10 +157,10 @@ def test_two_threads(backend):
     def work(index: int) -> None:
         try:
             with torch.cuda.stream(torch.cuda.Stream()):
-                given = on_device(case, torch.float32)
+                case_tensors = on_device(case, torch.float32)
                 torch.cuda.current_stream().synchronize()
                 for _ in range(20):
-                    found[index] = with_gradients(case, given, ours(case, given))
+                    found[index] = with_gradients(case, case_tensors, ours(case, case_tensors))
                 torch.cuda.current_stream().synchronize()
         except Exception as error:
             failed.append(error)
@@ -198,11 +198,11 @@ def test_two_devices(precision, backend):
 def test_no_host_synchronization(case, precision, backend):
     case = case.to(precision.dtype)
     require(backend, case)
-    given = on_device(case, precision.dtype)
-    call = ours(case, given)
+    case_tensors = on_device(case, precision.dtype)
+    call = ours(case, case_tensors)
     with precision.flags(), fastlstm.use_backend(backend):
-        with_gradients(case, given, call)  # what happens once only, as loading cuBLAS
-        leaves = list(given.wanted().values())
+        with_gradients(case, case_tensors, call)  # what happens once only, as loading cuBLAS
+        leaves = list(case_tensors.grad_leaves().values())
         torch.cuda.synchronize()
         before = torch.cuda.get_sync_debug_mode()
         torch.cuda.set_sync_debug_mode("error")
@@ -234,9 +234,9 @@ def test_memory(case, precision, training, backend):
     require(backend, case)
     peaks = {}
     for kind, make in (("ours", ours), ("theirs", cudnn)):
-        given = on_device(case, precision.dtype)
-        call = make(case, given)
-        leaves = list(given.wanted().values())
+        case_tensors = on_device(case, precision.dtype)
+        call = make(case, case_tensors)
+        leaves = list(case_tensors.grad_leaves().values())
 
         def step(call=call, leaves=leaves):
             if not training:

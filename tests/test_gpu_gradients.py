@@ -29,18 +29,18 @@ CASES = (
 
 def function(case):
     """(f, its tensor inputs): every result of the layer as a function of every input and weight."""
-    given = on_device(case, torch.float64)
-    names = list(given.weights)
-    module = case.module(fastlstm.LSTM, given.weights)
-    options = {"lengths": given.lengths, "reset_mask": given.reset_mask, "return_cell_states": case.cells}
+    case_tensors = on_device(case, torch.float64)
+    names = list(case_tensors.weights)
+    module = case.module(fastlstm.LSTM, case_tensors.weights)
+    options = {"lengths": case_tensors.lengths, "reset_mask": case_tensors.reset_mask, "return_cell_states": case.cells}
 
     def f(x, h0, c0, *weights):
         swapped = dict(zip(names, weights, strict=True))
         output, states, *cells = torch.func.functional_call(module, swapped, (x, (h0, c0)), options)
         return (output, *states, *cells)
 
-    x = torch.nan_to_num(given.leaves["x"].detach()).requires_grad_()
-    return f, [x, *given.hx, *(w.detach().requires_grad_() for w in given.weights.values())]
+    x = torch.nan_to_num(case_tensors.leaves["x"].detach()).requires_grad_()
+    return f, [x, *case_tensors.hx, *(w.detach().requires_grad_() for w in case_tensors.weights.values())]
 
 
 @backends
@@ -76,13 +76,13 @@ def test_gradgradcheck(backend):
 def test_opcheck(case, dtype, backend):
     case = case.to(dtype)
     require(backend, case)
-    given = on_device(case, dtype)
-    weights = list(given.weights.values())[: len(given.weights) // case.layers]
+    case_tensors = on_device(case, dtype)
+    weights = list(case_tensors.weights.values())[: len(case_tensors.weights) // case.layers]
     D = case.directions
-    h0, c0 = (state[:D].detach().requires_grad_() for state in given.hx)
-    x = torch.nan_to_num(given.leaves["x"].detach()).requires_grad_()
+    h0, c0 = (state[:D].detach().requires_grad_() for state in case_tensors.hx)
+    x = torch.nan_to_num(case_tensors.leaves["x"].detach()).requires_grad_()
     layer = getattr(torch.ops.fastlstm, f"{backend}_layer").default
-    torch.library.opcheck(layer, (x, h0, c0, weights, given.lengths, given.reset_mask, case.cells, True))
+    torch.library.opcheck(layer, (x, h0, c0, weights, case_tensors.lengths, case_tensors.reset_mask, case.cells, True))
     torch.library.opcheck(layer, (x.detach(), None, None, [w.detach() for w in weights], None, None, False, False))
 
 
@@ -92,11 +92,11 @@ def test_backward_twice(H, proj, backend):
     """Nothing that forward saved is overwritten."""
     case = Case(T=9, B=5, I=4, H=H, bidirectional=True, hx="tuple", proj=proj)
     require(backend, case)
-    given = on_device(case, torch.float32)
+    case_tensors = on_device(case, torch.float32)
     with fastlstm.use_backend(backend):
-        results = ours(case, given)()
+        results = ours(case, case_tensors)()
         loss = results["output"].square().sum() + results["c_n"].sum()
-        leaves = list(given.wanted().values())
+        leaves = list(case_tensors.grad_leaves().values())
         first = torch.autograd.grad(loss, leaves, retain_graph=True)
         second = torch.autograd.grad(loss, leaves)
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
@@ -111,11 +111,11 @@ def test_any_subset_of_gradients(backend):
     names = [name.removeprefix("d ") for name in whole if name.startswith("d ")]
     for size in (1, 2, len(names) - 1):
         for wanted in combinations(names, size):
-            given = on_device(case, torch.float32)
-            for name, leaf in given.leaves.items():
+            case_tensors = on_device(case, torch.float32)
+            for name, leaf in case_tensors.leaves.items():
                 leaf.requires_grad_(name in wanted)
             with IEEE.flags(), fastlstm.use_backend(backend):
-                found = with_gradients(case, given, ours(case, given))
+                found = with_gradients(case, case_tensors, ours(case, case_tensors))
             same(
                 {f"d {name}": found[f"d {name}"] for name in wanted},
                 {f"d {name}": whole[f"d {name}"] for name in wanted},
@@ -127,6 +127,6 @@ def test_auto_selects_native_if_built_for_cuda():
     extension = dispatch.BACKENDS["native"].extension
     if extension is None or "cuda" not in extension.devices():
         pytest.fail("fastlstm._C was not built for CUDA: FASTLSTM_BUILD=cuda pip install --no-build-isolation .")
-    given = on_device(Case(), torch.float32)
-    call = dispatch.describe(given.input, list(given.weights.values()), None, None)
+    case_tensors = on_device(Case(), torch.float32)
+    call = dispatch.describe(case_tensors.input, list(case_tensors.weights.values()), None, None)
     assert dispatch.BACKENDS["native"].supports(call) is None

@@ -96,8 +96,8 @@ def test_more_than_2_to_the_32_elements(backend):
         pytest.skip(f"needs 40 GiB of GPU memory, {free >> 30} GiB are free")
     case = Case(T=1060, B=512, I=8, H=1024, dtype=torch.bfloat16)
     require(backend, case)
-    given = on_device(Case(T=1, B=1, I=8, H=1024, dtype=torch.bfloat16), torch.bfloat16)
-    module = case.module(fastlstm.LSTM, given.weights)
+    case_tensors = on_device(Case(T=1, B=1, I=8, H=1024, dtype=torch.bfloat16), torch.bfloat16)
+    module = case.module(fastlstm.LSTM, case_tensors.weights)
     x = torch.randn(case.T, case.B, case.I, device="cuda", dtype=torch.bfloat16, requires_grad=True)
     with fastlstm.use_backend(backend):
         y, _ = module(x)
@@ -120,20 +120,22 @@ def test_all_tensors_non_contiguous(case, precision, backend):
     case = case.to(precision.dtype)
     require(backend, case)
     dense = run(case, precision, backend)
-    given = on_device(case, precision.dtype)
-    given.input = nan_outside(given.leaves["x"])
-    given.hx = tuple(nan_outside(state) for state in given.hx)
-    weights = {name: nan_outside(weight) for name, weight in given.weights.items()}
+    case_tensors = on_device(case, precision.dtype)
+    case_tensors.input = nan_outside(case_tensors.leaves["x"])
+    case_tensors.hx = tuple(nan_outside(state) for state in case_tensors.hx)
+    weights = {name: nan_outside(weight) for name, weight in case_tensors.weights.items()}
     module = case.module(fastlstm.LSTM, {})
-    options = {"lengths": given.lengths, "reset_mask": given.reset_mask, "return_cell_states": case.cells}
+    options = {"lengths": case_tensors.lengths, "reset_mask": case_tensors.reset_mask, "return_cell_states": case.cells}
 
     def call():
-        output, (h_n, c_n), *cells = torch.func.functional_call(module, weights, (given.input, given.hx), options)
+        output, (h_n, c_n), *cells = torch.func.functional_call(
+            module, weights, (case_tensors.input, case_tensors.hx), options
+        )
         results = {"output": output, "h_n": h_n, "c_n": c_n, **({"cells": cells[0]} if cells else {})}
         return {name: _GapsInGradient.apply(result) for name, result in results.items()}
 
     with precision.flags(), fastlstm.use_backend(backend):
-        gaps = with_gradients(case, given, call)
+        gaps = with_gradients(case, case_tensors, call)
     eps = torch.finfo(precision.dtype).eps
     for name, value in dense.items():  # another layout may take another product: the order of sums differs
         limit = 16 * eps * float(value.abs().max())
@@ -166,18 +168,18 @@ def test_cell(dtype, backend):
     """LSTMCell against the layer of one step."""
     case = Case(T=1, B=37, I=20, H=48, hx="tuple", used=("h_n", "c_n"), dtype=dtype)
     require(backend, case)
-    given = on_device(case, dtype)
+    case_tensors = on_device(case, dtype)
     cell = fastlstm.LSTMCell(case.I, case.H, device="meta")
-    for name, weight in given.weights.items():
+    for name, weight in case_tensors.weights.items():
         setattr(cell, name.removesuffix("_l0"), weight)
 
     def call():
-        h, c = cell(given.input[0], tuple(state[0] for state in given.hx))
+        h, c = cell(case_tensors.input[0], tuple(state[0] for state in case_tensors.hx))
         return {"h_n": h[None], "c_n": c[None]}
 
     precision = Arithmetic(dtype)
     with precision.flags(), fastlstm.use_backend(backend):
-        found = with_gradients(case, given, call)
+        found = with_gradients(case, case_tensors, call)
     assert_accurate(found, *expected(case, precision.rounding(backend), "cuda"), f"{backend}, LSTMCell, {dtype}")
 
 
@@ -195,8 +197,8 @@ def test_flags_of_tf32(rnn, matmul, backend):
     with mixed.flags():
         run(case, mixed, backend)
         assert torch.backends.cuda.matmul.fp32_precision == matmul
-    truth = run(case, Arithmetic(torch.float64), "reference")["output"]
-    off = float((run(case, mixed, backend)["output"].double() - truth).abs().max())
+    reference = run(case, Arithmetic(torch.float64), "reference")["output"]
+    off = float((run(case, mixed, backend)["output"].double() - reference).abs().max())
     # TF32 keeps 10 bits of a factor, IEEE 23; the errors are orders of magnitude apart.
     assert (off > 1e-5) == (rnn == "tf32"), off
 
@@ -212,13 +214,18 @@ def test_autocast(dtype, backend):
     require(backend, case.to(dtype))
     found = {}
     for kind in ("ours", "theirs"):
-        given = on_device(case, torch.float32)
-        module = case.module(fastlstm.LSTM if kind == "ours" else nn.LSTM, given.weights)
+        case_tensors = on_device(case, torch.float32)
+        module = case.module(fastlstm.LSTM if kind == "ours" else nn.LSTM, case_tensors.weights)
         with fastlstm.use_backend(backend), torch.autocast("cuda", dtype):
-            output, (h_n, c_n) = module(given.input, given.hx)
-        leaves = list(given.wanted().values())
+            output, (h_n, c_n) = module(case_tensors.input, case_tensors.hx)
+        leaves = list(case_tensors.grad_leaves().values())
         grads = torch.autograd.grad(output.float().square().sum() + c_n.float().sum(), leaves)
-        found[kind] = {"output": output, "h_n": h_n, "c_n": c_n, **dict(zip(given.wanted(), grads, strict=True))}
+        found[kind] = {
+            "output": output,
+            "h_n": h_n,
+            "c_n": c_n,
+            **dict(zip(case_tensors.grad_leaves(), grads, strict=True)),
+        }
     for name, theirs in found["theirs"].items():
         got = found["ours"][name]
         assert got.dtype == (dtype if name in ("output", "h_n", "c_n") else torch.float32), name
@@ -231,15 +238,15 @@ def test_backward_in_eval_mode(backend):
     """cuDNN refuses it."""
     case = Case(T=5, B=3, I=4, H=8, hx="tuple")
     require(backend, case)
-    given = on_device(case, torch.float32)
-    module = case.module(fastlstm.LSTM, given.weights).eval()
+    case_tensors = on_device(case, torch.float32)
+    module = case.module(fastlstm.LSTM, case_tensors.weights).eval()
 
     def call():
-        output, (h_n, c_n) = module(given.input, given.hx)
+        output, (h_n, c_n) = module(case_tensors.input, case_tensors.hx)
         return {"output": output, "h_n": h_n, "c_n": c_n}
 
     with IEEE.flags(), fastlstm.use_backend(backend):
-        evaluated = with_gradients(case, given, call)
+        evaluated = with_gradients(case, case_tensors, call)
     same(evaluated, run(case, IEEE, backend))
 
 
@@ -247,8 +254,8 @@ def test_backward_in_eval_mode(backend):
 def test_empty_batch(backend):
     case = Case(T=3, B=0, I=4, H=8, bidirectional=True)
     require(backend, case)
-    given = on_device(case, torch.float32)
+    case_tensors = on_device(case, torch.float32)
     with fastlstm.use_backend(backend):
-        results = with_gradients(case, given, ours(case, given))
+        results = with_gradients(case, case_tensors, ours(case, case_tensors))
     assert results["output"].shape == (3, 0, 16)
     assert all(not results[f"d {name}"].any() for name in tensors(case).weights)

@@ -33,17 +33,17 @@ CASES = (
 
 def function(case):
     """(f, its tensor inputs): every result of the layer as a function of every input and weight."""
-    given = tensors(case.to(torch.float64))
-    names = list(given.weights)
-    module = case.module(fastlstm.LSTM, given.weights)
-    options = {"lengths": given.lengths, "reset_mask": given.reset_mask, "return_cell_states": case.cells}
-    inputs = [torch.nan_to_num(given.leaves["x"].detach()).requires_grad_(), *given.hx]
+    case_tensors = tensors(case.to(torch.float64))
+    names = list(case_tensors.weights)
+    module = case.module(fastlstm.LSTM, case_tensors.weights)
+    options = {"lengths": case_tensors.lengths, "reset_mask": case_tensors.reset_mask, "return_cell_states": case.cells}
+    inputs = [torch.nan_to_num(case_tensors.leaves["x"].detach()).requires_grad_(), *case_tensors.hx]
 
     def f(x, h0, c0, *weights):
         swapped = dict(zip(names, weights, strict=True))
         return tuple(flat(torch.func.functional_call(module, swapped, (x, (h0, c0)), options)))
 
-    return f, [*inputs, *(w.detach().requires_grad_() for w in given.weights.values())]
+    return f, [*inputs, *(w.detach().requires_grad_() for w in case_tensors.weights.values())]
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
@@ -141,13 +141,13 @@ def test_any_subset_of_gradients(case, backend):
     subsets = [[n] for n in names] + [list(p) for p in combinations(names[:4], 2)] + [names[3:], names[:3]]
     for subset in subsets:
         for asked_only in (False, True):
-            given = tensors(case)
-            for name, leaf in given.leaves.items():
+            case_tensors = tensors(case)
+            for name, leaf in case_tensors.leaves.items():
                 leaf.requires_grad_(asked_only or name in subset)
-            results = flat(case.module(fastlstm.LSTM, given.weights)(given.input, given.hx))
+            results = flat(case.module(fastlstm.LSTM, case_tensors.weights)(case_tensors.input, case_tensors.hx))
             generators = [torch.Generator().manual_seed(case.seed + 1 + k) for k in range(3)]
             grads = [torch.randn(r.shape, generator=g, dtype=r.dtype) for r, g in zip(results, generators, strict=True)]
-            found = torch.autograd.grad(results, [given.leaves[name] for name in subset], grads)
+            found = torch.autograd.grad(results, [case_tensors.leaves[name] for name in subset], grads)
             for name, grad in zip(subset, found, strict=True):
                 torch.testing.assert_close(
                     grad, everything[f"d {name}"], msg=lambda m, n=name, s=subset: f"{n} of {s}: {m}"

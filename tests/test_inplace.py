@@ -69,9 +69,9 @@ def test_output_changed_in_place_in_every_dtype(kind, dtype, lengths, backend):
         y = y.relu_() if in_place else y.relu()
         found.append(torch.autograd.grad(y.double().sum(), [x, *ours.parameters()]))
         ours.to(dtype)
-    for mine, plain, truth in zip(*found, strict=True):
-        off, bar = ((g - truth).abs().max() for g in (mine, plain))
-        assert off <= 2 * bar + torch.finfo(dtype).eps * truth.abs().max()
+    for mine, plain, reference in zip(*found, strict=True):
+        off, bar = ((g - reference).abs().max() for g in (mine, plain))
+        assert off <= 2 * bar + torch.finfo(dtype).eps * reference.abs().max()
 
 
 @pytest.mark.parametrize("option", ["lengths", "reset_mask", "return_cell_states", "recompute"])
@@ -169,10 +169,10 @@ def change(module: nn.Module, name: str, frozen: str, T: int) -> object:
         leaves = {key: leaf[0] for key, leaf in leaves.items()}
     for leaf in leaves.values():
         leaf.requires_grad_(frozen in ("nothing", "weights"))
-    given = {key: leaf * 1 for key, leaf in leaves.items()}  # leaves themselves may not be changed
-    y, states = module(given["x"], (given["h0"], given["c0"]))
+    copies = {key: leaf * 1 for key, leaf in leaves.items()}  # leaves themselves may not be changed
+    y, states = module(copies["x"], (copies["h0"], copies["c0"]))
     with torch.no_grad():
-        ({key.removesuffix("_l0"): weight for key, weight in weights.items()} | given)[name].mul_(2)
+        ({key.removesuffix("_l0"): weight for key, weight in weights.items()} | copies)[name].mul_(2)
     wanted = [t for t in (*leaves.values(), *weights.values()) if t.requires_grad]
     c_n = states[1] if isinstance(states, tuple) else states
     try:

@@ -48,11 +48,11 @@ def test_non_finite_number_reaches_the_same_results_as_in_nn_lstm(backend, shape
     ours = fastlstm.LSTM(I, H, **options).to(dtype)
     ours.load_state_dict(theirs.state_dict())
     D = 1 + theirs.bidirectional
-    given = {"x": torch.randn(T, B, I), "h0": torch.randn(D, B, theirs.proj_size or H), "c0": torch.randn(D, B, H)}
+    inputs = {"x": torch.randn(T, B, I), "h0": torch.randn(D, B, theirs.proj_size or H), "c0": torch.randn(D, B, H)}
     for place in PLACES:
         for k, value in enumerate(values(dtype)):
-            tensors = {name: t.to(dtype) for name, t in given.items()}
-            saved = theirs.state_dict()[place].clone() if place not in given else None
+            tensors = {name: t.to(dtype) for name, t in inputs.items()}
+            saved = theirs.state_dict()[place].clone() if place not in inputs else None
             for module in (theirs, ours):
                 target = tensors[place] if saved is None else getattr(module, place).data
                 target.view(-1)[(3 + 7 * k) % target.numel()] = value

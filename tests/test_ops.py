@@ -38,21 +38,21 @@ def op_backend(request):
 
 def forward_arguments(case, dtype=torch.float32, keep_reserve=True, requires_grad=False):
     """The forward op's, in the schema's order."""
-    given = tensors(case.to(dtype))
-    x = given.input.detach().requires_grad_(requires_grad)
-    h0, c0 = [t.detach().requires_grad_(requires_grad) for t in given.hx] if given.hx else (None, None)
-    weights = [w.detach().requires_grad_(requires_grad) for w in given.weights.values()]
+    case_tensors = tensors(case.to(dtype))
+    x = case_tensors.input.detach().requires_grad_(requires_grad)
+    h0, c0 = [t.detach().requires_grad_(requires_grad) for t in case_tensors.hx] if case_tensors.hx else (None, None)
+    weights = [w.detach().requires_grad_(requires_grad) for w in case_tensors.weights.values()]
     lengths = None if case.lengths is None else torch.tensor(case.lengths)
-    return [x, h0, c0, weights, lengths, given.reset_mask, case.cells, keep_reserve]
+    return [x, h0, c0, weights, lengths, case_tensors.reset_mask, case.cells, keep_reserve]
 
 
-def backward_arguments(op, arguments, needs=None, given=(True, True, True, True)):
+def backward_arguments(op, arguments, needs=None, present=(True, True, True, True)):
     """The backward op's after a run of the forward op; `given` says which of its results' gradients there are."""
     results = op(*arguments)
     y, h_n, c_n, cells, reserve = results
     if not arguments[6]:
-        given = (*given[:3], False)
-    grads = [torch.ones_like(r) if g else None for r, g in zip((y, h_n, c_n, cells), given, strict=True)]
+        present = (*present[:3], False)
+    grads = [torch.ones_like(r) if g else None for r, g in zip((y, h_n, c_n, cells), present, strict=True)]
     x, h0, c0, weights, lengths, mask = arguments[:6]
     if needs is None:
         needs = [True, h0 is not None, c0 is not None] + [True] * len(weights)
@@ -143,11 +143,11 @@ def test_backward_follows_the_contract(case, op_backend, poisoned_empty):
     inputs = [t for t in (*arguments[:3], *arguments[3]) if t is not None]
     with torch.no_grad():
         full = backward_arguments(forward, arguments)
-    for given in ((1, 0, 0, 0), (0, 1, 0, 0), (0, 0, 1, 0), (0, 0, 0, 1), (1, 1, 1, 1)):
-        if given == (0, 0, 0, 1) and not case.cells:
+    for present in ((1, 0, 0, 0), (0, 1, 0, 0), (0, 0, 1, 0), (0, 0, 0, 1), (1, 1, 1, 1)):
+        if present == (0, 0, 0, 1) and not case.cells:
             continue
         with torch.no_grad():
-            args = backward_arguments(forward, arguments, given=given)
+            args = backward_arguments(forward, arguments, present=present)
         outputs = reference.layer(*arguments[:6])
         pairs = [(out, grad) for out, grad in zip(outputs, args[:4], strict=True) if grad is not None]
         expected = torch.autograd.grad(

@@ -48,7 +48,7 @@ def test_plan_covers_the_layer_and_fits_the_device(phase, device, tier):
         if reason:
             continue
         served += 1
-        told = f"{phase} H={H} B={B} D={D} element={element}: {p}"
+        details = f"{phase} H={H} B={B} D={D} element={element}: {p}"
         # A: its rows and bytes of K, and how many of either the warps cover in their rounds.
         whole, own = p["members"] * p["units"], 4 * p["units"]
         if phase == "forward":
@@ -61,16 +61,16 @@ def test_plan_covers_the_layer_and_fits_the_device(phase, device, tier):
             covered, covered_K = 8 * 16 * p["rounds"], 64 * p["width"]
         else:
             covered, covered_K = 8 // p["parts"] * 16 * p["width"], p["parts"] * 64 * p["rounds"]
-        assert covered >= rows, told
-        assert covered_K >= K * element, told
-        assert whole >= H, told
-        assert p["slices"] * p["columns"] * 8 >= B, told
-        assert 1 <= p["groups"] <= p["slices"], told
-        assert p["blocks"] == D * p["groups"] * p["members"], told
-        assert p["members"] <= device[2] if p["cluster"] else p["single"] or p["blocks"] <= device[0], told
-        assert p["groups"] == p["slices"] or not (p["cluster"] or p["single"]), told
-        assert p["held"] * p["width"] * 8 * 1024 <= REGISTERS, told
-        assert p["shared"] <= device[1], told
+        assert covered >= rows, details
+        assert covered_K >= K * element, details
+        assert whole >= H, details
+        assert p["slices"] * p["columns"] * 8 >= B, details
+        assert 1 <= p["groups"] <= p["slices"], details
+        assert p["blocks"] == D * p["groups"] * p["members"], details
+        assert p["members"] <= device[2] if p["cluster"] else p["single"] or p["blocks"] <= device[0], details
+        assert p["groups"] == p["slices"] or not (p["cluster"] or p["single"]), details
+        assert p["held"] * p["width"] * 8 * 1024 <= REGISTERS, details
+        assert p["shared"] <= device[1], details
     assert served > 100
 
 
@@ -109,9 +109,9 @@ def test_more_units_per_block_if_they_fit():
 @needs_extension
 def test_chosen_variant_has_the_lowest_predicted_time():
     """docs/gpu-kernels.md, "Time per step"; the plan says what the others were predicted to take."""
-    told = plan("forward", 512, 64)[1]
-    assert (told["cluster"], told["members"]) == (1, 16)
-    assert told["tier"] == "tier A: predicted 2.1 us a step, tier B 2.9 us a step"
+    layout = plan("forward", 512, 64)[1]
+    assert (layout["cluster"], layout["members"]) == (1, 16)
+    assert layout["tier"] == "tier A: predicted 2.1 us a step, tier B 2.9 us a step"
     # Clusters take their turns one after the other, in tier B a slice's exchange hides behind another's work.
     assert not plan("forward", 512, 512)[1]["cluster"]
     not_a = "; not A: a cluster of 17 blocks exceeds 16"
@@ -194,21 +194,21 @@ def test_explain_names_the_kernels(monkeypatch):
     monkeypatch.setattr(native, "extension", Extension)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: Gpu)
 
-    def told(H, dtype, B=64):
+    def explained(H, dtype, B=64):
         shape = LayerShape(H, H, 1, True)
         return native.kernels(LayerCall(torch.device("cuda"), dtype, H, shape, lengths=False, reset_mask=False), B)
 
-    assert "forward in clusters of 16 blocks (tier A: predicted 2.1 us" in told(512, torch.bfloat16)
-    assert "backward in clusters of 16 blocks (tier A: predicted 2." in told(512, torch.bfloat16)
-    assert "forward in groups of 32 blocks (tier B: predicted" in told(1024, torch.bfloat16)
-    assert "; not A: a cluster of 32 blocks exceeds 16)" in told(1024, torch.bfloat16)
-    assert "forward step by step: predicted 20" in told(2048, torch.bfloat16, B=128)
-    assert "have persistent kernels" in told(512, torch.float64)
-    assert "does not fit" in told(4096, torch.float16)
+    assert "forward in clusters of 16 blocks (tier A: predicted 2.1 us" in explained(512, torch.bfloat16)
+    assert "backward in clusters of 16 blocks (tier A: predicted 2." in explained(512, torch.bfloat16)
+    assert "forward in groups of 32 blocks (tier B: predicted" in explained(1024, torch.bfloat16)
+    assert "; not A: a cluster of 32 blocks exceeds 16)" in explained(1024, torch.bfloat16)
+    assert "forward step by step: predicted 20" in explained(2048, torch.bfloat16, B=128)
+    assert "have persistent kernels" in explained(512, torch.float64)
+    assert "does not fit" in explained(4096, torch.float16)
     Gpu.major = 8
-    assert "this GPU has no thread-block clusters" in told(512, torch.float16)
+    assert "this GPU has no thread-block clusters" in explained(512, torch.float16)
     Gpu.major = 7
-    assert "no GPU that can launch blocks together" in told(512, torch.float16)
+    assert "no GPU that can launch blocks together" in explained(512, torch.float16)
 
 
 @pytest.fixture(scope="module")

@@ -26,11 +26,11 @@ def backend(request):
 
 def altered(case: Case, backend: str, alter: Callable[[Tensors], None]) -> Results:
     """What the backend gives for other numbers than the case's."""
-    given = tensors(case)
+    case_tensors = tensors(case)
     with torch.no_grad():
-        alter(given)
+        alter(case_tensors)
     with fastlstm.use_backend(backend):
-        return results_of(case, given, call_fastlstm)
+        return results_of(case, case_tensors, call_fastlstm)
 
 
 def assert_found(case: Case, backend: str, results: Results, *names: str) -> None:
@@ -58,7 +58,7 @@ def test_relative_gradient_error_of_2_to_the_minus_17_is_detected(leaf, backend)
 @pytest.mark.parametrize("bias", ["bias_ih_l0", "bias_hh_l0"])
 def test_missing_bias_is_detected(bias, dtype, backend):
     case = replace(CASE, dtype=dtype)
-    results = altered(case, backend, lambda given: given.weights[bias].zero_())
+    results = altered(case, backend, lambda case_tensors: case_tensors.weights[bias].zero_())
     assert_found(case, backend, results, "output", "h_n", "c_n", "d weight_hh_l0")
 
 
@@ -78,13 +78,13 @@ def test_bfloat16_accumulation_is_detected(dtype, backend):
     """x W_ih^T summed in bfloat16, one term after the other; the backend multiplies the sum with the identity."""
     case = Case(T=2, B=3, I=4096, H=8, x_scale=0.02, dtype=dtype, used=())
 
-    def presummed(given: Tensors) -> None:
-        terms = given.input[:, :, None] * given.weights["weight_ih_l0"]  # [T, B, 4H, I]
+    def presummed(case_tensors: Tensors) -> None:
+        terms = case_tensors.input[:, :, None] * case_tensors.weights["weight_ih_l0"]  # [T, B, 4H, I]
         sums = torch.zeros(terms.shape[:-1], dtype=torch.bfloat16)
         for k in range(case.I):
             sums += terms[..., k].bfloat16()
-        given.input.zero_()[..., : 4 * case.H] = sums.to(dtype)
-        given.weights["weight_ih_l0"].zero_()[:, : 4 * case.H] = torch.eye(4 * case.H)
+        case_tensors.input.zero_()[..., : 4 * case.H] = sums.to(dtype)
+        case_tensors.weights["weight_ih_l0"].zero_()[:, : 4 * case.H] = torch.eye(4 * case.H)
 
     compare(case, run_backend(case, backend), precision(case.dtype, backend), backend)
     assert_found(case, backend, altered(case, backend, presummed), "output", "c_n")
@@ -102,7 +102,7 @@ def test_ignored_reset_is_detected(bidirectional, dtype, backend):
 
 @pytest.mark.parametrize("factor", ["x", "h0", "weight_ih_l0", "weight_hh_l0", "weight_hr_l0"])
 def test_tf32_rounding_of_one_operand_is_detected(factor, backend):
-    def rounded(given: Tensors) -> None:
-        given.leaves[factor].copy_(few_bits(given.leaves[factor], 10))
+    def rounded(case_tensors: Tensors) -> None:
+        case_tensors.leaves[factor].copy_(few_bits(case_tensors.leaves[factor], 10))
 
     assert_found(CASE, backend, altered(CASE, backend, rounded), "output")

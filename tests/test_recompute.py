@@ -173,11 +173,11 @@ def test_autocast_and_transforms(interval, backend):
 
 def test_ops_match_their_schema_and_fake_kernels():
     for name, case in {"states": WITH_STATES, "all options": DOUBLE}.items():
-        given = tensors(case.to(torch.float64))
-        weights = list(given.weights.values())
-        x = torch.nan_to_num(given.leaves["x"].detach()).requires_grad_()
-        lengths = None if given.lengths is None else torch.as_tensor(given.lengths).long()
-        args = ("eager", 3, x, *given.hx, weights, lengths, given.reset_mask, case.cells, True)
+        case_tensors = tensors(case.to(torch.float64))
+        weights = list(case_tensors.weights.values())
+        x = torch.nan_to_num(case_tensors.leaves["x"].detach()).requires_grad_()
+        lengths = None if case_tensors.lengths is None else torch.as_tensor(case_tensors.lengths).long()
+        args = ("eager", 3, x, *case_tensors.hx, weights, lengths, case_tensors.reset_mask, case.cells, True)
         checks = ("test_schema", "test_autograd_registration", "test_faketensor")
         result = torch.library.opcheck(torch.ops.fastlstm.recomputed_layer.default, args, test_utils=checks)
         assert set(result.values()) == {"SUCCESS"}, (name, result)
@@ -185,10 +185,23 @@ def test_ops_match_their_schema_and_fake_kernels():
 
 def ops_arguments():
     """Of the forward op, with lengths and cells, and of the backward op after it."""
-    given = tensors(DOUBLE)
-    x, weights = torch.nan_to_num(given.leaves["x"].detach()), [w.detach() for w in given.weights.values()]
-    states = [t.detach() for t in given.hx]
-    forward = ["eager", 3, x, *states, weights, torch.as_tensor(given.lengths), given.reset_mask, True, True]
+    case_tensors = tensors(DOUBLE)
+    x, weights = (
+        torch.nan_to_num(case_tensors.leaves["x"].detach()),
+        [w.detach() for w in case_tensors.weights.values()],
+    )
+    states = [t.detach() for t in case_tensors.hx]
+    forward = [
+        "eager",
+        3,
+        x,
+        *states,
+        weights,
+        torch.as_tensor(case_tensors.lengths),
+        case_tensors.reset_mask,
+        True,
+        True,
+    ]
     *results, h_at, c_at = torch.ops.fastlstm.recomputed_layer(*forward)
     needs = [True] * (3 + len(weights))
     return forward, ["eager", 3, *map(torch.ones_like, results), *forward[2:-2], h_at, c_at, needs]
@@ -224,14 +237,16 @@ def test_both_ops_refuse_invalid_arguments():
 @pytest.mark.parametrize("interval", [6, 7, 8, 1000])
 def test_intervals_about_as_long_as_the_sequence_and_longer(interval):
     """A compiled graph, in which T is free, calls the ops for these too."""
-    (_, _, *given), (_, _, dy, dh_n, dc_n, dcells, *_, needs) = ops_arguments()  # T = 7, both directions, with lengths
-    *results, h_at, c_at = torch.ops.fastlstm.recomputed_layer("eager", interval, *given)
-    *expected, reserve = torch.ops.fastlstm.eager_layer(*given)
+    (_, _, *case_tensors), (_, _, dy, dh_n, dc_n, dcells, *_, needs) = (
+        ops_arguments()
+    )  # T = 7, both directions, with lengths
+    *results, h_at, c_at = torch.ops.fastlstm.recomputed_layer("eager", interval, *case_tensors)
+    *expected, reserve = torch.ops.fastlstm.eager_layer(*case_tensors)
     torch.testing.assert_close(results, expected)
-    given = (dy, dh_n, dc_n, dcells, *given[:-2])
+    case_tensors = (dy, dh_n, dc_n, dcells, *case_tensors[:-2])
     y, _, _, cells = expected
-    found = torch.ops.fastlstm.recomputed_layer_backward("eager", interval, *given, h_at, c_at, needs)
-    torch.testing.assert_close(found, torch.ops.fastlstm.eager_layer_backward(*given, y, cells, reserve, needs))
+    found = torch.ops.fastlstm.recomputed_layer_backward("eager", interval, *case_tensors, h_at, c_at, needs)
+    torch.testing.assert_close(found, torch.ops.fastlstm.eager_layer_backward(*case_tensors, y, cells, reserve, needs))
 
 
 def test_setting_recompute():

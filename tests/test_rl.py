@@ -74,12 +74,12 @@ def test_training_pass_equals_the_rollout(backend):
 def test_gradients_of_ppo_equal_those_of_the_step_loop(backend):
     policy, (x, state, starts) = Policy(), rollout_data()
     actions = (data(T, B, seed=6) > 0).long()
-    given = (actions, *(data(T, B, seed=k) for k in (7, 8, 9)))
+    targets = (actions, *(data(T, B, seed=k) for k in (7, 8, 9)))
     gradients = []
     for run in (step_by_step, lambda policy, *args: policy(*args)):
         policy.zero_grad()
         logits, values, _ = run(policy, x, state, starts)
-        ppo_loss(logits, values, *given).backward()
+        ppo_loss(logits, values, *targets).backward()
         gradients.append({name: w.grad.clone() for name, w in policy.named_parameters()})
     torch.testing.assert_close(*gradients)
     rows = torch.tensor([3, 0])  # a minibatch takes whole rows with their states

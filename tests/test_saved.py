@@ -57,30 +57,30 @@ class Call:
         self.leaves = {name: v.clone().requires_grad_(group(name) in needs) for name, v in values.items()}
         arrays = {name: v.numpy().copy() for name, v in values.items()}
         self.memory = {name: weakref.ref(array) for name, array in arrays.items()}
-        self.given = {name: Computed.apply(self.leaves[name], array) for name, array in arrays.items()}
-        weights = {name: self.given[name] for name in arrays if name not in shapes}
-        x = self.given["x"] if form == "padded" else pack_padded_sequence(self.given["x"], [3, 1])
-        y, states = torch.func.functional_call(module, weights, (x, (self.given["h0"], self.given["c0"])))
+        self.arguments = {name: Computed.apply(self.leaves[name], array) for name, array in arrays.items()}
+        weights = {name: self.arguments[name] for name in arrays if name not in shapes}
+        x = self.arguments["x"] if form == "padded" else pack_padded_sequence(self.arguments["x"], [3, 1])
+        y, states = torch.func.functional_call(module, weights, (x, (self.arguments["h0"], self.arguments["c0"])))
         self.y = y.data if isinstance(y, PackedSequence) else y
         self.c = states if isinstance(states, Tensor) else states[1]
 
-    def wanted(self) -> list[Tensor]:
+    def grad_leaves(self) -> list[Tensor]:
         return [leaf for leaf in self.leaves.values() if leaf.requires_grad]
 
     def kept(self) -> set[str]:
         """The arguments in memory although only the results are held."""
-        self.given.clear()
+        self.arguments.clear()
         return {name for name, array in self.memory.items() if array() is not None}
 
     def edit(self, name: str) -> None:
         with torch.no_grad():
-            for key, tensor in self.given.items():
+            for key, tensor in self.arguments.items():
                 if group(key) == name:
                     tensor.mul_(2)
 
     def gradients(self) -> list[Tensor] | str:
         try:
-            return list(torch.autograd.grad(self.y.pow(2).sum() + self.c.sum(), self.wanted(), allow_unused=True))
+            return list(torch.autograd.grad(self.y.pow(2).sum() + self.c.sum(), self.grad_leaves(), allow_unused=True))
         except RuntimeError as error:
             return str(error)
 
@@ -113,7 +113,7 @@ def test_saved_tensor_hooks_see_only_what_backward_reads(kind, backend):
         seen: list[int] = []
         with torch.autograd.graph.saved_tensors_hooks(lambda t, seen=seen: seen.append(t.data_ptr()) or t, lambda t: t):
             call = Call(module_pair(**KINDS[kind])[0], needs)
-        packed = {name for name, t in call.given.items() if t.data_ptr() in seen}
+        packed = {name for name, t in call.arguments.items() if t.data_ptr() in seen}
         assert packed == call.kept(), needs
 
 
@@ -142,7 +142,7 @@ def test_native_and_eager_save_equal_tensors(kind):
 
 
 def second_order(call: Call) -> list[Tensor]:
-    wanted = call.wanted()
+    wanted = call.grad_leaves()
     first = torch.autograd.grad(call.y.pow(2).sum() + call.c.sum(), wanted, create_graph=True, allow_unused=True)
     loss = sum((g * g).sum() for g in first if g is not None)
     return list(torch.autograd.grad(loss, wanted, allow_unused=True, materialize_grads=True))
@@ -150,12 +150,12 @@ def second_order(call: Call) -> list[Tensor]:
 
 def batched(call: Call) -> list[Tensor]:
     weights = torch.stack([torch.ones_like(call.y), torch.arange(call.y.numel()).view_as(call.y).to(call.y)])
-    return list(torch.autograd.grad(call.y, call.wanted(), weights, is_grads_batched=True, allow_unused=True))
+    return list(torch.autograd.grad(call.y, call.grad_leaves(), weights, is_grads_batched=True, allow_unused=True))
 
 
 def vmapped(call: Call) -> list[Tensor]:
     weights = torch.stack([torch.ones_like(call.y), torch.arange(call.y.numel()).view_as(call.y).to(call.y)])
-    wanted = call.wanted()
+    wanted = call.grad_leaves()
     return list(torch.vmap(lambda w: torch.autograd.grad(call.y, wanted, w, retain_graph=True))(weights))
 
 
@@ -175,7 +175,7 @@ def test_double_backward_saves_no_more_than_nn_lstm(kind, take: Callable[[Call],
                 for module in modules:
                     call = Call(module, needs, form)
                     call.edit(edited)
-                    call.given.clear()
+                    call.arguments.clear()
                     try:
                         found.append(take(call))
                     except RuntimeError as error:
@@ -201,12 +201,12 @@ def test_native_gates_equal_eager_gates(sizes, form, dtype):
     if form == "lengths":
         lengths = lengths.flip(0)
     expected = eager(x, None, None, weights, lengths, None, True, True)[4]
-    given = x
+    op_input = x
     if form == "packed":
         layout = PackedLayout.of_lengths(lengths)
-        given, expected = layout.pack(x), torch.stack([layout.pack(gates) for gates in expected])
+        op_input, expected = layout.pack(x), torch.stack([layout.pack(gates) for gates in expected])
     gates = torch.ops.fastlstm.native_gates(
-        op(given, None, None, weights, lengths, None, True, True)[4], given, weights, lengths
+        op(op_input, None, None, weights, lengths, None, True, True)[4], op_input, weights, lengths
     )
     if form == "lengths":
         padding = torch.arange(steps)[:, None] >= lengths
@@ -245,5 +245,5 @@ def test_second_order_in_other_dtypes(dtype, backend):
         y = ours.to(dtype).to(precision)(x, lengths=[6, 0, 3, 1])[0]
         (dx,) = torch.autograd.grad(y.pow(2).sum(), x, create_graph=True)
         found.append([dx, *torch.autograd.grad(dx.pow(2).sum(), [x, *ours.parameters()])])
-    for mine, truth in zip(*found, strict=True):
-        assert (mine - truth).abs().max() <= 32 * torch.finfo(dtype).eps * truth.abs().max()
+    for mine, reference in zip(*found, strict=True):
+        assert (mine - reference).abs().max() <= 32 * torch.finfo(dtype).eps * reference.abs().max()

@@ -48,11 +48,11 @@ def test_cuda_home_is_not_overridden(setup, monkeypatch):
     assert os.environ["CUDA_HOME"] == "/given"
 
 
-@pytest.mark.parametrize(("gpu", "given", "expected"), [(False, "", None), (False, "9.0", "9.0"), (True, "", "")])
-def test_architectures(gpu, given, expected, setup, monkeypatch):
+@pytest.mark.parametrize(("gpu", "arch_list", "expected"), [(False, "", None), (False, "9.0", "9.0"), (True, "", "")])
+def test_architectures(gpu, arch_list, expected, setup, monkeypatch):
     """Ours where nobody says any and torch sees no GPU to ask."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
-    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", given)
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", arch_list)
     setup.set_architectures()
     assert os.environ["TORCH_CUDA_ARCH_LIST"] == (setup.ARCHITECTURES if expected is None else expected)
 

@@ -98,8 +98,8 @@ class Options(nn.Module):
         self.lstm, self.wanted = lstm, kwargs
 
     def forward(self, x: Tensor, h0: Tensor, c0: Tensor, lengths: Tensor, reset_mask: Tensor):
-        given = {"lengths": lengths, "reset_mask": reset_mask, "return_cell_states": True}
-        return self.lstm(x, (h0, c0), **{name: value for name, value in given.items() if self.wanted.get(name)})
+        options = {"lengths": lengths, "reset_mask": reset_mask, "return_cell_states": True}
+        return self.lstm(x, (h0, c0), **{name: value for name, value in options.items() if self.wanted.get(name)})
 
 
 def arguments(T: int, B: int) -> tuple[Tensor, ...]:
@@ -211,7 +211,7 @@ def test_loading_a_trace_requires_importing_fastlstm(tmp_path):
         *(f"torch.testing.assert_close({load}(x)[0], y)" for load in (trace, program)),
     )
     attempt = "try: {}\nexcept RuntimeError as error: print(error)"
-    told = in_a_fresh_process("import torch", attempt.format(trace), attempt.format(program))
-    assert "Unknown builtin op: fastlstm::" in told
-    assert "error when deserializing" in told
-    assert "_layer.default" in told
+    printed = in_a_fresh_process("import torch", attempt.format(trace), attempt.format(program))
+    assert "Unknown builtin op: fastlstm::" in printed
+    assert "error when deserializing" in printed
+    assert "_layer.default" in printed

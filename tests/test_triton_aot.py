@@ -62,13 +62,13 @@ def arguments(T: int, B: int, H: int, dtype: torch.dtype, D: int = 2, everything
     return [x, state(), state(), weights, torch.full((B,), T), torch.zeros(T, B, dtype=torch.bool)]
 
 
-def run(given: list, everything: bool = True) -> None:
+def run(inputs: list, everything: bool = True) -> None:
     """Forward and backward through the launch code; no kernel runs, so the results hold anything."""
-    launch.forward(*given, everything, True)
-    y, h_n, c_n, cells, reserve = forward_outputs(given[0], given[3], None, everything, True)
-    needs = [True, given[1] is not None, given[2] is not None] + [True] * len(given[3])
+    launch.forward(*inputs, everything, True)
+    y, h_n, c_n, cells, reserve = forward_outputs(inputs[0], inputs[3], None, everything, True)
+    needs = [True, inputs[1] is not None, inputs[2] is not None] + [True] * len(inputs[3])
     grads = (y, h_n, c_n, cells) if everything else (y, None, None, None)
-    launch.backward(*grads, *given, y, cells, reserve, needs)
+    launch.backward(*grads, *inputs, y, cells, reserve, needs)
 
 
 @pytest.fixture
@@ -80,8 +80,8 @@ def recorded(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., dict[str
         found: dict[str, dict[str, Any]] = {}
 
         def hook(*, key: str, fn: Any, compile: dict[str, Any], **_: Any) -> bool:
-            given = json.loads(compile["specialization_data"])["options"]
-            options = {name: given[name] for name in OPTIONS if name in given}
+            specialization = json.loads(compile["specialization_data"])["options"]
+            options = {name: specialization[name] for name in OPTIONS if name in specialization}
             source = ASTSource(fn.jit_function, compile["signature"], compile["constants"], compile["configs"][0])
             found.setdefault(fn.jit_function.__name__, {})[key] = (source, gpu, options)
             return True  # "compiled already": Triton goes no further
@@ -110,8 +110,8 @@ def figures(target: str, source: ASTSource, gpu: GPUTarget, options: dict[str, i
     """Compiles for `target`: bytes of shared memory, registers a thread, and bytes spilled to memory."""
     compiled = triton.compile(source, target=gpu, options=options)
     if gpu.backend == "hip":
-        told = compiled.asm["amdgcn"]
-        value = lambda name: int(re.search(rf"\.{name}:\s*(\d+)", told)[1])  # noqa: E731
+        assembly = compiled.asm["amdgcn"]
+        value = lambda name: int(re.search(rf"\.{name}:\s*(\d+)", assembly)[1])  # noqa: E731
         return {
             "shared": compiled.metadata.shared,
             "registers": value("vgpr_count"),
@@ -121,8 +121,8 @@ def figures(target: str, source: ASTSource, gpu: GPUTarget, options: dict[str, i
         file.write(compiled.asm["cubin"])
         file.flush()
         tool = triton.knobs.nvidia.cuobjdump.path
-        told = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
-    registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", told).groups()
+        usage = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+    registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", usage).groups()
     return {"shared": compiled.metadata.shared, "registers": int(registers), "spilled": int(stack)}
 
 
@@ -161,12 +161,13 @@ def test_compiles_without_spills_within_shared_memory(target, kind, H, row, reco
     wrong = []
     for kernel, keys in found.items():
         ((_, (source, gpu, options)),) = keys.items()
-        told = figures(target, source, gpu, options)
+        resources = figures(target, source, gpu, options)
         table.append(
-            f"{target:7} {kind:5} {kernel:20} {H:4} {told['shared']:7} {told['registers']:9} {told['spilled']:7}"
+            f"{target:7} {kind:5} {kernel:20} {H:4} {resources['shared']:7} {resources['registers']:9} "
+            f"{resources['spilled']:7}"
         )
-        if told["shared"] > row.shared * 1024 or told["spilled"]:
-            wrong.append(f"{kernel}: {told}, allowed {row.shared} KiB of shared memory and no spills")
+        if resources["shared"] > row.shared * 1024 or resources["spilled"]:
+            wrong.append(f"{kernel}: {resources}, allowed {row.shared} KiB of shared memory and no spills")
     assert not wrong, "\n".join(wrong)
 
 
@@ -226,15 +227,20 @@ def test_each_step_of_the_tiled_kernels_is_one_launch(recorded, monkeypatch):
             return run
 
     monkeypatch.setattr(tiled, "step_tiled_fwd", Kernel())
-    given = arguments(5, 70, 300, torch.bfloat16)
-    recorded("sm_90", "half", lambda: launch.forward(*given, True, True))
+    inputs = arguments(5, 70, 300, torch.bfloat16)
+    recorded("sm_90", "half", lambda: launch.forward(*inputs, True, True))
     names = Kernel.arg_names
     assert [args[names.index("s")] for _, args in launched] == [0, 1, 2, 3, 4]
     assert {(grid, len(args)) for grid, args in launched} == {((38, 2, 1), len(names))}
     for _, args in launched:
-        told = dict(zip(names, args, strict=True))
-        assert (told["T"], told["B"], told["spans"] * told["ALIGN"], told["D"]) == (5, 70, 300, 2)
-        assert told["KEEP_GATES"] is True
+        arguments_by_name = dict(zip(names, args, strict=True))
+        assert (
+            arguments_by_name["T"],
+            arguments_by_name["B"],
+            arguments_by_name["spans"] * arguments_by_name["ALIGN"],
+            arguments_by_name["D"],
+        ) == (5, 70, 300, 2)
+        assert arguments_by_name["KEEP_GATES"] is True
 
 
 @pytest.mark.parametrize("enabled", [True, False])
