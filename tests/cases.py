@@ -1,4 +1,4 @@
-"""One LSTM call written down: `Case`, the tensors it stands for, and `random_case`. tests/runners.py runs them."""
+"""Configurations of one LSTM call: `Case`, its tensors, and `random_case`. tests/runners.py runs them."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ class Case:
         return self.lengths is not None or self.resets is not None
 
     def arguments(self) -> dict[str, Any]:
-        """The constructor's, for nn.LSTM and fastlstm.LSTM alike."""
+        """Constructor arguments of nn.LSTM and fastlstm.LSTM."""
         return {
             "input_size": self.I,
             "hidden_size": self.H,
@@ -87,7 +87,7 @@ class Case:
 
 @dataclass
 class Tensors:
-    """What a Case stands for, in one dtype. Leaves first; `input` and `hx` are what the call is given."""
+    """The tensors of a Case, in one dtype: its leaves, and `input` and `hx`, the arguments of the call."""
 
     leaves: dict[str, Tensor]  # x, h0, c0 and the weights: all that may have a gradient
     weights: dict[str, nn.Parameter]
@@ -112,7 +112,7 @@ def tensors(case: Case, dtype: torch.dtype | None = None, device: str | None = N
 
 
 def _moved(case_tensors: Tensors, device: str) -> Tensors:
-    """Lengths and masks too, in the same forms and layouts."""
+    """Move all tensors, lengths and masks included; forms and strides are kept."""
     moved = {}
     for name, leaf in case_tensors.leaves.items():
         there = torch.empty_strided(leaf.shape, leaf.stride(), dtype=leaf.dtype, device=device)
@@ -165,12 +165,12 @@ def _drawn(case: Case, dtype: torch.dtype) -> Tensors:
 
 
 def _strided(t: Tensor) -> Tensor:
-    """The same values with gaps between them and the dimensions in reverse order in memory."""
+    """Copy t to a layout with gaps between elements and with reversed dimensions."""
     return torch.stack([t.permute(*reversed(range(t.dim())))] * 2, -1)[..., 0].permute(*reversed(range(t.dim())))
 
 
 def _states(case: Case, draw: Any) -> tuple[dict[str, Tensor], Any]:
-    """The leaves h0 and c0, and hx made of them in the case's form."""
+    """(leaves h0 and c0, hx in the case's form)."""
     S, B = case.layers * case.directions, 1 if case.hx == "expanded" else case.B
     h0, c0 = draw(S, B, case.proj or case.H), draw(S, B, case.H)
     if case.unbatched:
@@ -196,7 +196,7 @@ def _lengths(case: Case) -> Any:
 
 
 def random_case(rng: random.Random, dtypes: tuple[torch.dtype, ...]) -> Case:
-    """Any configuration, mostly of few options at a time; sizes around the widths of vector registers."""
+    """Draw a configuration, mostly with few options; sizes are around the widths of vector registers."""
 
     def chance(p: float) -> bool:
         return rng.random() < p

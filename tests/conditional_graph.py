@@ -1,4 +1,4 @@
-"""A captured CUDA graph inside a conditional node, by the CUDA runtime's own functions: torch has none for it."""
+"""A captured CUDA graph inside a conditional node, by CUDA runtime functions that torch does not wrap."""
 
 from __future__ import annotations
 

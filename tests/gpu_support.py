@@ -1,4 +1,4 @@
-"""For tests/test_gpu_*.py: a Case run on a GPU at a precision, by a backend or nn.LSTM, and how far off it may be."""
+"""For tests/test_gpu_*.py: run a Case on a GPU at a precision, by a backend or nn.LSTM, and check its accuracy."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ backends = pytest.mark.parametrize("backend", OURS)
 
 @pytest.fixture(name="backend", params=[*OURS, "eager"])
 def each_backend(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Each backend in turn, asked for by name, on DEVICE; a module that imports it has it in place of conftest's."""
+    """Run once per backend, selected by name, on DEVICE; replaces conftest's fixture in modules that import it."""
     require(request.param, Case(), DEVICE)
     with fastlstm.use_backend(request.param):
         yield request.param
@@ -43,7 +43,7 @@ def each_backend(request: pytest.FixtureRequest) -> Iterator[str]:
 
 @dataclass(frozen=True)
 class Arithmetic:
-    """A dtype and, for float32, what torch's flags say of TF32."""
+    """A dtype and, for float32, torch's TF32 flags."""
 
     dtype: torch.dtype
     rnn: str = "ieee"  # torch.backends.cudnn.rnn.fp32_precision
@@ -54,7 +54,7 @@ class Arithmetic:
         return name if self.dtype != torch.float32 else f"{name}-rnn_{self.rnn}-matmul_{self.matmul}"
 
     def rounding(self, backend: str) -> accuracy.Precision:
-        """What `backend` rounds with these flags (docs/numerics.md, "float32 on a GPU")."""
+        """The rounding of `backend` with these flags (docs/numerics.md, "float32 on a GPU")."""
         flags = {"eager": (self.matmul,), "reference": (self.matmul,), "triton": (self.rnn, self.matmul)}
         tf32 = self.dtype == torch.float32 and "tf32" in flags.get(backend, (self.rnn,))
         if backend == "reference" and not tf32:
@@ -78,7 +78,7 @@ PRECISIONS = (IEEE, TF32, DOUBLE, HALF, BFLOAT16)
 
 
 def require(backend: str, case: Case, device: str = "cuda") -> None:
-    """Skip, with the backend's own reason, where it cannot run `case` on the GPU."""
+    """Skip, with the backend's reason, if it cannot run `case` on the GPU."""
     if backend not in dispatch.BACKENDS:
         pytest.skip(f"there is no {backend} backend in this build of fastlstm")
     case_tensors = on_device(case, case.dtype, device)
@@ -96,7 +96,7 @@ def on_device(case: Case, dtype: torch.dtype, device: str = "cuda") -> Tensors:
 
 
 def ours(case: Case, case_tensors: Tensors) -> Callable[[], Results]:
-    """fastlstm.LSTM on `given`, on whichever backend is asked for when called."""
+    """fastlstm.LSTM on `case_tensors`, on the backend selected at the time of the call."""
     module = case.module(fastlstm.LSTM, case_tensors.weights)
 
     def call() -> Results:
@@ -112,7 +112,7 @@ def ours(case: Case, case_tensors: Tensors) -> Callable[[], Results]:
 
 
 def cudnn(case: Case, case_tensors: Tensors) -> Callable[[], Results]:
-    """nn.LSTM on `given`."""
+    """nn.LSTM on `case_tensors`."""
     module = case.module(nn.LSTM, case_tensors.weights)
     module.flatten_parameters()
     hx = None if case_tensors.hx is None else tuple(state.contiguous() for state in case_tensors.hx)
@@ -160,7 +160,7 @@ def check(case: Case, precision: Arithmetic, backend: str, device: str = "cuda")
 
 @lru_cache(maxsize=2)  # the backends run a case one after the other, and the reference takes minutes for T = 70,000
 def expected(case: Case, rounding: accuracy.Precision, device: str) -> tuple[Results, Mapping[str, float]]:
-    """The reference in float64, on the rounded numbers of the case's dtype, and the bounds."""
+    """The float64 reference on inputs rounded to the case's dtype, and its bounds."""
     case_tensors = on_device(case, torch.float64, device)
     call = ours(case, case_tensors)
     terms = {f"d {name}": case.T * case.B for name in case_tensors.weights}
@@ -173,13 +173,13 @@ def expected(case: Case, rounding: accuracy.Precision, device: str) -> tuple[Res
 
 
 def same(a: Results, b: Results) -> None:
-    """Assert equality bit for bit."""
+    """Assert bitwise equality."""
     assert a.keys() == b.keys()
     different = [name for name in a if not torch.equal(a[name].cpu(), b[name].cpu())]
     assert not different, f"differ: {different}"
 
 
 def nan_outside(t: Tensor) -> Tensor:
-    """The same values with NaN between them in memory, and the dimensions in reverse order there."""
+    """Copy t to a layout with reversed dimensions and NaN in the gaps between elements."""
     order = tuple(reversed(range(t.dim())))
     return torch.stack([t.permute(order), torch.full_like(t.permute(order), float("nan"))], -1)[..., 0].permute(order)

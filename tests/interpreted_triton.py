@@ -62,7 +62,7 @@ TWO = pytest.mark.parametrize("kernel", ["resident", "streamed"], indirect=True)
 
 @pytest.fixture(autouse=True, params=KERNELS)
 def kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """Each kernel in turn, whatever H is."""
+    """Run once per kernel, for every H."""
     rows = (plan.Row(request.param, plan.ANY, 0, TILES, TILES),)
     monkeypatch.setattr(plan, "TABLE", dict.fromkeys(plan.TABLE, rows))
     with fastlstm.use_backend("triton"):
@@ -153,7 +153,7 @@ def test_backward_twice_and_inference_are_bitwise_equal():
 
 @pytest.mark.parametrize("kernel", ["resident"], indirect=True)
 def test_opcheck():
-    """Schema, fake kernels and the autograd formula; forward and backward."""
+    """Check schema, fake kernels and autograd formula, forward and backward."""
     case = Case(T=2, B=2, hx="tuple", lengths=(2, 1), resets=((1, 0),), cells=True)
     case_tensors = tensors(case)
     forward, backward = torch.ops.fastlstm.triton_layer.default, torch.ops.fastlstm.triton_layer_backward.default
@@ -185,7 +185,7 @@ def test_auto_never_selects_the_interpreter(kernel):
 
 
 def test_requested_kernel_runs(kernel, monkeypatch):
-    """Else every test here could pass on one kernel."""
+    """Otherwise every test here could pass on one kernel."""
     from fastlstm.backends.triton import launch
 
     ran = []

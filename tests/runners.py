@@ -1,4 +1,4 @@
-"""Runs a Case and gives every output and every gradient: on a backend (`run_backend`), or with torch's own modules.
+"""Run a Case and return all outputs and gradients: on a backend (`run_backend`), or with torch's modules.
 
 `check` asserts that a backend is right, by the one rule of fastlstm/accuracy.py. `run_torch` is the oracle: ragged
 cases are put together from what nn.LSTM can do: packing for lengths, one nn.LSTM call for each segment of each row for
@@ -32,7 +32,7 @@ Results = dict[str, Tensor]
 
 
 def require(backend: str, case: Case) -> None:
-    """Skip the test, with the backend's own reason, where it cannot run `case`."""
+    """Skip the test, with the backend's reason, if it cannot run `case`."""
     weights = list(case.module(fastlstm.LSTM, {}).to_empty(device=TEST_DEVICE.device).to(case.dtype).parameters())
     x = torch.empty(1, 1, case.I, dtype=case.dtype, device=TEST_DEVICE.device)
     group = weights[: len(weights) // case.layers]
@@ -49,35 +49,35 @@ def run_backend(case: Case, backend: str) -> Results:
 
 
 def run(case: Case) -> Results:
-    """fastlstm.LSTM on the backend in use; that is one setting for all threads."""
+    """fastlstm.LSTM on the backend in use, which is one setting for all threads."""
     return _run(case, case.dtype, call_fastlstm)
 
 
 def run_torch(case: Case, dtype: torch.dtype | None = None) -> Results:
-    """torch's modules, in the case's dtype or in another one."""
+    """torch's modules, in the case's dtype or in `dtype`."""
     return _run(case, dtype or case.dtype, _call_torch)
 
 
 def precision(dtype: torch.dtype, backend: str) -> Precision:
-    """What `backend` rounds: the reference consists of torch's ops, the others keep sums and states in float32."""
+    """The rounding of `backend`: the reference consists of torch ops, the others keep sums and states in float32."""
     return Precision.per_op(dtype) if backend == "reference" else Precision.of(dtype)
 
 
 @lru_cache(maxsize=1024)
 def expected(case: Case, precision: Precision) -> tuple[Results, Mapping[str, float]]:
-    """The truth, and for each result the largest error that rounding explains."""
+    """The float64 reference, and for each result the largest error that rounding explains."""
     case_tensors = tensors(case, torch.float64)
     terms = {f"d {name}": case.T * case.B for name in case_tensors.weights}
     return accuracy.error_bounds(lambda: results_of(case, case_tensors, _call_torch), precision, terms)
 
 
 def check(case: Case, backend: str, rounding: Precision | None = None) -> None:
-    """Assert that rounding explains every result's error, naming those where it does not."""
+    """Assert that rounding explains the error of every result; failures name the results."""
     compare(case, run_backend(case, backend), rounding or precision(case.dtype, backend), backend)
 
 
 def compare(case: Case, ours: Results, rounding: Precision, what: str) -> None:
-    """`check` for results that are there already."""
+    """`check` for existing results."""
     reference, bounds = expected(case, rounding)
     assert ours.keys() == reference.keys()
     for name, value in ours.items():
@@ -89,7 +89,7 @@ def compare(case: Case, ours: Results, rounding: Precision, what: str) -> None:
 
 
 def check_elsewhere(cases: Sequence[Case], backend: str, program: str, *arguments: str, **environment: str) -> str:
-    """Run `program` in a process of its own and `check` what it gives for each case; what it printed.
+    """Run `program` in a new process, `check` its results for each case, and return its output.
 
     The program finds `cases` and `save(results)`, to be called with a list of results for every case.
     """
@@ -140,7 +140,7 @@ def results_of(case: Case, case_tensors: Tensors, call: Callable[[Case, Tensors]
 
 
 def gradients(case: Case, outputs: Results) -> list[Tensor]:
-    """The gradient that arrives at each output; if strided, one element expanded as `.sum().backward()` gives it."""
+    """The arriving gradient of each output; if strided, an expanded element as from `.sum().backward()`."""
     found = []
     for name, out in outputs.items():
         shape = (1,) * out.dim() if "grads" in case.strided else out.shape
@@ -202,7 +202,7 @@ def _call_torch(case: Case, case_tensors: Tensors) -> Results:
 
 
 def _packed_rows(case: Case, weights: dict, x: Tensor, h0: Tensor, c0: Tensor) -> Results:
-    """pack_padded_sequence -> nn.LSTM -> pad_packed_sequence on rows that have steps; the others keep their state."""
+    """pack_padded_sequence -> nn.LSTM -> pad_packed_sequence on rows that have steps; other rows keep their state."""
     lengths = torch.tensor(case.lengths)
     rows = lengths.nonzero()[:, 0]
     output = x.new_zeros(case.T, case.B, case.directions * (case.proj or case.H))
@@ -216,7 +216,7 @@ def _packed_rows(case: Case, weights: dict, x: Tensor, h0: Tensor, c0: Tensor) -
 
 
 def _segmented_row(case: Case, weights: dict, x: Tensor, h0: Tensor, c0: Tensor, b: int) -> Results:
-    """Row b, one nn.LSTM call a segment: hx enters the first one forward and the last one in reverse."""
+    """Row b, one nn.LSTM call per segment; hx is the state of the first segment forward, of the last in reverse."""
     steps = case.T if case.lengths is None else case.lengths[b]
     flagged = {t for t, row in case.resets or () if row == b and t < steps}
     h0, c0 = h0[:, b : b + 1], c0[:, b : b + 1]
@@ -240,7 +240,7 @@ def _segmented_row(case: Case, weights: dict, x: Tensor, h0: Tensor, c0: Tensor,
 
 
 def _segment(case: Case, weights: dict, x: Tensor, h0: Tensor, c0: Tensor) -> Results:
-    """nn.LSTM over x [T, B, I]; for the cell states the last layer once more, each direction step by step."""
+    """nn.LSTM over x [T, B, I]; for cell states, the last layer again, each direction step by step."""
     results = _named(*case.module(nn.LSTM, weights, batch_first=False)(x, (h0, c0)))
     if not case.cells:
         return results

@@ -1,4 +1,4 @@
-"""The rule for "right" (fastlstm/accuracy.py): what it allows is what rounding does, and not more."""
+"""The accuracy rule (fastlstm/accuracy.py): bounds allow rounding and no more."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def test_max_error(got, reference, expected):
 @pytest.mark.parametrize("K", [1, 16, 400, 6000])
 @pytest.mark.parametrize("kind", ["signs", "positive"])
 def test_gemm_bound_is_that_of_a_running_sum(K, kind):
-    """Errors of sums taken one term after the other in float32 have the deviation that the model gives them."""
+    """Running sums in float32 have the standard deviation of error that the model predicts."""
     a, b = normal(40, K).float().double(), normal(K, 30, seed=1).float().double()
     if kind == "positive":
         a, b = a.abs(), b.abs()
@@ -111,7 +111,7 @@ def test_bounds_follow_dtype_and_scale(scale):
 
 
 def test_bound_allows_rounding_and_refuses_four_times_rounding():
-    """The last place of float32, as often as a bound is drawn."""
+    """Rounding to float32, for 200 draws of the bound."""
     for seed in range(200):
         x = normal(1 + seed % 7, seed=seed)
         allowed = bound(lambda x=x: x * 1.5)
@@ -225,7 +225,7 @@ class Recorder(TorchDispatchMode):
 
 
 def test_every_op_of_the_float64_run_is_perturbed_or_exact():
-    """An operation without a rule would pass as free of error, and bounds would be too narrow."""
+    """An op without a rule would count as exact, and bounds would be too narrow."""
     with Recorder() as recorder:
         for k in range(60):
             case = random_case(random.Random(k), (torch.float64,))
@@ -245,7 +245,7 @@ def test_float64_bounds_allow_errors_on_both_sides():
 
 
 def test_half_precision_ops_add_in_float32():
-    """Rounding a product's result does not grow with its length; adding in bfloat16 would."""
+    """The error of rounding a product once is independent of K; that of bfloat16 accumulation is not."""
     a, b = normal(4, 20_000), normal(20_000, 4, seed=1)
     per_op, stored = (bound(lambda: a @ b, of(torch.bfloat16)) for of in (Precision.per_op, Precision.of))
     assert stored <= per_op < 3 * stored

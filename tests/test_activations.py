@@ -13,7 +13,7 @@ MAX_ULP = 2.5
 
 
 def arguments(dtype: torch.dtype) -> torch.Tensor:
-    """Dense where the functions bend, every binade down to where they are linear, and far into saturation."""
+    """Dense in the nonlinear range, every binade down to the linear range, and far into saturation."""
     generator = torch.Generator().manual_seed(0)
     limit = 86.0 if dtype == torch.float32 else 700.0
     magnitudes = torch.logspace(-30, 0, 4001, dtype=torch.float64)
@@ -30,7 +30,7 @@ def arguments(dtype: torch.dtype) -> torch.Tensor:
 
 
 def exact(x: torch.Tensor, name: str) -> torch.Tensor:
-    """The function in precision far beyond x's: float64 for float32, 30 digits for float64."""
+    """The function in much higher precision than x: float64 for float32, 30 digits for float64."""
     if x.dtype == torch.float32:
         x = x.double()
         # torch's own double sigmoid and tanh are good to an ulp of double
@@ -68,7 +68,7 @@ def test_non_finite_arguments(dtype):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_sigmoid_falls_to_zero_where_exp_overflows(dtype):
-    """Around the largest argument of exp: no NaN, no step up, and an error below the smallest normal number."""
+    """Around the largest argument of exp: no NaN, monotonic, and an error below the smallest normal number."""
     edge = 88.0 if dtype == torch.float32 else 709.0
     x = -torch.linspace(edge - 2, edge + 2, 40001, dtype=torch.float64).to(dtype)
     sigmoid = native.extension.activation(x, "sigmoid").double()
@@ -80,7 +80,7 @@ def test_sigmoid_falls_to_zero_where_exp_overflows(dtype):
 @pytest.mark.parametrize("name", ["sigmoid", "tanh"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_nan_of_any_payload(dtype, name):
-    """Also what a lane past the end may find in uninitialized memory; make sanitize watches the arithmetic."""
+    """Tail lanes may read any NaN from uninitialized memory; make sanitize checks the arithmetic."""
     integer, bits = (torch.int32, 31) if dtype == torch.float32 else (torch.int64, 63)
     payloads = torch.tensor([-1, 2**bits - 1, 2**bits - 100, -100], dtype=integer)
     assert native.extension.activation(payloads.view(dtype), name).isnan().all()

@@ -77,7 +77,7 @@ def test_bfloat16_support_depends_on_the_cpu():
 
 @pytest.mark.parametrize("proj", [0, 16])
 def test_h_is_rounded_between_steps(proj):
-    """As nn.LSTM's kernels do, and nothing in float32."""
+    """As in nn.LSTM's kernels, which do not keep h in float32."""
     torch.manual_seed(0)
     x = torch.randn(30, 4, 8, dtype=torch.bfloat16)
     lstm = fastlstm.LSTM(8, 64, proj_size=proj).bfloat16()

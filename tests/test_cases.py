@@ -1,4 +1,4 @@
-"""The tests' own tools: the cases, and an oracle that tells right from wrong."""
+"""The tests' tools: cases, and the comparison with nn.LSTM."""
 
 from __future__ import annotations
 

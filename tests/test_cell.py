@@ -117,7 +117,7 @@ def test_swapped_state_and_weights_are_refused():
 
 
 def test_states_may_be_changed_in_place(backend):
-    """As nn.LSTMCell's: a mask on the states between steps, as loops over episodes have it."""
+    """As in nn.LSTMCell, for loops that mask the states between steps at episode ends."""
 
     def gradients(cell):
         h, c = cell(data(2, 3))
@@ -144,7 +144,7 @@ def test_second_order(backend):
 
 @pytest.mark.parametrize("lazy", ["negation", "zero", "hooks"])
 def test_gradients_and_saved_tensors_of_subclasses(lazy, backend):
-    """Backward must not read their memory as it lies: conj's imaginary parts, ZeroTensors, what a hook gives back."""
+    """Backward must not read raw memory of conj views, ZeroTensors and tensors returned by hooks."""
 
     def gradients(cell):
         x = data(2, 3).requires_grad_()
@@ -163,7 +163,7 @@ def test_gradients_and_saved_tensors_of_subclasses(lazy, backend):
 
 
 def test_traced():
-    """torch.jit.trace records ops: the call in one piece (csrc/cell_step.cpp) must not hide them."""
+    """torch.jit.trace records ops, which the fused call (csrc/cell_step.cpp) must not hide."""
     cell, _ = module_pair(cell=True)
     x = data(2, 3, seed=5)
     with torch.no_grad():
@@ -260,7 +260,7 @@ def test_forward_errors(name):
     ("x", "hx"), list(product([X.double(), X], [None, (GOOD.double(), GOOD), (GOOD, GOOD.double())]))[:-1]
 )
 def test_dtype_errors(x, hx):
-    """nn.LSTMCell's messages are of its matrix products; ours name what differs."""
+    """nn.LSTMCell's messages come from matrix products; ours name the argument."""
     if x.dtype == torch.float32 and hx is None:
         pytest.skip("this one is right")
     with pytest.raises(RuntimeError):

@@ -1,4 +1,4 @@
-"""Long batches, which the native backend takes in chunks of steps, agree with the reference."""
+"""Long batches, which the native backend runs in chunks of steps, against the reference."""
 
 from dataclasses import replace
 
@@ -61,12 +61,12 @@ BLOCKWISE = replace(Precision.of(torch.float32), max_running_sum=512)
 )
 @pytest.mark.parametrize("backend", ["native"], indirect=True)
 def test_long_sums_are_blockwise(case, backend):
-    """Some of MKL's products for few rows sum one term after the other on an AMD CPU."""
+    """Some MKL GEMMs of few rows use running sums on AMD CPUs."""
     check(case, backend, BLOCKWISE)
 
 
 def test_running_sum_over_a_long_row_is_detected():
-    """The bound of `test_long_sums_are_blockwise` is not so loose that it would miss what it is for."""
+    """A running sum exceeds the bound of `test_long_sums_are_blockwise`."""
     case = Case(T=1, B=3, I=200_000, H=4, x_scale=1e-2)
     case_tensors = tensors(case)
     weights = {name: weight.detach() for name, weight in case_tensors.weights.items()}
@@ -91,7 +91,7 @@ def test_running_sum_over_a_long_row_is_detected():
 )
 @pytest.mark.parametrize("backend", ["native"], indirect=True)
 def test_weight_gradients_of_many_rows(case, backend):
-    """More than are summed in one product: 2.5 ulp of float32 where one product over 256,000 rows erred by 56."""
+    """More rows than one GEMM sums: 2.5 ulp of float32, where one GEMM over 256,000 rows had an error of 56 ulp."""
     plan = plan_of(case)["backward"]
     assert plan["dw_ih"]["float64"], plan["text"]
     assert plan["dw_hh"]["float64"], plan["text"]
@@ -105,7 +105,7 @@ def test_weight_gradients_of_many_rows(case, backend):
 @pytest.mark.parametrize("recompute", [False, 2])
 @pytest.mark.parametrize("backend", ["native"], indirect=True)
 def test_many_short_rows_and_a_longer_one(rows, options, recompute, backend):
-    """More rows in a step than one pass takes, of which all steps together are few."""
+    """More rows in a step than one row block, but few rows in total."""
     torch.manual_seed(0)
     lstm = fastlstm.LSTM(5, 7, dtype=torch.float64, **options)
     lstm.recompute = recompute
@@ -125,8 +125,8 @@ def test_many_short_rows_and_a_longer_one(rows, options, recompute, backend):
 @pytest.mark.parametrize("directions", [(0,), (1,), (0, 1)], ids=str)
 @pytest.mark.parametrize(("T", "B"), [(4, 3), (160, 128)])
 @pytest.mark.parametrize("backend", ["native"], indirect=True)
-def test_identity_weight_is_exact(T, B, directions, backend):
-    """Of one direction or both: the native backward has a shortcut for what transforms.py asks of it."""
+def test_identity_weight(T, B, directions, backend):
+    """For one direction or both: the native backward has a special case for it, which transforms.py uses."""
     torch.manual_seed(0)
     H = 4
     lstm = fastlstm.LSTM(8 * H, H, bidirectional=True, dtype=torch.float64)
@@ -146,8 +146,8 @@ def test_identity_weight_is_exact(T, B, directions, backend):
 
 @pytest.mark.parametrize("masks", ["plain", "lengths", "lengths and resets"])
 @pytest.mark.parametrize("backend", ["native"], indirect=True)
-def test_identity_weight_is_exact_over_several_chunks(masks, backend):
-    """Of one direction: the gradients of the gates then lie in dx, and those of the weights are read from there."""
+def test_identity_weight_over_several_chunks(masks, backend):
+    """For one direction: dgates are then stored in dx, from which weight gradients are computed."""
     torch.manual_seed(0)
     T, B, H = 90, 60, 66
     assert plan_of(Case(T=T, B=B, I=4 * H, H=H, dtype=torch.float64))["backward"]["chunk_steps"] < T / 2

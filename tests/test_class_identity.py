@@ -1,4 +1,4 @@
-"""Code that checks the class torch.nn.LSTM, or derives from it: what the README advises, in use."""
+"""Code that checks for torch.nn.LSTM or derives from it: the README's advice in practice."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Model(nn.Module):
 
 
 def initialise(module: nn.Module) -> None:
-    """As many training scripts have it, for `model.apply`."""
+    """An initialiser for `model.apply`, as in many training scripts."""
     if isinstance(module, nn.LSTM):
         torch.manual_seed(1)
         for name, weight in module.named_parameters():
@@ -70,7 +70,7 @@ def test_convert_to_torch_for_a_tool_that_keys_on_the_type():
 
 
 class MaskedRunner(nn.Module):
-    """As libraries do that have an LSTM of their own: torch's gets a call per segment, theirs gets the mask."""
+    """As in libraries with a custom LSTM: torch's gets a call per segment, theirs gets the mask."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -99,7 +99,7 @@ def test_library_checking_types_at_the_call_runs_under_the_patch():
 
 
 def test_compile_outside_of_the_patch():
-    """torch.compile leaves the modules that are instances of nn.LSTM, at the time of the first call, to Python."""
+    """torch.compile does not compile modules that are instances of nn.LSTM at the first call."""
     torch._dynamo.reset()
     with fastlstm.patch_torch():
         ours = Model()
@@ -113,7 +113,7 @@ def test_compile_outside_of_the_patch():
 
 
 class Recurrent(abc.ABC, nn.RNNBase):
-    """A library's own base class, which calls the next forward by super()."""
+    """A library's base class, which calls the next forward by super()."""
 
     @abc.abstractmethod
     def start(self, x): ...

@@ -1,4 +1,4 @@
-"""torch.compile and torch.export of models that hold fastlstm.LSTM: one graph, the same numbers, free T and B."""
+"""torch.compile and torch.export of models with fastlstm.LSTM: one graph, equal results, dynamic T and B."""
 
 from __future__ import annotations
 
@@ -198,7 +198,7 @@ def test_export_with_dynamic_t_and_b(ragged):
 
 @pytest.mark.parametrize("ragged", [False, True])
 def test_one_compilation_covers_training_at_every_t_and_b(ragged):
-    """Counted by what reaches the compiler, forward and backward: `error_on_recompile` sees Dynamo's guards alone."""
+    """Counts graphs that reach the compiler, forward and backward; `error_on_recompile` checks Dynamo's guards only."""
     counter = CompileCounterWithBackend("aot_eager")
     model = Model(num_layers=1)
     compiled = torch.compile(model, backend=counter, fullgraph=True, dynamic=True)
@@ -211,7 +211,7 @@ def test_one_compilation_covers_training_at_every_t_and_b(ragged):
 @pytest.mark.parametrize("grad", [False, True], ids=["no_grad", "grad"])
 @pytest.mark.parametrize("option", ["none", "hx", "lengths", "reset_mask", "recompute"])
 def test_symbolic_sizes_stay_symbolic_outside_a_compiler(option, grad, backend):
-    """As make_fx and aot_function call a model: Python sees the symbols, and no number may be asked of them."""
+    """As under make_fx and aot_function, where Python sees symbols that must not be specialized."""
     if backend == "reference":
         pytest.skip("its loop over the steps fixes T")
     mode = FakeTensorMode(shape_env=ShapeEnv())
@@ -236,7 +236,7 @@ def test_symbolic_sizes_stay_symbolic_outside_a_compiler(option, grad, backend):
 
 @pytest.mark.parametrize("ragged", [False, True], ids=["padded", "lengths"])
 def test_weights_with_symbolic_sizes(ragged, backend):
-    """functorch's aot_function traces once for all sizes, of the weights as well."""
+    """functorch's aot_function traces once for all sizes, those of weights included."""
     if backend == "reference":
         pytest.skip("its loop over the steps fixes T")
     lstm = fastlstm.LSTM(3, 4, dtype=TEST_DEVICE.dtype, device=TEST_DEVICE.device)
@@ -306,7 +306,7 @@ class Plain(nn.Module):
 
 @pytest.mark.filterwarnings("ignore")
 def test_onnx_through_nn_lstm(tmp_path):
-    """ONNX has an LSTM operator of its own, which torch's exporter gives nn.LSTM; fastlstm's ops it cannot know."""
+    """torch's exporter maps nn.LSTM to ONNX's LSTM operator; it has no mapping for fastlstm's ops."""
     pytest.importorskip("onnx")
     runtime = pytest.importorskip("onnxruntime")
     model, x, path = Plain().eval(), data(2, 5, 3).float(), tmp_path / "model.onnx"

@@ -23,7 +23,7 @@ DTYPES = (torch.float32, torch.float64, torch.bfloat16)
 
 
 def test_plans_of_the_benchmark_suites():
-    """python -m tests.plans writes the file; a change of it is a change of what users run, and wants a measurement."""
+    """python -m tests.plans writes the file. A change of it changes what users run, and needs a measurement."""
     expected, found = read_golden(), golden_rows()
     changes = [f"only in the file: {key}" for key in expected.keys() - found.keys()]
     changes += [f"not in the file: {key}" for key in found.keys() - expected.keys()]
@@ -54,7 +54,7 @@ def random_case(rng: random.Random) -> Case:
 
 
 def random_shape(rng: random.Random) -> Case:
-    """The same with few rows of different lengths, which take time to count."""
+    """A random case, without lengths if it is large, because counting its rows takes long."""
     case = random_case(rng)
     return case if case.lengths is None or case.T * case.B < 1000 else replace(case, lengths=None)
 
@@ -88,7 +88,7 @@ def test_every_plan_is_valid():
 
 
 def test_more_work_gets_more_threads():
-    """The partition of a plan is asked for, at any number of threads, without running anything."""
+    """Plans are queried for any number of threads, without running anything."""
     case = Case(T=100, B=64, I=128, H=128)
     plans = [plan_of(case, n, **AVX512)["forward"] for n in (1, 2, 4, 8)]
     assert [p["threads"] for p in plans] == [1, 2, 4, 8]
@@ -98,7 +98,7 @@ def test_more_work_gets_more_threads():
 
 
 def test_more_threads_are_never_predicted_slower():
-    """By the prediction; nor are fewer of them used. For 10,000 shapes and 1 to 64 threads."""
+    """Nor does the number of threads in use fall. For 10,000 shapes and 1 to 64 threads."""
     rng = random.Random(20261130)
     for _ in range(10_000):
         case, machine = random_shape(rng), rng.choice((AVX512, AVX2))
@@ -111,7 +111,7 @@ def test_more_threads_are_never_predicted_slower():
 
 
 def test_chosen_partition_has_the_lowest_predicted_time():
-    """Than the plan, by more than 2 %, which more threads must gain; for 10,000 shapes and 1 to 64 threads."""
+    """To within 2 %, the min gain of more threads; for 10,000 shapes and 1 to 64 threads."""
     rng = random.Random(20261201)
     for _ in range(10_000):
         case, machine, threads = random_shape(rng), rng.choice((AVX512, AVX2)), rng.randint(1, 64)
@@ -162,7 +162,7 @@ def test_every_partition_is_a_candidate():
 
 
 def test_one_more_thread_changes_predicted_time_smoothly():
-    """Rows used to be split over all threads or not at all: 9 used 9 threads here, and 10 only 4."""
+    """Regression: rows were split over all threads or none, so 9 available threads gave 9 and 10 gave 4."""
     case = Case(T=100, B=32, I=128, H=128)
     used = [plan_of(case, n, **AVX512)["forward"]["threads"] for n in range(1, 65)]
     assert used == sorted(used)

@@ -1,4 +1,4 @@
-"""The CUDA sources compile: kernels with nvcc for each architecture, free of spills and torch; the binding with g++."""
+"""The CUDA sources compile: kernels with nvcc per architecture, without spills or torch headers; the binding with g++."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def test_kernels_use_registers_alone(source, architecture, tmp_path):
 @needs_nvcc
 @pytest.mark.parametrize("source", KERNELS, ids=lambda path: path.name)
 def test_kernels_include_no_torch_header(source):
-    """So they compile in seconds, and serve every torch."""
+    """So they compile in seconds and work with every torch."""
     command = ["nvcc", "-std=c++17", "-M", f"-I{ROOT / 'csrc'}", str(source)]
     files = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     assert "cell_kernels.h" in files
@@ -82,7 +82,7 @@ def test_benchmark_programs_compile(name, architecture, tmp_path):
 @pytest.mark.skipif(bool(why_not()), reason=why_not())
 @pytest.mark.parametrize("name", ["device.cpp", "layer_persistent.cpp", "ops.cpp", "products.cpp"])
 def test_binding_compiles(name):
-    """The files that tests/test_cuda_host.py replaces, or compiles with more headers than they include."""
+    """The files that tests/test_cuda_host.py replaces or compiles with additional headers."""
     command = ["g++", "-std=c++20", "-fsyntax-only", "-Wall", "-Werror", "-DC10_USING_CUSTOM_GENERATED_MACROS"]
     command += [f"-I{ROOT / 'csrc'}", *(f"-isystem{folder}" for folder in (*include_paths(), cuda_headers()))]
     ran = subprocess.run([*command, str(ROOT / "csrc" / "cuda" / name)], capture_output=True, text=True)

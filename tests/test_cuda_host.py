@@ -1,4 +1,4 @@
-"""The CUDA backend without a GPU: its host code and the bodies of its kernels, compiled for the CPU, as a backend.
+"""The CUDA backend without a GPU: its host code and kernel bodies, compiled for the CPU.
 
 Everything but the launches, cuBLAS itself and the order of memory accesses between threads is what runs on the device:
 masks, offsets, choice of vector width, chunks, the order of steps, what cuBLAS is told, the sums of the weights'
@@ -38,7 +38,7 @@ LIBRARIES: list[torch.library.Library] = []  # a dropped one would take its regi
 
 
 def why_not() -> str:
-    """Why the CUDA sources cannot be compiled for the host here; "" if they can."""
+    """The reason the CUDA sources cannot be compiled for the host here, "" if they can."""
     compiler, nvcc = shutil.which("g++"), shutil.which("nvcc")
     if compiler is None:
         return "there is no g++"
@@ -86,7 +86,7 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> None:
 
 @pytest.fixture
 def backend(compiled: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """A backend like the others, for this test."""
+    """Register the simulated CUDA backend for a test."""
     module = SimpleNamespace(NAME=NAME, supports=lambda call: None)
     monkeypatch.setitem(dispatch.BACKENDS, NAME, module)
     monkeypatch.setattr(dispatch, "NAMES", (*dispatch.NAMES, NAME))
@@ -96,7 +96,7 @@ def backend(compiled: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
 
 @pytest.fixture(params=["A", "B", "S"])
 def persistent(request: pytest.FixtureRequest, backend: str) -> Iterator[str]:
-    """The same with the persistent kernels of one tier in use, on a device of 8 SMs; float32 multiplies in TF32.
+    """The backend with the persistent kernels of one tier, on a device of 8 SMs; float32 GEMMs use TF32.
 
     S runs layers of up to 128 units in 16 bits; B runs the others.
     """
@@ -165,7 +165,7 @@ def test_tf32_of_the_persistent_kernels(case, persistent, poisoned_empty):
 
 @pytest.mark.parametrize("persistent", ["A"], indirect=True)
 def test_largest_clusters(persistent, poisoned_empty):
-    """As many blocks as a cluster may have, and W_hh partly in shared memory."""
+    """The max number of CTAs of a cluster, with W_hh partly in shared memory."""
     case = Case(T=4, B=9, I=4, H=500, hx="tuple", cells=True, lengths=(4, 2, 3, 0, 4, 4, 1, 3, 4))
     check(case, persistent, gpu_support.TF32.rounding("native"))
 
@@ -193,7 +193,7 @@ def test_persistent_kernels_are_bitwise_deterministic(persistent):
     ids=str,
 )
 def test_step_kernels_run_if_cooperative_launch_does_not_fit(case, launches, persistent, poisoned_empty):
-    """A green context, or MPS, may leave a stream fewer SMs than the device has: each pass goes on step by step."""
+    """With a green context or MPS a stream may have fewer SMs than the device: the step-wise kernels run instead."""
     torch.ops.fastlstm_cuda_host.launches_left(launches)
     try:
         check(case, persistent)
@@ -212,7 +212,7 @@ def test_device_properties_are_queried_once(persistent):
 @pytest.mark.parametrize("backend", ["persistent", "step-wise"], indirect=False)
 @pytest.mark.parametrize("D", [1, 2])
 def test_no_units(D, backend, compiled):
-    """hidden_size 0, which the modules refuse and the op does not: empty results."""
+    """hidden_size 0, which modules refuse and the op allows: results are empty."""
     torch.ops.fastlstm_cuda_host.persistent(backend == "persistent", "")
     x = torch.ones(5, 2, 3, dtype=torch.float16)
     weights = [torch.ones(0, 3), torch.ones(0, 0), torch.ones(0), torch.ones(0)] * D
@@ -229,7 +229,7 @@ def test_no_units(D, backend, compiled):
 
 
 def test_addresses_that_do_not_fit_the_vector_width(backend):
-    """Each tensor in turn one element off in its buffer: the kernels must fall back to single elements."""
+    """Each tensor separately is misaligned by one element: the kernels must fall back to scalar loads."""
     case = Case(T=3, B=2, I=4, H=8, hx="tuple", dtype=torch.float16, lengths=(3, 2))
     expected = run_backend(case, backend)
     for off in ("x", "h0", "c0", *tensors(case).weights, "d output", "d c_n"):
@@ -294,7 +294,7 @@ def test_bias_gradients_do_not_alias(backend):
 
 @pytest.mark.parametrize("case", [WITH_CELLS, RAGGED_PROJECTION], ids=str)
 def test_reserve_is_fully_written(case, backend, poisoned_empty):
-    """Every element of every result is written, in padding too: else torch.library.opcheck fails now and then."""
+    """Every element of every result is written, padding included; otherwise torch.library.opcheck fails at random."""
     case_tensors = tensors(case)
     D, none = case.directions, (None, None)
     h0, c0 = none if case_tensors.hx is None else (state[:D].detach() for state in case_tensors.hx)
@@ -309,7 +309,7 @@ SUM64, SUM32, TF32, ATEN = 70, 68, 77, 0  # cublasComputeType_t, and where ATen 
 
 
 def layouts(*shape: int) -> list[torch.Tensor]:
-    """Matrices of one shape in memory: dense, transposed, with a gap after each row or column, with gaps everywhere."""
+    """Layouts of a matrix: dense, transposed, with gaps between rows or columns, with gaps between elements."""
     *batch, rows, columns = shape
     dense = torch.randn(shape)
     wide = torch.randn(*batch, rows, columns + 3)[..., :columns]
@@ -322,7 +322,7 @@ def layouts(*shape: int) -> list[torch.Tensor]:
 @pytest.mark.parametrize("batch", [(), (2,)], ids=["one", "two"])
 @pytest.mark.parametrize("sizes", [(5, 3, 4), (1, 3, 4), (5, 1, 4), (5, 3, 1), (1, 1, 1)], ids=str)
 def test_products(sizes, batch, dtype, compiled):
-    """Every layout of both operands, into sums and into the dtype, with and without adding."""
+    """Every layout of both operands, with float32 and `dtype` outputs, with and without accumulation."""
     M, K, N = sizes
     computes = {torch.float64: SUM64, torch.float32: TF32, torch.float16: SUM32, torch.bfloat16: SUM32}
     wide = torch.float64 if dtype == torch.float64 else torch.float32
@@ -342,7 +342,7 @@ def test_products(sizes, batch, dtype, compiled):
 @pytest.mark.parametrize("matmul", ["ieee", "tf32"])
 @pytest.mark.parametrize("rnn", ["ieee", "tf32"])
 def test_flags_of_tf32(rnn, matmul, enabled, compiled, monkeypatch):
-    """As for nn.LSTM: the RNN flag decides, the matmul flag where cuDNN is off."""
+    """As in nn.LSTM: the RNN flag applies, or the matmul flag if cuDNN is off."""
     monkeypatch.setattr(torch.backends.cudnn, "enabled", enabled)
     with Arithmetic(torch.float32, rnn, matmul).flags():
         how = torch.ops.fastlstm_cuda_host.multiply(torch.empty(2, 2), torch.ones(2, 2), torch.ones(2, 2), False)

@@ -48,7 +48,7 @@ RAGGED_EXTRA = 48  # flags that were read ahead, and the branch of rows that lac
 
 @pytest.fixture(scope="module")
 def instructions(tmp_path_factory: pytest.TempPathFactory):
-    """A block's, compiled once."""
+    """The instructions of a block, compiled once."""
     folder = tmp_path_factory.mktemp("sass")
 
     @cache
@@ -64,13 +64,13 @@ def instructions(tmp_path_factory: pytest.TempPathFactory):
 
 @pytest.fixture
 def step(instructions):
-    """The loop over time of a block."""
+    """The time loop of a block."""
     return lambda phase, block: Step.of(instructions(phase, block))
 
 
 @pytest.fixture
 def single(instructions):
-    """The same of a block that is a group by itself: the loop with products and a barrier."""
+    """The time loop of a single-block group: the loop with products and a barrier."""
     multiplies = (lambda text: "HMMA" in text, lambda text: "BAR.SYNC" in text)
     return lambda phase, block: shortest_loop(instructions(phase, block), *multiplies)
 
@@ -82,7 +82,7 @@ ragged_or_dense = pytest.mark.parametrize("ragged", ["false", "true"], ids=["den
 @kernels
 @ragged_or_dense
 def test_two_barriers_a_step(phase, block, ragged, step):
-    """One where W_hh is not multiplied before the cell."""
+    """A block in which W_hh is not multiplied before the cell."""
     expected = 1 if block.startswith("BackwardCluster") else 2
     assert len(barriers(step(phase, block.format(ragged=ragged)).code)) == expected
 
@@ -112,7 +112,7 @@ def test_only_the_state_is_loaded_between_arrival_and_departure(phase, block, st
 
 @kernels
 def test_resets_are_prefetched(phase, block, step):
-    """With lengths or resets the only other load is of h, from the block's own part, for a row that lacks the step."""
+    """With lengths or resets the only other load is of the block's part of h, for a row without this step."""
     path = step(phase, block.format(ragged="true")).after_last_poll()
     other = [text for text in path if "LDG" in text and ".128.STRONG.GPU" not in text]
     assert len(other) == (1 if "ForwardFlags" in block else 0)

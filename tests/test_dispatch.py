@@ -1,4 +1,4 @@
-"""Which backend runs a call: use_backend, FASTLSTM_BACKEND, explain, and what supports() answers."""
+"""Which backend runs a call: use_backend, FASTLSTM_BACKEND, explain and supports()."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ X = torch.zeros(5, 2, 3)
 
 
 class Forgetful(dict):
-    """In place of dispatch's memory of its choices, so that each call is a choice anew."""
+    """Disable dispatch's cache, so that each call chooses again."""
 
     def __setitem__(self, key, value):
         pass
@@ -32,7 +32,7 @@ def no_memory(monkeypatch):
 
 @pytest.fixture
 def choices(monkeypatch, no_memory):
-    """(backend, call) of every choice made; the fast paths past them, for which there is nothing to choose, are off."""
+    """(backend, call) of every choice; the fast paths, which skip the choice, are off."""
     monkeypatch.setattr(dispatch, "_extension_may_run", lambda: False)
     calls = []
     real = dispatch.select
@@ -82,7 +82,7 @@ def test_use_backend_as_a_function_persists(choices):
 
 
 def test_cached_dispatch_depends_on_backend_and_call():
-    """With dispatch's memory at work: told apart by the kind of autograd node."""
+    """With dispatch's cache: distinguished by the type of autograd node."""
 
     def node(name, *args, **kwargs):
         with fastlstm.use_backend(name):
@@ -112,7 +112,7 @@ def call(device="cpu", dtype=torch.float32, lengths=False, reset_mask=False, **k
 @pytest.mark.parametrize("ragged", [False, True])
 @pytest.mark.parametrize("name", ["native", "eager"])
 def test_complete_backends_refuse_nothing_on_cpu(name, dtype, kwargs, ragged):
-    """Without this, a backend that answers with a reason would skip its tests in silence."""
+    """Otherwise a backend that refuses everything would skip all its tests."""
     if name == "native" and backends.native.extension is None:
         pytest.skip(backends.native.supports(call()))
     assert dispatch.BACKENDS[name].supports(call(dtype=dtype, lengths=ragged, reset_mask=ragged, **kwargs)) is None
@@ -240,7 +240,7 @@ def test_environment_variable_with_an_unknown_name(monkeypatch, no_memory):
 
 
 def test_cached_dispatch_separates_biases_from_directions(monkeypatch):
-    """Both make four weights of the same sizes, and a backend may refuse one of the two."""
+    """Both have four weights of equal sizes, and a backend may support only one of them."""
     picky = types.SimpleNamespace(supports=lambda call: "one direction only" if call.shape.D == 2 else None)
     monkeypatch.setattr(dispatch, "BACKENDS", {"native": picky, "eager": dispatch.BACKENDS["eager"]})
     monkeypatch.setattr(dispatch, "_chosen", {})

@@ -35,7 +35,7 @@ class Tagger(nn.Module):
 
 
 def train(model, rows):
-    """A few steps of Adam on the batch's `rows`; gives the model."""
+    """Run a few steps of Adam on `rows` of the batch; return the model."""
     optimizer = torch.optim.Adam(model.parameters(), lr=0.05)
     for _ in range(STEPS):
         optimizer.zero_grad()
@@ -102,7 +102,7 @@ def test_sharded_weights_train(found, alone):
 
 
 def test_sharded_checkpoint_loads_in_one_process(found, alone):
-    """And into nn.LSTM: the names and shapes are its own."""
+    """Also into nn.LSTM, which has equal names and shapes."""
     model = fastlstm.convert(Tagger(), to="torch")
     with torch.no_grad():
         for weight in model.parameters():
@@ -118,7 +118,7 @@ def test_sharded_checkpoint_loads_in_one_process(found, alone):
 @pytest.mark.parametrize("use_reentrant", [False, True])
 @pytest.mark.parametrize("recompute", [False, 2])
 def test_activation_checkpointing_replays_dropout(use_reentrant, recompute, backend):
-    """The masks of the second forward pass are those of the first, by the random state that checkpoint restores."""
+    """The second forward pass draws the first one's masks, because checkpoint restores the random state."""
     gradients = []
     for wrapped in (False, True):
         torch.manual_seed(3)

@@ -149,7 +149,7 @@ def test_inputs(name, hx, backend):
 @pytest.mark.parametrize("hx", [None, pair(1, 2, 4)], ids=["zeros", "hx"])
 @pytest.mark.parametrize("sizes", [SIZES.float(), SIZES[None]], ids=["float32", "2-D"])
 def test_invalid_batch_sizes(sizes, hx, backend):
-    """nn.LSTM's error depends on hx: a TypeError or a RuntimeError of its insides."""
+    """nn.LSTM's error depends on hx: a TypeError, or a RuntimeError from its internals."""
     with pytest.raises(RuntimeError, match=r"batch_sizes must be int64 \[T\], got torch\."):
         fastlstm.LSTM(3, 4)(sequence(ROWS, sizes), hx)
     with pytest.raises((RuntimeError, TypeError)):
@@ -175,7 +175,7 @@ def test_state_is_checked_before_the_input(name, dtype):
     [("2-D", True), ("1-D", True), ("of one", True), ("nothing twice", True), ("a dict", False), ("numbers", False)],
 )
 def test_error_messages_of_packed_input(name, is_sorted):
-    """Where nn.LSTM's tell what is wrong, they are the same."""
+    """Messages equal nn.LSTM's where those name the argument."""
     raised = []
     for module in modules():
         with pytest.raises(Exception) as caught:  # noqa: PT011

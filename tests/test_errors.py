@@ -1,4 +1,4 @@
-"""Bad arguments: nn.LSTM's own error, type and text, asked of nn.LSTM at run time; clear ones for what is new."""
+"""Invalid arguments: error type and message of nn.LSTM at run time; own messages for new arguments."""
 
 from __future__ import annotations
 
@@ -141,7 +141,7 @@ def test_forward_refuses_unknown_arguments():
 
 @pytest.mark.parametrize("x", [torch.zeros(2, 2, 4), torch.zeros(2, 2, 3).double()], ids=["size", "dtype"])
 def test_packed_and_padded_inputs_have_equal_errors(x):
-    """Here nn.LSTM tells of a matrix product inside, in a RuntimeError."""
+    """nn.LSTM raises a RuntimeError about an internal matrix product."""
     packed_input = pack_padded_sequence(x, torch.tensor([2, 1]))
     kind, text = error_of(lambda: fastlstm.LSTM(3, 4)(packed_input))
     assert text == error_of(lambda: nn.LSTM(3, 4)(x))[1]
@@ -157,7 +157,7 @@ def test_packed_and_padded_inputs_have_equal_errors(x):
     ],
 )
 def test_packed_input_with_wrong_hx(change, text, backend):
-    """Here nn.LSTM reads out of bounds."""
+    """nn.LSTM reads out of bounds."""
     with pytest.raises(RuntimeError, match=text):
         fastlstm.LSTM(3, 4)(packed(2, 2, 3), change(*states((1, 2, 4), (1, 2, 4))))
 
@@ -165,7 +165,7 @@ def test_packed_input_with_wrong_hx(change, text, backend):
 @pytest.mark.parametrize("which", [0, 1])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.int64], ids=str)
 def test_hx_of_another_dtype(which, dtype, backend):
-    """Here nn.LSTM's message is one of oneDNN's insides."""
+    """nn.LSTM's message comes from oneDNN's internals."""
     hx = list(states((1, 2, 4), (1, 2, 4)))
     hx[which] = hx[which].to(dtype)
     with pytest.raises(RuntimeError, match=f"must have the same dtype, got torch.float32 and {dtype}"):
@@ -287,7 +287,7 @@ MISFITS = {
 @pytest.mark.parametrize("grad", [False, True], ids=["no_grad", "grad"])
 @pytest.mark.parametrize("wrong", MISFITS)
 def test_weights_of_inconsistent_shapes(wrong, grad, backend):
-    """In the same words on every backend, from the function and from a module whose weights were exchanged."""
+    """Messages are equal on every backend, from the function and from a module with replaced weights."""
     place, change, text = MISFITS[wrong]
     lstm = fastlstm.LSTM(3, 4, dtype=torch.float64)
     weights = [w.detach() for w in lstm.parameters()]
@@ -332,7 +332,7 @@ def test_weights_that_contradict_the_arguments(wrong, backend):
 
 @pytest.mark.parametrize("options", [{}, {"recompute": True}, {"return_cell_states": True}], ids=str)
 def test_function_refuses_packed_sequences(options, backend):
-    """Though the native op does, and these lengths would be theirs."""
+    """The native op accepts them, and these lengths would match."""
     weights = [w.detach() for w in fastlstm.LSTM(3, 4).parameters()]
     for x in (torch.zeros(6, 3), torch.zeros(6, 3).t()):
         with pytest.raises(RuntimeError, match=r"x must be \[T, B, I\], got \["):
@@ -343,7 +343,7 @@ def test_function_refuses_packed_sequences(options, backend):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_input_with_float32_weights_is_refused(dtype, backend):
-    """Also where half precision is computed in float32, to which everything would be cast."""
+    """Also on backends that compute half precision in float32, where a cast would hide the mismatch."""
     weights = [w.detach() for w in fastlstm.LSTM(3, 4, dtype=torch.float64).parameters()]
     with pytest.raises(RuntimeError, match=r"same dtype|must be .* as x is"):
         fastlstm.functional.lstm(torch.zeros(2, 1, 3, dtype=dtype), None, weights, True, 1, 0.0, True, False, False)

@@ -1,4 +1,4 @@
-"""When the native backend loads fastlstm._C: decided from the file, before loading it."""
+"""When the native backend loads fastlstm._C, decided from the file's bytes before loading it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from fastlstm.backends import native
 
 @pytest.fixture
 def why(monkeypatch, tmp_path):
-    """Ask why a file of these bytes (None: no file) is not loaded by a process with torch 2.13.0+cu130."""
+    """Return the reason that torch 2.13.0+cu130 does not load a file of these bytes (None: no file), "" if it does."""
     monkeypatch.setattr(torch, "__version__", "2.13.0+cu130")
     monkeypatch.setattr(torch.version, "cuda", "13.0")
 

@@ -1,4 +1,4 @@
-"""The fast path: which LSTM and LSTMCell calls the extension runs whole (csrc/fast_path.cpp), and which it leaves."""
+"""The fast path: which LSTM and LSTMCell calls the extension runs (csrc/fast_path.cpp), and which it does not."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Mode(TorchFunctionMode):
 
 
 def interposed(x):
-    """x as only Python knows it, in turn: of a class with a __torch_function__, under a mode, with a tangent."""
+    """Inputs that require Python: a class with __torch_function__, x under a mode, x with a tangent."""
     yield x.as_subclass(Subclass)
     with Mode():
         yield x
@@ -36,7 +36,7 @@ def interposed(x):
 
 
 def lstm_takes_it(lstm: fastlstm.LSTM, *arguments: Any) -> bool:
-    """Whether the extension runs the call; otherwise the weights for the general path come instead."""
+    """Returns true if the extension runs the call; otherwise dispatch gives the weights for the general path."""
     result, weights = dispatch.lstm_fast_path(lstm, *arguments)
     assert result is not None or weights is not None
     return result is not None
@@ -49,7 +49,7 @@ def cell_takes_it(cell: fastlstm.LSTMCell, *arguments: Any) -> bool:
 
 
 def test_fast_path_runs_only_what_native_would(monkeypatch):
-    """Around the layers' choices, in the extension: only where each of them would be native."""
+    """The fast path skips the choice of a backend, so it runs only if every layer's choice would be native."""
     lstm, x = fastlstm.LSTM(3, 4, 2), torch.rand(5, 2, 3)
     taken = {}
     for name in dispatch.NAMES:
@@ -85,7 +85,7 @@ def test_fast_path_runs_only_what_native_would(monkeypatch):
     ],
 )  # fmt: skip
 def test_fast_path_refuses_invalid_attributes(attribute, value):
-    """They are read off the module at every call, and the general path says what is wrong with them."""
+    """Attributes are read at every call, and the general path raises the error."""
     lstm, x = fastlstm.LSTM(3, 4, 2), torch.rand(5, 2, 3)
     assert lstm_takes_it(lstm, x, None)
     lstm.__dict__[attribute] = value
@@ -117,7 +117,7 @@ def test_fast_path_refuses_missing_weights(names):
 
 
 def test_fast_path_computes_parametrized_weights_once():
-    """It runs with those that LSTM._current_weights finds, which are computed once."""
+    """It uses the result of LSTM._current_weights, which is computed once."""
     extension, x, computed = native.extension, torch.rand(5, 2, 3), []
 
     class Twice(torch.nn.Module):
@@ -197,7 +197,7 @@ def test_fast_path_reads_attributes_as_python_does():
 
 
 def test_fast_path_requires_a_plain_dict():
-    """A name or a dict of another class runs Python code when it is looked up."""
+    """Looking up a name or dict of a subclass runs Python code."""
 
     class Name(str):
         __slots__ = ()
@@ -216,7 +216,7 @@ def test_fast_path_requires_a_plain_dict():
 
 @pytest.mark.parametrize(("error", "passed_on"), [(KeyboardInterrupt, True), (ArithmeticError, False)])
 def test_attribute_errors(error, passed_on):
-    """Of KeyboardInterrupt nothing is swallowed; what the general path would raise again is left to it."""
+    """KeyboardInterrupt propagates; errors that the general path would raise again are left to it."""
 
     class Flag:
         def __bool__(self):

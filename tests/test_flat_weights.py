@@ -1,4 +1,4 @@
-"""Which tensors a call computes with: `_flat_weights` as others have written it, or the attributes, as in nn.LSTM."""
+"""The tensors that a call uses: `_flat_weights` as written by other code, or the attributes, as in nn.LSTM."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ OPTIONS = {"num_layers": 2, "bidirectional": True, "proj_size": 2}
 
 
 class Adapted(nn.Module):
-    """An LSTM whose hidden weights get a trained, low-rank term before each call."""
+    """An LSTM with a trained low-rank term added to its hidden weights before each call."""
 
     def __init__(self, lstm: nn.Module, write: str) -> None:
         super().__init__()
@@ -136,7 +136,7 @@ def after(module: nn.Module, step: str) -> list[torch.Tensor]:
 
 @pytest.mark.parametrize("first", STEPS)
 def test_pairs_of_weight_changes_equal_nn_lstm(first, backend):
-    """Every pair of ways to change a weight: as nn.LSTM takes it, call by call."""
+    """Every pair of ways to change a weight gives nn.LSTM's results after each call."""
     for second in STEPS:
         ours, theirs = module_pair()
         for step in (first, second, "another item", "requires_grad"):
@@ -155,7 +155,7 @@ def test_weight_changes_in_any_order(seed):
 
 
 def test_missing_attribute_is_dropped_from_flat_weights():
-    """Code that takes a parameter away writes the list instead."""
+    """For code that removes a parameter and writes the list instead."""
     pair = module_pair()
     for module in pair:
         raw = data(16, 4, seed=3)
@@ -174,7 +174,7 @@ def test_flat_weights_accept_a_tuple(backend):
 
 @pytest.mark.parametrize("grad", [True, False], ids=["grad", "no_grad"])
 def test_computed_weights_are_not_kept_alive_and_do_not_hinder_a_copy(grad):
-    """nn.LSTM keeps them in the list, and cannot be copied after a call."""
+    """nn.LSTM keeps them in the list, so it cannot be copied after a call."""
     lstm = module_pair()[0]
     parametrizations.weight_norm(lstm, "weight_hh_l0")
     kept = []

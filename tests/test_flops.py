@@ -1,4 +1,4 @@
-"""torch.utils.flop_counter: 2 * 4H * (I + P) FLOPs a row and step, as it counts nn.LSTM's own products."""
+"""torch.utils.flop_counter: 2 * 4H * (I + P) FLOPs per row and step, as for nn.LSTM's products."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def test_flops_of_a_layer_equal_nn_lstms(kwargs, form, needs_grad, backend):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_flops_are_equal_in_other_dtypes(dtype, backend):
-    """nn.LSTM's own float32 layer counts as nothing, since oneDNN runs it."""
+    """nn.LSTM's float32 layer counts as zero FLOPs, because oneDNN runs it."""
     ours, _ = module_pair(I, H, bidirectional=True, dtype=dtype)
     reference, _ = module_pair(I, H, bidirectional=True)
     x = data(T, B, I)
@@ -116,7 +116,7 @@ def test_recompute_counts_its_second_forward(backend):
 @pytest.mark.parametrize("inside", ["both", "backward alone"])
 @pytest.mark.parametrize("states", [False, True])
 def test_flops_of_a_cell_equal_nn_lstm_cells(states, inside, backend):
-    """A small one is not seen by the dispatcher, unless a mode watches."""
+    """A small one bypasses the dispatcher unless a dispatch mode is active."""
     found = []
     for module in module_pair(I, H, cell=True):
         x = data(B, I).requires_grad_()
@@ -151,7 +151,7 @@ def test_per_sample_gradients_count(bidirectional, backend):
 
 
 def test_flops_of_an_expanded_input(backend):
-    """The strides of x say nothing about the products."""
+    """FLOPs are independent of the strides of x."""
     ours, _ = module_pair(I, H)
     x = data(1, 1, 1).requires_grad_()
     found = both(ours, (x.expand(T, B, I),))
@@ -159,7 +159,7 @@ def test_flops_of_an_expanded_input(backend):
 
 
 def test_importing_fastlstm_does_not_import_the_flop_counter(backend):
-    """It takes longer than fastlstm, for it imports Triton; in either order the one learns of the other's ops."""
+    """The counter's import is slow because it imports Triton; either import order registers the formulas."""
     first = "torch" if backend == "native" else "torch.utils.flop_counter"
     lines = (
         f"import sys, {first}, fastlstm",
@@ -176,7 +176,7 @@ def test_importing_fastlstm_does_not_import_the_flop_counter(backend):
 
 
 def test_probes_and_other_modules_of_the_loader_have_no_effect(backend):
-    """The formulas are registered when the counter runs, and with no other module that its loader loads."""
+    """The formulas are registered when the counter is imported, and not by other imports with its loader."""
     program = """
 import importlib.util, sys
 import torch, fastlstm

@@ -1,4 +1,4 @@
-"""What nn.LSTM promises of a forward pass beside the numbers: layout of results, dropout, autocast, NaN, packing."""
+"""The forward pass besides its values: layout of results, dropout, autocast, NaN, packing, as in nn.LSTM."""
 
 from __future__ import annotations
 
@@ -187,7 +187,7 @@ def test_packed_sequence_from_single_rows():
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("kwargs", [{}, {"num_layers": 2, "bidirectional": True}, {"proj_size": 2}], ids=str)
 def test_autocast(dtype, kwargs, backend):
-    """float32 is cast at the door. (nn.LSTM does so where its CPU library has the dtype, and raises elsewhere.)"""
+    """float32 inputs are cast. nn.LSTM does so if its CPU library supports the dtype, and raises otherwise."""
     lstm, cast = module_pair(**kwargs, dtype=torch.float32)[0], fastlstm.LSTM(3, 4, **kwargs, dtype=dtype)
     cast.load_state_dict(lstm.state_dict())
     x, low = data(4, 2, 3).float().requires_grad_(), data(4, 2, 3).to(dtype).requires_grad_()

@@ -20,7 +20,7 @@ MOST_FAILURES = 5
 
 
 def run_cases(count: int, seed: int, backend: str) -> tuple[int, list[str]]:
-    """How many configurations ran, and what to print of each one that failed."""
+    """(number of configurations that ran, a description of each failure)."""
     ran, failures = 0, []
     for k in range(seed, seed + count):
         case = random_case(random.Random(k), DTYPES)

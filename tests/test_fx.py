@@ -1,4 +1,4 @@
-"""torch.fx takes an LSTM for one node, as it does torch's own: plain, converted and patched ones, and cells."""
+"""torch.fx treats an LSTM as one node, as for nn.LSTM: new, converted and patched modules, and cells."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def pad(packed):
 
 
 class Tagger(nn.Module):
-    """An LSTM below the root, called with and without a state, and a cell in a loop."""
+    """A model that calls an LSTM with and without a state, and a cell in a loop."""
 
     def __init__(self, lstm: type[nn.Module], cell: type[nn.Module]) -> None:
         super().__init__()
@@ -56,7 +56,7 @@ class Packed(nn.Module):
 
 
 def built(how: str) -> nn.Module:
-    """Tagger with fastlstm's modules, which have come there in one of the ways there are."""
+    """Tagger with fastlstm's modules: built, converted or patched."""
     if how == "patched":
         with fastlstm.patch_torch():
             return Tagger(nn.LSTM, nn.LSTMCell)
@@ -105,7 +105,7 @@ def test_graph_keeps_arguments_that_nn_lstm_lacks(backend):
 
 
 def test_hooks_run_once():
-    """A trace through the module would record what they do, and run them again."""
+    """A trace into the module would record hooks' ops and run the hooks again."""
     models = [Packed(cls) for cls in (fastlstm.LSTM, nn.LSTM)]
     for model in models:
         model.lstm.register_forward_pre_hook(lambda m, args: (args[0]._replace(data=args[0].data * 3),))
@@ -116,7 +116,7 @@ def test_hooks_run_once():
 
 
 def test_call_without_traced_arguments_is_one_node(backend):
-    """Its weights may change after the trace."""
+    """The node reads the module's weights, which may change after the trace."""
 
     class Model(nn.Module):
         def __init__(self, cls) -> None:
@@ -138,7 +138,7 @@ def test_call_without_traced_arguments_is_one_node(backend):
 
 def test_custom_tracers():
     class Deeper(fx.Tracer):
-        """As torch's quantization and feature extractors have them: more leaves, and paths noted."""
+        """A tracer as in torch's quantization and feature extractors, with additional leaves and recorded paths."""
 
         def __init__(self) -> None:
             super().__init__()
@@ -165,7 +165,7 @@ def test_custom_tracers():
 
 
 def test_fx_traces_into_subclasses():
-    """As those of nn.LSTM: they have code of their own."""
+    """As for subclasses of nn.LSTM, because their forward may differ."""
 
     class Doubled(fastlstm.LSTM):
         def forward(self, x):

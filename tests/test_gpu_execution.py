@@ -1,4 +1,4 @@
-"""How it runs on the GPU: graphs, streams, devices, determinism, no synchronisation of the host, memory."""
+"""Execution on the GPU: graphs, streams, devices, determinism, no host synchronization, memory."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ LONG = Case(T=700, B=64, I=128, H=512, bidirectional=True)
 @pytest.mark.parametrize("precision", [IEEE, TF32, MIXED, HALF, BFLOAT16], ids=str)
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_graph_capture(case, precision, backend):
-    """Forward and backward in one CUDA graph; replayed on new numbers, it gives what a plain run gives."""
+    """Forward and backward in one CUDA graph; a replay on new inputs equals an eager run."""
     case = case.to(precision.dtype)
     require(backend, case)
     case_tensors = on_device(case, precision.dtype)
@@ -88,7 +88,7 @@ def test_graph_capture(case, precision, backend):
 @pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
 @pytest.mark.parametrize("H", [64, 300])
 def test_torch_compile(H, mode, backend):
-    """One graph without a break, also as a CUDA graph, forward and backward: what a plain call gives."""
+    """One graph without a break, also as a CUDA graph, equals an eager call, forward and backward."""
     case = Case(T=12, B=9, I=16, H=H, bidirectional=True, dtype=torch.bfloat16)
     require(backend, case)
     case_tensors = on_device(case, torch.bfloat16)
@@ -115,7 +115,7 @@ def test_torch_compile(H, mode, backend):
 @pytest.mark.parametrize("case", [*CASES, LONG], ids=str)
 @pytest.mark.parametrize("precision", [IEEE, MIXED, BFLOAT16], ids=str)
 def test_determinism(case, precision, backend):
-    """Bit for bit, ten times."""
+    """Ten runs are bitwise equal."""
     case = case.to(precision.dtype)
     require(backend, case)
     first = run(case, precision, backend)
@@ -126,7 +126,7 @@ def test_determinism(case, precision, backend):
 @backends
 @pytest.mark.parametrize("precision", [IEEE, MIXED, BFLOAT16], ids=str)
 def test_two_streams(precision, backend):
-    """Two calls at a time, each on its own stream: no buffer in common, everything on the current stream."""
+    """Two concurrent calls on two streams share no buffer and use the current stream only."""
     cases = [Case(T=60, B=16, I=64, H=256, dtype=precision.dtype, seed=seed, bidirectional=True) for seed in (1, 2)]
     require(backend, cases[0])
     expected = [run(case, precision, backend) for case in cases]
@@ -148,7 +148,7 @@ def test_two_streams(precision, backend):
 
 @backends
 def test_two_threads(backend):
-    """Each with its own stream and its own setting of nothing: precision is read, never set for the process."""
+    """Threads with separate streams: precision flags are read and never set."""
     case = Case(T=30, B=16, I=64, H=128)
     require(backend, case)
     expected = run(case, MIXED, backend)
@@ -180,7 +180,7 @@ def test_two_threads(backend):
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason=f"needs 2 GPUs, there are {torch.cuda.device_count()}")
 @pytest.mark.parametrize("precision", [IEEE, MIXED, BFLOAT16], ids=str)
 def test_two_devices(precision, backend):
-    """A call runs on its tensors' device, whichever is current."""
+    """A call runs on its tensors' device, not on the current one."""
     case = STACKED.to(precision.dtype)
     require(backend, case)
     with torch.cuda.device(0):
@@ -229,7 +229,7 @@ def test_no_host_synchronization(case, precision, backend):
     ids=str,
 )
 def test_memory(case, precision, training, backend):
-    """The peak of a training step, and of inference, at most a tenth above nn.LSTM's."""
+    """Peak memory of a training step and of inference is at most 1.1 times nn.LSTM's."""
     case = case.to(precision.dtype)
     require(backend, case)
     peaks = {}

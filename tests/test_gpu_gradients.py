@@ -1,4 +1,4 @@
-"""Gradients on the GPU: numerically in float64, twice, for any subset, and the ops as torch.library wants them."""
+"""Gradients on the GPU: gradcheck in float64, second order, any subset of inputs, and opcheck."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ CASES = (
 
 
 def function(case):
-    """(f, its tensor inputs): every result of the layer as a function of every input and weight."""
+    """(f, its tensor inputs), where f maps all inputs and weights to all results of the layer."""
     case_tensors = on_device(case, torch.float64)
     names = list(case_tensors.weights)
     module = case.module(fastlstm.LSTM, case_tensors.weights)
@@ -89,7 +89,7 @@ def test_opcheck(case, dtype, backend):
 @backends
 @pytest.mark.parametrize(("H", "proj"), [(8, 0), (8, 4), (200, 0), (300, 0)])
 def test_backward_twice(H, proj, backend):
-    """Nothing that forward saved is overwritten."""
+    """Tensors saved by forward are not overwritten."""
     case = Case(T=9, B=5, I=4, H=H, bidirectional=True, hx="tuple", proj=proj)
     require(backend, case)
     case_tensors = on_device(case, torch.float32)
@@ -104,7 +104,7 @@ def test_backward_twice(H, proj, backend):
 
 @backends
 def test_any_subset_of_gradients(backend):
-    """Each gradient is the same whether or not others are wanted."""
+    """Each gradient is independent of which others are needed."""
     case = Case(T=4, B=3, I=4, H=8, hx="tuple")
     require(backend, case)
     whole = run(case, IEEE, backend)
@@ -123,7 +123,7 @@ def test_any_subset_of_gradients(backend):
 
 
 def test_auto_selects_native_if_built_for_cuda():
-    """Else a broken build would pass the suite by skipping it."""
+    """Otherwise a broken build would skip the suite and pass."""
     extension = dispatch.BACKENDS["native"].extension
     if extension is None or "cuda" not in extension.devices():
         pytest.fail("fastlstm._C was not built for CUDA: FASTLSTM_BUILD=cuda pip install --no-build-isolation .")

@@ -65,7 +65,7 @@ print("replayed")
 @marked
 @SIZES
 def test_first_call_of_a_process_inside_a_capture(H):
-    """What happens once only, as loading kernels and asking the runtime what fits, may happen within a capture."""
+    """One-time work, such as loading kernels and querying occupancy, may happen within a capture."""
     ran = subprocess.run([sys.executable, "-c", FIRST_CALL, str(H)], capture_output=True, text=True, timeout=300)
     assert ran.returncode == 0, ran.stderr[-3000:]
     assert "replayed" in ran.stdout
@@ -74,7 +74,7 @@ def test_first_call_of_a_process_inside_a_capture(H):
 @marked
 @SIZES
 def test_two_branches_of_a_graph(H):
-    """Cooperative kernels that may run side by side: each gets all its blocks, or waits."""
+    """Concurrent cooperative kernels: each gets all its blocks or waits."""
     lstm, x = layer(H)
     other = x.flip(0).contiguous()
     with torch.no_grad(), fastlstm.use_backend("native"):

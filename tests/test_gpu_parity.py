@@ -1,4 +1,4 @@
-"""The numbers of the float64 reference, at every dtype and precision, no further off than rounding explains."""
+"""Results on the GPU against the float64 reference at every dtype and precision, to within rounding."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def test_batches(B, precision, backend):
 
 @backends
 def test_more_rows_than_grid_blocks(backend):
-    """65,535 blocks is the most a grid has in its second dimension."""
+    """A grid has at most 65,535 blocks in its second dimension."""
     check(Case(T=2, B=66_001, I=2, H=256), IEEE, backend)
 
 
@@ -90,7 +90,7 @@ def test_more_steps_than_cudnn_supports(precision, backend):
 
 @backends
 def test_more_than_2_to_the_32_elements(backend):
-    """The first and the last steps of a run whose gates have 2.2e9 elements, against runs of those steps alone."""
+    """The first and last steps of a run whose gates have 2.2e9 elements equal separate runs of those steps."""
     free, _ = torch.cuda.mem_get_info()
     if free < 40 << 30:
         pytest.skip(f"needs 40 GiB of GPU memory, {free >> 30} GiB are free")
@@ -116,7 +116,7 @@ def test_more_than_2_to_the_32_elements(backend):
 @pytest.mark.parametrize("case", [STACKED, ALL_OPTIONS], ids=str)
 @pytest.mark.parametrize("precision", [IEEE, BFLOAT16], ids=str)
 def test_all_tensors_non_contiguous(case, precision, backend):
-    """x, hx, weights and the arriving gradients with gaps (NaN in them) and in other orders: the same as dense ones."""
+    """x, hx, weights and arriving gradients that are permuted, with NaN in gaps, give the results of dense ones."""
     case = case.to(precision.dtype)
     require(backend, case)
     dense = run(case, precision, backend)
@@ -143,7 +143,7 @@ def test_all_tensors_non_contiguous(case, precision, backend):
 
 
 class _GapsInGradient(torch.autograd.Function):
-    """The identity; its gradient arrives strided."""
+    """An identity whose backward returns a strided gradient."""
 
     @staticmethod
     def forward(ctx, x):
@@ -158,7 +158,7 @@ class _GapsInGradient(torch.autograd.Function):
 @pytest.mark.parametrize("case", FEATURES, ids=str)
 @pytest.mark.parametrize("precision", [IEEE, BFLOAT16], ids=str)
 def test_poisoned_memory(case, precision, backend, poisoned_empty):
-    """torch.empty gives NaN, in C++ too; so does a read before the write."""
+    """torch.empty gives NaN, in C++ too, so reads of uninitialized memory show as NaN."""
     check(case, precision, backend)
 
 
@@ -187,7 +187,7 @@ def test_cell(dtype, backend):
 @pytest.mark.parametrize("matmul", ["ieee", "tf32"])
 @pytest.mark.parametrize("rnn", ["ieee", "tf32"])
 def test_flags_of_tf32(rnn, matmul, backend):
-    """The RNN flag alone decides, as for nn.LSTM; the matmul flag decides nothing and is what it was afterwards."""
+    """Only the RNN flag applies, as in nn.LSTM; the matmul flag is ignored and restored."""
     if torch.cuda.get_device_capability() < (8, 0):
         pytest.skip("TF32 needs compute capability 8.0")
     case = Case(T=8, B=64, I=256, H=256, bidirectional=True, hx="tuple")

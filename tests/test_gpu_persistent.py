@@ -1,4 +1,4 @@
-"""The persistent kernels on a GPU: cuDNN's numbers, the step-wise kernels' numbers over many launches, no hang."""
+"""The persistent kernels on a GPU: against cuDNN and, over many launches, the step-wise kernels; no hang."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ SIZES = [(H, B) for H in (31, 128, 256, 500, 512, 640, 768, 1024, 1536, 2048) fo
 
 @pytest.fixture(autouse=True, params=["A", "B", "S"])
 def persistent(request: pytest.FixtureRequest) -> Iterator[str]:
-    """With the persistent kernels of one tier on, wherever it can serve."""
+    """Enable the persistent kernels of one tier for all layers that it supports."""
     if "cuda" not in native.devices:
         pytest.skip(f"fastlstm._C was built for {native.devices or native.load_error}")
     if request.param == "A" and torch.cuda.get_device_capability()[0] < 9:
@@ -74,7 +74,7 @@ def test_results_are_bitwise_deterministic(precision):
 
 
 def against_steps(case: Case, precision: Arithmetic) -> None:
-    """The step-wise kernels' results: h and dgates are rounded alike, so only the order of sums differs."""
+    """Results equal the step-wise kernels' up to the order of sums, because h and dgates are rounded equally."""
     tier = native.extension.persistent_tier()
     native.set_persistent(False)
     steps = run(case, precision, "native")
@@ -86,7 +86,7 @@ def against_steps(case: Case, precision: Arithmetic) -> None:
 
 
 def test_random_launches():
-    """FASTLSTM_FUZZ_COUNT layers a tier, forward and backward, of random sizes and masks: no hang and no mismatch."""
+    """FASTLSTM_FUZZ_COUNT random layers per tier, forward and backward, with masks: no hang and no mismatch."""
     rng = random.Random(20240229)
     for index in range(COUNT):
         T, B = rng.choice((4, 5, 16, 33)), rng.choice((1, 3, 8, 9, 16, 17, 40, 130))
@@ -107,7 +107,7 @@ def test_random_launches():
 
 @pytest.mark.parametrize("sms", [8, 32])
 def test_a_green_context(sms):
-    """The stream has fewer SMs than the device: the launch finds no room, and the layer runs step by step.
+    """The stream has fewer SMs than the device: the cooperative launch does not fit, and the layer runs step by step.
 
     Not run on a GPU yet. The expected status is cudaErrorCooperativeLaunchTooLarge, or for clusters
     cudaErrorInvalidClusterSize; csrc/cuda/layer_persistent.cpp takes the step-wise path for no other.
@@ -132,7 +132,7 @@ def test_a_green_context(sms):
 
 
 def test_launches_on_many_streams():
-    """Launches side by side: a cluster, or all groups of tier B, gets all its blocks, or waits; never some of them."""
+    """Concurrent launches: a cluster, or all groups of tier B, gets all its blocks or waits, never a part of them."""
     case = Case(T=64, B=64, I=64, H=512, dtype=torch.bfloat16)
     expected = run(case, BFLOAT16, "native")
     found = []

@@ -1,4 +1,4 @@
-"""scripts/gpu_*.sh without a GPU: stages, time limits and archive; programs that do nothing stand in for all others."""
+"""scripts/gpu_*.sh without a GPU: stages, time limits and archive; other programs are replaced by stubs."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ STAGES = {
 
 @pytest.fixture
 def call(tmp_path):
-    """Runs a script in a copy of what it needs; nvcc makes programs that print a line."""
+    """Run a script in a copy of its files; the stub of nvcc makes programs that print a line."""
     if shutil.which("bash") is None:
         pytest.skip("there is no bash")
     tree, programs = tmp_path / "tree", tmp_path / "bin"

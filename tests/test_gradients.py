@@ -1,4 +1,4 @@
-"""Backward passes: numerically (gradcheck), twice, in eval mode, for any subset of inputs and any single output."""
+"""Backward: gradcheck, second order, eval mode, any subset of inputs and any single output."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ CASES = (
 
 
 def function(case):
-    """(f, its tensor inputs): every result of the layer as a function of every input and weight."""
+    """(f, its tensor inputs), where f maps all inputs and weights to all results of the layer."""
     case_tensors = tensors(case.to(torch.float64))
     names = list(case_tensors.weights)
     module = case.module(fastlstm.LSTM, case_tensors.weights)
@@ -66,7 +66,7 @@ def test_gradgradcheck(case, backend):
 
 
 def test_gradient_penalty_equals_nn_lstms(backend):
-    """Double backward as its users write it: the norm of the input's gradient is in the loss."""
+    """A gradient penalty: the norm of the input's gradient is part of the loss."""
     found = []
     for module in module_pair(num_layers=2, bidirectional=True):
         x = data(4, 2, 3).requires_grad_()
@@ -77,7 +77,7 @@ def test_gradient_penalty_equals_nn_lstms(backend):
 
 
 def test_double_backward_of_some_weights(backend):
-    """A gradient of a gradient with frozen weights and an output that is in no loss."""
+    """Double backward with a frozen weight and an unused output."""
     found = []
     for module in module_pair():
         module.weight_ih_l0.requires_grad_(False)
@@ -115,7 +115,7 @@ def test_gradients_accumulate(backend):
 
 
 def test_gradients_do_not_alias(backend):
-    """Else an in-place step on one (clipping, say) would change the other: both biases have equal gradients."""
+    """Otherwise an in-place operation on one, such as clipping, would change the other: their gradients are equal."""
     ours, _ = module_pair(bidirectional=True)
     x, hx = data(4, 2, 3).requires_grad_(), (data(2, 2, 4).requires_grad_(), data(2, 2, 4).requires_grad_())
     grads = torch.autograd.grad(sum(t.sum() for t in flat(ours(x, hx))), [x, *hx, *ours.parameters()])
@@ -134,7 +134,7 @@ def test_backward_in_eval_mode(backend):
 
 @pytest.mark.parametrize("case", [Case(hx="tuple"), Case(hx="tuple", proj=2, bias=False, bidirectional=True)], ids=str)
 def test_any_subset_of_gradients(case, backend):
-    """By what autograd.grad is asked for, and by what requires a gradient at all."""
+    """Subsets of the arguments of autograd.grad, and of the tensors that require a gradient."""
     case = case.to(torch.float64)
     everything = run_torch(case)
     names = [name[2:] for name in everything if name.startswith("d ")]
@@ -164,7 +164,7 @@ def test_loss_of_a_single_output(name, case, backend):
 
 
 def test_loss_of_one_step_of_one_output(backend):
-    """The gradient of output arrives with zeros in it, and the other outputs' not at all."""
+    """The gradient of output contains zeros, and the other outputs have none."""
     found = []
     for module in module_pair(bidirectional=True):
         x = data(5, 2, 3).requires_grad_()
@@ -173,7 +173,7 @@ def test_loss_of_one_step_of_one_output(backend):
 
 
 def test_aliasing_arguments(backend):
-    """Tied weights: both directions share one, and so do both biases; each role adds to the gradient."""
+    """Tied weights: both directions share one, and so do both biases; the gradient is the sum over its uses."""
     found = []
     for module in module_pair(bidirectional=True):
         module.weight_hh_l0_reverse = module.weight_hh_l0
@@ -184,7 +184,7 @@ def test_aliasing_arguments(backend):
 
 
 def test_weights_changed_between_forward_and_backward_are_an_error(backend):
-    """In-place change of what backward reads is an error as everywhere in autograd, not a wrong gradient."""
+    """Changing a tensor that backward reads is an error, as usual in autograd, not a wrong gradient."""
     ours, _ = module_pair()
     loss = ours(data(4, 2, 3))[0].sum()
     with torch.no_grad():
@@ -194,7 +194,7 @@ def test_weights_changed_between_forward_and_backward_are_an_error(backend):
 
 
 def test_output_changed_in_place_before_backward(backend):
-    """Backward reads y again, so either autograd refuses or the gradient is right."""
+    """Backward reads y, so either autograd raises or the gradient is correct."""
     ours, theirs = module_pair(dtype=torch.float64)
     x = data(4, 2, 3)
     expected = torch.autograd.grad((theirs(x)[0] * 2).sum(), list(theirs.parameters()))
@@ -225,7 +225,7 @@ def test_anomaly_mode(backend):
 
 @pytest.mark.parametrize("backend", ["native", "eager"], indirect=True)
 def test_second_derivatives_under_autocast_keep_their_precision(backend):
-    """A backward called inside autocast must not run its differentiable formula in bfloat16."""
+    """A backward inside autocast must not run the differentiable formula in bfloat16."""
     ours, _ = module_pair(dtype=torch.float32)
     x = data(4, 3, 3).float().requires_grad_()
 

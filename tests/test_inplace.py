@@ -1,4 +1,4 @@
-"""In-place changes between forward and backward: what nn.LSTM's float64 layers allow is allowed, and right."""
+"""In-place changes between forward and backward: those that nn.LSTM's float64 layers allow give correct gradients."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def packed(x: Tensor) -> PackedSequence:
 
 
 def gradients(module: nn.Module, edit: Callable[[Tensor], object], form: str = "padded", call=None):
-    """The output after `edit`, and the gradients of it and of the final states by x and every parameter."""
+    """The output after `edit`, and gradients with respect to x and every parameter."""
     x = data(4, 3, 3).requires_grad_()
     output, (h_n, c_n) = (module if call is None else call)(x if form == "padded" else packed(x))
     y = output if form == "padded" else output.data
@@ -60,7 +60,7 @@ def test_output_changed_in_place(kind, edit, form, backend):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("kind", ["plain", "bidirectional", "projected"])
 def test_output_changed_in_place_in_every_dtype(kind, dtype, lengths, backend):
-    """Some of these nn.LSTM refuses. As far from the truth as the change out of place, twice at most."""
+    """nn.LSTM refuses some of these. The error is at most twice that of the out-of-place change."""
     ours, _ = module_pair(24, 40, **({"proj_size": 18} if kind == "projected" else KINDS[kind]), dtype=dtype)
     found = []
     for precision, in_place in ((dtype, True), (dtype, False), (torch.float64, False)):
@@ -76,7 +76,7 @@ def test_output_changed_in_place_in_every_dtype(kind, dtype, lengths, backend):
 
 @pytest.mark.parametrize("option", ["lengths", "reset_mask", "return_cell_states", "recompute"])
 def test_output_changed_in_place_with_every_option(option, backend):
-    """The final states and c of every step, edited as well, are no part of what is read again."""
+    """The final states and c of every step are edited too; backward does not read them."""
     ours, _ = module_pair(bidirectional=True)
     ours.recompute = 2 if option == "recompute" else False
     kwargs = {
@@ -158,7 +158,7 @@ FROZEN = ("nothing", "states", "weights", "all but weight_ih", "all but bias_hh"
 
 
 def change(module: nn.Module, name: str, frozen: str, T: int) -> object:
-    """The gradients after an in-place change of one argument between forward and backward, or the error."""
+    """The gradients after changing one argument in place between forward and backward, or the error."""
     weights = dict(module.named_parameters())
     for key, weight in weights.items():
         kept = {"weights": False, "all but weight_ih": "weight_ih" in key, "all but bias_hh": "bias_hh" in key}
@@ -184,7 +184,7 @@ def change(module: nn.Module, name: str, frozen: str, T: int) -> object:
 @pytest.mark.parametrize("T", [1, 4])
 @pytest.mark.parametrize("kind", ["plain", "projected", "cell"])
 def test_argument_changed_in_place(kind, T, backend):
-    """What nn.LSTM allows is allowed, with its gradients, and what it refuses is refused."""
+    """Equal gradients if nn.LSTM allows the change, an error if it refuses it."""
     if kind == "cell" and T > 1:
         pytest.skip("a cell is one step")
     for name in ARGUMENTS if kind == "projected" else ARGUMENTS[:-1]:
@@ -200,7 +200,7 @@ def test_argument_changed_in_place(kind, T, backend):
 
 @pytest.mark.parametrize("kind", ["plain", "cell"])
 def test_double_backward_allows_the_same_in_place_changes(kind, backend):
-    """Biases are read by neither, as in nn.LSTM."""
+    """Backward does not read biases, as in nn.LSTM."""
     found = []
     for module in module_pair(cell=kind == "cell"):
         x = data(4, 3, 3).requires_grad_()
@@ -240,7 +240,7 @@ def test_recompute_reads_copies_of_the_states(backend):
 
 
 def test_cell_states_changed_in_place_are_an_error(backend):
-    """Backward reads them, and nn.LSTM returns none: a caller gets them by return_cell_states alone."""
+    """Backward reads them. nn.LSTM does not return them; here return_cell_states does."""
     module, _ = module_pair()
     _, _, cells = module(data(4, 3, 3), return_cell_states=True)
     cells.mul_(2)
@@ -249,7 +249,7 @@ def test_cell_states_changed_in_place_are_an_error(backend):
 
 
 def test_input_changed_in_place_does_not_leak_the_graph(backend):
-    """x += y leads from x back to the layer's node, which holds x: a circle that nobody collects."""
+    """After x += y, x references the layer's node, which must not reference x: the cycle would leak."""
     module, _ = module_pair(proj_size=3)
     module.requires_grad_(False)
     x = data(4, 3, 3).requires_grad_() * 1

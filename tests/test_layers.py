@@ -36,7 +36,7 @@ def level(module: str) -> int:
 
 
 def imports(source: str, module: str, is_package: bool = False) -> tuple[set[str], set[str]]:
-    """(modules of fastlstm, top-level modules from outside) that a file imports, at any depth of its code."""
+    """(modules of fastlstm, other top-level modules) that a file imports, anywhere in its code."""
     inside, outside = set(), set()
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):

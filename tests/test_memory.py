@@ -1,4 +1,4 @@
-"""Large buffers that the native backend keeps for its next call (csrc/cpu/memory.h): never shared, never hoarded."""
+"""The native backend's caching allocator (csrc/cpu/memory.h): no aliasing, bounded memory."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ def at_most(more):
 
 
 def run_limited(program: str) -> list[int]:
-    """The numbers that `program` prints, in a process that can limit its own memory."""
+    """Run `program` in a process that can limit its memory; return the numbers it prints."""
     if not sys.platform.startswith("linux"):
         pytest.skip("limits its address space as Linux does")
     # Else malloc keeps up to 32 MiB a block of what it is given back, as far as that lies scattered.
@@ -108,7 +108,7 @@ def run_limited(program: str) -> list[int]:
 
 @pytest.mark.parametrize("failed", [False, True])
 def test_cached_memory_is_bounded(failed):
-    """Thirty different sizes leave no more behind than the largest of them takes, also after one that did not fit."""
+    """After thirty sizes, one of which did not fit, the cache holds no more than the largest one needs."""
     once, peak_of_many = run_limited(f"""
 train(16)
 train(256)
@@ -129,7 +129,7 @@ print(once, peak())
 
 
 def test_cached_memory_is_released_under_pressure():
-    """No request fails for memory that only waits for the next call."""
+    """No allocation fails because of cached memory."""
     run_limited("""
 x = torch.zeros(700, 256, 4)
 train(512)

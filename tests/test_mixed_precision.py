@@ -1,4 +1,4 @@
-"""Training in mixed precision: autocast, GradScaler, modules in half precision; each gets where float32 gets."""
+"""Training in mixed precision: autocast, GradScaler, modules in half precision; each converges as float32 does."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ X = data(6, 3, 3).float()
 
 
 class Forecast(nn.Module):
-    """The next value of a series [T, B, 1] at every step."""
+    """Predicts the next value of a series [T, B, 1] at every step."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -66,7 +66,7 @@ def test_training_converges_as_in_float32(dtype, scaled):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_tutorial_meets_its_target_with_a_grad_scaler(dtype):
-    """gradient_regression in its quick form: its model, data, optimizer and bar, in mixed precision."""
+    """The quick form of gradient_regression in mixed precision: its model, data, optimizer and target."""
     task = GradientRegression(quick=True)
     model, history, generator = task.build(implementation("fastlstm")), {}, task.generator()
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-3, weight_decay=1e-5)
@@ -109,7 +109,7 @@ def test_grad_scaler_skips_a_step_that_overflows(backend):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("options", [{}, {"num_layers": 2, "bidirectional": True}, {"proj_size": 2}], ids=str)
 def test_modules_in_half_precision_train(dtype, options, backend):
-    """All in one dtype, results and gradients included."""
+    """Everything in one dtype, results and gradients included."""
     if backend == "triton" and "proj_size" in options:
         pytest.skip("no projection")
     ours, theirs = module_pair(**options)
@@ -129,7 +129,7 @@ def test_modules_in_half_precision_train(dtype, options, backend):
 
 
 def test_autocast_with_every_call_form(backend):
-    """lengths, reset_mask, cell states, packed input: the low dtype out, float32 gradients, float32's numbers."""
+    """lengths, reset_mask, cell states, packed input: low-precision results, float32 gradients, close to float32's."""
     ours, _ = module_pair(bidirectional=True, dtype=torch.float32)
     packed = nn.utils.rnn.pack_padded_sequence(X, [6, 2, 3], enforce_sorted=False)
     calls = (

@@ -1,4 +1,4 @@
-"""One number inf, NaN, huge or denormal in x, h0, c0 or a weight: finite, inf and NaN where nn.LSTM has them.
+"""One inf, NaN, huge or denormal number in x, h0, c0 or a weight: results are finite, inf and NaN as in nn.LSTM.
 
 Results and every gradient, in float64 (where nn.LSTM runs ATen's own kernels) and in float32 and bfloat16 (oneDNN's).
 What is exempt is in tests/adversarial.py: products with zeros that are left out, past a length and at a reset.

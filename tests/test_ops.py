@@ -1,4 +1,4 @@
-"""The ops behind the module (fastlstm/ops/schema.py), called as they are: opcheck, fake kernels, the contract."""
+"""The ops (fastlstm/ops/schema.py), called directly: opcheck, fake kernels, the contract."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ CASES = (
 
 @pytest.fixture(params=list(dispatch.BACKENDS))
 def op_backend(request):
-    """Every backend that has ops: all but the reference."""
+    """Run once per backend with ops, which the reference has not."""
     require(request.param, Case())
     return request.param
 
 
 def forward_arguments(case, dtype=torch.float32, keep_reserve=True, requires_grad=False):
-    """The forward op's, in the schema's order."""
+    """Arguments of the forward op, in the schema's order."""
     case_tensors = tensors(case.to(dtype))
     x = case_tensors.input.detach().requires_grad_(requires_grad)
     h0, c0 = [t.detach().requires_grad_(requires_grad) for t in case_tensors.hx] if case_tensors.hx else (None, None)
@@ -47,7 +47,7 @@ def forward_arguments(case, dtype=torch.float32, keep_reserve=True, requires_gra
 
 
 def backward_arguments(op, arguments, needs=None, present=(True, True, True, True)):
-    """The backward op's after a run of the forward op; `given` says which of its results' gradients there are."""
+    """Arguments of the backward op after running the forward op; `present`: which results have a gradient."""
     results = op(*arguments)
     y, h_n, c_n, cells, reserve = results
     if not arguments[6]:
@@ -66,7 +66,7 @@ def ops(name):
 
 
 def flat(results):
-    """The tensors of an op's results, the list of weight gradients among them."""
+    """All tensors of an op's results, those in the list of weight gradients included."""
     return [t for r in results for t in (r if isinstance(r, (list, tuple)) else [r])]
 
 
@@ -116,7 +116,7 @@ def test_fake_kernels_give_the_layout_of_real_results(case, keep_reserve, dtype,
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_forward_follows_the_contract(case, op_backend, poisoned_empty):
-    """Every result against the reference; what was not asked for is [0]."""
+    """Every result against the reference; unneeded ones have shape [0]."""
     require(op_backend, case)
     forward, _ = ops(op_backend)
     arguments = forward_arguments(case, torch.float64)
@@ -136,18 +136,18 @@ def test_forward_follows_the_contract(case, op_backend, poisoned_empty):
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_backward_follows_the_contract(case, op_backend, poisoned_empty):
-    """Each subset of arriving gradients and each single gradient needed, against autograd through the reference."""
+    """Subsets of arriving gradients and single needed gradients, against autograd through the reference."""
     require(op_backend, case)
     forward, backward = ops(op_backend)
     arguments = forward_arguments(case, torch.float64, requires_grad=True)
     inputs = [t for t in (*arguments[:3], *arguments[3]) if t is not None]
     with torch.no_grad():
         full = backward_arguments(forward, arguments)
-    for present in ((1, 0, 0, 0), (0, 1, 0, 0), (0, 0, 1, 0), (0, 0, 0, 1), (1, 1, 1, 1)):
-        if present == (0, 0, 0, 1) and not case.cells:
+    for arriving in ((1, 0, 0, 0), (0, 1, 0, 0), (0, 0, 1, 0), (0, 0, 0, 1), (1, 1, 1, 1)):
+        if arriving == (0, 0, 0, 1) and not case.cells:
             continue
         with torch.no_grad():
-            args = backward_arguments(forward, arguments, present=present)
+            args = backward_arguments(forward, arguments, present=arriving)
         outputs = reference.layer(*arguments[:6])
         pairs = [(out, grad) for out, grad in zip(outputs, args[:4], strict=True) if grad is not None]
         expected = torch.autograd.grad(
@@ -189,7 +189,7 @@ def test_arriving_gradients_of_any_strides(form, op_backend):
 
 
 def test_arguments_need_not_be_contiguous(op_backend):
-    """h0, c0, lengths and reset_mask with gaps; a transposed mask is what batch_first gives."""
+    """h0, c0, lengths and reset_mask with strides; batch_first gives a transposed mask."""
     case = replace(ALL_OPTIONS, B=3)
     require(op_backend, case)
     forward, backward = ops(op_backend)
@@ -240,7 +240,7 @@ def test_reserve_is_not_differentiable(op_backend):
     ],
 )
 def test_forward_refuses_invalid_shapes(index, change, text, op_backend):
-    """The op itself, which programs may call: a kernel must never read past a tensor."""
+    """The op called directly: a kernel must not read out of bounds."""
     arguments = forward_arguments(Case(T=4, **EVERYTHING))
     arguments[index] = change(arguments[index])
     with pytest.raises(RuntimeError, match=text):
@@ -249,7 +249,7 @@ def test_forward_refuses_invalid_shapes(index, change, text, op_backend):
 
 @pytest.mark.parametrize("lengths", [(4, 5, 2), (4, -1, 2)])
 def test_lengths_out_of_range_are_refused(lengths, op_backend):
-    """In the words of the module's own check."""
+    """With the message of the module's check."""
     forward, backward = ops(op_backend)
     arguments = forward_arguments(Case(T=4, **EVERYTHING))
     backwards = backward_arguments(forward, arguments)
@@ -304,7 +304,7 @@ def test_recorded_forward_always_keeps_a_reserve(op_backend):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 @pytest.mark.parametrize("case", [*CASES, Case(T=9, B=3, H=37, lengths=(9, 2, 5), bidirectional=True)], ids=str)
 def test_backward_recomputes_h_if_y_is_missing(case, dtype, op_backend, poisoned_empty):
-    """As it is asked to where y was changed in place; tests/test_inplace.py has the other dtypes."""
+    """As requested if y was changed in place; tests/test_inplace.py has the other dtypes."""
     case = case.to(dtype)
     require(op_backend, case)
     forward, backward = ops(op_backend)

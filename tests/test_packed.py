@@ -1,4 +1,4 @@
-"""PackedSequence: rows that stay packed through the native op, its contract there, and what falls back to padding."""
+"""PackedSequence: packed rows in the native op, its contract for them, and calls that fall back to padding."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ needs_native = pytest.mark.skipif(backends.native.extension is None, reason="the
 
 
 def packed_arguments(case, dtype=torch.float32, requires_grad=False):
-    """The native op's for packed rows, and the layout in which they are those of forward_arguments."""
+    """Arguments of the native op with packed rows, and the layout that packs those of forward_arguments."""
     x, *rest = forward_arguments(case, dtype, requires_grad=requires_grad)
     layout = PackedLayout.of_lengths(rest[3])
     return [layout.pack(x).detach().requires_grad_(requires_grad), *rest], layout
@@ -49,7 +49,7 @@ def packed_batch(*lengths: int, features: int = 3, enforce_sorted: bool = False)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_packed_rows_equal_padded_rows(case, dtype, poisoned_empty):
-    """Forward and each single gradient, to the bit: nothing but where a row lies differs."""
+    """Forward and each single gradient are bitwise equal: only the order of rows differs."""
     forward, backward = ops("native")
     arguments = forward_arguments(case, dtype)
     packed, layout = packed_arguments(case, dtype)
@@ -146,7 +146,7 @@ def test_arguments_that_packed_rows_refuse():
     ids=str,
 )
 def test_batch_sizes_must_sum_to_the_rows(batch_sizes):
-    """The extension leaves them to Python; they reach no kernel."""
+    """The extension leaves them to Python, and no kernel runs."""
     lstm = fastlstm.LSTM(3, 4)
     rows = torch.zeros(5, 3)
     assert dispatch.lstm_fast_path(lstm, rows, None, torch.tensor([3, 2]))[0] is not None
@@ -158,7 +158,7 @@ def test_batch_sizes_must_sum_to_the_rows(batch_sizes):
 @pytest.mark.parametrize("states", [False, True])
 @pytest.mark.parametrize("batch_sizes", [[2, 3], [3, 2, 3], [4, 2, 3, 1], [3, 9, 2], [1, 2], [3, 1, 2]], ids=str)
 def test_increasing_batch_sizes_are_refused(batch_sizes, states, backend):
-    """PackedSequence itself checks nothing; nn.LSTM's states have too few rows."""
+    """PackedSequence does not check them; nn.LSTM's states have too few rows."""
     packed_input = PackedSequence(data(sum(batch_sizes), 3), torch.tensor(batch_sizes))
     hx = tuple(data(1, batch_sizes[0], 4, seed=k) for k in (1, 2)) if states else None
     for module in module_pair():
@@ -238,7 +238,7 @@ def test_saved_tensors_of_other_strides():
 
 @needs_native
 def test_packed_rows_are_not_padded(monkeypatch):
-    """On plain tensors; what the shortcut cannot do runs padded, with the same results."""
+    """For plain tensors; calls that packed rows do not support run padded, with equal results."""
     lstm, packed_input, padded = fastlstm.LSTM(3, 4, 2), packed_batch(4, 1, 6), []
     lstm = lstm.to(packed_input.data.dtype)
     pad = PackedLayout.pad
@@ -260,7 +260,7 @@ def test_packed_rows_are_not_padded(monkeypatch):
 
 @pytest.mark.parametrize("kwargs", [{}, {"num_layers": 2, "bidirectional": True}], ids=str)
 def test_output_may_be_changed_in_place(kwargs, backend):
-    """As nn.LSTM's packed one; on padded input nn.LSTM itself refuses it."""
+    """As nn.LSTM with packed input; with padded input nn.LSTM refuses it."""
     found = []
     for module in module_pair(**kwargs):
         output, _ = module(packed_batch(4, 1, 6))
@@ -293,7 +293,7 @@ def test_recorded_ops_include_the_source_of_lengths():
 
 @needs_native
 def test_rows_of_length_zero_at_the_end():
-    """The module makes none; the op's contract has them."""
+    """The module has none; the op's contract allows them."""
     weights = module_pair()[0]._current_weights()
 
     def run(x, h0, c0):

@@ -48,7 +48,7 @@ def test_partitions_have_no_races(baseline):
 
 @pytest.mark.skipif(BEST is None, reason="this CPU is no x86-64 with AVX2")
 def test_partitions_have_no_races_in_wide_vectors(tmp_path):
-    """Members begin at other units; what masked instructions access is not checked."""
+    """Threads begin at other units; accesses of masked instructions are not checked."""
     assert_right_without_races(compile_partitions(tmp_path, BEST), 3, at_least=80)
 
 

@@ -27,7 +27,7 @@ needs_extension = pytest.mark.skipif(native.extension is None, reason=native.loa
 
 
 def plan(phase, H, B, D=1, element=2, device=H100, P=None, tier=""):
-    """Why not, or "", and the layout; its tier in words under "tier"."""
+    """(reason there is no plan or "", layout); "tier" describes the layout's tier."""
     reason, layout, tier = native.extension.persistent_plan(phase, H, P or H, B, D, element, *device, tier)
     return reason, {**layout, "tier": tier}
 
@@ -82,7 +82,7 @@ def test_fit_is_independent_of_the_batch():
 
 @needs_extension
 def test_plan_limits_on_an_h100():
-    """W_hh in the registers and shared memory of one wave of blocks: what issue and hardware allow on an H100."""
+    """W_hh must fit in the registers and shared memory of one wave of blocks on an H100."""
     for phase in ("forward", "backward"):
         assert plan(phase, 2048, 128, tier="B")[0] == ""
         assert plan(phase, 1024, 64, element=4, tier="B")[0] == ""
@@ -97,7 +97,7 @@ def test_plan_limits_on_an_h100():
 
 @needs_extension
 def test_more_units_per_block_if_they_fit():
-    """What a block takes in per step grows with the members of its group, so the smallest group wins."""
+    """A block's loads per step grow with the CTAs of its group, so the smallest group is fastest."""
     assert plan("forward", 1024, 64)[1]["members"] == 32
     assert plan("forward", 1024, 64, element=4)[1]["members"] == 64
     assert plan("forward", 2048, 64, tier="B")[1]["members"] == 128
@@ -108,7 +108,7 @@ def test_more_units_per_block_if_they_fit():
 
 @needs_extension
 def test_chosen_variant_has_the_lowest_predicted_time():
-    """docs/gpu-kernels.md, "Time per step"; the plan says what the others were predicted to take."""
+    """docs/gpu-kernels.md, "Time per step"; the plan has the other variants' predicted times."""
     layout = plan("forward", 512, 64)[1]
     assert (layout["cluster"], layout["members"]) == (1, 16)
     assert layout["tier"] == "tier A: predicted 2.1 us a step, tier B 2.9 us a step"
@@ -137,7 +137,7 @@ def test_chosen_variant_has_the_lowest_predicted_time():
 
 @needs_extension
 def test_stepwise_prediction_grows_with_the_batch():
-    """The host's launches where that is all, and what B rows take to multiply and to move where it is not."""
+    """Launch overhead for small layers, and GEMM and memory time of B rows for large ones."""
 
     def steps(phase, H, B, D=1, element=2):
         return float(plan(phase, H, B, D, element)[0].removeprefix("predicted ").split(" us")[0])
@@ -153,7 +153,7 @@ def test_stepwise_prediction_grows_with_the_batch():
 
 @needs_extension
 def test_single_blocks():
-    """Up to 128 units in 16 bits, four rows a block, on any device; only where asked for until they are measured."""
+    """Up to 128 units in 16 bits, four rows per block, on any device; only on request until measured."""
     for phase, device in itertools.product(("forward", "backward"), (H100, A100, RTX4090)):
         for H, B, D in itertools.product((1, 32, 100, 128), (1, 4, 5, 64, 1000), (1, 2)):
             reason, p = plan(phase, H, B, D, device=device, tier="S")
@@ -213,7 +213,7 @@ def test_explain_names_the_kernels(monkeypatch):
 
 @pytest.fixture(scope="module")
 def simulation(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """tests/cuda_host/simulation.cpp, compiled with ThreadSanitizer."""
+    """Path of tests/cuda_host/simulation.cpp compiled with ThreadSanitizer."""
     if reason := why_not():
         pytest.skip(reason)
     return compile_program(

@@ -1,4 +1,4 @@
-"""Whole modules pickled: while torch.nn is patched, and by versions of torch that kept another state."""
+"""Pickles of modules: while torch.nn is patched, and from torch versions with another state."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def kinds(model: nn.Module) -> tuple[type, type]:
 
 
 def built(how: str) -> nn.Module:
-    """A model of torch's classes; in every case that there is while torch.nn is patched."""
+    """A model of torch's classes, built before the patch or converted back during it."""
     if how == "before":
         return Model()
     with fastlstm.patch_torch():
@@ -128,7 +128,7 @@ def test_patch_is_undone_completely():
 
 
 def old_state(module: nn.Module, version: str) -> dict[str, Any]:
-    """The state that an LSTM of this version of torch has in a pickle."""
+    """The pickled state of an LSTM in this version of torch."""
     names = [n for n, _ in module.named_parameters()]
     per = len(names) // (module.num_layers * (2 if module.bidirectional else 1))
     state = {
@@ -163,7 +163,7 @@ def old_state(module: nn.Module, version: str) -> dict[str, Any]:
 
 
 class Written:
-    """Pickles as a module of class `cls` with this state."""
+    """An object that pickles as a module of class `cls` with this state."""
 
     def __init__(self, cls: type, state: dict[str, Any]) -> None:
         self.cls, self.state = cls, state

@@ -1,4 +1,4 @@
-"""The comparison of tests/runners.py is not blind: small faults of a backend are found, each in a parity case."""
+"""The comparison of tests/runners.py detects small planted faults of a backend."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def backend(request):
 
 
 def altered(case: Case, backend: str, alter: Callable[[Tensors], None]) -> Results:
-    """What the backend gives for other numbers than the case's."""
+    """The backend's results for modified tensors of the case."""
     case_tensors = tensors(case)
     with torch.no_grad():
         alter(case_tensors)
@@ -34,7 +34,7 @@ def altered(case: Case, backend: str, alter: Callable[[Tensors], None]) -> Resul
 
 
 def assert_found(case: Case, backend: str, results: Results, *names: str) -> None:
-    """The comparison fails and names these results."""
+    """Assert that the comparison fails and names these results."""
     with pytest.raises(AssertionError) as caught:
         compare(case, results, precision(case.dtype, backend), backend)
     for name in names:
@@ -42,7 +42,7 @@ def assert_found(case: Case, backend: str, results: Results, *names: str) -> Non
 
 
 def few_bits(t: Tensor, bits: int) -> Tensor:
-    """float32 rounded to so many bits of mantissa."""
+    """Round float32 to `bits` of mantissa."""
     drop = 23 - bits
     return ((t.contiguous().view(torch.int32) + (1 << (drop - 1))) >> drop << drop).view(torch.float32)
 
@@ -64,7 +64,7 @@ def test_missing_bias_is_detected(bias, dtype, backend):
 
 @pytest.mark.parametrize("bits", [23, 7])
 def test_one_percent_error_of_a_weight_gradient_element_is_detected(bits, backend):
-    """An element of ordinary size."""
+    """An element of typical size."""
     case = CASE if bits == 23 else replace(CASE, dtype=torch.bfloat16)
     results = run_backend(case, backend)
     grad = results["d weight_hh_l0"].view(-1)
@@ -75,7 +75,7 @@ def test_one_percent_error_of_a_weight_gradient_element_is_detected(bits, backen
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_bfloat16_accumulation_is_detected(dtype, backend):
-    """x W_ih^T summed in bfloat16, one term after the other; the backend multiplies the sum with the identity."""
+    """x W_ih^T accumulated in bfloat16; the backend multiplies the sum by the identity."""
     case = Case(T=2, B=3, I=4096, H=8, x_scale=0.02, dtype=dtype, used=())
 
     def presummed(case_tensors: Tensors) -> None:

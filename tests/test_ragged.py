@@ -1,4 +1,4 @@
-"""lengths, reset_mask and return_cell_states, each against the torch code that its users write today."""
+"""lengths, reset_mask and return_cell_states against equivalent torch code."""
 
 from __future__ import annotations
 
@@ -163,7 +163,7 @@ def test_reset_mask_follows_batch_first_and_need_not_be_contiguous():
 
 
 def test_episodes_in_one_row_equal_episodes_one_by_one(backend):
-    """The use in reinforcement learning: three episodes of 2, 4 and 1 steps in one row."""
+    """As in reinforcement learning: three episodes of 2, 4 and 1 steps in one row."""
     ours, theirs = module_pair()
     x, starts = data(7, 1, 3), [0, 2, 6]
     output, _ = ours(x, reset_mask=mask_of(7, 1, *((t, 0) for t in starts)))
@@ -175,7 +175,7 @@ def test_episodes_in_one_row_equal_episodes_one_by_one(backend):
 @pytest.mark.parametrize("bidirectional", [False, True])
 @pytest.mark.parametrize("batch_first", [False, True])
 def test_cell_states_equal_a_loop_of_cells(layers, bidirectional, batch_first, backend):
-    """Values and gradients: the loss holds the cell states alone."""
+    """Values and gradients of a loss of the cell states only."""
     kwargs = {"num_layers": layers, "bidirectional": bidirectional, "batch_first": batch_first}
     ours, theirs = module_pair(**kwargs)
     x = data(2, 6, 3) if batch_first else data(6, 2, 3)

@@ -1,4 +1,4 @@
-"""`recompute`: states kept at intervals, gates found again in backward. Equal results, a fraction of the memory."""
+"""`recompute`: checkpoints of the state, gates recomputed in backward. Equal results, less memory."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ OPTIONS = (
 
 @pytest.fixture
 def interval(request, monkeypatch):
-    """Every module recomputes."""
+    """Set `recompute` of all modules."""
     monkeypatch.setattr(fastlstm.LSTM, "recompute", request.param)
     return request.param
 
@@ -103,7 +103,7 @@ def test_recompute_op_runs_and_backward_twice_with_retain_graph(interval, backen
 
 
 def saved_bytes(call, known):
-    """Bytes that a forward pass keeps for backward, each storage once, those of the tensors `known` not."""
+    """Bytes that forward saves for backward, each storage once, without those of the tensors `known`."""
     seen, known = {}, {t.untyped_storage().data_ptr() for t in known}
 
     def pack(t):
@@ -184,7 +184,7 @@ def test_ops_match_their_schema_and_fake_kernels():
 
 
 def ops_arguments():
-    """Of the forward op, with lengths and cells, and of the backward op after it."""
+    """Arguments of the forward op, with lengths and cells, and of the backward op after it."""
     case_tensors = tensors(DOUBLE)
     x, weights = (
         torch.nan_to_num(case_tensors.leaves["x"].detach()),
@@ -236,7 +236,7 @@ def test_both_ops_refuse_invalid_arguments():
 
 @pytest.mark.parametrize("interval", [6, 7, 8, 1000])
 def test_intervals_about_as_long_as_the_sequence_and_longer(interval):
-    """A compiled graph, in which T is free, calls the ops for these too."""
+    """A compiled graph with dynamic T calls the ops for these too."""
     (_, _, *case_tensors), (_, _, dy, dh_n, dc_n, dcells, *_, needs) = (
         ops_arguments()
     )  # T = 7, both directions, with lengths
@@ -263,7 +263,7 @@ def test_setting_recompute():
 
 
 def test_results_equal_those_without(backend):
-    """Not only within the tolerance of nn.LSTM: the same to rounding, at the interval a user gets by True."""
+    """Equal to within rounding, at the interval of recompute=True."""
     case = Case(T=200, B=3, I=5, H=9, bidirectional=True, lengths=(200, 130, 1), hx="tuple")
     require(backend, case)
     plain = run_backend(case, backend)
@@ -277,7 +277,7 @@ def test_results_equal_those_without(backend):
 
 
 def test_gradients_are_contiguous_for_any_strides():
-    """As the fake kernel says, which a compiled graph relies on."""
+    """As in the fake kernel, on which a compiled graph relies."""
     lstm = fastlstm.LSTM(5, 7, batch_first=True)
     lstm.recompute = 2
     x = torch.randn(3, 6, 5, requires_grad=True)

@@ -1,4 +1,4 @@
-"""What a service or a long training relies on: threads, worker processes, old pickles, seeds, repeatable results."""
+"""Reliability of services and long training: threads, worker processes, old pickles, seeds, determinism."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ ROOT = Path(__file__).parent.parent
 
 
 def test_eight_python_threads_train_and_infer_with_one_module(backend):
-    """Gradients of each thread's own graph, and forward passes between them, as when each runs alone."""
+    """Concurrent training and inference give the results of running separately."""
     torch.manual_seed(0)
     lstm = fastlstm.LSTM(3, 17, 2, bidirectional=True)
     inputs = [torch.randn(6, 2, 3) for _ in range(8)]
@@ -42,7 +42,7 @@ def test_eight_python_threads_train_and_infer_with_one_module(backend):
 
 
 class Features(Dataset):
-    """An LSTM inside a data set: its items are computed in the loader's workers."""
+    """A data set that runs an LSTM in the loader's workers."""
 
     def __init__(self) -> None:
         torch.manual_seed(0)
@@ -106,7 +106,7 @@ def test_dropout_repeats_under_a_seed(backend):
 
 @pytest.mark.parametrize("H", [8, 100])
 def test_row_is_independent_of_its_batch_to_within_rounding(H, backend):
-    """Not bit for bit: few rows take other kernels than many (docs/limits.md)."""
+    """Not bitwise equal: small batches use other kernels (docs/limits.md)."""
     torch.manual_seed(0)
     lstm, x = fastlstm.LSTM(5, H), torch.randn(20, 33, 5)
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""Recurrent PPO's pattern: act one step at a time, then train on whole rollouts with `reset_mask` at episode starts."""
+"""Recurrent PPO: act one step at a time, then train on whole rollouts with `reset_mask` at episode starts."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Policy(nn.Module):
 
 
 def step_by_step(policy, x, state, starts):
-    """The loop that recurrent PPO runs elsewhere, in training too: the state is zeroed by hand."""
+    """The step loop of other recurrent PPO implementations, which zeroes the state at episode starts."""
     logits, values = [], []
     for t in range(len(x)):
         keep = (~starts[t]).to(x.dtype)[None, :, None]
@@ -88,7 +88,7 @@ def test_gradients_of_ppo_equal_those_of_the_step_loop(backend):
 
 
 def test_recurrent_policy_learns_a_memory_task():
-    """A cue is shown in an episode's first step alone; each step is rewarded for the action that equals it."""
+    """A cue is visible in the first step of an episode only; actions equal to it are rewarded."""
     policy = Policy(H=16, dtype=torch.float32)
     optimizer = torch.optim.Adam(policy.parameters(), lr=0.02)
     rows, steps, length = 32, 16, 5

@@ -1,4 +1,4 @@
-"""What a call keeps for backward: no argument that nn.LSTM frees, and on every backend the same ones are read."""
+"""What a call saves for backward: no argument that nn.LSTM frees, and equal ones on every backend."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ backends = pytest.mark.parametrize("backend", ["native", "eager"], indirect=True
 
 
 class Computed(torch.autograd.Function):
-    """A tensor with a history, in an array whose lifetime is that of the tensor's memory."""
+    """A tensor with autograd history in an array whose lifetime is that of the tensor's memory."""
 
     @staticmethod
     def forward(ctx, source: Tensor, array: np.ndarray) -> Tensor:
@@ -68,7 +68,7 @@ class Call:
         return [leaf for leaf in self.leaves.values() if leaf.requires_grad]
 
     def kept(self) -> set[str]:
-        """The arguments in memory although only the results are held."""
+        """The arguments that are still in memory while only results are referenced."""
         self.arguments.clear()
         return {name for name, array in self.memory.items() if array() is not None}
 
@@ -119,7 +119,7 @@ def test_saved_tensor_hooks_see_only_what_backward_reads(kind, backend):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_native_and_eager_save_equal_tensors(kind):
-    """By behaviour: the gradients, and which in-place changes between forward and backward are refused."""
+    """Compares gradients, and which in-place changes between forward and backward are refused."""
     require("native", Case())
     ours, theirs = module_pair(**KINDS[kind])
     for needs in subsets(kind):
@@ -164,7 +164,7 @@ def vmapped(call: Call) -> list[Tensor]:
 @pytest.mark.parametrize("take", [second_order, batched, vmapped], ids=lambda f: f.__name__)
 @pytest.mark.parametrize("kind", KINDS)
 def test_double_backward_saves_no_more_than_nn_lstm(kind, take: Callable[[Call], list[Tensor]], form, backend):
-    """Gradients of gradients and batched gradients, where an argument was freed or changed after forward."""
+    """Second-order and batched gradients if an argument was freed or changed after forward."""
     if kind == "cell" and form == "packed":
         pytest.skip("a cell takes no PackedSequence")
     modules = module_pair(**KINDS[kind])
@@ -191,7 +191,7 @@ def test_double_backward_saves_no_more_than_nn_lstm(kind, take: Callable[[Call],
 @pytest.mark.parametrize("form", ["whole", "lengths", "packed"])
 @pytest.mark.parametrize("sizes", [(1, 1, 37, 37), (6, 4, 37, 37), (6, 4, 5, 3)], ids=str)
 def test_native_gates_equal_eager_gates(sizes, form, dtype):
-    """The op that undoes the layout of the native reserve, whichever kernels wrote it."""
+    """The op that converts the native reserve's layouts to plain gates."""
     require("native", Case())
     steps, rows, hidden, features = sizes
     lengths = None if form == "whole" else torch.arange(rows).clamp(max=steps - 1).flip(0) + 1
@@ -220,7 +220,7 @@ def test_native_gates_equal_eager_gates(sizes, form, dtype):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("shift", [0.0, 4.0])
 def test_create_graph_does_not_change_first_gradients(shift, dtype, backend):
-    """The gates are those that forward stored, not rounded again as pre-activations."""
+    """Uses the gates that forward saved, without rounding pre-activations again."""
     ours, _ = module_pair(8, 16, dtype=dtype)
     with torch.no_grad():  # input and output gates near 0, where a pre-activation has few digits left
         ours.bias_ih_l0[:16] -= shift

@@ -1,4 +1,4 @@
-"""What is packed and declared: the sdist holds the whole repository, and pyproject.toml what the code imports."""
+"""Packaging: the sdist contains the whole repository, and pyproject.toml declares what the code imports."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def requirements(extra: str | None) -> set[str]:
 
 @functools.lru_cache
 def imported(path: Path) -> set[str]:
-    """Top-level modules from outside that a file imports, also by name."""
+    """Other top-level modules that a file imports, also by import_module."""
     found = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
@@ -58,7 +58,7 @@ def imported(path: Path) -> set[str]:
 
 
 def imports_of(folder: str) -> dict[Path, set[str]]:
-    """Of the files that belong to `folder` and to none before it in PLACES."""
+    """Imports of the files in `folder` that are in no earlier folder of PLACES."""
     names = [name for name, _ in PLACES]
     before = [ROOT / name for name in names[: names.index(folder)]]
     files = [path for path in (ROOT / folder).rglob("*.py") if not any(path.is_relative_to(b) for b in before)]
@@ -66,7 +66,7 @@ def imports_of(folder: str) -> dict[Path, set[str]]:
 
 
 def test_sdist_contains_every_file_of_the_repository(tmp_path):
-    """Also where nothing would be built: sources for every device, the tests and what they read."""
+    """Sources for every device, the tests and their data included, even if nothing is built."""
     with tarfile.open(sdist(tmp_path, FASTLSTM_BUILD="python")) as packed:
         names = {member.name.partition("/")[2] for member in packed if member.isfile()}
     files = repository_files()
@@ -103,7 +103,7 @@ def test_docs_tools_are_used():
 
 
 def test_tools_know_the_oldest_python():
-    """requires-python, ruff's and mypy's versions are one, so that what they accept runs there."""
+    """requires-python, ruff and mypy have one Python version, so that accepted code runs there."""
     tools = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]
     oldest = PROJECT["requires-python"].removeprefix(">=")
     assert tools["mypy"]["python_version"] == oldest

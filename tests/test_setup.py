@@ -1,4 +1,4 @@
-"""What setup.py finds on the machine: CUDA without a GPU, OpenMP, a compiler."""
+"""Detection in setup.py: CUDA without a GPU, OpenMP, a compiler."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ SETUP = Path(__file__).parent.parent / "setup.py"
 
 @pytest.fixture
 def setup(monkeypatch):
-    """The functions of setup.py; nothing is built."""
+    """The namespace of setup.py, without a build."""
     monkeypatch.setattr(setuptools, "setup", lambda **options: None)
     monkeypatch.setenv("FASTLSTM_BUILD", "python")
     for name in ("CUDA_HOME", "CUDA_PATH", "TORCH_CUDA_ARCH_LIST"):
@@ -31,7 +31,7 @@ def setup(monkeypatch):
 
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not on the PATH")
 def test_toolkit_behind_an_nvcc_wrapper_is_found(setup, monkeypatch, tmp_path):
-    """torch would take the folder above a script that only starts nvcc, where no header is."""
+    """torch would use the parent folder of a wrapper script of nvcc, which has no headers."""
     wrapper = tmp_path / "bin" / "nvcc"
     wrapper.parent.mkdir()
     wrapper.write_text(f'#!/bin/sh\nexec {shutil.which("nvcc")} "$@"\n')
@@ -50,7 +50,7 @@ def test_cuda_home_is_not_overridden(setup, monkeypatch):
 
 @pytest.mark.parametrize(("gpu", "arch_list", "expected"), [(False, "", None), (False, "9.0", "9.0"), (True, "", "")])
 def test_architectures(gpu, arch_list, expected, setup, monkeypatch):
-    """Ours where nobody says any and torch sees no GPU to ask."""
+    """The default list if none is set and there is no GPU to query."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
     monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", arch_list)
     setup.set_architectures()
@@ -69,7 +69,7 @@ def fake_compiler(folder: Path, status: int) -> str:
     [("linux", ["-fopenmp"], ["-fopenmp"]), ("darwin", ["-Xclang", "-fopenmp"], ["-lomp"])],
 )
 def test_openmp(system, flags, link, setup, monkeypatch, tmp_path):
-    """The runtime that torch uses; on macOS it is in torch's folder, not in the compiler's."""
+    """Links torch's runtime, which on macOS is in torch's folder, not the compiler's."""
     monkeypatch.setattr(sys, "platform", system)
     monkeypatch.setenv("CXX", fake_compiler(tmp_path, 0))
     found, linked, reason = setup.openmp()

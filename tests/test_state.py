@@ -1,4 +1,4 @@
-"""Everything that copies, saves, swaps or rewrites a module's weights: each leaves fastlstm.LSTM equal to nn.LSTM."""
+"""Copying, saving, replacing and rewriting a module's weights: fastlstm.LSTM stays equal to nn.LSTM."""
 
 from __future__ import annotations
 
@@ -144,7 +144,7 @@ def test_norms(norm, name):
 
 
 def test_spectral_norm():
-    """It takes a step of its power iteration whenever the weight is read in training: several times in nn.LSTM."""
+    """Each read of the weight in training runs a step of power iteration, several per call in nn.LSTM."""
     pair = module_pair(**OPTIONS)
     for module in pair:
         torch.manual_seed(5)
@@ -281,7 +281,7 @@ def test_distributed_wrappers(wrap, tmp_path):
 @pytest.mark.parametrize("layers", [1, 2])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
 def test_final_states_may_be_changed_in_place(layers, dtype, backend):
-    """As nn.LSTM's: truncated backpropagation masks them before the next piece."""
+    """As in nn.LSTM: truncated backpropagation masks them before the next chunk."""
 
     def gradients(module):
         output, (h_n, c_n) = module(X.to(dtype))

@@ -1,4 +1,4 @@
-"""What nn.LSTM shows its users before a forward pass: constructor, attributes, state_dict, initial values, methods."""
+"""nn.LSTM's surface besides forward: constructor, attributes, state_dict, initial values, methods."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""More than one thread or process: torch.set_num_threads, Python threads at once, fork after use."""
+"""Threads and processes: torch.set_num_threads, concurrent Python threads, fork after use."""
 
 from __future__ import annotations
 
@@ -146,7 +146,7 @@ def test_two_threads_in_one_call(case, backend, threads):
 
 
 def divided(members: int, directions: int, kind: str) -> Case:
-    """A layer with rows and blocks of units enough for so many members; the last block is narrow."""
+    """A layer with enough rows and unit blocks for this partition, and a tail block."""
     return Case(
         T=6,
         B=2 * members + 1,
@@ -172,7 +172,7 @@ DIVIDED = [
 @pytest.mark.parametrize("backend", ["native"], indirect=True)
 @pytest.mark.parametrize(("count", "split", "case"), DIVIDED, ids=str)
 def test_three_to_eight_threads_in_one_call(count, split, case, backend, force_partition):
-    """Also more than there are cores. tests/test_partitions.py looks for races among them."""
+    """Also more threads than cores. tests/test_partitions.py checks for races."""
     force_partition(count // case.directions, 1, split, case.bidirectional)
     check(case, backend)
 
@@ -208,7 +208,7 @@ save([[run_backend(case, "native") for _ in range(6)] for case in cases])
 
 @pytest.mark.parametrize("backend", ["native"], indirect=True)
 def test_fewer_threads_than_asked_for(backend, tmp_path):
-    """Who packs which weights, and who waits for whom, must not rest on the number of threads that was hoped for."""
+    """Packing and barriers must not depend on the requested number of threads."""
     compiler = shutil.which("cc") or shutil.which("gcc")
     if compiler is None or sys.platform != "linux":
         pytest.skip("needs a C compiler on Linux, for a stand-in of GCC's OpenMP runtime")
@@ -221,7 +221,7 @@ def test_fewer_threads_than_asked_for(backend, tmp_path):
 
 
 def together(count, work):
-    """Runs work(k) in `count` Python threads that start at once; raises what any of them raised."""
+    """Run work(k) in `count` Python threads that start together; raise the error of any of them."""
     barrier, errors = threading.Barrier(count), []
 
     def run(k):
@@ -242,7 +242,7 @@ def together(count, work):
 
 
 def test_python_threads_at_once(backend):
-    """Each trains its own module; results are those of running alone."""
+    """Each thread trains a separate module; results equal those of running alone."""
     cases = [Case(T=6, B=3, I=4, H=17 + k, layers=2, bidirectional=True, hx="tuple", seed=k) for k in range(3)]
     require(backend, cases[0])
     alone = [run_backend(case, backend) for case in cases]
@@ -260,7 +260,7 @@ def test_python_threads_at_once(backend):
 
 
 def test_python_threads_share_a_module(backend):
-    """As a server does: one module, many requests."""
+    """As in a server: one module, concurrent requests."""
     lstm = fastlstm.LSTM(3, 16, 2).eval()
     inputs = [torch.randn(7, 2, 3) for _ in range(4)]
     with torch.no_grad():

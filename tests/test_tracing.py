@@ -1,4 +1,4 @@
-"""torch.jit.trace: what is recorded depends neither on the grad mode nor on the lengths of the moment."""
+"""torch.jit.trace: the recorded graph is independent of grad mode and of the lengths while tracing."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ MODES = {"grad": nullcontext, "no_grad": torch.no_grad}
 
 
 class Packed(nn.Module):
-    """x [B, T, 3] and lengths [B] to the padded output and the final states."""
+    """x [B, T, 3], lengths [B] -> padded output, final states."""
 
     def __init__(self, lstm: nn.Module, enforce_sorted: bool) -> None:
         super().__init__()
@@ -57,7 +57,7 @@ def trace(module: nn.Module, args: tuple, mode: str, **kwargs):
     "kwargs", [{}, {"num_layers": 2, "bidirectional": True}, {"proj_size": 2, "bias": False}, {"recompute": 2}], ids=str
 )
 def test_trace_with_packed_input_supports_other_lengths(kwargs, enforce_sorted, mode, backend):
-    """The same sum, other sums, more and fewer rows and steps than it was traced with."""
+    """Equal and other sums of lengths, more and fewer rows and steps than while tracing."""
     kwargs = dict(kwargs)
     recompute = kwargs.pop("recompute", False)
     pair = module_pair(**kwargs, batch_first=True)
@@ -91,7 +91,7 @@ def test_trace_with_packed_input_draws_nn_lstms_dropout(backend):
 
 
 class Options(nn.Module):
-    """A layer called with all that fastlstm's takes beyond nn.LSTM's arguments."""
+    """A layer called with arguments that nn.LSTM does not have."""
 
     def __init__(self, lstm: nn.Module, **kwargs: bool) -> None:
         super().__init__()
@@ -114,7 +114,7 @@ def arguments(T: int, B: int) -> tuple[Tensor, ...]:
     "wanted", [(), ("lengths",), ("reset_mask",), ("lengths", "reset_mask", "return_cell_states")], ids=str
 )
 def test_trace_equals_the_module(wanted, recompute, mode, backend):
-    """For other T and B than it was made with, under no_grad and in training."""
+    """For other T and B than while tracing, under no_grad and in training."""
     lstm, _ = module_pair(bidirectional=True)
     lstm.recompute = recompute
     module = Options(lstm, **dict.fromkeys(wanted, True))
@@ -165,7 +165,7 @@ def test_graph_is_independent_of_grad_mode(packed, backend):
 
 @on_ops
 def test_add_graph_of_tensorboard(backend):
-    """torch.utils.tensorboard.SummaryWriter.add_graph is this call and a walk over the graph."""
+    """torch.utils.tensorboard.SummaryWriter.add_graph calls this and iterates over the graph."""
     ours, _ = module_pair(num_layers=2)
     traced = torch.jit.trace(ours, data(4, 2, 3), strict=False)
     graph = traced.graph
@@ -198,7 +198,7 @@ def in_a_fresh_process(*lines: str) -> str:
 
 
 def test_loading_a_trace_requires_importing_fastlstm(tmp_path):
-    """It defines the ops of a saved trace or program; without it the errors are those that the README names."""
+    """The import registers the ops of a saved trace or program; without it the errors are those in the README."""
     lstm, x = fastlstm.LSTM(3, 4).eval(), data(5, 2, 3).float()
     torch.jit.trace(lstm, (x,)).save(tmp_path / "trace.pt")
     torch.export.save(torch.export.export(lstm, (x,)), tmp_path / "program.pt2")

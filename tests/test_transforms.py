@@ -107,7 +107,7 @@ def test_jacobian_and_nested_gradients(backend):
 
 @pytest.mark.parametrize("recompute", [False, 2])
 def test_batched_gradients_of_one_graph(recompute, backend):
-    """Those of a loop over them, through torch.autograd's own vmap and torch.func's."""
+    """Equal to a loop over gradients, with torch.autograd's vmap and torch.func's."""
     ours, _ = module_pair(num_layers=2, bidirectional=True)
     ours.recompute = recompute
     x = X.clone().requires_grad_()
@@ -157,7 +157,7 @@ def test_tangent_of_an_arriving_gradient(cell, backend):
 
 
 def test_batched_or_dual_gradients_arriving_at_backward(backend):
-    """Of weights that torch.func.grad_and_value does not know of: the graph it leaves behind is autograd's own."""
+    """With respect to weights outside torch.func.grad_and_value, through autograd's graph."""
     ours, _ = module_pair()
     weights = {name: w.detach().requires_grad_() for name, w in ours.named_parameters()}
     value = torch.func.grad_and_value(lambda x: functional_call(ours, weights, (x,))[0].sin().sum())(X)[1]

@@ -1,4 +1,4 @@
-"""torch.func beyond single transforms: nested, with every option of the module, and under an outer backward pass.
+"""torch.func beyond single transforms: nested, with every option of the module, and inside an outer backward pass.
 
 Each result is compared with plain loops over nn.LSTM, or over fastlstm.LSTM where nn.LSTM lacks the option.
 """
@@ -62,7 +62,7 @@ def test_per_sample_gradients(options, steps, backend):
 
 @pytest.mark.parametrize("options", RAGGED_OPTIONS, ids=str)
 def test_per_sample_gradients_of_ragged_rows(options, backend):
-    """Lengths and masks of their own for each sample; the padding holds NaN."""
+    """Separate lengths and masks for each sample, and NaN in the padding."""
     require(backend, Case(proj=options.get("proj_size", 0), dtype=TEST_DEVICE.dtype, lengths=(1,), resets=((0, 0),)))
     ours, _ = module_pair(**options)
     padding = torch.arange(T)[None, :, None] >= LENGTHS[:, None]
@@ -79,7 +79,7 @@ def test_per_sample_gradients_of_ragged_rows(options, backend):
 
 
 def test_per_sample_gradients_of_states(backend):
-    """Mapped initial states and their gradients, beside a frozen weight."""
+    """Mapped initial states and their gradients."""
     ours, theirs = module_pair(bidirectional=True)
     x, h0, c0 = data(T, B, 3), data(N, 2, B, 4), data(2, N, B, 4, seed=1)
     got = vmap(grad(lambda h, c: ours(x, (h, c))[0].pow(2).sum(), argnums=(0, 1)), in_dims=(0, 1))(h0, c0)
@@ -99,7 +99,7 @@ def test_vmap_in_vmap(backend):
 
 
 def test_ensemble_gradients(backend):
-    """Training an ensemble both ways: vmap(grad), and a plain backward through vmap."""
+    """Training an ensemble by vmap(grad), and by backward through vmap."""
     pairs = [module_pair(num_layers=2) for _ in range(N)]
     for k, (ours, theirs) in enumerate(pairs):
         with torch.no_grad():
@@ -134,7 +134,7 @@ def test_per_sample_gradients_of_an_ensemble(backend):
 
 
 def test_backward_through_per_sample_gradients(backend):
-    """The norm of every sample's gradient in a loss: a second derivative through vmap."""
+    """A loss with the norm of each sample's gradient: second derivatives through vmap."""
     ours, theirs = module_pair(bidirectional=True)
     inputs = data(N, T, B, 3)
     leaves = {name: w.clone().requires_grad_() for name, w in weights_of(ours).items()}
@@ -183,7 +183,7 @@ def test_jacobians_of_mapped_rows(backend):
 
 
 def test_transforms_run_on_the_backend(monkeypatch):
-    """vmap(grad) never enters the reference; a gradient of a gradient does."""
+    """vmap(grad) does not run the reference; second-order gradients do."""
     ours, _ = module_pair()
     inputs, calls = data(N, T, B, 3), []
     real = fastlstm.reference.layer

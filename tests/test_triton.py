@@ -1,4 +1,4 @@
-"""The Triton backend from outside: what it says it can run, what importing it costs, its kernels in the interpreter.
+"""The Triton backend: supports(), imports, and its kernels in the interpreter.
 
 tests/test_triton_aot.py compiles the kernels; tests/interpreted_triton.py has the tests of what they compute.
 """
@@ -23,7 +23,7 @@ ROOT = Path(__file__).parents[1]
 
 
 def why_no_interpreter() -> str:
-    """Why Triton's interpreter cannot run the kernels here, "" if it can."""
+    """The reason Triton's interpreter cannot run the kernels here, "" if it can."""
     if not backend.INSTALLED:
         return "Triton is not installed"
     if version("triton").startswith("3.6.") and tuple(map(int, version("numpy").split(".")[:2])) >= (2, 4):
@@ -32,7 +32,7 @@ def why_no_interpreter() -> str:
 
 
 def start(*command: str, **environment: str) -> subprocess.Popen[str]:
-    """Python in a process of its own, from the root of the repository, without the interpreter unless asked for."""
+    """Run Python in a new process in the root of the repository, without Triton's interpreter by default."""
     inherited = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment = {**inherited, **environment}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
@@ -40,14 +40,14 @@ def start(*command: str, **environment: str) -> subprocess.Popen[str]:
 
 
 def run(program: str) -> tuple[str, str]:
-    """What `program` prints, and its errors."""
+    """Run `program`; return its output and errors."""
     return start("-c", program).communicate(timeout=120)
 
 
 @pytest.mark.toolchain
 @pytest.mark.skipif(why_no_interpreter() != "", reason=why_no_interpreter())
 def test_contract_in_the_interpreter():
-    """Every kernel, option and dtype against the float64 truth, in two processes; their output where they fail."""
+    """Every kernel, option and dtype against the float64 reference, in two processes."""
     command = ("-m", "pytest", "tests/interpreted_triton.py", "-p", "no:cacheprovider", "-k")
     environment = {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     halves = [start(*command, which, **environment) for which in ("resident", "not resident")]
@@ -70,7 +70,7 @@ def call(device="cpu", dtype=torch.float32, **kwargs):
 
 @pytest.fixture
 def on_gpu(monkeypatch):
-    """As on a machine with Triton and a recent NVIDIA GPU, for questions alone."""
+    """Simulate a machine with Triton and a recent NVIDIA GPU, for supports() only."""
     monkeypatch.setattr(backend, "INSTALLED", True)
     monkeypatch.setattr(backend, "INTERPRETED", False)
     monkeypatch.setattr(backend, "_too_old", lambda device: False)

@@ -49,7 +49,7 @@ DTYPES = {"half": torch.bfloat16, "tf32": torch.float32, "ieee": torch.float32}
 
 
 def arguments(T: int, B: int, H: int, dtype: torch.dtype, D: int = 2, everything: bool = True, offset: int = 0) -> list:
-    """The forward op's; the states start `offset` elements into their memory, as a slice of a larger tensor does."""
+    """Arguments of the forward op; the states have a storage offset of `offset` elements, as slices do."""
 
     def state() -> torch.Tensor:
         return torch.zeros(D * B * H + offset, dtype=dtype)[offset:].view(D, B, H)
@@ -63,7 +63,7 @@ def arguments(T: int, B: int, H: int, dtype: torch.dtype, D: int = 2, everything
 
 
 def run(inputs: list, everything: bool = True) -> None:
-    """Forward and backward through the launch code; no kernel runs, so the results hold anything."""
+    """Forward and backward through the launch code; no kernel runs, so results are undefined."""
     launch.forward(*inputs, everything, True)
     y, h_n, c_n, cells, reserve = forward_outputs(inputs[0], inputs[3], None, everything, True)
     needs = [True, inputs[1] is not None, inputs[2] is not None] + [True] * len(inputs[3])
@@ -73,7 +73,7 @@ def run(inputs: list, everything: bool = True) -> None:
 
 @pytest.fixture
 def recorded(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., dict[str, dict[str, Any]]]]:
-    """record(target, precision, calls): what Triton would compile, by kernel and by Triton's own cache key."""
+    """record(target, precision, calls): what Triton would compile, by kernel and Triton's cache key."""
 
     def record(target: str, precision: str, calls: Callable[[], None]) -> dict[str, dict[str, Any]]:
         gpu, name, shared = TARGETS[target]
@@ -107,7 +107,7 @@ def recorded(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., dict[str
 
 
 def figures(target: str, source: ASTSource, gpu: GPUTarget, options: dict[str, int]) -> dict[str, int]:
-    """Compiles for `target`: bytes of shared memory, registers a thread, and bytes spilled to memory."""
+    """Compile for `target`; return bytes of shared memory, registers per thread, and bytes spilled."""
     compiled = triton.compile(source, target=gpu, options=options)
     if gpu.backend == "hip":
         assembly = compiled.asm["amdgcn"]
@@ -144,7 +144,7 @@ def variants() -> Iterator[Any]:
 
 @pytest.fixture(scope="module")
 def table(request: pytest.FixtureRequest) -> Iterator[list[str]]:
-    """Lines to print when all is compiled."""
+    """Lines to print after all compilations."""
     lines = [f"\n{'target':7} {'kind':5} {'kernel':20} {'H':>4} {'shared':>7} {'registers':>9} {'spilled':>7}"]
     yield lines
     with request.config.pluginmanager.getplugin("capturemanager").global_and_fixture_disabled():
@@ -153,7 +153,7 @@ def table(request: pytest.FixtureRequest) -> Iterator[list[str]]:
 
 @pytest.mark.parametrize(("target", "kind", "H", "row"), list(variants()))
 def test_compiles_without_spills_within_shared_memory(target, kind, H, row, recorded, table):
-    """With lengths, resets, both directions and every gradient: the variants that need the most registers."""
+    """With lengths, resets, both directions and all gradients: the variants that use the most registers."""
     assert row.shared <= TARGETS[target][2]
     found = recorded(target, kind, lambda: run(arguments(2, 3, H, DTYPES[kind])))
     assert all(row.kernel in name or (row.kernel == "step" and "step" in name) for name in found), found
@@ -172,7 +172,7 @@ def test_compiles_without_spills_within_shared_memory(target, kind, H, row, reco
 
 
 def test_ieee_products_are_summed_in_blocks(recorded):
-    """Each block of K apart and then added: over K = 1024 in one run an H100 gave more than twice cuDNN's error."""
+    """Blockwise sums over K: one running sum over K = 1024 had more than twice cuDNN's error on an H100."""
     found = recorded("sm_90", "ieee", lambda: run(arguments(2, 3, 300, torch.float32)))
     for keys in found.values():
         ((_, (source, gpu, options)),) = keys.items()
@@ -188,7 +188,7 @@ SHAPES = ((1, 1), (1, 16), (16, 1), (2, 3), (15, 7), (17, 33), (16, 16), (40, 64
 
 @pytest.mark.parametrize(("kind", "H"), [("half", 33), ("half", 128), ("half", 200), ("ieee", 65), ("half", 300)])
 def test_ten_shapes_compile_once(kind, H, recorded):
-    """Counted by the keys that Triton would compile for; every other time the states lie at odd addresses."""
+    """Counts Triton's compilation keys; every second call has misaligned states."""
 
     def ten() -> None:
         for k, (T, B) in enumerate(SHAPES):
@@ -209,7 +209,7 @@ def test_h_of_equal_alignment_reuses_compiled_kernels(recorded):
 
 
 def test_each_step_of_the_tiled_kernels_is_one_launch(recorded, monkeypatch):
-    """On the path past Triton's look-up: the kernel that the first launch gave, with s and all other arguments."""
+    """Launches after the first reuse its kernel without Triton's lookup, with all arguments."""
     launched = []
 
     class Compiled:
@@ -247,7 +247,7 @@ def test_each_step_of_the_tiled_kernels_is_one_launch(recorded, monkeypatch):
 @pytest.mark.parametrize("matmul", ["ieee", "tf32"])
 @pytest.mark.parametrize("rnn", ["ieee", "tf32"])
 def test_flags_of_tf32(rnn, matmul, enabled, monkeypatch):
-    """As for nn.LSTM: the RNN flag decides, the matmul flag where cuDNN is off."""
+    """As in nn.LSTM: the RNN flag applies, or the matmul flag if cuDNN is off."""
     monkeypatch.setattr(torch.backends.cudnn, "enabled", enabled)
     with Arithmetic(torch.float32, rnn, matmul).flags():
         assert launch._tf32() == ((rnn if enabled else matmul) == "tf32")

@@ -1,4 +1,4 @@
-"""The tutorials in their quick form: each meets its bar with fastlstm and follows nn.LSTM's training trajectory."""
+"""The quick forms of the tutorials: each meets its target and follows nn.LSTM's training trajectory."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ pytestmark = pytest.mark.skipif(bool(MISSING), reason=f"needs {', '.join(MISSING
 
 @pytest.fixture(scope="module", params=list(command.TUTORIALS))
 def trained(request):
-    """One tutorial, trained with fastlstm in its quick form."""
+    """A tutorial's quick form, trained with fastlstm."""
     task = command.TUTORIALS[request.param](quick=True)
     impl = implementation("fastlstm")
     model, history = task.build(impl), defaultdict(list)
@@ -113,7 +113,7 @@ def test_diverged_run_fails_the_check():
 
 
 class Short(GradientRegression):
-    """Eight updates: enough to run the command, far too few to learn."""
+    """Eight updates: enough to run the command, too few to learn."""
 
     def __init__(self, *args, **kwargs) -> None:
         super().__init__(*args, **kwargs)
