@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from .device import TEST_DEVICE
 
 OUTPUTS = ("output", "h_n", "c_n", "cells")
-# How hx is given: a tuple, a list, one row expanded over the batch, permuted memory, or one tensor in both roles.
+# Forms of hx: a tuple, a list, one row expanded over the batch, permuted strides, or one tensor as both states.
 HX_FORMS = ("none", "tuple", "list", "expanded", "strided", "shared")
 
 
@@ -33,13 +33,13 @@ class Case:
     unbatched: bool = False  # 2-D input; B is 1
     hx: str = "none"
     lengths: tuple[int, ...] | None = None
-    packed: bool = False  # the lengths come as a PackedSequence
+    packed: bool = False  # the input is a PackedSequence with these lengths
     resets: tuple[tuple[int, int], ...] | None = None  # (t, b) where reset_mask is True
     cells: bool = False
     frozen: tuple[str, ...] = ()  # weights that need no gradient
     x_grad: bool = True
     hx_grad: bool = True
-    strided: tuple[str, ...] = ()  # of "x", "weights", "grads": given in memory that is not contiguous
+    strided: tuple[str, ...] = ()  # of "x", "weights", "grads": those that are not contiguous
     used: tuple[str, ...] = OUTPUTS  # outputs in the loss
     x_scale: float = 1.0
     seed: int = 0
@@ -89,7 +89,7 @@ class Case:
 class Tensors:
     """The tensors of a Case, in one dtype: its leaves, and `input` and `hx`, the arguments of the call."""
 
-    leaves: dict[str, Tensor]  # x, h0, c0 and the weights: all that may have a gradient
+    leaves: dict[str, Tensor]  # x, h0, c0 and the weights: all tensors that may need a gradient
     weights: dict[str, nn.Parameter]
     input: Tensor  # [T, B, I], [B, T, I] or [T, I]
     hx: Any
@@ -101,9 +101,9 @@ class Tensors:
 
 
 def tensors(case: Case, dtype: torch.dtype | None = None, device: str | None = None) -> Tensors:
-    """The case's tensors: drawn in float64, rounded to the case's dtype, then given in `dtype`, where TEST_DEVICE says.
+    """The case's tensors: drawn in float64, rounded to the case's dtype, then converted to `dtype`, on TEST_DEVICE.
 
-    So the truth in float64 and the run in bfloat16 see the same numbers. Padding holds NaN.
+    So the float64 reference and a run in bfloat16 have equal inputs. Padding is NaN.
     """
     with torch.device("cpu"):
         case_tensors = _drawn(case, dtype or case.dtype)
@@ -122,7 +122,7 @@ def _moved(case_tensors: Tensors, device: str) -> Tensors:
     hx = None
     if case_tensors.hx is not None:
         own = [moved["h0"], moved.get("c0", moved["h0"])]
-        # A node of autograd only where it must be: its backward runs on this stream, not where a graph is captured.
+        # Expand only if necessary, because the autograd node's backward runs on this stream, not on that of a capture.
         pairs = zip(own, case_tensors.hx, strict=True)
         hx = type(case_tensors.hx)(m if m.shape == s.shape else m.expand(s.shape) for m, s in pairs)
     lengths = None if case_tensors.lengths is None else torch.as_tensor(case_tensors.lengths).to(device)

@@ -14,7 +14,7 @@ from fastlstm.backends import native
 from .cases import Case
 from .runners import require
 
-# Shapes as small as these only lose by threads, tenfold on a busy machine; tests/test_threads.py is about more of them.
+# Small shapes are slower with threads, tenfold under background load. tests/test_threads.py tests more threads.
 torch.set_num_threads(1)
 
 

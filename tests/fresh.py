@@ -68,8 +68,8 @@ def sdist(folder: Path, **variables: str) -> Path:
 class Environment:
     """A virtual environment at `path` with the packages `names` and their requirements, without fastlstm.
 
-    With `torch_version` the same torch says that it is that version, in its metadata and in torch/version.py. It never
-    says that it was built for CUDA, so that tests decide alike with every torch.
+    With `torch_version`, torch's metadata and torch/version.py name that version. torch.version.cuda is always None, so
+    that tests are independent of the installed build.
     """
 
     def __init__(self, path: Path, names: Iterable[str] = BUILD, torch_version: str | None = None) -> None:
@@ -99,7 +99,7 @@ class Environment:
     def run(self, *arguments: str, path: Iterable[Path | str] = (), **variables: str) -> str:
         """Run `python *arguments` outside the checkout; return both output streams; fail if it fails.
 
-        PATH has the folders `path` and those of ninja alone; of other variables only `variables` are added.
+        PATH has the folders `path` and that of ninja only; other variables are those in `variables`.
         """
         keep = {k: v for k, v in os.environ.items() if k in ("HOME", "TMPDIR", "LD_LIBRARY_PATH", "LANG", "MAX_JOBS")}
         ninja = shutil.which("ninja", path=os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]))

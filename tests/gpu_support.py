@@ -18,7 +18,7 @@ from fastlstm import accuracy, dispatch
 from .cases import Case, Tensors, tensors
 from .runners import Results, assert_accurate, gradients
 
-# FASTLSTM_TEST_DEVICE=cpu runs those tests of the GPU suite that can run anywhere on CPU tensors.
+# FASTLSTM_TEST_DEVICE=cpu runs tests of the GPU suite on CPU tensors if they do not require CUDA.
 DEVICE = os.environ.get("FASTLSTM_TEST_DEVICE", "cuda")
 # Every GPU test module sets `pytestmark = gpu`.
 gpu = [
@@ -28,7 +28,7 @@ gpu = [
         reason=f"no GPU: torch.cuda.is_available() is False for torch {torch.__version__}, CUDA {torch.version.cuda}",
     ),
 ]
-# The backends with kernels of their own for the GPU. FASTLSTM_BACKEND narrows the suite to one.
+# The backends with GPU kernels. FASTLSTM_BACKEND restricts the suite to one.
 OURS = [name for name in ("native", "triton") if os.environ.get("FASTLSTM_BACKEND", "auto") in ("auto", name)]
 backends = pytest.mark.parametrize("backend", OURS)
 
@@ -158,7 +158,7 @@ def check(case: Case, precision: Arithmetic, backend: str, device: str = "cuda")
     assert_accurate(results, reference, bounds, f"{backend}, {precision}, {case!r}")
 
 
-@lru_cache(maxsize=2)  # the backends run a case one after the other, and the reference takes minutes for T = 70,000
+@lru_cache(maxsize=2)  # a case runs on all backends in turn, and its reference takes minutes for T = 70,000
 def expected(case: Case, rounding: accuracy.Precision, device: str) -> tuple[Results, Mapping[str, float]]:
     """The float64 reference on inputs rounded to the case's dtype, and its bounds."""
     case_tensors = on_device(case, torch.float64, device)

@@ -1,7 +1,7 @@
 """The contract on the Triton kernels, run by Triton's interpreter on CPU tensors: TRITON_INTERPRET=1 pytest this file.
 
-tests/test_triton.py runs it in a process of its own, because the choice falls when Triton is imported. Every kernel is
-made to run every H, with tiles so small that H = 70 already takes two tiles of units and two rounds of the product.
+tests/test_triton.py runs it in a new process, because the interpreter is selected when Triton is imported. Every kernel
+runs every H, with tiles so small that H = 70 takes two tiles of units and two iterations over K.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from .module_pairs import data, flat
 from .runners import check
 
 if not backends.triton.INTERPRETED:
-    pytest.skip("runs with TRITON_INTERPRET=1 alone", allow_module_level=True)
+    pytest.skip("requires TRITON_INTERPRET=1", allow_module_level=True)
 
 TILES = plan.Tiles(16, 64, 64, warps=4)
 EVERYTHING = {
@@ -31,7 +31,7 @@ EVERYTHING = {
     "hx": "tuple",
 }
 
-# What the kernels tell apart.
+# Options that select variants of the kernels.
 OPTIONS = (
     Case(T=3, B=2),
     Case(T=1, B=1, I=1, H=1, hx="tuple"),
@@ -42,7 +42,7 @@ OPTIONS = (
     Case(T=4, B=2, resets=((0, 0), (2, 0), (3, 0), (3, 1)), hx="tuple"),
     Case(T=4, B=2, resets=((0, 0), (2, 0), (3, 0), (3, 1)), hx="tuple", bidirectional=True),
 )
-# What the code around them does, the same for every kernel.
+# Options of the code outside the kernels, common to all of them.
 AROUND = (
     Case(T=2, B=0, H=5, hx="tuple"),
     Case(T=2, B=4, bias=False, bidirectional=True),
@@ -118,7 +118,7 @@ def test_padding_is_ignored(value):
         x = data(3, 3, 3).float().masked_fill(padding, fill).requires_grad_()
         results = flat(ours(x, lengths=lengths, return_cell_states=True))
         grads = [torch.ones_like(r) for r in results]
-        for k in (0, 3):  # of the output and of the cell states: no numbers in the padding either
+        for k in (0, 3):  # gradients of the output and cell states also have NaN in the padding
             grads[k] = grads[k].masked_fill(padding, fill)
         torch.autograd.backward(results, grads)
         found.append([*results, x.grad, *(w.grad for w in ours.parameters())])

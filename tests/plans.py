@@ -51,8 +51,8 @@ def assert_path(
 
     Args:
         phase: "forward" or "backward".
-        at: how many threads there are; as many as torch has, if None.
-        on: what differs from this machine.
+        at: the number of threads; torch's if None.
+        on: properties that replace this machine's.
         expected: values by the names of csrc/python_plan.cpp.
     """
     plan = plan_of(case, at, **(on or {}))[phase]

@@ -1,8 +1,8 @@
 """Run a Case and return all outputs and gradients: on a backend (`run_backend`), or with torch's modules.
 
-`check` asserts that a backend is right, by the one rule of fastlstm/accuracy.py. `run_torch` is the oracle: ragged
-cases are put together from what nn.LSTM can do: packing for lengths, one nn.LSTM call for each segment of each row for
-resets, single steps for cell states. In float64 it is the truth.
+`check` asserts that a backend is correct by the rule of fastlstm/accuracy.py. `run_torch` is the oracle, and in float64
+the reference. It composes ragged cases of nn.LSTM calls: packing for lengths, one call for each segment of each row for
+resets, single steps for cell states.
 """
 
 from __future__ import annotations
@@ -91,7 +91,7 @@ def compare(case: Case, ours: Results, rounding: Precision, what: str) -> None:
 def check_elsewhere(cases: Sequence[Case], backend: str, program: str, *arguments: str, **environment: str) -> str:
     """Run `program` in a new process, `check` its results for each case, and return its output.
 
-    The program finds `cases` and `save(results)`, to be called with a list of results for every case.
+    The program has `cases`, and must call `save(results)` with a list of results for every case.
     """
     with tempfile.TemporaryDirectory() as folder:
         torch.save(list(cases), f"{folder}/cases")
@@ -134,7 +134,7 @@ def results_of(case: Case, case_tensors: Tensors, call: Callable[[Case, Tensors]
             list(used.values()), list(leaves.values()), gradients(case, used), allow_unused=True
         )
     for (name, leaf), grad in zip(leaves.items(), found, strict=True):
-        # nn.LSTM gives zeros where some other graph gives None: the same to every user.
+        # nn.LSTM gives zeros in some cases where others give None; both are equivalent.
         results[f"d {name}"] = torch.zeros_like(leaf) if grad is None else grad
     return {name: value.detach() for name, value in results.items()}
 

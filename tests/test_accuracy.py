@@ -107,7 +107,7 @@ def test_bounds_follow_dtype_and_scale(scale):
     halves = [bound(lambda: a @ b, Precision.of(dtype)) for dtype in (torch.float16, torch.bfloat16)]
     assert halves[1] / halves[0] == pytest.approx(8, rel=0.5) or scale < 1e-7  # subnormal in float16
     tf32 = bound(lambda: a @ b, Precision.of(torch.float32, tf32=True)) / scale
-    assert 1000 < tf32 / allowed[1] < 8192  # 13 bits less, of factors alone
+    assert 1000 < tf32 / allowed[1] < 8192  # 13 bits less, of the operands only
 
 
 def test_bound_allows_rounding_and_refuses_four_times_rounding():
@@ -136,10 +136,10 @@ def test_perturbation_covers_forward_and_backward():
     reference, bounds = error_bounds(run, SINGLE)
     assert reference.keys() == bounds.keys() == run().keys()
     for name, value in run().items():
-        assert torch.equal(value, reference[name])  # the mode is off again
+        assert torch.equal(value, reference[name])  # the perturbation is off
         size = float(value.abs().max())
         assert 1e-8 * size < bounds[name] < 1e-4 * max(size, 0.1), name
-    assert error_bounds(run, SINGLE)[1] == bounds  # drawn the same way every time
+    assert error_bounds(run, SINGLE)[1] == bounds  # bounds are deterministic
 
 
 def test_close_results_get_more_evaluations():
@@ -156,7 +156,7 @@ def test_close_results_get_more_evaluations():
         return len(runs), found
 
     full = error_bounds(run, SINGLE)[1]["result"]
-    assert len(runs) == 1 + 128 // 8  # the truth, and 8 values an evaluation
+    assert len(runs) == 1 + 128 // 8  # the reference, and 8 values per evaluation
     count, found = judge(0.1 * full)
     assert (count, found.ok) == (1 + 2, True)
     for ratio, ok in ((0.99, True), (1.01, False), (100.0, False)):
@@ -202,8 +202,8 @@ def test_non_finite_bound_allows_no_error():
     assert not compare({"a": torch.tensor([NAN])}, {"a": torch.tensor([1.0])}, {"a": INF})[0].ok
 
 
-# Operations that move numbers, make them or choose among them, and round none. index_add and index_put add what
-# autograd's indexing took apart: each element once.
+# Ops that move, create or select numbers without rounding. index_add and index_put sum what
+# autograd's indexing split: each element once.
 EXACT = """
     alias arange as_strided bitwise_and bitwise_not cat clone copy_ detach empty empty_like expand full ge gt
     index index_add index_copy index_fill index_put index_put_ index_select lift_fresh lt masked_fill new_empty_strided

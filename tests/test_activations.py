@@ -33,7 +33,7 @@ def exact(x: torch.Tensor, name: str) -> torch.Tensor:
     """The function in much higher precision than x: float64 for float32, 30 digits for float64."""
     if x.dtype == torch.float32:
         x = x.double()
-        # torch's own double sigmoid and tanh are good to an ulp of double
+        # torch's sigmoid and tanh in float64 are accurate to an ulp
         return x.sigmoid() if name == "sigmoid" else x.tanh()
     with mpmath.workdps(30):
         f = mpmath.tanh if name == "tanh" else lambda v: 1 / (1 + mpmath.exp(-v))
@@ -62,7 +62,7 @@ def test_non_finite_arguments(dtype):
     assert sigmoid[0].isnan()
     assert tanh[0].isnan()
     assert tanh[1:].tolist() == [1, -1, 1, -1, 0]
-    # exactly: 0 * inf must be NaN in the gradients of weights, as in nn.LSTM
+    # exact, because 0 * inf must be NaN in weight gradients, as in nn.LSTM
     assert sigmoid[1:].tolist() == [1, 0, 1, 0, 0.5]
 
 

@@ -13,7 +13,7 @@ from .runners import check
 
 # With vectors of 2 to 16 units the last block has every width; gate_gap in csrc/cpu/pack_forward.h decides on it.
 WIDTHS = [*range(1, 17), 20, 29]
-# T, B, and the path of both weights: unpacked, a row at a time and more; packed, with x W_ih^T hoisted, of few rows,
+# (T, B) and the path of both weights: unpacked, with one row and more; packed, with x W_ih^T hoisted, in small batches,
 # and step by step; one step of one or more row blocks.
 UNPACKED = {"w_ih": "unpacked", "w_hh": "unpacked"}
 HOISTED = {"w_ih": "pack_on_use", "w_hh": "prepacked"}

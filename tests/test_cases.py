@@ -18,7 +18,7 @@ from .runners import compare, expected, run_torch
 def test_random_cases_repeat_and_reach_every_option():
     cases = [random_case(random.Random(k), (torch.float64, torch.float32)) for k in range(400)]
     assert cases == [random_case(random.Random(k), (torch.float64, torch.float32)) for k in range(400)]
-    assert eval(repr(cases[7]), {"Case": Case, "torch": torch}) == cases[7]  # what a failure prints can be run
+    assert eval(repr(cases[7]), {"Case": Case, "torch": torch}) == cases[7]  # a failure prints code that can be run
     for option in (
         "bidirectional",
         "proj",
@@ -63,7 +63,7 @@ def test_oracle_ragged_paths_equal_nn_lstm_on_dense_input(case):
     ):
         results = run_torch(trivial, torch.float64)
         for name, value in plain.items():
-            if not (trivial.cells and name.startswith("d ")):  # the cells are in the loss as well
+            if not (trivial.cells and name.startswith("d ")):  # the loss includes the cell states
                 torch.testing.assert_close(results[name], value, rtol=1e-12, atol=1e-14, msg=f"{trivial}: {name}")
 
 

@@ -171,7 +171,7 @@ def test_traced():
         torch.testing.assert_close(traced(x, STATES), cell(x, STATES))
 
 
-# Both sides of the sizes at which csrc/cpu/one_step.cpp changes its products, packs weights, or takes a second thread.
+# Both sides of the thresholds of csrc/cpu/one_step.cpp for GEMMs, packing and a second thread.
 @pytest.mark.parametrize(
     ("B", "I", "H"), [(1, 3, 20), (2, 1, 5), (9, 1, 33), (97, 51, 51), (30, 70, 17), (50, 9, 140), (70, 9, 140)]
 )

@@ -44,8 +44,8 @@ def test_chunked_equals_reference(bidirectional, masks):
         torch.testing.assert_close(ours, correct, rtol=1e-9, atol=1e-10)
 
 
-# No sum of the CPU kernels adds more terms than this one after the other: the deepest pass of a product, that of the
-# baseline instructions (csrc/cpu/gemm.h). Longer sums are made in parts.
+# Max terms of a running sum in the CPU kernels: the largest KC of a GEMM, that of the
+# baseline instruction set (csrc/cpu/gemm.h). Longer sums are blockwise.
 BLOCKWISE = replace(Precision.of(torch.float32), max_running_sum=512)
 
 

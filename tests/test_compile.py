@@ -84,7 +84,7 @@ def test_one_graph_with_every_argument(kwargs, call):
 
 
 def test_inductor(tmp_path, monkeypatch):
-    # Inductor's cache does not tell the settings of ATEN_CPU_CAPABILITY apart: their kernels would mix (torch 2.13).
+    # Inductor's cache key lacks ATEN_CPU_CAPABILITY, so kernels of different levels would mix (torch 2.13).
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
     if not (shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")):
         pytest.skip("inductor needs a C++ compiler")
@@ -101,7 +101,7 @@ def test_inductor(tmp_path, monkeypatch):
 def test_no_recompilation_for_another_t_or_b(ragged, training):
     model = Model()
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True, dynamic=True)
-    for T, B in ((6, 7), (9, 7), (6, 5), (11, 2), (2, 13)):  # 3 and 4 would be taken for I and H
+    for T, B in ((6, 7), (9, 7), (6, 5), (11, 2), (2, 13)):  # 3 and 4 would be identified with I and H
         x = data(T, B, 3)
         call = {"lengths": torch.arange(B) % T, "reset_mask": x[..., 0] > 1} if ragged else {}
         if not training:
@@ -140,7 +140,7 @@ def test_graph_has_one_op_per_layer():
     counter = CompileCounterWithBackend("eager")
     torch.compile(Model(), backend=counter, fullgraph=True)(X)
     names = [str(node.target) for node in counter.graphs[0].graph.nodes if "fastlstm" in str(node.target)]
-    assert len(names) == 2, names  # and not one for each step
+    assert len(names) == 2, names  # independent of T
 
 
 def test_dropout_and_eval_mode_compile():

@@ -70,7 +70,7 @@ def test_convert_round_trip():
     fastlstm.convert(fastlstm.convert(converted), to="torch")
     assert {type(m) for m in converted.modules()} == {type(m) for m in model().modules()}
     assert torch.equal(converted(x), expected)
-    fastlstm.convert(converted, to="torch")  # a second time changes nothing
+    fastlstm.convert(converted, to="torch")  # a second conversion has no effect
     assert type(converted.encoder) is nn.LSTM
 
 

@@ -209,7 +209,7 @@ def test_explain_of_every_form_of_input(four_threads):
     padded = fastlstm.explain(lstm, x, lengths=lengths.tolist())
     decisions, reasons = padded.forward.split(", because ")
     assert decisions == fastlstm.explain(lstm, packed).forward.split(", because ")[0]
-    assert "predicted" in reasons  # of 20 steps more than the packed rows have
+    assert "predicted" in reasons  # T is 20 steps longer than the packed rows
     assert fastlstm.explain(lstm, x).forward.startswith("4 threads by ")
     assert "by rows" not in fastlstm.explain(lstm, x[0]).forward  # one row
     assert fastlstm.explain(lstm, x[:0]).forward == ""

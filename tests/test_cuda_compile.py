@@ -1,4 +1,4 @@
-"""The CUDA sources compile: kernels with nvcc per architecture, without spills or torch headers; the binding with g++."""
+"""The CUDA sources compile: kernels with nvcc for each architecture, no spills, no torch headers; bindings with g++."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ pytestmark = pytest.mark.toolchain
 
 ROOT = Path(__file__).parent.parent
 KERNELS = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
-# Ampere, Hopper, Blackwell: what the project promises.
+# Ampere, Hopper, Blackwell: the supported architectures.
 ARCHITECTURES = {"sm_80": "compute_80", "sm_90a": "compute_90a", "sm_100": "compute_100"}
 
-# The persistent kernels' unrolled products keep ptxas busy for a minute an architecture: pytest -m slow. Float16
-# differs from bfloat16 in its conversions alone. Each is compiled with and without lengths and resets.
+# ptxas takes a minute per architecture for the persistent kernels' unrolled products: pytest -m slow. Float16
+# differs from bfloat16 in conversions only. Each is compiled with and without lengths and resets.
 LARGE = [path for path in KERNELS if path.name.startswith("persistent_")]
 COMPILED = [
     pytest.param(

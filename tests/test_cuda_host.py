@@ -1,8 +1,8 @@
 """The CUDA backend without a GPU: its host code and kernel bodies, compiled for the CPU.
 
 Everything but the launches, cuBLAS itself and the order of memory accesses between threads is what runs on the device:
-masks, offsets, choice of vector width, chunks, the order of steps, what cuBLAS is told, the sums of the weights'
-gradients. tests/cuda_host stands in for the rest. The GPU suite is tests/test_gpu_*.py.
+masks, offsets, choice of vector width, chunks, the order of steps, arguments of cuBLAS, weight gradients.
+tests/cuda_host replaces the rest. The GPU suite is tests/test_gpu_*.py.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ pytestmark = pytest.mark.toolchain
 ROOT = Path(__file__).parent.parent
 NAME = "cuda_host"
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
-# A few steps of a case in a chunk of x W_ih^T, twice as many in one of dgates; csrc/cuda/layer.h.
+# A few steps of a case per chunk of x W_ih^T, twice as many per chunk of dgates; csrc/cuda/layer.h.
 CHUNK_BYTES = 4096
-LIBRARIES: list[torch.library.Library] = []  # a dropped one would take its registrations along
+LIBRARIES: list[torch.library.Library] = []  # destroying one would remove its registrations
 
 
 def why_not() -> str:
@@ -63,7 +63,7 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> None:
     built = tmp_path_factory.mktemp(NAME) / "cuda_host.so"
     folders = [str(ROOT / "tests" / "cuda_host"), str(ROOT / "csrc"), *include_paths(), cuda_headers()]
     command = ["g++", "-std=c++20", "-O1", "-fPIC", "-shared", "-Wall", "-Werror", "-Wno-unknown-pragmas"]
-    # An access that the vector width does not fit stops the run, as it would on the device.
+    # A misaligned vector access aborts, as it would on the device.
     command += ["-fsanitize=alignment", "-fsanitize-undefined-trap-on-error"]
     command += [f"-DFASTLSTM_CUDA_CHUNK_BYTES={CHUNK_BYTES}", *(f"-I{folder}" for folder in folders[:2])]
     command += [f"-isystem{folder}" for folder in folders[2:]]
@@ -120,7 +120,7 @@ CASES = (
     RAGGED_PROJECTION,
     Case(T=7, B=5, I=4, H=8, bidirectional=True, lengths=RAGGED["lengths"]),
     Case(T=7, B=5, I=4, H=8, bidirectional=True, hx="expanded", resets=RAGGED["resets"]),
-    Case(T=17, B=3, I=2, H=16, bidirectional=True, hx="tuple"),  # several chunks, the last one short
+    Case(T=17, B=3, I=2, H=16, bidirectional=True, hx="tuple"),  # several chunks, of which the last is shorter
     Case(T=18, B=3, I=2, H=16, proj=8, bidirectional=True, hx="tuple", lengths=(18, 7, 0)),
     Case(T=5, B=0),
     Case(hx="shared", frozen=("weight_ih_l0", "bias_hh_l0")),
@@ -141,7 +141,7 @@ def test_random_cases(backend, poisoned_empty):
         check(random_case(rng, DTYPES), backend)
 
 
-# More units than one block has, an odd number; more rows than one slice; several launches of each kernel.
+# More units than one block, an odd number; more rows than one slice; several launches of each kernel.
 PERSISTENT = (
     *(case for case in CASES if not case.proj and case.T > 3),
     Case(T=9, B=5, I=3, H=40, hx="tuple", cells=True, bidirectional=True),

@@ -1,7 +1,7 @@
-"""What lies between a state's arrival and the sending of the next in the persistent kernels, counted in SASS.
+"""The instructions between the arrival of a state and the sending of the next in the persistent kernels, in SASS.
 
-A step is bound by that (docs/gpu-kernels.md), so no address is computed there, no length or reset is read, and
-the number of instructions has a ceiling. Counts are static: an inner loop over W_hh in shared memory counts once.
+They are a step's critical path (docs/gpu-kernels.md), so no address is computed there, no length or reset is read,
+and the number of instructions is limited. Counts are static: an inner loop over W_hh in shared memory counts once.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ SINGLE = (
     ("forward", "ForwardBlock<T, SingleForward<T>, {ragged}>"),
     ("backward", "BackwardBlock<T, SingleBackward<T>, {ragged}>"),
 )
-RAGGED_EXTRA = 48  # flags that were read ahead, and the branch of rows that lack the step
+RAGGED_EXTRA = 48  # prefetched flags, and the branch for rows without this step
 
 
 @pytest.fixture(scope="module")

@@ -200,7 +200,7 @@ def test_explain_of_every_form_of_input(choices):
         explained = choices[-1]
         choices.clear()
         module(*args, **kwargs)
-        assert choices[0] == explained  # the very call that the first layer makes
+        assert choices[0] == explained  # equal to the call of the first layer
         choices.clear()
 
 
@@ -234,7 +234,7 @@ def test_environment_variable():
 
 
 def test_environment_variable_with_an_unknown_name(monkeypatch, no_memory):
-    monkeypatch.setattr(dispatch, "_requested", "fastest")  # what the variable sets on import
+    monkeypatch.setattr(dispatch, "_requested", "fastest")  # as set from the environment variable on import
     with pytest.raises(ValueError, match=r"FASTLSTM_BACKEND must be one of auto, .* got 'fastest'"):
         fastlstm.LSTM(3, 4)(X)
 

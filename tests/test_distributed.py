@@ -130,7 +130,7 @@ def test_activation_checkpointing_replays_dropout(use_reentrant, recompute, back
             output = torch.utils.checkpoint.checkpoint(lstm, x, use_reentrant=use_reentrant)[0]
         else:
             output, _ = lstm(x)
-        torch.randn(5)  # the state moves on before backward
+        torch.randn(5)  # advances the random state before backward
         output.pow(2).sum().backward()
         gradients.append([output.detach(), x.grad, *(w.grad for w in lstm.parameters())])
     torch.testing.assert_close(*gradients)

@@ -1,4 +1,4 @@
-"""Arguments that nn.LSTM and nn.LSTMCell refuse: fastlstm refuses them with the same type of error, packed or not.
+"""Arguments that nn.LSTM and nn.LSTMCell refuse: fastlstm raises the same type of error, packed or not.
 
 Calls by which nn.LSTM reads out of bounds are in tests/test_errors.py, and states of another dtype, with which it
 computes in part.
@@ -30,7 +30,7 @@ def pair(*shape: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 GOOD = state(1, 2, 4)
-# Of packed and padded input. What is here and is no error is taken by both, with equal results.
+# Calls with packed and padded input. Those that are no error run in both, with equal results.
 STATES: dict[str, Any] = {
     "none": None,
     "of two": pair(1, 2, 4),
@@ -81,7 +81,7 @@ def outcome(call: Callable[[], Any]) -> Any:
     try:
         output, (h, c) = call()
     except Exception as error:
-        # A subclass that torch raises where a backend has no kernel at all.
+        # torch raises a subclass if a backend has no kernel.
         return RuntimeError if isinstance(error, NotImplementedError) else type(error)
     return (output.data if isinstance(output, PackedSequence) else output), h, c
 

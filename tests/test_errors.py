@@ -273,7 +273,7 @@ def test_lengths_and_reset_mask_with_a_packed_sequence():
         lstm(packed(2, 2, 3), reset_mask=torch.zeros(2, 2, dtype=torch.bool))
 
 
-# A weight's place and what becomes of it, or what becomes of the list; and the error's words.
+# A weight's index and its replacement, or a change of the list; and the error message.
 MISFITS = {
     "size": (3, lambda w: w[:-1], r"bias_hh must be \[4H\] = \[16\], got \[15\]"),
     "dimensions": (3, torch.sum, r"bias_hh must be \[4H\] = \[16\], got \[\]"),
@@ -305,7 +305,7 @@ def test_weights_of_inconsistent_shapes(wrong, grad, backend):
             lstm(x)
 
 
-# What becomes of a layer's weights [w_ih, w_hh], the arguments bias, num_layers, bidirectional, and the error.
+# A change of a layer's weights [w_ih, w_hh], the arguments bias, num_layers, bidirectional, and the error.
 MISCOUNTED = {
     "none": (lambda w: [], (False, 1, False), "take 2 weights each, or 3 with projection, got 0 in all"),
     "one direction twice": (lambda w: w * 2, (True, 1, False), "must have bias_ih .* as element 2"),

@@ -109,7 +109,7 @@ def weight(k: int) -> nn.Parameter:
     return nn.Parameter(data(16, 4, seed=k))
 
 
-# One step each, done to both modules; a call compares them after every step.
+# Changes applied to both modules; a call compares the modules after each.
 STEPS = {
     "item": lambda m: m._flat_weights.__setitem__(1, 2 * m.weight_hh_l0),
     "another item": lambda m: m._flat_weights.__setitem__(0, 3 * m.weight_ih_l0),

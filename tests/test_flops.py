@@ -61,7 +61,7 @@ def test_flops_of_a_layer_equal_nn_lstms(kwargs, form, needs_grad, backend):
         )
         packed = pack_padded_sequence(x, LENGTHS, enforce_sorted=False)
         found.append(both(module, (x if form == "padded" else packed, hx)))
-    # In reverse nn.LSTM passes a gradient to the zeros that rows begin with, unless they begin at the last step of all.
+    # In reverse, nn.LSTM passes a gradient to the zero states of rows that begin before the last step.
     needless = 0
     if form == "packed" and needs_grad != "hx" and ours.bidirectional:
         needless = ours.num_layers * 2 * 4 * H * H * sum(n < T for n in LENGTHS)
@@ -133,7 +133,7 @@ def test_flops_of_a_cell_equal_nn_lstm_cells(states, inside, backend):
 
 @pytest.mark.parametrize("bidirectional", [False, True])
 def test_per_sample_gradients_count(bidirectional, backend):
-    """As much as a plain step of the whole batch.
+    """Equal to an ordinary step of the whole batch.
 
     Of the two products with the zero states before the first step, the plain op counts one (dW_hh's). Here eager makes
     both, and next to the native op neither is made.

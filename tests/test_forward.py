@@ -126,7 +126,7 @@ def test_extreme_inputs_saturate_as_in_nn_lstm(value, dtype, backend):
     x = torch.full((3, 2, 3), value, dtype=dtype)
     with torch.no_grad():
         for module in (ours, theirs):
-            module.weight_ih_l0.abs_()  # else inf - inf
+            module.weight_ih_l0.abs_()  # avoids inf - inf
         for our_tensor, their_tensor in zip(flat(ours(x)), flat(theirs(x)), strict=True):
             torch.testing.assert_close(our_tensor, their_tensor, rtol=2e-2, atol=1e-6)
 
@@ -151,7 +151,7 @@ def test_dropout_draws_the_mask_of_nn_lstm(kwargs):
     torch.manual_seed(11)
     assert torch.equal(ours(x)[0], results[0][0])
     if kwargs["dropout"] < 1:
-        assert not torch.equal(ours(x)[0], results[0][0])  # a fresh mask each time
+        assert not torch.equal(ours(x)[0], results[0][0])  # masks differ from call to call
     assert_same(ours.eval(), theirs.eval(), x)
 
 

@@ -29,7 +29,7 @@ from .gpu_support import (
 
 pytestmark = gpu
 
-# The mixed one is torch's default: TF32 in RNNs, IEEE in other products.
+# MIXED is torch's default: TF32 in RNNs, IEEE in other GEMMs.
 MIXED = Arithmetic(torch.float32, "tf32", "ieee")
 STACKED = Case(T=12, B=9, I=16, H=64, hx="tuple", bidirectional=True, layers=2, proj=16, cells=True)
 CASES = (
@@ -80,7 +80,7 @@ def test_graph_capture(case, precision, backend):
     eps = precision.eps
     for name, a, b in zip(
         names, captured, plain, strict=True
-    ):  # capture may choose another workspace, so another order
+    ):  # a capture may use another workspace, and so another order of sums
         assert float((a.double() - b.double()).abs().max()) <= 8 * eps * float(b.double().abs().max()), name
 
 
@@ -201,7 +201,7 @@ def test_no_host_synchronization(case, precision, backend):
     case_tensors = on_device(case, precision.dtype)
     call = ours(case, case_tensors)
     with precision.flags(), fastlstm.use_backend(backend):
-        with_gradients(case, case_tensors, call)  # what happens once only, as loading cuBLAS
+        with_gradients(case, case_tensors, call)  # one-time work, such as loading cuBLAS
         leaves = list(case_tensors.grad_leaves().values())
         torch.cuda.synchronize()
         before = torch.cuda.get_sync_debug_mode()

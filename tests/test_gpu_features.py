@@ -175,7 +175,7 @@ def test_modules_travel(backend):
     torch.testing.assert_close(nn.Sequential(ours).to("cpu")[0].weight_hh_l0, theirs.weight_hh_l0.cpu())
     if backend != "triton":
         torch.testing.assert_close(ours(x.cpu())[0], expected.cpu())
-    theirs.load_state_dict(ours.state_dict())  # from CPU into the device's parameters
+    theirs.load_state_dict(ours.state_dict())  # copies from CPU to the device
     torch.testing.assert_close(theirs(x)[0], expected)
     there = ours.to(DEVICE)
     torch.testing.assert_close(there(x)[0], expected)

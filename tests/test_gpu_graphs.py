@@ -22,7 +22,7 @@ on_gpu = [
     pytest.mark.skipif("cuda" not in native.devices, reason=f"fastlstm._C: {native.devices or native.load_error}"),
 ]
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
-# H of kernels in clusters and of kernels by flags, on an H100.
+# H of the cluster and grid variants on an H100.
 SIZES = pytest.mark.parametrize("H", [128, 1024])
 
 
@@ -45,7 +45,7 @@ import sys, torch, fastlstm
 H = int(sys.argv[1])
 lstm = fastlstm.LSTM(64, H, device="cuda", dtype=torch.bfloat16)
 x = torch.randn(24, 16, 64, device="cuda", dtype=torch.bfloat16)
-(x[0] @ x[0].mT).sum().item()  # cuBLAS, which cannot begin within a capture
+(x[0] @ x[0].mT).sum().item()  # loads cuBLAS, which is not allowed within a capture
 graph = torch.cuda.CUDAGraph()
 with fastlstm.use_backend("native"):
     with torch.cuda.graph(graph):

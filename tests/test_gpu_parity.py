@@ -102,7 +102,7 @@ def test_more_than_2_to_the_32_elements(backend):
     with fastlstm.use_backend(backend):
         y, _ = module(x)
         (dx,) = torch.autograd.grad(y[-1].float().sum(), x)
-        # The state forgets: 60 steps before the end decide the last one to within rounding.
+        # The state forgets: the last step depends on the previous 60 only, to within rounding.
         tail = x[-60:].detach().requires_grad_()
         y_tail, _ = module(tail)
         (dx_tail,) = torch.autograd.grad(y_tail[-1].float().sum(), tail)
@@ -137,7 +137,7 @@ def test_all_tensors_non_contiguous(case, precision, backend):
     with precision.flags(), fastlstm.use_backend(backend):
         gaps = with_gradients(case, case_tensors, call)
     eps = torch.finfo(precision.dtype).eps
-    for name, value in dense.items():  # another layout may take another product: the order of sums differs
+    for name, value in dense.items():  # another layout may use another GEMM, with another order of sums
         limit = 16 * eps * float(value.abs().max())
         assert float((gaps[name].double() - value.double()).abs().max()) <= limit, name
 

@@ -21,13 +21,13 @@ pytestmark = gpu
 COUNT = int(os.environ.get("FASTLSTM_FUZZ_COUNT", "250"))
 PRECISIONS = (TF32, HALF, BFLOAT16)
 RAGGED = {"lengths": (4, 0, 7, 1, 6), "resets": ((0, 0), (3, 0), (5, 0), (2, 2), (6, 2), (6, 3), (4, 4))}
-# Quick enough for compute-sanitizer: one block and several, both directions, masks.
+# Fast enough for compute-sanitizer: one block and several, both directions, masks.
 SMALL = (
     Case(T=5, B=3, I=4, H=8, hx="tuple"),
     Case(T=6, B=19, I=4, H=70, hx="tuple", cells=True),
     Case(T=7, B=5, I=4, H=40, hx="tuple", bidirectional=True, cells=True, **RAGGED),
 )
-# Every variant of csrc/cuda/plan.h on an H100, slices of 8 and of 16 rows, one slice to a group and several.
+# Every variant of csrc/cuda/plan.h on an H100, slices of 8 and 16 rows, one slice per group and several.
 SIZES = [(H, B) for H in (31, 128, 256, 500, 512, 640, 768, 1024, 1536, 2048) for B in (1, 16, 100)]
 
 
@@ -106,11 +106,11 @@ def test_random_launches():
 
 
 @pytest.mark.parametrize("sms", [8, 32])
-def test_a_green_context(sms):
+def test_green_context(sms):
     """The stream has fewer SMs than the device: the cooperative launch does not fit, and the layer runs step by step.
 
     Not run on a GPU yet. The expected status is cudaErrorCooperativeLaunchTooLarge, or for clusters
-    cudaErrorInvalidClusterSize; csrc/cuda/layer_persistent.cpp takes the step-wise path for no other.
+    cudaErrorInvalidClusterSize; csrc/cuda/layer_persistent.cpp uses the step-wise path for no other.
     """
     green_contexts = pytest.importorskip("torch.cuda.green_contexts")
     case = Case(T=24, B=64, I=64, H=1024, hx="tuple", dtype=torch.bfloat16)

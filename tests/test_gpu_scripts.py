@@ -86,7 +86,7 @@ def test_failed_stage_sets_the_status_and_later_stages_run(call):
     assert status == 3, output
     summary = (out / "summary.txt").read_text()
     assert all(f"== {stage}: exit 3" in summary for stage in STAGES["gpu_correctness"][1:4])
-    assert "== racecheck: exit 0" in summary  # compute-sanitizer's own
+    assert "== racecheck: exit 0" in summary  # the exit status of compute-sanitizer
 
 
 def test_script_without_arguments_prints_its_usage():

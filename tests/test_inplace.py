@@ -169,7 +169,7 @@ def change(module: nn.Module, name: str, frozen: str, T: int) -> object:
         leaves = {key: leaf[0] for key, leaf in leaves.items()}
     for leaf in leaves.values():
         leaf.requires_grad_(frozen in ("nothing", "weights"))
-    copies = {key: leaf * 1 for key, leaf in leaves.items()}  # leaves themselves may not be changed
+    copies = {key: leaf * 1 for key, leaf in leaves.items()}  # leaves must not be changed in place
     y, states = module(copies["x"], (copies["h0"], copies["c0"]))
     with torch.no_grad():
         ({key.removesuffix("_l0"): weight for key, weight in weights.items()} | copies)[name].mul_(2)

@@ -13,7 +13,7 @@ import fastlstm
 PACKAGE = Path(fastlstm.__file__).parent
 FILES = {".".join(p.relative_to(PACKAGE).with_suffix("").parts): p for p in sorted(PACKAGE.rglob("*.py"))}
 
-# Lower layers first; a file may import from its own layer and those above it in this list, __init__ from all.
+# Lower layers first; a file may import from its layer and those above it in this list, __init__ from all.
 LAYERS = (
     ("reference", "ragged", "accuracy"),
     ("ops",),

@@ -38,7 +38,7 @@ def test_allocated_memory_is_never_reused():
         lstm(X * k)[0].sum().backward()
     assert all(torch.equal(y, y0) for y, y0 in zip(kept, expected, strict=True))
     gradients = []
-    for y in kept:  # each has a reserve of its own
+    for y in kept:  # each has a separate reserve
         lstm.zero_grad()
         y.pow(2).sum().backward()
         gradients.append(lstm.weight_hh_l0.grad.clone())
@@ -99,7 +99,7 @@ def run_limited(program: str) -> list[int]:
     """Run `program` in a process that can limit its memory; return the numbers it prints."""
     if not sys.platform.startswith("linux"):
         pytest.skip("limits its address space as Linux does")
-    # Else malloc keeps up to 32 MiB a block of what it is given back, as far as that lies scattered.
+    # Otherwise malloc caches freed blocks of up to 32 MiB.
     env = os.environ | {"MALLOC_MMAP_THRESHOLD_": str(1 << 17)}
     done = subprocess.run([sys.executable, "-c", LIMITED + program], capture_output=True, text=True, env=env)
     assert done.returncode == 0, done.stderr
@@ -134,5 +134,5 @@ def test_cached_memory_is_released_under_pressure():
 x = torch.zeros(700, 256, 4)
 train(512)
 with torch.no_grad(), at_most(4 << 20):
-    lstm(x)  # y takes 44 MiB, and no kept block has about that size
+    lstm(x)  # y takes 44 MiB, and no cached block has about that size
 """)

@@ -1,7 +1,7 @@
 """One inf, NaN, huge or denormal number in x, h0, c0 or a weight: results are finite, inf and NaN as in nn.LSTM.
 
 Results and every gradient, in float64 (where nn.LSTM runs ATen's own kernels) and in float32 and bfloat16 (oneDNN's).
-What is exempt is in tests/adversarial.py: products with zeros that are left out, past a length and at a reset.
+tests/adversarial.py has the exemptions: products with zeros that are skipped, after a length and at a reset.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import fastlstm
 
 INF = float("inf")
 PLACES = ("x", "h0", "c0", "weight_ih_l0", "weight_hh_l0", "bias_ih_l0", "bias_hh_l0")
-# Kernels for one step and for several, weights as stored and packed, and a projection.
+# Kernels for one step and for several, unpacked and packed weights, and a projection.
 SHAPES = {"T1-B1": (1, 1, 3, 5, {}), "T1-B6": (1, 6, 3, 5, {}), "T4-B3": (4, 3, 3, 5, {}), "T20-B4": (20, 4, 2, 17, {}),
           "bidirectional": (4, 3, 3, 5, {"bidirectional": True}), "proj": (4, 3, 3, 5, {"proj_size": 2})}  # fmt: skip
 

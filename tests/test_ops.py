@@ -77,7 +77,7 @@ def test_opcheck_of_forward(case, requires_grad, op_backend):
     forward, _ = ops(op_backend)
     checks = ["test_schema", "test_autograd_registration", "test_faketensor"]
     if not (requires_grad and case.lengths):
-        # It compares the reserve of two runs, whose padding a backend may leave as it was; see test_compile.py instead.
+        # It compares the reserves of two runs, in which padding may be uninitialized; see test_compile.py instead.
         checks.append("test_aot_dispatch_dynamic")
     opcheck(
         forward, forward_arguments(case, keep_reserve=requires_grad, requires_grad=requires_grad), test_utils=checks
@@ -222,7 +222,7 @@ def test_reserve_is_not_differentiable(op_backend):
     y, _, _, cells, reserve = forward(*forward_arguments(Case(T=4), requires_grad=True))
     assert y.requires_grad
     assert not reserve.requires_grad
-    assert not cells.requires_grad  # kept for backward only
+    assert not cells.requires_grad  # saved for backward only
     assert forward(*forward_arguments(Case(T=4, cells=True), requires_grad=True))[3].requires_grad
 
 
@@ -313,7 +313,7 @@ def test_backward_recomputes_h_if_y_is_missing(case, dtype, op_backend, poisoned
     torch.testing.assert_close(found, flat(backward(*arguments)))
 
 
-# Groups of one row and of several; products by tiles and, above a million multiply-adds, by the BLAS; no row, no step.
+# Groups of one row and of several; microkernels and, above a million multiply-adds, the BLAS; no row, no step.
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize(
     ("T", "rows", "groups", "m", "n"),
@@ -324,7 +324,7 @@ def test_grouped_products(T, rows, groups, m, n, dtype):
     op = torch.ops.fastlstm.grouped_products.default
     expected = torch.einsum("tgrm,tgrn->gmn", a.unflatten(1, (groups, rows)), b.unflatten(1, (groups, rows)))
     torch.testing.assert_close(op(a, b, groups), expected)
-    torch.testing.assert_close(register._grouped_products(a, b, groups), expected)  # where there is no kernel
+    torch.testing.assert_close(register._grouped_products(a, b, groups), expected)  # without a native kernel
     opcheck(op, (a, b, groups), test_utils=["test_schema", "test_faketensor"])
 
 

@@ -1,6 +1,6 @@
 """The sdist and the wheel in fresh environments outside the checkout (pytest -m packages).
 
-The extension is compiled once: every environment that builds lies at one path, so that what is up to date stays.
+The extension is compiled once: all environments that build it have one path, so that up-to-date objects are reused.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ COMPILER = shutil.which("c++")
 needs_compiler = pytest.mark.skipif(COMPILER is None, reason="c++ is not on the PATH")
 OTHER = "2.99.0+cpu"  # a torch that the extension was not built for
 
-# A training step whose numbers are nn.LSTM's; every warning but torch's own about a missing NumPy is an error.
+# A training step that equals nn.LSTM's; every warning but torch's about a missing NumPy is an error.
 TRAIN = """
 import warnings
 warnings.simplefilter("error")
@@ -149,7 +149,7 @@ def test_types_of_the_installed_package(folder, source):
     """mypy uses the package's type hints: it accepts a correct program and refuses a wrong one."""
     typed = Environment(folder / "typed")
     typed.pip("install", str(source), FASTLSTM_BUILD="python")
-    # Of torch, whose hints take mypy a minute, it reads none.
+    # mypy does not follow torch, whose hints take it a minute.
     (folder / "mypy.ini").write_text("[mypy]\nstrict = True\n[mypy-torch.*]\nfollow_imports = skip\n")
 
     def check(program: str) -> str:

@@ -18,7 +18,7 @@ from .cases import Case
 from .module_pairs import assert_same, data, module_pair
 from .test_ops import backward_arguments, flat, forward_arguments, ops
 
-LENGTHS = (6, 4, 4, 1)  # as PackedSequence sorts them
+LENGTHS = (6, 4, 4, 1)  # sorted as in a PackedSequence
 ONE_LAYER = Case(T=6, B=4, lengths=LENGTHS)
 CASES = (
     ONE_LAYER,
@@ -270,7 +270,7 @@ def test_output_may_be_changed_in_place(kwargs, backend):
 
 
 @needs_native
-@pytest.mark.filterwarnings("ignore")  # of the tracer
+@pytest.mark.filterwarnings("ignore")  # from the tracer
 def test_recorded_ops_include_the_source_of_lengths():
     class Record(TorchDispatchMode):
         def __torch_dispatch__(self, function, types, args=(), kwargs=None):

@@ -15,7 +15,7 @@ from .runners import check, require, run_backend
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
-# One option each, then the combinations that share code.
+# Single options, then combinations that share code.
 OPTIONS = {
     "default": Case(),
     "hx": Case(hx="tuple"),

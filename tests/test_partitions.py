@@ -1,8 +1,8 @@
 """The thread partitions and the barrier of the CPU kernels under ThreadSanitizer (tests/cpu_host/partitions.cpp).
 
-Threads, their barrier and their split are the extension's own (csrc/cpu/partition.h, sequence.h); OpenMP, which
-ThreadSanitizer does not know, is replaced with std::thread. Without the kernels of csrc/cpu/bf16.h, whose tiles read
-rows that others may be writing and drop them.
+Partitions and barrier are the extension's (csrc/cpu/partition.h, sequence.h); std::thread replaces OpenMP, which
+ThreadSanitizer does not support. Excluded are the kernels of csrc/cpu/bf16.h, whose tiles read rows that other threads
+may write, and discard them.
 """
 
 from __future__ import annotations

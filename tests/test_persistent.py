@@ -18,10 +18,10 @@ from fastlstm.ops.schema import LayerCall, LayerShape
 from .test_cuda_host import ROOT, cuda_headers, why_not
 from .thread_sanitizer import compile_program, run_program
 
-# Streaming multiprocessors, the shared memory a block may ask for, and the most blocks of a cluster.
+# Streaming multiprocessors, max shared memory of a block, max blocks of a cluster.
 H100, A100, RTX4090 = (132, 227 << 10, 16), (108, 163 << 10, 0), (128, 99 << 10, 0)
 HOPPER_WITHOUT_CLUSTERS = (*H100[:2], 0)
-REGISTERS = 144 << 10  # bytes of W_hh a block may keep in registers
+REGISTERS = 144 << 10  # max bytes of W_hh in a block's registers
 
 needs_extension = pytest.mark.skipif(native.extension is None, reason=native.load_error)
 
@@ -49,7 +49,7 @@ def test_plan_covers_the_layer_and_fits_the_device(phase, device, tier):
             continue
         served += 1
         details = f"{phase} H={H} B={B} D={D} element={element}: {p}"
-        # A: its rows and bytes of K, and how many of either the warps cover in their rounds.
+        # A: its rows and bytes of K, and those that the warps' iterations cover.
         whole, own = p["members"] * p["units"], 4 * p["units"]
         if phase == "forward":
             rows, K = own, whole
@@ -101,7 +101,7 @@ def test_more_units_per_block_if_they_fit():
     assert plan("forward", 1024, 64)[1]["members"] == 32
     assert plan("forward", 1024, 64, element=4)[1]["members"] == 64
     assert plan("forward", 2048, 64, tier="B")[1]["members"] == 128
-    # Slices of 8 rows as long as the groups take them side by side, then of 16.
+    # Slices of 8 rows while all groups run concurrently, then of 16.
     plans = [plan("forward", 512, B, device=HOPPER_WITHOUT_CLUSTERS)[1] for B in (8, 64, 72)]
     assert [p["columns"] for p in plans] == [1, 1, 2]
 
@@ -112,7 +112,7 @@ def test_chosen_variant_has_the_lowest_predicted_time():
     layout = plan("forward", 512, 64)[1]
     assert (layout["cluster"], layout["members"]) == (1, 16)
     assert layout["tier"] == "tier A: predicted 2.1 us a step, tier B 2.9 us a step"
-    # Clusters take their turns one after the other, in tier B a slice's exchange hides behind another's work.
+    # Clusters run sequentially; in tier B a slice's exchange overlaps with another's work.
     assert not plan("forward", 512, 512)[1]["cluster"]
     not_a = "; not A: a cluster of 17 blocks exceeds 16"
     assert plan("forward", 513, 64)[1]["tier"].startswith("tier B: predicted 3.")
@@ -121,10 +121,10 @@ def test_chosen_variant_has_the_lowest_predicted_time():
     assert plan("forward", 512, 64, device=A100)[1]["tier"].endswith("not A: this GPU has no thread-block clusters")
     assert plan("forward", 512, 64, tier="A")[1]["tier"] == "tier A: asked for A"
     assert not plan("forward", 512, 64, tier="B")[1]["cluster"]
-    # A cluster needs no other at its side.
+    # Clusters need not be co-resident.
     alone = plan("forward", 512, 64, D=2, device=(16, 227 << 10, 16), tier="A")[1]["tier"]
     assert alone == "tier A: asked for A; not B: it needs more SMs"
-    # Many slices for few groups: measured slower than a product and a kernel a step.
+    # Many slices for few groups: measured slower than a GEMM and a kernel per step.
     for phase, H, B, element in (
         ("forward", 2048, 128, 2),
         ("backward", 2048, 128, 2),
@@ -142,7 +142,7 @@ def test_stepwise_prediction_grows_with_the_batch():
     def steps(phase, H, B, D=1, element=2):
         return float(plan(phase, H, B, D, element)[0].removeprefix("predicted ").split(" us")[0])
 
-    assert steps("forward", 2048, 128) == 20.1  # W_hh on its way to the SMs
+    assert steps("forward", 2048, 128) == 20.1  # loading W_hh into the SMs
     assert steps("forward", 512, 512) == 12.0
     assert steps("forward", 1024, 1024) == 38.8
     assert steps("backward", 1024, 1024) == 27.6

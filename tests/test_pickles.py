@@ -21,7 +21,7 @@ import fastlstm
 from .module_pairs import assert_same, data, flat, module_pair
 
 X = data(5, 2, 3)
-TorchLSTM, TorchLSTMCell = nn.LSTM, nn.LSTMCell  # whatever is patched
+TorchLSTM, TorchLSTMCell = nn.LSTM, nn.LSTMCell  # the originals, also under the patch
 
 
 class Model(nn.Module):
@@ -53,7 +53,7 @@ def test_torch_modules_are_pickled_under_the_patch(how, protocol):
     model = built(how)
     with fastlstm.patch_torch():
         written = pickle.dumps(model, protocol)
-        # A name means what it means where it is read.
+        # A name is resolved where the pickle is loaded.
         patched = pickle.loads(written)
         assert kinds(patched) == (fastlstm.LSTM, fastlstm.LSTMCell)
     restored = pickle.loads(written)
@@ -148,7 +148,7 @@ def old_state(module: nn.Module, version: str) -> dict[str, Any]:
         "dropout": 0,
         "bidirectional": module.bidirectional,
     }
-    if version == "0.1":  # the weights themselves in lists
+    if version == "0.1":  # lists of the weights themselves
         weights = list(module._parameters.values())
         state |= {"_backend": None, "dropout_state": {}}
         state["all_weights"] = [weights[k : k + per] for k in range(0, len(names), per)]

@@ -68,7 +68,7 @@ def test_one_percent_error_of_a_weight_gradient_element_is_detected(bits, backen
     case = CASE if bits == 23 else replace(CASE, dtype=torch.bfloat16)
     results = run_backend(case, backend)
     grad = results["d weight_hh_l0"].view(-1)
-    part = 0.01 if bits == 23 else 0.5  # bfloat16 has two decimal digits itself
+    part = 0.01 if bits == 23 else 0.5  # bfloat16 has two decimal digits
     grad[grad.abs().argsort()[len(grad) * 3 // 4]] *= 1 + part
     assert_found(case, backend, results, "d weight_hh_l0")
 

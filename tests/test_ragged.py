@@ -72,7 +72,7 @@ def test_padding_is_ignored(value, kwargs, dtype, backend):
         ours.zero_grad()
         x = data(6, 3, 3).to(dtype).masked_fill(padding, fill).requires_grad_()
         results = flat(ours(x, lengths=lengths, return_cell_states=True))
-        # The gradient that arrives in the padding is no number either.
+        # The gradient that arrives in the padding is NaN too.
         torch.autograd.backward(results, [torch.ones_like(r) for r in results])
         found.append([*results, x.grad, *(w.grad for w in ours.parameters())])
     for clean, dirty in zip(*found, strict=True):
@@ -129,7 +129,7 @@ def test_reset_at_the_first_step_discards_hx(backend):
     output, (h_n, _) = ours(x, hx, reset_mask=mask_of(5, 2, (0, 0)))
     with_hx, no_hx = ours(x, hx), ours(x)
     torch.testing.assert_close(output[:, 0, :4], no_hx[0][:, 0, :4])  # forward, flagged
-    torch.testing.assert_close(output[:, 0, 4:], with_hx[0][:, 0, 4:])  # reverse enters at the other end
+    torch.testing.assert_close(output[:, 0, 4:], with_hx[0][:, 0, 4:])  # the reverse direction starts at the other end
     torch.testing.assert_close(output[:, 1], with_hx[0][:, 1])
     torch.testing.assert_close(h_n[1], with_hx[1][0][1])
     dh, _ = torch.autograd.grad(output[:, 0].sum(), hx)
@@ -184,7 +184,7 @@ def test_cell_states_equal_a_loop_of_cells(layers, bidirectional, batch_first, b
     assert cells.shape == output.shape
 
     z = x.transpose(0, 1) if batch_first else x
-    if layers == 2:  # what enters the last layer
+    if layers == 2:  # the input of the last layer
         lower = nn.LSTM(3, 4, bidirectional=bidirectional, dtype=torch.float64)
         for name in lower.state_dict():
             setattr(lower, name, getattr(theirs, name))

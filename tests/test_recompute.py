@@ -140,7 +140,7 @@ def test_inference_saves_no_checkpoints():
         b, _ = lstm(x)
     assert torch.equal(a, b)
     lstm.recompute = True
-    short, _ = lstm(x[:128])  # one interval: the ordinary op
+    short, _ = lstm(x[:128])  # one interval: without recompute
     assert "recomputed" not in type(short.grad_fn).__name__
 
 

@@ -62,7 +62,7 @@ def test_data_loader_workers(method):
     if method not in torch.multiprocessing.get_all_start_methods():
         pytest.skip(f"this system has no {method}")
     features = Features()
-    expected = torch.stack([features[k] for k in range(4)])  # the parent has run it before its workers start
+    expected = torch.stack([features[k] for k in range(4)])  # the parent runs it before the workers start
     loader = DataLoader(features, batch_size=2, num_workers=2, multiprocessing_context=method, timeout=120)
     torch.testing.assert_close(torch.cat(list(loader)), expected)
 
@@ -73,7 +73,7 @@ def test_module_saved_by_an_earlier_version_loads():
     module = saved["module"]
     assert type(module) is fastlstm.LSTM
     torch.testing.assert_close(module(saved["input"])[0], saved["output"])
-    assert module.recompute is False  # an attribute that came later has its default
+    assert module.recompute is False  # an attribute added later has its default
 
 
 def test_attributes_of_a_later_version_are_ignored():
@@ -88,7 +88,7 @@ def test_attributes_of_a_later_version_are_ignored():
 def test_dropout_repeats_under_a_seed(backend):
     lstm, x = fastlstm.LSTM(3, 8, 3, dropout=0.5), torch.randn(5, 2, 3)
     rng = torch if TEST_DEVICE.device == "cpu" else torch.get_device_module(TEST_DEVICE.device)
-    with torch.device("cpu"):  # where torch wants the lengths
+    with torch.device("cpu"):  # lengths must be on the CPU
         packed = nn.utils.rnn.pack_sequence([x[:, 0], x[:3, 1]])
     for forms in ((x,), (packed,)):
         found = []

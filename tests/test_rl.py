@@ -58,7 +58,7 @@ def rollout_data():
     starts[0, 1] = True
     assert starts.any(0).sum() > 1
     assert not starts.all()
-    state = (data(1, B, 8, seed=3), data(1, B, 8, seed=4))  # in the middle of episodes
+    state = (data(1, B, 8, seed=3), data(1, B, 8, seed=4))  # not at an episode start
     return data(T, B, 3), state, starts
 
 
@@ -82,7 +82,7 @@ def test_gradients_of_ppo_equal_those_of_the_step_loop(backend):
         ppo_loss(logits, values, *targets).backward()
         gradients.append({name: w.grad.clone() for name, w in policy.named_parameters()})
     torch.testing.assert_close(*gradients)
-    rows = torch.tensor([3, 0])  # a minibatch takes whole rows with their states
+    rows = torch.tensor([3, 0])  # a minibatch consists of whole rows with their states
     part = policy(x[:, rows], tuple(s[:, rows] for s in state), starts[:, rows])
     torch.testing.assert_close(part[0], policy(x, state, starts)[0][:, rows])
 

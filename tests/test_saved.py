@@ -26,7 +26,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "bidirectional with projection": {"bidirectional": True, "proj_size": 2},
     "cell": {"cell": True},
 }
-# Biases, and the weights of both directions, are one.
+# Biases, and the weights of both directions, form one group.
 GROUPS = ("x", "h0", "c0", "weight_ih", "weight_hh", "bias", "weight_hr")
 MESSAGE = "modified by an inplace operation"
 backends = pytest.mark.parametrize("backend", ["native", "eager"], indirect=True)
@@ -101,7 +101,7 @@ def test_no_argument_outlives_that_of_nn_lstm(kind, form, backend):
     if kind == "cell" and form == "packed":
         pytest.skip("a cell takes no PackedSequence")
     for needs in subsets(kind):
-        # Modules record the weights that are leaves, so that each call has one of its own.
+        # Each call has a separate module, because modules record weights that are leaves.
         mine, expected = (Call(module, needs, form).kept() for module in module_pair(**KINDS[kind]))
         assert mine <= expected, (needs, mine - expected)
 

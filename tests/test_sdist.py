@@ -23,9 +23,9 @@ EXTRAS = PROJECT["optional-dependencies"]
 MADE = re.compile(r"(PKG-INFO|setup\.cfg|fastlstm\.egg-info(/.*)?)$")  # by setuptools
 
 MODULES = {"pytorch-lightning": "pytorch_lightning", "pytest-benchmark": "pytest_benchmark"}
-PLUGINS = {"pytest-xdist": "-n 2 --dist"}  # of pytest: in use where the Makefile says so
-BY_HAND = {"haste_pytorch", "flashrnn"}  # baselines of the benchmarks that are on no index
-# Which files may import what, the narrower first: (folder, names of extras).
+PLUGINS = {"pytest-xdist": "-n 2 --dist"}  # of pytest, in use if the Makefile has this option
+BY_HAND = {"haste_pytorch", "flashrnn"}  # baselines of the benchmarks that are not on PyPI
+# (folder, extras whose packages its files may import); subfolders first.
 PLACES = (
     ("fastlstm/tutorials", ["tutorials"]),
     ("fastlstm/backends/triton", ["triton"]),

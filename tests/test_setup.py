@@ -22,7 +22,7 @@ def setup(monkeypatch):
     monkeypatch.setattr(setuptools, "setup", lambda **options: None)
     monkeypatch.setenv("FASTLSTM_BUILD", "python")
     for name in ("CUDA_HOME", "CUDA_PATH", "TORCH_CUDA_ARCH_LIST"):
-        monkeypatch.setenv(name, "")  # so that what the functions set goes away again
+        monkeypatch.setenv(name, "")  # so that the variables are restored
     spec = importlib.util.spec_from_file_location("fastlstm_setup", SETUP)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -115,5 +115,5 @@ def test_another_torch_forces_a_rebuild(torch_built_for, again, setup, monkeypat
     (tmp_path / "_C.so").write_bytes(b"fastlstm._C was built for torch %b\0" % torch_built_for.encode())
     command.build_extension(extension)
     assert forced == [again]
-    # On every command line, so that ninja keeps no object file compiled for another torch.
+    # It is on every command line, so that ninja rebuilds objects of another torch.
     assert f'-DFASTLSTM_BUILT_FOR="{torch.__version__}"' in extension.extra_compile_args["cxx"]

@@ -119,7 +119,7 @@ def test_functional_call():
     expected = torch.autograd.grad(functional_call(theirs, other, (X,))[0].square().sum(), list(other.values()))
     got = torch.autograd.grad(functional_call(ours, other, (X,))[0].square().sum(), list(other.values()))
     torch.testing.assert_close(got, expected)
-    assert_same(ours, theirs, X)  # and the module's own weights are back
+    assert_same(ours, theirs, X)  # and the module's weights are restored
 
 
 @pytest.mark.parametrize("name", ["weight_hh_l0", "weight_ih_l1_reverse", "weight_hr_l0"])
@@ -181,7 +181,7 @@ def test_prune():
     assert_same(*pair, X)
     for module in pair:
         with torch.no_grad():
-            module.weight_hh_l0_orig.mul_(3)  # as an optimizer's step would
+            module.weight_hh_l0_orig.mul_(3)  # as in an optimizer's step
     assert_same(*pair, X)
     for module in pair:
         prune.remove(module, "weight_hh_l0")

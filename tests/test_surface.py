@@ -71,7 +71,7 @@ def test_initial_weights_from_a_seed(kwargs):
     for name, value in theirs.items():
         assert ours[name].dtype == value.dtype
         assert torch.equal(ours[name], value), name
-    assert torch.equal(*after)  # later draws of the program do not move
+    assert torch.equal(*after)  # the random state is the same afterwards
 
 
 def test_state_dict_order():

@@ -84,7 +84,7 @@ def test_two_threads_split_the_work(case, split, backend):
 # Partitions of more than two threads, on any number of cores: case, number of threads, split.
 RAGGED = {"lengths": (9, 9, 9, 9, 9, 9, 7, 1, 0), "resets": ((4, 0), (2, 1))}
 CHOSEN = (
-    (Case(T=20, B=48, I=64, H=128, bidirectional=True, hx="tuple"), 3, "rows"),  # directions in turn
+    (Case(T=20, B=48, I=64, H=128, bidirectional=True, hx="tuple"), 3, "rows"),  # sequential directions
     (Case(T=7, B=2, I=64, H=256, bidirectional=True, hx="tuple"), 3, "units"),
     (Case(T=20, B=24, I=64, H=64), 5, "rows"),
     (Case(T=7, B=1, I=70, H=259, hx="tuple"), 7, "units"),
@@ -177,8 +177,8 @@ def test_three_to_eight_threads_in_one_call(count, split, case, backend, force_p
     check(case, backend)
 
 
-# Grants one thread to half of the extension's parallel regions, as a runtime may that has none to spare. Which half a
-# generator decides, for any strict order of regions and threads would leave some sequences of them out.
+# Gives one thread to half of the extension's parallel regions, as a runtime may do. A generator selects the half,
+# because a fixed order would miss some sequences of regions and threads.
 FEWER = """
 #define _GNU_SOURCE
 #include <dlfcn.h>
@@ -267,7 +267,7 @@ def test_python_threads_share_a_module(backend):
         expected = [lstm(x)[0] for x in inputs]
 
     def work(k):
-        with torch.no_grad():  # a setting of each thread
+        with torch.no_grad():  # a setting per thread
             for _ in range(10):
                 assert torch.equal(lstm(inputs[k])[0], expected[k])
 

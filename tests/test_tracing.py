@@ -23,7 +23,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
 ]
 
-# The reference's loop over the steps is recorded as it is: its trace serves the T it was made with.
+# The reference's loop over steps is unrolled, so its trace supports one T only.
 on_ops = pytest.mark.parametrize("backend", ["native", "eager"], indirect=True)
 MODES = {"grad": nullcontext, "no_grad": torch.no_grad}
 
@@ -141,7 +141,7 @@ class Steps(nn.Module):
 @on_ops
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("kwargs", [{}, {"bias": False}], ids=str)
-def test_a_loop_of_cells(kwargs, mode, backend):
+def test_loop_of_cells(kwargs, mode, backend):
     ours, theirs = (Steps(cell) for cell in module_pair(cell=True, **kwargs))
     traced = trace(ours, (data(4, 3, 3),), mode)
     for B in (3, 5):

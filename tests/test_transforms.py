@@ -212,7 +212,7 @@ def test_under_compile(transform, compiled, backend):
     x = X[None] if transform is vmap else X
     compile_ = functools.partial(torch.compile, backend="aot_eager")
     if compiled == "inside":
-        loss(X), compile_(loss)(X)  # a graph from a call without a transform must not serve one with it
+        loss(X), compile_(loss)(X)  # a graph compiled without a transform must not be reused with one
         got = transform(compile_(loss))(x)
     else:
         got = compile_(transform(loss))(x)

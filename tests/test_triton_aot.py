@@ -1,8 +1,8 @@
 """The Triton kernels compiled ahead of time, without a GPU: every row of the tile table for sm_80, sm_90 and gfx942.
 
-`recorded` runs the backend's own launch code on CPU tensors with a driver that has a target and no device, and stops at
-the point where Triton would compile. So the signatures here are those of real calls, and so is the count of
-recompilations. What the kernels compute, tests/interpreted_triton.py tests; nothing here says that they run on a GPU.
+`recorded` runs the backend's launch code on CPU tensors with a driver that has a target and no device, and stops where
+Triton would compile. So signatures and the number of recompilations are those of real calls.
+tests/interpreted_triton.py tests the results; nothing here shows that the kernels run on a GPU.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ def recorded(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., dict[str
             options = {name: specialization[name] for name in OPTIONS if name in specialization}
             source = ASTSource(fn.jit_function, compile["signature"], compile["constants"], compile["configs"][0])
             found.setdefault(fn.jit_function.__name__, {})[key] = (source, gpu, options)
-            return True  # "compiled already": Triton goes no further
+            return True  # "already compiled", so Triton stops here
 
         driver = SimpleNamespace(
             get_current_target=lambda: gpu, get_current_device=lambda: 0, get_current_stream=lambda device: 0
@@ -99,7 +99,7 @@ def recorded(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., dict[str
         return found
 
     def clear() -> None:
-        for kernel in KERNELS:  # what Triton keeps for device 0 belongs to another target
+        for kernel in KERNELS:  # Triton's cache of device 0 is for another target
             kernel.device_caches.clear()
 
     yield record
@@ -129,7 +129,7 @@ def figures(target: str, source: ASTSource, gpu: GPUTarget, options: dict[str, i
 def variants() -> Iterator[Any]:
     """(target, "half", "tf32" or "ieee", H, row) for the rows of the table, each at its widest H.
 
-    Of rows with one kernel the widest alone on sm_80, which has the kernels and the tiles of sm_90.
+    On sm_80, which has the kernels and tiles of sm_90, only the widest of the rows with equal kernels.
     """
     for target, (_, name, shared) in TARGETS.items():
         for (owner, kind), rows in plan.TABLE.items():

@@ -26,6 +26,6 @@ def compile_program(sources: list[Path], program: Path, *flags: str) -> Path:
 
 
 def run_program(program: Path, *arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
-    # Address space randomisation of some kernels leaves ThreadSanitizer no room for its shadow.
+    # With address space randomization of some Linux kernels ThreadSanitizer's shadow memory does not fit.
     command = [*(("setarch", "-R") if shutil.which("setarch") else ()), str(program), *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, timeout=300, env={**os.environ, **environment})
