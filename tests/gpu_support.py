@@ -132,8 +132,8 @@ def with_gradients(case: Case, case_tensors: Tensors, call: Callable[[], Results
     arriving = [
         g.to(case_tensors.input.device) for g in gradients(case, {n: r.detach().cpu() for n, r in used.items()})
     ]
-    found = torch.autograd.grad(list(used.values()), list(grad_leaves.values()), arriving, allow_unused=True)
-    for (name, leaf), grad in zip(grad_leaves.items(), found, strict=True):
+    collected = torch.autograd.grad(list(used.values()), list(grad_leaves.values()), arriving, allow_unused=True)
+    for (name, leaf), grad in zip(grad_leaves.items(), collected, strict=True):
         results[f"d {name}"] = torch.zeros_like(leaf) if grad is None else grad
     return {name: value.detach() for name, value in results.items()}
 

@@ -111,7 +111,7 @@ def test_no_uninitialized_memory_is_read(case, poisoned_empty):
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_padding_is_ignored(value):
     ours = fastlstm.LSTM(3, 4, bidirectional=True)
-    lengths, found = torch.tensor([2, 3, 0]), []
+    lengths, collected = torch.tensor([2, 3, 0]), []
     padding = (torch.arange(3)[:, None] >= lengths)[..., None]
     for fill in (0.0, value):
         ours.zero_grad()
@@ -121,8 +121,8 @@ def test_padding_is_ignored(value):
         for k in (0, 3):  # gradients of the output and cell states also have NaN in the padding
             grads[k] = grads[k].masked_fill(padding, fill)
         torch.autograd.backward(results, grads)
-        found.append([*results, x.grad, *(w.grad for w in ours.parameters())])
-    for clean, dirty in zip(*found, strict=True):
+        collected.append([*results, x.grad, *(w.grad for w in ours.parameters())])
+    for clean, dirty in zip(*collected, strict=True):
         assert torch.equal(dirty, clean)
 
 

@@ -57,7 +57,7 @@ def assert_path(
     """
     plan = plan_of(case, at, **(on or {}))[phase]
     got = {name: plan[name] for name in expected}
-    assert got == expected, f"{phase} of {case} takes another path than this test is about: {plan['text']}"
+    assert got == expected, f"{phase} of {case} takes another path than the one under test: {plan['text']}"
 
 
 # ---- The golden file.

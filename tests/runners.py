@@ -99,7 +99,7 @@ def check_elsewhere(cases: Sequence[Case], backend: str, program: str, *argument
             f"import torch\ncases = torch.load({folder + '/cases'!r}, weights_only=False)\n"
             f"save = lambda results: torch.save(results, {folder + '/results'!r})\n"
         )
-        found = subprocess.run(
+        ran = subprocess.run(
             [sys.executable, "-W", "ignore", "-c", begin + program, *arguments],
             env={**os.environ, **environment},
             cwd=Path(__file__).parent.parent,
@@ -107,12 +107,12 @@ def check_elsewhere(cases: Sequence[Case], backend: str, program: str, *argument
             text=True,
             timeout=300,
         )
-        assert found.returncode == 0, found.stderr
+        assert ran.returncode == 0, ran.stderr
         results = torch.load(f"{folder}/results", weights_only=False)
     for case, of_case in zip(cases, results, strict=True):
         for one in of_case:
             compare(case, one, precision(case.dtype, backend), backend)
-    return found.stdout
+    return ran.stdout
 
 
 def assert_accurate(ours: Results, reference: Results, bounds: Mapping[str, float], what: str = "") -> None:
@@ -128,12 +128,12 @@ def results_of(case: Case, case_tensors: Tensors, call: Callable[[Case, Tensors]
     results = call(case, case_tensors)
     leaves = case_tensors.grad_leaves()
     used = {name: results[name] for name in case.used if name in results and results[name].requires_grad}
-    found = [None] * len(leaves)
+    collected = [None] * len(leaves)
     if used and leaves:
-        found = torch.autograd.grad(
+        collected = torch.autograd.grad(
             list(used.values()), list(leaves.values()), gradients(case, used), allow_unused=True
         )
-    for (name, leaf), grad in zip(leaves.items(), found, strict=True):
+    for (name, leaf), grad in zip(leaves.items(), collected, strict=True):
         # nn.LSTM gives zeros in some cases where others give None; both are equivalent.
         results[f"d {name}"] = torch.zeros_like(leaf) if grad is None else grad
     return {name: value.detach() for name, value in results.items()}
@@ -141,13 +141,13 @@ def results_of(case: Case, case_tensors: Tensors, call: Callable[[Case, Tensors]
 
 def gradients(case: Case, outputs: Results) -> list[Tensor]:
     """The arriving gradient of each output; if strided, an expanded element as from `.sum().backward()`."""
-    found = []
+    results = []
     for name, out in outputs.items():
         shape = (1,) * out.dim() if "grads" in case.strided else out.shape
         generator = torch.Generator().manual_seed(case.seed + 1 + OUTPUTS.index(name))
         drawn = torch.randn(shape, generator=generator, dtype=torch.float64).to(case.dtype).to(out.dtype)
-        found.append(drawn.expand(out.shape))
-    return found
+        results.append(drawn.expand(out.shape))
+    return results
 
 
 def _named(output: Tensor, states: tuple[Tensor, Tensor], *cells: Tensor) -> Results:
@@ -259,9 +259,9 @@ def _segment(case: Case, weights: dict, x: Tensor, h0: Tensor, c0: Tensor) -> Re
         changes = {"input_size": x.shape[2], "num_layers": 1, "bidirectional": False, "batch_first": False}
         step = case.module(nn.LSTM, own, **changes)
         state = (h0[D * below + d :][:1], c0[D * below + d :][:1])
-        found = [None] * len(x)
+        collected = [None] * len(x)
         for t in reversed(range(len(x))) if d else range(len(x)):
             _, state = step(x[t : t + 1], state)
-            found[t] = state[1]
-        cells.append(torch.cat(found))
+            collected[t] = state[1]
+        cells.append(torch.cat(collected))
     return {**results, "cells": torch.cat(cells, -1)}

@@ -152,16 +152,16 @@ def test_close_results_get_more_evaluations():
     def judge(error: float):
         runs.clear()
         reference, bounds = error_bounds(run, SINGLE)
-        found = compare({"result": reference["result"] + error}, reference, bounds)[0]
-        return len(runs), found
+        results = compare({"result": reference["result"] + error}, reference, bounds)[0]
+        return len(runs), results
 
     full = error_bounds(run, SINGLE)[1]["result"]
     assert len(runs) == 1 + 128 // 8  # the reference, and 8 values per evaluation
-    count, found = judge(0.1 * full)
-    assert (count, found.ok) == (1 + 2, True)
+    count, results = judge(0.1 * full)
+    assert (count, results.ok) == (1 + 2, True)
     for ratio, ok in ((0.99, True), (1.01, False), (100.0, False)):
-        count, found = judge(ratio * full)
-        assert (count, found.ok, found.allowed) == (1 + 128 // 8, ok, full)
+        count, results = judge(ratio * full)
+        assert (count, results.ok, results.allowed) == (1 + 128 // 8, ok, full)
 
 
 def test_saturated_gates_may_be_flushed_to_zero():
@@ -174,15 +174,15 @@ def test_saturated_gates_may_be_flushed_to_zero():
 
 def test_results_are_listed_worst_first():
     reference = {name: torch.tensor([1.0]) for name in "abc"}
-    found = compare(
+    results = compare(
         {"a": torch.tensor([1.0]), "b": torch.tensor([1.5]), "c": torch.tensor([1.1])},
         reference,
         dict.fromkeys("abc", 0.2),
     )
-    assert [accuracy.name for accuracy in found] == ["b", "c", "a"]
-    assert [accuracy.ok for accuracy in found] == [False, True, True]
-    assert math.isclose(found[0].error_ratio, 2.5)
-    assert str(found[0]) == "b: error 0.5, allowed 0.2 at scale 1"
+    assert [accuracy.name for accuracy in results] == ["b", "c", "a"]
+    assert [accuracy.ok for accuracy in results] == [False, True, True]
+    assert math.isclose(results[0].error_ratio, 2.5)
+    assert str(results[0]) == "b: error 0.5, allowed 0.2 at scale 1"
 
 
 def test_one_sum_is_allowed_where_the_float64_run_splits_it():

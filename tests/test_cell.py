@@ -180,7 +180,7 @@ def test_every_subset_of_gradients(B, I, H, used, backend):  # noqa: E741
     pair = module_pair(I, H, cell=True)
     count = 3 + len(list(pair[0].parameters()))
     for subset in (*([k] for k in range(count)), range(count), range(3), range(3, count)):
-        found = []
+        collected = []
         for cell in pair:
             leaves = [data(B, n, seed=k) for k, n in enumerate((I, H, H))]
             chosen = [[*leaves, *cell.parameters()][k] for k in subset]
@@ -189,8 +189,8 @@ def test_every_subset_of_gradients(B, I, H, used, backend):  # noqa: E741
             h, c = cell(leaves[0], (leaves[1], leaves[2]))
             results = {"h": [h], "c": [c], "both": [h, c]}[used]
             weights = [data(B, H, seed=7 + k) for k in range(len(results))]
-            found.append(torch.autograd.grad(results, chosen, weights, allow_unused=True))
-        for our_tensor, their_tensor in zip(*found, strict=True):
+            collected.append(torch.autograd.grad(results, chosen, weights, allow_unused=True))
+        for our_tensor, their_tensor in zip(*collected, strict=True):
             torch.testing.assert_close(
                 our_tensor, torch.zeros_like(our_tensor) if their_tensor is None else their_tensor
             )
@@ -262,7 +262,7 @@ def test_forward_errors(name):
 def test_dtype_errors(x, hx):
     """nn.LSTMCell's messages come from matrix products; ours name the argument."""
     if x.dtype == torch.float32 and hx is None:
-        pytest.skip("this one is right")
+        pytest.skip("valid arguments")
     with pytest.raises(RuntimeError):
         nn.LSTMCell(3, 4)(x, hx)
     with pytest.raises(RuntimeError, match=r"must have the same dtype, got|as x is, got"):
@@ -270,10 +270,10 @@ def test_dtype_errors(x, hx):
 
 
 @pytest.mark.parametrize("given", ["bias_ih", "bias_hh"])
-def test_one_bias_alone(given, backend):
+def test_single_bias(given, backend):
     weights = [torch.randn(16, n) for n in (3, 4)]
     x, hx, bias = torch.randn(2, 3), (torch.randn(2, 4), torch.randn(2, 4)), torch.randn(16)
     biases = {"bias_ih": None, "bias_hh": None, given: bias}
-    found = fastlstm.functional.lstm_cell(x, hx, *weights, **biases)
+    results = fastlstm.functional.lstm_cell(x, hx, *weights, **biases)
     expected = torch.lstm_cell(x, hx, *weights, *(torch.zeros(16) if b is None else b for b in biases.values()))
-    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(results, expected)

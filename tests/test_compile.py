@@ -163,11 +163,11 @@ def test_cell():
     compiled = torch.compile(cell, backend="aot_eager", fullgraph=True)
     hx = (data(3, 4), data(3, 4, seed=1))
     for args in ((X[0],), (X[0], hx)):
-        found = []
+        results = []
         for function in (compiled, cell):
             h, c = function(*args)
-            found.append([h, c, *torch.autograd.grad((h * c).sum(), list(cell.parameters()))])
-        torch.testing.assert_close(*found)
+            results.append([h, c, *torch.autograd.grad((h * c).sum(), list(cell.parameters()))])
+        torch.testing.assert_close(*results)
 
 
 def test_converted_model_compiles():
@@ -213,7 +213,7 @@ def test_one_compilation_covers_training_at_every_t_and_b(ragged):
 def test_symbolic_sizes_stay_symbolic_outside_a_compiler(option, grad, backend):
     """As under make_fx and aot_function, where Python sees symbols that must not be specialized."""
     if backend == "reference":
-        pytest.skip("its loop over the steps fixes T")
+        pytest.skip("the reference unrolls the loop over T")
     mode = FakeTensorMode(shape_env=ShapeEnv())
     free = StatelessSymbolicContext(dynamic_sizes=[DimDynamic.DYNAMIC, DimDynamic.DYNAMIC, DimDynamic.STATIC])
     x = mode.from_tensor(
@@ -238,7 +238,7 @@ def test_symbolic_sizes_stay_symbolic_outside_a_compiler(option, grad, backend):
 def test_weights_with_symbolic_sizes(ragged, backend):
     """functorch's aot_function traces once for all sizes, those of weights included."""
     if backend == "reference":
-        pytest.skip("its loop over the steps fixes T")
+        pytest.skip("the reference unrolls the loop over T")
     lstm = fastlstm.LSTM(3, 4, dtype=TEST_DEVICE.dtype, device=TEST_DEVICE.device)
     graphs = []
 

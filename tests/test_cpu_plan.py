@@ -24,12 +24,12 @@ DTYPES = (torch.float32, torch.float64, torch.bfloat16)
 
 def test_plans_of_the_benchmark_suites():
     """python -m tests.plans writes the file. A change of it changes what users run, and needs a measurement."""
-    expected, found = read_golden(), golden_rows()
-    changes = [f"only in the file: {key}" for key in expected.keys() - found.keys()]
-    changes += [f"not in the file: {key}" for key in found.keys() - expected.keys()]
-    for key in expected.keys() & found.keys():
+    expected, results = read_golden(), golden_rows()
+    changes = [f"only in the file: {key}" for key in expected.keys() - results.keys()]
+    changes += [f"not in the file: {key}" for key in results.keys() - expected.keys()]
+    for key in expected.keys() & results.keys():
         for column in COLUMNS:
-            before, now = expected[key][column], found[key][column]
+            before, now = expected[key][column], results[key][column]
             if before != now:
                 changes.append(f"{', '.join(key)}, threads: {column}: {before!r} is now {now!r}")
     shown = "\n".join(sorted(changes)[:40])
@@ -127,15 +127,15 @@ def test_chosen_partition_has_the_lowest_predicted_time():
 def partitions(case: Case, threads: int, unit_block: int) -> set[tuple[int, int, str, bool]]:
     """Every way to divide a layer of more than one step: members per direction, row groups, split, concurrent."""
     blocks = -(-case.H // unit_block) if 2 * unit_block <= case.H else 1
-    found = {(1, 1, "none", False)}
+    results = {(1, 1, "none", False)}
     if case.directions == 2 and threads > 1:
-        found.add((1, 1, "none", True))
+        results.add((1, 1, "none", True))
     for concurrent in {False, case.directions == 2}:
         for k in range(2, threads // (2 if concurrent else 1) + 1):
             if k <= case.B:
-                found.add((k, 1, "rows", concurrent))
+                results.add((k, 1, "rows", concurrent))
             if k <= blocks:
-                found.add((k, 1, "units", concurrent))
+                results.add((k, 1, "units", concurrent))
             for groups in (2, 4, 8, 16, 32):
                 units = k // groups
                 if (
@@ -144,8 +144,8 @@ def partitions(case: Case, threads: int, unit_block: int) -> set[tuple[int, int,
                     and groups <= case.B
                     and concurrent == (case.directions == 2)
                 ):
-                    found.add((k, groups, "grid", concurrent))
-    return found
+                    results.add((k, groups, "grid", concurrent))
+    return results
 
 
 def test_every_partition_is_a_candidate():
@@ -241,12 +241,12 @@ def test_explain_of_other_backends_has_no_plan():
 )
 def test_explain_refuses_invalid_lengths(lengths, error):
     lstm, x = fastlstm.LSTM(8, 4), torch.zeros(5, 3, 8)
-    found = []
+    results = []
     for call in (lstm, lambda *args, **options: fastlstm.explain(lstm, *args, **options)):
         with pytest.raises(error) as caught:
             call(x, lengths=lengths)
-        found.append(str(caught.value))
-    assert found[0] == found[1]
+        results.append(str(caught.value))
+    assert results[0] == results[1]
 
 
 def test_explain_with_recompute_prints_no_plan_of_the_whole_layer():

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from torch.utils.cpp_extension import include_paths
 
-from .test_cuda_host import cuda_headers, why_not
+from .test_cuda_host import cuda_headers, unavailable_reason
 
 pytestmark = pytest.mark.toolchain
 
@@ -38,7 +38,7 @@ needs_nvcc = pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is no
 
 @needs_nvcc
 @pytest.mark.parametrize(("source", "architecture"), COMPILED)
-def test_kernels_use_registers_alone(source, architecture, tmp_path):
+def test_kernels_do_not_spill(source, architecture, tmp_path):
     """ptxas -v: no spill and no stack frame, in any instantiation."""
     target = f"-gencode=arch={ARCHITECTURES[architecture]},code={architecture}"
     command = ["nvcc", "-std=c++17", "-O3", "-lineinfo", target, f"-I{ROOT / 'csrc'}", "-Xptxas", "-v", "-Werror"]
@@ -53,7 +53,7 @@ def test_kernels_use_registers_alone(source, architecture, tmp_path):
             spilled += [f"{name}: {line.strip()}"] if any(map(int, found.groups())) else []
         elif found := re.search(r"Used (\d+) registers", line):
             registers.append(int(found[1]))
-    assert registers, f"ptxas told nothing: {ran.stderr}"
+    assert registers, f"no output of ptxas: {ran.stderr}"
     assert not spilled, "\n".join(spilled)
 
 
@@ -79,7 +79,7 @@ def test_benchmark_programs_compile(name, architecture, tmp_path):
     assert ran.returncode == 0, ran.stderr
 
 
-@pytest.mark.skipif(bool(why_not()), reason=why_not())
+@pytest.mark.skipif(bool(unavailable_reason()), reason=unavailable_reason())
 @pytest.mark.parametrize("name", ["device.cpp", "layer_persistent.cpp", "ops.cpp", "products.cpp"])
 def test_binding_compiles(name):
     """The files that tests/test_cuda_host.py replaces or compiles with additional headers."""

@@ -37,7 +37,7 @@ CHUNK_BYTES = 4096
 LIBRARIES: list[torch.library.Library] = []  # destroying one would remove its registrations
 
 
-def why_not() -> str:
+def unavailable_reason() -> str:
     """The reason the CUDA sources cannot be compiled for the host here, "" if they can."""
     compiler, nvcc = shutil.which("g++"), shutil.which("nvcc")
     if compiler is None:
@@ -58,7 +58,7 @@ def cuda_headers() -> str:
 @pytest.fixture(scope="module")
 def compiled(tmp_path_factory: pytest.TempPathFactory) -> None:
     """The op fastlstm::cuda_host_layer."""
-    if reason := why_not():
+    if reason := unavailable_reason():
         pytest.skip(reason)
     built = tmp_path_factory.mktemp(NAME) / "cuda_host.so"
     folders = [str(ROOT / "tests" / "cuda_host"), str(ROOT / "csrc"), *include_paths(), cuda_headers()]
@@ -247,8 +247,8 @@ def test_addresses_that_do_not_fit_the_vector_width(backend):
         )
         results = {"output": output, "h_n": h_n, "c_n": c_n}
         grads = [shifted(g, f"d {name}") for name, g in zip(results, gradients(case, results), strict=True)]
-        found = torch.autograd.grad(list(results.values()), list(weights.values()), grads)
-        results |= {f"d {name}": grad for name, grad in zip(weights, found, strict=True)}
+        collected = torch.autograd.grad(list(results.values()), list(weights.values()), grads)
+        results |= {f"d {name}": grad for name, grad in zip(weights, collected, strict=True)}
         for name, got in results.items():
             assert torch.equal(got.detach(), expected[name]), f"{name} with {off} one element off"
 
@@ -272,13 +272,13 @@ def test_backward_does_not_modify_saved_tensors(backend):
 @pytest.mark.parametrize("options", [{}, {"bidirectional": True, "proj_size": 2}], ids=str)
 @pytest.mark.parametrize("lengths", [None, [4, 0, 2]], ids=["whole", "lengths"])
 def test_h_is_recomputed_if_the_output_was_changed(options, lengths, backend, poisoned_empty):
-    lstm, found = fastlstm.LSTM(3, 4, **options), []
+    lstm, results = fastlstm.LSTM(3, 4, **options), []
     for in_place in (True, False):
         x = torch.linspace(-1, 1, 36).view(4, 3, 3).requires_grad_()
         y = lstm(x, lengths=lengths)[0]
         y = y.tanh_() if in_place else y.tanh()
-        found.append(torch.autograd.grad(y.sum(), [x, *lstm.parameters()]))
-    torch.testing.assert_close(*found)
+        results.append(torch.autograd.grad(y.sum(), [x, *lstm.parameters()]))
+    torch.testing.assert_close(*results)
 
 
 def test_bias_gradients_do_not_alias(backend):

@@ -13,7 +13,7 @@ from .device import TEST_DEVICE
 from .module_pairs import data
 
 if not distributed.is_available() or not distributed.is_gloo_available():
-    pytest.skip("this torch has no gloo", allow_module_level=True)
+    pytest.skip("requires torch with gloo", allow_module_level=True)
 
 WORLD, B, T, STEPS = 2, 6, 5, 3
 X, TARGET = data(T, B, 3), data(T, B, 2, seed=1)
@@ -59,20 +59,20 @@ def work(rank, folder):
     torch.set_num_threads(1)
     distributed.init_process_group("gloo", init_method=f"file://{folder / 'store'}", rank=rank, world_size=WORLD)
     rows = slice(rank * B // WORLD, (rank + 1) * B // WORLD)
-    found = {}
-    found["ddp"] = full(train(nn.parallel.DistributedDataParallel(Tagger()), rows).module)
+    results = {}
+    results["ddp"] = full(train(nn.parallel.DistributedDataParallel(Tagger()), rows).module)
     model = train(sharded(Tagger()), rows)
-    found["fsdp"] = full(model)
-    found["fsdp with recompute"] = full(train(sharded(Tagger(recompute=2)), rows))
+    results["fsdp"] = full(model)
+    results["fsdp with recompute"] = full(train(sharded(Tagger(recompute=2)), rows))
     checkpoint.save(model.state_dict(), checkpoint_id=folder / "sharded")
     restored = sharded(Tagger())
     state = restored.state_dict()
     checkpoint.load(state, checkpoint_id=folder / "sharded")
     restored.load_state_dict(state)
-    found["restored"] = full(restored)
+    results["restored"] = full(restored)
     local = model.lstm.weight_ih_l0.to_local()
-    found["shard"] = {"rows": torch.tensor(local.shape[0])}
-    torch.save(found, folder / f"found{rank}.pt")
+    results["shard"] = {"rows": torch.tensor(local.shape[0])}
+    torch.save(results, folder / f"found{rank}.pt")
     distributed.destroy_process_group()
 
 

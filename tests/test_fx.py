@@ -155,13 +155,13 @@ def test_custom_tracers():
         def is_leaf_module(self, module, name):
             return False
 
-    found = []
+    results = []
     for model in (built("plain"), Tagger(nn.LSTM, nn.LSTMCell)):
         tracer = Deeper()
-        found.append(([(n.op, str(n.target)) for n in tracer.trace(model).nodes], tracer.calls))
+        results.append(([(n.op, str(n.target)) for n in tracer.trace(model).nodes], tracer.calls))
         with pytest.raises(fx.proxy.TraceError):
             Everything().trace(model)
-    assert found[0] == found[1]
+    assert results[0] == results[1]
 
 
 def test_fx_traces_into_subclasses():
@@ -178,7 +178,7 @@ def test_fx_traces_into_subclasses():
 
 def test_traced_model_can_be_copied_and_compiled(backend):
     if backend == "reference":
-        pytest.skip("its loop over the steps is unrolled")
+        pytest.skip("the reference unrolls the loop over T")
     torch._dynamo.reset()
     model = built("plain")
     traced = copy.deepcopy(fx.symbolic_trace(model))

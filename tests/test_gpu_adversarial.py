@@ -59,10 +59,10 @@ def test_tensors_on_cpu_and_gpu_are_refused(argument, backend):
 def test_lengths_on_any_device_and_mask_on_the_inputs(backend):
     """lengths may be on any device, as in pack_padded_sequence; reset_mask must be on the input's."""
     lstm, x = fastlstm.LSTM(3, 4, device=DEVICE), torch.randn(5, 2, 3, device=DEVICE)
-    found = [lstm(x, lengths=lengths)[0] for lengths in ([5, 2], torch.tensor([5, 2]), x.new_tensor([5, 2]).long())]
-    assert torch.equal(found[0], found[1])
-    assert torch.equal(found[0], found[2])
-    assert not found[0][2:, 1].any()
+    results = [lstm(x, lengths=lengths)[0] for lengths in ([5, 2], torch.tensor([5, 2]), x.new_tensor([5, 2]).long())]
+    assert torch.equal(results[0], results[1])
+    assert torch.equal(results[0], results[2])
+    assert not results[0][2:, 1].any()
     with pytest.raises(ValueError, match="reset_mask must be on the input's device cuda:0, got cpu"):
         lstm(x, reset_mask=torch.zeros(5, 2, dtype=torch.bool))
 
@@ -96,8 +96,8 @@ def test_lengths_out_of_range_on_the_device(backend):
     """A device-side assertion, as for an embedding's indices, because a check on the host would synchronize."""
     root = Path(__file__).parent.parent
     command = [sys.executable, "-c", ASSERTED, backend]
-    found = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=120)
-    assert found.returncode == 0, found.stderr[-2000:]
+    ran = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=120)
+    assert ran.returncode == 0, ran.stderr[-2000:]
 
 
 @pytest.mark.skipif(DEVICE == "cpu", reason="tests/test_non_finite.py tests the CPU")

@@ -105,9 +105,9 @@ def test_torch_compile(H, mode, backend):
         compiled = torch.compile(module, fullgraph=True, mode=mode)
         for _ in range(3):  # a CUDA graph is recorded on the second call, replayed on the third
             torch.compiler.cudagraph_mark_step_begin()
-            found = [t.clone() for t in step(compiled)]
+            results = [t.clone() for t in step(compiled)]
     torch._dynamo.reset()
-    for a, b in zip(found, plain, strict=True):
+    for a, b in zip(results, plain, strict=True):
         assert float((a - b).abs().max()) <= 8 * BFLOAT16.eps * float(b.abs().max())
 
 
@@ -136,13 +136,13 @@ def test_two_streams(precision, backend):
     torch.cuda.synchronize()
     with precision.flags(), fastlstm.use_backend(backend):
         for _ in range(5):
-            found = []
+            results = []
             for case, g, call, stream in zip(cases, case_tensors, calls, streams, strict=True):
                 with torch.cuda.stream(stream):
                     torch.cuda._sleep(100_000)
-                    found.append(with_gradients(case, g, call))
+                    results.append(with_gradients(case, g, call))
             torch.cuda.synchronize()
-            for got, value in zip(found, expected, strict=True):
+            for got, value in zip(results, expected, strict=True):
                 same(got, value)
 
 
@@ -152,7 +152,7 @@ def test_two_threads(backend):
     case = Case(T=30, B=16, I=64, H=128)
     require(backend, case)
     expected = run(case, MIXED, backend)
-    found, failed = {}, []
+    collected, failed = {}, []
 
     def work(index: int) -> None:
         try:
@@ -160,7 +160,7 @@ def test_two_threads(backend):
                 case_tensors = on_device(case, torch.float32)
                 torch.cuda.current_stream().synchronize()
                 for _ in range(20):
-                    found[index] = with_gradients(case, case_tensors, ours(case, case_tensors))
+                    collected[index] = with_gradients(case, case_tensors, ours(case, case_tensors))
                 torch.cuda.current_stream().synchronize()
         except Exception as error:
             failed.append(error)
@@ -172,7 +172,7 @@ def test_two_threads(backend):
         for thread in threads:
             thread.join()
     assert not failed, failed
-    for results in found.values():
+    for results in collected.values():
         same(results, expected)
 
 

@@ -143,20 +143,20 @@ def test_recompute_halves_the_peak_of_a_long_training_step(backend):
     """Of y, dy and what one interval needs, against gates and cells of every step beside them."""
     T, B, H = 4096, 16, 64
     lstm, x = fastlstm.LSTM(H, H), torch.randn(T, B, H)
-    weights, peaks, found = list(lstm.parameters()), {}, {}
+    weights, peaks, results = list(lstm.parameters()), {}, {}
     for recompute in (False, True, False, True):  # the first two leave workspaces behind
         lstm.recompute = recompute
         torch.cuda.synchronize()
         resting = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
-        found[recompute] = torch.autograd.grad(lstm(x)[0].sum(), weights)
+        results[recompute] = torch.autograd.grad(lstm(x)[0].sum(), weights)
         peaks[recompute] = torch.cuda.max_memory_allocated() - resting
-    for a, b in zip(*found.values(), strict=True):
+    for a, b in zip(*results.values(), strict=True):
         assert float((a - b).abs().max()) <= 1e-4 * float(a.abs().max())
     assert peaks[True] <= 0.6 * peaks[False], {key: f"{peak / 2**20:.1f} MiB" for key, peak in peaks.items()}
 
 
-def test_modules_travel(backend):
+def test_modules_move_between_devices(backend):
     """pickle, deepcopy, state_dict and .to, with the optimizer's view of the weights: the device's numbers stay."""
     ours, theirs = module_pair(num_layers=2, bidirectional=True)
     x = data(4, 2, 3)

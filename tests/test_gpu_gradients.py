@@ -115,9 +115,9 @@ def test_any_subset_of_gradients(backend):
             for name, leaf in case_tensors.leaves.items():
                 leaf.requires_grad_(name in wanted)
             with IEEE.flags(), fastlstm.use_backend(backend):
-                found = with_gradients(case, case_tensors, ours(case, case_tensors))
+                results = with_gradients(case, case_tensors, ours(case, case_tensors))
             same(
-                {f"d {name}": found[f"d {name}"] for name in wanted},
+                {f"d {name}": results[f"d {name}"] for name in wanted},
                 {f"d {name}": whole[f"d {name}"] for name in wanted},
             )
 

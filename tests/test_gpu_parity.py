@@ -179,8 +179,8 @@ def test_cell(dtype, backend):
 
     precision = Arithmetic(dtype)
     with precision.flags(), fastlstm.use_backend(backend):
-        found = with_gradients(case, case_tensors, call)
-    assert_accurate(found, *expected(case, precision.rounding(backend), "cuda"), f"{backend}, LSTMCell, {dtype}")
+        results = with_gradients(case, case_tensors, call)
+    assert_accurate(results, *expected(case, precision.rounding(backend), "cuda"), f"{backend}, LSTMCell, {dtype}")
 
 
 @backends
@@ -212,7 +212,7 @@ def test_autocast(dtype, backend):
     """
     case = Case(T=9, B=7, I=12, H=40, bidirectional=True, hx="tuple")
     require(backend, case.to(dtype))
-    found = {}
+    results = {}
     for kind in ("ours", "theirs"):
         case_tensors = on_device(case, torch.float32)
         module = case.module(fastlstm.LSTM if kind == "ours" else nn.LSTM, case_tensors.weights)
@@ -220,14 +220,14 @@ def test_autocast(dtype, backend):
             output, (h_n, c_n) = module(case_tensors.input, case_tensors.hx)
         leaves = list(case_tensors.grad_leaves().values())
         grads = torch.autograd.grad(output.float().square().sum() + c_n.float().sum(), leaves)
-        found[kind] = {
+        results[kind] = {
             "output": output,
             "h_n": h_n,
             "c_n": c_n,
             **dict(zip(case_tensors.grad_leaves(), grads, strict=True)),
         }
-    for name, theirs in found["theirs"].items():
-        got = found["ours"][name]
+    for name, theirs in results["theirs"].items():
+        got = results["ours"][name]
         assert got.dtype == (dtype if name in ("output", "h_n", "c_n") else torch.float32), name
         limit = 16 * torch.finfo(dtype).eps * float(theirs.detach().abs().max())
         assert float((got - theirs).detach().abs().max()) <= limit, name

@@ -122,11 +122,11 @@ def test_green_context(sms):
         pytest.skip(str(error))
     context.set_context()
     try:
-        found = run(case, BFLOAT16, "native")
+        results = run(case, BFLOAT16, "native")
         torch.cuda.synchronize()
     finally:
         context.pop_context()
-    for name, value in found.items():
+    for name, value in results.items():
         scale = float(expected[name].double().abs().max()) if value.numel() else 0.0
         assert max_error(value, expected[name]) <= 16 * BFLOAT16.eps * scale, name
 
@@ -135,13 +135,13 @@ def test_launches_on_many_streams():
     """Concurrent launches: a cluster, or all groups of tier B, gets all its blocks or waits, never a part of them."""
     case = Case(T=64, B=64, I=64, H=512, dtype=torch.bfloat16)
     expected = run(case, BFLOAT16, "native")
-    found = []
+    collected = []
     streams = [torch.cuda.Stream() for _ in range(4)]
     torch.cuda.synchronize()
     for _ in range(5):
         for stream in streams:
             with torch.cuda.stream(stream):
-                found.append(run(case, BFLOAT16, "native"))
+                collected.append(run(case, BFLOAT16, "native"))
     torch.cuda.synchronize()
-    for results in found:
+    for results in collected:
         same(results, expected)

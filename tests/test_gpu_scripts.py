@@ -32,7 +32,7 @@ STAGES = {
 def call(tmp_path):
     """Run a script in a copy of its files; the stub of nvcc makes programs that print a line."""
     if shutil.which("bash") is None:
-        pytest.skip("there is no bash")
+        pytest.skip("bash is not on the PATH")
     tree, programs = tmp_path / "tree", tmp_path / "bin"
     (tree / "fastlstm").mkdir(parents=True)
     (tree / "fastlstm" / "_C.test.so").write_text("")

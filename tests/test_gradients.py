@@ -67,24 +67,24 @@ def test_gradgradcheck(case, backend):
 
 def test_gradient_penalty_equals_nn_lstms(backend):
     """A gradient penalty: the norm of the input's gradient is part of the loss."""
-    found = []
+    results = []
     for module in module_pair(num_layers=2, bidirectional=True):
         x = data(4, 2, 3).requires_grad_()
         (dx,) = torch.autograd.grad(module(x)[0].square().sum(), x, create_graph=True)
         (dx.square().sum() + dx.pow(3).sum()).backward()
-        found.append([x.grad, *(w.grad for w in module.parameters())])
-    torch.testing.assert_close(*found)
+        results.append([x.grad, *(w.grad for w in module.parameters())])
+    torch.testing.assert_close(*results)
 
 
 def test_double_backward_of_some_weights(backend):
     """Double backward with a frozen weight and an unused output."""
-    found = []
+    results = []
     for module in module_pair():
         module.weight_ih_l0.requires_grad_(False)
         output, _ = module(data(4, 2, 3))
         (dw,) = torch.autograd.grad(output.pow(2).sum(), module.weight_hh_l0, create_graph=True)
-        found.append(torch.autograd.grad(dw.pow(2).sum(), [module.weight_hh_l0, module.bias_hh_l0]))
-    torch.testing.assert_close(*found)
+        results.append(torch.autograd.grad(dw.pow(2).sum(), [module.weight_hh_l0, module.bias_hh_l0]))
+    torch.testing.assert_close(*results)
 
 
 @pytest.mark.parametrize("case", [DENSE, ALL_OPTIONS], ids=str)
@@ -147,8 +147,8 @@ def test_any_subset_of_gradients(case, backend):
             results = flat(case.module(fastlstm.LSTM, case_tensors.weights)(case_tensors.input, case_tensors.hx))
             generators = [torch.Generator().manual_seed(case.seed + 1 + k) for k in range(3)]
             grads = [torch.randn(r.shape, generator=g, dtype=r.dtype) for r, g in zip(results, generators, strict=True)]
-            found = torch.autograd.grad(results, [case_tensors.leaves[name] for name in subset], grads)
-            for name, grad in zip(subset, found, strict=True):
+            collected = torch.autograd.grad(results, [case_tensors.leaves[name] for name in subset], grads)
+            for name, grad in zip(subset, collected, strict=True):
                 torch.testing.assert_close(
                     grad, everything[f"d {name}"], msg=lambda m, n=name, s=subset: f"{n} of {s}: {m}"
                 )
@@ -165,22 +165,22 @@ def test_loss_of_a_single_output(name, case, backend):
 
 def test_loss_of_one_step_of_one_output(backend):
     """The gradient of output contains zeros, and the other outputs have none."""
-    found = []
+    results = []
     for module in module_pair(bidirectional=True):
         x = data(5, 2, 3).requires_grad_()
-        found.append(torch.autograd.grad(module(x)[0][2, 1, 5], [x, *module.parameters()]))
-    torch.testing.assert_close(*found)
+        results.append(torch.autograd.grad(module(x)[0][2, 1, 5], [x, *module.parameters()]))
+    torch.testing.assert_close(*results)
 
 
 def test_aliasing_arguments(backend):
     """Tied weights: both directions share one, and so do both biases; the gradient is the sum over its uses."""
-    found = []
+    results = []
     for module in module_pair(bidirectional=True):
         module.weight_hh_l0_reverse = module.weight_hh_l0
         module.bias_hh_l0 = module.bias_ih_l0
         module(data(4, 2, 3))[0].pow(2).sum().backward()
-        found.append([module.weight_hh_l0.grad, module.bias_ih_l0.grad, module.weight_ih_l0.grad])
-    torch.testing.assert_close(*found)
+        results.append([module.weight_hh_l0.grad, module.bias_ih_l0.grad, module.weight_ih_l0.grad])
+    torch.testing.assert_close(*results)
 
 
 def test_weights_changed_between_forward_and_backward_are_an_error(backend):
@@ -208,13 +208,13 @@ def test_output_changed_in_place_before_backward(backend):
 
 
 def test_checkpointing(backend):
-    found = []
+    results = []
     for module in module_pair(num_layers=2):
         x = data(4, 2, 3).requires_grad_()
         output, _ = torch.utils.checkpoint.checkpoint(module, x, use_reentrant=False)
         output.pow(2).sum().backward()
-        found.append([x.grad, *(w.grad for w in module.parameters())])
-    torch.testing.assert_close(*found)
+        results.append([x.grad, *(w.grad for w in module.parameters())])
+    torch.testing.assert_close(*results)
 
 
 def test_anomaly_mode(backend):

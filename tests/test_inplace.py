@@ -62,14 +62,14 @@ def test_output_changed_in_place(kind, edit, form, backend):
 def test_output_changed_in_place_in_every_dtype(kind, dtype, lengths, backend):
     """nn.LSTM refuses some of these. The error is at most twice that of the out-of-place change."""
     ours, _ = module_pair(24, 40, **({"proj_size": 18} if kind == "projected" else KINDS[kind]), dtype=dtype)
-    found = []
+    results = []
     for precision, in_place in ((dtype, True), (dtype, False), (torch.float64, False)):
         x = data(6, 3, 24).to(dtype).to(precision).requires_grad_()
         y = ours.to(precision)(x, lengths=lengths)[0]
         y = y.relu_() if in_place else y.relu()
-        found.append(torch.autograd.grad(y.double().sum(), [x, *ours.parameters()]))
+        results.append(torch.autograd.grad(y.double().sum(), [x, *ours.parameters()]))
         ours.to(dtype)
-    for mine, plain, reference in zip(*found, strict=True):
+    for mine, plain, reference in zip(*results, strict=True):
         off, bar = ((g - reference).abs().max() for g in (mine, plain))
         assert off <= 2 * bar + torch.finfo(dtype).eps * reference.abs().max()
 
@@ -84,7 +84,7 @@ def test_output_changed_in_place_with_every_option(option, backend):
         "reset_mask": {"reset_mask": data(4, 3) > 0.5},
         "return_cell_states": {"return_cell_states": True},
     }.get(option, {})
-    found = []
+    results = []
     for in_place in (True, False):
         x = data(4, 3, 3).requires_grad_()
         y, (h_n, c_n), *_ = ours(x, **kwargs)
@@ -92,8 +92,8 @@ def test_output_changed_in_place_with_every_option(option, backend):
             y.tanh_(), h_n.mul_(2), c_n.relu_()
         else:
             y, h_n, c_n = y.tanh(), h_n * 2, c_n.relu()
-        found.append(torch.autograd.grad(y.sum() + (h_n * c_n).sum(), [x, *ours.parameters()]))
-    torch.testing.assert_close(*found)
+        results.append(torch.autograd.grad(y.sum() + (h_n * c_n).sum(), [x, *ours.parameters()]))
+    torch.testing.assert_close(*results)
 
 
 @pytest.mark.parametrize("where", ["outside", "inside"])
@@ -129,18 +129,18 @@ def test_output_changed_in_place_with_hooks_and_checkpoints(backend):
 
 def test_output_changed_in_place_keeps_second_derivatives(backend):
     ours, theirs = module_pair(bidirectional=True)
-    found = []
+    results = []
     for module in (ours, theirs):
         x = data(4, 3, 3).requires_grad_()
         y = module(x)[0]
         y.tanh_()
         (dx,) = torch.autograd.grad(y.pow(2).sum(), x, create_graph=True)
-        found.append(torch.autograd.grad(dx.pow(2).sum(), [x, *module.parameters()]))
-    torch.testing.assert_close(*found)
+        results.append(torch.autograd.grad(dx.pow(2).sum(), [x, *module.parameters()]))
+    torch.testing.assert_close(*results)
 
 
 def test_output_changed_in_place_inside_a_transform(backend):
-    found = []
+    results = []
     for module in module_pair(bidirectional=True):
         parameters = {name: p.detach() for name, p in module.named_parameters()}
 
@@ -149,8 +149,8 @@ def test_output_changed_in_place_inside_a_transform(backend):
             y.tanh_()
             return y.sum()
 
-        found.append(torch.func.grad(loss)(parameters))
-    torch.testing.assert_close(*found)
+        results.append(torch.func.grad(loss)(parameters))
+    torch.testing.assert_close(*results)
 
 
 ARGUMENTS = ("x", "h0", "c0", "weight_ih", "weight_hh", "bias_ih", "bias_hh", "weight_hr")
@@ -201,15 +201,15 @@ def test_argument_changed_in_place(kind, T, backend):
 @pytest.mark.parametrize("kind", ["plain", "cell"])
 def test_double_backward_allows_the_same_in_place_changes(kind, backend):
     """Backward does not read biases, as in nn.LSTM."""
-    found = []
+    results = []
     for module in module_pair(cell=kind == "cell"):
         x = data(4, 3, 3).requires_grad_()
         y = module(x[0] if kind == "cell" else x)[0]
         with torch.no_grad():
             next(p for name, p in module.named_parameters() if "bias_ih" in name).add_(1)
         (dx,) = torch.autograd.grad(y.sum(), x, create_graph=True)
-        found.append(torch.autograd.grad(dx.pow(2).sum(), [x, *module.parameters()]))
-    torch.testing.assert_close(*found)
+        results.append(torch.autograd.grad(dx.pow(2).sum(), [x, *module.parameters()]))
+    torch.testing.assert_close(*results)
 
 
 def test_double_backward_refuses_changes_of_recomputed_inputs(backend):
@@ -224,7 +224,7 @@ def test_double_backward_refuses_changes_of_recomputed_inputs(backend):
 
 
 def test_recompute_reads_copies_of_the_states(backend):
-    found = []
+    results = []
     for in_place in (False, True):
         module, _ = module_pair(bidirectional=True)
         module.recompute = 2
@@ -235,8 +235,8 @@ def test_recompute_reads_copies_of_the_states(backend):
             with torch.no_grad():
                 h0.mul_(2), c0.mul_(2)
         first = torch.autograd.grad(y.pow(2).sum(), leaves, create_graph=True)
-        found.append(torch.autograd.grad(sum(g.pow(2).sum() for g in first), [*leaves, *module.parameters()]))
-    torch.testing.assert_close(*found)
+        results.append(torch.autograd.grad(sum(g.pow(2).sum() for g in first), [*leaves, *module.parameters()]))
+    torch.testing.assert_close(*results)
 
 
 def test_cell_states_changed_in_place_are_an_error(backend):

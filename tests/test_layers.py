@@ -110,7 +110,7 @@ def test_library_imports_only_torch_and_the_standard_library(module):
     assert outside - OUTSIDE - set(sys.stdlib_module_names) == set()
 
 
-def test_reference_imports_torch_alone():
+def test_reference_imports_only_torch():
     assert imports_of("reference") == (set(), {"__future__", "torch"})
 
 

@@ -98,7 +98,7 @@ def at_most(more):
 def run_limited(program: str) -> list[int]:
     """Run `program` in a process that can limit its memory; return the numbers it prints."""
     if not sys.platform.startswith("linux"):
-        pytest.skip("limits its address space as Linux does")
+        pytest.skip("requires RLIMIT_AS as on Linux")
     # Otherwise malloc caches freed blocks of up to 32 MiB.
     env = os.environ | {"MALLOC_MMAP_THRESHOLD_": str(1 << 17)}
     done = subprocess.run([sys.executable, "-c", LIMITED + program], capture_output=True, text=True, env=env)

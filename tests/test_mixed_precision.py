@@ -123,9 +123,9 @@ def test_modules_in_half_precision_train(dtype, options, backend):
         named = dict(zip(dict(module.named_parameters()), grads, strict=True))
         return {"output": output.detach(), "h_n": h_n.detach(), "c_n": c_n.detach(), **named}
 
-    found = run(ours, x)
-    assert {t.dtype for t in found.values()} == {dtype}
-    assert_accurate(found, *error_bounds(lambda: run(theirs, x.double()), precision(dtype, backend)))
+    results = run(ours, x)
+    assert {t.dtype for t in results.values()} == {dtype}
+    assert_accurate(results, *error_bounds(lambda: run(theirs, x.double()), precision(dtype, backend)))
 
 
 def test_autocast_with_every_call_form(backend):
@@ -139,7 +139,7 @@ def test_autocast_with_every_call_form(backend):
         {"hx": (data(2, 3, 4).float(), data(2, 3, 4).float())},
     )
     for call in (None, *calls):
-        found = []
+        results = []
         for enabled in (False, True):
             ours.zero_grad()
             with torch.autocast(TEST_DEVICE.device, torch.bfloat16, enabled=enabled):
@@ -148,6 +148,6 @@ def test_autocast_with_every_call_form(backend):
             assert output.dtype == (torch.bfloat16 if enabled else torch.float32)
             (output.float().pow(2).sum() + sum(r.float().sum() for r in rest[1:] if call)).backward()
             assert ours.weight_hh_l0.grad.dtype == torch.float32
-            found.append((output.float().detach(), ours.weight_hh_l0.grad.clone()))
-        for exact, low in zip(*found, strict=True):
+            results.append((output.float().detach(), ours.weight_hh_l0.grad.clone()))
+        for exact, low in zip(*results, strict=True):
             assert float((exact - low).abs().max()) <= 0.03 * float(exact.abs().max()), call

@@ -57,9 +57,9 @@ def test_non_finite_number_reaches_the_same_results_as_in_nn_lstm(backend, shape
                 target = tensors[place] if saved is None else getattr(module, place).data
                 target.view(-1)[(3 + 7 * k) % target.numel()] = value
             expected = results(theirs, tensors["x"], (tensors["h0"], tensors["c0"]))
-            found = results(ours, tensors["x"], (tensors["h0"], tensors["c0"]))
+            collected = results(ours, tensors["x"], (tensors["h0"], tensors["c0"]))
             for module in (theirs, ours):
                 if saved is not None:
                     getattr(module, place).data.copy_(saved)
             for name, wanted in expected.items():
-                assert torch.equal(kinds(found[name]), kinds(wanted)), f"{value} in {place}: {name}"
+                assert torch.equal(kinds(collected[name]), kinds(wanted)), f"{value} in {place}: {name}"

@@ -154,10 +154,10 @@ def test_backward_follows_the_contract(case, op_backend, poisoned_empty):
             [p[0] for p in pairs], inputs, [p[1] for p in pairs], allow_unused=True, materialize_grads=True
         )
         with torch.no_grad():
-            found = flat(backward(*args))
-        present = [g for g, need in zip(found, args[-1], strict=True) if need]
+            results = flat(backward(*args))
+        present = [g for g, need in zip(results, args[-1], strict=True) if need]
         torch.testing.assert_close(present, list(expected))
-        for k, whole in enumerate(found):
+        for k, whole in enumerate(results):
             with torch.no_grad():
                 alone = flat(backward(*args[:-1], [i == k and need for i, need in enumerate(full[-1])]))
             for i, result in enumerate(alone):
@@ -202,8 +202,8 @@ def test_arguments_need_not_be_contiguous(op_backend):
     gaps[5] = plain[5].t().contiguous().t()
     assert not any(t.is_contiguous() for t in (*gaps[:3], *gaps[3], *gaps[4:6]))
     torch.testing.assert_close(forward(*gaps)[:4], forward(*plain)[:4])
-    found, expected = (flat(backward(*backward_arguments(forward, a))) for a in (gaps, plain))
-    torch.testing.assert_close(found, expected)
+    results, expected = (flat(backward(*backward_arguments(forward, a))) for a in (gaps, plain))
+    torch.testing.assert_close(results, expected)
 
 
 def test_ops_have_a_meta_kernel(op_backend):
@@ -291,12 +291,12 @@ def test_backward_without_a_reserve_is_refused(op_backend):
 
 def test_recorded_forward_always_keeps_a_reserve(op_backend):
     forward, _ = ops(op_backend)
-    found = []
+    results = []
     for keep in (True, False):
         arguments = forward_arguments(Case(T=3), keep_reserve=keep, requires_grad=True)
         forward(*arguments)[0].sum().backward()
-        found.append([w.grad for w in (arguments[0], *arguments[3])])
-    torch.testing.assert_close(*found, rtol=0, atol=0)
+        results.append([w.grad for w in (arguments[0], *arguments[3])])
+    torch.testing.assert_close(*results, rtol=0, atol=0)
     with torch.no_grad():
         assert forward(*arguments)[4].shape == (0,)
 
@@ -309,8 +309,8 @@ def test_backward_recomputes_h_if_y_is_missing(case, dtype, op_backend, poisoned
     require(op_backend, case)
     forward, backward = ops(op_backend)
     arguments = backward_arguments(forward, forward_arguments(case, dtype))
-    found = flat(backward(*arguments[:10], arguments[10].new_empty(0), *arguments[11:]))
-    torch.testing.assert_close(found, flat(backward(*arguments)))
+    results = flat(backward(*arguments[:10], arguments[10].new_empty(0), *arguments[11:]))
+    torch.testing.assert_close(results, flat(backward(*arguments)))
 
 
 # Groups of one row and of several; microkernels and, above a million multiply-adds, the BLAS; no row, no step.

@@ -54,13 +54,13 @@ def test_packed_rows_equal_padded_rows(case, dtype, poisoned_empty):
     arguments = forward_arguments(case, dtype)
     packed, layout = packed_arguments(case, dtype)
     y, h_n, c_n, cells, _ = forward(*arguments)
-    found = forward(*packed)
-    for our_tensor, padded in zip(found, (layout.pack(y), h_n, c_n, layout.pack(cells)), strict=False):
+    results = forward(*packed)
+    for our_tensor, padded in zip(results, (layout.pack(y), h_n, c_n, layout.pack(cells)), strict=False):
         assert torch.equal(our_tensor, padded)
         assert our_tensor.is_contiguous()
     D = 2 if case.bidirectional else 1
-    assert found[4].shape == (D, sum(case.lengths), 4 * case.H)
-    assert found[4].isfinite().all()
+    assert results[4].shape == (D, sum(case.lengths), 4 * case.H)
+    assert results[4].isfinite().all()
 
     full, small = backward_arguments(forward, arguments), backward_arguments(forward, packed)
     for present in ((0,), (1,), (2,), (3,), (0, 1, 2, 3)):
@@ -171,7 +171,7 @@ def test_increasing_batch_sizes_are_refused(batch_sizes, states, backend):
 @pytest.mark.parametrize("kwargs", [{}, {"bidirectional": True, "proj_size": 2}, {"batch_first": True}], ids=str)
 def test_dropout_draws_the_mask_of_nn_lstm(kwargs, backend):
     ours, theirs = module_pair(num_layers=3, dropout=0.4, **kwargs)
-    packed_input, found = packed_batch(4, 1, 6, 4), []
+    packed_input, results = packed_batch(4, 1, 6, 4), []
     variants = [
         lambda: theirs(packed_input),
         lambda: ours(packed_input),
@@ -179,12 +179,12 @@ def test_dropout_draws_the_mask_of_nn_lstm(kwargs, backend):
     ]
     for call in variants:
         torch.manual_seed(11)
-        found.append([*flat_results(call()), torch.rand(1)])
+        results.append([*flat_results(call()), torch.rand(1)])
     ours.recompute = True
     torch.manual_seed(11)
-    found.append([*flat_results(ours(packed_input)), torch.rand(1)])
-    for our_tensor in found[1:]:
-        torch.testing.assert_close(our_tensor, found[0])
+    results.append([*flat_results(ours(packed_input)), torch.rand(1)])
+    for our_tensor in results[1:]:
+        torch.testing.assert_close(our_tensor, results[0])
     assert_same(ours.eval(), theirs.eval(), packed_input)
 
 
@@ -261,12 +261,12 @@ def test_packed_rows_are_not_padded(monkeypatch):
 @pytest.mark.parametrize("kwargs", [{}, {"num_layers": 2, "bidirectional": True}], ids=str)
 def test_output_may_be_changed_in_place(kwargs, backend):
     """As nn.LSTM with packed input; with padded input nn.LSTM refuses it."""
-    found = []
+    results = []
     for module in module_pair(**kwargs):
         output, _ = module(packed_batch(4, 1, 6))
         output.data.relu_().square().sum().backward()
-        found.append([output.data, *(p.grad for p in module.parameters())])
-    torch.testing.assert_close(*found)
+        results.append([output.data, *(p.grad for p in module.parameters())])
+    torch.testing.assert_close(*results)
 
 
 @needs_native
@@ -320,7 +320,7 @@ def test_packed_rows_and_states_of_any_strides():
 def test_packed_results_are_independent_of_threads(kwargs):
     """Long rows on one thread, short ones on the other."""
     lengths = torch.randint(1, 300, (16,), generator=torch.Generator().manual_seed(5))
-    found = []
+    results = []
     for threads in (1, 2):
         before = torch.get_num_threads()
         torch.set_num_threads(threads)
@@ -333,11 +333,11 @@ def test_packed_results_are_independent_of_threads(kwargs):
                 torch.manual_seed(1)
                 output, _ = module(packed_input)
                 output.data.sum().backward()
-                found.append([output.data, *(p.grad for p in module.parameters())])
+                results.append([output.data, *(p.grad for p in module.parameters())])
         finally:
             torch.set_num_threads(before)
-    for other in found[1:]:
-        for our_tensor, their_tensor in zip(found[0], other, strict=True):
+    for other in results[1:]:
+        for our_tensor, their_tensor in zip(results[0], other, strict=True):
             torch.testing.assert_close(
                 our_tensor, their_tensor, rtol=1e-3, atol=1e-5 * float(their_tensor.detach().abs().max())
             )

@@ -36,17 +36,17 @@ def assert_right_without_races(program: Path, max_members: int, at_least: int) -
     """Rows, units, projection, ragged rows, one direction and two, at 2 to max_members threads per direction."""
     ran = run_program(program, max_members)
     assert ran.returncode == 0, ran.stdout[-4000:] + ran.stderr[:4000]
-    found = re.search(r"^(\d+) of (\d+) partitions are right$", ran.stdout, re.MULTILINE)
-    assert found is not None, ran.stdout
-    assert found[1] == found[2], ran.stdout
-    assert int(found[1]) >= at_least, ran.stdout
+    results = re.search(r"^(\d+) of (\d+) partitions are right$", ran.stdout, re.MULTILINE)
+    assert results is not None, ran.stdout
+    assert results[1] == results[2], ran.stdout
+    assert int(results[1]) >= at_least, ran.stdout
 
 
 def test_partitions_have_no_races(baseline):
     assert_right_without_races(baseline, 8, at_least=160)
 
 
-@pytest.mark.skipif(BEST is None, reason="this CPU is no x86-64 with AVX2")
+@pytest.mark.skipif(BEST is None, reason="requires x86-64 with AVX2")
 def test_partitions_have_no_races_in_wide_vectors(tmp_path):
     """Threads begin at other units; accesses of masked instructions are not checked."""
     assert_right_without_races(compile_partitions(tmp_path, BEST), 3, at_least=80)

@@ -15,7 +15,7 @@ import fastlstm
 from fastlstm.backends import native
 from fastlstm.ops.schema import LayerCall, LayerShape
 
-from .test_cuda_host import ROOT, cuda_headers, why_not
+from .test_cuda_host import ROOT, cuda_headers, unavailable_reason
 from .thread_sanitizer import compile_program, run_program
 
 # Streaming multiprocessors, max shared memory of a block, max blocks of a cluster.
@@ -214,7 +214,7 @@ def test_explain_names_the_kernels(monkeypatch):
 @pytest.fixture(scope="module")
 def simulation(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Path of tests/cuda_host/simulation.cpp compiled with ThreadSanitizer."""
-    if reason := why_not():
+    if reason := unavailable_reason():
         pytest.skip(reason)
     return compile_program(
         [ROOT / "tests" / "cuda_host" / "simulation.cpp"],

@@ -66,7 +66,7 @@ def test_rows_of_length_zero_keep_their_state(backend):
 @pytest.mark.parametrize("value", [NAN, float("inf")])
 def test_padding_is_ignored(value, kwargs, dtype, backend):
     ours, _ = module_pair(**kwargs, dtype=dtype)
-    lengths, found = torch.tensor([2, 6, 0]), []
+    lengths, collected = torch.tensor([2, 6, 0]), []
     padding = (torch.arange(6)[:, None] >= lengths)[..., None]
     for fill in (0.0, value):
         ours.zero_grad()
@@ -74,11 +74,11 @@ def test_padding_is_ignored(value, kwargs, dtype, backend):
         results = flat(ours(x, lengths=lengths, return_cell_states=True))
         # The gradient that arrives in the padding is NaN too.
         torch.autograd.backward(results, [torch.ones_like(r) for r in results])
-        found.append([*results, x.grad, *(w.grad for w in ours.parameters())])
-    for clean, dirty in zip(*found, strict=True):
+        collected.append([*results, x.grad, *(w.grad for w in ours.parameters())])
+    for clean, dirty in zip(*collected, strict=True):
         assert dirty.isfinite().all()
         assert torch.equal(dirty, clean)
-    output, cells, dx = found[1][0], found[1][3], found[1][4]
+    output, cells, dx = collected[1][0], collected[1][3], collected[1][4]
     for zero_there in (output, cells, dx):
         assert not zero_there.masked_select(padding).any()
 
@@ -194,11 +194,11 @@ def test_cell_states_equal_a_loop_of_cells(layers, bidirectional, batch_first, b
         cell = nn.LSTMCell(z.shape[2], 4, dtype=torch.float64)
         for name in cell.state_dict():
             setattr(cell, name, getattr(theirs, f"{name}_l{layers - 1}{suffix}"))
-        state, found = None, [None] * 6
+        state, results = None, [None] * 6
         for t in reversed(range(6)) if suffix else range(6):
             state = cell(z[t], state)
-            found[t] = state[1]
-        columns.append(torch.stack(found))
+            results[t] = state[1]
+        columns.append(torch.stack(results))
     expected = torch.cat(columns, -1)
     expected = expected.transpose(0, 1) if batch_first else expected
     torch.testing.assert_close(cells, expected)

@@ -245,8 +245,10 @@ def test_intervals_about_as_long_as_the_sequence_and_longer(interval):
     torch.testing.assert_close(results, expected)
     case_tensors = (dy, dh_n, dc_n, dcells, *case_tensors[:-2])
     y, _, _, cells = expected
-    found = torch.ops.fastlstm.recomputed_layer_backward("eager", interval, *case_tensors, h_at, c_at, needs)
-    torch.testing.assert_close(found, torch.ops.fastlstm.eager_layer_backward(*case_tensors, y, cells, reserve, needs))
+    gradients = torch.ops.fastlstm.recomputed_layer_backward("eager", interval, *case_tensors, h_at, c_at, needs)
+    torch.testing.assert_close(
+        gradients, torch.ops.fastlstm.eager_layer_backward(*case_tensors, y, cells, reserve, needs)
+    )
 
 
 def test_setting_recompute():
@@ -283,7 +285,7 @@ def test_gradients_are_contiguous_for_any_strides():
     x = torch.randn(3, 6, 5, requires_grad=True)
     torch._dynamo.reset()
     torch.compile(lstm, fullgraph=True)(x)[0].pow(2).sum().backward()
-    found, x.grad = x.grad, None
+    results, x.grad = x.grad, None
     lstm(x)[0].pow(2).sum().backward()
-    torch.testing.assert_close(found, x.grad)
+    torch.testing.assert_close(results, x.grad)
     torch._dynamo.reset()

@@ -91,13 +91,13 @@ def test_dropout_repeats_under_a_seed(backend):
     with torch.device("cpu"):  # lengths must be on the CPU
         packed = nn.utils.rnn.pack_sequence([x[:, 0], x[:3, 1]])
     for forms in ((x,), (packed,)):
-        found = []
+        results = []
         for seed in (1, 1, 2):
             rng.manual_seed(seed)
             output = lstm(*forms)[0]
-            found.append(output.data if len(output) == 4 else output)
-        assert torch.equal(found[0], found[1])
-        assert not torch.equal(found[0], found[2])
+            results.append(output.data if len(output) == 4 else output)
+        assert torch.equal(results[0], results[1])
+        assert not torch.equal(results[0], results[2])
         state = rng.get_rng_state()
         first = lstm(x)[0]
         rng.set_rng_state(state)

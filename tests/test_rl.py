@@ -66,9 +66,9 @@ def test_training_pass_equals_the_rollout(backend):
     policy, (x, state, starts) = Policy(), rollout_data()
     with torch.no_grad():
         logits, values, last = step_by_step(policy, x, state, starts)
-        found = policy(x, state, starts)
-    torch.testing.assert_close(found[:2], (logits, values))
-    torch.testing.assert_close(found[2], last)
+        results = policy(x, state, starts)
+    torch.testing.assert_close(results[:2], (logits, values))
+    torch.testing.assert_close(results[2], last)
 
 
 def test_gradients_of_ppo_equal_those_of_the_step_loop(backend):

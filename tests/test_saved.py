@@ -124,13 +124,13 @@ def test_native_and_eager_save_equal_tensors(kind):
     ours, theirs = module_pair(**KINDS[kind])
     for needs in subsets(kind):
         for edited in GROUPS if "projection" in kind else GROUPS[:-1]:
-            found = []
+            results = []
             for module, backend in ((ours, "native"), (ours, "eager"), (theirs, "auto")):
                 with fastlstm.use_backend(backend):
                     call = Call(module, needs)
                     call.edit(edited)
-                    found.append(call.gradients())
-            native, eager, expected = found
+                    results.append(call.gradients())
+            native, eager, expected = results
             if isinstance(native, str) or isinstance(eager, str):
                 assert MESSAGE in native, (needs, edited)
                 assert MESSAGE in eager, (needs, edited)
@@ -171,16 +171,16 @@ def test_double_backward_saves_no_more_than_nn_lstm(kind, take: Callable[[Call],
     for needs in (("x",), ("weight_hh",), ("bias",), ("x", "weight_ih", "bias"), GROUPS):
         for edited in ("x", "h0", "c0", "weight_ih", "bias"):
             if edited == "bias" or edited not in needs:
-                found = []
+                results = []
                 for module in modules:
                     call = Call(module, needs, form)
                     call.edit(edited)
                     call.arguments.clear()
                     try:
-                        found.append(take(call))
+                        results.append(take(call))
                     except RuntimeError as error:
-                        found.append(str(error))
-                mine, expected = found
+                        results.append(str(error))
+                mine, expected = results
                 if isinstance(expected, str):
                     continue
                 assert not isinstance(mine, str), (needs, edited, mine)
@@ -227,11 +227,11 @@ def test_create_graph_does_not_change_first_gradients(shift, dtype, backend):
         ours.bias_ih_l0[48:] -= shift
     x, reset = data(6, 4, 8).to(dtype).requires_grad_(), torch.zeros(6, 4, dtype=torch.bool)
     reset[3, 1] = True
-    found = []
+    results = []
     for create_graph in (False, True):
         y = ours(x, lengths=[6, 0, 3, 1], reset_mask=reset)[0]
-        found.append(torch.autograd.grad(y.float().pow(2).sum(), [x, *ours.parameters()], create_graph=create_graph))
-    for plain, recorded in zip(*found, strict=True):
+        results.append(torch.autograd.grad(y.float().pow(2).sum(), [x, *ours.parameters()], create_graph=create_graph))
+    for plain, recorded in zip(*results, strict=True):
         assert (plain - recorded).abs().max() <= 4 * torch.finfo(dtype).eps * plain.abs().max()
 
 
@@ -239,11 +239,11 @@ def test_create_graph_does_not_change_first_gradients(shift, dtype, backend):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_second_order_in_other_dtypes(dtype, backend):
     ours, _ = module_pair(5, 20, bidirectional=True, dtype=torch.float64)
-    found = []
+    results = []
     for precision in (dtype, torch.float64):
         x = data(6, 4, 5).to(dtype).to(precision).requires_grad_()
         y = ours.to(dtype).to(precision)(x, lengths=[6, 0, 3, 1])[0]
         (dx,) = torch.autograd.grad(y.pow(2).sum(), x, create_graph=True)
-        found.append([dx, *torch.autograd.grad(dx.pow(2).sum(), [x, *ours.parameters()])])
-    for mine, reference in zip(*found, strict=True):
+        results.append([dx, *torch.autograd.grad(dx.pow(2).sum(), [x, *ours.parameters()])])
+    for mine, reference in zip(*results, strict=True):
         assert (mine - reference).abs().max() <= 32 * torch.finfo(dtype).eps * reference.abs().max()

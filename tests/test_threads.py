@@ -246,17 +246,17 @@ def test_python_threads_at_once(backend):
     cases = [Case(T=6, B=3, I=4, H=17 + k, layers=2, bidirectional=True, hx="tuple", seed=k) for k in range(3)]
     require(backend, cases[0])
     alone = [run_backend(case, backend) for case in cases]
-    found = {}
+    results = {}
 
     def work(k):
         for _ in range(5):
-            found[k] = run(cases[k])
+            results[k] = run(cases[k])
 
     with fastlstm.use_backend(backend):
         together(3, work)
     for k in range(3):
         for name, value in alone[k].items():
-            torch.testing.assert_close(found[k][name], value, rtol=1e-5, atol=1e-6)
+            torch.testing.assert_close(results[k][name], value, rtol=1e-5, atol=1e-6)
 
 
 def test_python_threads_share_a_module(backend):
@@ -302,8 +302,8 @@ sys.exit(os.waitstatus_to_exitcode(status))
 @pytest.mark.parametrize("backend", list(dispatch.BACKENDS), indirect=True)
 def test_fork_after_use(backend):
     """As in a DataLoader's workers. The child uses one thread, because OpenMP's pool does not survive a fork."""
-    found = subprocess.run([sys.executable, "-c", FORKED, backend], timeout=120, capture_output=True, text=True)
-    assert found.returncode == 0, found.stderr
+    ran = subprocess.run([sys.executable, "-c", FORKED, backend], timeout=120, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr
 
 
 @pytest.mark.parametrize("backend", ["native"], indirect=True)

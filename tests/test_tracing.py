@@ -83,11 +83,11 @@ def test_trace_with_packed_input_supports_other_lengths(kwargs, enforce_sorted, 
 def test_trace_with_packed_input_draws_nn_lstms_dropout(backend):
     ours, theirs = (Packed(lstm, True) for lstm in module_pair(num_layers=2, dropout=0.5, batch_first=True))
     traced, yours = (trace(m, batch(5, 3, 2), "grad", check_trace=False) for m in (ours, theirs))
-    found = []
+    results = []
     for module in (traced, yours):
         torch.manual_seed(3)
-        found.append(module(*batch(6, 4, 4, 1)))
-    torch.testing.assert_close(*found)
+        results.append(module(*batch(6, 4, 4, 1)))
+    torch.testing.assert_close(*results)
 
 
 class Options(nn.Module):

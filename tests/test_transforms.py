@@ -150,10 +150,10 @@ def test_tangent_of_an_arriving_gradient(cell, backend):
     grad, tangent = data(*y.shape), data(*y.shape, seed=1)
     with torch.autograd.forward_ad.dual_level():
         dual = torch.autograd.forward_ad.make_dual(grad, tangent)
-        (found,) = torch.autograd.grad(y, x, dual, retain_graph=True)
-        found = torch.autograd.forward_ad.unpack_dual(found)
-    torch.testing.assert_close(found.primal, torch.autograd.grad(y, x, grad, retain_graph=True)[0])
-    torch.testing.assert_close(found.tangent, torch.autograd.grad(y, x, tangent)[0])
+        (results,) = torch.autograd.grad(y, x, dual, retain_graph=True)
+        results = torch.autograd.forward_ad.unpack_dual(results)
+    torch.testing.assert_close(results.primal, torch.autograd.grad(y, x, grad, retain_graph=True)[0])
+    torch.testing.assert_close(results.tangent, torch.autograd.grad(y, x, tangent)[0])
 
 
 def test_batched_or_dual_gradients_arriving_at_backward(backend):
@@ -167,9 +167,9 @@ def test_batched_or_dual_gradients_arriving_at_backward(backend):
     torch.testing.assert_close(list(batched), [torch.stack([k * g for k in factors]) for g in plain])
     with torch.autograd.forward_ad.dual_level():
         dual = torch.autograd.forward_ad.make_dual(torch.ones_like(value), torch.full_like(value, 2))
-        found = [torch.autograd.forward_ad.unpack_dual(g) for g in torch.autograd.grad(value, wanted, dual)]
-    torch.testing.assert_close([g.primal for g in found], list(plain))
-    torch.testing.assert_close([g.tangent for g in found], [2 * g for g in plain])
+        results = [torch.autograd.forward_ad.unpack_dual(g) for g in torch.autograd.grad(value, wanted, dual)]
+    torch.testing.assert_close([g.primal for g in results], list(plain))
+    torch.testing.assert_close([g.tangent for g in results], [2 * g for g in plain])
 
 
 def test_cell(backend):

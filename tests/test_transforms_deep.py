@@ -43,11 +43,11 @@ def loss(module, weights, x, **ragged):
 
 def looped(module, inputs, options=({},) * N):
     """The gradients of `loss` for each sample, stacked."""
-    found = []
+    results = []
     for x, ragged in zip(inputs, options, strict=True):
         leaves = {name: w.clone().requires_grad_() for name, w in weights_of(module).items()}
-        found.append(torch.autograd.grad(loss(module, leaves, x, **ragged), list(leaves.values())))
-    return [torch.stack(parts) for parts in zip(*found, strict=True)]
+        results.append(torch.autograd.grad(loss(module, leaves, x, **ragged), list(leaves.values())))
+    return [torch.stack(parts) for parts in zip(*results, strict=True)]
 
 
 @pytest.mark.parametrize("steps", [T, 1])
@@ -138,8 +138,8 @@ def test_backward_through_per_sample_gradients(backend):
     ours, theirs = module_pair(bidirectional=True)
     inputs = data(N, T, B, 3)
     leaves = {name: w.clone().requires_grad_() for name, w in weights_of(ours).items()}
-    found = vmap(grad(lambda w, x: loss(ours, w, x)), in_dims=(None, 0))(leaves, inputs)
-    got = torch.autograd.grad(sum(g.pow(2).sum() for g in found.values()), list(leaves.values()))
+    results = vmap(grad(lambda w, x: loss(ours, w, x)), in_dims=(None, 0))(leaves, inputs)
+    got = torch.autograd.grad(sum(g.pow(2).sum() for g in results.values()), list(leaves.values()))
     total = 0
     for x in inputs:
         first = torch.autograd.grad(

@@ -155,11 +155,11 @@ def table(request: pytest.FixtureRequest) -> Iterator[list[str]]:
 def test_compiles_without_spills_within_shared_memory(target, kind, H, row, recorded, table):
     """With lengths, resets, both directions and all gradients: the variants that use the most registers."""
     assert row.shared <= TARGETS[target][2]
-    found = recorded(target, kind, lambda: run(arguments(2, 3, H, DTYPES[kind])))
-    assert all(row.kernel in name or (row.kernel == "step" and "step" in name) for name in found), found
-    assert len(found) == 2
+    results = recorded(target, kind, lambda: run(arguments(2, 3, H, DTYPES[kind])))
+    assert all(row.kernel in name or (row.kernel == "step" and "step" in name) for name in results), results
+    assert len(results) == 2
     wrong = []
-    for kernel, keys in found.items():
+    for kernel, keys in results.items():
         ((_, (source, gpu, options)),) = keys.items()
         resources = figures(target, source, gpu, options)
         table.append(
@@ -173,8 +173,8 @@ def test_compiles_without_spills_within_shared_memory(target, kind, H, row, reco
 
 def test_ieee_products_are_summed_in_blocks(recorded):
     """Blockwise sums over K: one running sum over K = 1024 had more than twice cuDNN's error on an H100."""
-    found = recorded("sm_90", "ieee", lambda: run(arguments(2, 3, 300, torch.float32)))
-    for keys in found.values():
+    results = recorded("sm_90", "ieee", lambda: run(arguments(2, 3, 300, torch.float32)))
+    for keys in results.values():
         ((_, (source, gpu, options)),) = keys.items()
         text = triton.compile(source, target=gpu, options=options).asm["ttgir"]
         dots = re.findall(r"(%\w+) = tt\.dot .*maxNumImpreciseAcc", text)
@@ -194,9 +194,9 @@ def test_ten_shapes_compile_once(kind, H, recorded):
         for k, (T, B) in enumerate(SHAPES):
             run(arguments(T, B, H, DTYPES[kind], offset=k % 2))
 
-    found = recorded("sm_90", kind, ten)
-    assert {name: len(keys) for name, keys in found.items()} == dict.fromkeys(found, 1)
-    assert len(found) == 2
+    results = recorded("sm_90", kind, ten)
+    assert {name: len(keys) for name, keys in results.items()} == dict.fromkeys(results, 1)
+    assert len(results) == 2
 
 
 def test_h_of_equal_alignment_reuses_compiled_kernels(recorded):
@@ -204,8 +204,8 @@ def test_h_of_equal_alignment_reuses_compiled_kernels(recorded):
         for H in (512, 520, 1000, 2048):
             run(arguments(2, 3, H, torch.bfloat16, everything=False), everything=False)
 
-    found = recorded("sm_90", "half", several)
-    assert {name: len(keys) for name, keys in found.items()} == {"step_tiled_fwd": 1, "step_tiled_bwd": 1}
+    results = recorded("sm_90", "half", several)
+    assert {name: len(keys) for name, keys in results.items()} == {"step_tiled_fwd": 1, "step_tiled_bwd": 1}
 
 
 def test_each_step_of_the_tiled_kernels_is_one_launch(recorded, monkeypatch):

@@ -16,7 +16,7 @@ FIRST_REPORT_ENDS = {"TSAN_OPTIONS": "halt_on_error=1"}
 def compile_program(sources: list[Path], program: Path, *flags: str) -> Path:
     """Compile `program` with g++; skip the test where there is none or it has no ThreadSanitizer."""
     if shutil.which("g++") is None:
-        pytest.skip("there is no g++")
+        pytest.skip("g++ is not on the PATH")
     command = ["g++", "-std=c++20", "-O1", "-g1", "-Wall", "-Werror", *flags, "-fsanitize=thread", "-pthread"]
     ran = subprocess.run([*command, *map(str, sources), "-o", str(program)], capture_output=True, text=True)
     if "cannot find -ltsan" in ran.stderr or "libtsan" in ran.stderr:
