@@ -237,18 +237,16 @@ def test_both_ops_refuse_invalid_arguments():
 @pytest.mark.parametrize("interval", [6, 7, 8, 1000])
 def test_intervals_about_as_long_as_the_sequence_and_longer(interval):
     """A compiled graph with dynamic T calls the ops for these too."""
-    (_, _, *case_tensors), (_, _, dy, dh_n, dc_n, dcells, *_, needs) = (
+    (_, _, *arguments), (_, _, dy, dh_n, dc_n, dcells, *_, needs) = (
         ops_arguments()
     )  # T = 7, both directions, with lengths
-    *results, h_at, c_at = torch.ops.fastlstm.recomputed_layer("eager", interval, *case_tensors)
-    *expected, reserve = torch.ops.fastlstm.eager_layer(*case_tensors)
+    *results, h_at, c_at = torch.ops.fastlstm.recomputed_layer("eager", interval, *arguments)
+    *expected, reserve = torch.ops.fastlstm.eager_layer(*arguments)
     torch.testing.assert_close(results, expected)
-    case_tensors = (dy, dh_n, dc_n, dcells, *case_tensors[:-2])
+    arguments = (dy, dh_n, dc_n, dcells, *arguments[:-2])
     y, _, _, cells = expected
-    gradients = torch.ops.fastlstm.recomputed_layer_backward("eager", interval, *case_tensors, h_at, c_at, needs)
-    torch.testing.assert_close(
-        gradients, torch.ops.fastlstm.eager_layer_backward(*case_tensors, y, cells, reserve, needs)
-    )
+    gradients = torch.ops.fastlstm.recomputed_layer_backward("eager", interval, *arguments, h_at, c_at, needs)
+    torch.testing.assert_close(gradients, torch.ops.fastlstm.eager_layer_backward(*arguments, y, cells, reserve, needs))
 
 
 def test_setting_recompute():
