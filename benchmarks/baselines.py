@@ -14,7 +14,7 @@ from benchmarks.cases import Case
 from benchmarks.data import Inputs
 from benchmarks.programs import Outputs, Program, SequenceProgram, gradient
 
-# Dynamo unrolls the time loop; beyond this many steps compiling takes minutes, and the step alone is compiled.
+# Dynamo unrolls the time loop; above this many steps compiling takes minutes, so only the step is compiled.
 UNROLLED_STEPS = 20
 
 

@@ -83,7 +83,7 @@ def cudnn_algorithm(case: Case, mode: str, version: int | None = None) -> str:
     if case.proj == 0 and case.kind != "packed":
         max_hidden = 192 if mode == "forward" else 128
         hidden = case.H
-        # ATen asks for the same algorithm in bfloat16, yet cuDNN 9.19 took 18 to 21 us per step on an H100, as in
+        # ATen requests the same algorithm in bfloat16, but cuDNN 9.19 took 18 to 21 us per step on an H100, as in
         # STANDARD, where float16 took 1.6 (benchmarks/results/nvidia-h100-80gb-hbm3/gpu.csv, tiers.csv).
         if hidden <= max_hidden and case.dtype not in ("float64", "bfloat16"):
             algorithm = "PERSIST_STATIC_SMALL_H"

@@ -17,7 +17,7 @@ COLOURS = {"train": "#1f5fa8", "forward": "#e08214"}
 LABELS = {"train": "training step", "forward": "forward, no_grad"}
 # Up to this many cases are named; more are a scatter plot over their flops.
 NAMED_CASES = 45
-BANDS = ((1, 16), (17, 64), (65, 256), (257, 1024), (1025, 1 << 30))  # of H, coloured alike
+BANDS = ((1, 16), (17, 64), (65, 256), (257, 1024), (1025, 1 << 30))  # of H, one colour each
 TICKS = (0.1, 0.2, 0.5, 1, 2, 3, 5, 8, 12, 20, 40, 80, 160)
 
 

@@ -109,7 +109,7 @@ class _Samples:
 
 
 def measure_case(suite: Suite, case: Case, trees: dict[str, Tree], settings: Settings) -> list[AbRow]:
-    """The rows of a case. If either revision is wrong or raises, they have no time and say why."""
+    """Return the rows of a case. If a revision is wrong or raises, they have no time, and status has the reason."""
     rows = {mode: _row(suite.name, case, mode, trees) for mode in MODES}
     samples = {mode: _Samples() for mode in MODES}
     loads: list[float] = []

@@ -64,7 +64,7 @@ class Worker:
         return str(importlib.import_module("fastlstm").__file__)
 
     def load(self, case: Case, threads: int, clock: str) -> str:
-        """Build the module and inputs of a case; return the backend that runs it, "" if this revision cannot say.
+        """Build the module and inputs of a case; return the backend that runs it, "" if this revision has no explain.
 
         clock: "wall", or "cpu" for CPU time.
         """
@@ -93,7 +93,7 @@ class Worker:
         gc.collect()
         gc.disable()
         measurement = self._measurement(mode)
-        # A process's first call starts threads and loads code; calibrate would take it for a call of that length.
+        # A process's first call starts threads and loads code; calibrate would count that as the length of a call.
         with measurement.enter() as run:
             run()
         return calibrate(measurement, self._timer(), plan)

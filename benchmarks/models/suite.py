@@ -70,7 +70,7 @@ def _in_new_process(model: Model, plan: Plan, wait: float, threads: int) -> list
 
 
 def failure_status(error: Exception, model: Model) -> str:
-    """Returns the status of a model that could not be built: its package is not installed, or what else went wrong."""
+    """Return the status of a model that could not be built: its package is not installed, or the error."""
     if isinstance(error, ModuleNotFoundError) and not _is_installed(model.package):
         return f"skipped: {model.package} is not installed (pip install 'fastlstm[models]')"
     if isinstance(error, (ImportError, OSError)):
