@@ -1,9 +1,9 @@
-"""python -m benchmarks [--suite NAME] [--impl NAME ...] [--out DIR]; --help tells the rest.
+"""python -m benchmarks [--suite NAME] [--impl NAME ...] [--out DIR]; see --help.
 python -m benchmarks ab REV [--suite NAME ...] compares two revisions (benchmarks/ab/);
 python -m benchmarks calibrate compares the CPU plan's predictions with this machine.
 
-Measures a suite, prints each case as it is done, writes DIR/<suite>.csv, by default benchmarks/results/<device>/. The
-file is whole after every case; --seconds ends a long suite in time, and --resume goes on where it ended.
+Measures a suite, prints each case when it is done, and writes DIR/<suite>.csv; DIR is benchmarks/results/<device>/ by
+default. The file is complete after every case; --seconds limits the time of a long suite, and --resume continues it.
 The exit status is 1 if a result of ours was wrong or failed, 2 if the suite cannot run here.
 """
 
@@ -16,18 +16,19 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import gpu, machine, peers, results, suites
+from benchmarks import gpu, implementations, machine, results, suites
 from benchmarks.cases import TORCH_DTYPES
 from benchmarks.console import escape, printer, progress
-from benchmarks.load import BUSY
+from benchmarks.load import MAX_BACKGROUND_LOAD
 from benchmarks.results import ModelRow, Row
 from benchmarks.run import failures, silence
 from fastlstm.backends import native
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
+    names = [name for name in implementations.IMPLEMENTATIONS if name not in results.BASELINES]
     parser = argparse.ArgumentParser(
-        prog="python -m benchmarks", description="fastlstm beside nn.LSTM and the machine."
+        prog="python -m benchmarks", description="Compare fastlstm with nn.LSTM and with the machine's peak."
     )
     parser.add_argument(
         "--suite",
@@ -41,9 +42,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         nargs="+",
         default=[],
         metavar="NAME",
-        help=f"any of {', '.join(name for name in peers.PEERS if name not in results.BASELINES)}, beside nn, the "
+        help=f"any of {', '.join(names)}, next to nn, the "
         "baseline, and on CUDA nn_graph, nn in a CUDA graph: ratios are to the faster of these two; "
-        "by default fastlstm and whichever rivals are installed",
+        "by default fastlstm and the baselines that are installed",
     )
     parser.add_argument("--out", type=Path, metavar="DIR", help="folder of the CSV")
     parser.add_argument(
@@ -55,60 +56,60 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--budget", type=float, metavar="S", help="seconds per case and mode")
     parser.add_argument("--threads", type=int, metavar="N", help="CPU threads; torch's default otherwise")
     parser.add_argument(
-        "--wait", type=float, default=0.0, metavar="S", help="seconds a case may wait for other processes to calm down"
+        "--wait", type=float, default=0.0, metavar="S", help="max seconds a case may wait for an idle machine"
     )
     parser.add_argument("--seconds", type=float, metavar="S", help="start no case later than this")
-    parser.add_argument("--resume", action="store_true", help="keep the rows of the CSV, and measure the other cases")
+    parser.add_argument("--resume", action="store_true", help="keep the CSV's rows, and measure the cases it lacks")
     parser.add_argument(
         "--kernels",
         choices=("steps", "A", "B", "S"),
-        help="fastlstm's CUDA kernels: step by step, or persistent ones of a tier where they fit; else as planned",
+        help="fastlstm's CUDA kernels: step by step, or persistent ones of a tier if they fit; otherwise as planned",
     )
     return parser.parse_args(arguments)
 
 
 def line(row: Row) -> str:
-    """One measurement in the console's markup."""
-    what = f"    {row.mode:<8}{row.impl:<10}"
+    """Format one measurement in the console's markup."""
+    text = f"    {row.mode:<8}{row.impl:<10}"
     if row.status != "ok":
         return (
-            f"{what}[bold red]{escape(row.status)}[/]"
+            f"{text}[bold red]{escape(row.status)}[/]"
             if not row.status.startswith("skipped")
-            else f"{what}[dim]{escape(row.status)}[/]"
+            else f"{text}[dim]{escape(row.status)}[/]"
         )
     if row.peak_mib is not None:
-        what += f"{row.peak_mib:10.1f} MiB"
+        text += f"{row.peak_mib:10.1f} MiB"
     if row.p50_ms is not None:
-        what += f"{row.p50_ms:10.3f} ms  ({row.p20_ms:.3f} .. {row.p80_ms:.3f}, {row.rounds} x {row.calls})"
+        text += f"{row.p50_ms:10.3f} ms  ({row.p20_ms:.3f} .. {row.p80_ms:.3f}, {row.rounds} x {row.calls})"
     if row.suite in ("gpu", "gpu_points") and row.us_per_step is not None:
-        what += f"{row.us_per_step:9.2f} us a step"
+        text += f"{row.us_per_step:9.2f} us per step"
     if row.impl not in results.BASELINES and row.ratio is not None:
         colour = "green" if row.ratio >= (row.goal or 1.0) else "yellow" if row.ratio >= 1 else "red"
-        what += f"  [{colour}]{row.ratio:.2f}x[/]"
+        text += f"  [{colour}]{row.ratio:.2f}x[/]"
     if isinstance(row, ModelRow) and row.lstm_share is not None:
-        what += f"  LSTMs take {row.lstm_share:.0%}"
+        text += f"  LSTMs take {row.lstm_share:.0%}"
     if row.fraction is not None:
-        what += f"  {row.fraction:.0%} of the limit"
-    if row.others_cpu is not None and row.others_cpu > BUSY:
-        what += f"  [bold red]others used {row.others_cpu:.0%} of the CPUs[/]"
-    return what + (f"  {row.backend}" if row.backend else "")
+        text += f"  {row.fraction:.0%} of peak"
+    if row.others_cpu is not None and row.others_cpu > MAX_BACKGROUND_LOAD:
+        text += f"  [bold red]background load {row.others_cpu:.0%}[/]"
+    return text + (f"  {row.backend}" if row.backend else "")
 
 
 def summary(rows: list[Row]) -> list[str]:
-    """Geometric means, and the number of rows measured on a busy machine."""
-    told = []
+    """Geometric means, and the number of rows measured under background load."""
+    lines = []
     for impl in dict.fromkeys(row.impl for row in rows if row.impl not in results.BASELINES):
         for mode in dict.fromkeys(row.mode for row in rows):
             ratios = [row.ratio for row in rows if (row.impl, row.mode) == (impl, mode) and row.ratio]
             if ratios:
                 mean = math.exp(sum(map(math.log, ratios)) / len(ratios))
-                told.append(
-                    f"{impl}, {mode}: geometric mean {mean:.2f}x over {len(ratios)} cases, least {min(ratios):.2f}x"
+                lines.append(
+                    f"{impl}, {mode}: geometric mean {mean:.2f}x over {len(ratios)} cases, min {min(ratios):.2f}x"
                 )
-    busy = sum(row.others_cpu is not None and row.others_cpu > BUSY for row in rows)
-    if busy:
-        told.append(f"{busy} rows were measured on a busy machine (others above {BUSY:.0%} of the CPUs): measure again")
-    return told
+    loaded = sum(row.others_cpu is not None and row.others_cpu > MAX_BACKGROUND_LOAD for row in rows)
+    if loaded:
+        lines.append(f"{loaded} rows have a background load above {MAX_BACKGROUND_LOAD:.0%}: measure again")
+    return lines
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -125,8 +126,8 @@ def main(arguments: list[str] | None = None) -> int:
     say = printer()
     on_gpu = options.suite in ("gpu", "gpu_points")
     device = "cuda" if on_gpu else "cpu"
-    if on_gpu and gpu.why_not():
-        say(f"[red]{gpu.why_not()}[/]")
+    if on_gpu and gpu.unavailable_reason():
+        say(f"[red]{gpu.unavailable_reason()}[/]")
         return 2
     if options.kernels:
         steps = options.kernels == "steps"
@@ -134,51 +135,52 @@ def main(arguments: list[str] | None = None) -> int:
     if options.threads:
         torch.set_num_threads(options.threads)
     try:
-        measured = peers.chosen(options.impl, device)
+        measured = implementations.select(options.impl, device)
     except ValueError as error:
         say(f"[red]{escape(str(error))}[/]")
         return 2
     silence()
-    about = machine.describe(device)
+    description = machine.describe(device)
     say(
-        f"suite {options.suite} on {about['device']}, {about['threads']} threads, torch {about['torch']}"
-        + (f", cuDNN {about['cudnn']}" if about["cudnn"] else "")
-        + f", commit {about['commit']}: {', '.join(measured)}"
+        f"suite {options.suite} on {description['device']}, {description['threads']} threads, "
+        f"torch {description['torch']}"
+        + (f", cuDNN {description['cudnn']}" if description["cudnn"] else "")
+        + f", commit {description['commit']}: {', '.join(measured)}"
     )
     if options.suite == "grid":
         say("grid: {} of {} combinations are within the flop budget".format(*suites.sweeps.grid_size()))
     path = None
     if options.out or not (options.filter or options.dtype):
-        path = (options.out or results.RESULTS / machine.slug(about)) / f"{options.suite}.csv"
+        path = (options.out or results.RESULTS / machine.slug(description)) / f"{options.suite}.csv"
     keep = options.resume and path and path.exists() and options.suite != "tutorials"
     rows = results.read(path) if keep else []
     done = {row.case for row in rows}
     kept, total = len(rows), suites.size_of(options.suite, options.filter, done, options.dtype)
     with progress(total) as (tell, advance):
 
-        def report(name: str, made: list[Row]) -> None:
+        def report(name: str, new_rows: list[Row]) -> None:
             nonlocal total
             total -= 1
             tell(f"[bold]{escape(name)}[/]")
-            for row in made:
+            for row in new_rows:
                 tell(line(row))
-                for column, value in about.items():
+                for column, value in description.items():
                     setattr(row, column, value)
-            rows.extend(made)
+            rows.extend(new_rows)
             if path:
                 results.write(rows, path)
             advance()
 
-        limits = (options.budget, options.wait, done, options.seconds)
-        suites.rows_of(options.suite, measured, report, options.filter, *limits, options.dtype)
-    for told in summary(rows):
-        say(told)
+        settings = (options.budget, options.wait, done, options.seconds)
+        suites.rows_of(options.suite, measured, report, options.filter, *settings, options.dtype)
+    for text in summary(rows):
+        say(text)
     if path:
         results.write(rows, path)
-        say(f"wrote {path.name} for {machine.slug(about)}: python -m benchmarks.report shows it")
+        say(f"wrote {path.name} for {machine.slug(description)}: python -m benchmarks.report shows it")
     if total:
-        say(f"{total} cases are left, for want of time: the same command with --resume goes on")
-    refused = failures(rows[kept:], peers.PEERS)
+        say(f"{total} cases are left, for lack of time: add --resume to continue")
+    refused = failures(rows[kept:], implementations.IMPLEMENTATIONS)
     for row in refused:
         say(f"[bold red]{escape(f'{row.case}, {row.mode}, {row.impl}: {row.status}')}[/]")
     return 1 if refused else 0

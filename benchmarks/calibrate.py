@@ -1,8 +1,8 @@
 """python -m benchmarks calibrate: the cost model of the CPU plan (csrc/cpu/cost.cpp) against this machine.
 
-Measures the figures of csrc/cpu/tuning.h that a layer's times show, prints them beside the recorded ones and which
-plans of the suites would change with them; then times random layers on every thread partition, and prints how close the
-chosen ones come to the fastest, with either set of figures. Nothing is changed. docs/benchmarks.md explains it.
+Measures the figures of csrc/cpu/tuning.h that follow from a layer's times, prints them next to the recorded ones, and
+prints which plans of the suites they would change. Then times random layers on candidate thread partitions, and prints
+how close the planned ones come to the fastest, with both sets of figures. Changes nothing. See docs/benchmarks.md.
 """
 
 from __future__ import annotations
@@ -30,21 +30,21 @@ from benchmarks.run import silence
 from fastlstm.backends import native
 
 Figures = dict[str, float]
-Key = tuple[int, int, str, bool]  # members per direction, row groups, split, directions at once
+Key = tuple[int, int, str, bool]  # threads per direction, row groups, split, concurrent directions
 
 PASSES = ("forward", "backward")
-# Threads that do nothing else start and meet sooner than in a layer.
+# Idle threads fork and join faster than in a layer, so these are lower bounds.
 LOWER_BOUNDS = ("fork_join_us", "fork_join_thread_us", "barrier_us", "barrier_thread_us")
-# Multiply-adds of a pass of a random layer: 0.5 us to 5 ms on a core.
-LEAST_MACS, MOST_MACS = 3e4, 4e8
-# Of a layer's candidates, as many are timed: those that are predicted to be the fastest, and the best of each kind.
+# Multiply-adds of a pass of a random layer: 0.5 us to 5 ms on one core.
+MIN_MACS, MAX_MACS = 3e4, 4e8
+# Timed candidates per layer: those with the lowest predicted time; the best of each kind is timed in addition.
 TIMED_CANDIDATES = 6
 ROUNDS = 7
 
 
 @contextmanager
-def divided(key: Key) -> Iterator[None]:
-    """Layers are divided in this way, whatever is predicted."""
+def forced_partition(key: Key) -> Iterator[None]:
+    """Run layers on this partition instead of the planned one."""
     _extension().force_cpu_partition(*key)
     try:
         yield
@@ -57,12 +57,12 @@ def _extension() -> Any:
     return native.extension
 
 
-def seconds(call: Callable[[], object], least: float = 2e-3) -> Callable[[], float]:
-    """A function that gives seconds a call, over as many calls as take `least` seconds."""
+def seconds(call: Callable[[], object], min_sample: float = 2e-3) -> Callable[[], float]:
+    """Return a function that gives the seconds per call, over enough calls to last `min_sample` seconds."""
     call()
     begin = time.perf_counter()
     call()
-    calls = max(1, min(1000, int(least / (time.perf_counter() - begin))))
+    calls = max(1, min(1000, int(min_sample / (time.perf_counter() - begin))))
 
     def once() -> float:
         begin = time.perf_counter()
@@ -77,7 +77,7 @@ def seconds(call: Callable[[], object], least: float = 2e-3) -> Callable[[], flo
 
 
 def forward_us(T: int, B: int, I: int, H: int) -> float:  # noqa: E741
-    """Microseconds of a layer's forward in float32 on one thread: the median."""
+    """Median time of a layer's forward in float32 on one thread, in microseconds."""
     lstm, x = fastlstm.LSTM(I, H), torch.randn(T, B, I)
     with torch.no_grad():
         once = seconds(lambda: lstm(x), 5e-3)
@@ -85,42 +85,42 @@ def forward_us(T: int, B: int, I: int, H: int) -> float:  # noqa: E741
 
 
 def measure_figures(threads: int) -> Figures:
-    """What a layer's times on one thread, and an idle team's, say about the figures of CostFigures."""
+    """Estimate the figures of CostFigures from a layer's times on one thread, and from fork, join and barrier times."""
     lanes = _extension().cpu_machine()["vector_bytes"] // 4
     recorded = _extension().cost_figures()
     torch.set_num_threads(1)
-    # Many rows: the deeper of two products by their multiply-adds, and what is left by gate and row.
+    # Many rows: the time per multiply-add from two depths K; the remainder is the cost per gate and row.
     T, B, H, shallow, deep = 20, 96, 128, 64, 256
     times = [forward_us(T, B, I, H) for I in (shallow, deep)]  # noqa: E741
     us_per_mac = (times[1] - times[0]) / (T * B * 4 * H * (deep - shallow))
     gate = times[0] / (T * B * 4 * H * us_per_mac) - (shallow + H)
-    found = {"vector_fmas_per_us": 1 / us_per_mac / lanes, "gate_cost_macs": gate}
+    figures = {"vector_fmas_per_us": 1 / us_per_mac / lanes, "gate_cost_macs": gate}
 
     def product_rows(B: int, H: int) -> float:
-        """A step with W_hh, as the rows whose multiply-adds take as long; W_ih is narrow."""
+        """Cost of a step's product with W_hh, as the number of rows whose multiply-adds take equally long; I = 1."""
         few, many = 50, 250
         step = (forward_us(many, B, 1, H) - forward_us(few, B, 1, H)) / (many - few)
         return (step / us_per_mac / (4 * H) - gate * max(B, recorded["gate_cost_min_rows"])) / (H + 1)
 
-    found["l2_read_rows"] = product_rows(1, 128)  # rows + read (1 - rows / read), of one row
+    figures["l2_read_rows"] = product_rows(1, 128)  # rows + read (1 - rows / read), of one row
     # rows + read (1 - rows / hidden), of one row and of eight.
     one, eight = product_rows(1, 512), product_rows(8, 512)
     falls = (one + 7 - eight) / 7
     if falls > 0:
-        found["l3_read_rows"] = one - 1 + falls
-        found["l3_hidden_min_rows"] = found["l3_read_rows"] / falls
+        figures["l3_read_rows"] = one - 1 + falls
+        figures["l3_hidden_min_rows"] = figures["l3_read_rows"] / falls
     if threads > 1:
         team = _extension().team_us
         barriers = 1000
-        found["fork_join_us"] = team(2, 0, 2000)
-        found["barrier_us"] = (team(2, barriers, 50) - team(2, 0, 50)) / barriers
+        figures["fork_join_us"] = team(2, 0, 2000)
+        figures["barrier_us"] = (team(2, barriers, 50) - team(2, 0, 50)) / barriers
         if threads > 2:
-            more = threads - 2
-            found["fork_join_thread_us"] = (team(threads, 0, 2000) - found["fork_join_us"]) / more
-            every = (team(threads, barriers, 50) - team(threads, 0, 50)) / barriers
-            found["barrier_thread_us"] = (every - found["barrier_us"]) / more
+            extra_threads = threads - 2
+            figures["fork_join_thread_us"] = (team(threads, 0, 2000) - figures["fork_join_us"]) / extra_threads
+            barrier_us = (team(threads, barriers, 50) - team(threads, 0, 50)) / barriers
+            figures["barrier_thread_us"] = (barrier_us - figures["barrier_us"]) / extra_threads
     torch.set_num_threads(threads)
-    return {name: value for name, value in found.items() if value > 0 and math.isfinite(value)}
+    return {name: value for name, value in figures.items() if value > 0 and math.isfinite(value)}
 
 
 # ---- Plans.
@@ -131,15 +131,14 @@ def arguments(case: Case) -> tuple[Any, ...]:
 
 
 def plan(case: Case, threads: int, figures: Figures) -> dict[str, Any]:
-    found = _extension().cpu_machine()
-    return _extension().cpu_plan(*arguments(case), threads=threads, figures=figures, **found)
+    return _extension().cpu_plan(*arguments(case), threads=threads, figures=figures, **_extension().cpu_machine())
 
 
 def key_of(p: dict[str, Any]) -> Key:
     return (p["members"], p["row_groups"], p["split"], p["concurrent"])
 
 
-def in_words(key: Key) -> str:
+def partition_name(key: Key) -> str:
     members, groups, split, concurrent = key
     how = {"none": "1", "grid": f"{groups} x {members // groups}"}.get(split, f"{members} by {split}")
     return ("each direction " if concurrent else "") + how
@@ -147,7 +146,7 @@ def in_words(key: Key) -> str:
 
 def changes(threads: Sequence[int], figures: Figures) -> tuple[list[str], int]:
     """(plans of the suites' first layers that other figures change, number of plans)."""
-    told, count = [], 0
+    lines, count = [], 0
     for case in [*CPU, *sweeps.grid(), *sweeps.random_cases()]:
         if case.kind not in ("sequence", "stream"):
             continue
@@ -157,16 +156,18 @@ def changes(threads: Sequence[int], figures: Figures) -> tuple[list[str], int]:
                 count += 1
                 keys = key_of(before[pass_]), key_of(after[pass_])
                 if keys[0] != keys[1]:
-                    told.append(f"{case.name}, {pass_}, {n} threads: {in_words(keys[0])} -> {in_words(keys[1])}")
-    return told, count
+                    lines.append(
+                        f"{case.name}, {pass_}, {n} threads: {partition_name(keys[0])} -> {partition_name(keys[1])}"
+                    )
+    return lines, count
 
 
-# ---- Partitions that are timed.
+# ---- Timed partitions.
 
 
 @dataclass
 class Timed:
-    """A pass of a layer on some of its candidates: predicted and measured us."""
+    """A pass of a layer on some of its candidate partitions: predicted and measured us."""
 
     case: Case
     pass_: str
@@ -174,13 +175,13 @@ class Timed:
     measured: dict[Key, float] = field(default_factory=dict)
 
     def regret(self, key: Key) -> float:
-        """Time of a partition over that of the fastest."""
+        """Time of a partition / time of the fastest."""
         return self.measured[key] / min(self.measured.values())
 
 
 def random_layer(draw: random.Random) -> Case:
     while True:
-        T, B, I, H = (round(2 ** draw.uniform(0, most)) for most in (9, 7, 9.5, 10))  # noqa: E741
+        T, B, I, H = (round(2 ** draw.uniform(0, log2_max)) for log2_max in (9, 7, 9.5, 10))  # noqa: E741
         case = Case(
             T=T,
             B=B,
@@ -190,30 +191,29 @@ def random_layer(draw: random.Random) -> Case:
             bidirectional=draw.random() < 0.25,
             proj=draw.randint(1, H - 1) if H > 4 and draw.random() < 0.15 else 0,
         )
-        if LEAST_MACS < case.flops("forward") / 2 < MOST_MACS:
+        if MIN_MACS < case.flops("forward") / 2 < MAX_MACS:
             return case
 
 
-def to_time(candidates: list[tuple[int, int, str, bool, float]], chosen: set[Key]) -> dict[Key, float]:
+def candidates_to_time(candidates: list[tuple[int, int, str, bool, float]], chosen: set[Key]) -> dict[Key, float]:
     ordered = sorted(candidates, key=lambda candidate: candidate[4])
     kinds = {(c[2], c[3]): c for c in reversed(ordered)}
-    own = [c for c in ordered if c[:4] in chosen]
-    return {tuple(c[:4]): c[4] for c in [*kinds.values(), *ordered[:TIMED_CANDIDATES], *own]}  # type: ignore[misc]
+    planned = [c for c in ordered if c[:4] in chosen]
+    return {tuple(c[:4]): c[4] for c in [*kinds.values(), *ordered[:TIMED_CANDIDATES], *planned]}  # type: ignore[misc]
 
 
 def time_layer(case: Case, threads: int, figures: Figures) -> list[Timed]:
-    """Both passes on their candidates, in turn; what is chosen with `figures` is one of them."""
-    plans = [plan(case, threads, given) for given in ({}, figures)]
+    """Time both passes on their candidates, interleaved; the partitions planned with both sets of figures included."""
+    plans = [plan(case, threads, overrides) for overrides in ({}, figures)]
     chosen = {pass_: {key_of(p[pass_]) for p in plans} for pass_ in PASSES}
-    found = _extension().cpu_machine()
-    candidates = _extension().cpu_plan_candidates(*arguments(case), threads=threads, **found)
+    candidates = _extension().cpu_plan_candidates(*arguments(case), threads=threads, **_extension().cpu_machine())
     dtype = TORCH_DTYPES[case.dtype]
     lstm = fastlstm.LSTM(case.I, case.H, bidirectional=case.bidirectional, proj_size=case.proj, dtype=dtype)
     x, weights = torch.randn(case.T, case.B, case.I, dtype=dtype), list(lstm.parameters())
 
     timed = []
     for pass_ in PASSES:
-        row = Timed(case, pass_, to_time(candidates[pass_], chosen[pass_]))
+        row = Timed(case, pass_, candidates_to_time(candidates[pass_], chosen[pass_]))
         with torch.set_grad_enabled(pass_ == "backward"):
             y = lstm(x)[0]
             dy = torch.ones_like(y)
@@ -223,29 +223,29 @@ def time_layer(case: Case, threads: int, figures: Figures) -> list[Timed]:
 
             runs: dict[Key, Callable[[], float]] = {}
             for key in row.predicted:
-                with divided(key):
+                with forced_partition(key):
                     runs[key] = seconds(call)
             times: dict[Key, list[float]] = {key: [] for key in runs}
-            for turn in range(ROUNDS):
-                for key in list(runs)[:: 1 if turn % 2 == 0 else -1]:
-                    with divided(key):
+            for k in range(ROUNDS):
+                for key in list(runs)[:: 1 if k % 2 == 0 else -1]:
+                    with forced_partition(key):
                         times[key].append(runs[key]())
         row.measured = {key: 1e6 * statistics.median(values) for key, values in times.items()}
         timed.append(row)
     return timed
 
 
-def summary(rows: list[Timed], threads: int, figures: Figures, what: str) -> list[str]:
-    told = []
+def summary(rows: list[Timed], threads: int, figures: Figures, label: str) -> list[str]:
+    lines = []
     for pass_ in PASSES:
         regrets = [row.regret(key_of(plan(row.case, threads, figures)[pass_])) for row in rows if row.pass_ == pass_]
         mean = math.exp(sum(map(math.log, regrets)) / len(regrets))
         close = sum(regret < 1.05 for regret in regrets) / len(regrets)
-        told.append(
-            f"{pass_}, {what}: {len(regrets)} layers take {mean:.3f} times the fastest partition's time (geometric "
+        lines.append(
+            f"{pass_}, {label}: {len(regrets)} layers take {mean:.3f} times the fastest partition's time (geometric "
             f"mean), {close:.0%} of them less than 1.05"
         )
-    return told
+    return lines
 
 
 def write(path: Path, rows: list[Timed], threads: int) -> None:
@@ -259,8 +259,15 @@ def write(path: Path, rows: list[Timed], threads: int) -> None:
             chosen = key_of(plan(row.case, threads, {})[row.pass_])
             for key, us in row.measured.items():
                 predicted = f"{row.predicted[key]:.1f}"
-                told = [in_words(key), predicted, f"{us:.1f}", int(key == chosen), about["cpu"], about["commit"]]
-                writer.writerow([row.case.name, row.pass_, threads, *told])
+                values = [
+                    partition_name(key),
+                    predicted,
+                    f"{us:.1f}",
+                    int(key == chosen),
+                    about["cpu"],
+                    about["commit"],
+                ]
+                writer.writerow([row.case.name, row.pass_, threads, *values])
 
 
 def parse(words: list[str]) -> argparse.Namespace:
@@ -294,11 +301,11 @@ def main(words: list[str]) -> int:
             here = f"{figures[name]:12.4g}" if name in figures else f"{'-':>12}"
             say(f"{name:<28}{recorded:12.4g}{here}")
         numbers = sorted({threads, *(2**k for k in range(threads.bit_length()))})
-        # An idle team's are lower bounds, and no plan's.
+        # The lower bounds of idle threads are no figures for a plan.
         figures = {name: value for name, value in figures.items() if name not in LOWER_BOUNDS}
-        told, count = changes(numbers, figures)
-        say(f"with the figures found here, {len(told)} of {count} plans of the suites cpu, grid and random change")
-        for line in told[:20]:
+        lines, count = changes(numbers, figures)
+        say(f"with the figures measured here, {len(lines)} of {count} plans of the suites cpu, grid and random change")
+        for line in lines[:20]:
             say(f"    {line}")
         rows: list[Timed] = []
         draw, end = random.Random(options.seed), time.monotonic() + options.seconds
@@ -307,7 +314,7 @@ def main(words: list[str]) -> int:
     if rows:
         for line in [
             *summary(rows, threads, {}, "figures of tuning.h"),
-            *summary(rows, threads, figures, "figures found here"),
+            *summary(rows, threads, figures, "figures measured here"),
         ]:
             say(line)
     if options.output:

@@ -1,4 +1,4 @@
-"""What is measured: `Case`, its flops, and the CPU and quick suites.
+"""The cases: `Case`, its flops, and the CPU and quick suites.
 
 Sizes are named as everywhere in the project: T, B, I, H, P, D, L for time, batch, input_size, hidden_size,
 proj_size, directions, layers.
@@ -40,7 +40,7 @@ class Case:
 
     sequence: module(x) over [T, B, I].  stream: the same with (h0, c0) given, as one step of a served model.
     cells: a Python loop over T of L stacked LSTMCells.  packed: module(PackedSequence) with `ragged` lengths.
-    The goals are the least ratio nn.LSTM / fastlstm the project asks for; None where it asks for none.
+    The targets are the min ratio nn.LSTM / fastlstm that the project aims at; None if it has none.
     """
 
     T: int
@@ -53,8 +53,8 @@ class Case:
     proj: int = 0
     kind: str = "sequence"
     ragged: str = ""
-    goal_train: float | None = None
-    goal_forward: float | None = None
+    target_train: float | None = None
+    target_forward: float | None = None
 
     def __post_init__(self) -> None:
         if min(self.T, self.B, self.I, self.H, self.L) < 1:
@@ -77,7 +77,7 @@ class Case:
 
     @property
     def P(self) -> int:
-        """Features of h in one direction: proj, else H."""
+        """Features of h in one direction: proj, or H without a projection."""
         return self.proj or self.H
 
     @property
@@ -86,7 +86,7 @@ class Case:
 
     @property
     def name(self) -> str:
-        """Unique within a suite, and what the tables show."""
+        """The name that tables show; unique within a suite."""
         words = [f"T={self.T} B={self.B} I={self.I} H={self.H}"]
         words += [f"L={self.L}"] if self.L > 1 else []
         words += ["bidirectional"] if self.bidirectional else []
@@ -98,11 +98,11 @@ class Case:
         words += [self.dtype] if self.dtype != "float32" else []
         return " ".join(words)
 
-    def goal(self, mode: str) -> float | None:
-        return self.goal_train if mode == "train" else self.goal_forward
+    def target(self, mode: str) -> float | None:
+        return self.target_train if mode == "train" else self.target_forward
 
     def lengths(self) -> torch.Tensor | None:
-        """[B] int64 lengths of a packed case, the longest set to T so that T means what it says; else None."""
+        """[B] int64 lengths of a packed case, the longest set to T; None for other cases."""
         if self.kind != "packed":
             return None
         u = torch.rand(self.B, generator=torch.Generator().manual_seed(SEED), dtype=torch.float64)
@@ -112,7 +112,7 @@ class Case:
 
     @property
     def rows(self) -> int:
-        """Rows of the input that count: T * B, or the sum of the lengths."""
+        """Input rows without padding: T * B, or the sum of the lengths."""
         lengths = self.lengths()
         return self.T * self.B if lengths is None else int(lengths.sum())
 
@@ -131,16 +131,16 @@ class Case:
         return forward * (3 if mode == "train" else 1)
 
     def shortened(self, budget: float) -> Case:
-        """The same case with T cut so that its training flops and its loop length stay within `budget` and 1000 steps.
+        """The case with T cut so that its training flops stay within `budget`, and T within 1000 steps.
 
-        For the correctness gate alone, whose float64 reference would otherwise run for minutes.
+        For the accuracy gate, whose float64 reference would otherwise run for minutes.
         """
         per_step = self.flops("train") / self.T
         return replace(self, T=max(1, min(self.T, 1000, int(budget / per_step))))
 
 
-def _table(goals: tuple[float, float], *cases: Case) -> list[Case]:
-    return [replace(case, goal_train=goals[0], goal_forward=goals[1]) for case in cases]
+def _table(targets: tuple[float, float], *cases: Case) -> list[Case]:
+    return [replace(case, target_train=targets[0], target_forward=targets[1]) for case in cases]
 
 
 CPU: list[Case] = [
@@ -155,7 +155,7 @@ CPU: list[Case] = [
     *_table((2, 2), Case(100, 32, 256, 256, dtype="bfloat16")),
 ]
 
-# One of each kind, small: seconds, for a look while developing and for regression tracking with pytest-benchmark.
+# One small case of each kind: takes seconds, for development and for regression tracking with pytest-benchmark.
 QUICK: list[Case] = [
     Case(10, 1, 1, 100),
     Case(1, 1, 64, 64, kind="stream"),

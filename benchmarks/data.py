@@ -1,4 +1,4 @@
-"""The numbers a case runs on: `Inputs`, the same for every implementation, drawn once from a fixed seed."""
+"""The inputs of a case: `Inputs`, equal for all implementations, drawn from a fixed seed."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from benchmarks.cases import SEED, Case
 
 @dataclass(frozen=True)
 class Inputs:
-    """Everything an implementation is given, in the case's dtype; time-major as nn.LSTM's default."""
+    """All inputs and weights of a case, in its dtype; time-major as nn.LSTM's default."""
 
     x: Tensor  # [T, B, I]
-    grad_output: Tensor  # [T, B, D*P], what arrives at the output in backward
+    grad_output: Tensor  # [T, B, D*P], gradient of the output
     hx: tuple[Tensor, Tensor] | None  # [L*D, B, P], [L*D, B, H] for a streaming case
     lengths: Tensor | None  # [B] int64 on the CPU for a packed case
     weights: dict[str, Tensor]  # by nn.LSTM's parameter names
@@ -34,7 +34,7 @@ class Inputs:
 
 
 def make_inputs(case: Case, device: str = "cpu") -> Inputs:
-    """Seeded inputs. Drawn in float32 on the CPU whatever the dtype and device, so that every device sees one set."""
+    """Seeded inputs. Drawn in float32 on the CPU for every dtype and device, so that all get equal values."""
     T, B, D, dtype = case.T, case.B, case.D, case.torch_dtype
     generator = torch.Generator().manual_seed(SEED)
 

@@ -1,7 +1,7 @@
 """What nn.LSTM cannot do, or only by a loop: per-sample gradients, recompute, PPO's training pass, torch.compile.
 
-In each case the first contender is the baseline of the ratios: what a user writes without the feature. All give the
-same gradients, to `TOLERANCE`, before anything is timed.
+In each case the first implementation is the baseline of the ratios: what a user writes without the feature. Gradients
+must agree to `TOLERANCE` before anything is timed.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 
 import fastlstm
-from benchmarks.load import others
-from benchmarks.measure import Contender, Plan, Spread, alternate, wall_timer
+from benchmarks.load import background_load
+from benchmarks.measure import Measurement, Plan, Spread, alternate, wall_timer
 from benchmarks.results import Row
 
 TOLERANCE = 1e-4  # of the largest gradient; float32
@@ -29,17 +29,17 @@ Step = Callable[[], list[Tensor]]  # runs once and gives the gradients
 
 @dataclass
 class Feature:
-    """One case: contenders by name, the baseline first, and the ratio asked of each of the others."""
+    """One case: implementations by name, the baseline first, and target ratios of the others."""
 
     name: str
     mode: str
     build: Callable[[], dict[str, Step]]
-    goals: dict[str, float] = field(default_factory=dict)
+    targets: dict[str, float] = field(default_factory=dict)
     sizes: dict[str, int] = field(default_factory=dict)
-    saved: bool = False  # whether to report what forward keeps for backward as well
+    reports_saved: bool = False  # whether to report the memory saved for backward as well
 
 
-def twins(I: int, H: int) -> tuple[nn.Module, nn.Module]:  # noqa: E741
+def module_pair(I: int, H: int) -> tuple[nn.Module, nn.Module]:  # noqa: E741
     torch.manual_seed(0)
     theirs = nn.LSTM(I, H)
     return fastlstm.convert(copy.deepcopy(theirs)), theirs
@@ -49,18 +49,18 @@ def per_sample_gradients(T: int, B: int, I: int, H: int) -> Feature:  # noqa: E7
     """The gradient of each sample's own loss: a loop over samples, and vmap(grad)."""
 
     def build() -> dict[str, Step]:
-        ours, theirs = twins(I, H)
+        ours, theirs = module_pair(I, H)
         x, weights = torch.randn(T, B, I), {name: w.detach() for name, w in ours.named_parameters()}
 
         def loss(weights: dict[str, Tensor], row: Tensor) -> Tensor:
             return functional_call(ours, weights, (row[:, None],))[0].pow(2).sum()
 
         def loop(module: nn.Module) -> list[Tensor]:
-            found = []
+            grads = []
             for b in range(B):
                 output, _ = module(x[:, b : b + 1])
-                found.append(torch.autograd.grad(output.pow(2).sum(), list(module.parameters())))
-            return [torch.stack(parts) for parts in zip(*found, strict=True)]
+                grads.append(torch.autograd.grad(output.pow(2).sum(), list(module.parameters())))
+            return [torch.stack(parts) for parts in zip(*grads, strict=True)]
 
         per_sample = vmap(grad(loss), in_dims=(None, 1))
         return {
@@ -74,28 +74,30 @@ def per_sample_gradients(T: int, B: int, I: int, H: int) -> Feature:  # noqa: E7
 
 
 def recompute(T: int, B: int, I: int, H: int) -> Feature:  # noqa: E741
-    """A training step that keeps everything, and one that keeps states at intervals: at most 1.35 times as long."""
+    """Training steps without and with recompute, which saves checkpoints only; target: at most 1.35 times the time."""
 
     def build() -> dict[str, Step]:
-        kept, _ = twins(I, H)
-        recomputing = copy.deepcopy(kept)
+        saving, _ = module_pair(I, H)
+        recomputing = copy.deepcopy(saving)
         recomputing.recompute = True
         x = torch.randn(T, B, I)
 
         def step(module: nn.Module) -> list[Tensor]:
             return list(torch.autograd.grad(module(x)[0].pow(2).sum(), list(module.parameters())))
 
-        return {"kept": lambda: step(kept), "recompute": lambda: step(recomputing)}
+        return {"kept": lambda: step(saving), "recompute": lambda: step(recomputing)}
 
     sizes = {"T": T, "B": B, "I": I, "H": H}
-    return Feature(f"recompute T={T} B={B} I={I} H={H}", "train", build, {"recompute": 1 / 1.35}, sizes, saved=True)
+    return Feature(
+        f"recompute T={T} B={B} I={I} H={H}", "train", build, {"recompute": 1 / 1.35}, sizes, reports_saved=True
+    )
 
 
 def ppo(T: int, B: int, I: int, H: int) -> Feature:  # noqa: E741
-    """A training pass over a rollout with episodes that end inside: the step loop, and one call with reset_mask."""
+    """A training pass over a rollout in which episodes end: a loop over steps, and one call with reset_mask."""
 
     def build() -> dict[str, Step]:
-        ours, theirs = twins(I, H)
+        ours, theirs = module_pair(I, H)
         x, starts = torch.randn(T, B, I), torch.rand(T, B) < 0.02
         keep = (~starts).float()[:, None, :, None]
         zero = torch.zeros(1, B, H)
@@ -130,7 +132,7 @@ FEATURES = (
 )
 
 
-# Steps of the sequence in a model that is compiled, and who can: nn.LSTM is unrolled, so that its time grows with T.
+# T of the compiled models and the implementations measured: nn.LSTM is unrolled, so its compile time grows with T.
 COMPILED = {8: ("nn", "fastlstm"), 16: ("nn", "fastlstm"), 512: ("fastlstm",)}
 
 
@@ -145,18 +147,22 @@ def compiled(matching: str = "") -> dict[str, int]:
 
 
 def feature_rows(matching: str, report: Callable[[str, list[Row]], None], budget: float | None = None) -> list[Row]:
-    """One row a contender, and one for each contender's saved memory where the case asks for it."""
+    """One row per implementation, and one for the memory it saves for backward if the case reports that."""
     rows = []
     for feature in chosen(matching):
-        made = _measure(feature, PLAN if budget is None else Plan(budget=budget, min_rounds=3, patience=budget))
-        report(feature.name, made)
-        rows += made
+        new_rows = _measure(feature, PLAN if budget is None else Plan(budget=budget, min_rounds=3, patience=budget))
+        report(feature.name, new_rows)
+        rows += new_rows
     for name, T in compiled(matching).items():
-        made = [_compile_time(name, impl, T) for impl in COMPILED[T]]
-        for row in made:
-            row.ratio = made[0].p50_ms / row.p50_ms if made[0].impl == "nn" and made[0].p50_ms and row.p50_ms else None
-        report(name, made)
-        rows += made
+        new_rows = [_compile_time(name, impl, T) for impl in COMPILED[T]]
+        for row in new_rows:
+            row.ratio = (
+                new_rows[0].p50_ms / row.p50_ms
+                if new_rows[0].impl == "nn" and new_rows[0].p50_ms and row.p50_ms
+                else None
+            )
+        report(name, new_rows)
+        rows += new_rows
     return rows
 
 
@@ -171,17 +177,17 @@ def _compile_time(name: str, impl: str, T: int) -> Row:
         return head(lstm(x)[0].tanh()).pow(2).mean()
 
     torch._dynamo.reset()
-    # Inductor cannot train through oneDNN's layer (torch 2.13), so nn.LSTM is traced without it, step by step.
+    # Inductor cannot train through oneDNN's layer (torch 2.13), so nn.LSTM is traced step by step without oneDNN.
     with (
         torch.backends.mkldnn.flags(enabled=impl != "nn"),
         torch._dynamo.config.patch(allow_rnn=True),
         torch._inductor.config.patch(force_disable_caches=True),
     ):
-        share, start = others(), time.perf_counter()
+        measured_load, start = background_load(), time.perf_counter()
         loss = torch.compile(model, fullgraph=True)(x)
         loss.backward()
         row.p20_ms = row.p50_ms = row.p80_ms = (time.perf_counter() - start) * 1e3
-        row.rounds, row.calls, row.others_cpu = 1, 1, share()
+        row.rounds, row.calls, row.others_cpu = 1, 1, measured_load()
     row.error, row.error_allowed = abs(float(loss.detach()) - float(model(x).detach())), TOLERANCE
     if not row.error <= TOLERANCE:
         row.status = f"WRONG: loss differs by {row.error:.2e}"
@@ -192,26 +198,26 @@ def _measure(feature: Feature, plan: Plan) -> list[Row]:
     steps = feature.build()
     baseline, *_ = steps
     rows = {name: _row(feature, name) for name in steps}
-    truth = steps[baseline]()
+    reference = steps[baseline]()
     for name, step in steps.items():
         row = rows[name]
-        row.error, row.error_allowed = _error(step(), truth), TOLERANCE
+        row.error, row.error_allowed = _error(step(), reference), TOLERANCE
         if not row.error <= TOLERANCE:
             row.status = f"WRONG: gradients differ from those of {baseline!r} by {row.error:.2e} of the largest"
-    right = {name: Contender.of(step) for name, step in steps.items() if rows[name].status == "ok"}
-    share = others()
-    rounds = alternate(right, wall_timer, plan)
-    busy = share()
-    for name, contender in right.items():
-        row, spread = rows[name], Spread.of(contender.samples)
+    correct = {name: Measurement.of(step) for name, step in steps.items() if rows[name].status == "ok"}
+    measured_load = background_load()
+    rounds = alternate(correct, wall_timer, plan)
+    load = measured_load()
+    for name, measurement in correct.items():
+        row, spread = rows[name], Spread.of(measurement.samples)
         row.p20_ms, row.p50_ms, row.p80_ms = spread.p20 * 1e3, spread.p50 * 1e3, spread.p80 * 1e3
-        row.rounds, row.calls, row.others_cpu = rounds, contender.calls, busy
-        row.ratio = Spread.of(right[baseline].samples).p50 / spread.p50
-        pairs = zip(right[baseline].samples, contender.samples, strict=True)
+        row.rounds, row.calls, row.others_cpu = rounds, measurement.calls, load
+        row.ratio = Spread.of(correct[baseline].samples).p50 / spread.p50
+        pairs = zip(correct[baseline].samples, measurement.samples, strict=True)
         row.ratio_rounds = statistics.median(a / b for a, b in pairs)
-    if not feature.saved:
+    if not feature.reports_saved:
         return list(rows.values())
-    memory = {name: _row(feature, name, "memory") for name in right}
+    memory = {name: _row(feature, name, "memory") for name in correct}
     for name, row in memory.items():
         row.peak_mib = saved_mib(steps[name])
         row.goal = None if name == baseline else 3.0
@@ -221,24 +227,24 @@ def _measure(feature: Feature, plan: Plan) -> list[Row]:
 
 def _row(feature: Feature, impl: str, mode: str = "") -> Row:
     row = Row("features", feature.name, mode or feature.mode, impl, kind="feature", dtype="float32")
-    row.goal = feature.goals.get(impl)
+    row.goal = feature.targets.get(impl)
     row.T, row.B, row.I, row.H = (feature.sizes.get(size) for size in "TBIH")
     row.L = row.D = 1
     return row
 
 
-def _error(got: list[Tensor], truth: list[Tensor]) -> float:
-    return max(float((a - b).abs().max() / b.abs().max()) for a, b in zip(got, truth, strict=True))
+def _error(results: list[Tensor], reference: list[Tensor]) -> float:
+    return max(float((a - b).abs().max() / b.abs().max()) for a, b in zip(results, reference, strict=True))
 
 
 def saved_mib(step: Step) -> float:
-    """MiB that a forward pass keeps for backward, each storage once, parameters and the input among them."""
-    seen: dict[int, int] = {}
+    """MiB that a forward pass saves for backward, parameters and the input included; each storage counts once."""
+    bytes_by_storage: dict[int, int] = {}
 
     def pack(t: Tensor) -> Tensor:
-        seen[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+        bytes_by_storage[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
         return t
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
         step()
-    return sum(seen.values()) / 2**20
+    return sum(bytes_by_storage.values()) / 2**20

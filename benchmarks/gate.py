@@ -1,4 +1,4 @@
-"""The correctness gate: no time is reported for a wrong result. The rule is that of fastlstm/accuracy.py."""
+"""The accuracy gate: no time is reported for a wrong result. fastlstm/accuracy.py has the rule."""
 
 from __future__ import annotations
 
@@ -18,32 +18,32 @@ OUTPUTS = ("output", "h_n", "c_n")
 
 @dataclass(frozen=True)
 class Expected:
-    """What every program must give, and how far rounding may bring it from that."""
+    """The float64 reference of a case, and the largest error that rounding explains in each result."""
 
-    truth: dict[str, Tensor]
+    reference: dict[str, Tensor]
     bounds: Mapping[str, float]
 
     def names(self, mode: str) -> Iterable[str]:
         """The results of "train" or "forward"."""
-        return self.truth if mode == "train" else OUTPUTS
+        return self.reference if mode == "train" else OUTPUTS
 
 
 def precision(case: Case, ours: bool) -> Precision:
-    """What an implementation rounds: ours keeps sums and states in float32, others may round every op's result."""
+    """The rounding of an implementation: ours keeps sums and states in float32, others may round every op's result."""
     if case.dtype == "tf32":
         return Precision.of(torch.float32, tf32=True)
     return Precision.of(case.torch_dtype) if ours else Precision.per_op(case.torch_dtype)
 
 
 def expected(case: Case, inputs: Inputs, precision: Precision) -> Expected:
-    """The truth for the case's own, already rounded, inputs and weights, and its bounds."""
-    given = in_float64(inputs)
-    terms = {f"d_{name}": case.rows for name in given.weights}
-    return Expected(*error_bounds(lambda: truth(case, given), precision, terms))
+    """Compute the reference and its bounds for the case's inputs and weights, already rounded to its dtype."""
+    widened = in_float64(inputs)
+    terms = {f"d_{name}": case.rows for name in widened.weights}
+    return Expected(*error_bounds(lambda: reference_results(case, widened), precision, terms))
 
 
 def in_float64(inputs: Inputs) -> Inputs:
-    """Leaves of the same values."""
+    """Convert to float64 leaves of equal values."""
 
     def leaf(tensor: Tensor) -> Tensor:
         return tensor.detach().double().clone().requires_grad_()
@@ -57,27 +57,27 @@ def in_float64(inputs: Inputs) -> Inputs:
     )
 
 
-def truth(case: Case, given: Inputs) -> dict[str, Tensor]:
-    """fastlstm.reference layer by layer, with autograd's gradients; named as Program.results names them."""
-    y, h_n, c_n = given.x, [], []
+def reference_results(case: Case, inputs: Inputs) -> dict[str, Tensor]:
+    """Run fastlstm.reference layer by layer, with gradients by autograd; keys as in Program.results."""
+    y, h_n, c_n = inputs.x, [], []
     for layer in range(case.L):
-        own = [w for name, w in given.weights.items() if name.split("_l")[1].split("_")[0] == str(layer)]
+        layer_weights = [w for name, w in inputs.weights.items() if name.split("_l")[1].split("_")[0] == str(layer)]
         directions = slice(layer * case.D, (layer + 1) * case.D)
-        h0, c0 = (None, None) if given.hx is None else (given.hx[0][directions], given.hx[1][directions])
-        y, h, c, _ = reference.layer(y, h0, c0, own, given.lengths)
+        h0, c0 = (None, None) if inputs.hx is None else (inputs.hx[0][directions], inputs.hx[1][directions])
+        y, h, c, _ = reference.layer(y, h0, c0, layer_weights, inputs.lengths)
         h_n.append(h)
         c_n.append(c)
-    leaves = {"d_x": given.x, **{f"d_{name}": weight for name, weight in given.weights.items()}}
-    if given.hx is not None:
-        leaves |= {"d_h0": given.hx[0], "d_c0": given.hx[1]}
-    gradients = torch.autograd.grad(y, list(leaves.values()), given.grad_output)
+    leaves = {"d_x": inputs.x, **{f"d_{name}": weight for name, weight in inputs.weights.items()}}
+    if inputs.hx is not None:
+        leaves |= {"d_h0": inputs.hx[0], "d_c0": inputs.hx[1]}
+    gradients = torch.autograd.grad(y, list(leaves.values()), inputs.grad_output)
     outputs = dict(zip(OUTPUTS, (y, torch.cat(h_n), torch.cat(c_n)), strict=True))
     return {**outputs, **dict(zip(leaves, gradients, strict=True))}
 
 
-def judge(results: Mapping[str, Tensor], expected: Expected, mode: str) -> Accuracy:
-    """The accuracy of the result closest to, or furthest beyond, what is allowed; a missing result is wrong."""
+def check_accuracy(results: Mapping[str, Tensor], expected: Expected, mode: str) -> Accuracy:
+    """Return the accuracy of the worst result, relative to its bound; a missing result is wrong."""
     missing = torch.empty(0)  # no result has this shape
     return compare(
-        {name: results.get(name, missing) for name in expected.names(mode)}, expected.truth, expected.bounds
+        {name: results.get(name, missing) for name in expected.names(mode)}, expected.reference, expected.bounds
     )[0]

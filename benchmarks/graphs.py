@@ -1,6 +1,6 @@
-"""A program captured in CUDA graphs, so that a host that launches slowly does not decide a comparison: `GraphProgram`.
+"""A program captured in CUDA graphs, so that the host's launch overhead does not decide a comparison: `GraphProgram`.
 
-A replay is one launch, whatever is inside. What a user pays without a graph is measured beside it.
+A replay is one launch. Times without a graph, which users without one get, are measured next to it.
 """
 
 from __future__ import annotations
@@ -13,21 +13,21 @@ import torch
 
 from benchmarks.programs import Outputs, Program
 
-WARM_UP = 3  # calls before a capture: cuDNN, cuBLAS and Triton choose and allocate in the first ones
+WARM_UP = 3  # calls before a capture: cuDNN, cuBLAS and Triton select algorithms and allocate in the first ones
 
 
 @dataclass(frozen=True)
 class Graph:
-    """A captured call. `replay` runs it on the memory it was captured with and returns `outputs`, always the same."""
+    """A captured call. `replay` runs it on the memory of the capture and returns `outputs`, always the same tensors."""
 
     replay: Callable[[], Outputs]
     outputs: Outputs
 
 
 def capture(run: Callable[[], Outputs]) -> Graph:
-    """`run` in a CUDA graph; a capture executes nothing, so outputs and gradients hold no numbers before a replay.
+    """Capture `run` in a CUDA graph. A capture executes nothing: outputs and gradients are undefined before a replay.
 
-    The outputs are detached: the nodes of their autograd graph would hold on to the streams of the capture.
+    The outputs are detached, because nodes of their autograd graph would keep the streams of the capture alive.
     """
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
@@ -56,14 +56,14 @@ class GraphProgram(Program):
 
     @contextmanager
     def mode(self, mode: str) -> Iterator[Callable[[], Outputs]]:
-        """As the program's; the function to run replays."""
+        """Enter the program's mode; the function it yields replays the graph."""
         with self.program.mode(mode) as run:
             if mode not in self.graphs:
                 self.graphs[mode] = capture(run)
             yield self.graphs[mode].replay
 
     def results(self, mode: str) -> dict[str, torch.Tensor]:
-        """One replay's, over NaN: what the graph does not compute is wrong, and no leftover of the capture is right."""
+        """Fill outputs and gradients with NaN, then replay, so that whatever the graph does not compute is wrong."""
         with self.mode(mode) as replay, torch.no_grad():
             gradients = [leaf.grad for leaf in self.program.leaves if leaf.grad is not None]
             for written in (*self.graphs[mode].outputs, *(gradients if mode == "train" else ())):

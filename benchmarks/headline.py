@@ -1,4 +1,4 @@
-"""The README's table and figure: a few rows of the committed CSVs, losses included. `rows`, `markdown`, `draw`.
+"""The README's table and figure: selected rows of the committed CSVs, slowdowns included. `rows`, `markdown`, `draw`.
 
 python -m benchmarks.report --readme README.md writes both.
 """
@@ -14,7 +14,7 @@ from benchmarks.results import RESULTS, Row
 
 CPU = "intel-r-xeon-r-processor-avx512-2-threads/cpu"
 GPU = "nvidia-h100-80gb-hbm3/gpu"
-# us per step by kind of CUDA kernel; a table of another kind, with columns of its own.
+# us per step by CUDA kernel variant; a table with other columns.
 KERNELS = "nvidia-h100-80gb-hbm3/kernels/tiers"
 FIGURE = RESULTS / "headline.png"
 
@@ -50,16 +50,16 @@ def path_of(name: str) -> Path:
 
 
 def rows() -> list[Headline]:
-    """The selected rows, read from the CSVs. Raises LookupError for a case that a CSV does not have."""
+    """The selected rows, read from the CSVs. Raises LookupError if a CSV lacks a case."""
     read = {name: results.read(path_of(name)) for name in (CPU, GPU)}
-    found = []
+    selected = []
     for device, workload, name, case in SELECTED:
         if isinstance(case, tuple):
             nn_ms, ms, forward_nn_ms, forward_ms = _of_kernels(path_of(name), *case)
         else:
             (nn_ms, ms), (forward_nn_ms, forward_ms) = (_times(read[name], case, mode) for mode in ("train", "forward"))
-        found.append(Headline(device, workload, nn_ms, ms, nn_ms / ms, forward_nn_ms / forward_ms))
-    return found
+        selected.append(Headline(device, workload, nn_ms, ms, nn_ms / ms, forward_nn_ms / forward_ms))
+    return selected
 
 
 def _times(rows: list[Row], case: str, mode: str) -> tuple[float, float]:
@@ -117,17 +117,17 @@ def draw(path: Path = FIGURE) -> Path:
     """Dot plot of the table's speedups on a log axis, with the line of equal speed."""
     from benchmarks import plot
 
-    found = rows()
-    figure, axes = plot.plt.subplots(figsize=(8.6, 0.9 + 0.33 * len(found)), layout="constrained")
-    heights = list(range(len(found) - 1, -1, -1))
+    selected = rows()
+    figure, axes = plot.plt.subplots(figsize=(8.6, 0.9 + 0.33 * len(selected)), layout="constrained")
+    heights = list(range(len(selected) - 1, -1, -1))
     for mode, offset in (("train", 0.13), ("forward", -0.13)):
-        values = [row.train if mode == "train" else row.forward for row in found]
+        values = [row.train if mode == "train" else row.forward for row in selected]
         at = [height + offset for height in heights]
         axes.hlines(at, 1, values, color=plot.COLOURS[mode], alpha=0.35, linewidth=2)
         axes.plot(values, at, "o", color=plot.COLOURS[mode], markersize=6, label=plot.LABELS[mode])
-    axes.set_yticks(heights, [f"{row.device}, {row.workload}" for row in found], fontsize=9)
-    axes.set_ylim(-0.6, len(found) - 0.4)
-    plot.ratio_axis(axes, [value for row in found for value in (row.train, row.forward)], vertical=False)
+    axes.set_yticks(heights, [f"{row.device}, {row.workload}" for row in selected], fontsize=9)
+    axes.set_ylim(-0.6, len(selected) - 0.4)
+    plot.ratio_axis(axes, [value for row in selected for value in (row.train, row.forward)], vertical=False)
     axes.legend(loc="lower right", fontsize=9, frameon=False)
     figure.savefig(path, dpi=130, metadata={"Software": None})
     plot.plt.close(figure)

@@ -1,7 +1,7 @@
-"""How much of the machine other processes took while something was measured: `others`; and waiting for calm.
+"""The background load, other processes' share of CPU time, during a measurement; and waiting for an idle machine.
 
-A neighbour that holds one core stalls every parallel region at its barrier, and hits the implementation with more
-regions hardest: times grow a hundredfold and the ratio means nothing. So every row says how quiet it was.
+A process that occupies one core delays the barrier of every parallel region, most of all in the implementation with the
+most regions: times grow a hundredfold and ratios are meaningless. So every row records its background load.
 """
 
 from __future__ import annotations
@@ -11,12 +11,12 @@ import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-# Above this share of all CPU time a measurement is repeated, and marked if it stays so.
-BUSY = 0.10
+# Above this share of all CPU time a measurement is repeated, and marked if the load remains.
+MAX_BACKGROUND_LOAD = 0.10
 
 
-def _busy_seconds() -> float | None:
-    """CPU seconds all processes together, and the hypervisor's other guests, have used since boot; None off Linux."""
+def _used_cpu_seconds() -> float | None:
+    """CPU seconds used since boot by all processes and by the hypervisor's other guests; None if not on Linux."""
     try:
         user, nice, system, _idle, _wait, irq, softirq, steal = map(
             int, Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9]
@@ -33,35 +33,35 @@ def _seconds_of(pids: Iterable[int]) -> float:
         try:
             words = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
         except (OSError, IndexError):
-            continue  # off Linux
+            continue  # not on Linux
         used += (int(words[11]) + int(words[12])) / os.sysconf("SC_CLK_TCK")
     return used
 
 
-def others(pids: Iterable[int] = ()) -> Callable[[], float | None]:
-    """Start watching; the returned function gives the share of CPU time, 0 to 1, of other processes since then.
+def background_load(pids: Iterable[int] = ()) -> Callable[[], float | None]:
+    """Start measuring; the returned function gives other processes' share of CPU time, 0 to 1, since this call.
 
     pids: running processes that belong to the measurement, besides this one; they must outlive it.
     """
     pids = tuple(pids)
-    before, mine, start = _busy_seconds(), _seconds_of(pids), time.monotonic()
+    before, own_before, start = _used_cpu_seconds(), _seconds_of(pids), time.monotonic()
 
     def share() -> float | None:
-        after = _busy_seconds()
+        after = _used_cpu_seconds()
         if before is None or after is None:
             return None
         available = max(time.monotonic() - start, 1e-3) * (os.cpu_count() or 1)
-        return min(1.0, max(0.0, (after - before - (_seconds_of(pids) - mine)) / available))
+        return min(1.0, max(0.0, (after - before - (_seconds_of(pids) - own_before)) / available))
 
     return share
 
 
-def wait_for_quiet(seconds: float, glance: float = 0.5) -> None:
-    """Returns once the others' share over a `glance` was at most BUSY, or after `seconds`, or at once off Linux."""
+def wait_for_idle(seconds: float, interval: float = 0.5) -> None:
+    """Wait until the load over an `interval` is at most MAX_BACKGROUND_LOAD, or for `seconds`. Linux only."""
     until = time.monotonic() + seconds
     while time.monotonic() < until:
-        share = others()
-        time.sleep(glance)
-        busy = share()
-        if busy is None or busy <= BUSY:
+        measured_load = background_load()
+        time.sleep(interval)
+        load = measured_load()
+        if load is None or load <= MAX_BACKGROUND_LOAD:
             return

@@ -1,6 +1,6 @@
-"""The machine: what it is (`describe`), and what it can do (`Limit`, measured beside the cases).
+"""The machine: its description (`describe`), and its peak rates (`Peak`), measured next to each case.
 
-A limit is the rate of one big matrix product at the case's own dtype, and on a GPU a copy through its memory too.
+The peaks are the rate of one large GEMM in the case's dtype and, on a GPU, of a copy through its memory.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch
 
 import fastlstm
 from benchmarks.cases import TORCH_DTYPES, Case
-from benchmarks.measure import Contender, Plan, alternate, timer_for
+from benchmarks.measure import Measurement, Plan, alternate, timer_for
 
 ROOT = Path(__file__).resolve().parent.parent
 GEMM_SIZE = {"cpu": 1024, "cuda": 8192}
@@ -24,13 +24,13 @@ COPY_BYTES = 1 << 30
 
 
 def cpu_model() -> str:
-    """As the kernel names it, else as platform does."""
+    """The CPU's name by /proc/cpuinfo, otherwise by platform."""
     try:
         text = Path("/proc/cpuinfo").read_text()
     except OSError:
         text = ""
-    found = re.search(r"^model name\s*: (.*)$", text, re.MULTILINE)
-    return found.group(1).strip() if found else platform.processor() or platform.machine()
+    match = re.search(r"^model name\s*: (.*)$", text, re.MULTILINE)
+    return match.group(1).strip() if match else platform.processor() or platform.machine()
 
 
 def commit() -> str:
@@ -41,7 +41,7 @@ def commit() -> str:
         return done.stdout.strip()
 
     try:
-        # A benchmark's own CSVs and plots do not change what was measured.
+        # A benchmark's CSVs and plots do not change the code that was measured.
         changed = git("status", "--porcelain", "--", ":!benchmarks/results", ":!README.md", ":!docs/benchmarks.md")
         return git("rev-parse", "--short=12", "HEAD") + ("-dirty" if changed else "")
     except (OSError, subprocess.CalledProcessError):
@@ -49,7 +49,7 @@ def commit() -> str:
 
 
 def driver() -> str:
-    """NVIDIA driver version, or "" where nvidia-smi gives none."""
+    """NVIDIA driver version, or "" if nvidia-smi reports none."""
     query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
     try:
         done = subprocess.run(query, capture_output=True, text=True, check=True, timeout=20)
@@ -79,7 +79,7 @@ def describe(device: str) -> dict[str, object]:
 
 
 def slug(machine: dict[str, object]) -> str:
-    """Folder name under benchmarks/results: the device; of a CPU also its vectors, which names hide, and threads."""
+    """Folder name under benchmarks/results: the device; for a CPU also its vector extension and threads."""
     name = str(machine["device"])
     if name == machine["cpu"]:
         name += f" {machine['cpu_capability']} {machine['threads']} threads"
@@ -87,7 +87,7 @@ def slug(machine: dict[str, object]) -> str:
 
 
 def has_fast_bf16() -> bool:
-    """Whether this CPU multiplies bfloat16 in hardware (AVX512_BF16, AMX, or Arm's BF16)."""
+    """Returns true if this CPU multiplies bfloat16 in hardware (AVX512_BF16, AMX, or Arm's BF16)."""
     try:
         flags = Path("/proc/cpuinfo").read_text()
     except OSError:
@@ -95,10 +95,10 @@ def has_fast_bf16() -> bool:
     return bool(re.search(r"\b(avx512_bf16|amx_bf16|avx_ne_convert|bf16)\b", flags))
 
 
-class Limit:
-    """The machine's own rate for a case's dtype. `sample` it before and after a case, then read it.
+class Peak:
+    """Peak rates of the machine in a case's dtype. Call `sample` before and after a case, then read the rates.
 
-    Under TF32 or IEEE the caller has set torch's precision already; the product obeys it like everything else.
+    The caller sets torch's precision (TF32 or IEEE), which applies to the GEMM as to the case.
     """
 
     def __init__(self, dtype: str, device: str) -> None:
@@ -112,20 +112,20 @@ class Limit:
         a, b = (torch.rand(n, n, device=device, dtype=TORCH_DTYPES[self.dtype]) for _ in range(2))
         out = torch.empty_like(a)
         self._flops = 2.0 * n**3
-        self._gemm = Contender.of(lambda: torch.mm(a, b, out=out))
+        self._gemm = Measurement.of(lambda: torch.mm(a, b, out=out))
         self._bytes = 2.0 * COPY_BYTES  # read once, written once
-        self._copy: Contender | None = None
+        self._copy: Measurement | None = None
         if device == "cuda":
             source = torch.empty(COPY_BYTES, dtype=torch.uint8, device=device)
-            target = torch.empty_like(source)
-            self._copy = Contender.of(lambda: target.copy_(source))
-        # Medians of a few samples right before and right after the case: the machine as the case saw it.
+            destination = torch.empty_like(source)
+            self._copy = Measurement.of(lambda: destination.copy_(source))
+        # Few samples, right before and right after the case, so that the machine is in the same state.
         self._plan = Plan(budget=0.0, min_rounds=3, warm_up=0.0)
 
     def sample(self) -> None:
-        contenders = {"gemm": self._gemm} | ({"copy": self._copy} if self._copy else {})
+        measurements = {"gemm": self._gemm} | ({"copy": self._copy} if self._copy else {})
         with torch.no_grad():
-            alternate(contenders, self._timer, self._plan)
+            alternate(measurements, self._timer, self._plan)
 
     def reset(self) -> None:
         self._gemm.samples.clear()
@@ -134,26 +134,26 @@ class Limit:
 
     @property
     def gemm_rate(self) -> float:
-        """Flops a second."""
+        """Flops per second."""
         return self._flops / float(torch.tensor(self._gemm.samples).median())
 
     @property
     def copy_rate(self) -> float | None:
-        """Bytes a second through the GPU's memory, reads and writes together; None on a CPU."""
+        """Bytes per second of a copy in GPU memory, reads plus writes; None on a CPU."""
         return self._bytes / float(torch.tensor(self._copy.samples).median()) if self._copy else None
 
-    def floor(self, case: Case, mode: str) -> float:
-        """Seconds below which `case` cannot go: its products at the gemm's rate or its traffic at the copy's.
+    def lower_bound(self, case: Case, mode: str) -> float:
+        """Lower bound of a case's time in seconds (roofline): its GEMMs at the peak rate, its traffic at the copy's.
 
-        Per-step synchronisation is not in it, so short steps stay well above it on a GPU. On a CPU the caches hold
-        what a GPU streams, and only the products count.
+        It excludes synchronization per step, so short steps on a GPU stay well above it. On a CPU only the GEMMs
+        count, because caches hold what a GPU streams from memory.
         """
-        products = case.flops(mode) / self.gemm_rate
-        return max(products, case_bytes(case, mode) / self.copy_rate) if self.copy_rate else products
+        compute = case.flops(mode) / self.gemm_rate
+        return max(compute, case_bytes(case, mode) / self.copy_rate) if self.copy_rate else compute
 
 
 def case_bytes(case: Case, mode: str) -> int:
-    """Bytes that must cross the GPU's memory at least once.
+    """Minimum traffic of a case in GPU memory, in bytes.
 
     Forward: x read, the output written, the weights read. Training adds the activated gates (4H) and the cell states
     (H) of every row, written and read back; x, the weights and the incoming gradient read; dx and dW written.

@@ -1,7 +1,7 @@
-"""Alternating timing: `alternate` runs A B A B ... in one process; `Spread` sums up what it saw.
+"""Interleaved timing: `alternate` runs A B A B ... in one process; `Spread` summarizes the samples.
 
-Absolute times on shared machines drift by tens of percent from minute to minute; contenders that take turns drift
-together, so their ratio stands.
+Absolute times on shared machines drift by tens of percent from minute to minute. Interleaved measurements share the
+drift, so it cancels in their ratio.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ Runnable = Callable[[], object]
 
 
 class Timer(Protocol):
-    """Seconds that `calls` calls of `run` take, all their work done."""
+    """Return the seconds that `calls` calls of `run` take until their work is done."""
 
     def __call__(self, run: Runnable, calls: int) -> float: ...
 
@@ -62,32 +62,32 @@ def timer_for(device: str) -> Timer:
 class Plan:
     """How long to measure. Seconds, except the rounds."""
 
-    budget: float = 3.0  # per case and mode, all contenders together
+    budget: float = 3.0  # per case and mode, all implementations together
     min_rounds: int = 7
-    slow_rounds: int = 3  # where min_rounds would take more than `patience`
+    slow_rounds: int = 3  # if min_rounds would take more than `patience`
     patience: float = 12.0
     max_rounds: int = 101
-    min_sample: float = 0.005  # one sample repeats its call until it lasts this long, so the timer costs nothing
-    warm_up: float = 0.05  # at least, and at least two calls
+    min_sample: float = 0.005  # one sample repeats its call until it lasts this long, so timer overhead is negligible
+    warm_up: float = 0.05  # min seconds; at least two calls
 
     def rounds(self, round_time: float) -> int:
         """An odd number of rounds, so that the median is one of them, for rounds of `round_time` seconds."""
-        wanted = max(self.min_rounds, min(self.max_rounds, int(self.budget / round_time)))
-        if wanted * round_time > max(self.patience, self.budget):
-            wanted = max(self.slow_rounds, int(max(self.patience, self.budget) / round_time))
-        return wanted | 1
+        rounds = max(self.min_rounds, min(self.max_rounds, int(self.budget / round_time)))
+        if rounds * round_time > max(self.patience, self.budget):
+            rounds = max(self.slow_rounds, int(max(self.patience, self.budget) / round_time))
+        return rounds | 1
 
 
 @dataclass
-class Contender:
-    """`enter` opens the context it runs in and gives the function to time; it is entered once per sample."""
+class Measurement:
+    """What is timed, and its samples. `enter` returns a context that yields the function to time, once per sample."""
 
     enter: Callable[[], AbstractContextManager[Runnable]]
     calls: int = 1
-    samples: list[float] = field(default_factory=list)  # seconds a call, one per round
+    samples: list[float] = field(default_factory=list)  # seconds per call, one per round
 
     @classmethod
-    def of(cls, run: Runnable) -> Contender:
+    def of(cls, run: Runnable) -> Measurement:
         return cls(lambda: nullcontext(run))
 
 
@@ -104,36 +104,36 @@ class Spread:
         return cls(*(float(p) for p in np.percentile(samples, [20, 50, 80])))
 
 
-def alternate(contenders: dict[str, Contender], timer: Timer, plan: Plan) -> int:
-    """Warms up and calibrates each contender, then fills their samples round by round. Returns the rounds run."""
+def alternate(measurements: dict[str, Measurement], timer: Timer, plan: Plan) -> int:
+    """Warm up and calibrate each measurement, then fill its samples round by round. Return the number of rounds."""
     collecting = gc.isenabled()
     gc.collect()
     gc.disable()
     try:
-        for contender in contenders.values():
-            contender.calls = calibrate(contender, timer, plan)
-        first = sum(sample(contender, timer) * contender.calls for contender in contenders.values())
+        for measurement in measurements.values():
+            measurement.calls = calibrate(measurement, timer, plan)
+        first = sum(sample(measurement, timer) * measurement.calls for measurement in measurements.values())
         rounds = plan.rounds(max(first, 1e-9))
         for _ in range(rounds):
-            for contender in contenders.values():
-                contender.samples.append(sample(contender, timer))
+            for measurement in measurements.values():
+                measurement.samples.append(sample(measurement, timer))
     finally:
         if collecting:
             gc.enable()
     return rounds
 
 
-def sample(contender: Contender, timer: Timer) -> float:
-    """Seconds a call. One untimed call first: the other contender has just had the caches and the thread pool."""
-    with contender.enter() as run:
-        if contender.calls > 1:
+def sample(measurement: Measurement, timer: Timer) -> float:
+    """Seconds per call. The first call is untimed: another measurement has just used the caches and thread pool."""
+    with measurement.enter() as run:
+        if measurement.calls > 1:
             run()
-        return timer(run, contender.calls) / contender.calls
+        return timer(run, measurement.calls) / measurement.calls
 
 
-def calibrate(contender: Contender, timer: Timer, plan: Plan) -> int:
-    """Calls a sample needs to last plan.min_sample; warms up on the way."""
-    with contender.enter() as run:
+def calibrate(measurement: Measurement, timer: Timer, plan: Plan) -> int:
+    """Warm up; return the number of calls a sample needs to last plan.min_sample."""
+    with measurement.enter() as run:
         once = timer(run, 1)
         if once > plan.warm_up:
             return 1

@@ -1,8 +1,8 @@
-"""Peak memory of a training step, each implementation in a process of its own: `peak_rows`.
+"""Peak memory of a training step, each implementation in a new process: `peak_rows`.
 
-python -m benchmarks.memory IMPL DEVICE THREADS CASE is that process. What it reports is the highest resident memory
-during two training steps above what was resident before them, when the inputs and weights are there and the libraries
-are warm; on CUDA, the same of the caching allocator's allocated bytes.
+python -m benchmarks.memory IMPL DEVICE THREADS CASE is that process. It reports the peak resident memory during two
+training steps minus that before them, after inputs and weights are allocated and libraries are warm; on CUDA, the same
+difference in the caching allocator's allocated bytes.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ import torch
 
 from benchmarks.cases import Case
 from benchmarks.data import make_inputs
+from benchmarks.implementations import IMPLEMENTATIONS
 from benchmarks.machine import ROOT
-from benchmarks.peers import PEERS
 from benchmarks.results import Row
 
 
 def peak_mib(impl: str, case: Case, device: str = "cpu") -> float:
     """MiB that a training step of `case` needs beyond its inputs and weights, measured in a new process.
 
-    Raises RuntimeError with the process's last words when it fails.
+    Raises RuntimeError with the process's last line of output if it fails.
     """
     command = [sys.executable, "-m", "benchmarks.memory", impl, device, str(torch.get_num_threads())]
     command.append(json.dumps(asdict(case)))
@@ -39,7 +39,7 @@ def peak_mib(impl: str, case: Case, device: str = "cpu") -> float:
 
 
 def peak_rows(suite: str, case: Case, impls: list[str], device: str = "cpu") -> list[Row]:
-    """One row per implementation; the ratio is nn.LSTM's peak over its own, and at least 1 is asked for."""
+    """One row per implementation; the ratio is nn.LSTM's peak / its peak, with a target of 1."""
     rows = []
     for impl in impls:
         row = Row(suite=suite, case=case.name, mode="memory", impl=impl, goal=None if impl == "nn" else 1.0)
@@ -65,7 +65,7 @@ def _status(field: str) -> int:
 
 
 def _cpu_peak(step: Callable[[], None]) -> int:
-    """Bytes resident at the highest during `step()` above those before it."""
+    """Peak resident bytes during `step()` minus those before it."""
     try:
         # Resets VmHWM, so that an earlier peak (imports, the warm-up) does not hide this one.
         Path("/proc/self/clear_refs").write_text("5")
@@ -87,10 +87,10 @@ def _cuda_peak(step: Callable[[], None]) -> int:
 
 
 def _measure(impl: str, case: Case, device: str) -> int:
-    """Bytes, in this process."""
+    """Peak bytes of two training steps, in this process."""
 
     def two_steps(of: Case) -> Callable[[], None]:
-        program = PEERS[impl].build(of, make_inputs(of, device))
+        program = IMPLEMENTATIONS[impl].build(of, make_inputs(of, device))
 
         def run() -> None:
             with program.mode("train") as step:
@@ -99,7 +99,7 @@ def _measure(impl: str, case: Case, device: str) -> int:
 
         return run
 
-    two_steps(replace(case, T=min(case.T, 2)))()  # thread pools, code pages and library workspaces come with this
+    two_steps(replace(case, T=min(case.T, 2)))()  # allocates thread pools, code pages and library workspaces
     steps = two_steps(case)
     return _cuda_peak(steps) if device == "cuda" else _cpu_peak(steps)
 

@@ -1,4 +1,4 @@
-"""The picture of a CSV: ratios nn.LSTM / fastlstm on a log scale with the line of equal speed. `draw`."""
+"""The plot of a CSV: ratios nn.LSTM / fastlstm on a log scale with the line of equal speed. `draw`."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from benchmarks.results import BASELINES, Row
 
 COLOURS = {"train": "#1f5fa8", "forward": "#e08214"}
 LABELS = {"train": "training step", "forward": "forward, no_grad"}
-# More cases than a reader would read the names of: one dot each, over their size.
+# Up to this many cases are named; more are a scatter plot over their flops.
 NAMED_CASES = 45
-BANDS = ((1, 16), (17, 64), (65, 256), (257, 1024), (1025, 1 << 30))  # of H, coloured alike
+BANDS = ((1, 16), (17, 64), (65, 256), (257, 1024), (1025, 1 << 30))  # of H, one colour each
 TICKS = (0.1, 0.2, 0.5, 1, 2, 3, 5, 8, 12, 20, 40, 80, 160)
 
 
 def draw(rows: list[Row], path: Path) -> Path | None:
-    """Writes the PNG; None when no row has both a time and a ratio."""
+    """Write the PNG; return None if no row has both a time and a ratio."""
     timed = [row for row in rows if row.ratio and row.impl not in BASELINES and row.mode in COLOURS]
     if not timed:
         return None
-    # One implementation a picture: fastlstm's own where it was measured.
+    # One implementation per plot: fastlstm if it was measured.
     impl = "fastlstm" if any(row.impl == "fastlstm" for row in timed) else timed[0].impl
     timed = [row for row in timed if row.impl == impl]
     cases = list(dict.fromkeys(row.case for row in timed))
@@ -46,12 +46,12 @@ def _named(rows: list[Row], cases: list[str]) -> plt.Figure:
     figure, axes = plt.subplots(figsize=(9.5, 1.6 + 0.36 * len(cases)), layout="constrained")
     height = {case: len(cases) - 1 - k for k, case in enumerate(cases)}
     for mode, offset in (("train", 0.14), ("forward", -0.14)):
-        found = [row for row in rows if row.mode == mode]
-        if not found:
+        in_mode = [row for row in rows if row.mode == mode]
+        if not in_mode:
             continue
-        at = [height[row.case] + offset for row in found]
-        axes.hlines(at, 1, [row.ratio for row in found], color=COLOURS[mode], alpha=0.35, linewidth=2)
-        axes.plot([row.ratio for row in found], at, "o", color=COLOURS[mode], markersize=6, label=LABELS[mode])
+        at = [height[row.case] + offset for row in in_mode]
+        axes.hlines(at, 1, [row.ratio for row in in_mode], color=COLOURS[mode], alpha=0.35, linewidth=2)
+        axes.plot([row.ratio for row in in_mode], at, "o", color=COLOURS[mode], markersize=6, label=LABELS[mode])
     axes.set_yticks(list(height.values()), list(height), fontsize=9)
     axes.set_ylim(-0.7, len(cases) - 0.3)
     ratio_axis(axes, [row.ratio for row in rows], vertical=False)
@@ -60,23 +60,23 @@ def _named(rows: list[Row], cases: list[str]) -> plt.Figure:
 
 
 def _scattered(rows: list[Row]) -> plt.Figure:
-    """Ratio over the case's flops, coloured by bands of the hidden size; one panel a mode."""
+    """Ratio over the case's flops, coloured by bands of the hidden size; one panel per mode."""
     modes = [mode for mode in COLOURS if any(row.mode == mode for row in rows)]
     figure, panels = plt.subplots(
         1, len(modes), figsize=(5.5 * len(modes), 4.6), sharey=True, squeeze=False, layout="constrained"
     )
     shades = plt.get_cmap("viridis", len(BANDS))
     for axes, mode in zip(panels[0], modes, strict=True):
-        for k, (least, most) in enumerate(BANDS):
-            found = [row for row in rows if row.mode == mode and least <= row.H <= most]
+        for k, (low, high) in enumerate(BANDS):
+            in_band = [row for row in rows if row.mode == mode and low <= row.H <= high]
             axes.plot(
-                [row.flops for row in found],
-                [row.ratio for row in found],
+                [row.flops for row in in_band],
+                [row.ratio for row in in_band],
                 "o",
                 markersize=5,
                 alpha=0.8,
                 color=shades(k),
-                label=f"H = {least} to {most}" if most < 1 << 30 else f"H ≥ {least}",
+                label=f"H = {low} to {high}" if high < 1 << 30 else f"H ≥ {low}",
             )
         axes.set_xscale("log")
         axes.set_xlabel("flops of the case")

@@ -1,6 +1,6 @@
 """One implementation of one case, ready to run: `Program`.
 
-Every program runs the same forward and the same training step; only the module inside differs.
+All programs run the same forward and the same training step with different modules.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ Outputs = tuple[Tensor, Tensor, Tensor]
 class Program:
     """`forward` or `train_step`, run inside `mode(...)`; `results` gives their numbers under common names.
 
-    A training step is what a user pays: set the gradients to None, forward, backward from a fixed gradient of the
-    output, with gradients for x and for every weight (and for hx in a streaming case).
+    A training step sets the gradients to None, then runs forward, and backward from a fixed gradient of the output,
+    with gradients for x, for every weight, and for hx in a streaming case.
     """
 
     def __init__(self, case: Case, inputs: Inputs, module: nn.Module, backend: str | None = None) -> None:
@@ -51,7 +51,7 @@ class Program:
 
     @contextmanager
     def mode(self, mode: str) -> Iterator[Callable[[], Outputs]]:
-        """Enters "train" or "forward" (no_grad, eval) and gives the function to run there."""
+        """Enter "train" or "forward" (no_grad, eval), and yield the function to run in it."""
         with ExitStack() as stack:
             stack.enter_context(torch.set_grad_enabled(mode == "train"))
             if self.backend is not None:
@@ -60,31 +60,31 @@ class Program:
             yield self.train_step if mode == "train" else self.forward
 
     def results(self, mode: str) -> dict[str, Tensor]:
-        """One run's output, h_n, c_n and, in training, every gradient; padded, and named alike in all programs."""
+        """Run once; return output, h_n, c_n and, in training, all gradients: padded, under common keys."""
         with self.mode(mode) as run:
             return self.named_results(mode, run())
 
     def named_results(self, mode: str, outputs: Outputs) -> dict[str, Tensor]:
-        """`outputs` of a run and the gradients it left."""
+        """Name the outputs of a run and its gradients."""
         output, h_n, c_n = (t.detach() for t in outputs)
-        found = {"output": self._padded(output), "h_n": h_n, "c_n": c_n}
+        results = {"output": self._padded(output), "h_n": h_n, "c_n": c_n}
         if mode == "forward":
-            return found
-        found["d_x"] = self._padded(gradient(self.x))
+            return results
+        results["d_x"] = self._padded(gradient(self.x))
         if self.hx is not None:
-            found |= {"d_h0": gradient(self.hx[0]), "d_c0": gradient(self.hx[1])}
-        return found | {f"d_{name}": value for name, value in self.weight_gradients().items()}
+            results |= {"d_h0": gradient(self.hx[0]), "d_c0": gradient(self.hx[1])}
+        return results | {f"d_{name}": value for name, value in self.weight_gradients().items()}
 
     def chosen(self) -> tuple[str, str | None]:
-        """(backend that fastlstm runs this on, None), or ("", why the one asked for cannot); ("", None) for others."""
+        """(backend that runs this, None), or ("", reason that the requested one cannot); ("", None) if not fastlstm."""
         if self.backend is None:
             return "", None
         with fastlstm.use_backend(self.backend):
-            told = fastlstm.explain(*self.example())
-        return told.backend, None if told.backend else told.reasons[self.backend]
+            explanation = fastlstm.explain(*self.example())
+        return explanation.backend, None if explanation.backend else explanation.reasons[self.backend]
 
     def example(self) -> tuple[object, ...]:
-        """A module and the arguments of one call of it."""
+        """A module and the arguments of one call to it."""
         raise NotImplementedError
 
     def weight_gradients(self) -> dict[str, Tensor]:
@@ -96,7 +96,7 @@ class Program:
 
 
 def gradient(leaf: Tensor) -> Tensor:
-    """The gradient of a leaf; NaN where an implementation left none, so that the gate refuses it."""
+    """The gradient of a leaf; NaN if an implementation computed none, so that the gate refuses it."""
     return torch.full_like(leaf, float("nan")).detach() if leaf.grad is None else leaf.grad
 
 
@@ -145,12 +145,12 @@ class CellsProgram(Program):
 
 def build_program(case: Case, inputs: Inputs, lstm: type, cell: type, backend: str | None = None) -> Program:
     """The program of classes with nn.LSTM's and nn.LSTMCell's constructors, holding the case's weights."""
-    place = {"device": inputs.x.device, "dtype": inputs.x.dtype}
+    factory = {"device": inputs.x.device, "dtype": inputs.x.dtype}
     if case.kind != "cells":
-        module = lstm(case.I, case.H, case.L, bidirectional=case.bidirectional, proj_size=case.proj, **place)
+        module = lstm(case.I, case.H, case.L, bidirectional=case.bidirectional, proj_size=case.proj, **factory)
         module.load_state_dict(inputs.weights)
         return SequenceProgram(case, inputs, module, backend)
-    cells = nn.ModuleList(cell(case.I if k == 0 else case.H, case.H, **place) for k in range(case.L))
-    for k, one in enumerate(cells):
-        one.load_state_dict({name: inputs.weights[f"{name}_l{k}"] for name, _ in one.named_parameters()})
+    cells = nn.ModuleList(cell(case.I if k == 0 else case.H, case.H, **factory) for k in range(case.L))
+    for k, cell_k in enumerate(cells):
+        cell_k.load_state_dict({name: inputs.weights[f"{name}_l{k}"] for name, _ in cell_k.named_parameters()})
     return CellsProgram(case, inputs, cells, backend)

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from benchmarks import headline, results
-from benchmarks.load import BUSY
+from benchmarks.load import MAX_BACKGROUND_LOAD
 from benchmarks.results import BASELINES, ModelRow, Row
 
 HEADINGS = {
@@ -35,7 +35,7 @@ def geometric_mean(ratios: Iterable[float]) -> float:
 
 def markdown(rows: list[Row]) -> str:
     """The tables of one CSV, with the line that says where it was measured."""
-    body = {"grid": _many, "random": _many, "scaling": _scaling, "models": _models}.get(rows[0].suite, _tables)
+    body = {"grid": _summary, "random": _summary, "scaling": _scaling, "models": _models}.get(rows[0].suite, _tables)
     return "\n\n".join([_provenance(rows), *body(rows)])
 
 
@@ -52,7 +52,7 @@ def _provenance(rows: list[Row]) -> str:
 
 
 def _busy(row: Row) -> bool:
-    return row.others_cpu is not None and row.others_cpu > BUSY
+    return row.others_cpu is not None and row.others_cpu > MAX_BACKGROUND_LOAD
 
 
 def _table(headings: list[str], lines: Iterable[list[str]]) -> str:
@@ -63,9 +63,9 @@ def _table(headings: list[str], lines: Iterable[list[str]]) -> str:
 
 def _pairs(rows: list[Row], mode: str) -> list[tuple[Row, Row]]:
     """(nn.LSTM's row, another's row) for every case of a mode, in file order."""
-    theirs = {row.case: row for row in rows if row.mode == mode and row.impl == "nn"}
-    others = [row for row in rows if row.mode == mode and row.impl not in BASELINES]
-    return [(theirs[row.case], row) for row in others if row.case in theirs]
+    nn_rows = {row.case: row for row in rows if row.mode == mode and row.impl == "nn"}
+    other_rows = [row for row in rows if row.mode == mode and row.impl not in BASELINES]
+    return [(nn_rows[row.case], row) for row in other_rows if row.case in nn_rows]
 
 
 def _tables(rows: list[Row]) -> list[str]:
@@ -78,7 +78,7 @@ def _tables(rows: list[Row]) -> list[str]:
     parts = []
     for mode in dict.fromkeys(row.mode for row in rows):
         pairs = _pairs(rows, mode)
-        if not pairs:  # one of fastlstm's ways beside another
+        if not pairs:  # a feature without nn.LSTM
             continue
         headings = [
             "case",
@@ -100,28 +100,28 @@ def _tables(rows: list[Row]) -> list[str]:
             parts.append(f"Geometric mean {geometric_mean(ratios):.2f}x; min {min(ratios):.2f}x.")
     if graphs:
         parts.append("Speedups are relative to the faster of nn.LSTM as called and nn.LSTM in a CUDA graph.")
-    limits = dict.fromkeys(row.limit for row in rows if row.limit)
-    if limits:
+    peaks = dict.fromkeys(row.limit for row in rows if row.limit)
+    if peaks:
         parts.append(
-            f"Peak: the rate measured on the machine next to each case: {', '.join(limits)}"
+            f"Peak: the rate measured on the machine next to each case: {', '.join(peaks)}"
             + (", or a copy through memory." if any(row.limit_gbytes for row in rows) else ".")
         )
     return parts
 
 
-def _many(rows: list[Row]) -> list[str]:
+def _summary(rows: list[Row]) -> list[str]:
     """Summarize a suite of many cases, and list the lowest speedups."""
     lines = []
     pairs = {mode: [row for _, row in _pairs(rows, mode) if row.impl == "fastlstm"] for mode in ("train", "forward")}
-    for mode, found in pairs.items():
-        ratios = [row.ratio for row in found if row.ratio]
+    for mode, measured in pairs.items():
+        ratios = [row.ratio for row in measured if row.ratio]
         if not ratios:
             continue
-        big = [row.fraction for row in found if row.fraction and row.H >= 256 and row.B >= 32]
+        large = [row.fraction for row in measured if row.fraction and row.H >= 256 and row.B >= 32]
         below = sum(ratio < 1 for ratio in ratios)
-        wrong = sum(row.status.startswith(("WRONG", "failed")) for row in found)
-        shown = [str(len(found)), f"{geometric_mean(ratios):.2f}x", f"{min(ratios):.2f}x", str(below), str(wrong)]
-        lines.append([HEADINGS[mode], *shown, _percent(min(big, default=None))])
+        wrong = sum(row.status.startswith(("WRONG", "failed")) for row in measured)
+        shown = [str(len(measured)), f"{geometric_mean(ratios):.2f}x", f"{min(ratios):.2f}x", str(below), str(wrong)]
+        lines.append([HEADINGS[mode], *shown, _percent(min(large, default=None))])
     headings = [
         rows[0].suite,
         "cases",
@@ -131,10 +131,12 @@ def _many(rows: list[Row]) -> list[str]:
         "wrong",
         "min % of peak, H ≥ 256 and B ≥ 32",
     ]
-    worst = sorted((row for found in pairs.values() for row in found if row.ratio), key=lambda row: row.ratio)[:WORST]
-    theirs = {(row.case, row.mode): row for row in rows if row.impl == "nn"}
+    worst = sorted((row for measured in pairs.values() for row in measured if row.ratio), key=lambda row: row.ratio)[
+        :WORST
+    ]
+    nn_rows = {(row.case, row.mode): row for row in rows if row.impl == "nn"}
     shown = [
-        [f"{row.case}, {row.mode}", _ms(theirs[row.case, row.mode]), _ms(row), _ratio(row), _percent(row.fraction)]
+        [f"{row.case}, {row.mode}", _ms(nn_rows[row.case, row.mode]), _ms(row), _ratio(row), _percent(row.fraction)]
         for row in worst
     ]
     return [
@@ -187,9 +189,9 @@ def _relative(pairs: list[tuple[Row, Row]], unit: str, cost: Callable[[Row], flo
     first = cost(pairs[0][1])
     lines = []
     for nn, row in pairs:
-        own = cost(row)
-        beside = f"{own / first:.2f}x" if own and first else ""
-        lines.append([row.case, _number(cost(nn)), _number(own), beside, _ratio(row)])
+        value = cost(row)
+        relative = f"{value / first:.2f}x" if value and first else ""
+        lines.append([row.case, _number(cost(nn)), _number(value), relative, _ratio(row)])
     return _table(["case", f"nn.LSTM {unit}", f"fastlstm {unit}", "relative to the first", "speedup"], lines)
 
 
@@ -222,7 +224,7 @@ def marker_of(file: Path) -> str:
     return path.relative_to(results.RESULTS).as_posix() if path.is_relative_to(results.RESULTS) else path.name
 
 
-def put_in(document: Path, marker: str, text: str) -> bool:
+def replace_section(document: Path, marker: str, text: str) -> bool:
     """Replace the text between the markers; return False if the file has none of that name."""
     start, end = f"<!-- benchmarks:{marker} -->", f"<!-- /benchmarks:{marker} -->"
     old = document.read_text()
@@ -241,16 +243,16 @@ def link(document: Path, image: Path, alt: str) -> str:
 
 def sections(files: Iterable[Path], document: Path) -> dict[str, str]:
     """The text of each CSV, and of all CSVs of each suite, by marker; an image is linked if there is one."""
-    found: dict[str, str] = {}
+    by_marker: dict[str, str] = {}
     suites: dict[str, list[str]] = {}
     for file in files:
         rows = results.read(file)
         if rows:
             image, text = file.with_suffix(".png"), markdown(rows)
             alt = f"Speedup of fastlstm over nn.LSTM, suite {rows[0].suite}, {rows[0].device}"
-            found[marker_of(file)] = f"{text}\n\n{link(document, image, alt)}" if image.exists() else text
-            suites.setdefault(rows[0].suite, []).append(found[marker_of(file)])
-    return {suite: "\n\n".join(texts) for suite, texts in suites.items()} | found
+            by_marker[marker_of(file)] = f"{text}\n\n{link(document, image, alt)}" if image.exists() else text
+            suites.setdefault(rows[0].suite, []).append(by_marker[marker_of(file)])
+    return {suite: "\n\n".join(texts) for suite, texts in suites.items()} | by_marker
 
 
 def headline_section(document: Path) -> str:
@@ -283,9 +285,9 @@ def main(arguments: list[str] | None = None) -> int:
         if "<!-- benchmarks:headline -->" in options.readme.read_text():
             if not options.no_plots:
                 headline.draw()
-            put_in(options.readme, "headline", headline_section(options.readme))
+            replace_section(options.readme, "headline", headline_section(options.readme))
         for marker, text in sections(files, options.readme).items():
-            put_in(options.readme, marker, text)
+            replace_section(options.readme, marker, text)
     return 0
 
 

@@ -15,29 +15,29 @@ RESULTS = Path(__file__).resolve().parent / "results"
 
 @dataclass
 class Row:
-    """Columns in file order. Times are milliseconds a call; an empty field was not measured."""
+    """Columns in file order. Times are milliseconds per call; an empty field was not measured."""
 
     suite: str
     case: str
     mode: str  # train, forward, or memory
     impl: str
-    backend: str = ""  # what ran inside: fastlstm's backend, cuDNN's algorithm
+    backend: str = ""  # fastlstm's backend, or cuDNN's algorithm
     status: str = "ok"  # ok; WRONG: the numbers; failed: the exception; skipped: why
     p20_ms: float | None = None
     p50_ms: float | None = None
     p80_ms: float | None = None
-    ratio: float | None = None  # baseline p50 / this p50; the baseline is nn, or nn_graph where that is faster
+    ratio: float | None = None  # baseline p50 / this p50; the baseline is nn, or nn_graph if that is faster
     ratio_rounds: float | None = None  # median of the rounds' own ratios baseline / this
-    goal: float | None = None
-    fraction: float | None = None  # of the machine's limit: floor_ms / p50_ms
-    floor_ms: float | None = None
+    goal: float | None = None  # target ratio
+    fraction: float | None = None  # of the machine's peak: floor_ms / p50_ms
+    floor_ms: float | None = None  # lower bound by the peaks (machine.py)
     us_per_step: float | None = None
     ns_per_row: float | None = None  # a row is one time step of one sequence; padding does not count
-    peak_mib: float | None = None  # memory rows: resident above what was there before the step
+    peak_mib: float | None = None  # memory rows: peak resident memory minus that before the step
     rounds: int | None = None
-    calls: int | None = None  # a sample's repetitions
-    others_cpu: float | None = None  # share of the CPUs that other processes took meanwhile; above 0.1 is too much
-    gate_T: int | None = None  # the length the correctness gate ran
+    calls: int | None = None  # per sample
+    others_cpu: float | None = None  # background load: share of the CPUs that other processes used (load.py)
+    gate_T: int | None = None  # T of the accuracy gate
     error: float | None = None  # of the gate's worst tensor, max norm against float64
     error_allowed: float | None = None
     T: int | None = None
@@ -51,7 +51,7 @@ class Row:
     rows: int | None = None  # T * B, or the sum of the lengths
     dtype: str = ""
     flops: int | None = None
-    limit: str = ""  # what the limit is
+    limit: str = ""  # the peak: size and dtype of the GEMM
     limit_gflops: float | None = None
     limit_gbytes: float | None = None
     device: str = ""
@@ -75,11 +75,11 @@ class ModelRow(Row):
 
     package: str = ""  # name and version
     lstms: int | None = None  # LSTM and LSTMCell modules converted
-    lstm_share: float | None = None  # the LSTMs' part of the time, 0 to 1, timed by hooks in runs of their own
+    lstm_share: float | None = None  # the LSTMs' part of the time, 0 to 1, timed by hooks in separate runs
 
 
 COLUMNS = [field.name for field in fields(Row)]
-SUITE_ROWS: dict[str, type[Row]] = {"models": ModelRow}  # where they are not Row
+SUITE_ROWS: dict[str, type[Row]] = {"models": ModelRow}  # suites whose rows have more columns
 
 
 def row_type(suite: str) -> type[Row]:
@@ -93,7 +93,7 @@ def columns(kind: type) -> dict[str, str]:
 
 
 def write(rows: Iterable[object], path: Path, kind: type | None = None) -> None:
-    """Writes the CSV anew, through a neighbour so that an interrupted run leaves the old file whole.
+    """Write the CSV through a temporary file next to it, so that an interrupted run leaves the old file complete.
 
     kind: the dataclass of the rows; by default the one of the suite that the file is named after.
     """
@@ -116,15 +116,15 @@ def read(path: Path, kind: type[R]) -> list[R]: ...
 
 
 def read(path: Path, kind: type | None = None) -> list:
-    """The rows of a CSV that `write` made. Raises ValueError when a column is missing or strange."""
+    """The rows of a CSV that `write` new_rows. Raises ValueError if a column is missing or unknown."""
     kind = kind or row_type(path.stem)
     types = columns(kind)
     with path.open(newline="") as file:
         table = csv.DictReader(file)
         if table.fieldnames is None or set(table.fieldnames) != set(types):
-            odd = set(table.fieldnames or []) ^ set(types)
+            different = set(table.fieldnames or []) ^ set(types)
             raise ValueError(
-                f"{path.name} does not have the columns of {kind.__module__}.{kind.__name__}: {sorted(odd)}"
+                f"{path.name} does not have the columns of {kind.__module__}.{kind.__name__}: {sorted(different)}"
             )
         return [kind(**{name: _parsed(types[name], text) for name, text in line.items()}) for line in table]
 

@@ -1,4 +1,4 @@
-"""fastlstm's CUDA layers by the step-wise kernels alone, beside the planned ones in one run: `StepwiseProgram`."""
+"""fastlstm's CUDA layers by the step-wise kernels only, to compare with the planned ones: `StepwiseProgram`."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class StepwiseProgram(Program):
 
     @contextmanager
     def mode(self, mode: str) -> Iterator[Callable[[], Outputs]]:
-        """As the program's."""
+        """Enter the program's mode without the persistent kernels."""
         extension = native.extension
         assert extension is not None
         before, tier = extension.persistent_enabled(), extension.persistent_tier()

@@ -8,10 +8,10 @@ from dataclasses import replace
 
 from benchmarks import features, gpu, sweeps
 from benchmarks.cases import CPU, QUICK, Case
+from benchmarks.implementations import Implementation
 from benchmarks.measure import Plan
 from benchmarks.memory import peak_rows
 from benchmarks.models import suite as models
-from benchmarks.peers import Peer
 from benchmarks.results import Row
 from benchmarks.run import Suite, run_suite
 
@@ -23,18 +23,18 @@ NAMES = (
 
 
 def suite_of(name: str) -> Suite:
-    """A suite of cases; "tutorials", "features" and "models" are not, they have programs of their own."""
+    """Build a suite of cases; "tutorials", "features" and "models" are not, and have their own functions."""
     if name == "cpu":
-        return Suite("cpu", CPU, alone=True)
+        return Suite("cpu", CPU, isolated=True)
     if name == "quick":
         return Suite("quick", QUICK, plan=Plan(budget=0.4, min_rounds=5), attempts=1)
     if name in ("grid", "random", "few_rows"):
-        # Gate flops small: two hundred float64 references would otherwise take longer than the timing.
+        # Few gate flops: two hundred float64 references would otherwise take longer than the timing.
         plan = Plan(budget=0.5, min_rounds=5, patience=3.0)
         cases = {"grid": sweeps.grid, "random": sweeps.random_cases, "few_rows": lambda: sweeps.FEW_ROWS}[name]()
-        return Suite(name, cases, plan=plan, gate_flops=2e9, attempts=2, alone=True)
+        return Suite(name, cases, plan=plan, gate_flops=2e9, attempts=2, isolated=True)
     if name == "scaling":
-        return Suite("scaling", sweeps.SCALING_T + sweeps.SCALING_PACKED, gate_flops=2e10, alone=True)
+        return Suite("scaling", sweeps.SCALING_T + sweeps.SCALING_PACKED, gate_flops=2e10, isolated=True)
     if name in ("gpu", "gpu_points"):
         points = name == "gpu_points"
         return Suite(
@@ -43,7 +43,7 @@ def suite_of(name: str) -> Suite:
             device="cuda",
             plan=Plan(budget=0.3, min_rounds=5, patience=2.0) if points else Plan(budget=0.6, patience=4.0),
             gate_flops=5e12,
-            attempts=1,  # the device times itself; what else runs on the host matters little
+            attempts=1,  # CUDA events time the device, so background load on the host has little effect
             precision=gpu.precision,
             baseline=gpu.cudnn_algorithm,
         )
@@ -51,7 +51,7 @@ def suite_of(name: str) -> Suite:
 
 
 def size_of(name: str, matching: str = "", done: Set[str] = frozenset(), dtype: str = "") -> int:
-    """How many times `rows_of` will report, if it has the time."""
+    """Number of reports of `rows_of`, if it has enough time."""
     if name == "tutorials":
         from benchmarks.tutorials import chosen
 
@@ -65,7 +65,7 @@ def size_of(name: str, matching: str = "", done: Set[str] = frozenset(), dtype: 
 
 def rows_of(
     name: str,
-    peers: dict[str, Peer],
+    implementations: dict[str, Implementation],
     report: Report,
     matching: str = "",
     budget: float | None = None,
@@ -74,11 +74,11 @@ def rows_of(
     seconds: float | None = None,
     dtype: str = "",
 ) -> list[Row]:
-    """Measures a suite; `report` is called with the name and rows of each case as it is done.
+    """Measure a suite; `report` is called with the name and rows of each case when it is done.
 
     `matching` keeps the cases whose name contains it, `dtype` those of that dtype; `budget` replaces the suite's
-    seconds per case and mode; `wait` is how many seconds a case may wait for other processes to calm down. Cases named
-    in `done` are left out, and none is started after `seconds`.
+    seconds per case and mode; `wait` is the max number of seconds a case may wait for an idle machine. Cases named in
+    `done` are left out, and none is started after `seconds`.
     """
     if name == "tutorials":
         from benchmarks.tutorials import tutorial_rows
@@ -93,13 +93,18 @@ def rows_of(
     suite.cases, suite.wait = _select(suite.cases, matching, done, dtype), wait
     if budget is not None:
         suite.plan = replace(suite.plan, budget=budget)
-    rows = run_suite(suite, peers, lambda case, made: report(case.name, made), until)
+    rows = run_suite(suite, implementations, lambda case, new_rows: report(case.name, new_rows), until)
     for case in _memory_cases(name, matching, done, dtype):
         if time.monotonic() > until:
             break
-        made = peak_rows(name, case, [impl for impl, peer in peers.items() if peer.refuses(case) is None], suite.device)
-        report(f"memory: {case.name}", made)
-        rows += made
+        new_rows = peak_rows(
+            name,
+            case,
+            [impl for impl, implementation in implementations.items() if implementation.refuses(case) is None],
+            suite.device,
+        )
+        report(f"memory: {case.name}", new_rows)
+        rows += new_rows
     return rows
 
 

@@ -1,4 +1,4 @@
-"""Families of cases: the wide grid, random ones, and how the cost of a step and of a packed row scales."""
+"""Families of cases: a grid, random cases, few rows, and scaling over T and raggedness."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ GRID_FLOPS = 1e10
 
 def grid() -> list[Case]:
     """Every T x B x H whose forward pass stays within GRID_FLOPS; one float32 layer with I = H."""
-    every = [Case(T, B, H, H) for H in GRID_H for B in GRID_B for T in GRID_T]
-    return [case for case in every if case.flops("forward") <= GRID_FLOPS]
+    cases = [Case(T, B, H, H) for H in GRID_H for B in GRID_B for T in GRID_T]
+    return [case for case in cases if case.flops("forward") <= GRID_FLOPS]
 
 
 def grid_size() -> tuple[int, int]:
-    """(cases within the budget, cases in all)."""
+    """(cases within the budget, all cases)."""
     return len(grid()), len(GRID_T) * len(GRID_B) * len(GRID_H)
 
 
@@ -29,18 +29,18 @@ RANDOM_CASES = 100
 
 
 def random_cases() -> list[Case]:
-    """What the grid's round sizes step over: layers of many kinds, at sizes drawn on a log scale within its budget.
+    """Layers of many kinds, at sizes between those of the grid: drawn on a log scale, within the grid's budget.
 
-    Always the same ones, so that runs can be compared.
+    Drawn from a fixed seed, so that runs can be compared.
     """
     draw = random.Random(SEED)
 
-    def size(most: int, least: int = 1) -> int:
-        return round(math.exp(draw.uniform(math.log(least), math.log(most))))
+    def size(high: int, low: int = 1) -> int:
+        return round(math.exp(draw.uniform(math.log(low), math.log(high))))
 
     cases: dict[str, Case] = {}
     while len(cases) < RANDOM_CASES:
-        H = size(1200, least=8)
+        H = size(1200, low=8)
         case = Case(
             T=size(300),
             B=size(128),
@@ -69,11 +69,11 @@ FEW_ROWS: list[Case] = [
     Case(77, 13, 61, 203),
 ]
 
-# One shape, ever longer: its cost a step should not change.
+# One shape at growing T: the time per step should not change.
 SCALING_T: list[Case] = [Case(T, 8, 64, 64) for T in (100, 1_000, 10_000, 100_000)]
 
-# One padded shape, ever more ragged: the cost should follow the sum of the lengths.
+# One padded shape, increasingly ragged: the time should be proportional to the sum of the lengths.
 SCALING_PACKED: list[Case] = [Case(500, 16, 64, 64, kind="packed", ragged=ragged) for ragged in RAGGED]
 
-# Peak memory of a training step is measured where it is large enough to see beside the allocator's own.
+# Peak memory of a training step is measured for cases large enough to exceed the allocator's noise.
 MEMORY: list[Case] = [case for case in CPU if case.kind != "cells" and case.rows * case.H * case.L >= 200_000]

@@ -1,6 +1,6 @@
 """The quick suite under pytest-benchmark, for tracking regressions: pytest benchmarks --benchmark-autosave.
 
-One benchmark per case, mode and implementation; the correctness gate runs first. Not part of the test run.
+One benchmark per case, mode and implementation; the accuracy gate runs first. Not part of the test run.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ import pytest
 
 from benchmarks.cases import MODES, QUICK, Case
 from benchmarks.data import make_inputs
-from benchmarks.peers import PEERS
-from benchmarks.run import Judged, judge_all
+from benchmarks.implementations import IMPLEMENTATIONS
+from benchmarks.run import AccuracyResult, check_all
 
 pytest.importorskip("pytest_benchmark")
 
@@ -20,8 +20,8 @@ IMPLS = ("nn", "fastlstm")
 
 
 @cache
-def judged(case: Case) -> dict[str, Judged]:
-    return judge_all(case, "cpu", {name: PEERS[name] for name in IMPLS})
+def checked(case: Case) -> dict[str, AccuracyResult]:
+    return check_all(case, "cpu", {name: IMPLEMENTATIONS[name] for name in IMPLS})
 
 
 @pytest.mark.benchmark_suite
@@ -29,9 +29,9 @@ def judged(case: Case) -> dict[str, Judged]:
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("case", QUICK, ids=lambda case: case.name)
 def test_quick(benchmark, case: Case, mode: str, impl: str) -> None:
-    verdict = judged(case)[impl].status(mode)
-    assert verdict == "ok"
+    status = checked(case)[impl].status(mode)
+    assert status == "ok", f"{impl} on {case.name}, {mode}: {status}"
     benchmark.group = f"{case.name}, {mode}"
-    benchmark.extra_info.update(backend=judged(case)[impl].backend, flops=case.flops(mode))
-    with PEERS[impl].build(case, make_inputs(case)).mode(mode) as run:
+    benchmark.extra_info.update(backend=checked(case)[impl].backend, flops=case.flops(mode))
+    with IMPLEMENTATIONS[impl].build(case, make_inputs(case)).mode(mode) as run:
         benchmark(run)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable
 
-from benchmarks.load import others
+from benchmarks.load import background_load
 from benchmarks.measure import Spread
 from benchmarks.results import Row
 from fastlstm.tutorials.__main__ import TUTORIALS
@@ -22,15 +22,15 @@ def chosen(matching: str = "") -> dict[str, type[Tutorial]]:
 
 
 def tutorial_rows(matching: str, report: Callable[[str, list[Row]], None], device: str = "cpu") -> list[Row]:
-    """Two rows a tutorial: an update (forward, backward and the optimiser) under each implementation.
+    """Two rows per tutorial: an update (forward, backward and the optimiser) under each implementation.
 
     The gate is the tutorials' own: losses equal in float64 along the first updates.
     """
     rows = []
     for name, tutorial in chosen(matching).items():
-        made = _tutorial(name, tutorial, device)
-        report(name, made)
-        rows += made
+        new_rows = _tutorial(name, tutorial, device)
+        report(name, new_rows)
+        rows += new_rows
     return rows
 
 
@@ -48,14 +48,14 @@ def _tutorial(name: str, tutorial: type[Tutorial], device: str) -> list[Row]:
         rows[1].status = f"WRONG: {gate}"
         return rows
     task = tutorial(device=device)
-    share = others()
+    measured_load = background_load()
     timing = time_both(task, blocks=BLOCKS)
-    busy = share()
+    load = measured_load()
     for row, samples in zip(rows, (timing.torch, timing.fastlstm), strict=True):
         spread = Spread.of(samples)
         row.p20_ms, row.p50_ms, row.p80_ms = spread.p20 * 1e3, spread.p50 * 1e3, spread.p80 * 1e3
         row.rounds, row.calls, row.dtype = len(samples), task.timing_block, str(task.dtype).removeprefix("torch.")
-        row.others_cpu = busy
+        row.others_cpu = load
         row.ratio = Spread.of(timing.torch).p50 / spread.p50
         row.ratio_rounds = statistics.median(a / b for a, b in zip(timing.torch, samples, strict=True))
     return rows

@@ -98,7 +98,7 @@ gradients() { suite gradients; }
 execution() { suite execution; }
 graphs() { suite graphs; }
 features() { suite features; }
-hostile() { suite hostile; }
+hostile() { suite adversarial; }
 persistent() { suite persistent; }
 steps() {
   FASTLSTM_BACKEND=native timeout "$seconds" "$python" -m pytest -m gpu --steps tests/test_gpu_*.py -rs \

@@ -9,7 +9,7 @@ stage compile_steps 90 bash -c "$(declare -f kernels); out='$out'; kernels steps
 stage steps 60 bash -c "'$out/steps' >'$out/steps.csv'; status=\$?; tail -n 8 '$out/steps.csv'; exit \$status"
 stage ragged 40 "$python" - <<'PYTHON'
 import statistics, torch, fastlstm
-from benchmarks.measure import Contender, Plan, alternate, cuda_timer
+from benchmarks.measure import Measurement, Plan, alternate, cuda_timer
 print("H,B,T,what,forward us a step,median of the rounds")
 for H, B in ((128, 16), (512, 64), (1024, 64)):
     T = 512
@@ -21,10 +21,10 @@ for H, B in ((128, 16), (512, 64), (1024, 64)):
         "lengths": {"lengths": torch.randint(T // 2, T + 1, (B,), device="cuda")},
     }
     with torch.no_grad(), fastlstm.use_backend("native"):
-        contenders = {name: Contender.of(lambda mask=mask: lstm(x, **mask)) for name, mask in masks.items()}
-        alternate(contenders, cuda_timer, Plan(budget=1.0, min_rounds=7))
-    for name, contender in contenders.items():
-        print(f"{H},{B},{T},{name},{statistics.median(contender.samples) * 1e6 / T:.3f}")
+        measurements = {name: Measurement.of(lambda mask=mask: lstm(x, **mask)) for name, mask in masks.items()}
+        alternate(measurements, cuda_timer, Plan(budget=1.0, min_rounds=7))
+    for name, measurement in measurements.items():
+        print(f"{H},{B},{T},{name},{statistics.median(measurement.samples) * 1e6 / T:.3f}")
 PYTHON
 LINES_SHOWN=40 stage points 330 "$python" -m benchmarks --suite gpu_points --out "$out" --resume --seconds 310 \
   --impl fastlstm fastlstm_graph steps steps_graph

@@ -1,4 +1,4 @@
-"""One LSTM call written down: `Case`, the tensors it stands for, and `random_case`. tests/runners.py runs them."""
+"""Configurations of one LSTM call: `Case`, its tensors, and `random_case`. tests/runners.py runs them."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .place import HERE
+from .device import TEST_DEVICE
 
 OUTPUTS = ("output", "h_n", "c_n", "cells")
-# How hx is given: a tuple, a list, one row expanded over the batch, permuted memory, or one tensor in both roles.
+# Forms of hx: a tuple, a list, one row expanded over the batch, permuted strides, or one tensor as both states.
 HX_FORMS = ("none", "tuple", "list", "expanded", "strided", "shared")
 
 
@@ -33,26 +33,26 @@ class Case:
     unbatched: bool = False  # 2-D input; B is 1
     hx: str = "none"
     lengths: tuple[int, ...] | None = None
-    packed: bool = False  # the lengths come as a PackedSequence
+    packed: bool = False  # the input is a PackedSequence with these lengths
     resets: tuple[tuple[int, int], ...] | None = None  # (t, b) where reset_mask is True
     cells: bool = False
     frozen: tuple[str, ...] = ()  # weights that need no gradient
     x_grad: bool = True
     hx_grad: bool = True
-    strided: tuple[str, ...] = ()  # of "x", "weights", "grads": given in memory that is not contiguous
+    strided: tuple[str, ...] = ()  # of "x", "weights", "grads": those that are not contiguous
     used: tuple[str, ...] = OUTPUTS  # outputs in the loss
     x_scale: float = 1.0
     seed: int = 0
 
     def __str__(self) -> str:
         """Sizes and what differs from the defaults: the test's id."""
-        told = [f"T{self.T}-B{self.B}-I{self.I}-H{self.H}"]
+        words = [f"T{self.T}-B{self.B}-I{self.I}-H{self.H}"]
         for field in fields(self)[4:]:
             value = getattr(self, field.name)
             if value != field.default:
                 text = str(value).replace("torch.", "").replace(" ", "")
-                told.append(field.name if value is True else f"{field.name}={text}")
-        return "-".join(told)
+                words.append(field.name if value is True else f"{field.name}={text}")
+        return "-".join(words)
 
     def to(self, dtype: torch.dtype) -> Case:
         return replace(self, dtype=dtype)
@@ -66,7 +66,7 @@ class Case:
         return self.lengths is not None or self.resets is not None
 
     def arguments(self) -> dict[str, Any]:
-        """The constructor's, for nn.LSTM and fastlstm.LSTM alike."""
+        """Constructor arguments of nn.LSTM and fastlstm.LSTM."""
         return {
             "input_size": self.I,
             "hidden_size": self.H,
@@ -87,47 +87,47 @@ class Case:
 
 @dataclass
 class Tensors:
-    """What a Case stands for, in one dtype. Leaves first; `input` and `hx` are what the call is given."""
+    """The tensors of a Case, in one dtype: its leaves, and `input` and `hx`, the arguments of the call."""
 
-    leaves: dict[str, Tensor]  # x, h0, c0 and the weights: all that may have a gradient
+    leaves: dict[str, Tensor]  # x, h0, c0 and the weights: all tensors that may need a gradient
     weights: dict[str, nn.Parameter]
     input: Tensor  # [T, B, I], [B, T, I] or [T, I]
     hx: Any
     lengths: Any
     reset_mask: Tensor | None
 
-    def wanted(self) -> dict[str, Tensor]:
+    def grad_leaves(self) -> dict[str, Tensor]:
         return {name: leaf for name, leaf in self.leaves.items() if leaf.requires_grad}
 
 
 def tensors(case: Case, dtype: torch.dtype | None = None, device: str | None = None) -> Tensors:
-    """The case's tensors: drawn in float64, rounded to the case's dtype, then given in `dtype`, where HERE says.
+    """The case's tensors: drawn in float64, rounded to the case's dtype, then converted to `dtype`, on TEST_DEVICE.
 
-    So the truth in float64 and the run in bfloat16 see the same numbers. Padding holds NaN.
+    So the float64 reference and a run in bfloat16 have equal inputs. Padding is NaN.
     """
     with torch.device("cpu"):
-        given = _drawn(case, dtype or case.dtype)
-    device = device or HERE.device
-    return given if device == "cpu" else _moved(given, device)
+        case_tensors = _drawn(case, dtype or case.dtype)
+    device = device or TEST_DEVICE.device
+    return case_tensors if device == "cpu" else _moved(case_tensors, device)
 
 
-def _moved(given: Tensors, device: str) -> Tensors:
-    """Lengths and masks too, in the same forms and layouts."""
+def _moved(case_tensors: Tensors, device: str) -> Tensors:
+    """Move all tensors, lengths and masks included; forms and strides are kept."""
     moved = {}
-    for name, leaf in given.leaves.items():
+    for name, leaf in case_tensors.leaves.items():
         there = torch.empty_strided(leaf.shape, leaf.stride(), dtype=leaf.dtype, device=device)
         there.copy_(leaf.detach())
-        is_weight = name in given.weights
+        is_weight = name in case_tensors.weights
         moved[name] = nn.Parameter(there, leaf.requires_grad) if is_weight else there.requires_grad_(leaf.requires_grad)
     hx = None
-    if given.hx is not None:
+    if case_tensors.hx is not None:
         own = [moved["h0"], moved.get("c0", moved["h0"])]
-        # A node of autograd only where it must be: its backward runs on this stream, not where a graph is captured.
-        pairs = zip(own, given.hx, strict=True)
-        hx = type(given.hx)(m if m.shape == s.shape else m.expand(s.shape) for m, s in pairs)
-    lengths = None if given.lengths is None else torch.as_tensor(given.lengths).to(device)
-    reset_mask = None if given.reset_mask is None else given.reset_mask.to(device)
-    weights = {name: moved[name] for name in given.weights}
+        # Expand only if necessary, because the autograd node's backward runs on this stream, not on that of a capture.
+        pairs = zip(own, case_tensors.hx, strict=True)
+        hx = type(case_tensors.hx)(m if m.shape == s.shape else m.expand(s.shape) for m, s in pairs)
+    lengths = None if case_tensors.lengths is None else torch.as_tensor(case_tensors.lengths).to(device)
+    reset_mask = None if case_tensors.reset_mask is None else case_tensors.reset_mask.to(device)
+    weights = {name: moved[name] for name in case_tensors.weights}
     return Tensors(moved, weights, moved["x"], hx, lengths, reset_mask)
 
 
@@ -165,12 +165,12 @@ def _drawn(case: Case, dtype: torch.dtype) -> Tensors:
 
 
 def _strided(t: Tensor) -> Tensor:
-    """The same values with gaps between them and the dimensions in reverse order in memory."""
+    """Copy t to a layout with gaps between elements and with reversed dimensions."""
     return torch.stack([t.permute(*reversed(range(t.dim())))] * 2, -1)[..., 0].permute(*reversed(range(t.dim())))
 
 
 def _states(case: Case, draw: Any) -> tuple[dict[str, Tensor], Any]:
-    """The leaves h0 and c0, and hx made of them in the case's form."""
+    """(leaves h0 and c0, hx in the case's form)."""
     S, B = case.layers * case.directions, 1 if case.hx == "expanded" else case.B
     h0, c0 = draw(S, B, case.proj or case.H), draw(S, B, case.H)
     if case.unbatched:
@@ -196,7 +196,7 @@ def _lengths(case: Case) -> Any:
 
 
 def random_case(rng: random.Random, dtypes: tuple[torch.dtype, ...]) -> Case:
-    """Any configuration, mostly of few options at a time; sizes around the widths of vector registers."""
+    """Draw a configuration, mostly with few options; sizes are around the widths of vector registers."""
 
     def chance(p: float) -> bool:
         return rng.random() < p

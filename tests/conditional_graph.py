@@ -1,4 +1,4 @@
-"""A captured CUDA graph inside a conditional node, by the CUDA runtime's own functions: torch has none for it."""
+"""A captured CUDA graph inside a conditional node, by CUDA runtime functions that torch does not wrap."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class NodeParams(ctypes.Structure):
 class ConditionalGraph:
     """`captured` (with keep_graph=True) as the body of an IF node whose condition is `taken` at every launch.
 
-    It must live as long as this does: the memory is that of its capture.
+    `captured` must outlive this object, which uses the memory of its capture.
     """
 
     def __init__(self, captured: torch.cuda.CUDAGraph, taken: bool) -> None:
@@ -40,7 +40,7 @@ class ConditionalGraph:
         self.check("cudaGraphCreate", ctypes.byref(graph), 0)
         self.check("cudaGraphConditionalHandleCreate", ctypes.byref(handle), graph, int(taken), ASSIGN_DEFAULT)
         params = NodeParams(type=CONDITIONAL, handle=handle, condition=IF, size=1)
-        # With edge data before the number of dependencies: CUDA 12's _v2, the only one of CUDA 13.
+        # Edge data precede the number of dependencies in CUDA 12's _v2, the only signature of CUDA 13.
         add = "cudaGraphAddNode_v2" if hasattr(self.runtime, "cudaGraphAddNode_v2") else "cudaGraphAddNode"
         nothing = (None, None, ctypes.c_size_t(0))
         self.check(add, ctypes.byref(node), graph, *nothing, ctypes.byref(params))

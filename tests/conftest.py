@@ -1,4 +1,4 @@
-"""Fixtures: one run for each backend, and memory that shows when it is read before it is written."""
+"""Fixtures: one run per backend, and poisoned memory that reveals reads of uninitialized values."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from fastlstm.backends import native
 from .cases import Case
 from .runners import require
 
-# Shapes as small as these only lose by threads, tenfold on a busy machine; tests/test_threads.py is about more of them.
+# Small shapes are slower with threads, tenfold under background load. tests/test_threads.py tests more threads.
 torch.set_num_threads(1)
 
 
@@ -29,7 +29,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.fixture(params=[*dispatch.BACKENDS, "reference"])
 def backend(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Each backend in turn, asked for by name; skips with the reason where it cannot run on this machine."""
+    """Run once per backend, selected by name; skip with the reason if it cannot run on this machine."""
     require(request.param, Case())
     with fastlstm.use_backend(request.param):
         yield request.param
@@ -37,7 +37,7 @@ def backend(request: pytest.FixtureRequest) -> Iterator[str]:
 
 @pytest.fixture
 def poisoned_empty() -> Iterator[None]:
-    """torch.empty and its relatives, in C++ as well, give NaN (or the largest integer)."""
+    """Fill uninitialized tensors, those of C++ code included, with NaN (or the largest integer)."""
     before = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = True

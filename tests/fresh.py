@@ -1,4 +1,4 @@
-"""Fresh environments outside the checkout: torch and what torch requires, linked from the running interpreter's."""
+"""New virtual environments outside the checkout: torch and its requirements, linked from the running interpreter's."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ BUILD = ("torch", "setuptools", "wheel", "ninja", "pip")
 
 
 def distributions(names: Iterable[str]) -> dict[str, metadata.Distribution]:
-    """Those of `names` and of everything they require here, by name; extras are not followed."""
+    """The distributions `names` and their requirements, by name; extras are not followed."""
     found: dict[str, metadata.Distribution] = {}
     wanted = list(names)
     while wanted:
@@ -34,14 +34,14 @@ def distributions(names: Iterable[str]) -> dict[str, metadata.Distribution]:
 
 
 def link(distribution: metadata.Distribution, site: Path, without: Iterable[str] = ()) -> None:
-    """What `distribution` installed into site-packages, as links, and without bytecode, which would be rewritten."""
+    """Link the files of `distribution` in site-packages, without bytecode, which would be rewritten."""
     for name in {file.parts[0] for file in distribution.files or ()} - {"..", "__pycache__", *without}:
         if not (site / name).exists():  # packages share nvidia/
             (site / name).symlink_to(Path(distribution.locate_file(name)).resolve())
 
 
 def repository_files() -> set[str]:
-    """Every file of the repository but those that git ignores, or none where this is no clone."""
+    """All files of the repository that git does not ignore; an empty set outside a clone."""
     command = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
     ran = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     if ran.returncode != 0 or not (ROOT / ".git").exists():
@@ -50,7 +50,7 @@ def repository_files() -> set[str]:
 
 
 def sdist(folder: Path, **variables: str) -> Path:
-    """The archive that setuptools packs of a copy of the repository, where nothing is left of earlier builds."""
+    """Build the sdist from a copy of the repository without build artifacts."""
     tree = folder / "tree"
     files = repository_files()
     if not files:
@@ -66,10 +66,10 @@ def sdist(folder: Path, **variables: str) -> Path:
 
 
 class Environment:
-    """An environment at `path` that holds the packages `names` and what these require, and no fastlstm.
+    """A virtual environment at `path` with the packages `names` and their requirements, without fastlstm.
 
-    With `torch_version` the same torch says that it is that version, in its metadata and in torch/version.py. It never
-    says that it was built for CUDA, so that tests decide alike with every torch.
+    With `torch_version`, torch's metadata and torch/version.py name that version. torch.version.cuda is always None, so
+    that tests are independent of the installed build.
     """
 
     def __init__(self, path: Path, names: Iterable[str] = BUILD, torch_version: str | None = None) -> None:
@@ -97,9 +97,9 @@ class Environment:
         (site / "torch" / "version.py").write_text(re.sub("^cuda.*$", "cuda = None", text, flags=re.M))
 
     def run(self, *arguments: str, path: Iterable[Path | str] = (), **variables: str) -> str:
-        """What `python *arguments` prints, both streams, outside of the checkout; fails when it does.
+        """Run `python *arguments` outside the checkout; return both output streams; fail if it fails.
 
-        PATH has the folders `path` and those of ninja alone; of other variables only `variables` are added.
+        PATH has the folders `path` and that of ninja only; other variables are those in `variables`.
         """
         keep = {k: v for k, v in os.environ.items() if k in ("HOME", "TMPDIR", "LD_LIBRARY_PATH", "LANG", "MAX_JOBS")}
         ninja = shutil.which("ninja", path=os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]))
@@ -116,6 +116,6 @@ class Environment:
         return said
 
     def pip(self, *arguments: str, path: Iterable[Path | str] = (), **variables: str) -> str:
-        """What pip prints with -v, which shows what setup.py says."""
+        """Run pip with -v, which shows the output of setup.py."""
         options = ("--no-deps", "--no-build-isolation", "--no-index", "--disable-pip-version-check")
         return self.run("-m", "pip", arguments[0], "-v", *options, *arguments[1:], path=path, **variables)

@@ -1,7 +1,7 @@
 """The contract on the Triton kernels, run by Triton's interpreter on CPU tensors: TRITON_INTERPRET=1 pytest this file.
 
-tests/test_triton.py runs it in a process of its own, because the choice falls when Triton is imported. Every kernel is
-made to run every H, with tiles so small that H = 70 already takes two tiles of units and two rounds of the product.
+tests/test_triton.py runs it in a new process, because the interpreter is selected when Triton is imported. Every kernel
+runs every H, with tiles so small that H = 70 takes two tiles of units and two iterations over K.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from fastlstm import backends, dispatch
 from fastlstm.backends.triton import plan
 
 from .cases import Case, tensors
+from .module_pairs import data, flat
 from .runners import check
-from .twins import data, flat
 
 if not backends.triton.INTERPRETED:
-    pytest.skip("runs with TRITON_INTERPRET=1 alone", allow_module_level=True)
+    pytest.skip("requires TRITON_INTERPRET=1", allow_module_level=True)
 
 TILES = plan.Tiles(16, 64, 64, warps=4)
 EVERYTHING = {
@@ -31,7 +31,7 @@ EVERYTHING = {
     "hx": "tuple",
 }
 
-# What the kernels tell apart.
+# Options that select variants of the kernels.
 OPTIONS = (
     Case(T=3, B=2),
     Case(T=1, B=1, I=1, H=1, hx="tuple"),
@@ -42,7 +42,7 @@ OPTIONS = (
     Case(T=4, B=2, resets=((0, 0), (2, 0), (3, 0), (3, 1)), hx="tuple"),
     Case(T=4, B=2, resets=((0, 0), (2, 0), (3, 0), (3, 1)), hx="tuple", bidirectional=True),
 )
-# What the code around them does, the same for every kernel.
+# Options of the code outside the kernels, common to all of them.
 AROUND = (
     Case(T=2, B=0, H=5, hx="tuple"),
     Case(T=2, B=4, bias=False, bidirectional=True),
@@ -57,12 +57,12 @@ AROUND = (
 
 
 KERNELS = ("resident", "streamed", "step")
-TWO = pytest.mark.parametrize("kernel", KERNELS[:2], indirect=True)  # step consists of streamed's tiles
+TWO = pytest.mark.parametrize("kernel", ["resident", "streamed"], indirect=True)  # step consists of streamed's tiles
 
 
 @pytest.fixture(autouse=True, params=KERNELS)
 def kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """Each kernel in turn, whatever H is."""
+    """Run once per kernel, for every H."""
     rows = (plan.Row(request.param, plan.ANY, 0, TILES, TILES),)
     monkeypatch.setattr(plan, "TABLE", dict.fromkeys(plan.TABLE, rows))
     with fastlstm.use_backend("triton"):
@@ -80,13 +80,13 @@ def kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> I
     ],
     ids=str,
 )
-def test_sizes_with_everything_on(H, dtype):
+def test_sizes_with_all_options(H, dtype):
     check(Case(T=3, B=3, I=2, H=H, dtype=dtype, **EVERYTHING), "triton")
 
 
 @pytest.mark.parametrize("kernel", ["step"], indirect=True)
 @pytest.mark.parametrize(("H", "dtype"), [(70, torch.float32), (33, torch.bfloat16), (5, torch.float16)], ids=str)
-def test_steps_with_everything_on(H, dtype):
+def test_steps_with_all_options(H, dtype):
     check(Case(T=3, B=3, I=2, H=H, dtype=dtype, **EVERYTHING), "triton")
 
 
@@ -98,68 +98,68 @@ def test_options(case):
 
 @pytest.mark.parametrize("kernel", ["resident"], indirect=True)
 @pytest.mark.parametrize("case", AROUND, ids=str)
-def test_options_around_the_kernels(case):
+def test_options_outside_the_kernels(case):
     check(case, "triton")
 
 
 @pytest.mark.parametrize("case", [Case(T=2, B=3, **{**EVERYTHING, "lengths": (2, 0, 1)}), Case(T=2, B=2)], ids=str)
-def test_nothing_is_read_before_it_is_written(case, poisoned_empty):
+def test_no_uninitialized_memory_is_read(case, poisoned_empty):
     check(case, "triton")
 
 
 @TWO
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_padding_reaches_nothing(value):
+def test_padding_is_ignored(value):
     ours = fastlstm.LSTM(3, 4, bidirectional=True)
-    lengths, found = torch.tensor([2, 3, 0]), []
+    lengths, collected = torch.tensor([2, 3, 0]), []
     padding = (torch.arange(3)[:, None] >= lengths)[..., None]
     for fill in (0.0, value):
         ours.zero_grad()
         x = data(3, 3, 3).float().masked_fill(padding, fill).requires_grad_()
         results = flat(ours(x, lengths=lengths, return_cell_states=True))
         grads = [torch.ones_like(r) for r in results]
-        for k in (0, 3):  # of the output and of the cell states: no numbers in the padding either
+        for k in (0, 3):  # gradients of the output and cell states also have NaN in the padding
             grads[k] = grads[k].masked_fill(padding, fill)
         torch.autograd.backward(results, grads)
-        found.append([*results, x.grad, *(w.grad for w in ours.parameters())])
-    for clean, dirty in zip(*found, strict=True):
+        collected.append([*results, x.grad, *(w.grad for w in ours.parameters())])
+    for clean, dirty in zip(*collected, strict=True):
         assert torch.equal(dirty, clean)
 
 
 @TWO
-def test_infinite_and_nan_inputs_travel_as_in_nn_lstm():
+def test_infinite_and_nan_inputs_propagate_as_in_nn_lstm():
     case = Case(T=3, B=3, bidirectional=True)
-    given, results = tensors(case), []
-    given.input.data[1, 0, 0], given.input.data[1, 1, 0] = float("inf"), float("nan")
+    case_tensors, results = tensors(case), []
+    case_tensors.input.data[1, 0, 0], case_tensors.input.data[1, 1, 0] = float("inf"), float("nan")
     for cls in (torch.nn.LSTM, fastlstm.LSTM):
-        results.append(flat(case.module(cls, given.weights)(given.input)))
+        results.append(flat(case.module(cls, case_tensors.weights)(case_tensors.input)))
     for theirs, ours in zip(*results, strict=True):
         torch.testing.assert_close(ours, theirs, equal_nan=True)
 
 
-def test_backward_twice_and_inference_give_the_same_numbers():
+def test_backward_twice_and_inference_are_bitwise_equal():
     case = Case(T=3, B=2, H=33, hx="tuple")
-    given = tensors(case)
-    module = case.module(fastlstm.LSTM, given.weights)
-    outputs = flat(module(given.input, given.hx))
-    leaves, loss = list(given.wanted().values()), sum(o.square().sum() for o in outputs)
+    case_tensors = tensors(case)
+    module = case.module(fastlstm.LSTM, case_tensors.weights)
+    outputs = flat(module(case_tensors.input, case_tensors.hx))
+    leaves, loss = list(case_tensors.grad_leaves().values()), sum(o.square().sum() for o in outputs)
     first = torch.autograd.grad(loss, leaves, retain_graph=True)
     for a, b in zip(first, torch.autograd.grad(loss, leaves), strict=True):
         assert torch.equal(a, b)
     with torch.no_grad():
-        for a, b in zip(outputs, flat(module(given.input, given.hx)), strict=True):
+        for a, b in zip(outputs, flat(module(case_tensors.input, case_tensors.hx)), strict=True):
             assert torch.equal(a, b)
 
 
 @pytest.mark.parametrize("kernel", ["resident"], indirect=True)
 def test_opcheck():
-    """Schema, fake kernels and the autograd formula; forward and backward."""
+    """Check schema, fake kernels and autograd formula, forward and backward."""
     case = Case(T=2, B=2, hx="tuple", lengths=(2, 1), resets=((1, 0),), cells=True)
-    given = tensors(case)
+    case_tensors = tensors(case)
     forward, backward = torch.ops.fastlstm.triton_layer.default, torch.ops.fastlstm.triton_layer_backward.default
-    x, (h0, c0) = given.input.detach(), [t.detach() for t in given.hx]
-    weights = [w.detach() for w in given.weights.values()]
-    arguments = [x.nan_to_num(), h0, c0, weights, torch.tensor(case.lengths), given.reset_mask]
+    x, (h0, c0) = case_tensors.input.detach(), [t.detach() for t in case_tensors.hx]
+    weights = [w.detach() for w in case_tensors.weights.values()]
+    arguments = [x.nan_to_num(), h0, c0, weights, torch.tensor(case.lengths), case_tensors.reset_mask]
     torch.library.opcheck(forward, [*arguments, True, False])
     y, h_n, c_n, cells, reserve = forward(*arguments, True, True)
     grads = [torch.ones_like(t) for t in (y, h_n, c_n, cells)]
@@ -178,14 +178,14 @@ def test_torch_compile_makes_one_graph():
         torch._dynamo.reset()
 
 
-def test_auto_never_takes_the_interpreter(kernel):
+def test_auto_never_selects_the_interpreter(kernel):
     with fastlstm.use_backend("auto"):
         assert fastlstm.explain(fastlstm.LSTM(3, 4), data(2, 1, 3)).backend != "triton"
     assert list(dispatch.BACKENDS)[-1] == "triton"
 
 
-def test_the_kernel_asked_for_is_the_one_that_runs(kernel, monkeypatch):
-    """Else every test here could pass on one kernel."""
+def test_requested_kernel_runs(kernel, monkeypatch):
+    """Otherwise every test here could pass on one kernel."""
     from fastlstm.backends.triton import launch
 
     ran = []

@@ -1,4 +1,4 @@
-"""What the CPU code decides about a call (csrc/cpu/plan.h), for tests that are about a path.
+"""Plans of the CPU kernels (csrc/cpu/plan.h), for tests of a specific path.
 
 `python -m tests.plans` writes tests/data/cpu_plans.csv: the plans of the benchmark suites at 1 to 64 threads.
 """
@@ -25,7 +25,7 @@ Plan = dict[str, dict[str, Any]]
 
 
 def plan_of(case: Case, threads: int | None = None, **machine: Any) -> Plan:
-    """What this machine, unless told otherwise, would do about the first layer of a case, "forward" and "backward"."""
+    """The plan of a case's first layer, "forward" and "backward"; `machine` overrides this machine's properties."""
     shape = LayerShape(case.H, case.proj or case.H, case.directions, case.bias)
     call = LayerCall(torch.device("cpu"), case.dtype, case.I, shape, case.lengths is not None, case.resets is not None)
     if threads is not None:
@@ -35,7 +35,7 @@ def plan_of(case: Case, threads: int | None = None, **machine: Any) -> Plan:
 
 
 def candidates_of(case: Case, threads: int, **machine: Any) -> dict[str, list[tuple[int, int, str, bool, float]]]:
-    """The partitions that plan_of chooses from, by pass: members, row groups, split, concurrent, predicted us."""
+    """Candidate partitions of plan_of, by pass: threads per direction, row groups, split, concurrent, predicted us."""
     assert native.extension is not None
     return native.extension.cpu_plan_candidates(
         str(case.dtype).removeprefix("torch."), case.T, case.B, case.I, case.H, case.proj or case.H, case.directions,
@@ -47,17 +47,17 @@ def candidates_of(case: Case, threads: int, **machine: Any) -> dict[str, list[tu
 def assert_path(
     case: Case, phase: str, at: int | None = None, on: dict[str, Any] | None = None, **expected: Any
 ) -> None:
-    """Assert that the plan takes the path that a test is about.
+    """Assert that the plan takes the path under test.
 
     Args:
         phase: "forward" or "backward".
-        at: how many threads there are; as many as torch has, if None.
-        on: what differs from this machine.
+        at: the number of threads; torch's if None.
+        on: properties that replace this machine's.
         expected: values by the names of csrc/python_plan.cpp.
     """
     plan = plan_of(case, at, **(on or {}))[phase]
     got = {name: plan[name] for name in expected}
-    assert got == expected, f"{phase} of {case} takes another path than this test is about: {plan['text']}"
+    assert got == expected, f"{phase} of {case} takes another path than the one under test: {plan['text']}"
 
 
 # ---- The golden file.
@@ -73,7 +73,7 @@ COLUMNS = (*KEY, "at any number of threads", *map(str, THREADS))
 
 
 def layers_of(case: BenchmarkCase) -> Iterator[tuple[str, LayerCall]]:
-    """The layers of a benchmark case that differ, with their names."""
+    """The distinct layers of a benchmark case, with their names."""
     for layer in range(min(case.L, 2)):
         I = case.I if layer == 0 else case.D * case.P  # noqa: E741
         if layer == 0 or case.I != I:
@@ -83,7 +83,7 @@ def layers_of(case: BenchmarkCase) -> Iterator[tuple[str, LayerCall]]:
 
 
 def at_each_number(pass_: str, plan: dict[str, Any]) -> str:
-    """What of a plan depends on the number of threads.
+    """The parts of a plan that depend on the number of threads.
 
     4r is 4 threads by rows, 2x3u two directions by 3 units each, 2r4u two groups of rows by 4 units each.
     """
@@ -124,7 +124,7 @@ def golden_rows() -> dict[tuple[str, ...], dict[str, str]]:
     rows: dict[tuple[str, ...], dict[str, str]] = {}
     for case in [*CPU, *sweeps.grid(), *sweeps.random_cases()]:
         lengths = case.lengths()
-        given = {
+        options = {
             "lengths": None if lengths is None else lengths.tolist(),
             "packed": lengths is not None,
             "h0": case.kind == "stream",
@@ -133,7 +133,7 @@ def golden_rows() -> dict[tuple[str, ...], dict[str, str]]:
         T = 1 if case.kind == "cells" else case.T
         for name, call in layers_of(case):
             for machine, description in MACHINES.items():
-                plans = [native.cpu_plan(call, T, case.B, **given, threads=n, **description) for n in THREADS]
+                plans = [native.cpu_plan(call, T, case.B, **options, threads=n, **description) for n in THREADS]
                 for pass_ in ("forward", "backward"):
                     general = {at_any_number(pass_, p[pass_]) for p in plans}
                     assert len(general) == 1, f"{name}, {machine}, {pass_} depends on the threads: {general}"

@@ -1,8 +1,8 @@
-"""Runs a Case and gives every output and every gradient: on a backend (`run_backend`), or with torch's own modules.
+"""Run a Case and return all outputs and gradients: on a backend (`run_backend`), or with torch's modules.
 
-`check` asserts that a backend is right, by the one rule of fastlstm/accuracy.py. `run_torch` is the oracle: ragged
-cases are put together from what nn.LSTM can do: packing for lengths, one nn.LSTM call for each segment of each row for
-resets, single steps for cell states. In float64 it is the truth.
+`check` asserts that a backend is correct by the rule of fastlstm/accuracy.py. `run_torch` is the oracle, and in float64
+the reference. It composes ragged cases of nn.LSTM calls: packing for lengths, one call for each segment of each row for
+resets, single steps for cell states.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ from fastlstm import accuracy, dispatch
 from fastlstm.accuracy import Precision
 
 from .cases import OUTPUTS, Case, Tensors, tensors
-from .place import HERE
+from .device import TEST_DEVICE
 
 Results = dict[str, Tensor]
 
 
 def require(backend: str, case: Case) -> None:
-    """Skip the test, with the backend's own reason, where it cannot run `case`."""
-    weights = list(case.module(fastlstm.LSTM, {}).to_empty(device=HERE.device).to(case.dtype).parameters())
-    x = torch.empty(1, 1, case.I, dtype=case.dtype, device=HERE.device)
+    """Skip the test, with the backend's reason, if it cannot run `case`."""
+    weights = list(case.module(fastlstm.LSTM, {}).to_empty(device=TEST_DEVICE.device).to(case.dtype).parameters())
+    x = torch.empty(1, 1, case.I, dtype=case.dtype, device=TEST_DEVICE.device)
     group = weights[: len(weights) // case.layers]
     call = dispatch.describe(x, group, x if case.lengths else None, x if case.resets else None)
     reason = None if backend == "reference" else dispatch.BACKENDS[backend].supports(call)
@@ -49,47 +49,49 @@ def run_backend(case: Case, backend: str) -> Results:
 
 
 def run(case: Case) -> Results:
-    """fastlstm.LSTM on the backend in use; that is one setting for all threads."""
+    """fastlstm.LSTM on the backend in use, which is one setting for all threads."""
     return _run(case, case.dtype, call_fastlstm)
 
 
 def run_torch(case: Case, dtype: torch.dtype | None = None) -> Results:
-    """torch's modules, in the case's dtype or in another one."""
+    """torch's modules, in the case's dtype or in `dtype`."""
     return _run(case, dtype or case.dtype, _call_torch)
 
 
 def precision(dtype: torch.dtype, backend: str) -> Precision:
-    """What `backend` rounds: the reference consists of torch's ops, the others keep sums and states in float32."""
+    """The rounding of `backend`: the reference consists of torch ops, the others keep sums and states in float32."""
     return Precision.per_op(dtype) if backend == "reference" else Precision.of(dtype)
 
 
 @lru_cache(maxsize=1024)
 def expected(case: Case, precision: Precision) -> tuple[Results, Mapping[str, float]]:
-    """The truth, and for each result the largest error that rounding explains."""
-    given = tensors(case, torch.float64)
-    terms = {f"d {name}": case.T * case.B for name in given.weights}
-    return accuracy.error_bounds(lambda: results_of(case, given, _call_torch), precision, terms)
+    """The float64 reference, and for each result the largest error that rounding explains."""
+    case_tensors = tensors(case, torch.float64)
+    terms = {f"d {name}": case.T * case.B for name in case_tensors.weights}
+    return accuracy.error_bounds(lambda: results_of(case, case_tensors, _call_torch), precision, terms)
 
 
 def check(case: Case, backend: str, rounding: Precision | None = None) -> None:
-    """Assert that rounding explains every result's error, naming those where it does not."""
+    """Assert that rounding explains the error of every result; failures name the results."""
     compare(case, run_backend(case, backend), rounding or precision(case.dtype, backend), backend)
 
 
 def compare(case: Case, ours: Results, rounding: Precision, what: str) -> None:
-    """`check` for results that are there already."""
-    truth, bounds = expected(case, rounding)
-    assert ours.keys() == truth.keys()
+    """`check` for existing results."""
+    reference, bounds = expected(case, rounding)
+    assert ours.keys() == reference.keys()
     for name, value in ours.items():
         assert value.dtype == case.dtype, f"{name}: {value.dtype}"
-        assert value.shape == truth[name].shape, f"{name}: {list(value.shape)}, expected {list(truth[name].shape)}"
-    assert_accurate(ours, truth, bounds, f"{what} on {case!r}")
+        assert value.shape == reference[name].shape, (
+            f"{name}: {list(value.shape)}, expected {list(reference[name].shape)}"
+        )
+    assert_accurate(ours, reference, bounds, f"{what} on {case!r}")
 
 
 def check_elsewhere(cases: Sequence[Case], backend: str, program: str, *arguments: str, **environment: str) -> str:
-    """Run `program` in a process of its own and `check` what it gives for each case; what it printed.
+    """Run `program` in a new process, `check` its results for each case, and return its output.
 
-    The program finds `cases` and `save(results)`, to be called with a list of results for every case.
+    The program has `cases`, and must call `save(results)` with a list of results for every case.
     """
     with tempfile.TemporaryDirectory() as folder:
         torch.save(list(cases), f"{folder}/cases")
@@ -97,7 +99,7 @@ def check_elsewhere(cases: Sequence[Case], backend: str, program: str, *argument
             f"import torch\ncases = torch.load({folder + '/cases'!r}, weights_only=False)\n"
             f"save = lambda results: torch.save(results, {folder + '/results'!r})\n"
         )
-        found = subprocess.run(
+        ran = subprocess.run(
             [sys.executable, "-W", "ignore", "-c", begin + program, *arguments],
             env={**os.environ, **environment},
             cwd=Path(__file__).parent.parent,
@@ -105,16 +107,16 @@ def check_elsewhere(cases: Sequence[Case], backend: str, program: str, *argument
             text=True,
             timeout=300,
         )
-        assert found.returncode == 0, found.stderr
+        assert ran.returncode == 0, ran.stderr
         results = torch.load(f"{folder}/results", weights_only=False)
     for case, of_case in zip(cases, results, strict=True):
         for one in of_case:
             compare(case, one, precision(case.dtype, backend), backend)
-    return found.stdout
+    return ran.stdout
 
 
-def assert_accurate(ours: Results, truth: Results, bounds: Mapping[str, float], what: str = "") -> None:
-    wrong = [str(found) for found in accuracy.compare(ours, truth, bounds) if not found.ok]
+def assert_accurate(ours: Results, reference: Results, bounds: Mapping[str, float], what: str = "") -> None:
+    wrong = [str(found) for found in accuracy.compare(ours, reference, bounds) if not found.ok]
     assert not wrong, f"{what}\n  " + "\n  ".join(wrong)
 
 
@@ -122,51 +124,61 @@ def _run(case: Case, dtype: torch.dtype, call: Callable[[Case, Tensors], Results
     return results_of(case, tensors(case, dtype), call)
 
 
-def results_of(case: Case, given: Tensors, call: Callable[[Case, Tensors], Results]) -> Results:
-    results = call(case, given)
-    wanted = given.wanted()
+def results_of(case: Case, case_tensors: Tensors, call: Callable[[Case, Tensors], Results]) -> Results:
+    results = call(case, case_tensors)
+    leaves = case_tensors.grad_leaves()
     used = {name: results[name] for name in case.used if name in results and results[name].requires_grad}
-    found = [None] * len(wanted)
-    if used and wanted:
-        found = torch.autograd.grad(
-            list(used.values()), list(wanted.values()), gradients(case, used), allow_unused=True
+    collected = [None] * len(leaves)
+    if used and leaves:
+        collected = torch.autograd.grad(
+            list(used.values()), list(leaves.values()), gradients(case, used), allow_unused=True
         )
-    for (name, leaf), grad in zip(wanted.items(), found, strict=True):
-        # nn.LSTM gives zeros where some other graph gives None: the same to every user.
+    for (name, leaf), grad in zip(leaves.items(), collected, strict=True):
+        # nn.LSTM gives zeros in some cases where others give None; both are equivalent.
         results[f"d {name}"] = torch.zeros_like(leaf) if grad is None else grad
     return {name: value.detach() for name, value in results.items()}
 
 
 def gradients(case: Case, outputs: Results) -> list[Tensor]:
-    """The gradient that arrives at each output; if strided, one element expanded as `.sum().backward()` gives it."""
-    found = []
+    """The arriving gradient of each output; if strided, an expanded element as from `.sum().backward()`."""
+    results = []
     for name, out in outputs.items():
         shape = (1,) * out.dim() if "grads" in case.strided else out.shape
         generator = torch.Generator().manual_seed(case.seed + 1 + OUTPUTS.index(name))
         drawn = torch.randn(shape, generator=generator, dtype=torch.float64).to(case.dtype).to(out.dtype)
-        found.append(drawn.expand(out.shape))
-    return found
+        results.append(drawn.expand(out.shape))
+    return results
 
 
 def _named(output: Tensor, states: tuple[Tensor, Tensor], *cells: Tensor) -> Results:
     return dict(zip(("output", "h_n", "c_n", "cells"), (output, *states, *cells), strict=False))
 
 
-def call_fastlstm(case: Case, given: Tensors) -> Results:
-    module = case.module(fastlstm.LSTM, given.weights)
+def call_fastlstm(case: Case, case_tensors: Tensors) -> Results:
+    module = case.module(fastlstm.LSTM, case_tensors.weights)
     options = {"return_cell_states": True} if case.cells else {}
     if not case.packed:
-        return _named(*module(given.input, given.hx, lengths=given.lengths, reset_mask=given.reset_mask, **options))
-    packed = pack_padded_sequence(given.input, torch.tensor(case.lengths), case.batch_first, enforce_sorted=False)
-    output, states, *cells = module(packed, given.hx, **options)
+        return _named(
+            *module(
+                case_tensors.input,
+                case_tensors.hx,
+                lengths=case_tensors.lengths,
+                reset_mask=case_tensors.reset_mask,
+                **options,
+            )
+        )
+    packed = pack_padded_sequence(
+        case_tensors.input, torch.tensor(case.lengths), case.batch_first, enforce_sorted=False
+    )
+    output, states, *cells = module(packed, case_tensors.hx, **options)
     padded = [pad_packed_sequence(p, case.batch_first, total_length=case.T)[0] for p in (output, *cells)]
     return _named(padded[0], states, *padded[1:])
 
 
-def _call_torch(case: Case, given: Tensors) -> Results:
+def _call_torch(case: Case, case_tensors: Tensors) -> Results:
     if not (case.ragged or case.cells):
-        return _named(*case.module(nn.LSTM, given.weights)(given.input, given.hx))
-    x, hx = given.input, given.hx
+        return _named(*case.module(nn.LSTM, case_tensors.weights)(case_tensors.input, case_tensors.hx))
+    x, hx = case_tensors.input, case_tensors.hx
     if case.unbatched:
         x, hx = x.unsqueeze(1), hx and [state.unsqueeze(1) for state in hx]
     elif case.batch_first:
@@ -175,12 +187,12 @@ def _call_torch(case: Case, given: Tensors) -> Results:
         S, P = case.layers * case.directions, case.proj or case.H
         hx = (x.new_zeros(S, case.B, P), x.new_zeros(S, case.B, case.H))
     if case.resets is None and not case.cells:
-        results = _packed_rows(case, given.weights, x, *hx)
+        results = _packed_rows(case, case_tensors.weights, x, *hx)
     elif case.ragged:
-        rows = [_segmented_row(case, given.weights, x, *hx, b) for b in range(case.B)]
+        rows = [_segmented_row(case, case_tensors.weights, x, *hx, b) for b in range(case.B)]
         results = {name: torch.cat([row[name] for row in rows], 1) for name in rows[0]}
     else:
-        results = _segment(case, given.weights, x, *hx)
+        results = _segment(case, case_tensors.weights, x, *hx)
     for name in ("output", "cells"):
         if name in results and (case.batch_first or case.unbatched):
             results[name] = results[name][:, 0] if case.unbatched else results[name].transpose(0, 1)
@@ -190,7 +202,7 @@ def _call_torch(case: Case, given: Tensors) -> Results:
 
 
 def _packed_rows(case: Case, weights: dict, x: Tensor, h0: Tensor, c0: Tensor) -> Results:
-    """pack_padded_sequence -> nn.LSTM -> pad_packed_sequence on rows that have steps; the others keep their state."""
+    """pack_padded_sequence -> nn.LSTM -> pad_packed_sequence on rows that have steps; other rows keep their state."""
     lengths = torch.tensor(case.lengths)
     rows = lengths.nonzero()[:, 0]
     output = x.new_zeros(case.T, case.B, case.directions * (case.proj or case.H))
@@ -204,7 +216,7 @@ def _packed_rows(case: Case, weights: dict, x: Tensor, h0: Tensor, c0: Tensor) -
 
 
 def _segmented_row(case: Case, weights: dict, x: Tensor, h0: Tensor, c0: Tensor, b: int) -> Results:
-    """Row b, one nn.LSTM call a segment: hx enters the first one forward and the last one in reverse."""
+    """Row b, one nn.LSTM call per segment; hx is the state of the first segment forward, of the last in reverse."""
     steps = case.T if case.lengths is None else case.lengths[b]
     flagged = {t for t, row in case.resets or () if row == b and t < steps}
     h0, c0 = h0[:, b : b + 1], c0[:, b : b + 1]
@@ -228,7 +240,7 @@ def _segmented_row(case: Case, weights: dict, x: Tensor, h0: Tensor, c0: Tensor,
 
 
 def _segment(case: Case, weights: dict, x: Tensor, h0: Tensor, c0: Tensor) -> Results:
-    """nn.LSTM over x [T, B, I]; for the cell states the last layer once more, each direction step by step."""
+    """nn.LSTM over x [T, B, I]; for cell states, the last layer again, each direction step by step."""
     results = _named(*case.module(nn.LSTM, weights, batch_first=False)(x, (h0, c0)))
     if not case.cells:
         return results
@@ -247,9 +259,9 @@ def _segment(case: Case, weights: dict, x: Tensor, h0: Tensor, c0: Tensor) -> Re
         changes = {"input_size": x.shape[2], "num_layers": 1, "bidirectional": False, "batch_first": False}
         step = case.module(nn.LSTM, own, **changes)
         state = (h0[D * below + d :][:1], c0[D * below + d :][:1])
-        found = [None] * len(x)
+        collected = [None] * len(x)
         for t in reversed(range(len(x))) if d else range(len(x)):
             _, state = step(x[t : t + 1], state)
-            found[t] = state[1]
-        cells.append(torch.cat(found))
+            collected[t] = state[1]
+        cells.append(torch.cat(collected))
     return {**results, "cells": torch.cat(cells, -1)}

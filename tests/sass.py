@@ -1,4 +1,4 @@
-"""Instructions of a kernel as ptxas leaves them: `disassemble`, and `Step`, a persistent kernel's loop over time."""
+"""SASS of a kernel: `disassemble`, and `Step`, the time loop of a persistent kernel."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ BRANCH = re.compile(r"\bBRA\b.*?\b0x([0-9a-f]+)$")
 
 
 def cuobjdump() -> str | None:
-    """The CUDA toolkit's, or the one in Triton's wheel."""
+    """Path of cuobjdump: the CUDA toolkit's, or the one in Triton's wheel."""
     if found := shutil.which("cuobjdump"):
         return found
     spec = find_spec("triton")
@@ -34,12 +34,12 @@ def disassemble(cubin: Path) -> list[tuple[int, str]]:
 
 
 def polls(text: str) -> bool:
-    """Whether an instruction asks for a state's arrival: a load of a flag, or the test of an mbarrier's phase."""
+    """Returns true if an instruction polls for a state: a load of a flag, or a test of an mbarrier's phase."""
     return "SYNCS.PHASECHK" in text or ("LDG" in text and "STRONG.GPU" in text and ".128" not in text)
 
 
 def sends(text: str) -> bool:
-    """Whether it sends a state: the fence before a flag is stored, or a push."""
+    """Returns true if it sends a state: the fence before a flag store, or a remote store."""
     return "MEMBAR" in text or "STAS" in text
 
 
@@ -58,7 +58,7 @@ def shortest_loop(instructions: list[tuple[int, str]], *has: Callable[[str], boo
 
 @dataclass
 class Step:
-    """The instructions of one turn of the loop over time, in the order of their addresses."""
+    """The instructions of one iteration of the time loop, by address."""
 
     code: list[str]
 
@@ -68,7 +68,7 @@ class Step:
         return cls(shortest_loop(instructions, polls, sends, lambda text: "BAR.SYNC" in text))
 
     def after_last_poll(self) -> list[str]:
-        """From the last instruction that may be repeated until the state is there, to the state's sending."""
+        """The instructions after the last poll, up to the one that sends the state."""
         start = max(k for k, text in enumerate(self.code) if polls(text))
         return self.code[start + 1 : self.where(sends, start) + 1]
 

@@ -13,7 +13,7 @@ MAX_ULP = 2.5
 
 
 def arguments(dtype: torch.dtype) -> torch.Tensor:
-    """Dense where the functions bend, every binade down to where they are linear, and far into saturation."""
+    """Dense in the nonlinear range, every binade down to the linear range, and far into saturation."""
     generator = torch.Generator().manual_seed(0)
     limit = 86.0 if dtype == torch.float32 else 700.0
     magnitudes = torch.logspace(-30, 0, 4001, dtype=torch.float64)
@@ -30,10 +30,10 @@ def arguments(dtype: torch.dtype) -> torch.Tensor:
 
 
 def exact(x: torch.Tensor, name: str) -> torch.Tensor:
-    """The function in precision far beyond x's: float64 for float32, 30 digits for float64."""
+    """The function in much higher precision than x: float64 for float32, 30 digits for float64."""
     if x.dtype == torch.float32:
         x = x.double()
-        # torch's own double sigmoid and tanh are good to an ulp of double
+        # torch's sigmoid and tanh in float64 are accurate to an ulp
         return x.sigmoid() if name == "sigmoid" else x.tanh()
     with mpmath.workdps(30):
         f = mpmath.tanh if name == "tanh" else lambda v: 1 / (1 + mpmath.exp(-v))
@@ -46,10 +46,10 @@ def test_error_stays_within_the_bound(name, dtype):
     x = arguments(dtype)
     if dtype == torch.float64:
         x = x[::7].contiguous()  # mpmath is slow
-    truth = exact(x, name)
+    reference = exact(x, name)
     ours = native.extension.activation(x, name)
-    ulp = torch.from_numpy(np.spacing(truth.abs().to(dtype).numpy())).double()
-    error = (ours.double() - truth.double()).abs() / ulp
+    ulp = torch.from_numpy(np.spacing(reference.abs().to(dtype).numpy())).double()
+    error = (ours.double() - reference.double()).abs() / ulp
     worst = int(error.argmax())
     assert error[worst] <= MAX_ULP, f"{float(error[worst]):.2f} ulp at x = {float(x[worst])!r}"
 
@@ -62,13 +62,13 @@ def test_non_finite_arguments(dtype):
     assert sigmoid[0].isnan()
     assert tanh[0].isnan()
     assert tanh[1:].tolist() == [1, -1, 1, -1, 0]
-    # exactly: 0 * inf must be NaN in the gradients of weights, as in nn.LSTM
+    # exact, because 0 * inf must be NaN in weight gradients, as in nn.LSTM
     assert sigmoid[1:].tolist() == [1, 0, 1, 0, 0.5]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_sigmoid_falls_to_zero_where_exp_overflows(dtype):
-    """Around the largest argument of exp: no NaN, no step up, and an error below the smallest normal number."""
+    """Around the largest argument of exp: no NaN, monotonic, and an error below the smallest normal number."""
     edge = 88.0 if dtype == torch.float32 else 709.0
     x = -torch.linspace(edge - 2, edge + 2, 40001, dtype=torch.float64).to(dtype)
     sigmoid = native.extension.activation(x, "sigmoid").double()
@@ -80,7 +80,7 @@ def test_sigmoid_falls_to_zero_where_exp_overflows(dtype):
 @pytest.mark.parametrize("name", ["sigmoid", "tanh"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_nan_of_any_payload(dtype, name):
-    """Also what a lane past the end may find in uninitialized memory; make sanitize watches the arithmetic."""
+    """Tail lanes may read any NaN from uninitialized memory; make sanitize checks the arithmetic."""
     integer, bits = (torch.int32, 31) if dtype == torch.float32 else (torch.int64, 63)
     payloads = torch.tensor([-1, 2**bits - 1, 2**bits - 100, -100], dtype=integer)
     assert native.extension.activation(payloads.view(dtype), name).isnan().all()

@@ -1,4 +1,4 @@
-"""The benchmarks measure what they say: cases, flops, the measuring, the rows, the report. No timing is judged."""
+"""Benchmarks: command, interleaved timing, GPU suite, rows, reports. No test depends on a time."""
 
 # ruff: noqa: E402 - the imports below need packages that not every installation has
 
@@ -15,17 +15,19 @@ for package in ("rich", "matplotlib", "numpy"):
     pytest.importorskip(package)
 
 from benchmarks import __main__ as command
-from benchmarks import console, gpu, headline, load, machine, measure, memory, peers, report, results
-from benchmarks.cases import CPU, MODES, Case
-from benchmarks.machine import Limit, describe, slug
-from benchmarks.measure import Contender, Plan, Spread
+from benchmarks import console, gpu, headline, implementations, load, machine, measure, memory, report, results
+from benchmarks.cases import MODES, Case
+from benchmarks.machine import Peak, describe, slug
+from benchmarks.measure import Measurement, Plan, Spread
 from benchmarks.programs import build_program
 from benchmarks.results import COLUMNS, Row
 
+CPU_CASE = Case(100, 32, 128, 128, target_train=1.7, target_forward=1.2)
+
 
 @pytest.fixture(autouse=True)
-def _small_limit(monkeypatch):
-    """The machine's limit is measured at every case; its size is no matter here."""
+def _small_peak_gemm(monkeypatch):
+    """Shrink the GEMM of the peak, which is measured at every case."""
     monkeypatch.setitem(machine.GEMM_SIZE, "cpu", 64)
 
 
@@ -39,11 +41,11 @@ class SlightlyWrong(torch.nn.LSTM):
         return output * (1 + 1e-4), states
 
 
-def test_the_command_fails_and_writes_no_time_when_ours_is_wrong(tmp_path, monkeypatch, capsys):
-    wrong = peers.Peer(
+def test_command_fails_without_a_time_if_fastlstm_is_wrong(tmp_path, monkeypatch, capsys):
+    wrong = implementations.Implementation(
         lambda case, inputs: build_program(case, inputs, SlightlyWrong, torch.nn.LSTMCell), ours=True, default=True
     )
-    monkeypatch.setitem(peers.PEERS, "fastlstm", wrong)
+    monkeypatch.setitem(implementations.IMPLEMENTATIONS, "fastlstm", wrong)
     arguments = ["--suite", "quick", "--filter", "T=1 B=1", "--budget", "0.01", "--out", str(tmp_path)]
     assert command.main(arguments) == 1
     assert "WRONG" in capsys.readouterr().out
@@ -52,7 +54,7 @@ def test_the_command_fails_and_writes_no_time_when_ours_is_wrong(tmp_path, monke
     assert all(row.p50_ms is None and row.error > row.error_allowed for row in ours)
 
 
-def test_the_command_writes_reproducible_rows(tmp_path):
+def test_command_writes_rows_that_identify_the_run(tmp_path):
     arguments = ["--suite", "quick", "--filter", "T=1 B=1", "--budget", "0.01", "--out", str(tmp_path)]
     assert command.main(arguments) == 0
     text = (tmp_path / "quick.csv").read_text()
@@ -64,7 +66,7 @@ def test_the_command_writes_reproducible_rows(tmp_path):
         assert all([row.device, row.cpu, row.threads, row.torch, row.commit, row.fastlstm, row.date, row.limit_gflops])
 
 
-def test_a_suite_out_of_time_goes_on_where_it_ended(tmp_path, monkeypatch, capsys):
+def test_resume_continues_a_suite_that_ran_out_of_time(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(console, "Console", None)  # as where rich is not installed
     arguments = ["--suite", "quick", "--filter", "T=1 B=1", "--budget", "0.01", "--out", str(tmp_path)]
     assert command.main([*arguments, "--dtype", "float64"]) == 0
@@ -73,51 +75,51 @@ def test_a_suite_out_of_time_goes_on_where_it_ended(tmp_path, monkeypatch, capsy
     assert "1 cases are left" in capsys.readouterr().out
     assert results.read(tmp_path / "quick.csv") == []
     assert command.main([*arguments, "--resume"]) == 0
-    told, measured = capsys.readouterr().out, results.read(tmp_path / "quick.csv")
+    printed, measured = capsys.readouterr().out, results.read(tmp_path / "quick.csv")
     assert len(measured) == 4
-    assert "T=1 B=1 I=64 H=64 streaming\n" in told
-    assert "[" not in told
+    assert "T=1 B=1 I=64 H=64 streaming\n" in printed
+    assert "[" not in printed
     assert command.main([*arguments, "--resume"]) == 0
     assert results.read(tmp_path / "quick.csv") == measured
 
 
-def test_unknown_and_absent_implementations_are_named(capsys):
+def test_errors_name_unknown_and_absent_implementations(capsys):
     assert command.main(["--impl", "cudnn"]) == 2
     assert "cudnn" in capsys.readouterr().out
-    with pytest.raises(ValueError, match="haste_pytorch runs on CUDA alone"):
-        peers.chosen(["haste"], "cpu")
-    assert list(peers.chosen(["eager"], "cpu")) == ["nn", "eager"]
+    with pytest.raises(ValueError, match="haste_pytorch requires CUDA"):
+        implementations.select(["haste"], "cpu")
+    assert list(implementations.select(["eager"], "cpu")) == ["nn", "eager"]
 
 
-# --- measuring
+# --- timing
 
 
-def test_contenders_take_turns():
+def test_measurements_alternate():
     turns: list[str] = []
-    contenders = {one: Contender.of(lambda one=one: turns.append(one)) for one in "AB"}
-    rounds = measure.alternate(contenders, lambda act, calls: act() or 1.0, Plan(budget=0, min_rounds=3, patience=99))
+    measurements = {one: Measurement.of(lambda one=one: turns.append(one)) for one in "AB"}
+    rounds = measure.alternate(measurements, lambda act, calls: act() or 1.0, Plan(budget=0, min_rounds=3, patience=99))
     assert rounds == 3
     # One call each to calibrate, one each to estimate a round, then the rounds.
     assert "".join(turns) == "AB" + "AB" * 4
-    assert all(contender.samples == [1.0] * 3 for contender in contenders.values())
+    assert all(measurement.samples == [1.0] * 3 for measurement in measurements.values())
 
 
-def test_a_sample_of_a_tiny_call_is_many_calls():
+def test_sample_repeats_a_short_call():
     seen: list[int] = []
 
     def timer(act, calls):
         seen.append(calls)
         return calls * 1e-6
 
-    contenders = {"A": Contender.of(lambda: None)}
-    measure.alternate(contenders, timer, Plan(min_rounds=3, max_rounds=3, min_sample=0.005, warm_up=0.01))
-    assert contenders["A"].calls == pytest.approx(5000, rel=0.01)
-    assert seen[-1] == contenders["A"].calls
-    assert contenders["A"].samples == [pytest.approx(1e-6)] * 3
+    measurements = {"A": Measurement.of(lambda: None)}
+    measure.alternate(measurements, timer, Plan(min_rounds=3, max_rounds=3, min_sample=0.005, warm_up=0.01))
+    assert measurements["A"].calls == pytest.approx(5000, rel=0.01)
+    assert seen[-1] == measurements["A"].calls
+    assert measurements["A"].samples == [pytest.approx(1e-6)] * 3
 
 
 @pytest.mark.parametrize(("round_time", "rounds"), [(1e-4, 101), (0.1, 31), (1.0, 7), (4.0, 3), (100.0, 3)])
-def test_rounds_fit_the_budget_and_are_odd(round_time, rounds):
+def test_rounds_are_odd_and_fit_the_budget(round_time, rounds):
     assert Plan(budget=3.0, min_rounds=7, slow_rounds=3, patience=12.0).rounds(round_time) == rounds
 
 
@@ -125,47 +127,47 @@ def test_spread_is_percentiles():
     assert Spread.of([float(k) for k in range(11)]) == Spread(2.0, 5.0, 8.0)
 
 
-def test_the_limit_is_a_rate_and_says_what_it_is():
-    limit = Limit("float64", "cpu")
-    limit.sample()
-    assert limit.gemm_rate > 1e8
-    assert limit.copy_rate is None
-    assert limit.name == "gemm 64^3 float64"
+def test_peak_has_a_rate_and_a_name():
+    peak = Peak("float64", "cpu")
+    peak.sample()
+    assert peak.gemm_rate > 1e8
+    assert peak.copy_rate is None
+    assert peak.name == "gemm 64^3 float64"
     case = Case(5, 3, 4, 6, dtype="float64")
-    assert limit.floor(case, "train") == pytest.approx(case.flops("train") / limit.gemm_rate)
+    assert peak.lower_bound(case, "train") == pytest.approx(case.flops("train") / peak.gemm_rate)
 
 
-def test_others_share_of_the_machine_is_a_share():
-    share = load.others()()
-    assert share is None or 0 <= share <= 1
+def test_background_load_is_a_fraction():
+    fraction = load.background_load()()
+    assert fraction is None or 0 <= fraction <= 1
 
 
 @pytest.mark.parametrize("path", sorted(results.RESULTS.glob("*/*.csv")), ids=lambda p: f"{p.parent.name}/{p.name}")
-def test_every_committed_csv_has_a_report(path):
+def test_report_of_every_committed_csv(path):
     assert "| --- | ---: |" in report.markdown(results.read(path))
 
 
-def test_the_slug_is_a_folder_name():
+def test_slug_is_a_folder_name():
     about = describe("cpu")
     assert slug(about).endswith(f"{torch.get_num_threads()}-threads")
     assert slug({"device": "NVIDIA H100 80GB HBM3", "cpu": "x"}) == "nvidia-h100-80gb-hbm3"
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
-def test_peak_memory_sees_an_allocation():
+def test_peak_memory_includes_temporary_allocations():
     assert memory._cpu_peak(lambda: torch.ones(64 * 2**18)) >= 60 * 2**20
 
 
-# --- the GPU suite, which runs elsewhere
+# --- the GPU suite, without a GPU
 
 
-def test_the_gpu_suite_is_the_agreed_grid():
+def test_gpu_suite_is_the_full_grid():
     plain = [case for case in gpu.cases() if case.kind == "sequence" and (case.L, case.D) == (1, 1)]
     assert len(plain) == 4 * 3 * 5 * 6
     assert {case.kind for case in gpu.cases()} == {"sequence", "packed", "cells"}
 
 
-def test_without_a_gpu_the_suite_says_so(monkeypatch, capsys):
+def test_gpu_suite_without_a_gpu_exits_with_a_message(monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert command.main(["--suite", "gpu"]) == 2
     assert "CUDA" in capsys.readouterr().out
@@ -188,13 +190,13 @@ def test_without_a_gpu_the_suite_says_so(monkeypatch, capsys):
     ],
     ids=str,
 )
-def test_cudnns_algorithm_by_the_rules(case, mode, algorithm):
+def test_cudnn_algorithm_follows_aten_rules(case, mode, algorithm):
     assert gpu.cudnn_algorithm(case, mode, 91300) == algorithm
     if case.dtype == "bfloat16":
         assert gpu.cudnn_algorithm(case, mode, 91200) == "ATen"
 
 
-def test_precision_is_set_and_restored():
+def test_gpu_precision_is_set_and_restored():
     rnn, matmul = torch.backends.cudnn.rnn, torch.backends.cuda.matmul
     before = rnn.fp32_precision, matmul.fp32_precision
     for dtype, setting in (("tf32", "tf32"), ("float32", "ieee"), ("bfloat16", "ieee")):
@@ -207,9 +209,9 @@ def test_precision_is_set_and_restored():
 
 
 def table() -> list[Row]:
-    """Two cases in two modes, as a finished run leaves them."""
+    """Rows of a complete run: two cases in two modes."""
     rows = []
-    for case, ratio in ((Case(10, 1, 1, 100, goal_train=8, goal_forward=8), 10.0), (CPU[8], 1.5)):
+    for case, ratio in ((Case(10, 1, 1, 100, target_train=8, target_forward=8), 10.0), (CPU_CASE, 1.5)):
         for mode in MODES:
             about = {"T": case.T, "B": case.B, "H": case.H, "kind": case.kind, "flops": case.flops(mode)}
             about |= {"device": "Testing CPU", "threads": 2, "torch": "2.13.0", "commit": "abc", "date": "2026-01-02"}
@@ -217,7 +219,7 @@ def table() -> list[Row]:
                 "suite": "cpu",
                 "case": case.name,
                 "mode": mode,
-                "goal": case.goal(mode),
+                "goal": case.target(mode),
                 "limit": "gemm",
                 **about,
             }
@@ -236,7 +238,7 @@ def test_csv_round_trip(tmp_path):
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["cpu.csv"]
 
 
-def test_a_csv_with_other_columns_is_refused(tmp_path):
+def test_csv_with_other_columns_is_refused(tmp_path):
     (tmp_path / "old.csv").write_text("suite,case,speed\ncpu,a,1\n")
     with pytest.raises(ValueError, match=r"old\.csv does not have the columns.*speed"):
         results.read(tmp_path / "old.csv")
@@ -249,7 +251,7 @@ def test_report_shows_speedup_and_percentage_of_peak():
     assert "Testing CPU, 2 threads, torch 2.13.0, commit abc, 2026-01-02" in text
 
 
-def test_the_report_shows_no_time_for_a_wrong_result_and_marks_a_busy_machine():
+def test_report_hides_times_of_wrong_results_and_marks_background_load():
     rows = table()
     rows[1].status, rows[1].p50_ms, rows[1].ratio = "WRONG: output error 1", None, None
     rows[3].others_cpu = 0.5
@@ -259,7 +261,7 @@ def test_the_report_shows_no_time_for_a_wrong_result_and_marks_a_busy_machine():
     assert "busy were measured" in text
 
 
-def test_the_report_command_fills_the_readme_and_draws(tmp_path, capsys):
+def test_report_command_updates_the_readme_and_plots(tmp_path, capsys):
     file, readme = tmp_path / "cpu.csv", tmp_path / "README.md"
     results.write(table(), file)
     readme.write_text("top\n<!-- benchmarks:cpu -->\nold\n<!-- /benchmarks:cpu -->\nbottom\n")
@@ -275,7 +277,7 @@ def test_the_report_command_fills_the_readme_and_draws(tmp_path, capsys):
     capsys.readouterr()
 
 
-def test_headline_includes_losses_and_draws(tmp_path):
+def test_headline_includes_slowdowns_and_a_plot(tmp_path):
     rows = headline.rows()
     assert len(rows) == len(headline.SELECTED)
     assert any(row.train < 1 for row in rows)
@@ -284,13 +286,13 @@ def test_headline_includes_losses_and_draws(tmp_path):
     assert headline.draw(tmp_path / "headline.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_headline_names_a_case_that_is_not_there(monkeypatch):
+def test_headline_error_names_the_missing_case(monkeypatch):
     monkeypatch.setattr(headline, "SELECTED", [("CPU", "none", headline.CPU, "T=0")])
     with pytest.raises(LookupError, match="T=0"):
         headline.rows()
 
 
-def test_grid_and_scaling_reports_sum_up(tmp_path):
+def test_grid_and_scaling_reports_summarize(tmp_path):
     for suite in ("grid", "random"):
         text = report.markdown([replace(row, suite=suite) for row in table()])
         assert "| Training step (forward and backward) | 2 | 3.87x | 1.50x | 0 | 0 |" in text
@@ -305,14 +307,14 @@ def test_grid_and_scaling_reports_sum_up(tmp_path):
     assert "µs per step" in text
 
 
-def test_peaks_are_compared_with_the_baselines(monkeypatch):
+def test_peak_memory_ratio_is_to_nn_lstm(monkeypatch):
     monkeypatch.setattr(memory, "peak_mib", lambda impl, case, device: {"nn": 200.0, "fastlstm": 100.0}[impl])
-    nn_row, row = memory.peak_rows("scaling", CPU[8], ["nn", "fastlstm"])
+    nn_row, row = memory.peak_rows("scaling", CPU_CASE, ["nn", "fastlstm"])
     assert (nn_row.peak_mib, row.peak_mib, row.ratio, row.goal) == (200.0, 100.0, 2.0, 1.0)
 
 
 @pytest.mark.parametrize("difference", [1e-9, 1e-3])
-def test_a_tutorial_is_timed_when_its_losses_agree(monkeypatch, difference):
+def test_tutorial_is_timed_if_its_losses_agree(monkeypatch, difference):
     from benchmarks import tutorials
     from fastlstm.tutorials.common import Timing, Trajectory
 

@@ -1,4 +1,4 @@
-"""python -m benchmarks ab: statistics, workers, refusals, the command. Nothing is compiled and no timing is judged."""
+"""python -m benchmarks ab: statistics, workers, refusals, the command. No test compiles or depends on times."""
 
 # ruff: noqa: E402 - the imports below need packages that not every installation has
 
@@ -27,17 +27,17 @@ from benchmarks.machine import ROOT
 from benchmarks.measure import Plan
 from benchmarks.run import Suite
 
-TINY = Case(3, 2, 4, 5)
-HERE = Tree(ROOT, "here")
-FAST = Settings(threads=1, budget=0.0, launches=2, block=1e-4)
+SMALL_CASE = Case(3, 2, 4, 5)
+WORKING_TREE = Tree(ROOT, "here")
+MINIMAL_SETTINGS = Settings(threads=1, budget=0.0, launches=2, block=1e-4)
 
 
 # --- statistics
 
 
 def simulated(draw: np.random.Generator, change: float = 1.0, launches: int = 4, rounds: int = 16) -> list[Launch]:
-    """Times of a busy machine: drift that both share, effects of a process, noise of a block, and bursts."""
-    made = []
+    """Times under background load: common drift, an offset per process, noise per block, and bursts."""
+    simulated_launches = []
     for _ in range(launches):
         drift = np.exp(0.2 * draw.standard_normal(rounds))
         sides = []
@@ -45,8 +45,8 @@ def simulated(draw: np.random.Generator, change: float = 1.0, launches: int = 4,
             process = np.exp(0.005 * draw.standard_normal())
             bursts = 1 + 2.0 * (draw.random(rounds) < 0.1)
             sides.append(list(time * process * drift * bursts * np.exp(0.02 * draw.standard_normal(rounds))))
-        made.append(Launch(*sides))
-    return made
+        simulated_launches.append(Launch(*sides))
+    return simulated_launches
 
 
 def verdicts(cases: list[list[Launch]]) -> list[str]:
@@ -55,7 +55,7 @@ def verdicts(cases: list[list[Launch]]) -> list[str]:
     return [paired.verdict_of(ratio, paired.noise_of(ratio, typical, len(ratios))) for ratio in ratios]
 
 
-def test_a_change_of_a_tenth_is_found_among_noise():
+def test_change_of_ten_percent_is_detected():
     draw = np.random.default_rng(1)
     cases = [simulated(draw, change) for change in (1.0, 1.1, 1.0, 1 / 1.1, 1.0, 1.0)]
     assert verdicts(cases) == [WITHIN_NOISE, SLOWER, WITHIN_NOISE, FASTER, WITHIN_NOISE, WITHIN_NOISE]
@@ -66,7 +66,7 @@ def test_equal_revisions_are_within_noise():
     assert {found for _ in range(3) for found in verdicts([simulated(draw) for _ in range(8)])} == {WITHIN_NOISE}
 
 
-def test_the_ratio_is_old_over_new_with_its_interval():
+def test_ratio_is_old_over_new_with_interval():
     launches = [Launch([2.0, 4.0, 2.2], [1.0, 2.0, 1.0]), Launch([2.0, 1.0, 3.0], [1.0, 0.5, 1.5])]
     ratio = paired.ratio_of(launches)
     assert ratio.value == pytest.approx(2.0)
@@ -79,17 +79,17 @@ def test_the_ratio_is_old_over_new_with_its_interval():
 @pytest.mark.parametrize(
     "launches", [[], [Launch([1.0], [1.0])], [Launch([1.0], [1.0]), Launch([1.0, 1.0], [1.0, 1.0])]]
 )
-def test_one_launch_or_unequal_rounds_have_no_ratio(launches):
+def test_single_launch_and_unequal_rounds_are_refused(launches):
     with pytest.raises(ValueError, match="at least two launches of equally many rounds"):
         paired.ratio_of(launches)
 
 
-def test_the_noise_grows_with_the_spread_and_the_number_of_cases():
-    calm = paired.Ratio(1.0, 0.99, 1.01, launch_spread=0.001, round_error=0.001, launches=4)
-    busy = paired.Ratio(1.0, 0.9, 1.1, launch_spread=0.001, round_error=0.05, launches=4)
-    assert paired.noise_of(calm, 0.001, 10) == paired.MIN_CHANGE
-    assert paired.noise_of(calm, 0.1, 10) > paired.noise_of(busy, 0.001, 10) > paired.MIN_CHANGE
-    assert paired.noise_of(busy, 0.001, 100) > paired.noise_of(busy, 0.001, 10)
+def test_noise_grows_with_spread_and_number_of_cases():
+    steady = paired.Ratio(1.0, 0.99, 1.01, launch_spread=0.001, round_error=0.001, launches=4)
+    disturbed = paired.Ratio(1.0, 0.9, 1.1, launch_spread=0.001, round_error=0.05, launches=4)
+    assert paired.noise_of(steady, 0.001, 10) == paired.MIN_CHANGE
+    assert paired.noise_of(steady, 0.1, 10) > paired.noise_of(disturbed, 0.001, 10) > paired.MIN_CHANGE
+    assert paired.noise_of(disturbed, 0.001, 100) > paired.noise_of(disturbed, 0.001, 10)
     assert paired.typical_spread([]) == 0.0
 
 
@@ -109,37 +109,37 @@ def processes(tmp_path_factory):
         "        output, states = super().forward(x, hx)\n"
         "        return output * (1 + 1e-3), states\n"
     )
-    with workers({"old": HERE, "new": HERE, "wrong": Tree(folder, "wrong")}) as started:
+    with workers({"old": WORKING_TREE, "new": WORKING_TREE, "wrong": Tree(folder, "wrong")}) as started:
         yield started
 
 
 @pytest.fixture
 def measure(processes, monkeypatch):
-    """measure_case on processes that are running already, here with `new` as the new revision."""
+    """Return measure_case on the running processes, with worker `new` as the new revision."""
 
     def run(new: str) -> list[AbRow]:
         pair = {"old": processes["old"], "new": processes[new]}
         monkeypatch.setattr(compare, "workers", lambda sides: nullcontext(pair))
         sides = {side: worker.tree for side, worker in pair.items()}
-        return compare.measure_case(Suite("quick", [TINY]), TINY, sides, FAST)
+        return compare.measure_case(Suite("quick", [SMALL_CASE]), SMALL_CASE, sides, MINIMAL_SETTINGS)
 
     return run
 
 
-def test_a_worker_answers_and_survives_an_error(processes):
+def test_worker_continues_after_an_error(processes):
     worker = processes["old"]
     with pytest.raises(WorkerError, match="old: ValueError: the command must be one of"):
         worker.run("__init__")
     with pytest.raises(WorkerError, match="old: RuntimeError: no case is loaded"):
         worker.run("sample", "train", 1)
-    assert worker.run("load", TINY, 1, "cpu") in ("native", "eager")
+    assert worker.run("load", SMALL_CASE, 1, "cpu") in ("native", "eager")
     assert worker.run("calibrate", "forward", Plan(min_sample=1e-4, warm_up=1e-3)) >= 1
     assert worker.run("sample", "forward", 3) > 0
     assert worker.run("results", "train")["output"].shape == (3, 2, 5)
     assert all(0 < seconds < 2 for seconds in worker.rest_s)
 
 
-def test_two_equal_trees_are_measured_and_agree(measure):
+def test_equal_trees_are_measured_with_equal_errors(measure):
     rows = measure("new")
     assert [row.mode for row in rows] == list(MODES)
     for row in rows:
@@ -154,7 +154,7 @@ def test_two_equal_trees_are_measured_and_agree(measure):
     assert all(row.noise >= paired.MIN_CHANGE for row in rows)
 
 
-def test_a_wrong_result_is_refused_and_has_no_time(measure):
+def test_wrong_result_has_no_time(measure):
     rows = measure("wrong")
     assert len(rows) == 2
     for row in rows:
@@ -164,7 +164,7 @@ def test_a_wrong_result_is_refused_and_has_no_time(measure):
         assert row.old_p50_ms is None
 
 
-def test_the_rows_of_a_dead_worker_say_so(processes, measure):
+def test_rows_report_a_dead_worker(processes, measure):
     processes["wrong"]._process.kill()
     processes["wrong"]._process.wait()
     assert {row.status for row in measure("wrong")} == {"failed: wrong: the worker of wrong died (exit status -9)"}
@@ -173,12 +173,12 @@ def test_the_rows_of_a_dead_worker_say_so(processes, measure):
 # --- trees
 
 
-def test_an_unknown_revision_is_an_error(capsys):
+def test_unknown_revision_is_an_error(capsys):
     assert command.main(["ab", "no-such-revision"]) == 2
     assert "unknown revision 'no-such-revision'" in capsys.readouterr().out
 
 
-def test_a_revision_is_built_once_and_a_failed_build_is_an_error(tmp_path, monkeypatch):
+def test_build_is_cached_and_its_failure_is_an_error(tmp_path, monkeypatch):
     calls: list[list[str]] = []
 
     def run(words, stdout, status=0, **_):
@@ -200,7 +200,7 @@ def test_a_revision_is_built_once_and_a_failed_build_is_an_error(tmp_path, monke
     assert len(calls) == 3
 
 
-def test_an_extension_older_than_its_sources_is_noticed(tmp_path):
+def test_stale_extension_is_reported(tmp_path):
     (tmp_path / "fastlstm").mkdir()
     (tmp_path / "csrc").mkdir()
     assert trees.stale_extension(tmp_path) == "fastlstm has no extension there"
@@ -218,25 +218,25 @@ def test_an_extension_older_than_its_sources_is_noticed(tmp_path):
 
 @pytest.fixture
 def measured(monkeypatch):
-    """The command without processes: `measured["ratio"]` is what every case gives."""
-    given = {"ratio": 1.0, "status": "ok"}
+    """Replace the measurement: every case has the ratio `measured["ratio"]`."""
+    outcome = {"ratio": 1.0, "status": "ok"}
 
     def measure(suite, case, sides, settings):
-        rows = [AbRow(suite.name, case.name, mode, status=given["status"]) for mode in MODES]
-        for row in rows if given["status"] == "ok" else []:
-            row.ratio, row.ratio_low, row.ratio_high = (given["ratio"] * x for x in (1.0, 0.99, 1.01))
+        rows = [AbRow(suite.name, case.name, mode, status=outcome["status"]) for mode in MODES]
+        for row in rows if outcome["status"] == "ok" else []:
+            row.ratio, row.ratio_low, row.ratio_high = (outcome["ratio"] * x for x in (1.0, 0.99, 1.01))
             row.launch_spread, row.round_error, row.launches, row.rounds, row.calls = 0.005, 0.005, 4, 6, 1
-            row.old_p50_ms, row.new_p50_ms = given["ratio"], 1.0
+            row.old_p50_ms, row.new_p50_ms = outcome["ratio"], 1.0
         return rows
 
     monkeypatch.setattr(ab, "measure_case", measure)
     monkeypatch.setattr(trees, "resolve", lambda revision: revision)
     monkeypatch.setattr(trees, "built", lambda revision, say: Tree(ROOT, revision))
     monkeypatch.setattr(trees, "commit", lambda: "0123456789ab-dirty")
-    return given
+    return outcome
 
 
-def test_the_command_reports_changes_means_and_a_dirty_tree(tmp_path, measured, capsys):
+def test_command_reports_changes_means_and_a_dirty_tree(tmp_path, measured, capsys):
     measured["ratio"] = 0.9
     file = tmp_path / "ab.csv"
     assert command.main(["ab", "old", "--suite", "quick", "random", "--filter", "T=1 B=1", "--output", str(file)]) == 0
@@ -255,7 +255,7 @@ def test_the_command_reports_changes_means_and_a_dirty_tree(tmp_path, measured, 
 
 
 @pytest.mark.parametrize(("side", "status"), [("old", 0), ("new", 1)])
-def test_the_command_fails_if_the_new_revision_is_wrong(side, status, measured, capsys):
+def test_command_fails_if_the_new_revision_is_wrong(side, status, measured, capsys):
     measured["status"] = f"refused: {side} is WRONG: output"
     assert command.main(["ab", "old", "--new", "newer", "--suite", "quick", "--filter", "T=1 B=1"]) == status
     text = capsys.readouterr().out
@@ -264,7 +264,7 @@ def test_the_command_fails_if_the_new_revision_is_wrong(side, status, measured, 
 
 
 @pytest.mark.parametrize("words", [["--launches", "1"], ["--clock", "cpu", "--threads", "2"]])
-def test_settings_that_measure_nothing_are_refused(words, capsys):
+def test_invalid_settings_are_refused(words, capsys):
     with pytest.raises(SystemExit, match="2"):
         command.main(["ab", "old", *words])
     assert words[0] in capsys.readouterr().err

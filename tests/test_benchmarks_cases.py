@@ -1,4 +1,4 @@
-"""What the benchmarks measure: the suites' cases, their sizes, lengths and flops."""
+"""The benchmark suites' cases: sizes, lengths and flops."""
 
 # ruff: noqa: E402 - the imports below need packages that not every installation has
 
@@ -12,10 +12,10 @@ from torch.utils.flop_counter import FlopCounterMode
 for package in ("rich", "matplotlib", "numpy"):
     pytest.importorskip(package)
 
-from benchmarks import gpu, peers, suites, sweeps
+from benchmarks import gpu, implementations, suites, sweeps
 from benchmarks.cases import CPU, MODES, QUICK, RAGGED, Case
 from benchmarks.data import make_inputs
-from benchmarks.gate import in_float64, truth
+from benchmarks.gate import in_float64, reference_results
 
 
 def name(case: Case) -> str:
@@ -26,13 +26,15 @@ SCALING = sweeps.SCALING_T + sweeps.SCALING_PACKED
 
 
 @pytest.mark.parametrize(
-    "cases", [CPU, QUICK, sweeps.grid(), sweeps.random_cases(), sweeps.FEW_ROWS, SCALING, gpu.cases()]
+    "cases",
+    [CPU, QUICK, sweeps.grid(), sweeps.random_cases(), sweeps.FEW_ROWS, SCALING, gpu.cases()],
+    ids=["cpu", "quick", "grid", "random", "few_rows", "scaling", "gpu"],
 )
-def test_names_within_a_suite_are_unique(cases):
+def test_case_names_are_unique_within_a_suite(cases):
     assert len({case.name for case in cases}) == len(cases)
 
 
-def test_the_cpu_suite_is_the_agreed_table():
+def test_cpu_suite_is_fixed():
     sizes = [(case.T, case.B, case.I, case.H, case.L) for case in CPU]
     assert sizes == [
         (10, 1, 1, 100, 1),
@@ -51,11 +53,11 @@ def test_the_cpu_suite_is_the_agreed_table():
         (100, 32, 256, 256, 1),
         (100, 32, 256, 256, 1),
     ]
-    assert all(case.goal(mode) > 1 for case in CPU for mode in MODES)
-    assert [case.goal_train for case in CPU] == [8, 8, 8, 8, 4, 4, 2, 2, 1.7, 1.3, 1.3, 1.3, 8, 3, 2]
+    assert all(case.target(mode) > 1 for case in CPU for mode in MODES)
+    assert [case.target_train for case in CPU] == [8, 8, 8, 8, 4, 4, 2, 2, 1.7, 1.3, 1.3, 1.3, 8, 3, 2]
 
 
-def test_the_grid_spans_what_it_promises_and_stays_within_its_budget():
+def test_grid_covers_its_sizes_within_the_flop_budget():
     grid = sweeps.grid()
     assert {case.T for case in grid} == set(sweeps.GRID_T)
     assert {case.B for case in grid} == set(sweeps.GRID_B)
@@ -64,26 +66,27 @@ def test_the_grid_spans_what_it_promises_and_stays_within_its_budget():
     assert suites.size_of("grid") == len(grid) == sweeps.grid_size()[0]
 
 
-def test_random_cases_are_of_every_kind_and_always_the_same():
+def test_random_cases_are_deterministic_and_cover_every_kind():
     cases = sweeps.random_cases()
     assert len(cases) == suites.size_of("random") == sweeps.RANDOM_CASES
     assert cases == sweeps.random_cases()
     assert max(case.flops("forward") for case in cases) <= sweeps.GRID_FLOPS
-    for kind in (
-        lambda case: case.bidirectional,
-        lambda case: case.L == 2,
-        lambda case: case.proj,
-        lambda case: case.kind == "packed",
-        lambda case: case.dtype == "float64",
-        lambda case: case.dtype == "bfloat16",
-        lambda case: case.I != case.H,
-        lambda case: case.H >= 256 and case.B >= 32,
-    ):
-        assert 1 < sum(map(bool, map(kind, cases))) < len(cases)
+    kinds = {
+        "bidirectional": lambda case: case.bidirectional,
+        "two layers": lambda case: case.L == 2,
+        "projection": lambda case: case.proj,
+        "packed": lambda case: case.kind == "packed",
+        "float64": lambda case: case.dtype == "float64",
+        "bfloat16": lambda case: case.dtype == "bfloat16",
+        "I != H": lambda case: case.I != case.H,
+        "large": lambda case: case.H >= 256 and case.B >= 32,
+    }
+    for kind, is_kind in kinds.items():
+        assert 1 < sum(map(bool, map(is_kind, cases))) < len(cases), kind
 
 
 @pytest.mark.parametrize("ragged", RAGGED)
-def test_lengths_lie_within_T_and_reach_it(ragged):
+def test_lengths_are_within_T_and_the_longest_is_T(ragged):
     lengths = Case(50, 20, 3, 4, kind="packed", ragged=ragged).lengths()
     assert lengths.min() >= 1
     assert lengths.max() == 50
@@ -91,7 +94,7 @@ def test_lengths_lie_within_T_and_reach_it(ragged):
 
 
 @pytest.mark.parametrize(
-    "wrong",
+    "invalid",
     [
         {"T": 0},
         {"dtype": "int8"},
@@ -103,9 +106,9 @@ def test_lengths_lie_within_T_and_reach_it(ragged):
     ],
     ids=str,
 )
-def test_a_case_refuses_what_makes_no_sense(wrong):
+def test_invalid_case_is_refused(invalid):
     with pytest.raises(ValueError, match=r"got|neither"):
-        replace(Case(5, 3, 4, 6), **wrong)
+        replace(Case(5, 3, 4, 6), **invalid)
 
 
 @pytest.mark.parametrize(
@@ -118,25 +121,25 @@ def test_a_case_refuses_what_makes_no_sense(wrong):
     ],
     ids=name,
 )
-def test_flops_are_those_that_pytorch_counts(case):
+def test_flops_equal_those_of_the_pytorch_counter(case):
     # Streaming cases, because a gradient for h0 keeps the first step's product in the count.
     inputs = make_inputs(case)
     with FlopCounterMode(display=False) as counter:
-        truth(case, in_float64(inputs))
+        reference_results(case, in_float64(inputs))
     assert counter.get_total_flops() == case.flops("train")
-    program = peers.PEERS["reference"].build(case, inputs)
+    program = implementations.IMPLEMENTATIONS["reference"].build(case, inputs)
     with program.mode("forward") as forward, FlopCounterMode(display=False) as counter:
         forward()
     assert counter.get_total_flops() == case.flops("forward")
 
 
-def test_packed_flops_follow_the_sum_of_the_lengths():
+def test_packed_flops_are_proportional_to_the_sum_of_lengths():
     case = Case(50, 20, 3, 4, kind="packed", ragged="random")
     assert case.rows == int(case.lengths().sum()) < 50 * 20
     assert case.flops("train") * 50 * 20 == Case(50, 20, 3, 4).flops("train") * case.rows
 
 
-def test_a_shortened_case_fits_its_budget():
+def test_shortened_case_fits_its_budget():
     case = Case(999, 97, 1, 51, 2)
     short = case.shortened(1e8)
     assert 1 <= short.T < case.T

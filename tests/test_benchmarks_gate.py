@@ -1,4 +1,4 @@
-"""The correctness gate of the benchmarks: the right is timed, the wrong refused, for every implementation."""
+"""The accuracy gate of the benchmarks: correct results are timed and wrong ones refused, for every implementation."""
 
 # ruff: noqa: E402 - the imports below need packages that not every installation has
 
@@ -14,16 +14,16 @@ from torch import nn
 for package in ("rich", "matplotlib", "numpy"):
     pytest.importorskip(package)
 
-from benchmarks import machine, peers, rivals, run
+from benchmarks import baselines, implementations, machine, run
 from benchmarks.cases import MODES, Case
 from benchmarks.data import make_inputs
-from benchmarks.gate import expected, judge, precision
+from benchmarks.gate import check_accuracy, expected, precision
 from benchmarks.measure import Plan
 from benchmarks.programs import build_program
 from benchmarks.results import Row
 from fastlstm import reference
 
-HASTY = Plan(budget=0.0, min_rounds=1, min_sample=0.0, warm_up=0.0)
+MINIMAL_PLAN = Plan(budget=0.0, min_rounds=1, min_sample=0.0, warm_up=0.0)
 KINDS = [
     Case(5, 3, 4, 6),
     Case(5, 3, 4, 6, 2, bidirectional=True),
@@ -37,8 +37,8 @@ KINDS = [
 
 
 @pytest.fixture(autouse=True)
-def _small_limit(monkeypatch):
-    """The machine's limit is measured at every case; its size is no matter here."""
+def _small_peak_gemm(monkeypatch):
+    """Shrink the GEMM of the peak, which is measured at every case."""
     monkeypatch.setitem(machine.GEMM_SIZE, "cpu", 64)
 
 
@@ -46,61 +46,70 @@ def name(case: Case) -> str:
     return case.name
 
 
-class LoopOfReference(nn.LSTM):
-    """nn.LSTM's surface over fastlstm.reference; `bend` is where tests make it wrong."""
+class ReferenceLSTM(nn.LSTM):
+    """nn.LSTM computed by fastlstm.reference; tests override `perturb` to make the output wrong."""
 
-    def bend(self, output: torch.Tensor) -> torch.Tensor:
+    def perturb(self, output: torch.Tensor) -> torch.Tensor:
         return output
 
     def forward(self, x, hx=None):
         h_n, c_n = [], []
         D = 2 if self.bidirectional else 1
         for layer in range(self.num_layers):
-            own = [w for weights in self.all_weights[layer * D : (layer + 1) * D] for w in weights]
-            at = slice(layer * D, (layer + 1) * D)
-            x, h, c, _ = reference.layer(x, *((None, None) if hx is None else (hx[0][at], hx[1][at])), own)
+            layer_weights = [w for weights in self.all_weights[layer * D : (layer + 1) * D] for w in weights]
+            directions = slice(layer * D, (layer + 1) * D)
+            x, h, c, _ = reference.layer(
+                x, *((None, None) if hx is None else (hx[0][directions], hx[1][directions])), layer_weights
+            )
             h_n.append(h)
             c_n.append(c)
-        return self.bend(x), (torch.cat(h_n), torch.cat(c_n))
+        return self.perturb(x), (torch.cat(h_n), torch.cat(c_n))
 
 
-class SlightlyWrong(LoopOfReference):
-    def bend(self, output):
+class SlightlyWrong(ReferenceLSTM):
+    def perturb(self, output):
         return output * (1 + 1e-4)
 
 
-class Diverging(LoopOfReference):
-    def bend(self, output):
+class ReturnsNaN(ReferenceLSTM):
+    def perturb(self, output):
         return output * float("nan")
 
 
-class ForgetsGradients(LoopOfReference):
-    """Right going forward; its gradients are a hundredth too large."""
+class WrongGradients(ReferenceLSTM):
+    """Correct outputs; gradients 1 % too large."""
 
-    def bend(self, output):
+    def perturb(self, output):
         return output + 0.01 * (output - output.detach())
 
 
-def peer(lstm: type) -> peers.Peer:
-    return peers.Peer(lambda case, inputs: build_program(case, inputs, lstm, nn.LSTMCell), ours=True)
+def implementation_of(lstm: type) -> implementations.Implementation:
+    return implementations.Implementation(
+        lambda case, inputs: build_program(case, inputs, lstm, nn.LSTMCell), ours=True
+    )
 
 
 def measured(case: Case, lstm: type) -> dict[tuple[str, str], Row]:
-    suite = run.Suite("test", [case], plan=HASTY, attempts=1)
-    both = {"nn": peers.PEERS["nn"], "fastlstm": peer(lstm)}
-    return {(row.impl, row.mode): row for row in run.run_suite(suite, both)}
+    suite = run.Suite("test", [case], plan=MINIMAL_PLAN, attempts=1)
+    pair = {"nn": implementations.IMPLEMENTATIONS["nn"], "fastlstm": implementation_of(lstm)}
+    return {(row.impl, row.mode): row for row in run.run_suite(suite, pair)}
 
 
 @pytest.mark.parametrize("case", KINDS, ids=name)
-def test_every_kind_of_case_passes_with_every_backend_that_runs_here(case):
-    ours = {impl: one for impl, one in peers.PEERS.items() if (one.ours and not one.missing("cpu")) or impl == "nn"}
-    for impl, found in run.judge_all(case, "cpu", ours).items():
+def test_all_available_backends_pass(case):
+    ours = {
+        impl: one
+        for impl, one in implementations.IMPLEMENTATIONS.items()
+        if (one.ours and not one.missing("cpu")) or impl == "nn"
+    }
+    for impl, result in run.check_all(case, "cpu", ours).items():
         for mode in MODES:
-            assert found.status(mode) == "ok" or found.status(mode).startswith("skipped"), (impl, found.status(mode))
+            status = result.status(mode)
+            assert status == "ok" or status.startswith("skipped"), f"{impl}, {mode}: {status}"
 
 
-@pytest.mark.parametrize("lstm", [SlightlyWrong, Diverging])
-def test_a_wrong_output_is_refused_without_a_time(lstm):
+@pytest.mark.parametrize("lstm", [SlightlyWrong, ReturnsNaN])
+def test_wrong_output_has_no_time(lstm):
     rows = measured(Case(5, 3, 4, 6), lstm)
     for mode in MODES:
         assert rows["nn", mode].p50_ms > 0
@@ -108,17 +117,24 @@ def test_a_wrong_output_is_refused_without_a_time(lstm):
         assert refused.status.startswith("WRONG: ")
         assert refused.p50_ms is refused.ratio is refused.fraction is None
         assert not refused.error <= refused.error_allowed
-    assert len(run.failures(list(rows.values()), {"fastlstm": peer(lstm), "nn": peers.PEERS["nn"]})) == 2
+    assert (
+        len(
+            run.failures(
+                list(rows.values()), {"fastlstm": implementation_of(lstm), "nn": implementations.IMPLEMENTATIONS["nn"]}
+            )
+        )
+        == 2
+    )
 
 
-def test_wrong_gradients_are_refused_in_training_alone():
-    rows = measured(Case(5, 3, 4, 6), ForgetsGradients)
+def test_wrong_gradients_affect_training_rows_only():
+    rows = measured(Case(5, 3, 4, 6), WrongGradients)
     assert rows["fastlstm", "train"].status.startswith("WRONG: d_")
     assert rows["fastlstm", "forward"].status == "ok"
 
 
-def test_a_right_one_is_timed_and_its_columns_agree():
-    rows = measured(Case(5, 3, 4, 6), LoopOfReference)
+def test_columns_of_a_timed_row_are_consistent():
+    rows = measured(Case(5, 3, 4, 6), ReferenceLSTM)
     for mode in MODES:
         row, nn_row = rows["fastlstm", mode], rows["nn", mode]
         assert row.status == "ok"
@@ -130,24 +146,26 @@ def test_a_right_one_is_timed_and_its_columns_agree():
         assert row.gate_T == 5
 
 
-def test_a_case_in_a_process_of_its_own_gives_the_same_rows(monkeypatch):
+def test_case_in_a_new_process_gives_equal_rows(monkeypatch):
     case = Case(5, 3, 4, 6)
-    here = measured(case, LoopOfReference)
+    expected_rows = measured(case, ReferenceLSTM)
     monkeypatch.delattr(run, "measure_case")  # in this process
-    suite = run.Suite("test", [case], plan=HASTY, attempts=1, alone=True)
-    told = []
-    rows = run.run_suite(suite, peers.chosen([], "cpu"), lambda case, made: told.append((case.name, len(made))))
-    assert told == [(case.name, 4)]
+    suite = run.Suite("test", [case], plan=MINIMAL_PLAN, attempts=1, isolated=True)
+    reported = []
+    rows = run.run_suite(
+        suite, implementations.select([], "cpu"), lambda case, new_rows: reported.append((case.name, len(new_rows)))
+    )
+    assert reported == [(case.name, 4)]
     assert {row.status for row in rows} == {"ok"}
     for row in rows:
-        same = here[row.impl, row.mode]
+        same = expected_rows[row.impl, row.mode]
         assert row.p50_ms > 0
         assert (row.flops, row.gate_T, row.rows) == (same.flops, same.gate_T, same.rows)
 
 
-def test_an_exception_is_a_row_and_a_failure():
-    class Raises(LoopOfReference):
-        def bend(self, output):
+def test_exception_becomes_a_failed_row():
+    class Raises(ReferenceLSTM):
+        def perturb(self, output):
             raise RuntimeError("no kernel\nsecond line")
 
     rows = measured(Case(5, 3, 4, 6), Raises)
@@ -155,13 +173,13 @@ def test_an_exception_is_a_row_and_a_failure():
     assert rows["nn", "train"].status == "ok"
 
 
-def test_without_a_baseline_nothing_is_timed():
-    class Raises(LoopOfReference):
-        def bend(self, output):
+def test_nothing_is_timed_if_the_baseline_fails():
+    class Raises(ReferenceLSTM):
+        def perturb(self, output):
             raise RuntimeError("not on this device")
 
-    suite = run.Suite("test", [Case(5, 3, 4, 6)], plan=HASTY, attempts=1)
-    rows = run.run_suite(suite, {"nn": peer(Raises), "fastlstm": peer(LoopOfReference)})
+    suite = run.Suite("test", [Case(5, 3, 4, 6)], plan=MINIMAL_PLAN, attempts=1)
+    rows = run.run_suite(suite, {"nn": implementation_of(Raises), "fastlstm": implementation_of(ReferenceLSTM)})
     assert [row.status for row in rows[:2]] == [
         "failed: RuntimeError: not on this device",
         "skipped: nn.LSTM gave nothing to compare with",
@@ -169,49 +187,51 @@ def test_without_a_baseline_nothing_is_timed():
     assert all(row.p50_ms is None for row in rows)
 
 
-def test_a_missing_gradient_or_a_wrong_shape_is_refused():
+def test_missing_gradient_and_wrong_shape_are_refused():
     case = Case(5, 3, 4, 6)
-    right = expected(case, make_inputs(case), precision(case, ours=True))
-    rounded = {key: value.float() for key, value in right.truth.items()}
-    assert judge(rounded, right, "train").ok
+    reference_of_case = expected(case, make_inputs(case), precision(case, ours=True))
+    rounded = {key: value.float() for key, value in reference_of_case.reference.items()}
+    assert check_accuracy(rounded, reference_of_case, "train").ok
     without = {key: value for key, value in rounded.items() if key != "d_x"}
-    assert judge(without, right, "forward").ok
-    assert judge(without, right, "train").name == "d_x"
-    assert not judge(without, right, "train").ok
-    assert not judge(rounded | {"h_n": rounded["h_n"][0]}, right, "forward").ok
+    assert check_accuracy(without, reference_of_case, "forward").ok
+    assert check_accuracy(without, reference_of_case, "train").name == "d_x"
+    assert not check_accuracy(without, reference_of_case, "train").ok
+    assert not check_accuracy(rounded | {"h_n": rounded["h_n"][0]}, reference_of_case, "forward").ok
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "tf32"])
-def test_an_error_beyond_rounding_is_refused_in_every_result(dtype):
+def test_error_beyond_rounding_is_refused_in_every_result(dtype):
     case = Case(5, 3, 4, 6, dtype=dtype)
-    right = expected(case, make_inputs(case), precision(case, ours=True))
-    for name in right.truth:
+    reference_of_case = expected(case, make_inputs(case), precision(case, ours=True))
+    for name in reference_of_case.reference:
         for part, ok in ((0.9, True), (1.1, False)):
-            off = right.truth[name].clone()
-            off.view(-1)[0] += part * right.bounds[name]
-            assert judge({**right.truth, name: off}, right, "train").ok is ok, name
+            perturbed = reference_of_case.reference[name].clone()
+            perturbed.view(-1)[0] += part * reference_of_case.bounds[name]
+            assert (
+                check_accuracy({**reference_of_case.reference, name: perturbed}, reference_of_case, "train").ok is ok
+            ), name
 
 
-# --- rivals, with stand-ins of their documented interfaces where they need a GPU
+# --- baselines; those that need a GPU are replaced by stand-ins with their documented interfaces
 
 
-def assert_right(case: Case, build) -> None:
+def assert_correct(case: Case, build) -> None:
     inputs = make_inputs(case)
-    right, program = expected(case, inputs, precision(case, ours=False)), build(case, inputs)
+    reference_of_case, program = expected(case, inputs, precision(case, ours=False)), build(case, inputs)
     for mode in MODES:
-        found = judge(program.results(mode), right, mode)
-        assert found.ok, str(found)
+        accuracy = check_accuracy(program.results(mode), reference_of_case, mode)
+        assert accuracy.ok, f"{case.name}, {mode}: {accuracy}"
 
 
 @pytest.mark.parametrize("case", [Case(4, 3, 5, 6, 2, bidirectional=True), Case(2, 2, 5, 6, kind="stream")], ids=name)
-def test_the_compiled_loop_computes_an_lstm(case):
+def test_compiled_loop_is_correct(case):
     with torch.compiler.set_stance("force_eager"):
-        assert_right(case, rivals.compiled_loop)
+        assert_correct(case, baselines.compiled_loop)
 
 
-def test_hastes_weights_and_gradients_are_converted(monkeypatch):
+def test_haste_weight_and_gradient_layouts(monkeypatch):
     class HasteLSTM(nn.Module):
-        """Gates i, g, f, o along the second dimension of the kernels; one bias; one layer."""
+        """Gate order i, g, f, o along the second dimension of the kernels; one bias; one layer."""
 
         def __init__(self, I, H, batch_first):  # noqa: E741
             super().__init__()
@@ -238,28 +258,28 @@ def test_hastes_weights_and_gradients_are_converted(monkeypatch):
 
     monkeypatch.setitem(sys.modules, "haste_pytorch", SimpleNamespace(LSTM=HasteLSTM))
     for case in (Case(4, 3, 5, 6), Case(1, 3, 5, 6, kind="stream")):
-        assert rivals.haste_refuses(case) is None
-        assert_right(case, rivals.haste)
-    assert "float32" in rivals.haste_refuses(Case(4, 3, 5, 6, dtype="bfloat16"))
+        assert baselines.haste_refuses(case) is None
+        assert_correct(case, baselines.haste)
+    assert "float32" in baselines.haste_refuses(Case(4, 3, 5, 6, dtype="bfloat16"))
 
 
-def test_flashrnns_layouts_are_converted(monkeypatch):
+def test_flashrnn_layouts(monkeypatch):
     def kernel(Wx, R, b, *, function, backend, dtype):
         """Wx [B, T, 4, 1, H], R [4, 1, H, H], b [4, 1, H] -> states [2, B, T, 1, H] of y and c."""
         assert (function, backend, dtype) == ("lstm", "cuda_fused", "float32")
         B, T, _, _, H = Wx.shape
-        y, c, kept = Wx.new_zeros(B, H), Wx.new_zeros(B, H), []
+        y, c, steps = Wx.new_zeros(B, H), Wx.new_zeros(B, H), []
         for t in range(T):
             i, f, g, o = (Wx[:, t, :, 0] + torch.einsum("ghp,bp->bgh", R[:, 0], y) + b[:, 0]).unbind(1)
             c = f.sigmoid() * c + i.sigmoid() * g.tanh()
             y = o.sigmoid() * c.tanh()
-            kept.append(torch.stack([y, c]))
-        states = torch.stack(kept, dim=2)[:, :, :, None]
+            steps.append(torch.stack([y, c]))
+        states = torch.stack(steps, dim=2)[:, :, :, None]
         return states, states[:, :, -1:]
 
-    fake = ModuleType("flashrnn")
-    fake.flashrnn = kernel
-    monkeypatch.setitem(sys.modules, "flashrnn", fake)
-    assert rivals.flashrnn_refuses(Case(4, 3, 5, 6)) is None
-    assert_right(Case(4, 3, 5, 6), rivals.flashrnn)
-    assert rivals.flashrnn_refuses(Case(4, 3, 5, 6, 2))
+    stand_in = ModuleType("flashrnn")
+    stand_in.flashrnn = kernel
+    monkeypatch.setitem(sys.modules, "flashrnn", stand_in)
+    assert baselines.flashrnn_refuses(Case(4, 3, 5, 6)) is None
+    assert_correct(Case(4, 3, 5, 6), baselines.flashrnn)
+    assert baselines.flashrnn_refuses(Case(4, 3, 5, 6, 2))

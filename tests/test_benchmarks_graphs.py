@@ -1,4 +1,4 @@
-"""nn.LSTM and fastlstm in CUDA graphs as baseline and contender, with a capture on the CPU in the place of CUDA's."""
+"""Benchmarks in CUDA graphs, baseline and fastlstm, with a simulated capture on the CPU."""
 
 # ruff: noqa: E402 - the imports below need packages that not every installation has
 
@@ -13,29 +13,29 @@ from torch import nn
 for package in ("rich", "numpy"):
     pytest.importorskip(package)
 
-from benchmarks import graphs, peers, report, run
+from benchmarks import graphs, implementations, report, run
 from benchmarks.cases import MODES, Case
 from benchmarks.data import make_inputs
-from benchmarks.measure import Contender, Plan
+from benchmarks.measure import Measurement, Plan
 from benchmarks.programs import build_program
 from benchmarks.results import BASELINES, Row
 
 CASE = Case(5, 3, 4, 6)
-HASTY = Plan(budget=0, min_rounds=3, slow_rounds=3, min_sample=1e-6, warm_up=1e-6)
+MINIMAL_PLAN = Plan(budget=0, min_rounds=3, slow_rounds=3, min_sample=1e-6, warm_up=1e-6)
 
 
-def recorded(run, replays=True):
-    """A graph as CUDA's behaves: a capture leaves no numbers, a replay writes into the memory that was captured."""
+def simulated_graph(run, replays=True):
+    """A graph that behaves as CUDA's: a replay writes into the memory of the capture."""
     captured = tuple(t.detach() for t in run())
     leaves: list[torch.Tensor] = []
 
     def replay():
         if not replays:
             return captured
-        before = [(leaf, leaf.grad) for leaf in leaves]
-        for kept, made in zip(captured, run(), strict=True):
-            kept.copy_(made.detach())
-        for leaf, grad in before:  # in the memory of the capture, as backward in a graph writes them
+        grads_before = [(leaf, leaf.grad) for leaf in leaves]
+        for output, computed in zip(captured, run(), strict=True):
+            output.copy_(computed.detach())
+        for leaf, grad in grads_before:  # backward in a graph writes into the memory of the capture
             leaf.grad = grad.copy_(leaf.grad)
         return captured
 
@@ -46,9 +46,9 @@ def recorded(run, replays=True):
 
 @pytest.fixture
 def captures(monkeypatch):
-    """How often a program was captured."""
+    """The list of captured functions."""
     calls: list[object] = []
-    monkeypatch.setattr(graphs, "capture", lambda run: calls.append(run) or recorded(run))
+    monkeypatch.setattr(graphs, "capture", lambda run: calls.append(run) or simulated_graph(run))
     return calls
 
 
@@ -57,19 +57,19 @@ def program(case: Case = CASE) -> graphs.GraphProgram:
 
 
 @pytest.mark.parametrize("kind", ["sequence", "stream", "cells"])
-def test_a_replay_gives_the_programs_results(kind, captures):
+def test_replay_equals_the_eager_program(kind, captures):
     case = replace(CASE, kind=kind)
-    plain = build_program(case, make_inputs(case, "cpu"), nn.LSTM, nn.LSTMCell)
+    eager = build_program(case, make_inputs(case, "cpu"), nn.LSTM, nn.LSTMCell)
     in_graphs = program(case)
     for mode in (*MODES, *MODES):
-        expected, found = plain.results(mode), in_graphs.results(mode)
+        expected, found = eager.results(mode), in_graphs.results(mode)
         assert found.keys() == expected.keys()
         for name, value in expected.items():
             assert torch.equal(found[name], value), name
     assert len(captures) == len(MODES)  # each mode once
 
 
-def test_timing_runs_replays_and_nothing_else(captures):
+def test_timing_runs_replays_only(captures):
     in_graphs = program()
     for _ in range(3):
         with in_graphs.mode("forward") as run_once:
@@ -77,53 +77,53 @@ def test_timing_runs_replays_and_nothing_else(captures):
     assert len(captures) == 1
 
 
-def test_numbers_left_by_the_capture_do_not_pass_the_gate(monkeypatch):
-    monkeypatch.setattr(graphs, "capture", lambda run: recorded(run, replays=False))
-    idle = peers.Peer(lambda case, inputs: program(case), ours=True)
-    for found in run.judge_all(CASE, "cpu", {"idle": idle}).values():
-        assert all(found.status(mode).startswith("WRONG") for mode in MODES)
+def test_gate_refuses_a_graph_that_computes_nothing(monkeypatch):
+    monkeypatch.setattr(graphs, "capture", lambda run: simulated_graph(run, replays=False))
+    no_op = implementations.Implementation(lambda case, inputs: program(case), ours=True)
+    for result in run.check_all(CASE, "cpu", {"no_op": no_op}).values():
+        assert all(result.status(mode).startswith("WRONG") for mode in MODES)
 
 
 @pytest.mark.parametrize("faster", BASELINES)
-def test_ratios_are_to_the_faster_baseline(faster, captures, monkeypatch):
+def test_ratio_is_to_the_faster_baseline(faster, captures, monkeypatch):
     times = {"nn": 3.0, "nn_graph": 3.0, "fastlstm": 1.0, "fastlstm_graph": 1.0} | {faster: 2.0}
 
-    def alternate(contenders, timer, plan):
-        for name, contender in contenders.items():
-            contender.samples[:] = [times[name]] * 3
+    def alternate(measurements, timer, plan):
+        for name, measurement in measurements.items():
+            measurement.samples[:] = [times[name]] * 3
         return 3
 
     monkeypatch.setattr(run, "alternate", alternate)
-    suite = run.Suite("test", [CASE], plan=HASTY, attempts=1)
-    rows = run.run_suite(suite, {name: peers.PEERS[name] for name in times})
+    suite = run.Suite("test", [CASE], plan=MINIMAL_PLAN, attempts=1)
+    rows = run.run_suite(suite, {name: implementations.IMPLEMENTATIONS[name] for name in times})
     assert {row.status for row in rows} == {"ok"}
     for row in rows:
         assert row.ratio == row.ratio_rounds == 2.0 / times[row.impl]
 
 
-def test_without_a_graph_the_baseline_is_nn():
-    timing = run.Timing({"fastlstm": Contender.of(None), "nn": Contender.of(None)})
-    for contender in timing.contenders.values():
-        contender.samples.append(1.0)
-    assert run.fastest_baseline(timing) is timing.contenders["nn"]
+def test_baseline_without_graphs_is_nn():
+    timing = run.Timing({"fastlstm": Measurement.of(None), "nn": Measurement.of(None)})
+    for measurement in timing.measurements.values():
+        measurement.samples.append(1.0)
+    assert run.fastest_baseline(timing) is timing.measurements["nn"]
 
 
-def test_graphs_are_for_cuda(monkeypatch):
-    assert "CUDA" in peers.PEERS["nn_graph"].missing("cpu")
-    assert peers.PEERS["nn_graph"].refuses(replace(CASE, kind="packed", ragged="random"))
-    assert list(peers.chosen([], "cpu")) == ["nn", "fastlstm"]
-    names = list(peers.chosen(["native"], "cuda"))
+def test_graphs_require_cuda(monkeypatch):
+    assert "CUDA" in implementations.IMPLEMENTATIONS["nn_graph"].missing("cpu")
+    assert implementations.IMPLEMENTATIONS["nn_graph"].refuses(replace(CASE, kind="packed", ragged="random"))
+    assert list(implementations.select([], "cpu")) == ["nn", "fastlstm"]
+    names = list(implementations.select(["native"], "cuda"))
     assert names == ["nn", "nn_graph", "native"]
-    assert list(peers.chosen([], "cuda"))[:4] == ["nn", "nn_graph", "fastlstm", "fastlstm_graph"]
+    assert list(implementations.select([], "cuda"))[:4] == ["nn", "nn_graph", "fastlstm", "fastlstm_graph"]
 
 
-def test_the_report_shows_both_baselines():
+def test_report_shows_both_baselines():
     about = {"suite": "gpu", "case": "a", "mode": "train", "device": "Testing GPU", "threads": 1, "date": "2026-01-02"}
     rows = [
         Row(impl=impl, p50_ms=ms, ratio=2.0 / ms, **about)
         for impl, ms in (("nn", 4.0), ("nn_graph", 2.0), ("fastlstm", 1.0))
     ]
     text = report.markdown(rows)
-    assert "| case | nn.LSTM ms | in a graph ms | fastlstm ms | ratio | goal | of the limit |" in text
-    assert "| a | 4 | 2 | 1 | 2.00x |  |  |" in text
+    assert "| case | nn.LSTM ms | in a graph ms | fastlstm ms | speedup | % of peak |" in text
+    assert "| a | 4 | 2 | 1 | 2.00x |  |" in text
     assert "faster of nn.LSTM as called and nn.LSTM in a CUDA graph" in text

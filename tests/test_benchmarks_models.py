@@ -1,4 +1,4 @@
-"""python -m benchmarks --suite models, on a model of our own in the place of a package."""
+"""python -m benchmarks --suite models, on a small model defined here instead of a public one."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class Tagger(nn.Module):
         return torch.stack(scores)
 
 
-def tiny(module: nn.Module | None = None) -> Workload:
+def small_workload(module: nn.Module | None = None) -> Workload:
     x = torch.randn(6, 4, 3)
     return Workload(
         module or Tagger(),
@@ -49,7 +49,7 @@ def tiny(module: nn.Module | None = None) -> Workload:
     )
 
 
-MODEL = Model("tagger", "4 x 6", "", tiny)
+MODEL = Model("tagger", "4 x 6", "", small_workload)
 
 
 def test_model_is_converted_checked_and_timed():
@@ -70,7 +70,7 @@ def test_model_is_converted_checked_and_timed():
 
 
 def test_baseline_stays_unconverted():
-    workload = tiny()
+    workload = small_workload()
     suite.measure_model(Model("tagger", "4 x 6", "", lambda: workload), PLAN)
     assert all(isinstance(lstm, (nn.LSTM, nn.LSTMCell)) for lstm in lstms_of(workload.module))
     assert all(weight.grad is None for weight in workload.module.parameters())
@@ -91,21 +91,21 @@ def test_wrong_model_is_refused_without_a_time(monkeypatch, mode):
     assert all(row.p50_ms is None and row.ratio is None for row in rows)
 
 
-def test_nan_and_missing_results_are_wrong():
-    one = {"a": torch.ones(3, dtype=torch.float64), "b": torch.ones(2, dtype=torch.float64)}
-    got = {name: value.float() for name, value in one.items()}
-    assert gate.check_accuracy(got, got, one).ok
-    assert not gate.check_accuracy({**got, "b": torch.tensor([1.0, math.nan])}, got, one).ok
-    assert not gate.check_accuracy({**got, "b": torch.ones(3)}, got, one).ok
+def test_nan_missing_and_misshapen_results_are_wrong():
+    reference = {"a": torch.ones(3, dtype=torch.float64), "b": torch.ones(2, dtype=torch.float64)}
+    results = {name: value.float() for name, value in reference.items()}
+    assert gate.check_accuracy(results, results, reference).ok
+    assert not gate.check_accuracy({**results, "b": torch.tensor([1.0, math.nan])}, results, reference).ok
+    assert not gate.check_accuracy({**results, "b": torch.ones(3)}, results, reference).ok
     with pytest.raises(ValueError, match=r"results differ: \['b'\]"):
-        gate.check_accuracy({"a": got["a"]}, got, one)
+        gate.check_accuracy({"a": results["a"]}, results, reference)
 
 
-def test_baseline_far_from_float64_is_no_baseline():
+def test_inaccurate_baseline_is_refused():
     reference = {"a": torch.ones(3, dtype=torch.float64)}
-    off = {"a": torch.full((3,), 1.01)}
+    inaccurate = {"a": torch.full((3,), 1.01)}
     with pytest.raises(ValueError, match="unconverted model differs"):
-        gate.check_accuracy(off, off, reference)
+        gate.check_accuracy(inaccurate, inaccurate, reference)
 
 
 def test_unconverted_lstm_is_a_failure():
@@ -118,7 +118,7 @@ def test_unconverted_lstm_is_a_failure():
             self.lstm = Derived(8, 5, 2, bidirectional=True, dropout=0.3)
 
     with pytest.warns(UserWarning, match="leaves subclasses"):
-        rows = suite.measure_model(Model("derived", "", "", lambda: tiny(Holder())), PLAN)
+        rows = suite.measure_model(Model("derived", "", "", lambda: small_workload(Holder())), PLAN)
     assert {row.status for row in rows if row.impl == "fastlstm"} == {
         "failed: ValueError: convert left 1 LSTMs as they were and converted 1"
     }
@@ -151,7 +151,7 @@ def test_absent_package_is_skipped_with_the_reason(package, build, status):
     assert {row.status for row in rows} == {f"skipped: {status}"}
 
 
-def test_clock_times_forward_and_backward_of_lstms_alone(monkeypatch):
+def test_clock_times_forward_and_backward_of_lstms_only(monkeypatch):
     model, x = nn.Sequential(nn.LSTM(3, 4)), torch.randn(5, 2, 3)
     now = [0.0]
 
@@ -162,18 +162,18 @@ def test_clock_times_forward_and_backward_of_lstms_alone(monkeypatch):
     scale = torch.ones(1, requires_grad=True)
     with LSTMClock(model) as clock:
         h = x * scale
-        h.register_hook(slow_backward)  # after the LSTM's part
+        h.register_hook(slow_backward)  # after the LSTM's backward
         model[0].register_forward_hook(lambda *_: now.__setitem__(0, now[0] + 1.0), prepend=True)
         model[0].weight_hh_l0.register_hook(lambda grad: now.__setitem__(0, now[0] + 10.0))
         output, _ = model(h)
         loss = output * scale
-        loss.register_hook(slow_backward)  # before it
+        loss.register_hook(slow_backward)  # before the LSTM's backward
         loss.sum().backward()
         assert clock.seconds == 11.0
     assert now[0] == 211.0
 
 
-def test_clock_without_gradients_of_inputs_ends_with_the_weights(monkeypatch):
+def test_clock_without_input_gradients_ends_with_the_weights(monkeypatch):
     model, now = nn.LSTM(3, 4), [0.0]
     monkeypatch.setattr(time, "perf_counter", lambda: now[0])
     with LSTMClock(model) as clock:
@@ -186,10 +186,10 @@ def test_clock_without_gradients_of_inputs_ends_with_the_weights(monkeypatch):
 
 
 def test_command_writes_a_csv_and_report_a_table(monkeypatch, tmp_path, capsys):
-    def in_this_process(matching, tell, *limits):
+    def in_this_process(matching, report_case, *settings):
         for model in (MODEL, Model("absent", "1", "no-such-package", missing)):
             rows = suite.measure_model(model, PLAN)
-            tell(model.case, rows)
+            report_case(model.case, rows)
         return rows
 
     monkeypatch.setattr(suite, "model_rows", in_this_process)
@@ -202,7 +202,7 @@ def test_command_writes_a_csv_and_report_a_table(monkeypatch, tmp_path, capsys):
     assert "LSTMs take" in capsys.readouterr().out
 
 
-def test_public_models_are_named_once_and_chosen_by_name():
+def test_public_model_names_are_unique_and_selectable():
     assert len({model.case for model in MODELS}) == len(MODELS) == len(suite.chosen())
     assert [model.package for model in suite.chosen("open-unmix")] == ["openunmix"]
     assert suite.chosen("", {model.case for model in MODELS}) == []

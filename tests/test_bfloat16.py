@@ -1,6 +1,6 @@
-"""bfloat16 on the CPU: which kernels serve it, and that those of csrc/cpu/bf16.h are as exact as nn.LSTM.
+"""bfloat16 on the CPU: which kernels support it, and the accuracy of those of csrc/cpu/bf16.h.
 
-tests/test_isa.py runs these cases on the kernels that a CPU with AMX would not choose.
+tests/test_isa.py runs these cases on the kernels that are not selected on a CPU with AMX.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from .cases import Case
 from .plans import MACHINES, assert_path
 from .runners import check, require
 
-# Around kernels for few rows, up to 4 of them unpacked, and the tiles: 16 rows, 32 inputs, 16 and 32 units, groups of
+# Around the small-batch kernels, up to 4 rows unpacked, and the tiles: 16 rows, 32 inputs, 16 and 32 units, groups of
 # 128 rows; chunks of a quarter of the steps.
 CASES = (
     Case(T=1, B=1, I=1, H=1),
@@ -31,8 +31,8 @@ CASES = (
     Case(T=2, B=300, I=40, H=96),
     Case(T=160, B=32, I=20, H=64, hx="tuple"),  # several chunks
     Case(T=160, B=32, I=20, H=64, bidirectional=True, layers=2),
-    Case(T=40, B=12, I=128, H=256, hx="tuple"),  # units are split among threads
-    Case(T=40, B=96, I=64, H=64, hx="tuple"),  # rows are
+    Case(T=40, B=12, I=128, H=256, hx="tuple"),  # threads split units
+    Case(T=40, B=96, I=64, H=64, hx="tuple"),  # threads split rows
     Case(T=9, B=20, I=5, H=35, lengths=tuple(k % 10 for k in range(20)), hx="tuple", bidirectional=True),
     Case(T=9, B=20, I=5, H=35, lengths=tuple(1 + k % 9 for k in range(20)), packed=True, layers=2),
     Case(T=7, B=18, I=3, H=33, resets=((0, 0), (3, 0), (4, 17), (6, 16)), hx="tuple", bidirectional=True),
@@ -43,7 +43,7 @@ CASES = (
         for T, B in ((1, 2), (1, 4), (4, 1), (2, 3), (13, 1))
         for I, H in ((31, 33), (32, 64), (70, 29))  # noqa: E741
     ),
-    Case(T=6, B=2, I=300, H=400, hx="tuple"),  # W_hh is read as stored, W_ih is not
+    Case(T=6, B=2, I=300, H=400, hx="tuple"),  # W_hh is unpacked, W_ih is packed
     Case(T=30, B=3, I=40, H=720, hx="tuple"),  # panels of bfloat16
     Case(T=12, B=5, I=40, H=48, proj=20, hx="tuple", bidirectional=True),
     Case(T=2, B=2, I=40, H=48, proj=20, hx="tuple"),
@@ -65,7 +65,7 @@ def flags() -> set[str]:
     return cpuinfo("flags")
 
 
-def test_the_cpu_decides_what_serves_bfloat16():
+def test_bfloat16_support_depends_on_the_cpu():
     expected = backends.native.extension.isa()
     if "avx512_bf16" in flags() and expected == "avx512":
         if "ATEN_CPU_CAPABILITY" not in os.environ and {"amx_bf16", "amx_tile"} <= flags():
@@ -77,7 +77,7 @@ def test_the_cpu_decides_what_serves_bfloat16():
 
 @pytest.mark.parametrize("proj", [0, 16])
 def test_h_is_rounded_between_steps(proj):
-    """As nn.LSTM's kernels do, and nothing in float32."""
+    """As in nn.LSTM's kernels, which do not keep h in float32."""
     torch.manual_seed(0)
     x = torch.randn(30, 4, 8, dtype=torch.bfloat16)
     lstm = fastlstm.LSTM(8, 64, proj_size=proj).bfloat16()
@@ -118,7 +118,7 @@ def test_parity(case, threads):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_backward_checks_lengths_before_it_reads_them(dtype):
+def test_backward_checks_lengths_before_reading_them(dtype):
     weights = [w.detach() for w in fastlstm.LSTM(3, 4).to(dtype).parameters()]
     x, y, reserve = (torch.zeros(*shape, dtype=dtype) for shape in ((5, 2, 3), (5, 2, 4), (1, 5, 2, 16)))
     backward, lengths = torch.ops.fastlstm.native_layer_backward, torch.tensor([5, 3], dtype=torch.int32)
@@ -147,7 +147,7 @@ def test_nan_stays_in_its_row():
 
 
 @pytest.mark.parametrize("shape", [(40, 24, 64, 256), (40, 96, 64, 64)])
-def test_results_are_the_same_at_every_run(shape):
+def test_results_are_bitwise_deterministic(shape):
     T, B, I, H = shape  # noqa: E741
     lstm = fastlstm.LSTM(I, H).bfloat16()
     x = torch.randn(T, B, I, dtype=torch.bfloat16, requires_grad=True)

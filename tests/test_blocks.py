@@ -1,4 +1,4 @@
-"""Layers whose H is no multiple of a vector of units agree with the reference, however their last block is packed."""
+"""Layers with a tail block (H is not a multiple of the vector width) against the reference, for every packing."""
 
 from dataclasses import replace
 
@@ -13,7 +13,7 @@ from .runners import check
 
 # With vectors of 2 to 16 units the last block has every width; gate_gap in csrc/cpu/pack_forward.h decides on it.
 WIDTHS = [*range(1, 17), 20, 29]
-# T, B, and the path of both weights: unpacked, a row at a time and more; packed, with x W_ih^T hoisted, of few rows,
+# (T, B) and the path of both weights: unpacked, with one row and more; packed, with x W_ih^T hoisted, in small batches,
 # and step by step; one step of one or more row blocks.
 UNPACKED = {"w_ih": "unpacked", "w_hh": "unpacked"}
 HOISTED = {"w_ih": "pack_on_use", "w_hh": "prepacked"}
@@ -54,8 +54,8 @@ def test_one_step_of_many_rows(B, backend):
 @pytest.mark.parametrize("backend", ["native"], indirect=True)
 @pytest.mark.parametrize("B", [1, 2, 3, 4, 5])
 @pytest.mark.parametrize("ragged", [False, True], ids=["padded", "lengths"])
-def test_few_rows_of_a_large_weight(ragged, B, backend):
-    """More than 512 KiB, unpacked up to 4 rows a step and 48 in all; x W_ih^T is hoisted."""
+def test_small_batch_of_a_large_weight(ragged, B, backend):
+    """More than 512 KiB: unpacked up to 4 rows per step and 48 in total; x W_ih^T is hoisted."""
     kwargs = {"hx": "tuple", "dtype": torch.float64}
     for T, up_to in ((7, 4), (20, 2)):
         w_hh = "unpacked" if up_to >= B else "prepacked"
@@ -72,8 +72,8 @@ def test_few_rows_of_a_large_weight(ragged, B, backend):
 
 
 @pytest.mark.parametrize("backend", ["native"], indirect=True)
-def test_a_weight_beyond_every_cache(backend):
-    """More than 4 MiB, read as stored however many the steps; beside a W_ih that is packed, beyond 192 rows."""
+def test_weight_beyond_every_cache(backend):
+    """More than 4 MiB: unpacked at every T; W_ih is packed above 192 rows."""
     for case, w_ih in (
         (Case(T=60, B=1, I=3, H=363, dtype=torch.float64), "pack_on_use"),
         (Case(T=100, B=2, I=3, H=513), "prepacked"),
@@ -84,8 +84,8 @@ def test_a_weight_beyond_every_cache(backend):
 
 @pytest.mark.parametrize("backend", ["native"], indirect=True)
 @pytest.mark.parametrize("B", [1, 3, 7, 13])
-def test_a_weight_beyond_an_l2(B, backend):
-    """4 MiB and more, which every second step reads from its end; packed by backward from 9 rows on."""
+def test_weight_beyond_l2(B, backend):
+    """4 MiB and more: block order alternates; backward packs from 9 rows."""
     lengths = tuple(11 - b if b < 10 else 0 for b in range(B))
     case = Case(T=11, B=B, I=5, H=363, hx="tuple", dtype=torch.float64)
     if native.extension.cpu_machine()["l2_bytes"] <= 4 << 20:
@@ -102,7 +102,7 @@ def test_a_weight_beyond_an_l2(B, backend):
 @pytest.mark.parametrize(("T", "B"), [(1, 1), (1, 2), (3, 1), (2, 2), (1, 4), (5, 1)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_projection_of_few_rows(T, B, dtype, backend):
-    """Up to four rows in all read weight_hr unpacked, four vectors of its rows at a time."""
+    """Up to four rows in total read weight_hr unpacked, four vectors of its rows at a time."""
     for P in (1, 3, 15, 16, 17, 33, 64, 65, 100):
         case = Case(T=T, B=B, I=70, H=101, proj=P, hx="tuple", dtype=dtype)
         assert_path(case, "forward", w_hr="unpacked" if T * B <= 4 else "prepacked")

@@ -1,4 +1,4 @@
-"""The tests' own tools: the cases, and an oracle that tells right from wrong."""
+"""The tests' tools: cases, and the comparison with nn.LSTM."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from .runners import compare, expected, run_torch
 def test_random_cases_repeat_and_reach_every_option():
     cases = [random_case(random.Random(k), (torch.float64, torch.float32)) for k in range(400)]
     assert cases == [random_case(random.Random(k), (torch.float64, torch.float32)) for k in range(400)]
-    assert eval(repr(cases[7]), {"Case": Case, "torch": torch}) == cases[7]  # what a failure prints can be run
+    assert eval(repr(cases[7]), {"Case": Case, "torch": torch}) == cases[7]  # a failure prints code that can be run
     for option in (
         "bidirectional",
         "proj",
@@ -53,7 +53,7 @@ def test_tensors_are_equal_in_every_dtype_and_strided_where_asked():
 @pytest.mark.parametrize(
     "case", [Case(layers=2, bidirectional=True, hx="tuple"), Case(proj=2, batch_first=True)], ids=str
 )
-def test_the_oracles_ragged_paths_agree_with_nn_lstm_where_nothing_is_ragged(case):
+def test_oracle_ragged_paths_equal_nn_lstm_on_dense_input(case):
     plain = run_torch(case, torch.float64)
     for trivial in (
         replace(case, lengths=(case.T,) * case.B),
@@ -63,23 +63,23 @@ def test_the_oracles_ragged_paths_agree_with_nn_lstm_where_nothing_is_ragged(cas
     ):
         results = run_torch(trivial, torch.float64)
         for name, value in plain.items():
-            if not (trivial.cells and name.startswith("d ")):  # the cells are in the loss as well
+            if not (trivial.cells and name.startswith("d ")):  # the loss includes the cell states
                 torch.testing.assert_close(results[name], value, rtol=1e-12, atol=1e-14, msg=f"{trivial}: {name}")
 
 
-def test_the_oracles_segments_are_separate_sequences():
+def test_oracle_segments_are_separate_sequences():
     case = Case(T=5, B=1, bidirectional=True, hx="tuple", resets=((2, 0),), used=())
-    given, results = tensors(case, torch.float64), run_torch(case, torch.float64)
-    module, (h0, c0) = case.module(nn.LSTM, given.weights), given.hx
+    case_tensors, results = tensors(case, torch.float64), run_torch(case, torch.float64)
+    module, (h0, c0) = case.module(nn.LSTM, case_tensors.weights), case_tensors.hx
     first_only, last_only = torch.tensor([1.0, 0.0])[:, None, None], torch.tensor([0.0, 1.0])[:, None, None]
-    early, (h_early, _) = module(given.input[:2], (h0 * first_only, c0 * first_only))
-    late, (h_late, _) = module(given.input[2:], (h0 * last_only, c0 * last_only))
+    early, (h_early, _) = module(case_tensors.input[:2], (h0 * first_only, c0 * first_only))
+    late, (h_late, _) = module(case_tensors.input[2:], (h0 * last_only, c0 * last_only))
     torch.testing.assert_close(results["output"], torch.cat([early, late]))
     torch.testing.assert_close(results["h_n"], torch.stack([h_late[0], h_early[1]]))
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
-def test_the_comparison_notices_a_wrong_result(dtype):
+def test_comparison_detects_a_wrong_result(dtype):
     case, rounding = Case(dtype=dtype, hx="tuple"), Precision.of(dtype)
     right = {name: value.to(dtype) for name, value in expected(case, rounding)[0].items()}
     compare(case, right, rounding, "rounded")

@@ -15,15 +15,15 @@ from torch.func import functional_call
 import fastlstm
 from fastlstm.accuracy import error_bounds
 
+from .module_pairs import assert_same, data, error_of, flat, module_pair
 from .runners import assert_accurate, precision
-from .twins import assert_same, data, error_of, flat, twins
 
 STATES = (data(2, 4), data(2, 4, seed=1))
 
 
 @pytest.mark.parametrize("bias", [True, False])
 def test_surface(bias):
-    ours, theirs = twins(cell=True, bias=bias)
+    ours, theirs = module_pair(cell=True, bias=bias)
     assert isinstance(ours, nn.RNNCellBase)
     assert repr(ours) == repr(theirs)
     assert ours.extra_repr() == theirs.extra_repr()
@@ -41,7 +41,7 @@ def test_arguments_by_position_and_keyword():
     args = (3, 4, False, "meta", torch.float64)
     assert repr(fastlstm.LSTMCell(*args)) == repr(nn.LSTMCell(*args))
     assert fastlstm.LSTMCell(*args).weight_hh.device.type == "meta"
-    ours, _ = twins(cell=True)
+    ours, _ = module_pair(cell=True)
     assert torch.equal(ours(input=STATES[0][:, :3], hx=STATES)[0], ours(STATES[0][:, :3], STATES)[0])
 
 
@@ -49,7 +49,7 @@ def test_arguments_by_position_and_keyword():
 @pytest.mark.parametrize("batched", [True, False])
 @pytest.mark.parametrize("hx", ["none", "tuple", "list", "expanded", "strided"])
 def test_numbers(bias, batched, hx, backend):
-    pair = twins(cell=True, bias=bias)
+    pair = module_pair(cell=True, bias=bias)
     x = data(2, 3) if batched else data(3)
     h, c = STATES if batched else (s[0] for s in STATES)
     given = {
@@ -60,9 +60,9 @@ def test_numbers(bias, batched, hx, backend):
         "strided": (h.repeat_interleave(2, -1)[..., ::2], c.t().contiguous().t()),
     }[hx]
     assert_same(*pair, x, given)
-    for mine, yours in zip(flat(pair[0](x, given)), flat(pair[1](x, given)), strict=True):
-        assert mine.shape == yours.shape
-        assert mine.is_contiguous()
+    for our_tensor, their_tensor in zip(flat(pair[0](x, given)), flat(pair[1](x, given)), strict=True):
+        assert our_tensor.shape == their_tensor.shape
+        assert our_tensor.is_contiguous()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
@@ -70,11 +70,11 @@ def test_numbers(bias, batched, hx, backend):
 def test_precision(dtype, B, I, H, backend):  # noqa: E741
     torch.manual_seed(2)
     cell = fastlstm.LSTMCell(I, H, dtype=dtype)
-    given = [t.to(dtype) for t in (data(B, I), data(B, H, seed=1), data(B, H, seed=2))]
+    inputs = [t.to(dtype) for t in (data(B, I), data(B, H, seed=1), data(B, H, seed=2))]
     arriving = [t.to(dtype) for t in (data(B, H, seed=3), data(B, H, seed=4))]
 
     def run(cell, to):
-        leaves = {name: t.to(to).requires_grad_() for name, t in zip(("x", "h0", "c0"), given, strict=True)}
+        leaves = {name: t.to(to).requires_grad_() for name, t in zip(("x", "h0", "c0"), inputs, strict=True)}
         gradients_at = [t.to(to) for t in arriving]
 
         def results():
@@ -102,8 +102,8 @@ def test_loop_of_cells_equals_the_layer(backend):
     torch.testing.assert_close(state, (h_n[0], c_n[0]))
 
 
-def test_state_and_weights_swapped():
-    pair = twins(cell=True)
+def test_swapped_state_and_weights_are_refused():
+    pair = module_pair(cell=True)
     x = data(2, 3)
     assert_same(copy.deepcopy(pair[0]), pair[1], x)
     assert_same(pickle.loads(pickle.dumps(pair[0])), pair[1], x)
@@ -117,7 +117,7 @@ def test_state_and_weights_swapped():
 
 
 def test_states_may_be_changed_in_place(backend):
-    """As nn.LSTMCell's: a mask on the states between steps, as loops over episodes have it."""
+    """As in nn.LSTMCell, for loops that mask the states between steps at episode ends."""
 
     def gradients(cell):
         h, c = cell(data(2, 3))
@@ -127,7 +127,7 @@ def test_states_may_be_changed_in_place(backend):
         c.mul_(3)
         return torch.autograd.grad((h.sum() + c.sum()), list(cell.parameters()))
 
-    ours, theirs = twins(cell=True)
+    ours, theirs = module_pair(cell=True)
     torch.testing.assert_close(gradients(ours), gradients(theirs))
 
 
@@ -138,13 +138,13 @@ def test_second_order(backend):
         (dx,) = torch.autograd.grad(h.square().sum() + c.square().sum(), x, create_graph=True)
         return torch.autograd.grad(dx.square().sum(), [x, *cell.parameters()])
 
-    ours, theirs = twins(cell=True)
+    ours, theirs = module_pair(cell=True)
     torch.testing.assert_close(curvature(ours), curvature(theirs))
 
 
 @pytest.mark.parametrize("lazy", ["negation", "zero", "hooks"])
-def test_gradients_and_saved_tensors_that_are_not_plain(lazy, backend):
-    """Backward must not read their memory as it lies: conj's imaginary parts, ZeroTensors, what a hook gives back."""
+def test_gradients_and_saved_tensors_of_subclasses(lazy, backend):
+    """Backward must not read raw memory of conj views, ZeroTensors and tensors returned by hooks."""
 
     def gradients(cell):
         x = data(2, 3).requires_grad_()
@@ -158,29 +158,29 @@ def test_gradients_and_saved_tensors_that_are_not_plain(lazy, backend):
         }[lazy]
         return torch.autograd.grad([h, c], [x, *cell.parameters()], [grad, data(2, 4, seed=4)])
 
-    ours, theirs = twins(cell=True)
+    ours, theirs = module_pair(cell=True)
     torch.testing.assert_close(gradients(ours), gradients(theirs))
 
 
 def test_traced():
-    """torch.jit.trace records ops: the call in one piece (csrc/cell_step.cpp) must not hide them."""
-    cell, _ = twins(cell=True)
+    """torch.jit.trace records ops, which the fused call (csrc/cell_step.cpp) must not hide."""
+    cell, _ = module_pair(cell=True)
     x = data(2, 3, seed=5)
     with torch.no_grad():
         traced = torch.jit.trace(cell, (data(2, 3), STATES))
         torch.testing.assert_close(traced(x, STATES), cell(x, STATES))
 
 
-# Both sides of the sizes at which csrc/cpu/one_step.cpp changes its products, packs weights, or takes a second thread.
+# Both sides of the thresholds of csrc/cpu/one_step.cpp for GEMMs, packing and a second thread.
 @pytest.mark.parametrize(
     ("B", "I", "H"), [(1, 3, 20), (2, 1, 5), (9, 1, 33), (97, 51, 51), (30, 70, 17), (50, 9, 140), (70, 9, 140)]
 )
 @pytest.mark.parametrize("used", ["h", "c", "both"])
 def test_every_subset_of_gradients(B, I, H, used, backend):  # noqa: E741
-    pair = twins(I, H, cell=True)
+    pair = module_pair(I, H, cell=True)
     count = 3 + len(list(pair[0].parameters()))
     for subset in (*([k] for k in range(count)), range(count), range(3), range(3, count)):
-        found = []
+        collected = []
         for cell in pair:
             leaves = [data(B, n, seed=k) for k, n in enumerate((I, H, H))]
             chosen = [[*leaves, *cell.parameters()][k] for k in subset]
@@ -189,13 +189,15 @@ def test_every_subset_of_gradients(B, I, H, used, backend):  # noqa: E741
             h, c = cell(leaves[0], (leaves[1], leaves[2]))
             results = {"h": [h], "c": [c], "both": [h, c]}[used]
             weights = [data(B, H, seed=7 + k) for k in range(len(results))]
-            found.append(torch.autograd.grad(results, chosen, weights, allow_unused=True))
-        for mine, yours in zip(*found, strict=True):
-            torch.testing.assert_close(mine, torch.zeros_like(mine) if yours is None else yours)
+            collected.append(torch.autograd.grad(results, chosen, weights, allow_unused=True))
+        for our_tensor, their_tensor in zip(*collected, strict=True):
+            torch.testing.assert_close(
+                our_tensor, torch.zeros_like(our_tensor) if their_tensor is None else their_tensor
+            )
 
 
 def test_empty_batch(backend):
-    ours, theirs = twins(cell=True)
+    ours, theirs = module_pair(cell=True)
     x = torch.zeros(0, 3, dtype=torch.float64)
     assert [t.shape for t in ours(x)] == [t.shape for t in theirs(x)] == [(0, 4), (0, 4)]
 
@@ -204,14 +206,14 @@ def test_empty_batch(backend):
 @pytest.mark.parametrize("low_input", [False, True])
 @pytest.mark.parametrize("state", [None, "float32", "low"])
 def test_autocast(dtype, low_input, state, backend):
-    ours, theirs = twins(cell=True, dtype=torch.float32)
+    ours, theirs = module_pair(cell=True, dtype=torch.float32)
     x = data(2, 3).to(dtype if low_input else torch.float32)
     hx = None if state is None else tuple(t.to(dtype if state == "low" else torch.float32) for t in STATES)
     with torch.autocast("cpu", dtype):
         got, expected = ours(x, hx), theirs(x, hx)
-    for mine, yours in zip(got, expected, strict=True):
-        assert mine.dtype == yours.dtype
-        torch.testing.assert_close(mine, yours, rtol=2e-2, atol=2e-2)
+    for our_tensor, their_tensor in zip(got, expected, strict=True):
+        assert our_tensor.dtype == their_tensor.dtype
+        torch.testing.assert_close(our_tensor, their_tensor, rtol=2e-2, atol=2e-2)
 
 
 @pytest.mark.parametrize(
@@ -258,9 +260,9 @@ def test_forward_errors(name):
     ("x", "hx"), list(product([X.double(), X], [None, (GOOD.double(), GOOD), (GOOD, GOOD.double())]))[:-1]
 )
 def test_dtype_errors(x, hx):
-    """nn.LSTMCell's messages are of its matrix products; ours name what differs."""
+    """nn.LSTMCell's messages come from matrix products; ours name the argument."""
     if x.dtype == torch.float32 and hx is None:
-        pytest.skip("this one is right")
+        pytest.skip("valid arguments")
     with pytest.raises(RuntimeError):
         nn.LSTMCell(3, 4)(x, hx)
     with pytest.raises(RuntimeError, match=r"must have the same dtype, got|as x is, got"):
@@ -268,10 +270,10 @@ def test_dtype_errors(x, hx):
 
 
 @pytest.mark.parametrize("given", ["bias_ih", "bias_hh"])
-def test_one_bias_alone(given, backend):
+def test_single_bias(given, backend):
     weights = [torch.randn(16, n) for n in (3, 4)]
     x, hx, bias = torch.randn(2, 3), (torch.randn(2, 4), torch.randn(2, 4)), torch.randn(16)
     biases = {"bias_ih": None, "bias_hh": None, given: bias}
-    found = fastlstm.functional.lstm_cell(x, hx, *weights, **biases)
+    results = fastlstm.functional.lstm_cell(x, hx, *weights, **biases)
     expected = torch.lstm_cell(x, hx, *weights, *(torch.zeros(16) if b is None else b for b in biases.values()))
-    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(results, expected)

@@ -1,4 +1,4 @@
-"""Long batches, which the native backend takes in chunks of steps, agree with the reference."""
+"""Long batches, which the native backend runs in chunks of steps, against the reference."""
 
 from dataclasses import replace
 
@@ -40,12 +40,12 @@ def test_chunked_equals_reference(bidirectional, masks):
         loss = (y * y).sum() + h.sum() + c.sum()
         return [y, h, c, inferred, *torch.autograd.grad(loss, [x, *hx, *lstm.parameters()])]
 
-    for ours, truth in zip(results("auto"), results("eager"), strict=True):
-        torch.testing.assert_close(ours, truth, rtol=1e-9, atol=1e-10)
+    for ours, correct in zip(results("auto"), results("eager"), strict=True):
+        torch.testing.assert_close(ours, correct, rtol=1e-9, atol=1e-10)
 
 
-# No sum of the CPU kernels adds more terms than this one after the other: the deepest pass of a product, that of the
-# baseline instructions (csrc/cpu/gemm.h). Longer sums are made in parts.
+# Max terms of a running sum in the CPU kernels: the largest KC of a GEMM, that of the
+# baseline instruction set (csrc/cpu/gemm.h). Longer sums are blockwise.
 BLOCKWISE = replace(Precision.of(torch.float32), max_running_sum=512)
 
 
@@ -60,23 +60,23 @@ BLOCKWISE = replace(Precision.of(torch.float32), max_running_sum=512)
     ids=str,
 )
 @pytest.mark.parametrize("backend", ["native"], indirect=True)
-def test_long_sums_are_made_in_parts(case, backend):
-    """Some of MKL's products for few rows sum one term after the other on an AMD CPU."""
+def test_long_sums_are_blockwise(case, backend):
+    """Some MKL GEMMs of few rows use running sums on AMD CPUs."""
     check(case, backend, BLOCKWISE)
 
 
-def test_one_running_sum_over_a_long_row_is_noticed():
-    """The bound of `test_long_sums_are_made_in_parts` is not so loose that it would miss what it is for."""
+def test_running_sum_over_a_long_row_is_detected():
+    """A running sum exceeds the bound of `test_long_sums_are_blockwise`."""
     case = Case(T=1, B=3, I=200_000, H=4, x_scale=1e-2)
-    given = tensors(case)
-    weights = {name: weight.detach() for name, weight in given.weights.items()}
-    terms = (given.input[0].detach()[:, None] * weights["weight_ih_l0"]).permute(2, 0, 1).contiguous()
+    case_tensors = tensors(case)
+    weights = {name: weight.detach() for name, weight in case_tensors.weights.items()}
+    terms = (case_tensors.input[0].detach()[:, None] * weights["weight_ih_l0"]).permute(2, 0, 1).contiguous()
     sums = torch.zeros(3, 16)
     for k in range(case.I):
         sums += terms[k]
     h, _ = reference.cell(sums + weights["bias_ih_l0"] + weights["bias_hh_l0"], torch.zeros(3, 4))
-    truth, bounds = expected(case, BLOCKWISE)
-    assert max_error(h[None], truth["output"]) > bounds["output"]
+    correct, bounds = expected(case, BLOCKWISE)
+    assert max_error(h[None], correct["output"]) > bounds["output"]
 
 
 @pytest.mark.parametrize(
@@ -91,7 +91,7 @@ def test_one_running_sum_over_a_long_row_is_noticed():
 )
 @pytest.mark.parametrize("backend", ["native"], indirect=True)
 def test_weight_gradients_of_many_rows(case, backend):
-    """More than are summed in one product: 2.5 ulp of float32 where one product over 256,000 rows erred by 56."""
+    """More rows than one GEMM sums: 2.5 ulp of float32, where one GEMM over 256,000 rows had an error of 56 ulp."""
     plan = plan_of(case)["backward"]
     assert plan["dw_ih"]["float64"], plan["text"]
     assert plan["dw_hh"]["float64"], plan["text"]
@@ -105,7 +105,7 @@ def test_weight_gradients_of_many_rows(case, backend):
 @pytest.mark.parametrize("recompute", [False, 2])
 @pytest.mark.parametrize("backend", ["native"], indirect=True)
 def test_many_short_rows_and_a_longer_one(rows, options, recompute, backend):
-    """More rows in a step than one pass takes, of which all steps together are few."""
+    """More rows in a step than one row block, but few rows in total."""
     torch.manual_seed(0)
     lstm = fastlstm.LSTM(5, 7, dtype=torch.float64, **options)
     lstm.recompute = recompute
@@ -118,15 +118,15 @@ def test_many_short_rows_and_a_longer_one(rows, options, recompute, backend):
             y, (h, c) = lstm(x, lengths=lengths)
         return [y, h, c, *torch.autograd.grad((y * y).sum() + h.sum() + c.sum(), [x, *lstm.parameters()])]
 
-    for ours, truth in zip(results(backend), results("reference"), strict=True):
-        torch.testing.assert_close(ours, truth, rtol=1e-9, atol=1e-10)
+    for ours, correct in zip(results(backend), results("reference"), strict=True):
+        torch.testing.assert_close(ours, correct, rtol=1e-9, atol=1e-10)
 
 
 @pytest.mark.parametrize("directions", [(0,), (1,), (0, 1)], ids=str)
 @pytest.mark.parametrize(("T", "B"), [(4, 3), (160, 128)])
 @pytest.mark.parametrize("backend", ["native"], indirect=True)
-def test_a_weight_that_is_an_identity(T, B, directions, backend):
-    """Of one direction or both: the native backward has a shortcut for what transforms.py asks of it."""
+def test_identity_weight(T, B, directions, backend):
+    """For one direction or both: the native backward has a special case for it, which transforms.py uses."""
     torch.manual_seed(0)
     H = 4
     lstm = fastlstm.LSTM(8 * H, H, bidirectional=True, dtype=torch.float64)
@@ -140,14 +140,14 @@ def test_a_weight_that_is_an_identity(T, B, directions, backend):
         with fastlstm.use_backend(name):
             return torch.autograd.grad(lstm(x)[0].pow(2).sum(), [x, *lstm.parameters()])
 
-    for ours, truth in zip(gradients(backend), gradients("eager"), strict=True):
-        torch.testing.assert_close(ours, truth, rtol=1e-9, atol=1e-9)
+    for ours, correct in zip(gradients(backend), gradients("eager"), strict=True):
+        torch.testing.assert_close(ours, correct, rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("masks", ["plain", "lengths", "lengths and resets"])
 @pytest.mark.parametrize("backend", ["native"], indirect=True)
-def test_an_identity_over_several_chunks(masks, backend):
-    """Of one direction: the gradients of the gates then lie in dx, and those of the weights are read from there."""
+def test_identity_weight_over_several_chunks(masks, backend):
+    """For one direction: dgates are then stored in dx, from which weight gradients are computed."""
     torch.manual_seed(0)
     T, B, H = 90, 60, 66
     assert plan_of(Case(T=T, B=B, I=4 * H, H=H, dtype=torch.float64))["backward"]["chunk_steps"] < T / 2
@@ -163,5 +163,5 @@ def test_an_identity_over_several_chunks(masks, backend):
             y = lstm(x, lengths=lengths, reset_mask=resets)[0]
             return torch.autograd.grad(y.pow(2).sum(), [x, *lstm.parameters()])
 
-    for ours, truth in zip(gradients(backend), gradients("eager"), strict=True):
-        torch.testing.assert_close(ours, truth, rtol=1e-9, atol=1e-9)
+    for ours, correct in zip(gradients(backend), gradients("eager"), strict=True):
+        torch.testing.assert_close(ours, correct, rtol=1e-9, atol=1e-9)

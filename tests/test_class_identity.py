@@ -1,4 +1,4 @@
-"""Code that checks the class torch.nn.LSTM, or derives from it: what the README advises, in use."""
+"""Code that checks for torch.nn.LSTM or derives from it: the README's advice in practice."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch.ao.quantization import quantize_dynamic
 
 import fastlstm
 
-from .twins import assert_same, data
+from .module_pairs import assert_same, data
 
 X = data(5, 2, 3)
 
@@ -31,7 +31,7 @@ class Model(nn.Module):
 
 
 def initialise(module: nn.Module) -> None:
-    """As many training scripts have it, for `model.apply`."""
+    """An initialiser for `model.apply`, as in many training scripts."""
     if isinstance(module, nn.LSTM):
         torch.manual_seed(1)
         for name, weight in module.named_parameters():
@@ -44,7 +44,7 @@ def test_initialise_then_convert():
     assert_same(ours, theirs, X)
 
 
-def test_initialisers_reach_models_built_and_initialised_under_the_patch():
+def test_initialisers_apply_to_models_built_under_the_patch():
     with fastlstm.patch_torch():
         ours = Model().apply(initialise)
     assert type(ours.lstm) is fastlstm.LSTM
@@ -70,7 +70,7 @@ def test_convert_to_torch_for_a_tool_that_keys_on_the_type():
 
 
 class MaskedRunner(nn.Module):
-    """As libraries do that have an LSTM of their own: torch's gets a call per segment, theirs gets the mask."""
+    """As in libraries with a custom LSTM: torch's gets a call per segment, theirs gets the mask."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -87,7 +87,7 @@ class MaskedRunner(nn.Module):
         return torch.cat(pieces, 1)
 
 
-def test_a_library_that_asks_at_the_call_is_called_under_the_patch():
+def test_library_checking_types_at_the_call_runs_under_the_patch():
     starts, x = torch.zeros(2, 5, dtype=torch.bool), X.transpose(0, 1)
     starts[:, 2] = True
     expected = MaskedRunner()(x, starts)
@@ -99,7 +99,7 @@ def test_a_library_that_asks_at_the_call_is_called_under_the_patch():
 
 
 def test_compile_outside_of_the_patch():
-    """torch.compile leaves the modules that are instances of nn.LSTM, at the time of the first call, to Python."""
+    """torch.compile does not compile modules that are instances of nn.LSTM at the first call."""
     torch._dynamo.reset()
     with fastlstm.patch_torch():
         ours = Model()
@@ -113,7 +113,7 @@ def test_compile_outside_of_the_patch():
 
 
 class Recurrent(abc.ABC, nn.RNNBase):
-    """A library's own base class, which calls the next forward by super()."""
+    """A library's base class, which calls the next forward by super()."""
 
     @abc.abstractmethod
     def start(self, x): ...
@@ -148,7 +148,7 @@ def library(name: str) -> types.ModuleType:
     return module
 
 
-def test_subclasses_are_left_and_named():
+def test_subclasses_are_not_converted_and_are_named():
     lib = library("lib")
     model = lib.model()
     with pytest.warns(UserWarning, match="leaves subclasses") as found:
@@ -164,7 +164,7 @@ def test_subclasses_are_left_and_named():
         fastlstm.convert(lib.LSTM(3, 4))
 
 
-def test_what_is_converted_or_has_nothing_to_convert_warns_of_nothing():
+def test_complete_conversion_does_not_warn():
     lstm = nn.utils.parametrizations.weight_norm(nn.LSTM(3, 4), "weight_hh_l0")
     model = nn.ModuleList([Model(), fastlstm.LSTM(3, 4), nn.GRU(3, 4), nn.LSTMCell(3, 4), lstm])
     with warnings.catch_warnings():
@@ -184,7 +184,7 @@ def test_subclasses_defined_under_the_patch_run_on_fastlstm(backend):
         fastlstm.convert(ours, to="torch")
 
 
-def test_names_that_were_imported_before_are_not_patched():
+def test_names_imported_before_the_patch_are_not_patched():
     lib = library("lib")
     with fastlstm.patch_torch():
         assert not isinstance(lib.Early(3, 4), fastlstm.LSTM)

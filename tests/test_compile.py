@@ -1,4 +1,4 @@
-"""torch.compile and torch.export of models that hold fastlstm.LSTM: one graph, the same numbers, free T and B."""
+"""torch.compile and torch.export of models with fastlstm.LSTM: one graph, equal results, dynamic T and B."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, Stateles
 
 import fastlstm
 
-from .place import HERE
-from .twins import data, flat
+from .device import TEST_DEVICE
+from .module_pairs import data, flat
 
 
 class Model(nn.Module):
@@ -26,9 +26,9 @@ class Model(nn.Module):
     def __init__(self, **kwargs) -> None:
         super().__init__()
         torch.manual_seed(0)
-        self.lstm = fastlstm.LSTM(3, 4, **{"num_layers": 2, "bidirectional": True, **kwargs}, dtype=HERE.dtype)
+        self.lstm = fastlstm.LSTM(3, 4, **{"num_layers": 2, "bidirectional": True, **kwargs}, dtype=TEST_DEVICE.dtype)
         width = (2 if self.lstm.bidirectional else 1) * (self.lstm.proj_size or 4)
-        self.head = nn.Linear(width, 2, dtype=HERE.dtype)
+        self.head = nn.Linear(width, 2, dtype=TEST_DEVICE.dtype)
 
     def forward(self, x, hx=None, **kwargs):
         output, (h_n, c_n), *cells = self.lstm(x, hx, **kwargs)
@@ -84,7 +84,7 @@ def test_one_graph_with_every_argument(kwargs, call):
 
 
 def test_inductor(tmp_path, monkeypatch):
-    # Inductor's cache does not tell the settings of ATEN_CPU_CAPABILITY apart: their kernels would mix (torch 2.13).
+    # Inductor's cache key lacks ATEN_CPU_CAPABILITY, so kernels of different levels would mix (torch 2.13).
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
     if not (shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")):
         pytest.skip("inductor needs a C++ compiler")
@@ -101,7 +101,7 @@ def test_inductor(tmp_path, monkeypatch):
 def test_no_recompilation_for_another_t_or_b(ragged, training):
     model = Model()
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True, dynamic=True)
-    for T, B in ((6, 7), (9, 7), (6, 5), (11, 2), (2, 13)):  # 3 and 4 would be taken for I and H
+    for T, B in ((6, 7), (9, 7), (6, 5), (11, 2), (2, 13)):  # 3 and 4 would be identified with I and H
         x = data(T, B, 3)
         call = {"lengths": torch.arange(B) % T, "reset_mask": x[..., 0] > 1} if ragged else {}
         if not training:
@@ -136,11 +136,11 @@ def test_no_recompilation_after_a_step_of_the_optimizer():
     assert losses[2] < losses[1] < losses[0]
 
 
-def test_the_graph_holds_one_op_a_layer():
+def test_graph_has_one_op_per_layer():
     counter = CompileCounterWithBackend("eager")
     torch.compile(Model(), backend=counter, fullgraph=True)(X)
     names = [str(node.target) for node in counter.graphs[0].graph.nodes if "fastlstm" in str(node.target)]
-    assert len(names) == 2, names  # and not one for each step
+    assert len(names) == 2, names  # independent of T
 
 
 def test_dropout_and_eval_mode_compile():
@@ -151,7 +151,7 @@ def test_dropout_and_eval_mode_compile():
     torch.testing.assert_close(compiled(X), model(X))
 
 
-def test_lengths_out_of_range_are_noticed_in_a_graph(backend):
+def test_lengths_out_of_range_raise_in_a_compiled_graph(backend):
     model = Model(num_layers=1, bidirectional=False)
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
     with pytest.raises((RuntimeError, ValueError), match="lengths must lie in"):
@@ -159,26 +159,26 @@ def test_lengths_out_of_range_are_noticed_in_a_graph(backend):
 
 
 def test_cell():
-    cell = fastlstm.LSTMCell(3, 4, dtype=HERE.dtype)
+    cell = fastlstm.LSTMCell(3, 4, dtype=TEST_DEVICE.dtype)
     compiled = torch.compile(cell, backend="aot_eager", fullgraph=True)
     hx = (data(3, 4), data(3, 4, seed=1))
     for args in ((X[0],), (X[0], hx)):
-        found = []
+        results = []
         for function in (compiled, cell):
             h, c = function(*args)
-            found.append([h, c, *torch.autograd.grad((h * c).sum(), list(cell.parameters()))])
-        torch.testing.assert_close(*found)
+            results.append([h, c, *torch.autograd.grad((h * c).sum(), list(cell.parameters()))])
+        torch.testing.assert_close(*results)
 
 
 def test_converted_model_compiles():
-    model = nn.ModuleList([nn.LSTM(3, 4, dtype=HERE.dtype)])
+    model = nn.ModuleList([nn.LSTM(3, 4, dtype=TEST_DEVICE.dtype)])
     expected = model[0](X)
     compiled = torch.compile(fastlstm.convert(model)[0], backend="aot_eager", fullgraph=True)
     torch.testing.assert_close(flat(compiled(X)), flat(expected))
 
 
 @pytest.mark.parametrize("ragged", [False, True])
-def test_export_with_free_t_and_b(ragged):
+def test_export_with_dynamic_t_and_b(ragged):
     class Caller(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -197,8 +197,8 @@ def test_export_with_free_t_and_b(ragged):
 
 
 @pytest.mark.parametrize("ragged", [False, True])
-def test_one_compilation_serves_training_of_every_t_and_b(ragged):
-    """Counted by what reaches the compiler, forward and backward: `error_on_recompile` sees Dynamo's guards alone."""
+def test_one_compilation_covers_training_at_every_t_and_b(ragged):
+    """Counts graphs that reach the compiler, forward and backward; `error_on_recompile` checks Dynamo's guards only."""
     counter = CompileCounterWithBackend("aot_eager")
     model = Model(num_layers=1)
     compiled = torch.compile(model, backend=counter, fullgraph=True, dynamic=True)
@@ -210,15 +210,17 @@ def test_one_compilation_serves_training_of_every_t_and_b(ragged):
 
 @pytest.mark.parametrize("grad", [False, True], ids=["no_grad", "grad"])
 @pytest.mark.parametrize("option", ["none", "hx", "lengths", "reset_mask", "recompute"])
-def test_symbols_stay_symbols_outside_of_a_compiler(option, grad, backend):
-    """As make_fx and aot_function call a model: Python sees the symbols, and no number may be asked of them."""
+def test_symbolic_sizes_stay_symbolic_outside_a_compiler(option, grad, backend):
+    """As under make_fx and aot_function, where Python sees symbols that must not be specialized."""
     if backend == "reference":
-        pytest.skip("its loop over the steps fixes T")
+        pytest.skip("the reference unrolls the loop over T")
     mode = FakeTensorMode(shape_env=ShapeEnv())
     free = StatelessSymbolicContext(dynamic_sizes=[DimDynamic.DYNAMIC, DimDynamic.DYNAMIC, DimDynamic.STATIC])
-    x = mode.from_tensor(torch.empty(5, 6, 3, dtype=HERE.dtype, device=HERE.device), symbolic_context=free)
+    x = mode.from_tensor(
+        torch.empty(5, 6, 3, dtype=TEST_DEVICE.dtype, device=TEST_DEVICE.device), symbolic_context=free
+    )
     with mode, torch.set_grad_enabled(grad):
-        lstm = fastlstm.LSTM(3, 4, dtype=HERE.dtype, device=HERE.device)
+        lstm = fastlstm.LSTM(3, 4, dtype=TEST_DEVICE.dtype, device=TEST_DEVICE.device)
         T, B = x.shape[:2]
         kwargs = {
             "hx": {"hx": (x.new_zeros(1, B, 4), x.new_zeros(1, B, 4))},
@@ -234,10 +236,10 @@ def test_symbols_stay_symbols_outside_of_a_compiler(option, grad, backend):
 
 @pytest.mark.parametrize("ragged", [False, True], ids=["padded", "lengths"])
 def test_weights_with_symbolic_sizes(ragged, backend):
-    """functorch's aot_function traces once for all sizes, of the weights as well."""
+    """functorch's aot_function traces once for all sizes, those of weights included."""
     if backend == "reference":
-        pytest.skip("its loop over the steps fixes T")
-    lstm = fastlstm.LSTM(3, 4, dtype=HERE.dtype, device=HERE.device)
+        pytest.skip("the reference unrolls the loop over T")
+    lstm = fastlstm.LSTM(3, 4, dtype=TEST_DEVICE.dtype, device=TEST_DEVICE.device)
     graphs = []
 
     def run(x, lengths, *weights):
@@ -252,7 +254,7 @@ def test_weights_with_symbolic_sizes(ragged, backend):
     traced = aot_function(run, fw_compiler=keep, bw_compiler=keep, dynamic=True)
     for T, B in ((5, 6), (7, 9)):
         x = data(T, B, 3).requires_grad_()
-        lengths = torch.arange(B, device=HERE.device) % T
+        lengths = torch.arange(B, device=TEST_DEVICE.device) % T
         expected = lstm(x, **({"lengths": lengths} if ragged else {}))[0]
         output = traced(x, lengths, *lstm.parameters())
         torch.testing.assert_close(output, expected)
@@ -304,7 +306,7 @@ class Plain(nn.Module):
 
 @pytest.mark.filterwarnings("ignore")
 def test_onnx_through_nn_lstm(tmp_path):
-    """ONNX has an LSTM operator of its own, which torch's exporter gives nn.LSTM; fastlstm's ops it cannot know."""
+    """torch's exporter maps nn.LSTM to ONNX's LSTM operator; it has no mapping for fastlstm's ops."""
     pytest.importorskip("onnx")
     runtime = pytest.importorskip("onnxruntime")
     model, x, path = Plain().eval(), data(2, 5, 3).float(), tmp_path / "model.onnx"

@@ -12,7 +12,7 @@ from torch.nn.utils import prune
 
 import fastlstm
 
-from .twins import data
+from .module_pairs import data
 
 
 class Tagger(nn.Module):
@@ -64,13 +64,13 @@ def test_convert_keeps_everything_but_the_class():
     assert repr(converted) == repr(model())
 
 
-def test_convert_there_and_back():
+def test_convert_round_trip():
     converted, x = model(), data(5, 2, 3)
     expected = converted(x)
     fastlstm.convert(fastlstm.convert(converted), to="torch")
     assert {type(m) for m in converted.modules()} == {type(m) for m in model().modules()}
     assert torch.equal(converted(x), expected)
-    fastlstm.convert(converted, to="torch")  # a second time changes nothing
+    fastlstm.convert(converted, to="torch")  # a second conversion has no effect
     assert type(converted.encoder) is nn.LSTM
 
 
@@ -123,7 +123,7 @@ def test_convert_of_a_module_that_has_weights_from_an_optimizer():
     assert not torch.allclose(converted(x), before)
 
 
-def test_subclasses_are_left_alone():
+def test_subclasses_are_not_converted():
     class Mine(nn.LSTM):
         def forward(self, input, hx=None):
             return super().forward(2 * input, hx)
@@ -171,7 +171,7 @@ def test_patched_contexts_nest():
     assert nn.LSTM is before
 
 
-def test_patch_torch_called_plainly_stays():
+def test_patch_torch_as_a_function_persists():
     program = (
         "import torch, fastlstm; fastlstm.patch_torch(); from torch.nn import LSTM, LSTMCell\n"
         "assert LSTM is torch.nn.LSTM is fastlstm.LSTM and LSTMCell is fastlstm.LSTMCell\n"

@@ -37,7 +37,7 @@ def test_layers_on_emulated_aarch64(tmp_path):
     compiled = subprocess.run(command, capture_output=True, text=True)
     assert compiled.returncode == 0, compiled.stderr
     ran = subprocess.run(["qemu-aarch64", str(host)], capture_output=True, text=True)
-    found = re.search(r"^baseline: (\d+) of (\d+) layers are right$", ran.stdout, re.MULTILINE)
-    assert found is not None, ran.stdout + ran.stderr
-    assert found[1] == found[2] != "0", ran.stdout
+    results = re.search(r"^baseline: (\d+) of (\d+) layers are right$", ran.stdout, re.MULTILINE)
+    assert results is not None, ran.stdout + ran.stderr
+    assert results[1] == results[2] != "0", ran.stdout
     assert ran.returncode == 0

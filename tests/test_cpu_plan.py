@@ -23,13 +23,13 @@ DTYPES = (torch.float32, torch.float64, torch.bfloat16)
 
 
 def test_plans_of_the_benchmark_suites():
-    """python -m tests.plans writes the file; a change of it is a change of what users run, and wants a measurement."""
-    expected, found = read_golden(), golden_rows()
-    changes = [f"only in the file: {key}" for key in expected.keys() - found.keys()]
-    changes += [f"not in the file: {key}" for key in found.keys() - expected.keys()]
-    for key in expected.keys() & found.keys():
+    """python -m tests.plans writes the file. A change of it changes what users run, and needs a measurement."""
+    expected, results = read_golden(), golden_rows()
+    changes = [f"only in the file: {key}" for key in expected.keys() - results.keys()]
+    changes += [f"not in the file: {key}" for key in results.keys() - expected.keys()]
+    for key in expected.keys() & results.keys():
         for column in COLUMNS:
-            before, now = expected[key][column], found[key][column]
+            before, now = expected[key][column], results[key][column]
             if before != now:
                 changes.append(f"{', '.join(key)}, threads: {column}: {before!r} is now {now!r}")
     shown = "\n".join(sorted(changes)[:40])
@@ -54,12 +54,12 @@ def random_case(rng: random.Random) -> Case:
 
 
 def random_shape(rng: random.Random) -> Case:
-    """The same with few rows of different lengths, which take time to count."""
+    """A random case, without lengths if it is large, because counting its rows takes long."""
     case = random_case(rng)
     return case if case.lengths is None or case.T * case.B < 1000 else replace(case, lengths=None)
 
 
-def test_every_plan_is_one_that_can_run():
+def test_every_plan_is_valid():
     rng = random.Random(20240229)
     for _ in range(1000):
         case, threads = random_case(rng), rng.randint(1, 64)
@@ -87,8 +87,8 @@ def test_every_plan_is_one_that_can_run():
         assert 1 <= plan["backward"]["chunk_steps"] <= case.T
 
 
-def test_more_threads_where_the_work_allows_them():
-    """The partition of a plan is asked for, at any number of threads, without running anything."""
+def test_more_work_gets_more_threads():
+    """Plans are queried for any number of threads, without running anything."""
     case = Case(T=100, B=64, I=128, H=128)
     plans = [plan_of(case, n, **AVX512)["forward"] for n in (1, 2, 4, 8)]
     assert [p["threads"] for p in plans] == [1, 2, 4, 8]
@@ -97,45 +97,45 @@ def test_more_threads_where_the_work_allows_them():
     assert (large["threads"], large["split"], large["alternate_block_order"]) == (8, "units", True)
 
 
-def test_more_threads_never_take_longer():
-    """By the prediction; nor are fewer of them used. For 10,000 shapes and 1 to 64 threads."""
+def test_more_threads_are_never_predicted_slower():
+    """Nor does the number of threads in use fall. For 10,000 shapes and 1 to 64 threads."""
     rng = random.Random(20261130)
     for _ in range(10_000):
         case, machine = random_shape(rng), rng.choice((AVX512, AVX2))
         fewer, more = sorted(rng.sample(range(1, 65), 2))
         before, after = plan_of(case, fewer, **machine), plan_of(case, more, **machine)
         for phase in ("forward", "backward"):
-            told = f"{phase} of {case} at {fewer} and {more} threads: {before[phase]}, {after[phase]}"
-            assert after[phase]["predicted_us"] <= before[phase]["predicted_us"], told
-            assert after[phase]["threads"] >= before[phase]["threads"], told
+            details = f"{phase} of {case} at {fewer} and {more} threads: {before[phase]}, {after[phase]}"
+            assert after[phase]["predicted_us"] <= before[phase]["predicted_us"], details
+            assert after[phase]["threads"] >= before[phase]["threads"], details
 
 
-def test_no_partition_is_predicted_to_be_better():
-    """Than the plan, by more than 2 %, which more threads must gain; for 10,000 shapes and 1 to 64 threads."""
+def test_chosen_partition_has_the_lowest_predicted_time():
+    """To within 2 %, the min gain of more threads; for 10,000 shapes and 1 to 64 threads."""
     rng = random.Random(20261201)
     for _ in range(10_000):
         case, machine, threads = random_shape(rng), rng.choice((AVX512, AVX2)), rng.randint(1, 64)
         plan, candidates = plan_of(case, threads, **machine), candidates_of(case, threads, **machine)
         for phase, p in plan.items():
-            told = f"{phase} of {case} at {threads} threads: {p}, {candidates[phase]}"
+            details = f"{phase} of {case} at {threads} threads: {p}, {candidates[phase]}"
             times = {candidate[:4]: candidate[4] for candidate in candidates[phase]}
-            assert len(times) == len(candidates[phase]), told
-            assert times[p["members"], p["row_groups"], p["split"], p["concurrent"]] == p["predicted_us"], told
-            assert min(times.values()) >= 0.98 * p["predicted_us"], told
+            assert len(times) == len(candidates[phase]), details
+            assert times[p["members"], p["row_groups"], p["split"], p["concurrent"]] == p["predicted_us"], details
+            assert min(times.values()) >= 0.98 * p["predicted_us"], details
 
 
 def partitions(case: Case, threads: int, unit_block: int) -> set[tuple[int, int, str, bool]]:
     """Every way to divide a layer of more than one step: members per direction, row groups, split, concurrent."""
     blocks = -(-case.H // unit_block) if 2 * unit_block <= case.H else 1
-    found = {(1, 1, "none", False)}
+    results = {(1, 1, "none", False)}
     if case.directions == 2 and threads > 1:
-        found.add((1, 1, "none", True))
+        results.add((1, 1, "none", True))
     for concurrent in {False, case.directions == 2}:
         for k in range(2, threads // (2 if concurrent else 1) + 1):
             if k <= case.B:
-                found.add((k, 1, "rows", concurrent))
+                results.add((k, 1, "rows", concurrent))
             if k <= blocks:
-                found.add((k, 1, "units", concurrent))
+                results.add((k, 1, "units", concurrent))
             for groups in (2, 4, 8, 16, 32):
                 units = k // groups
                 if (
@@ -144,8 +144,8 @@ def partitions(case: Case, threads: int, unit_block: int) -> set[tuple[int, int,
                     and groups <= case.B
                     and concurrent == (case.directions == 2)
                 ):
-                    found.add((k, groups, "grid", concurrent))
-    return found
+                    results.add((k, groups, "grid", concurrent))
+    return results
 
 
 def test_every_partition_is_a_candidate():
@@ -161,8 +161,8 @@ def test_every_partition_is_a_candidate():
                     assert {tuple(c[:4]) for c in found} == expected, f"{phase} of {case} at {threads} threads"
 
 
-def test_one_thread_more_is_not_a_cliff():
-    """Rows used to be split over all threads or not at all: 9 used 9 threads here, and 10 only 4."""
+def test_one_more_thread_changes_predicted_time_smoothly():
+    """Regression: rows were split over all threads or none, so 9 available threads gave 9 and 10 gave 4."""
     case = Case(T=100, B=32, I=128, H=128)
     used = [plan_of(case, n, **AVX512)["forward"]["threads"] for n in range(1, 65)]
     assert used == sorted(used)
@@ -171,12 +171,12 @@ def test_one_thread_more_is_not_a_cliff():
     assert used[-1] > 32
 
 
-def test_three_threads_take_directions_in_turn():
+def test_three_threads_run_directions_sequentially():
     plan = plan_of(Case(T=20, B=48, I=64, H=128, bidirectional=True), 3, **AVX512)["forward"]
     assert (plan["threads"], plan["members"], plan["concurrent"]) == (3, 3, False)
 
 
-def test_a_wrong_dtype_is_refused():
+def test_wrong_dtype_is_refused():
     with pytest.raises(RuntimeError, match="dtype must be float32, float64 or bfloat16, got int8"):
         native.extension.cpu_plan("int8", 1, 1, 1, 1, 1, 1, threads=1, **AVX512)
 
@@ -209,7 +209,7 @@ def test_explain_of_every_form_of_input(four_threads):
     padded = fastlstm.explain(lstm, x, lengths=lengths.tolist())
     decisions, reasons = padded.forward.split(", because ")
     assert decisions == fastlstm.explain(lstm, packed).forward.split(", because ")[0]
-    assert "predicted" in reasons  # of 20 steps more than the packed rows have
+    assert "predicted" in reasons  # T is 20 steps longer than the packed rows
     assert fastlstm.explain(lstm, x).forward.startswith("4 threads by ")
     assert "by rows" not in fastlstm.explain(lstm, x[0]).forward  # one row
     assert fastlstm.explain(lstm, x[:0]).forward == ""
@@ -239,14 +239,14 @@ def test_explain_of_other_backends_has_no_plan():
     ],
     ids=str,
 )
-def test_explain_refuses_the_lengths_that_the_call_refuses(lengths, error):
+def test_explain_refuses_invalid_lengths(lengths, error):
     lstm, x = fastlstm.LSTM(8, 4), torch.zeros(5, 3, 8)
-    found = []
+    results = []
     for call in (lstm, lambda *args, **options: fastlstm.explain(lstm, *args, **options)):
         with pytest.raises(error) as caught:
             call(x, lengths=lengths)
-        found.append(str(caught.value))
-    assert found[0] == found[1]
+        results.append(str(caught.value))
+    assert results[0] == results[1]
 
 
 def test_explain_with_recompute_prints_no_plan_of_the_whole_layer():

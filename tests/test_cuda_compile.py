@@ -1,4 +1,4 @@
-"""The CUDA sources compile: kernels with nvcc for each architecture, free of spills and torch; the binding with g++."""
+"""The CUDA sources compile: kernels with nvcc for each architecture, no spills, no torch headers; bindings with g++."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from pathlib import Path
 import pytest
 from torch.utils.cpp_extension import include_paths
 
-from .test_cuda_host import cuda_headers, why_not
+from .test_cuda_host import cuda_headers, unavailable_reason
 
 pytestmark = pytest.mark.toolchain
 
 ROOT = Path(__file__).parent.parent
 KERNELS = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
-# Ampere, Hopper, Blackwell: what the project promises.
+# Ampere, Hopper, Blackwell: the supported architectures.
 ARCHITECTURES = {"sm_80": "compute_80", "sm_90a": "compute_90a", "sm_100": "compute_100"}
 
-# The persistent kernels' unrolled products keep ptxas busy for a minute an architecture: pytest -m slow. Float16
-# differs from bfloat16 in its conversions alone. Each is compiled with and without lengths and resets.
+# ptxas takes a minute per architecture for the persistent kernels' unrolled products: pytest -m slow. Float16
+# differs from bfloat16 in conversions only. Each is compiled with and without lengths and resets.
 LARGE = [path for path in KERNELS if path.name.startswith("persistent_")]
 COMPILED = [
     pytest.param(
@@ -38,7 +38,7 @@ needs_nvcc = pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is no
 
 @needs_nvcc
 @pytest.mark.parametrize(("source", "architecture"), COMPILED)
-def test_kernels_use_registers_alone(source, architecture, tmp_path):
+def test_kernels_do_not_spill(source, architecture, tmp_path):
     """ptxas -v: no spill and no stack frame, in any instantiation."""
     target = f"-gencode=arch={ARCHITECTURES[architecture]},code={architecture}"
     command = ["nvcc", "-std=c++17", "-O3", "-lineinfo", target, f"-I{ROOT / 'csrc'}", "-Xptxas", "-v", "-Werror"]
@@ -53,14 +53,14 @@ def test_kernels_use_registers_alone(source, architecture, tmp_path):
             spilled += [f"{name}: {line.strip()}"] if any(map(int, found.groups())) else []
         elif found := re.search(r"Used (\d+) registers", line):
             registers.append(int(found[1]))
-    assert registers, f"ptxas told nothing: {ran.stderr}"
+    assert registers, f"no output of ptxas: {ran.stderr}"
     assert not spilled, "\n".join(spilled)
 
 
 @needs_nvcc
 @pytest.mark.parametrize("source", KERNELS, ids=lambda path: path.name)
 def test_kernels_include_no_torch_header(source):
-    """So they compile in seconds, and serve every torch."""
+    """So they compile in seconds and work with every torch."""
     command = ["nvcc", "-std=c++17", "-M", f"-I{ROOT / 'csrc'}", str(source)]
     files = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     assert "cell_kernels.h" in files
@@ -70,7 +70,7 @@ def test_kernels_include_no_torch_header(source):
 @needs_nvcc
 @pytest.mark.parametrize("architecture", ["sm_80", "sm_90a"])
 @pytest.mark.parametrize("name", ["latency", "exchange_by_data", pytest.param("steps", marks=pytest.mark.slow)])
-def test_the_programs_that_measure_compile(name, architecture, tmp_path):
+def test_benchmark_programs_compile(name, architecture, tmp_path):
     """benchmarks/cuda, which scripts/gpu_*.sh run."""
     target = f"-gencode=arch={ARCHITECTURES[architecture]},code={architecture}"
     command = ["nvcc", "-std=c++17", "-O3", target, f"-I{ROOT / 'csrc'}", "-Werror", "all-warnings"]
@@ -79,10 +79,10 @@ def test_the_programs_that_measure_compile(name, architecture, tmp_path):
     assert ran.returncode == 0, ran.stderr
 
 
-@pytest.mark.skipif(bool(why_not()), reason=why_not())
+@pytest.mark.skipif(bool(unavailable_reason()), reason=unavailable_reason())
 @pytest.mark.parametrize("name", ["device.cpp", "layer_persistent.cpp", "ops.cpp", "products.cpp"])
 def test_binding_compiles(name):
-    """The files that tests/test_cuda_host.py replaces, or compiles with more headers than they include."""
+    """The files that tests/test_cuda_host.py replaces or compiles with additional headers."""
     command = ["g++", "-std=c++20", "-fsyntax-only", "-Wall", "-Werror", "-DC10_USING_CUSTOM_GENERATED_MACROS"]
     command += [f"-I{ROOT / 'csrc'}", *(f"-isystem{folder}" for folder in (*include_paths(), cuda_headers()))]
     ran = subprocess.run([*command, str(ROOT / "csrc" / "cuda" / name)], capture_output=True, text=True)

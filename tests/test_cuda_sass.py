@@ -1,8 +1,8 @@
-"""What lies between a state's arrival and the sending of the next in the persistent kernels, counted in SASS.
+"""The instructions between the arrival of a state and the sending of the next in the persistent kernels, in SASS.
 
-A step is bound by that (docs/gpu-kernels.md, "Critical path"), so no address is computed there, no length or reset is
-read, and the number of instructions has a ceiling. Counts are static: an inner loop over W_hh in shared memory counts
-once.
+They are a step's critical path (docs/gpu-kernels.md, "Critical path"), so no address is computed there, no length or
+reset is read, and the number of instructions is limited. Counts are static: an inner loop over W_hh in shared memory
+counts once.
 """
 
 from __future__ import annotations
@@ -44,12 +44,12 @@ SINGLE = (
     ("forward", "ForwardBlock<T, SingleForward<T>, {ragged}>"),
     ("backward", "BackwardBlock<T, SingleBackward<T>, {ragged}>"),
 )
-RAGGED_EXTRA = 48  # flags that were read ahead, and the branch of rows that lack the step
+RAGGED_EXTRA = 48  # prefetched flags, and the branch for rows without this step
 
 
 @pytest.fixture(scope="module")
 def instructions(tmp_path_factory: pytest.TempPathFactory):
-    """A block's, compiled once."""
+    """The instructions of a block, compiled once."""
     folder = tmp_path_factory.mktemp("sass")
 
     @cache
@@ -65,13 +65,13 @@ def instructions(tmp_path_factory: pytest.TempPathFactory):
 
 @pytest.fixture
 def step(instructions):
-    """The loop over time of a block."""
+    """The time loop of a block."""
     return lambda phase, block: Step.of(instructions(phase, block))
 
 
 @pytest.fixture
 def single(instructions):
-    """The same of a block that is a group by itself: the loop with products and a barrier."""
+    """The time loop of a single-block group: the loop with products and a barrier."""
     multiplies = (lambda text: "HMMA" in text, lambda text: "BAR.SYNC" in text)
     return lambda phase, block: shortest_loop(instructions(phase, block), *multiplies)
 
@@ -83,7 +83,7 @@ ragged_or_dense = pytest.mark.parametrize("ragged", ["false", "true"], ids=["den
 @kernels
 @ragged_or_dense
 def test_two_barriers_a_step(phase, block, ragged, step):
-    """One where W_hh is not multiplied before the cell."""
+    """A block in which W_hh is not multiplied before the cell."""
     expected = 1 if block.startswith("BackwardCluster") else 2
     assert len(barriers(step(phase, block.format(ragged=ragged)).code)) == expected
 
@@ -98,22 +98,22 @@ def test_one_barrier_and_no_exchange_in_a_single_block(phase, block, ragged, sin
 
 @kernels
 @ragged_or_dense
-def test_no_address_is_computed_between_arrival_and_the_state(phase, block, ragged, step):
+def test_no_address_arithmetic_between_arrival_and_state_load(phase, block, ragged, step):
     path = step(phase, block.format(ragged=ragged)).after_last_poll()
     product = path[: barriers(path)[0]]
     assert not [text for text in product if "IMAD.WIDE" in text or re.search(r"\bLEA\.HI\.X\b", text)]
 
 
 @kernels
-def test_nothing_is_read_but_the_state_between_arrival_and_departure(phase, block, step):
+def test_only_the_state_is_loaded_between_arrival_and_departure(phase, block, step):
     """Dense: no length, no reset mask, no x, no saved gate."""
     path = step(phase, block.format(ragged="false")).after_last_poll()
     assert not [text for text in path if "LDG" in text and ".128.STRONG.GPU" not in text]
 
 
 @kernels
-def test_resets_are_read_ahead(phase, block, step):
-    """With lengths or resets the only other load is of h, from the block's own part, for a row that lacks the step."""
+def test_resets_are_prefetched(phase, block, step):
+    """With lengths or resets the only other load is of the block's part of h, for a row without this step."""
     path = step(phase, block.format(ragged="true")).after_last_poll()
     other = [text for text in path if "LDG" in text and ".128.STRONG.GPU" not in text]
     assert len(other) == (1 if "ForwardFlags" in block else 0)
@@ -122,7 +122,7 @@ def test_resets_are_read_ahead(phase, block, step):
 
 @kernels
 @ragged_or_dense
-def test_ceiling_on_the_critical_path(phase, block, ragged, step):
+def test_critical_path_is_within_its_limit(phase, block, ragged, step):
     path = step(phase, block.format(ragged=ragged)).after_last_poll()
     first_load, cell, send = CEILINGS[phase, block]
     at = barriers(path)

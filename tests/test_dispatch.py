@@ -1,4 +1,4 @@
-"""Which backend runs a call: use_backend, FASTLSTM_BACKEND, explain, and what supports() answers."""
+"""Which backend runs a call: use_backend, FASTLSTM_BACKEND, explain and supports()."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ X = torch.zeros(5, 2, 3)
 
 
 class Forgetful(dict):
-    """In place of dispatch's memory of its choices, so that each call is a choice anew."""
+    """Disable dispatch's cache, so that each call chooses again."""
 
     def __setitem__(self, key, value):
         pass
@@ -31,8 +31,8 @@ def no_memory(monkeypatch):
 
 
 @pytest.fixture
-def asked(monkeypatch, no_memory):
-    """(backend, call) of every choice made; the fast paths past them, for which there is nothing to choose, are off."""
+def choices(monkeypatch, no_memory):
+    """(backend, call) of every choice; the fast paths, which skip the choice, are off."""
     monkeypatch.setattr(dispatch, "_extension_may_run", lambda: False)
     calls = []
     real = dispatch.select
@@ -45,12 +45,12 @@ def asked(monkeypatch, no_memory):
     return calls
 
 
-def test_named_backend_runs_the_call(backend, asked):
+def test_named_backend_runs_the_call(backend, choices):
     fastlstm.LSTM(3, 4, 2)(X)
-    assert [name for name, _ in asked] == [backend, backend]
+    assert [name for name, _ in choices] == [backend, backend]
 
 
-def test_context_ends_with_the_block(asked):
+def test_context_ends_with_the_block(choices):
     lstm = fastlstm.LSTM(3, 4)
     lstm(X)
     with fastlstm.use_backend("reference"):
@@ -59,30 +59,30 @@ def test_context_ends_with_the_block(asked):
             lstm(X)
         lstm(X)
     lstm(X)
-    auto = asked[0][0]
-    assert [name for name, _ in asked] == [auto, "reference", "eager", "reference", auto]
+    auto = choices[0][0]
+    assert [name for name, _ in choices] == [auto, "reference", "eager", "reference", auto]
 
 
-def test_context_ends_with_an_error(asked):
+def test_context_ends_with_an_error(choices):
     with pytest.raises(KeyError), fastlstm.use_backend("reference"):
         raise KeyError
     fastlstm.LSTM(3, 4)(X)
-    assert asked[0][0] != "reference"
+    assert choices[0][0] != "reference"
 
 
-def test_called_as_a_function_it_stays(asked):
+def test_use_backend_as_a_function_persists(choices):
     try:
         fastlstm.use_backend("reference")
         fastlstm.LSTM(3, 4)(X)
-        assert asked[0][0] == "reference"
+        assert choices[0][0] == "reference"
     finally:
         fastlstm.use_backend("auto")
     fastlstm.LSTM(3, 4)(X)
-    assert asked[1][0] != "reference"
+    assert choices[1][0] != "reference"
 
 
-def test_remembered_choices_follow_what_is_asked_and_what_is_called():
-    """With dispatch's memory at work: told apart by the kind of autograd node."""
+def test_cached_dispatch_depends_on_backend_and_call():
+    """With dispatch's cache: distinguished by the type of autograd node."""
 
     def node(name, *args, **kwargs):
         with fastlstm.use_backend(name):
@@ -112,7 +112,7 @@ def call(device="cpu", dtype=torch.float32, lengths=False, reset_mask=False, **k
 @pytest.mark.parametrize("ragged", [False, True])
 @pytest.mark.parametrize("name", ["native", "eager"])
 def test_complete_backends_refuse_nothing_on_cpu(name, dtype, kwargs, ragged):
-    """Without this, a backend that answers with a reason would skip its tests in silence."""
+    """Otherwise a backend that refuses everything would skip all its tests."""
     if name == "native" and backends.native.extension is None:
         pytest.skip(backends.native.supports(call()))
     assert dispatch.BACKENDS[name].supports(call(dtype=dtype, lengths=ragged, reset_mask=ragged, **kwargs)) is None
@@ -143,46 +143,46 @@ def test_native_without_its_extension(monkeypatch, no_memory):
         fastlstm.LSTM(3, 4)(X)
 
 
-def test_auto_takes_the_first_that_supports_the_call(monkeypatch, asked):
+def test_auto_selects_the_first_backend_that_supports_the_call(monkeypatch, choices):
     eager = dispatch.BACKENDS["eager"]
     refusing = types.SimpleNamespace(supports=lambda call: "not today")
     monkeypatch.setattr(dispatch, "BACKENDS", {"native": refusing, "eager": eager})
     fastlstm.LSTM(3, 4)(X)
-    assert asked[0][0] == "eager"
+    assert choices[0][0] == "eager"
     picky = types.SimpleNamespace(supports=lambda call: "no projections" if call.shape.proj else None)
     monkeypatch.setattr(dispatch, "BACKENDS", {"native": picky, "eager": eager})
     assert dispatch.select(call()) == "native"
     assert dispatch.select(call(proj_size=2)) == "eager"
 
 
-def test_the_choice_does_not_rest_on_t_or_b(asked):
+def test_choice_is_independent_of_t_and_b(choices):
     lstm = fastlstm.LSTM(3, 4)
     for T, B in ((1, 1), (5, 2), (300, 1), (2, 40), (3, 0)):
         lstm(torch.zeros(T, B, 3))
-    assert len({call for _, call in asked}) == 1
+    assert len({call for _, call in choices}) == 1
 
 
-def test_describe_tells_what_matters():
-    told = call(dtype=torch.float64, lengths=True, bidirectional=True, proj_size=2, bias=False)
-    assert (told.device.type, told.dtype, told.I) == ("cpu", torch.float64, 3)
-    assert (told.shape.H, told.shape.P, told.shape.D, told.shape.bias) == (4, 2, 2, False)
-    assert told.lengths
-    assert not told.reset_mask
+def test_describe_includes_shape_dtype_and_device():
+    described = call(dtype=torch.float64, lengths=True, bidirectional=True, proj_size=2, bias=False)
+    assert (described.device.type, described.dtype, described.I) == ("cpu", torch.float64, 3)
+    assert (described.shape.H, described.shape.P, described.shape.D, described.shape.bias) == (4, 2, 2, False)
+    assert described.lengths
+    assert not described.reset_mask
 
 
 def test_explain():
     lstm = fastlstm.LSTM(3, 4, 2, bidirectional=True)
-    told = fastlstm.explain(lstm, X)
-    assert list(told.reasons) == [*dispatch.BACKENDS, "reference"]
-    assert [name for name, reason in told.reasons.items() if reason == "runs"] == [told.backend]
-    assert told.reasons["reference"] == f"can run it, but {told.backend!r} is preferred"
-    assert len(str(told).splitlines()) == len(told.reasons) + bool(told.backward)
-    for name, reason in told.reasons.items():
-        assert f"{name} " in str(told)
-        assert reason in str(told)
+    explanation = fastlstm.explain(lstm, X)
+    assert list(explanation.reasons) == [*dispatch.BACKENDS, "reference"]
+    assert [name for name, reason in explanation.reasons.items() if reason == "runs"] == [explanation.backend]
+    assert explanation.reasons["reference"] == f"can run it, but {explanation.backend!r} is preferred"
+    assert len(str(explanation).splitlines()) == len(explanation.reasons) + bool(explanation.backward)
+    for name, reason in explanation.reasons.items():
+        assert f"{name} " in str(explanation)
+        assert reason in str(explanation)
 
 
-def test_explain_of_every_form_of_input(asked):
+def test_explain_of_every_form_of_input(choices):
     lstm, cell = fastlstm.LSTM(3, 4, 2, proj_size=2), fastlstm.LSTMCell(3, 4)
     packed = pack_padded_sequence(X, torch.tensor([5, 3]))
     forms = [
@@ -197,28 +197,28 @@ def test_explain_of_every_form_of_input(asked):
     ]
     for module, args, kwargs in forms:
         fastlstm.explain(module, *args, **kwargs)
-        explained = asked[-1]
-        asked.clear()
+        explained = choices[-1]
+        choices.clear()
         module(*args, **kwargs)
-        assert asked[0] == explained  # the very call that the first layer makes
-        asked.clear()
+        assert choices[0] == explained  # equal to the call of the first layer
+        choices.clear()
 
 
 def test_explain_of_a_named_backend():
     lstm = fastlstm.LSTM(3, 4)
     with fastlstm.use_backend("reference"):
-        told = fastlstm.explain(lstm, X)
-    assert told.backend == "reference"
-    assert told.reasons["eager"] == "can run it, but backend 'reference' was asked for"
+        explanation = fastlstm.explain(lstm, X)
+    assert explanation.backend == "reference"
+    assert explanation.reasons["eager"] == "can run it, but backend 'reference' was asked for"
 
 
-def test_explain_where_the_named_backend_cannot(monkeypatch):
+def test_explain_if_the_named_backend_cannot_run(monkeypatch):
     monkeypatch.setattr(dispatch.BACKENDS["eager"], "supports", lambda call: "out of order")
     with fastlstm.use_backend("eager"):
-        told = fastlstm.explain(fastlstm.LSTM(3, 4), X)
-    assert told.backend == ""
-    assert told.reasons["eager"] == "out of order"
-    assert "runs" not in told.reasons.values()
+        explanation = fastlstm.explain(fastlstm.LSTM(3, 4), X)
+    assert explanation.backend == ""
+    assert explanation.reasons["eager"] == "out of order"
+    assert "runs" not in explanation.reasons.values()
 
 
 def test_explain_refuses_other_modules():
@@ -229,18 +229,18 @@ def test_explain_refuses_other_modules():
 def test_environment_variable():
     program = "import torch, fastlstm; print(fastlstm.explain(fastlstm.LSTM(3, 4), torch.zeros(2, 1, 3)).backend)"
     environment = {**os.environ, "FASTLSTM_BACKEND": "reference"}
-    told = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=120)
-    assert told.stdout.strip() == "reference", told.stderr
+    ran = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=120)
+    assert ran.stdout.strip() == "reference", ran.stderr
 
 
 def test_environment_variable_with_an_unknown_name(monkeypatch, no_memory):
-    monkeypatch.setattr(dispatch, "_requested", "fastest")  # what the variable sets on import
+    monkeypatch.setattr(dispatch, "_requested", "fastest")  # as set from the environment variable on import
     with pytest.raises(ValueError, match=r"FASTLSTM_BACKEND must be one of auto, .* got 'fastest'"):
         fastlstm.LSTM(3, 4)(X)
 
 
-def test_remembered_choices_tell_biases_from_a_second_direction(monkeypatch):
-    """Both make four weights of the same sizes, and a backend may refuse one of the two."""
+def test_cached_dispatch_separates_biases_from_directions(monkeypatch):
+    """Both have four weights of equal sizes, and a backend may support only one of them."""
     picky = types.SimpleNamespace(supports=lambda call: "one direction only" if call.shape.D == 2 else None)
     monkeypatch.setattr(dispatch, "BACKENDS", {"native": picky, "eager": dispatch.BACKENDS["eager"]})
     monkeypatch.setattr(dispatch, "_chosen", {})
@@ -249,7 +249,7 @@ def test_remembered_choices_tell_biases_from_a_second_direction(monkeypatch):
         assert dispatch._choose(X, weights, None, None) == name
 
 
-def test_a_backend_named_once_may_be_used_twice():
+def test_use_backend_returns_a_reusable_context():
     eager = fastlstm.use_backend("eager")
     for _ in range(2):
         with eager:

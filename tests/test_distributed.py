@@ -9,11 +9,11 @@ from torch.distributed import checkpoint
 
 import fastlstm
 
-from .place import HERE
-from .twins import data
+from .device import TEST_DEVICE
+from .module_pairs import data
 
 if not distributed.is_available() or not distributed.is_gloo_available():
-    pytest.skip("this torch has no gloo", allow_module_level=True)
+    pytest.skip("requires torch with gloo", allow_module_level=True)
 
 WORLD, B, T, STEPS = 2, 6, 5, 3
 X, TARGET = data(T, B, 3), data(T, B, 2, seed=1)
@@ -35,7 +35,7 @@ class Tagger(nn.Module):
 
 
 def train(model, rows):
-    """A few steps of Adam on the batch's `rows`; gives the model."""
+    """Run a few steps of Adam on `rows` of the batch; return the model."""
     optimizer = torch.optim.Adam(model.parameters(), lr=0.05)
     for _ in range(STEPS):
         optimizer.zero_grad()
@@ -59,20 +59,20 @@ def work(rank, folder):
     torch.set_num_threads(1)
     distributed.init_process_group("gloo", init_method=f"file://{folder / 'store'}", rank=rank, world_size=WORLD)
     rows = slice(rank * B // WORLD, (rank + 1) * B // WORLD)
-    found = {}
-    found["ddp"] = full(train(nn.parallel.DistributedDataParallel(Tagger()), rows).module)
+    results = {}
+    results["ddp"] = full(train(nn.parallel.DistributedDataParallel(Tagger()), rows).module)
     model = train(sharded(Tagger()), rows)
-    found["fsdp"] = full(model)
-    found["fsdp with recompute"] = full(train(sharded(Tagger(recompute=2)), rows))
+    results["fsdp"] = full(model)
+    results["fsdp with recompute"] = full(train(sharded(Tagger(recompute=2)), rows))
     checkpoint.save(model.state_dict(), checkpoint_id=folder / "sharded")
     restored = sharded(Tagger())
     state = restored.state_dict()
     checkpoint.load(state, checkpoint_id=folder / "sharded")
     restored.load_state_dict(state)
-    found["restored"] = full(restored)
+    results["restored"] = full(restored)
     local = model.lstm.weight_ih_l0.to_local()
-    found["shard"] = {"rows": torch.tensor(local.shape[0])}
-    torch.save(found, folder / f"found{rank}.pt")
+    results["shard"] = {"rows": torch.tensor(local.shape[0])}
+    torch.save(results, folder / f"found{rank}.pt")
     distributed.destroy_process_group()
 
 
@@ -96,13 +96,13 @@ def test_two_processes_equal_one(how, found, alone):
             torch.testing.assert_close(results[how][name], weight, rtol=1e-6, atol=1e-8, msg=f"{how}: {name}")
 
 
-def test_the_weights_were_sharded_and_trained(found, alone):
+def test_sharded_weights_train(found, alone):
     assert all(int(results["shard"]["rows"]) == 4 * 8 // WORLD for results in found[1])
     assert not torch.allclose(alone["lstm.weight_hh_l0"], dict(Tagger().named_parameters())["lstm.weight_hh_l0"])
 
 
-def test_a_sharded_checkpoint_into_one_process(found, alone):
-    """And into nn.LSTM: the names and shapes are its own."""
+def test_sharded_checkpoint_loads_in_one_process(found, alone):
+    """Also into nn.LSTM, which has equal names and shapes."""
     model = fastlstm.convert(Tagger(), to="torch")
     with torch.no_grad():
         for weight in model.parameters():
@@ -118,11 +118,11 @@ def test_a_sharded_checkpoint_into_one_process(found, alone):
 @pytest.mark.parametrize("use_reentrant", [False, True])
 @pytest.mark.parametrize("recompute", [False, 2])
 def test_activation_checkpointing_replays_dropout(use_reentrant, recompute, backend):
-    """The masks of the second forward pass are those of the first, by the random state that checkpoint restores."""
+    """The second forward pass draws the first one's masks, because checkpoint restores the random state."""
     gradients = []
     for wrapped in (False, True):
         torch.manual_seed(3)
-        lstm = fastlstm.LSTM(3, 4, 3, dropout=0.5, dtype=HERE.dtype)
+        lstm = fastlstm.LSTM(3, 4, 3, dropout=0.5, dtype=TEST_DEVICE.dtype)
         lstm.recompute = recompute
         x = data(T, 2, 3).requires_grad_()
         torch.manual_seed(4)
@@ -130,7 +130,7 @@ def test_activation_checkpointing_replays_dropout(use_reentrant, recompute, back
             output = torch.utils.checkpoint.checkpoint(lstm, x, use_reentrant=use_reentrant)[0]
         else:
             output, _ = lstm(x)
-        torch.randn(5)  # the state moves on before backward
+        torch.randn(5)  # advances the random state before backward
         output.pow(2).sum().backward()
         gradients.append([output.detach(), x.grad, *(w.grad for w in lstm.parameters())])
     torch.testing.assert_close(*gradients)

@@ -1,4 +1,4 @@
-"""The documentation is true: examples run, tables match the CSVs, links and named constants exist, formulas hold."""
+"""Documentation: examples run, tables match the CSVs, links and named files exist, formulas hold."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def run(examples: list[doctest.Example], name: str) -> doctest.TestResults:
 
 @pytest.mark.parametrize("page", [page for page in PAGES if ">>> " in page.read_text()], ids=lambda page: page.name)
 def test_examples_of_a_page_run(page):
-    """The blocks of a page share their names."""
+    """The code blocks of a page share a namespace."""
     torch.manual_seed(0)
     blocks = re.findall(r"^```python\n(.*?)^```", page.read_text(), flags=re.DOTALL | re.MULTILINE)
     parser = doctest.DocTestParser()
@@ -85,7 +85,7 @@ def slug(heading: str) -> str:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=NAMES)
-def test_links_lead_somewhere(page):
+def test_links_resolve(page):
     for target in re.findall(r"\]\(([^)\s]+)\)", without_code(page.read_text())):
         if re.match(r"https?:", target):
             continue

@@ -1,4 +1,4 @@
-"""Arguments that nn.LSTM and nn.LSTMCell refuse: fastlstm refuses them with the same type of error, packed or not.
+"""Arguments that nn.LSTM and nn.LSTMCell refuse: fastlstm raises the same type of error, packed or not.
 
 Calls by which nn.LSTM reads out of bounds are in tests/test_errors.py, and states of another dtype, with which it
 computes in part.
@@ -30,7 +30,7 @@ def pair(*shape: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 GOOD = state(1, 2, 4)
-# Of packed and padded input. What is here and is no error is taken by both, with equal results.
+# Calls with packed and padded input. Those that are no error run in both, with equal results.
 STATES: dict[str, Any] = {
     "none": None,
     "of two": pair(1, 2, 4),
@@ -81,7 +81,7 @@ def outcome(call: Callable[[], Any]) -> Any:
     try:
         output, (h, c) = call()
     except Exception as error:
-        # A subclass that torch raises where a backend has no kernel at all.
+        # torch raises a subclass if a backend has no kernel.
         return RuntimeError if isinstance(error, NotImplementedError) else type(error)
     return (output.data if isinstance(output, PackedSequence) else output), h, c
 
@@ -148,8 +148,8 @@ def test_inputs(name, hx, backend):
 
 @pytest.mark.parametrize("hx", [None, pair(1, 2, 4)], ids=["zeros", "hx"])
 @pytest.mark.parametrize("sizes", [SIZES.float(), SIZES[None]], ids=["float32", "2-D"])
-def test_sizes_of_steps_that_are_none(sizes, hx, backend):
-    """nn.LSTM's error depends on hx: a TypeError or a RuntimeError of its insides."""
+def test_invalid_batch_sizes(sizes, hx, backend):
+    """nn.LSTM's error depends on hx: a TypeError, or a RuntimeError from its internals."""
     with pytest.raises(RuntimeError, match=r"batch_sizes must be int64 \[T\], got torch\."):
         fastlstm.LSTM(3, 4)(sequence(ROWS, sizes), hx)
     with pytest.raises((RuntimeError, TypeError)):
@@ -165,7 +165,7 @@ def test_states_of_other_layers_with_packed_input(name, kwargs, backend):
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.int64], ids=str)
 @pytest.mark.parametrize("name", ["2-D", "of one", "nothing twice", "a tensor of two states"])
-def test_the_state_is_looked_at_before_the_input(name, dtype):
+def test_state_is_checked_before_the_input(name, dtype):
     x = packed(X.to(dtype))
     assert_same_outcome(*(lambda m=m: m(x, STATES[name]) for m in modules()))
 
@@ -174,8 +174,8 @@ def test_the_state_is_looked_at_before_the_input(name, dtype):
     ("name", "is_sorted"),
     [("2-D", True), ("1-D", True), ("of one", True), ("nothing twice", True), ("a dict", False), ("numbers", False)],
 )
-def test_words_of_packed_input(name, is_sorted):
-    """Where nn.LSTM's tell what is wrong, they are the same."""
+def test_error_messages_of_packed_input(name, is_sorted):
+    """Messages equal nn.LSTM's where those name the argument."""
     raised = []
     for module in modules():
         with pytest.raises(Exception) as caught:  # noqa: PT011

@@ -1,4 +1,4 @@
-"""Bad arguments: nn.LSTM's own error, type and text, asked of nn.LSTM at run time; clear ones for what is new."""
+"""Invalid arguments: error type and message of nn.LSTM at run time; own messages for new arguments."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch.nn.utils.rnn import pack_padded_sequence
 
 import fastlstm
 
-from .twins import error_of
+from .module_pairs import error_of
 
 
 @pytest.mark.parametrize(
@@ -134,18 +134,18 @@ def test_hx_stacked_in_one_tensor(model):
         model(X, torch.zeros(2, 1, 2, 4))
 
 
-def test_forward_refuses_what_neither_knows():
+def test_forward_refuses_unknown_arguments():
     with pytest.raises(TypeError, match="unexpected keyword argument 'hidden'"):
         fastlstm.LSTM(3, 4)(X, hidden=None)
 
 
 @pytest.mark.parametrize("x", [torch.zeros(2, 2, 4), torch.zeros(2, 2, 3).double()], ids=["size", "dtype"])
-def test_packed_input_gets_the_words_of_padded_input(x):
-    """Here nn.LSTM tells of a matrix product inside, in a RuntimeError."""
-    given = pack_padded_sequence(x, torch.tensor([2, 1]))
-    kind, text = error_of(lambda: fastlstm.LSTM(3, 4)(given))
+def test_packed_and_padded_inputs_have_equal_errors(x):
+    """nn.LSTM raises a RuntimeError about an internal matrix product."""
+    packed_input = pack_padded_sequence(x, torch.tensor([2, 1]))
+    kind, text = error_of(lambda: fastlstm.LSTM(3, 4)(packed_input))
     assert text == error_of(lambda: nn.LSTM(3, 4)(x))[1]
-    assert kind is error_of(lambda: nn.LSTM(3, 4)(given))[0] is RuntimeError
+    assert kind is error_of(lambda: nn.LSTM(3, 4)(packed_input))[0] is RuntimeError
 
 
 @pytest.mark.parametrize(
@@ -157,7 +157,7 @@ def test_packed_input_gets_the_words_of_padded_input(x):
     ],
 )
 def test_packed_input_with_wrong_hx(change, text, backend):
-    """Here nn.LSTM reads out of bounds."""
+    """nn.LSTM reads out of bounds."""
     with pytest.raises(RuntimeError, match=text):
         fastlstm.LSTM(3, 4)(packed(2, 2, 3), change(*states((1, 2, 4), (1, 2, 4))))
 
@@ -165,7 +165,7 @@ def test_packed_input_with_wrong_hx(change, text, backend):
 @pytest.mark.parametrize("which", [0, 1])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.int64], ids=str)
 def test_hx_of_another_dtype(which, dtype, backend):
-    """Here nn.LSTM's message is one of oneDNN's insides."""
+    """nn.LSTM's message comes from oneDNN's internals."""
     hx = list(states((1, 2, 4), (1, 2, 4)))
     hx[which] = hx[which].to(dtype)
     with pytest.raises(RuntimeError, match=f"must have the same dtype, got torch.float32 and {dtype}"):
@@ -194,7 +194,7 @@ def test_tensors_on_different_devices():
         ),
     ],
 )
-def test_weights_that_do_not_fit(name, value, text, backend):
+def test_weights_of_invalid_shape(name, value, text, backend):
     lstm = fastlstm.LSTM(3, 4)
     setattr(lstm, name, nn.Parameter(value))
     with pytest.raises(RuntimeError, match=text):
@@ -273,7 +273,7 @@ def test_lengths_and_reset_mask_with_a_packed_sequence():
         lstm(packed(2, 2, 3), reset_mask=torch.zeros(2, 2, dtype=torch.bool))
 
 
-# A weight's place and what becomes of it, or what becomes of the list; and the error's words.
+# A weight's index and its replacement, or a change of the list; and the error message.
 MISFITS = {
     "size": (3, lambda w: w[:-1], r"bias_hh must be \[4H\] = \[16\], got \[15\]"),
     "dimensions": (3, torch.sum, r"bias_hh must be \[4H\] = \[16\], got \[\]"),
@@ -286,8 +286,8 @@ MISFITS = {
 
 @pytest.mark.parametrize("grad", [False, True], ids=["no_grad", "grad"])
 @pytest.mark.parametrize("wrong", MISFITS)
-def test_weights_that_do_not_fit_together(wrong, grad, backend):
-    """In the same words on every backend, from the function and from a module whose weights were exchanged."""
+def test_weights_of_inconsistent_shapes(wrong, grad, backend):
+    """Messages are equal on every backend, from the function and from a module with replaced weights."""
     place, change, text = MISFITS[wrong]
     lstm = fastlstm.LSTM(3, 4, dtype=torch.float64)
     weights = [w.detach() for w in lstm.parameters()]
@@ -305,7 +305,7 @@ def test_weights_that_do_not_fit_together(wrong, grad, backend):
             lstm(x)
 
 
-# What becomes of a layer's weights [w_ih, w_hh], the arguments bias, num_layers, bidirectional, and the error.
+# A change of a layer's weights [w_ih, w_hh], the arguments bias, num_layers, bidirectional, and the error.
 MISCOUNTED = {
     "none": (lambda w: [], (False, 1, False), "take 2 weights each, or 3 with projection, got 0 in all"),
     "one direction twice": (lambda w: w * 2, (True, 1, False), "must have bias_ih .* as element 2"),
@@ -323,7 +323,7 @@ MISCOUNTED = {
 
 
 @pytest.mark.parametrize("wrong", MISCOUNTED)
-def test_weights_that_the_arguments_do_not_describe(wrong, backend):
+def test_weights_that_contradict_the_arguments(wrong, backend):
     change, (bias, layers, bidirectional), text = MISCOUNTED[wrong]
     weights = change([torch.rand(16, 3), torch.rand(16, 4)])
     with pytest.raises(TypeError if wrong == "None" else RuntimeError, match=text):
@@ -331,8 +331,8 @@ def test_weights_that_the_arguments_do_not_describe(wrong, backend):
 
 
 @pytest.mark.parametrize("options", [{}, {"recompute": True}, {"return_cell_states": True}], ids=str)
-def test_the_function_takes_no_packed_rows(options, backend):
-    """Though the native op does, and these lengths would be theirs."""
+def test_function_refuses_packed_sequences(options, backend):
+    """The native op accepts them, and these lengths would match."""
     weights = [w.detach() for w in fastlstm.LSTM(3, 4).parameters()]
     for x in (torch.zeros(6, 3), torch.zeros(6, 3).t()):
         with pytest.raises(RuntimeError, match=r"x must be \[T, B, I\], got \["):
@@ -342,8 +342,8 @@ def test_the_function_takes_no_packed_rows(options, backend):
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_half_input_with_other_weights_is_refused(dtype, backend):
-    """Also where half precision is computed in float32, to which everything would be cast."""
+def test_half_input_with_float32_weights_is_refused(dtype, backend):
+    """Also on backends that compute half precision in float32, where a cast would hide the mismatch."""
     weights = [w.detach() for w in fastlstm.LSTM(3, 4, dtype=torch.float64).parameters()]
     with pytest.raises(RuntimeError, match=r"same dtype|must be .* as x is"):
         fastlstm.functional.lstm(torch.zeros(2, 1, 3, dtype=dtype), None, weights, True, 1, 0.0, True, False, False)

@@ -1,4 +1,4 @@
-"""The fast path: which LSTM and LSTMCell calls the extension runs whole (csrc/fast_path.cpp), and which it leaves."""
+"""The fast path: which LSTM and LSTMCell calls the extension runs (csrc/fast_path.cpp), and which it does not."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Mode(TorchFunctionMode):
 
 
 def interposed(x):
-    """x as only Python knows it, in turn: of a class with a __torch_function__, under a mode, with a tangent."""
+    """Inputs that require Python: a class with __torch_function__, x under a mode, x with a tangent."""
     yield x.as_subclass(Subclass)
     with Mode():
         yield x
@@ -36,7 +36,7 @@ def interposed(x):
 
 
 def lstm_takes_it(lstm: fastlstm.LSTM, *arguments: Any) -> bool:
-    """Whether the extension runs the call; otherwise the weights for the general path come instead."""
+    """Returns true if the extension runs the call; otherwise dispatch gives the weights for the general path."""
     result, weights = dispatch.lstm_fast_path(lstm, *arguments)
     assert result is not None or weights is not None
     return result is not None
@@ -48,8 +48,8 @@ def cell_takes_it(cell: fastlstm.LSTMCell, *arguments: Any) -> bool:
     return result is not None
 
 
-def test_the_fast_path_is_for_what_native_would_run(monkeypatch):
-    """Around the layers' choices, in the extension: only where each of them would be native."""
+def test_fast_path_runs_only_what_native_would(monkeypatch):
+    """The fast path skips the choice of a backend, so it runs only if every layer's choice would be native."""
     lstm, x = fastlstm.LSTM(3, 4, 2), torch.rand(5, 2, 3)
     taken = {}
     for name in dispatch.NAMES:
@@ -84,8 +84,8 @@ def test_the_fast_path_is_for_what_native_would_run(monkeypatch):
         ("training", torch.zeros(2)),
     ],
 )  # fmt: skip
-def test_the_fast_path_refuses_attributes_that_do_not_fit(attribute, value):
-    """They are read off the module at every call, and the general path says what is wrong with them."""
+def test_fast_path_refuses_invalid_attributes(attribute, value):
+    """Attributes are read at every call, and the general path raises the error."""
     lstm, x = fastlstm.LSTM(3, 4, 2), torch.rand(5, 2, 3)
     assert lstm_takes_it(lstm, x, None)
     lstm.__dict__[attribute] = value
@@ -94,7 +94,7 @@ def test_the_fast_path_refuses_attributes_that_do_not_fit(attribute, value):
     assert not lstm_takes_it(lstm, x, None)
 
 
-def test_the_fast_path_runs_numbers_of_other_types():
+def test_fast_path_accepts_other_number_types():
     x, lstm = torch.rand(5, 2, 3), fastlstm.LSTM(3, 4, bidirectional=True)
     lstm.input_size, lstm.hidden_size, lstm.num_layers = np.int64(3), np.int32(4), np.int64(1)
     lstm.bidirectional, lstm.dropout = np.bool_(True), np.float32(0)
@@ -103,7 +103,7 @@ def test_the_fast_path_runs_numbers_of_other_types():
 
 
 @pytest.mark.parametrize("names", [[], ["weight_ih_l0"], [["unhashable"]]], ids=str)
-def test_the_fast_path_refuses_weights_that_are_missing(names):
+def test_fast_path_refuses_missing_weights(names):
     lstm, x = fastlstm.LSTM(3, 4), torch.rand(5, 2, 3)
     whole = lstm._flat_weights_names
     lstm._flat_weights_names = names
@@ -116,8 +116,8 @@ def test_the_fast_path_refuses_weights_that_are_missing(names):
         assert extension.lstm(lstm, missing, x, None, None) is None
 
 
-def test_the_fast_path_asks_for_weights_that_are_not_the_recorded_ones():
-    """It runs with those that LSTM._current_weights finds, which are computed once."""
+def test_fast_path_computes_parametrized_weights_once():
+    """It uses the result of LSTM._current_weights, which is computed once."""
     extension, x, computed = native.extension, torch.rand(5, 2, 3), []
 
     class Twice(torch.nn.Module):
@@ -143,7 +143,7 @@ def test_the_fast_path_asks_for_weights_that_are_not_the_recorded_ones():
     assert extension.lstm(lstm, subclassed, x, None, None) is None
 
 
-def test_the_fast_path_of_a_cell(monkeypatch):
+def test_fast_path_of_a_cell(monkeypatch):
     cell, x, h = fastlstm.LSTMCell(3, 4), torch.rand(2, 3), torch.zeros(2, 4)
     taken = {}
     for name in dispatch.NAMES:
@@ -173,7 +173,7 @@ def test_the_fast_path_of_a_cell(monkeypatch):
     assert not cell_takes_it(cell, x, None)
 
 
-def test_the_fast_path_reads_attributes_as_python_does():
+def test_fast_path_reads_attributes_as_python_does():
     """Properties of a subclass count, as in nn.LSTM and on the general path."""
 
     class Scheduled(fastlstm.LSTM):
@@ -196,8 +196,8 @@ def test_the_fast_path_reads_attributes_as_python_does():
     assert torch.equal(lstm(x)[0], lstm(x)[0])
 
 
-def test_the_fast_path_does_not_look_into_other_kinds_of_dict():
-    """A name or a dict of another class runs Python code when it is looked up."""
+def test_fast_path_requires_a_plain_dict():
+    """Looking up a name or dict of a subclass runs Python code."""
 
     class Name(str):
         __slots__ = ()
@@ -215,8 +215,8 @@ def test_the_fast_path_does_not_look_into_other_kinds_of_dict():
 
 
 @pytest.mark.parametrize(("error", "passed_on"), [(KeyboardInterrupt, True), (ArithmeticError, False)])
-def test_errors_of_attributes(error, passed_on):
-    """Of KeyboardInterrupt nothing is swallowed; what the general path would raise again is left to it."""
+def test_attribute_errors(error, passed_on):
+    """KeyboardInterrupt propagates; errors that the general path would raise again are left to it."""
 
     class Flag:
         def __bool__(self):

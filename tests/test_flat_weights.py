@@ -1,4 +1,4 @@
-"""Which tensors a call computes with: `_flat_weights` as others have written it, or the attributes, as in nn.LSTM."""
+"""The tensors that a call uses: `_flat_weights` as written by other code, or the attributes, as in nn.LSTM."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from torch.nn.utils.rnn import pack_padded_sequence
 
 import fastlstm
 
-from .twins import assert_same, data, flat, twins
+from .module_pairs import assert_same, data, flat, module_pair
 
 X = data(5, 2, 3)
 OPTIONS = {"num_layers": 2, "bidirectional": True, "proj_size": 2}
 
 
 class Adapted(nn.Module):
-    """An LSTM whose hidden weights get a trained, low-rank term before each call."""
+    """An LSTM with a trained low-rank term added to its hidden weights before each call."""
 
     def __init__(self, lstm: nn.Module, write: str) -> None:
         super().__init__()
@@ -48,7 +48,7 @@ class Adapted(nn.Module):
 
 
 def adapted(write: str, how: str = "plain") -> tuple[nn.Module, nn.Module]:
-    ours, theirs = twins(**OPTIONS)
+    ours, theirs = module_pair(**OPTIONS)
     if how == "converted":
         ours = fastlstm.convert(copy.deepcopy(theirs))
     pair = Adapted(ours, write), Adapted(theirs, write)
@@ -95,9 +95,9 @@ def test_adapters_compile_in_one_graph(write):
             model.a[0] = nn.Parameter(2 * model.a[0].detach())
 
 
-def test_a_compiled_call_notices_what_is_written_between_calls():
+def test_compiled_call_reads_weights_written_between_calls():
     torch._dynamo.reset()
-    ours, theirs = twins()
+    ours, theirs = module_pair()
     compiled = torch.compile(ours, backend="aot_eager", fullgraph=True)
     for k in range(4):
         torch.testing.assert_close(flat(compiled(X)), flat(theirs(X)))
@@ -109,7 +109,7 @@ def weight(k: int) -> nn.Parameter:
     return nn.Parameter(data(16, 4, seed=k))
 
 
-# One step each, done to both modules; a call compares them after every step.
+# Changes applied to both modules; a call compares the modules after each.
 STEPS = {
     "item": lambda m: m._flat_weights.__setitem__(1, 2 * m.weight_hh_l0),
     "another item": lambda m: m._flat_weights.__setitem__(0, 3 * m.weight_ih_l0),
@@ -135,10 +135,10 @@ def after(module: nn.Module, step: str) -> list[torch.Tensor]:
 
 
 @pytest.mark.parametrize("first", STEPS)
-def test_the_later_writing_counts(first, backend):
-    """Every pair of ways to change a weight: as nn.LSTM takes it, call by call."""
+def test_pairs_of_weight_changes_equal_nn_lstm(first, backend):
+    """Every pair of ways to change a weight gives nn.LSTM's results after each call."""
     for second in STEPS:
-        ours, theirs = twins()
+        ours, theirs = module_pair()
         for step in (first, second, "another item", "requires_grad"):
             torch.testing.assert_close(
                 after(ours, step), after(theirs, step), msg=lambda m, k=second, s=step: f"{k}, {s}: {m}"
@@ -146,17 +146,17 @@ def test_the_later_writing_counts(first, backend):
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_any_order_of_changes(seed):
-    ours, theirs = twins()
+def test_weight_changes_in_any_order(seed):
+    ours, theirs = module_pair()
     steps = list(STEPS)
     order = [steps[k] for k in torch.randint(len(steps), (25,), generator=torch.Generator().manual_seed(seed))]
     for k, step in enumerate(order):
         torch.testing.assert_close(after(ours, step), after(theirs, step), msg=lambda m, k=k: f"{order[: k + 1]}: {m}")
 
 
-def test_a_missing_attribute_leaves_the_list():
-    """Code that takes a parameter away writes the list instead."""
-    pair = twins()
+def test_missing_attribute_is_dropped_from_flat_weights():
+    """For code that removes a parameter and writes the list instead."""
+    pair = module_pair()
     for module in pair:
         raw = data(16, 4, seed=3)
         del module.weight_hh_l0
@@ -165,8 +165,8 @@ def test_a_missing_attribute_leaves_the_list():
     torch.testing.assert_close(flat(pair[0](X)), flat(pair[1](X)))
 
 
-def test_a_tuple_of_the_parameters(backend):
-    pair = twins()
+def test_flat_weights_accept_a_tuple(backend):
+    pair = module_pair()
     for module in pair:
         module._flat_weights = tuple(module.parameters())
     assert_same(*pair, X)
@@ -174,8 +174,8 @@ def test_a_tuple_of_the_parameters(backend):
 
 @pytest.mark.parametrize("grad", [True, False], ids=["grad", "no_grad"])
 def test_computed_weights_are_not_kept_alive_and_do_not_hinder_a_copy(grad):
-    """nn.LSTM keeps them in the list, and cannot be copied after a call."""
-    lstm = twins()[0]
+    """nn.LSTM keeps them in the list, so it cannot be copied after a call."""
+    lstm = module_pair()[0]
     parametrizations.weight_norm(lstm, "weight_hh_l0")
     kept = []
     lstm.parametrizations.weight_hh_l0.register_forward_hook(lambda m, args, out: kept.append(weakref.ref(out)))
@@ -189,22 +189,22 @@ def test_computed_weights_are_not_kept_alive_and_do_not_hinder_a_copy(grad):
     assert not any(ref() is not None for ref in kept)
 
 
-def test_weights_of_a_transform_are_not_kept():
-    lstm = twins()[0]
+def test_weights_of_a_transform_are_not_retained():
+    lstm = module_pair()[0]
     weights = {name: torch.stack([w, 2 * w]).detach() for name, w in lstm.named_parameters()}
     torch.func.vmap(lambda w: functional_call(lstm, w, (X,))[0])(weights)
     assert [id(w) for w in lstm._flat_weights] == [id(w) for w in lstm.parameters()]
 
 
-def test_a_parametrization_is_computed_once_a_call():
-    lstm, calls = twins()[0], []
+def test_parametrization_is_computed_once_per_call():
+    lstm, calls = module_pair()[0], []
     parametrizations.weight_norm(lstm, "weight_hh_l0")
     lstm.parametrizations.weight_hh_l0.register_forward_hook(lambda *_: calls.append(1))
     lstm(X)
     assert len(calls) == 1
 
 
-def test_the_list_follows_lasting_weights():
+def test_flat_weights_follow_replaced_parameters():
     lstm = fastlstm.LSTM(3, 4, dtype=torch.float64)
     lstm._parameters["weight_hh_l0"] = new = weight(0)
     lstm(X)
@@ -213,8 +213,8 @@ def test_the_list_follows_lasting_weights():
 
 
 @pytest.mark.parametrize("hx", [None, (data(2, 4), data(2, 4, seed=1))], ids=["zeros", "hx"])
-def test_cells_read_what_stands_beside_a_parameter(hx, backend):
-    pair = twins(cell=True)
+def test_cells_read_instance_attributes_before_parameters(hx, backend):
+    pair = module_pair(cell=True)
     for module in pair:
         module.__dict__["weight_hh"] = 2 * module.weight_hh
         module.__dict__["bias_ih"] = data(16)

@@ -1,4 +1,4 @@
-"""torch.utils.flop_counter: 2 * 4H * (I + P) FLOPs a row and step, as it counts nn.LSTM's own products."""
+"""torch.utils.flop_counter: 2 * 4H * (I + P) FLOPs per row and step, as for nn.LSTM's products."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import fastlstm
 
-from .twins import data, twins
+from .module_pairs import data, module_pair
 
 T, B, I, H = 5, 3, 7, 4  # noqa: E741
 LENGTHS = (T, 1, T - 1)
@@ -42,49 +42,51 @@ def formula(rows: int, P: int = H, D: int = 1, features: int = I) -> int:
     return D * 2 * rows * (4 * H * (features + P) + (H * P if P != H else 0))
 
 
-@pytest.mark.parametrize("given", ["nothing", "x", "hx"])
+@pytest.mark.parametrize("needs_grad", ["nothing", "x", "hx"])
 @pytest.mark.parametrize("form", ["padded", "packed"])
 @pytest.mark.parametrize(
     "kwargs",
     [{}, {"bidirectional": True}, {"proj_size": 2}, {"num_layers": 2, "bidirectional": True, "bias": False}],
     ids=str,
 )
-def test_a_layer_counts_as_nn_lstms_products(kwargs, form, given, backend):
+def test_flops_of_a_layer_equal_nn_lstms(kwargs, form, needs_grad, backend):
     """In float64, where nn.LSTM runs step by step."""
-    ours, theirs = twins(I, H, **kwargs)
+    ours, theirs = module_pair(I, H, **kwargs)
     found = []
     for module in (ours, theirs):
-        x = data(T, B, I).requires_grad_(given != "nothing")
+        x = data(T, B, I).requires_grad_(needs_grad != "nothing")
         S = (2 if module.bidirectional else 1) * module.num_layers
-        hx = [data(S, B, n, seed=n).requires_grad_() for n in (module.proj_size or H, H)] if given == "hx" else None
+        hx = (
+            [data(S, B, n, seed=n).requires_grad_() for n in (module.proj_size or H, H)] if needs_grad == "hx" else None
+        )
         packed = pack_padded_sequence(x, LENGTHS, enforce_sorted=False)
         found.append(both(module, (x if form == "padded" else packed, hx)))
-    # In reverse nn.LSTM passes a gradient to the zeros that rows begin with, unless they begin at the last step of all.
+    # In reverse, nn.LSTM passes a gradient to the zero states of rows that begin before the last step.
     needless = 0
-    if form == "packed" and given != "hx" and ours.bidirectional:
+    if form == "packed" and needs_grad != "hx" and ours.bidirectional:
         needless = ours.num_layers * 2 * 4 * H * H * sum(n < T for n in LENGTHS)
     assert found[0] == (found[1][0], found[1][1] - needless)
     if kwargs == {}:
         rows = T * B if form == "padded" else sum(LENGTHS)
         assert found[0][0] == formula(rows)
-        if given == "hx":
+        if needs_grad == "hx":
             assert found[0][1] == 2 * formula(rows)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_other_dtypes_count_the_same(dtype, backend):
-    """nn.LSTM's own float32 layer counts as nothing, since oneDNN runs it."""
-    ours, _ = twins(I, H, bidirectional=True, dtype=dtype)
-    truth, _ = twins(I, H, bidirectional=True)
+def test_flops_are_equal_in_other_dtypes(dtype, backend):
+    """nn.LSTM's float32 layer counts as zero FLOPs, because oneDNN runs it."""
+    ours, _ = module_pair(I, H, bidirectional=True, dtype=dtype)
+    reference, _ = module_pair(I, H, bidirectional=True)
     x = data(T, B, I)
     found = both(ours, (x.to(dtype),))
-    assert found == both(truth, (x,))
+    assert found == both(reference, (x,))
     assert found[0] == formula(T * B, D=2)
 
 
-def test_what_is_not_asked_for_does_not_count(backend):
+def test_unneeded_gradients_have_no_flops(backend):
     found = []
-    for module in twins(I, H):
+    for module in module_pair(I, H):
         x = data(T, B, I).requires_grad_()
         module.weight_ih_l0.requires_grad_(False)
         found.append(both(module, (x,)))
@@ -94,8 +96,8 @@ def test_what_is_not_asked_for_does_not_count(backend):
     assert found[1][1] == 2 * T * B * 4 * H * I + 2 * (T - 1) * B * 4 * H * H
 
 
-def test_rows_count_by_their_lengths_where_these_are_known(backend):
-    ours, _ = twins(I, H)
+def test_flops_follow_known_lengths(backend):
+    ours, _ = module_pair(I, H)
     assert both(ours, (data(T, B, I),), lengths=[5, 0, 2])[0] == formula(7)
     with FakeTensorMode() as mode:
         fake = fastlstm.LSTM(I, H)
@@ -104,7 +106,7 @@ def test_rows_count_by_their_lengths_where_these_are_known(backend):
 
 
 def test_recompute_counts_its_second_forward(backend):
-    ours, _ = twins(I, H, proj_size=2)
+    ours, _ = module_pair(I, H, proj_size=2)
     plain = both(ours, (data(T, B, I),))
     ours.recompute = 2
     forward = formula(T * B, P=2)
@@ -113,10 +115,10 @@ def test_recompute_counts_its_second_forward(backend):
 
 @pytest.mark.parametrize("inside", ["both", "backward alone"])
 @pytest.mark.parametrize("states", [False, True])
-def test_a_cell_counts_as_nn_lstm_cells_products(states, inside, backend):
-    """A small one is not seen by the dispatcher, unless a mode watches."""
+def test_flops_of_a_cell_equal_nn_lstm_cells(states, inside, backend):
+    """A small one bypasses the dispatcher unless a dispatch mode is active."""
     found = []
-    for module in twins(I, H, cell=True):
+    for module in module_pair(I, H, cell=True):
         x = data(B, I).requires_grad_()
         hx = (data(B, H).requires_grad_(), data(B, H, seed=1).requires_grad_()) if states else None
         if inside == "both":
@@ -131,12 +133,12 @@ def test_a_cell_counts_as_nn_lstm_cells_products(states, inside, backend):
 
 @pytest.mark.parametrize("bidirectional", [False, True])
 def test_per_sample_gradients_count(bidirectional, backend):
-    """As much as a plain step of the whole batch.
+    """Equal to an ordinary step of the whole batch.
 
     Of the two products with the zero states before the first step, the plain op counts one (dW_hh's). Here eager makes
     both, and next to the native op neither is made.
     """
-    ours, _ = twins(I, H, bidirectional=bidirectional)
+    ours, _ = module_pair(I, H, bidirectional=bidirectional)
     parameters = {name: p.detach() for name, p in ours.named_parameters()}
 
     def loss(parameters, x):
@@ -148,16 +150,16 @@ def test_per_sample_gradients_count(bidirectional, backend):
     assert of_samples == forward + backward + (of_first_steps if backend == "eager" else -of_first_steps)
 
 
-def test_an_expanded_input_counts_as_any_other(backend):
-    """The strides of x say nothing about the products."""
-    ours, _ = twins(I, H)
+def test_flops_of_an_expanded_input(backend):
+    """FLOPs are independent of the strides of x."""
+    ours, _ = module_pair(I, H)
     x = data(1, 1, 1).requires_grad_()
     found = both(ours, (x.expand(T, B, I),))
     assert found == both(ours, (data(T, B, I).requires_grad_(),))
 
 
-def test_the_import_of_fastlstm_does_not_import_the_counter(backend):
-    """It takes longer than fastlstm, for it imports Triton; in either order the one learns of the other's ops."""
+def test_importing_fastlstm_does_not_import_the_flop_counter(backend):
+    """The counter's import is slow because it imports Triton; either import order registers the formulas."""
     first = "torch" if backend == "native" else "torch.utils.flop_counter"
     lines = (
         f"import sys, {first}, fastlstm",
@@ -173,8 +175,8 @@ def test_the_import_of_fastlstm_does_not_import_the_counter(backend):
     assert ran.stdout.split() == [str(first != "torch"), str(formula(T * B))]
 
 
-def test_a_probe_or_another_module_of_the_loader_changes_nothing(backend):
-    """The formulas are registered when the counter runs, and with no other module that its loader loads."""
+def test_probes_and_other_modules_of_the_loader_have_no_effect(backend):
+    """The formulas are registered when the counter is imported, and not by other imports with its loader."""
     program = """
 import importlib.util, sys
 import torch, fastlstm

@@ -20,7 +20,7 @@ MOST_FAILURES = 5
 
 
 def run_cases(count: int, seed: int, backend: str) -> tuple[int, list[str]]:
-    """How many configurations ran, and what to print of each one that failed."""
+    """(number of configurations that ran, a description of each failure)."""
     ran, failures = 0, []
     for k in range(seed, seed + count):
         case = random_case(random.Random(k), DTYPES)
@@ -50,7 +50,7 @@ def test_random_configurations(backend, capsys):
     seed = int(os.environ.get("FASTLSTM_FUZZ_SEED") or random.SystemRandom().randrange(2**31))
     ran, failures = run_cases(count, seed, backend)
     with capsys.disabled():
-        told = f"{ran} of {count} configurations ran, {len(failures)} failed"
-        print(f"\nfuzz on {backend}: {told}, FASTLSTM_FUZZ_SEED={seed}")
+        summary = f"{ran} of {count} configurations ran, {len(failures)} failed"
+        print(f"\nfuzz on {backend}: {summary}, FASTLSTM_FUZZ_SEED={seed}")
     assert ran > 0
     assert not failures, "\n".join(failures)

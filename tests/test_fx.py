@@ -1,4 +1,4 @@
-"""torch.fx takes an LSTM for one node, as it does torch's own: plain, converted and patched ones, and cells."""
+"""torch.fx treats an LSTM as one node, as for nn.LSTM: new, converted and patched modules, and cells."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 import fastlstm
 
-from .twins import assert_same, data
+from .module_pairs import assert_same, data
 
 X = data(5, 2, 3)
 LENGTHS = torch.tensor([5, 2])
@@ -30,7 +30,7 @@ def pad(packed):
 
 
 class Tagger(nn.Module):
-    """An LSTM below the root, called with and without a state, and a cell in a loop."""
+    """A model that calls an LSTM with and without a state, and a cell in a loop."""
 
     def __init__(self, lstm: type[nn.Module], cell: type[nn.Module]) -> None:
         super().__init__()
@@ -56,7 +56,7 @@ class Packed(nn.Module):
 
 
 def built(how: str) -> nn.Module:
-    """Tagger with fastlstm's modules, which have come there in one of the ways there are."""
+    """Tagger with fastlstm's modules: built, converted or patched."""
     if how == "patched":
         with fastlstm.patch_torch():
             return Tagger(nn.LSTM, nn.LSTMCell)
@@ -73,7 +73,7 @@ def nodes(traced: fx.GraphModule) -> list[tuple[str, str]]:
 
 
 @pytest.mark.parametrize("how", ["plain", "converted", "patched", "copied", "unpickled"])
-def test_the_graph_is_that_of_nn_lstm(how, backend):
+def test_graph_equals_nn_lstms(how, backend):
     theirs = fx.symbolic_trace(Tagger(nn.LSTM, nn.LSTMCell))
     ours = fx.symbolic_trace(built(how))
     assert nodes(ours) == nodes(theirs)
@@ -82,14 +82,14 @@ def test_the_graph_is_that_of_nn_lstm(how, backend):
     assert_same(ours, theirs, X)
 
 
-def test_a_graph_with_packed_input(backend):
+def test_fx_graph_with_packed_input(backend):
     theirs, ours = (fx.symbolic_trace(Packed(cls)) for cls in (nn.LSTM, fastlstm.LSTM))
     assert nodes(ours) == nodes(theirs)
     for lengths in (LENGTHS, torch.tensor([3, 3])):
         assert_same(ours, theirs, X, lengths)
 
 
-def test_arguments_beyond_nn_lstms_are_kept_in_the_graph(backend):
+def test_graph_keeps_arguments_that_nn_lstm_lacks(backend):
     class Model(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -105,7 +105,7 @@ def test_arguments_beyond_nn_lstms_are_kept_in_the_graph(backend):
 
 
 def test_hooks_run_once():
-    """A trace through the module would record what they do, and run them again."""
+    """A trace into the module would record hooks' ops and run the hooks again."""
     models = [Packed(cls) for cls in (fastlstm.LSTM, nn.LSTM)]
     for model in models:
         model.lstm.register_forward_pre_hook(lambda m, args: (args[0]._replace(data=args[0].data * 3),))
@@ -115,8 +115,8 @@ def test_hooks_run_once():
     assert_same(ours, theirs, X, LENGTHS)
 
 
-def test_a_call_without_a_traced_argument_is_a_node(backend):
-    """Its weights may change after the trace."""
+def test_call_without_traced_arguments_is_one_node(backend):
+    """The node reads the module's weights, which may change after the trace."""
 
     class Model(nn.Module):
         def __init__(self, cls) -> None:
@@ -136,9 +136,9 @@ def test_a_call_without_a_traced_argument_is_a_node(backend):
     assert_same(ours, theirs, X)
 
 
-def test_tracers_of_their_own():
+def test_custom_tracers():
     class Deeper(fx.Tracer):
-        """As torch's quantization and feature extractors have them: more leaves, and paths noted."""
+        """A tracer as in torch's quantization and feature extractors, with additional leaves and recorded paths."""
 
         def __init__(self) -> None:
             super().__init__()
@@ -155,17 +155,17 @@ def test_tracers_of_their_own():
         def is_leaf_module(self, module, name):
             return False
 
-    found = []
+    results = []
     for model in (built("plain"), Tagger(nn.LSTM, nn.LSTMCell)):
         tracer = Deeper()
-        found.append(([(n.op, str(n.target)) for n in tracer.trace(model).nodes], tracer.calls))
+        results.append(([(n.op, str(n.target)) for n in tracer.trace(model).nodes], tracer.calls))
         with pytest.raises(fx.proxy.TraceError):
             Everything().trace(model)
-    assert found[0] == found[1]
+    assert results[0] == results[1]
 
 
-def test_subclasses_are_looked_into():
-    """As those of nn.LSTM: they have code of their own."""
+def test_fx_traces_into_subclasses():
+    """As for subclasses of nn.LSTM, because their forward may differ."""
 
     class Doubled(fastlstm.LSTM):
         def forward(self, x):
@@ -176,9 +176,9 @@ def test_subclasses_are_looked_into():
     assert Doubled(3, 4).__module__ == copy.deepcopy(Doubled(3, 4)).__module__ == __name__
 
 
-def test_a_traced_model_is_copied_and_compiled(backend):
+def test_traced_model_can_be_copied_and_compiled(backend):
     if backend == "reference":
-        pytest.skip("its loop over the steps is unrolled")
+        pytest.skip("the reference unrolls the loop over T")
     torch._dynamo.reset()
     model = built("plain")
     traced = copy.deepcopy(fx.symbolic_trace(model))

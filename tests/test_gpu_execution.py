@@ -1,4 +1,4 @@
-"""How it runs on the GPU: graphs, streams, devices, determinism, no synchronisation of the host, memory."""
+"""Execution on the GPU: graphs, streams, devices, determinism, no host synchronization, memory."""
 
 from __future__ import annotations
 
@@ -29,11 +29,12 @@ from .gpu_support import (
 
 pytestmark = gpu
 
-# The mixed one is torch's default: TF32 in RNNs, IEEE in other products.
+# MIXED is torch's default: TF32 in RNNs, IEEE in other GEMMs.
 MIXED = Arithmetic(torch.float32, "tf32", "ieee")
+STACKED = Case(T=12, B=9, I=16, H=64, hx="tuple", bidirectional=True, layers=2, proj=16, cells=True)
 CASES = (
     Case(T=12, B=9, I=16, H=64, hx="tuple"),
-    Case(T=12, B=9, I=16, H=64, hx="tuple", bidirectional=True, layers=2, proj=16, cells=True),
+    STACKED,
     Case(T=12, B=9, I=16, H=64, bidirectional=True, lengths=(12, 0, 3, 7, 12, 1, 9, 4, 5), resets=((3, 0), (5, 3))),
     Case(T=1, B=9, I=16, H=64, hx="tuple"),
 )
@@ -45,15 +46,15 @@ LONG = Case(T=700, B=64, I=128, H=512, bidirectional=True)
 @pytest.mark.parametrize("precision", [IEEE, TF32, MIXED, HALF, BFLOAT16], ids=str)
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_graph_capture(case, precision, backend):
-    """Forward and backward in one CUDA graph; replayed on new numbers, it gives what a plain run gives."""
+    """Forward and backward in one CUDA graph; a replay on new inputs equals an eager run."""
     case = case.to(precision.dtype)
     require(backend, case)
-    given = on_device(case, precision.dtype)
-    call = ours(case, given)
+    case_tensors = on_device(case, precision.dtype)
+    call = ours(case, case_tensors)
     with precision.flags(), fastlstm.use_backend(backend):
-        first = with_gradients(case, given, call)
+        first = with_gradients(case, case_tensors, call)
         arriving = {name: torch.ones_like(first[name]) for name in ("output", "h_n", "c_n")}
-        leaves = given.wanted()
+        leaves = case_tensors.grad_leaves()
 
         def step():
             results = call()
@@ -79,7 +80,7 @@ def test_graph_capture(case, precision, backend):
     eps = precision.eps
     for name, a, b in zip(
         names, captured, plain, strict=True
-    ):  # capture may choose another workspace, so another order
+    ):  # a capture may use another workspace, and so another order of sums
         assert float((a.double() - b.double()).abs().max()) <= 8 * eps * float(b.double().abs().max()), name
 
 
@@ -87,15 +88,15 @@ def test_graph_capture(case, precision, backend):
 @pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
 @pytest.mark.parametrize("H", [64, 300])
 def test_torch_compile(H, mode, backend):
-    """One graph without a break, also as a CUDA graph, forward and backward: what a plain call gives."""
+    """One graph without a break, also as a CUDA graph, equals an eager call, forward and backward."""
     case = Case(T=12, B=9, I=16, H=H, bidirectional=True, dtype=torch.bfloat16)
     require(backend, case)
-    given = on_device(case, torch.bfloat16)
-    module = case.module(fastlstm.LSTM, given.weights)
-    leaves = list(given.wanted().values())
+    case_tensors = on_device(case, torch.bfloat16)
+    module = case.module(fastlstm.LSTM, case_tensors.weights)
+    leaves = list(case_tensors.grad_leaves().values())
 
     def step(f):
-        output = f(given.input)[0]
+        output = f(case_tensors.input)[0]
         return [output.detach().clone(), *torch.autograd.grad(output.square().mean(), leaves)]
 
     with fastlstm.use_backend(backend):
@@ -104,9 +105,9 @@ def test_torch_compile(H, mode, backend):
         compiled = torch.compile(module, fullgraph=True, mode=mode)
         for _ in range(3):  # a CUDA graph is recorded on the second call, replayed on the third
             torch.compiler.cudagraph_mark_step_begin()
-            found = [t.clone() for t in step(compiled)]
+            results = [t.clone() for t in step(compiled)]
     torch._dynamo.reset()
-    for a, b in zip(found, plain, strict=True):
+    for a, b in zip(results, plain, strict=True):
         assert float((a - b).abs().max()) <= 8 * BFLOAT16.eps * float(b.abs().max())
 
 
@@ -114,7 +115,7 @@ def test_torch_compile(H, mode, backend):
 @pytest.mark.parametrize("case", [*CASES, LONG], ids=str)
 @pytest.mark.parametrize("precision", [IEEE, MIXED, BFLOAT16], ids=str)
 def test_determinism(case, precision, backend):
-    """Bit for bit, ten times."""
+    """Ten runs are bitwise equal."""
     case = case.to(precision.dtype)
     require(backend, case)
     first = run(case, precision, backend)
@@ -125,41 +126,41 @@ def test_determinism(case, precision, backend):
 @backends
 @pytest.mark.parametrize("precision", [IEEE, MIXED, BFLOAT16], ids=str)
 def test_two_streams(precision, backend):
-    """Two calls at a time, each on its own stream: no buffer in common, everything on the current stream."""
+    """Two concurrent calls on two streams share no buffer and use the current stream only."""
     cases = [Case(T=60, B=16, I=64, H=256, dtype=precision.dtype, seed=seed, bidirectional=True) for seed in (1, 2)]
     require(backend, cases[0])
     expected = [run(case, precision, backend) for case in cases]
-    given = [on_device(case, precision.dtype) for case in cases]
-    calls = [ours(case, g) for case, g in zip(cases, given, strict=True)]
+    case_tensors = [on_device(case, precision.dtype) for case in cases]
+    calls = [ours(case, g) for case, g in zip(cases, case_tensors, strict=True)]
     streams = [torch.cuda.Stream() for _ in cases]
     torch.cuda.synchronize()
     with precision.flags(), fastlstm.use_backend(backend):
         for _ in range(5):
-            found = []
-            for case, g, call, stream in zip(cases, given, calls, streams, strict=True):
+            results = []
+            for case, g, call, stream in zip(cases, case_tensors, calls, streams, strict=True):
                 with torch.cuda.stream(stream):
                     torch.cuda._sleep(100_000)
-                    found.append(with_gradients(case, g, call))
+                    results.append(with_gradients(case, g, call))
             torch.cuda.synchronize()
-            for got, value in zip(found, expected, strict=True):
+            for got, value in zip(results, expected, strict=True):
                 same(got, value)
 
 
 @backends
 def test_two_threads(backend):
-    """Each with its own stream and its own setting of nothing: precision is read, never set for the process."""
+    """Threads with separate streams: precision flags are read and never set."""
     case = Case(T=30, B=16, I=64, H=128)
     require(backend, case)
     expected = run(case, MIXED, backend)
-    found, failed = {}, []
+    collected, failed = {}, []
 
     def work(index: int) -> None:
         try:
             with torch.cuda.stream(torch.cuda.Stream()):
-                given = on_device(case, torch.float32)
+                case_tensors = on_device(case, torch.float32)
                 torch.cuda.current_stream().synchronize()
                 for _ in range(20):
-                    found[index] = with_gradients(case, given, ours(case, given))
+                    collected[index] = with_gradients(case, case_tensors, ours(case, case_tensors))
                 torch.cuda.current_stream().synchronize()
         except Exception as error:
             failed.append(error)
@@ -171,7 +172,7 @@ def test_two_threads(backend):
         for thread in threads:
             thread.join()
     assert not failed, failed
-    for results in found.values():
+    for results in collected.values():
         same(results, expected)
 
 
@@ -179,8 +180,8 @@ def test_two_threads(backend):
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason=f"needs 2 GPUs, there are {torch.cuda.device_count()}")
 @pytest.mark.parametrize("precision", [IEEE, MIXED, BFLOAT16], ids=str)
 def test_two_devices(precision, backend):
-    """A call runs on its tensors' device, whichever is current."""
-    case = CASES[1].to(precision.dtype)
+    """A call runs on its tensors' device, not on the current one."""
+    case = STACKED.to(precision.dtype)
     require(backend, case)
     with torch.cuda.device(0):
         first = run(case, precision, backend, "cuda:0")
@@ -194,14 +195,14 @@ def test_two_devices(precision, backend):
 @backends
 @pytest.mark.parametrize("case", CASES, ids=str)
 @pytest.mark.parametrize("precision", [IEEE, MIXED, BFLOAT16], ids=str)
-def test_no_synchronisation_of_the_host(case, precision, backend):
+def test_no_host_synchronization(case, precision, backend):
     case = case.to(precision.dtype)
     require(backend, case)
-    given = on_device(case, precision.dtype)
-    call = ours(case, given)
+    case_tensors = on_device(case, precision.dtype)
+    call = ours(case, case_tensors)
     with precision.flags(), fastlstm.use_backend(backend):
-        with_gradients(case, given, call)  # what happens once only, as loading cuBLAS
-        leaves = list(given.wanted().values())
+        with_gradients(case, case_tensors, call)  # one-time work, such as loading cuBLAS
+        leaves = list(case_tensors.grad_leaves().values())
         torch.cuda.synchronize()
         before = torch.cuda.get_sync_debug_mode()
         torch.cuda.set_sync_debug_mode("error")
@@ -228,14 +229,14 @@ def test_no_synchronisation_of_the_host(case, precision, backend):
     ids=str,
 )
 def test_memory(case, precision, training, backend):
-    """The peak of a training step, and of inference, at most a tenth above nn.LSTM's."""
+    """Peak memory of a training step and of inference is at most 1.1 times nn.LSTM's."""
     case = case.to(precision.dtype)
     require(backend, case)
     peaks = {}
     for kind, make in (("ours", ours), ("theirs", cudnn)):
-        given = on_device(case, precision.dtype)
-        call = make(case, given)
-        leaves = list(given.wanted().values())
+        case_tensors = on_device(case, precision.dtype)
+        call = make(case, case_tensors)
+        leaves = list(case_tensors.grad_leaves().values())
 
         def step(call=call, leaves=leaves):
             if not training:

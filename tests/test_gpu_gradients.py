@@ -1,4 +1,4 @@
-"""Gradients on the GPU: numerically in float64, twice, for any subset, and the ops as torch.library wants them."""
+"""Gradients on the GPU: gradcheck in float64, second order, any subset of inputs, and opcheck."""
 
 from __future__ import annotations
 
@@ -17,8 +17,9 @@ from .gpu_support import IEEE, backends, gpu, on_device, ours, require, run, sam
 pytestmark = gpu
 
 SMALL = {"T": 3, "B": 2, "I": 2, "H": 4, "dtype": torch.float64, "hx": "tuple"}
+DENSE = Case(**SMALL)
 CASES = (
-    Case(**SMALL),
+    DENSE,
     Case(**SMALL, bias=False, bidirectional=True),
     Case(**SMALL, proj=2, bidirectional=True, layers=2),
     Case(**SMALL, lengths=(0, 3), bidirectional=True),
@@ -27,19 +28,19 @@ CASES = (
 
 
 def function(case):
-    """(f, its tensor inputs): every result of the layer as a function of every input and weight."""
-    given = on_device(case, torch.float64)
-    names = list(given.weights)
-    module = case.module(fastlstm.LSTM, given.weights)
-    options = {"lengths": given.lengths, "reset_mask": given.reset_mask, "return_cell_states": case.cells}
+    """(f, its tensor inputs), where f maps all inputs and weights to all results of the layer."""
+    case_tensors = on_device(case, torch.float64)
+    names = list(case_tensors.weights)
+    module = case.module(fastlstm.LSTM, case_tensors.weights)
+    options = {"lengths": case_tensors.lengths, "reset_mask": case_tensors.reset_mask, "return_cell_states": case.cells}
 
     def f(x, h0, c0, *weights):
         swapped = dict(zip(names, weights, strict=True))
         output, states, *cells = torch.func.functional_call(module, swapped, (x, (h0, c0)), options)
         return (output, *states, *cells)
 
-    x = torch.nan_to_num(given.leaves["x"].detach()).requires_grad_()
-    return f, [x, *given.hx, *(w.detach().requires_grad_() for w in given.weights.values())]
+    x = torch.nan_to_num(case_tensors.leaves["x"].detach()).requires_grad_()
+    return f, [x, *case_tensors.hx, *(w.detach().requires_grad_() for w in case_tensors.weights.values())]
 
 
 @backends
@@ -62,9 +63,9 @@ def test_gradcheck_in_full(backend):
 
 @backends
 def test_gradgradcheck(backend):
-    """cuDNN cannot."""
-    require(backend, CASES[0])
-    f, inputs = function(CASES[0])
+    """cuDNN has no double backward."""
+    require(backend, DENSE)
+    f, inputs = function(DENSE)
     with fastlstm.use_backend(backend):
         assert gradgradcheck(f, inputs, fast_mode=True)
 
@@ -75,27 +76,27 @@ def test_gradgradcheck(backend):
 def test_opcheck(case, dtype, backend):
     case = case.to(dtype)
     require(backend, case)
-    given = on_device(case, dtype)
-    weights = list(given.weights.values())[: len(given.weights) // case.layers]
+    case_tensors = on_device(case, dtype)
+    weights = list(case_tensors.weights.values())[: len(case_tensors.weights) // case.layers]
     D = case.directions
-    h0, c0 = (state[:D].detach().requires_grad_() for state in given.hx)
-    x = torch.nan_to_num(given.leaves["x"].detach()).requires_grad_()
+    h0, c0 = (state[:D].detach().requires_grad_() for state in case_tensors.hx)
+    x = torch.nan_to_num(case_tensors.leaves["x"].detach()).requires_grad_()
     layer = getattr(torch.ops.fastlstm, f"{backend}_layer").default
-    torch.library.opcheck(layer, (x, h0, c0, weights, given.lengths, given.reset_mask, case.cells, True))
+    torch.library.opcheck(layer, (x, h0, c0, weights, case_tensors.lengths, case_tensors.reset_mask, case.cells, True))
     torch.library.opcheck(layer, (x.detach(), None, None, [w.detach() for w in weights], None, None, False, False))
 
 
 @backends
 @pytest.mark.parametrize(("H", "proj"), [(8, 0), (8, 4), (200, 0), (300, 0)])
 def test_backward_twice(H, proj, backend):
-    """Nothing that forward saved is overwritten."""
+    """Tensors saved by forward are not overwritten."""
     case = Case(T=9, B=5, I=4, H=H, bidirectional=True, hx="tuple", proj=proj)
     require(backend, case)
-    given = on_device(case, torch.float32)
+    case_tensors = on_device(case, torch.float32)
     with fastlstm.use_backend(backend):
-        results = ours(case, given)()
+        results = ours(case, case_tensors)()
         loss = results["output"].square().sum() + results["c_n"].sum()
-        leaves = list(given.wanted().values())
+        leaves = list(case_tensors.grad_leaves().values())
         first = torch.autograd.grad(loss, leaves, retain_graph=True)
         second = torch.autograd.grad(loss, leaves)
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
@@ -103,29 +104,29 @@ def test_backward_twice(H, proj, backend):
 
 @backends
 def test_any_subset_of_gradients(backend):
-    """Each gradient is the same whether or not others are wanted."""
+    """Each gradient is independent of which others are needed."""
     case = Case(T=4, B=3, I=4, H=8, hx="tuple")
     require(backend, case)
     whole = run(case, IEEE, backend)
     names = [name.removeprefix("d ") for name in whole if name.startswith("d ")]
     for size in (1, 2, len(names) - 1):
         for wanted in combinations(names, size):
-            given = on_device(case, torch.float32)
-            for name, leaf in given.leaves.items():
+            case_tensors = on_device(case, torch.float32)
+            for name, leaf in case_tensors.leaves.items():
                 leaf.requires_grad_(name in wanted)
             with IEEE.flags(), fastlstm.use_backend(backend):
-                found = with_gradients(case, given, ours(case, given))
+                results = with_gradients(case, case_tensors, ours(case, case_tensors))
             same(
-                {f"d {name}": found[f"d {name}"] for name in wanted},
+                {f"d {name}": results[f"d {name}"] for name in wanted},
                 {f"d {name}": whole[f"d {name}"] for name in wanted},
             )
 
 
-def test_auto_takes_native_where_it_was_built_for_cuda():
-    """Else a broken build would pass the suite by skipping it."""
+def test_auto_selects_native_if_built_for_cuda():
+    """Otherwise a broken build would skip the suite and pass."""
     extension = dispatch.BACKENDS["native"].extension
     if extension is None or "cuda" not in extension.devices():
         pytest.fail("fastlstm._C was not built for CUDA: FASTLSTM_BUILD=cuda pip install --no-build-isolation .")
-    given = on_device(Case(), torch.float32)
-    call = dispatch.describe(given.input, list(given.weights.values()), None, None)
+    case_tensors = on_device(Case(), torch.float32)
+    call = dispatch.describe(case_tensors.input, list(case_tensors.weights.values()), None, None)
     assert dispatch.BACKENDS["native"].supports(call) is None

@@ -22,7 +22,7 @@ on_gpu = [
     pytest.mark.skipif("cuda" not in native.devices, reason=f"fastlstm._C: {native.devices or native.load_error}"),
 ]
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
-# H of kernels in clusters and of kernels by flags, on an H100.
+# H of the cluster and grid variants on an H100.
 SIZES = pytest.mark.parametrize("H", [128, 1024])
 
 
@@ -45,7 +45,7 @@ import sys, torch, fastlstm
 H = int(sys.argv[1])
 lstm = fastlstm.LSTM(64, H, device="cuda", dtype=torch.bfloat16)
 x = torch.randn(24, 16, 64, device="cuda", dtype=torch.bfloat16)
-(x[0] @ x[0].mT).sum().item()  # cuBLAS, which cannot begin within a capture
+(x[0] @ x[0].mT).sum().item()  # loads cuBLAS, which is not allowed within a capture
 graph = torch.cuda.CUDAGraph()
 with fastlstm.use_backend("native"):
     with torch.cuda.graph(graph):
@@ -64,8 +64,8 @@ print("replayed")
 
 @marked
 @SIZES
-def test_the_first_call_of_a_process_in_a_capture(H):
-    """What happens once only, as loading kernels and asking the runtime what fits, may happen within a capture."""
+def test_first_call_of_a_process_inside_a_capture(H):
+    """One-time work, such as loading kernels and querying occupancy, may happen within a capture."""
     ran = subprocess.run([sys.executable, "-c", FIRST_CALL, str(H)], capture_output=True, text=True, timeout=300)
     assert ran.returncode == 0, ran.stderr[-3000:]
     assert "replayed" in ran.stdout
@@ -74,7 +74,7 @@ def test_the_first_call_of_a_process_in_a_capture(H):
 @marked
 @SIZES
 def test_two_branches_of_a_graph(H):
-    """Cooperative kernels that may run side by side: each gets all its blocks, or waits."""
+    """Concurrent cooperative kernels: each gets all its blocks or waits."""
     lstm, x = layer(H)
     other = x.flip(0).contiguous()
     with torch.no_grad(), fastlstm.use_backend("native"):
@@ -98,7 +98,7 @@ def test_two_branches_of_a_graph(H):
 @marked
 @SIZES
 @pytest.mark.parametrize("taken", [True, False])
-def test_a_conditional_node(H, taken):
+def test_capture_in_a_conditional_node(H, taken):
     lstm, x = layer(H)
     with torch.no_grad(), fastlstm.use_backend("native"):
         expected = lstm(x)[0].clone()
@@ -114,7 +114,7 @@ def test_a_conditional_node(H, taken):
             assert torch.equal(y, expected if taken else torch.full_like(y, 3))
 
 
-def test_the_node_parameters_have_the_runtimes_layout():
+def test_node_parameters_have_the_runtimes_layout():
     """cudaGraphNodeParams of driver_types.h: the union at 16, 232 bytes of it, and a reserved word."""
     import ctypes
 

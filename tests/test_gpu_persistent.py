@@ -1,4 +1,4 @@
-"""The persistent kernels on a GPU: cuDNN's numbers, the step-wise kernels' numbers over many launches, no hang."""
+"""The persistent kernels on a GPU: against cuDNN and, over many launches, the step-wise kernels; no hang."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ pytestmark = gpu
 COUNT = int(os.environ.get("FASTLSTM_FUZZ_COUNT", "250"))
 PRECISIONS = (TF32, HALF, BFLOAT16)
 RAGGED = {"lengths": (4, 0, 7, 1, 6), "resets": ((0, 0), (3, 0), (5, 0), (2, 2), (6, 2), (6, 3), (4, 4))}
-# Quick enough for compute-sanitizer: one block and several, both directions, masks.
+# Fast enough for compute-sanitizer: one block and several, both directions, masks.
 SMALL = (
     Case(T=5, B=3, I=4, H=8, hx="tuple"),
     Case(T=6, B=19, I=4, H=70, hx="tuple", cells=True),
     Case(T=7, B=5, I=4, H=40, hx="tuple", bidirectional=True, cells=True, **RAGGED),
 )
-# Every variant of csrc/cuda/plan.h on an H100, slices of 8 and of 16 rows, one slice to a group and several.
+# Every variant of csrc/cuda/plan.h on an H100, slices of 8 and 16 rows, one slice per group and several.
 SIZES = [(H, B) for H in (31, 128, 256, 500, 512, 640, 768, 1024, 1536, 2048) for B in (1, 16, 100)]
 
 
 @pytest.fixture(autouse=True, params=["A", "B", "S"])
 def persistent(request: pytest.FixtureRequest) -> Iterator[str]:
-    """With the persistent kernels of one tier on, wherever it can serve."""
+    """Enable the persistent kernels of one tier for all layers that it supports."""
     if "cuda" not in native.devices:
         pytest.skip(f"fastlstm._C was built for {native.devices or native.load_error}")
     if request.param == "A" and torch.cuda.get_device_capability()[0] < 9:
@@ -66,7 +66,7 @@ def test_parity_with_cudnn(H, B, precision, persistent):
 
 
 @pytest.mark.parametrize("precision", PRECISIONS, ids=str)
-def test_the_same_bits_every_time(precision):
+def test_results_are_bitwise_deterministic(precision):
     case = Case(T=200, B=64, I=64, H=512, bidirectional=True, dtype=precision.dtype)
     first = run(case, precision, "native")
     for _ in range(20):
@@ -74,7 +74,7 @@ def test_the_same_bits_every_time(precision):
 
 
 def against_steps(case: Case, precision: Arithmetic) -> None:
-    """The step-wise kernels' results: h and dgates are rounded alike, so only the order of sums differs."""
+    """Results equal the step-wise kernels' up to the order of sums, because h and dgates are rounded equally."""
     tier = native.extension.persistent_tier()
     native.set_persistent(False)
     steps = run(case, precision, "native")
@@ -86,7 +86,7 @@ def against_steps(case: Case, precision: Arithmetic) -> None:
 
 
 def test_random_launches():
-    """FASTLSTM_FUZZ_COUNT layers a tier, forward and backward, of random sizes and masks: no hang and no mismatch."""
+    """FASTLSTM_FUZZ_COUNT random layers per tier, forward and backward, with masks: no hang and no mismatch."""
     rng = random.Random(20240229)
     for index in range(COUNT):
         T, B = rng.choice((4, 5, 16, 33)), rng.choice((1, 3, 8, 9, 16, 17, 40, 130))
@@ -106,11 +106,11 @@ def test_random_launches():
 
 
 @pytest.mark.parametrize("sms", [8, 32])
-def test_a_green_context(sms):
-    """The stream has fewer SMs than the device: the launch finds no room, and the layer runs step by step.
+def test_green_context(sms):
+    """The stream has fewer SMs than the device: the cooperative launch does not fit, and the layer runs step by step.
 
     Not run on a GPU yet. The expected status is cudaErrorCooperativeLaunchTooLarge, or for clusters
-    cudaErrorInvalidClusterSize; csrc/cuda/layer_persistent.cpp takes the step-wise path for no other.
+    cudaErrorInvalidClusterSize; csrc/cuda/layer_persistent.cpp uses the step-wise path for no other.
     """
     green_contexts = pytest.importorskip("torch.cuda.green_contexts")
     case = Case(T=24, B=64, I=64, H=1024, hx="tuple", dtype=torch.bfloat16)
@@ -122,26 +122,26 @@ def test_a_green_context(sms):
         pytest.skip(str(error))
     context.set_context()
     try:
-        found = run(case, BFLOAT16, "native")
+        results = run(case, BFLOAT16, "native")
         torch.cuda.synchronize()
     finally:
         context.pop_context()
-    for name, value in found.items():
+    for name, value in results.items():
         scale = float(expected[name].double().abs().max()) if value.numel() else 0.0
         assert max_error(value, expected[name]) <= 16 * BFLOAT16.eps * scale, name
 
 
 def test_launches_on_many_streams():
-    """Launches side by side: a cluster, or all groups of tier B, gets all its blocks, or waits; never some of them."""
+    """Concurrent launches: a cluster, or all groups of tier B, gets all its blocks or waits, never a part of them."""
     case = Case(T=64, B=64, I=64, H=512, dtype=torch.bfloat16)
     expected = run(case, BFLOAT16, "native")
-    found = []
+    collected = []
     streams = [torch.cuda.Stream() for _ in range(4)]
     torch.cuda.synchronize()
     for _ in range(5):
         for stream in streams:
             with torch.cuda.stream(stream):
-                found.append(run(case, BFLOAT16, "native"))
+                collected.append(run(case, BFLOAT16, "native"))
     torch.cuda.synchronize()
-    for results in found:
+    for results in collected:
         same(results, expected)

@@ -1,4 +1,4 @@
-"""scripts/gpu_*.sh without a GPU: stages, time limits and archive; programs that do nothing stand in for all others."""
+"""scripts/gpu_*.sh without a GPU: stages, time limits and archive; other programs are replaced by stubs."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ STAGES = {
 
 @pytest.fixture
 def call(tmp_path):
-    """Runs a script in a copy of what it needs; nvcc makes programs that print a line."""
+    """Run a script in a copy of its files; the stub of nvcc makes programs that print a line."""
     if shutil.which("bash") is None:
-        pytest.skip("there is no bash")
+        pytest.skip("bash is not on the PATH")
     tree, programs = tmp_path / "tree", tmp_path / "bin"
     (tree / "fastlstm").mkdir(parents=True)
     (tree / "fastlstm" / "_C.test.so").write_text("")
@@ -56,7 +56,7 @@ def call(tmp_path):
 
 
 @pytest.mark.parametrize("name", STAGES)
-def test_every_stage_runs_and_leaves_a_log(name, call):
+def test_every_stage_runs_and_writes_a_log(name, call):
     status, output, out = call(name)
     assert status == 0, output
     summary = (out / "summary.txt").read_text().splitlines()
@@ -66,7 +66,7 @@ def test_every_stage_runs_and_leaves_a_log(name, call):
         assert {f"./{stage}.log" for stage in STAGES[name]} <= set(logs.getnames())
 
 
-def test_the_built_extension_is_kept_for_the_next_call(call):
+def test_built_extension_is_cached(call):
     call("gpu_first")
     status, output, out = call("gpu_numbers")
     assert status == 0, output
@@ -74,22 +74,22 @@ def test_the_built_extension_is_kept_for_the_next_call(call):
     assert "== build" not in output.split("== compile_steps")[0]
 
 
-def test_what_does_not_fit_in_the_time_is_named(call):
+def test_stages_skipped_for_lack_of_time_are_named(call):
     call("gpu_first")
     status, output, out = call("gpu_correctness", CALL_SECONDS="10")
     assert status == 0, output
     assert "== persistent: left, for want of time" in (out / "summary.txt").read_text()
 
 
-def test_a_failed_stage_does_not_stop_the_next_and_decides_the_status(call):
+def test_failed_stage_sets_the_status_and_later_stages_run(call):
     status, output, out = call("gpu_correctness", STATUS="3")
     assert status == 3, output
     summary = (out / "summary.txt").read_text()
     assert all(f"== {stage}: exit 3" in summary for stage in STAGES["gpu_correctness"][1:4])
-    assert "== racecheck: exit 0" in summary  # compute-sanitizer's own
+    assert "== racecheck: exit 0" in summary  # the exit status of compute-sanitizer
 
 
-def test_a_call_without_a_folder_says_how():
+def test_script_without_arguments_prints_its_usage():
     ran = subprocess.run(["bash", str(ROOT / "scripts" / "gpu_numbers.sh")], capture_output=True, text=True)
     assert ran.returncode == 2
     assert "usage" in ran.stderr

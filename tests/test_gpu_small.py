@@ -1,4 +1,4 @@
-"""Small runs of every kernel, quick enough for compute-sanitizer (scripts/gpu_check.sh) and the first to look at."""
+"""Small runs of every kernel, fast enough for compute-sanitizer (scripts/gpu_check.sh); run these first."""
 
 from __future__ import annotations
 

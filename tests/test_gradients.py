@@ -1,4 +1,4 @@
-"""Backward passes: numerically (gradcheck), twice, in eval mode, for any subset of inputs and any single output."""
+"""Backward: gradcheck, second order, eval mode, any subset of inputs and any single output."""
 
 from __future__ import annotations
 
@@ -11,37 +11,39 @@ from torch.autograd import gradcheck, gradgradcheck
 import fastlstm
 
 from .cases import OUTPUTS, Case, tensors
+from .module_pairs import data, flat, module_pair
 from .runners import check, require, run_torch
-from .twins import data, flat, twins
 
 SMALL = {"T": 3, "B": 2, "I": 2, "H": 3, "dtype": torch.float64, "hx": "tuple"}
 RAGGED = {"lengths": (3, 2), "resets": ((1, 0), (1, 1), (2, 1))}
+DENSE, PROJECTION, STACKED = Case(**SMALL), Case(**SMALL, proj=2), Case(**SMALL, bidirectional=True, layers=2)
+ALL_OPTIONS = Case(**SMALL, **RAGGED, cells=True, proj=2, bidirectional=True)
 CASES = (
-    Case(**SMALL),
+    DENSE,
     Case(**SMALL, bias=False),
-    Case(**SMALL, proj=2),
-    Case(**SMALL, bidirectional=True, layers=2),
+    PROJECTION,
+    STACKED,
     Case(**SMALL, lengths=(1, 3)),
     Case(**SMALL, lengths=(0, 3), bidirectional=True),
     Case(**SMALL, resets=((0, 0), (2, 1)), bidirectional=True),
-    Case(**SMALL, **RAGGED, cells=True, proj=2, bidirectional=True),
+    ALL_OPTIONS,
     Case(**{**SMALL, "B": 1}, unbatched=True, cells=True),
 )
 
 
 def function(case):
-    """(f, its tensor inputs): every result of the layer as a function of every input and weight."""
-    given = tensors(case.to(torch.float64))
-    names = list(given.weights)
-    module = case.module(fastlstm.LSTM, given.weights)
-    options = {"lengths": given.lengths, "reset_mask": given.reset_mask, "return_cell_states": case.cells}
-    inputs = [torch.nan_to_num(given.leaves["x"].detach()).requires_grad_(), *given.hx]
+    """(f, its tensor inputs), where f maps all inputs and weights to all results of the layer."""
+    case_tensors = tensors(case.to(torch.float64))
+    names = list(case_tensors.weights)
+    module = case.module(fastlstm.LSTM, case_tensors.weights)
+    options = {"lengths": case_tensors.lengths, "reset_mask": case_tensors.reset_mask, "return_cell_states": case.cells}
+    inputs = [torch.nan_to_num(case_tensors.leaves["x"].detach()).requires_grad_(), *case_tensors.hx]
 
     def f(x, h0, c0, *weights):
         swapped = dict(zip(names, weights, strict=True))
         return tuple(flat(torch.func.functional_call(module, swapped, (x, (h0, c0)), options)))
 
-    return f, [*inputs, *(w.detach().requires_grad_() for w in given.weights.values())]
+    return f, [*inputs, *(w.detach().requires_grad_() for w in case_tensors.weights.values())]
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
@@ -56,7 +58,7 @@ def test_gradcheck_in_full(backend):
     assert gradcheck(f, inputs)
 
 
-@pytest.mark.parametrize("case", [CASES[0], CASES[2], CASES[3], CASES[7]], ids=str)
+@pytest.mark.parametrize("case", [DENSE, PROJECTION, STACKED, ALL_OPTIONS], ids=str)
 def test_gradgradcheck(case, backend):
     require(backend, case)
     f, inputs = function(case)
@@ -64,28 +66,28 @@ def test_gradgradcheck(case, backend):
 
 
 def test_gradient_penalty_equals_nn_lstms(backend):
-    """Double backward as its users write it: the norm of the input's gradient is in the loss."""
-    found = []
-    for module in twins(num_layers=2, bidirectional=True):
+    """A gradient penalty: the norm of the input's gradient is part of the loss."""
+    results = []
+    for module in module_pair(num_layers=2, bidirectional=True):
         x = data(4, 2, 3).requires_grad_()
         (dx,) = torch.autograd.grad(module(x)[0].square().sum(), x, create_graph=True)
         (dx.square().sum() + dx.pow(3).sum()).backward()
-        found.append([x.grad, *(w.grad for w in module.parameters())])
-    torch.testing.assert_close(*found)
+        results.append([x.grad, *(w.grad for w in module.parameters())])
+    torch.testing.assert_close(*results)
 
 
-def test_double_backward_of_part_of_the_weights(backend):
-    """A gradient of a gradient with frozen weights and an output that is in no loss."""
-    found = []
-    for module in twins():
+def test_double_backward_of_some_weights(backend):
+    """Double backward with a frozen weight and an unused output."""
+    results = []
+    for module in module_pair():
         module.weight_ih_l0.requires_grad_(False)
         output, _ = module(data(4, 2, 3))
         (dw,) = torch.autograd.grad(output.pow(2).sum(), module.weight_hh_l0, create_graph=True)
-        found.append(torch.autograd.grad(dw.pow(2).sum(), [module.weight_hh_l0, module.bias_hh_l0]))
-    torch.testing.assert_close(*found)
+        results.append(torch.autograd.grad(dw.pow(2).sum(), [module.weight_hh_l0, module.bias_hh_l0]))
+    torch.testing.assert_close(*results)
 
 
-@pytest.mark.parametrize("case", [CASES[0], CASES[7]], ids=str)
+@pytest.mark.parametrize("case", [DENSE, ALL_OPTIONS], ids=str)
 def test_backward_twice_with_retain_graph(case, backend):
     require(backend, case)
     f, inputs = function(case)
@@ -103,7 +105,7 @@ def test_backward_twice_with_retain_graph(case, backend):
 
 
 def test_gradients_accumulate(backend):
-    ours, _ = twins(num_layers=2)
+    ours, _ = module_pair(num_layers=2)
     x = data(4, 2, 3)
     ours(x)[0].sum().backward()
     once = {name: w.grad.clone() for name, w in ours.named_parameters()}
@@ -112,9 +114,9 @@ def test_gradients_accumulate(backend):
         torch.testing.assert_close(weight.grad, 2 * once[name])
 
 
-def test_no_two_gradients_share_memory(backend):
-    """Else an in-place step on one (clipping, say) would change the other: both biases have equal gradients."""
-    ours, _ = twins(bidirectional=True)
+def test_gradients_do_not_alias(backend):
+    """Otherwise an in-place operation on one, such as clipping, would change the other: their gradients are equal."""
+    ours, _ = module_pair(bidirectional=True)
     x, hx = data(4, 2, 3).requires_grad_(), (data(2, 2, 4).requires_grad_(), data(2, 2, 4).requires_grad_())
     grads = torch.autograd.grad(sum(t.sum() for t in flat(ours(x, hx))), [x, *hx, *ours.parameters()])
     for k, grad in enumerate(grads):
@@ -124,7 +126,7 @@ def test_no_two_gradients_share_memory(backend):
 
 
 def test_backward_in_eval_mode(backend):
-    ours, theirs = twins(num_layers=2, dropout=0.5)
+    ours, theirs = module_pair(num_layers=2, dropout=0.5)
     x = data(4, 2, 3).requires_grad_()
     got, expected = (torch.autograd.grad(m.eval()(x)[0].sum(), [x, *m.parameters()]) for m in (ours, theirs))
     torch.testing.assert_close(got, expected)
@@ -132,21 +134,21 @@ def test_backward_in_eval_mode(backend):
 
 @pytest.mark.parametrize("case", [Case(hx="tuple"), Case(hx="tuple", proj=2, bias=False, bidirectional=True)], ids=str)
 def test_any_subset_of_gradients(case, backend):
-    """By what autograd.grad is asked for, and by what requires a gradient at all."""
+    """Subsets of the arguments of autograd.grad, and of the tensors that require a gradient."""
     case = case.to(torch.float64)
     everything = run_torch(case)
     names = [name[2:] for name in everything if name.startswith("d ")]
     subsets = [[n] for n in names] + [list(p) for p in combinations(names[:4], 2)] + [names[3:], names[:3]]
     for subset in subsets:
         for asked_only in (False, True):
-            given = tensors(case)
-            for name, leaf in given.leaves.items():
+            case_tensors = tensors(case)
+            for name, leaf in case_tensors.leaves.items():
                 leaf.requires_grad_(asked_only or name in subset)
-            results = flat(case.module(fastlstm.LSTM, given.weights)(given.input, given.hx))
+            results = flat(case.module(fastlstm.LSTM, case_tensors.weights)(case_tensors.input, case_tensors.hx))
             generators = [torch.Generator().manual_seed(case.seed + 1 + k) for k in range(3)]
             grads = [torch.randn(r.shape, generator=g, dtype=r.dtype) for r, g in zip(results, generators, strict=True)]
-            found = torch.autograd.grad(results, [given.leaves[name] for name in subset], grads)
-            for name, grad in zip(subset, found, strict=True):
+            collected = torch.autograd.grad(results, [case_tensors.leaves[name] for name in subset], grads)
+            for name, grad in zip(subset, collected, strict=True):
                 torch.testing.assert_close(
                     grad, everything[f"d {name}"], msg=lambda m, n=name, s=subset: f"{n} of {s}: {m}"
                 )
@@ -156,34 +158,34 @@ def test_any_subset_of_gradients(case, backend):
 @pytest.mark.parametrize(
     "case", [Case(hx="tuple", cells=True, layers=2, bidirectional=True), Case(cells=True, lengths=(5, 0, 2))], ids=str
 )
-def test_each_output_alone_in_the_loss(name, case, backend):
+def test_loss_of_a_single_output(name, case, backend):
     require(backend, case)
     check(Case(**{**vars(case), "used": (name,)}), backend)
 
 
-def test_one_step_of_one_output_alone(backend):
-    """The gradient of output arrives with zeros in it, and the other outputs' not at all."""
-    found = []
-    for module in twins(bidirectional=True):
+def test_loss_of_one_step_of_one_output(backend):
+    """The gradient of output contains zeros, and the other outputs have none."""
+    results = []
+    for module in module_pair(bidirectional=True):
         x = data(5, 2, 3).requires_grad_()
-        found.append(torch.autograd.grad(module(x)[0][2, 1, 5], [x, *module.parameters()]))
-    torch.testing.assert_close(*found)
+        results.append(torch.autograd.grad(module(x)[0][2, 1, 5], [x, *module.parameters()]))
+    torch.testing.assert_close(*results)
 
 
-def test_one_tensor_in_two_roles(backend):
-    """Tied weights: both directions share one, and so do both biases; each role adds to the gradient."""
-    found = []
-    for module in twins(bidirectional=True):
+def test_aliasing_arguments(backend):
+    """Tied weights: both directions share one, and so do both biases; the gradient is the sum over its uses."""
+    results = []
+    for module in module_pair(bidirectional=True):
         module.weight_hh_l0_reverse = module.weight_hh_l0
         module.bias_hh_l0 = module.bias_ih_l0
         module(data(4, 2, 3))[0].pow(2).sum().backward()
-        found.append([module.weight_hh_l0.grad, module.bias_ih_l0.grad, module.weight_ih_l0.grad])
-    torch.testing.assert_close(*found)
+        results.append([module.weight_hh_l0.grad, module.bias_ih_l0.grad, module.weight_ih_l0.grad])
+    torch.testing.assert_close(*results)
 
 
-def test_weights_changed_between_forward_and_backward_are_noticed(backend):
-    """In-place change of what backward reads is an error as everywhere in autograd, not a wrong gradient."""
-    ours, _ = twins()
+def test_weights_changed_between_forward_and_backward_are_an_error(backend):
+    """Changing a tensor that backward reads is an error, as usual in autograd, not a wrong gradient."""
+    ours, _ = module_pair()
     loss = ours(data(4, 2, 3))[0].sum()
     with torch.no_grad():
         ours.weight_hh_l0.mul_(2)
@@ -192,8 +194,8 @@ def test_weights_changed_between_forward_and_backward_are_noticed(backend):
 
 
 def test_output_changed_in_place_before_backward(backend):
-    """Backward reads y again, so either autograd refuses or the gradient is right."""
-    ours, theirs = twins(dtype=torch.float64)
+    """Backward reads y, so either autograd raises or the gradient is correct."""
+    ours, theirs = module_pair(dtype=torch.float64)
     x = data(4, 2, 3)
     expected = torch.autograd.grad((theirs(x)[0] * 2).sum(), list(theirs.parameters()))
     output, _ = ours(x)
@@ -206,25 +208,25 @@ def test_output_changed_in_place_before_backward(backend):
 
 
 def test_checkpointing(backend):
-    found = []
-    for module in twins(num_layers=2):
+    results = []
+    for module in module_pair(num_layers=2):
         x = data(4, 2, 3).requires_grad_()
         output, _ = torch.utils.checkpoint.checkpoint(module, x, use_reentrant=False)
         output.pow(2).sum().backward()
-        found.append([x.grad, *(w.grad for w in module.parameters())])
-    torch.testing.assert_close(*found)
+        results.append([x.grad, *(w.grad for w in module.parameters())])
+    torch.testing.assert_close(*results)
 
 
 def test_anomaly_mode(backend):
-    ours, _ = twins(num_layers=2, bidirectional=True)
+    ours, _ = module_pair(num_layers=2, bidirectional=True)
     with torch.autograd.set_detect_anomaly(True):
         ours(data(4, 2, 3), lengths=[4, 0])[0].sum().backward()
 
 
 @pytest.mark.parametrize("backend", ["native", "eager"], indirect=True)
 def test_second_derivatives_under_autocast_keep_their_precision(backend):
-    """A backward called inside autocast must not run its differentiable formula in bfloat16."""
-    ours, _ = twins(dtype=torch.float32)
+    """A backward inside autocast must not run the differentiable formula in bfloat16."""
+    ours, _ = module_pair(dtype=torch.float32)
     x = data(4, 3, 3).float().requires_grad_()
 
     def gradient():

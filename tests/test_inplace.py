@@ -1,4 +1,4 @@
-"""In-place changes between forward and backward: what nn.LSTM's float64 layers allow is allowed, and right."""
+"""In-place changes between forward and backward: those that nn.LSTM's float64 layers allow give correct gradients."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
 import fastlstm
 
-from .twins import data, twins
+from .module_pairs import data, module_pair
 
 EDITS: dict[str, Callable[[Tensor], object]] = {
     "relu_": lambda y: y.relu_(),
@@ -37,7 +37,7 @@ def packed(x: Tensor) -> PackedSequence:
 
 
 def gradients(module: nn.Module, edit: Callable[[Tensor], object], form: str = "padded", call=None):
-    """The output after `edit`, and the gradients of it and of the final states by x and every parameter."""
+    """The output after `edit`, and gradients with respect to x and every parameter."""
     x = data(4, 3, 3).requires_grad_()
     output, (h_n, c_n) = (module if call is None else call)(x if form == "padded" else packed(x))
     y = output if form == "padded" else output.data
@@ -49,42 +49,42 @@ def gradients(module: nn.Module, edit: Callable[[Tensor], object], form: str = "
 @pytest.mark.parametrize("form", ["padded", "packed"])
 @pytest.mark.parametrize("edit", EDITS)
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_output(kind, edit, form, backend):
+def test_output_changed_in_place(kind, edit, form, backend):
     if kind == "deep" and form == "packed":
         pytest.skip("pack_padded_sequence is given [T, B, I]")
-    ours, theirs = twins(**KINDS[kind])
+    ours, theirs = module_pair(**KINDS[kind])
     torch.testing.assert_close(gradients(ours, EDITS[edit], form), gradients(theirs, EDITS[edit], form))
 
 
 @pytest.mark.parametrize("lengths", [None, (6, 0, 4)], ids=["whole", "lengths"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("kind", ["plain", "bidirectional", "projected"])
-def test_the_output_in_every_dtype(kind, dtype, lengths, backend):
-    """Some of these nn.LSTM refuses. As far from the truth as the change out of place, twice at most."""
-    ours, _ = twins(24, 40, **({"proj_size": 18} if kind == "projected" else KINDS[kind]), dtype=dtype)
-    found = []
+def test_output_changed_in_place_in_every_dtype(kind, dtype, lengths, backend):
+    """nn.LSTM refuses some of these. The error is at most twice that of the out-of-place change."""
+    ours, _ = module_pair(24, 40, **({"proj_size": 18} if kind == "projected" else KINDS[kind]), dtype=dtype)
+    results = []
     for precision, in_place in ((dtype, True), (dtype, False), (torch.float64, False)):
         x = data(6, 3, 24).to(dtype).to(precision).requires_grad_()
         y = ours.to(precision)(x, lengths=lengths)[0]
         y = y.relu_() if in_place else y.relu()
-        found.append(torch.autograd.grad(y.double().sum(), [x, *ours.parameters()]))
+        results.append(torch.autograd.grad(y.double().sum(), [x, *ours.parameters()]))
         ours.to(dtype)
-    for mine, plain, truth in zip(*found, strict=True):
-        off, bar = ((g - truth).abs().max() for g in (mine, plain))
-        assert off <= 2 * bar + torch.finfo(dtype).eps * truth.abs().max()
+    for mine, plain, reference in zip(*results, strict=True):
+        off, bar = ((g - reference).abs().max() for g in (mine, plain))
+        assert off <= 2 * bar + torch.finfo(dtype).eps * reference.abs().max()
 
 
 @pytest.mark.parametrize("option", ["lengths", "reset_mask", "return_cell_states", "recompute"])
-def test_the_output_with_every_option(option, backend):
-    """The final states and c of every step, edited as well, are no part of what is read again."""
-    ours, _ = twins(bidirectional=True)
+def test_output_changed_in_place_with_every_option(option, backend):
+    """The final states and c of every step are edited too; backward does not read them."""
+    ours, _ = module_pair(bidirectional=True)
     ours.recompute = 2 if option == "recompute" else False
     kwargs = {
         "lengths": {"lengths": [4, 0, 2]},
         "reset_mask": {"reset_mask": data(4, 3) > 0.5},
         "return_cell_states": {"return_cell_states": True},
     }.get(option, {})
-    found = []
+    results = []
     for in_place in (True, False):
         x = data(4, 3, 3).requires_grad_()
         y, (h_n, c_n), *_ = ours(x, **kwargs)
@@ -92,14 +92,14 @@ def test_the_output_with_every_option(option, backend):
             y.tanh_(), h_n.mul_(2), c_n.relu_()
         else:
             y, h_n, c_n = y.tanh(), h_n * 2, c_n.relu()
-        found.append(torch.autograd.grad(y.sum() + (h_n * c_n).sum(), [x, *ours.parameters()]))
-    torch.testing.assert_close(*found)
+        results.append(torch.autograd.grad(y.sum() + (h_n * c_n).sum(), [x, *ours.parameters()]))
+    torch.testing.assert_close(*results)
 
 
 @pytest.mark.parametrize("where", ["outside", "inside"])
 @pytest.mark.parametrize("kind", ["bidirectional", "projected"])
-def test_the_output_under_compile(kind, where, backend):
-    ours, theirs = twins(**KINDS[kind])
+def test_output_changed_in_place_under_compile(kind, where, backend):
+    ours, theirs = module_pair(**KINDS[kind])
 
     def inside(x):
         y, states = ours(x)
@@ -112,8 +112,8 @@ def test_the_output_under_compile(kind, where, backend):
     torch.testing.assert_close(gradients(ours, edit, call=call), gradients(theirs, EDITS["relu_"]))
 
 
-def test_the_output_with_saved_tensor_hooks_and_checkpoints(backend):
-    ours, theirs = twins(bidirectional=True)
+def test_output_changed_in_place_with_hooks_and_checkpoints(backend):
+    ours, theirs = module_pair(bidirectional=True)
     expected = gradients(theirs, EDITS["relu_"])
     with torch.autograd.graph.save_on_cpu():
         torch.testing.assert_close(gradients(ours, EDITS["relu_"]), expected)
@@ -127,21 +127,21 @@ def test_the_output_with_saved_tensor_hooks_and_checkpoints(backend):
     torch.testing.assert_close([y.detach(), x.grad, *(p.grad for p in ours.parameters())], expected)
 
 
-def test_the_output_keeps_its_second_derivatives(backend):
-    ours, theirs = twins(bidirectional=True)
-    found = []
+def test_output_changed_in_place_keeps_second_derivatives(backend):
+    ours, theirs = module_pair(bidirectional=True)
+    results = []
     for module in (ours, theirs):
         x = data(4, 3, 3).requires_grad_()
         y = module(x)[0]
         y.tanh_()
         (dx,) = torch.autograd.grad(y.pow(2).sum(), x, create_graph=True)
-        found.append(torch.autograd.grad(dx.pow(2).sum(), [x, *module.parameters()]))
-    torch.testing.assert_close(*found)
+        results.append(torch.autograd.grad(dx.pow(2).sum(), [x, *module.parameters()]))
+    torch.testing.assert_close(*results)
 
 
-def test_the_output_inside_of_a_transform(backend):
-    found = []
-    for module in twins(bidirectional=True):
+def test_output_changed_in_place_inside_a_transform(backend):
+    results = []
+    for module in module_pair(bidirectional=True):
         parameters = {name: p.detach() for name, p in module.named_parameters()}
 
         def loss(parameters, module=module):
@@ -149,8 +149,8 @@ def test_the_output_inside_of_a_transform(backend):
             y.tanh_()
             return y.sum()
 
-        found.append(torch.func.grad(loss)(parameters))
-    torch.testing.assert_close(*found)
+        results.append(torch.func.grad(loss)(parameters))
+    torch.testing.assert_close(*results)
 
 
 ARGUMENTS = ("x", "h0", "c0", "weight_ih", "weight_hh", "bias_ih", "bias_hh", "weight_hr")
@@ -158,7 +158,7 @@ FROZEN = ("nothing", "states", "weights", "all but weight_ih", "all but bias_hh"
 
 
 def change(module: nn.Module, name: str, frozen: str, T: int) -> object:
-    """The gradients after an in-place change of one argument between forward and backward, or the error."""
+    """The gradients after changing one argument in place between forward and backward, or the error."""
     weights = dict(module.named_parameters())
     for key, weight in weights.items():
         kept = {"weights": False, "all but weight_ih": "weight_ih" in key, "all but bias_hh": "bias_hh" in key}
@@ -169,10 +169,10 @@ def change(module: nn.Module, name: str, frozen: str, T: int) -> object:
         leaves = {key: leaf[0] for key, leaf in leaves.items()}
     for leaf in leaves.values():
         leaf.requires_grad_(frozen in ("nothing", "weights"))
-    given = {key: leaf * 1 for key, leaf in leaves.items()}  # leaves themselves may not be changed
-    y, states = module(given["x"], (given["h0"], given["c0"]))
+    copies = {key: leaf * 1 for key, leaf in leaves.items()}  # leaves must not be changed in place
+    y, states = module(copies["x"], (copies["h0"], copies["c0"]))
     with torch.no_grad():
-        ({key.removesuffix("_l0"): weight for key, weight in weights.items()} | given)[name].mul_(2)
+        ({key.removesuffix("_l0"): weight for key, weight in weights.items()} | copies)[name].mul_(2)
     wanted = [t for t in (*leaves.values(), *weights.values()) if t.requires_grad]
     c_n = states[1] if isinstance(states, tuple) else states
     try:
@@ -183,14 +183,14 @@ def change(module: nn.Module, name: str, frozen: str, T: int) -> object:
 
 @pytest.mark.parametrize("T", [1, 4])
 @pytest.mark.parametrize("kind", ["plain", "projected", "cell"])
-def test_an_argument(kind, T, backend):
-    """What nn.LSTM allows is allowed, with its gradients, and what it refuses is refused."""
+def test_argument_changed_in_place(kind, T, backend):
+    """Equal gradients if nn.LSTM allows the change, an error if it refuses it."""
     if kind == "cell" and T > 1:
         pytest.skip("a cell is one step")
     for name in ARGUMENTS if kind == "projected" else ARGUMENTS[:-1]:
         for frozen in FROZEN:
             kwargs = {"cell": True} if kind == "cell" else KINDS[kind]
-            mine, expected = (change(module, name, frozen, T) for module in twins(**kwargs))
+            mine, expected = (change(module, name, frozen, T) for module in module_pair(**kwargs))
             assert isinstance(mine, str) == isinstance(expected, str), (name, frozen, mine, expected)
             if isinstance(mine, str):
                 assert MESSAGE in mine
@@ -199,21 +199,21 @@ def test_an_argument(kind, T, backend):
 
 
 @pytest.mark.parametrize("kind", ["plain", "cell"])
-def test_a_gradient_of_a_gradient_allows_what_a_gradient_allows(kind, backend):
-    """Biases are read by neither, as in nn.LSTM."""
-    found = []
-    for module in twins(cell=kind == "cell"):
+def test_double_backward_allows_the_same_in_place_changes(kind, backend):
+    """Backward does not read biases, as in nn.LSTM."""
+    results = []
+    for module in module_pair(cell=kind == "cell"):
         x = data(4, 3, 3).requires_grad_()
         y = module(x[0] if kind == "cell" else x)[0]
         with torch.no_grad():
             next(p for name, p in module.named_parameters() if "bias_ih" in name).add_(1)
         (dx,) = torch.autograd.grad(y.sum(), x, create_graph=True)
-        found.append(torch.autograd.grad(dx.pow(2).sum(), [x, *module.parameters()]))
-    torch.testing.assert_close(*found)
+        results.append(torch.autograd.grad(dx.pow(2).sum(), [x, *module.parameters()]))
+    torch.testing.assert_close(*results)
 
 
-def test_a_gradient_of_a_gradient_refuses_what_recompute_reads(backend):
-    module, _ = twins()
+def test_double_backward_refuses_changes_of_recomputed_inputs(backend):
+    module, _ = module_pair()
     module.recompute = 2
     x = data(4, 3, 3).requires_grad_()
     y = module(x)[0]
@@ -223,10 +223,10 @@ def test_a_gradient_of_a_gradient_refuses_what_recompute_reads(backend):
         torch.autograd.grad(y.sum(), x, create_graph=True)
 
 
-def test_recompute_reads_its_own_copies_of_the_states(backend):
-    found = []
+def test_recompute_reads_copies_of_the_states(backend):
+    results = []
     for in_place in (False, True):
-        module, _ = twins(bidirectional=True)
+        module, _ = module_pair(bidirectional=True)
         module.recompute = 2
         leaves = [data(5, 2, 3), data(2, 2, 4, seed=1), data(2, 2, 4, seed=2)]
         x, h0, c0 = (leaf.requires_grad_() * 1 for leaf in leaves)
@@ -235,22 +235,22 @@ def test_recompute_reads_its_own_copies_of_the_states(backend):
             with torch.no_grad():
                 h0.mul_(2), c0.mul_(2)
         first = torch.autograd.grad(y.pow(2).sum(), leaves, create_graph=True)
-        found.append(torch.autograd.grad(sum(g.pow(2).sum() for g in first), [*leaves, *module.parameters()]))
-    torch.testing.assert_close(*found)
+        results.append(torch.autograd.grad(sum(g.pow(2).sum() for g in first), [*leaves, *module.parameters()]))
+    torch.testing.assert_close(*results)
 
 
-def test_cell_states_may_not_be_changed(backend):
-    """Backward reads them, and nn.LSTM returns none: a caller gets them by return_cell_states alone."""
-    module, _ = twins()
+def test_cell_states_changed_in_place_are_an_error(backend):
+    """Backward reads them. nn.LSTM does not return them; here return_cell_states does."""
+    module, _ = module_pair()
     _, _, cells = module(data(4, 3, 3), return_cell_states=True)
     cells.mul_(2)
     with pytest.raises(RuntimeError, match=MESSAGE):
         cells.sum().backward()
 
 
-def test_a_changed_input_does_not_keep_the_graph_alive(backend):
-    """x += y leads from x back to the layer's node, which holds x: a circle that nobody collects."""
-    module, _ = twins(proj_size=3)
+def test_input_changed_in_place_does_not_leak_the_graph(backend):
+    """After x += y, x references the layer's node, which must not reference x: the cycle would leak."""
+    module, _ = module_pair(proj_size=3)
     module.requires_grad_(False)
     x = data(4, 3, 3).requires_grad_() * 1
     x += module(x)[0]

@@ -13,7 +13,7 @@ import fastlstm
 PACKAGE = Path(fastlstm.__file__).parent
 FILES = {".".join(p.relative_to(PACKAGE).with_suffix("").parts): p for p in sorted(PACKAGE.rglob("*.py"))}
 
-# Lower layers first; a file may import from its own layer and those above it in this list, __init__ from all.
+# Lower layers first; a file may import from its layer and those above it in this list, __init__ from all.
 LAYERS = (
     ("reference", "ragged", "accuracy"),
     ("ops",),
@@ -36,7 +36,7 @@ def level(module: str) -> int:
 
 
 def imports(source: str, module: str, is_package: bool = False) -> tuple[set[str], set[str]]:
-    """(modules of fastlstm, top-level modules from outside) that a file imports, at any depth of its code."""
+    """(modules of fastlstm, other top-level modules) that a file imports, anywhere in its code."""
     inside, outside = set(), set()
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
@@ -76,7 +76,7 @@ def imports_of(module: str) -> tuple[set[str], set[str]]:
     return imports(FILES[module].read_text(), name or "", is_package)
 
 
-def test_the_reader_of_imports():
+def test_import_parser():
     source = "import torch.nn\nfrom . import a\nfrom ..ops.schema import X\nfrom fastlstm.modules import LSTM\n"
     source += "import fastlstm.ragged\n"
     inside, outside = imports(source, "backends.eager")
@@ -105,20 +105,20 @@ def test_imports_point_down(module):
 
 
 @pytest.mark.parametrize("module", [m for m in FILES if level(m) < level("__main__")])
-def test_the_library_needs_torch_and_little_else(module):
+def test_library_imports_only_torch_and_the_standard_library(module):
     _, outside = imports_of(module)
     assert outside - OUTSIDE - set(sys.stdlib_module_names) == set()
 
 
-def test_reference_imports_torch_alone():
+def test_reference_imports_only_torch():
     assert imports_of("reference") == (set(), {"__future__", "torch"})
 
 
-def test_the_extension_is_loaded_by_the_native_backend_alone():
+def test_only_the_native_backend_loads_the_extension():
     assert [m for m in FILES if "_C" in imports_of(m)[0]] == ["backends.native"]
 
 
-def test_backends_do_not_know_each_other():
+def test_backends_do_not_import_each_other():
     for module in FILES:
         own = module.split(".")
         if own[0] == "backends" and own[1] != "__init__":
@@ -128,7 +128,7 @@ def test_backends_do_not_know_each_other():
                 )
 
 
-def test_there_are_no_cycles():
+def test_no_import_cycles():
     graph = {m: {t if t in FILES else f"{t}.__init__" for t in imports_of(m)[0] - {"_C"}} - {m} for m in FILES}
     done: set[str] = set()
 
@@ -143,6 +143,6 @@ def test_there_are_no_cycles():
         visit(module, ())
 
 
-def test_nothing_imports_the_tests_or_benchmarks():
+def test_library_does_not_import_tests_or_benchmarks():
     for module in FILES:
         assert not imports_of(module)[1] & {"tests", "benchmarks"}, module

@@ -1,4 +1,4 @@
-"""Large buffers that the native backend keeps for its next call (csrc/cpu/memory.h): never shared, never hoarded."""
+"""The native backend's caching allocator (csrc/cpu/memory.h): no aliasing, bounded memory."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def model() -> fastlstm.LSTM:
     return fastlstm.LSTM(64, 256)
 
 
-def test_memory_in_use_is_never_handed_out():
+def test_allocated_memory_is_never_reused():
     lstm = model()
     kept = [lstm(X * k)[0] for k in range(1, 5)]
     expected = [y.detach().clone() for y in kept]
@@ -38,7 +38,7 @@ def test_memory_in_use_is_never_handed_out():
         lstm(X * k)[0].sum().backward()
     assert all(torch.equal(y, y0) for y, y0 in zip(kept, expected, strict=True))
     gradients = []
-    for y in kept:  # each has a reserve of its own
+    for y in kept:  # each has a separate reserve
         lstm.zero_grad()
         y.pow(2).sum().backward()
         gradients.append(lstm.weight_hh_l0.grad.clone())
@@ -48,7 +48,7 @@ def test_memory_in_use_is_never_handed_out():
         assert torch.equal(lstm.weight_hh_l0.grad, gradient)
 
 
-def test_results_are_tensors_like_any_other():
+def test_results_are_ordinary_tensors():
     y = model()(X)[0].detach()
     for other in (copy.deepcopy(y), pickle.loads(pickle.dumps(y)), y.clone().share_memory_()):
         assert torch.equal(other, y)
@@ -57,7 +57,7 @@ def test_results_are_tensors_like_any_other():
     torch.testing.assert_close(grown[:size].sum(), sum_)
 
 
-def test_threads_share_the_kept_memory():
+def test_threads_share_cached_memory():
     lstm, failures = model(), []
     with torch.no_grad():
         expected = lstm(X)[0]
@@ -96,10 +96,10 @@ def at_most(more):
 
 
 def run_limited(program: str) -> list[int]:
-    """The numbers that `program` prints, in a process that can limit its own memory."""
+    """Run `program` in a process that can limit its memory; return the numbers it prints."""
     if not sys.platform.startswith("linux"):
-        pytest.skip("limits its address space as Linux does")
-    # Else malloc keeps up to 32 MiB a block of what it is given back, as far as that lies scattered.
+        pytest.skip("requires RLIMIT_AS as on Linux")
+    # Otherwise malloc caches freed blocks of up to 32 MiB.
     env = os.environ | {"MALLOC_MMAP_THRESHOLD_": str(1 << 17)}
     done = subprocess.run([sys.executable, "-c", LIMITED + program], capture_output=True, text=True, env=env)
     assert done.returncode == 0, done.stderr
@@ -107,8 +107,8 @@ def run_limited(program: str) -> list[int]:
 
 
 @pytest.mark.parametrize("failed", [False, True])
-def test_kept_memory_does_not_pile_up(failed):
-    """Thirty different sizes leave no more behind than the largest of them takes, also after one that did not fit."""
+def test_cached_memory_is_bounded(failed):
+    """After thirty sizes, one of which did not fit, the cache holds no more than the largest one needs."""
     once, peak_of_many = run_limited(f"""
 train(16)
 train(256)
@@ -128,11 +128,11 @@ print(once, peak())
     assert peak_of_many < 1.1 * once, f"{peak_of_many} KiB after many sizes, {once} KiB after the largest"
 
 
-def test_kept_memory_makes_room():
-    """No request fails for memory that only waits for the next call."""
+def test_cached_memory_is_released_under_pressure():
+    """No allocation fails because of cached memory."""
     run_limited("""
 x = torch.zeros(700, 256, 4)
 train(512)
 with torch.no_grad(), at_most(4 << 20):
-    lstm(x)  # y takes 44 MiB, and no kept block has about that size
+    lstm(x)  # y takes 44 MiB, and no cached block has about that size
 """)

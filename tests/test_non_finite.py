@@ -1,7 +1,7 @@
-"""One number inf, NaN, huge or denormal in x, h0, c0 or a weight: finite, inf and NaN where nn.LSTM has them.
+"""One inf, NaN, huge or denormal number in x, h0, c0 or a weight: results are finite, inf and NaN as in nn.LSTM.
 
 Results and every gradient, in float64 (where nn.LSTM runs ATen's own kernels) and in float32 and bfloat16 (oneDNN's).
-What is exempt is in tests/hostile.py: products with zeros that are left out, past a length and at a reset.
+tests/adversarial.py has the exemptions: products with zeros that are skipped, after a length and at a reset.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import fastlstm
 
 INF = float("inf")
 PLACES = ("x", "h0", "c0", "weight_ih_l0", "weight_hh_l0", "bias_ih_l0", "bias_hh_l0")
-# Kernels for one step and for several, weights as stored and packed, and a projection.
+# Kernels for one step and for several, unpacked and packed weights, and a projection.
 SHAPES = {"T1-B1": (1, 1, 3, 5, {}), "T1-B6": (1, 6, 3, 5, {}), "T4-B3": (4, 3, 3, 5, {}), "T20-B4": (20, 4, 2, 17, {}),
           "bidirectional": (4, 3, 3, 5, {"bidirectional": True}), "proj": (4, 3, 3, 5, {"proj_size": 2})}  # fmt: skip
 
@@ -41,25 +41,25 @@ def results(lstm: nn.Module, x: Tensor, hx: tuple[Tensor, Tensor]) -> dict[str, 
 @pytest.mark.parametrize("backend", ["native", "eager"], indirect=True)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("shape", SHAPES)
-def test_one_odd_number_reaches_what_it_reaches_in_nn_lstm(backend, shape, dtype):
+def test_non_finite_number_reaches_the_same_results_as_in_nn_lstm(backend, shape, dtype):
     T, B, I, H, options = SHAPES[shape]  # noqa: E741
     torch.manual_seed(0)
     theirs = nn.LSTM(I, H, **options).to(dtype)
     ours = fastlstm.LSTM(I, H, **options).to(dtype)
     ours.load_state_dict(theirs.state_dict())
     D = 1 + theirs.bidirectional
-    given = {"x": torch.randn(T, B, I), "h0": torch.randn(D, B, theirs.proj_size or H), "c0": torch.randn(D, B, H)}
+    inputs = {"x": torch.randn(T, B, I), "h0": torch.randn(D, B, theirs.proj_size or H), "c0": torch.randn(D, B, H)}
     for place in PLACES:
         for k, value in enumerate(values(dtype)):
-            tensors = {name: t.to(dtype) for name, t in given.items()}
-            saved = theirs.state_dict()[place].clone() if place not in given else None
+            tensors = {name: t.to(dtype) for name, t in inputs.items()}
+            saved = theirs.state_dict()[place].clone() if place not in inputs else None
             for module in (theirs, ours):
                 target = tensors[place] if saved is None else getattr(module, place).data
                 target.view(-1)[(3 + 7 * k) % target.numel()] = value
             expected = results(theirs, tensors["x"], (tensors["h0"], tensors["c0"]))
-            found = results(ours, tensors["x"], (tensors["h0"], tensors["c0"]))
+            collected = results(ours, tensors["x"], (tensors["h0"], tensors["c0"]))
             for module in (theirs, ours):
                 if saved is not None:
                     getattr(module, place).data.copy_(saved)
             for name, wanted in expected.items():
-                assert torch.equal(kinds(found[name]), kinds(wanted)), f"{value} in {place}: {name}"
+                assert torch.equal(kinds(collected[name]), kinds(wanted)), f"{value} in {place}: {name}"

@@ -1,4 +1,4 @@
-"""The ops behind the module (fastlstm/ops/schema.py), called as they are: opcheck, fake kernels, the contract."""
+"""The ops (fastlstm/ops/schema.py), called directly: opcheck, fake kernels, the contract."""
 
 from __future__ import annotations
 
@@ -17,10 +17,11 @@ from .cases import Case, tensors
 from .runners import require
 
 EVERYTHING = {"lengths": (4, 0, 2), "resets": ((1, 0), (2, 0), (1, 2)), "cells": True, "hx": "tuple"}
+ALL_OPTIONS = Case(T=4, **EVERYTHING, bidirectional=True, proj=2)
 CASES = (
     Case(T=4),
     Case(T=4, hx="tuple", proj=2, bias=False),
-    Case(T=4, **EVERYTHING, bidirectional=True, proj=2),
+    ALL_OPTIONS,
     Case(T=4, lengths=(1, 4, 3)),
     Case(T=1, B=1, I=1, H=1, hx="tuple", bidirectional=True),
     Case(T=3, B=0, hx="tuple"),
@@ -30,28 +31,28 @@ CASES = (
 
 @pytest.fixture(params=list(dispatch.BACKENDS))
 def op_backend(request):
-    """Every backend that has ops: all but the reference."""
+    """Run once per backend with ops, which the reference has not."""
     require(request.param, Case())
     return request.param
 
 
 def forward_arguments(case, dtype=torch.float32, keep_reserve=True, requires_grad=False):
-    """The forward op's, in the schema's order."""
-    given = tensors(case.to(dtype))
-    x = given.input.detach().requires_grad_(requires_grad)
-    h0, c0 = [t.detach().requires_grad_(requires_grad) for t in given.hx] if given.hx else (None, None)
-    weights = [w.detach().requires_grad_(requires_grad) for w in given.weights.values()]
+    """Arguments of the forward op, in the schema's order."""
+    case_tensors = tensors(case.to(dtype))
+    x = case_tensors.input.detach().requires_grad_(requires_grad)
+    h0, c0 = [t.detach().requires_grad_(requires_grad) for t in case_tensors.hx] if case_tensors.hx else (None, None)
+    weights = [w.detach().requires_grad_(requires_grad) for w in case_tensors.weights.values()]
     lengths = None if case.lengths is None else torch.tensor(case.lengths)
-    return [x, h0, c0, weights, lengths, given.reset_mask, case.cells, keep_reserve]
+    return [x, h0, c0, weights, lengths, case_tensors.reset_mask, case.cells, keep_reserve]
 
 
-def backward_arguments(op, arguments, needs=None, given=(True, True, True, True)):
-    """The backward op's after a run of the forward op; `given` says which of its results' gradients there are."""
+def backward_arguments(op, arguments, needs=None, present=(True, True, True, True)):
+    """Arguments of the backward op after running the forward op; `present`: which results have a gradient."""
     results = op(*arguments)
     y, h_n, c_n, cells, reserve = results
     if not arguments[6]:
-        given = (*given[:3], False)
-    grads = [torch.ones_like(r) if g else None for r, g in zip((y, h_n, c_n, cells), given, strict=True)]
+        present = (*present[:3], False)
+    grads = [torch.ones_like(r) if g else None for r, g in zip((y, h_n, c_n, cells), present, strict=True)]
     x, h0, c0, weights, lengths, mask = arguments[:6]
     if needs is None:
         needs = [True, h0 is not None, c0 is not None] + [True] * len(weights)
@@ -65,7 +66,7 @@ def ops(name):
 
 
 def flat(results):
-    """The tensors of an op's results, the list of weight gradients among them."""
+    """All tensors of an op's results, those in the list of weight gradients included."""
     return [t for r in results for t in (r if isinstance(r, (list, tuple)) else [r])]
 
 
@@ -76,7 +77,7 @@ def test_opcheck_of_forward(case, requires_grad, op_backend):
     forward, _ = ops(op_backend)
     checks = ["test_schema", "test_autograd_registration", "test_faketensor"]
     if not (requires_grad and case.lengths):
-        # It compares the reserve of two runs, whose padding a backend may leave as it was; see test_compile.py instead.
+        # It compares the reserves of two runs, in which padding may be uninitialized; see test_compile.py instead.
         checks.append("test_aot_dispatch_dynamic")
     opcheck(
         forward, forward_arguments(case, keep_reserve=requires_grad, requires_grad=requires_grad), test_utils=checks
@@ -93,7 +94,7 @@ def test_opcheck_of_backward(case, op_backend):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("keep_reserve", [False, True])
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_fake_kernels_tell_the_layout_of_real_results(case, keep_reserve, dtype, op_backend):
+def test_fake_kernels_give_the_layout_of_real_results(case, keep_reserve, dtype, op_backend):
     case = case.to(dtype)
     require(op_backend, case)
     forward, backward = ops(op_backend)
@@ -114,8 +115,8 @@ def test_fake_kernels_tell_the_layout_of_real_results(case, keep_reserve, dtype,
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_forward_keeps_the_contract(case, op_backend, poisoned_empty):
-    """Every result against the reference; what was not asked for is [0]."""
+def test_forward_follows_the_contract(case, op_backend, poisoned_empty):
+    """Every result against the reference; unneeded ones have shape [0]."""
     require(op_backend, case)
     forward, _ = ops(op_backend)
     arguments = forward_arguments(case, torch.float64)
@@ -134,29 +135,29 @@ def test_forward_keeps_the_contract(case, op_backend, poisoned_empty):
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_backward_keeps_the_contract(case, op_backend, poisoned_empty):
-    """Each subset of arriving gradients and each single gradient needed, against autograd through the reference."""
+def test_backward_follows_the_contract(case, op_backend, poisoned_empty):
+    """Subsets of arriving gradients and single needed gradients, against autograd through the reference."""
     require(op_backend, case)
     forward, backward = ops(op_backend)
     arguments = forward_arguments(case, torch.float64, requires_grad=True)
     inputs = [t for t in (*arguments[:3], *arguments[3]) if t is not None]
     with torch.no_grad():
         full = backward_arguments(forward, arguments)
-    for given in ((1, 0, 0, 0), (0, 1, 0, 0), (0, 0, 1, 0), (0, 0, 0, 1), (1, 1, 1, 1)):
-        if given == (0, 0, 0, 1) and not case.cells:
+    for arriving in ((1, 0, 0, 0), (0, 1, 0, 0), (0, 0, 1, 0), (0, 0, 0, 1), (1, 1, 1, 1)):
+        if arriving == (0, 0, 0, 1) and not case.cells:
             continue
         with torch.no_grad():
-            args = backward_arguments(forward, arguments, given=given)
+            args = backward_arguments(forward, arguments, present=arriving)
         outputs = reference.layer(*arguments[:6])
         pairs = [(out, grad) for out, grad in zip(outputs, args[:4], strict=True) if grad is not None]
         expected = torch.autograd.grad(
             [p[0] for p in pairs], inputs, [p[1] for p in pairs], allow_unused=True, materialize_grads=True
         )
         with torch.no_grad():
-            found = flat(backward(*args))
-        present = [g for g, need in zip(found, args[-1], strict=True) if need]
+            results = flat(backward(*args))
+        present = [g for g, need in zip(results, args[-1], strict=True) if need]
         torch.testing.assert_close(present, list(expected))
-        for k, whole in enumerate(found):
+        for k, whole in enumerate(results):
             with torch.no_grad():
                 alone = flat(backward(*args[:-1], [i == k and need for i, need in enumerate(full[-1])]))
             for i, result in enumerate(alone):
@@ -167,8 +168,8 @@ def test_backward_keeps_the_contract(case, op_backend, poisoned_empty):
 
 
 @pytest.mark.parametrize("form", ["transposed", "sliced", "expanded"])
-def test_gradients_that_arrive_need_not_be_contiguous(form, op_backend):
-    case = CASES[2]
+def test_arriving_gradients_of_any_strides(form, op_backend):
+    case = ALL_OPTIONS
     require(op_backend, case)
     forward, backward = ops(op_backend)
     args = backward_arguments(forward, forward_arguments(case, torch.float64))
@@ -188,8 +189,8 @@ def test_gradients_that_arrive_need_not_be_contiguous(form, op_backend):
 
 
 def test_arguments_need_not_be_contiguous(op_backend):
-    """h0, c0, lengths and reset_mask with gaps; a transposed mask is what batch_first gives."""
-    case = replace(CASES[2], B=3)
+    """h0, c0, lengths and reset_mask with strides; batch_first gives a transposed mask."""
+    case = replace(ALL_OPTIONS, B=3)
     require(op_backend, case)
     forward, backward = ops(op_backend)
     plain = forward_arguments(case, torch.float64)
@@ -201,8 +202,8 @@ def test_arguments_need_not_be_contiguous(op_backend):
     gaps[5] = plain[5].t().contiguous().t()
     assert not any(t.is_contiguous() for t in (*gaps[:3], *gaps[3], *gaps[4:6]))
     torch.testing.assert_close(forward(*gaps)[:4], forward(*plain)[:4])
-    found, expected = (flat(backward(*backward_arguments(forward, a))) for a in (gaps, plain))
-    torch.testing.assert_close(found, expected)
+    results, expected = (flat(backward(*backward_arguments(forward, a))) for a in (gaps, plain))
+    torch.testing.assert_close(results, expected)
 
 
 def test_ops_have_a_meta_kernel(op_backend):
@@ -216,12 +217,12 @@ def test_ops_have_a_meta_kernel(op_backend):
         assert real.shape == shape_only.shape
 
 
-def test_the_reserve_takes_no_part_in_autograd(op_backend):
+def test_reserve_is_not_differentiable(op_backend):
     forward, _ = ops(op_backend)
     y, _, _, cells, reserve = forward(*forward_arguments(Case(T=4), requires_grad=True))
     assert y.requires_grad
     assert not reserve.requires_grad
-    assert not cells.requires_grad  # kept for backward only
+    assert not cells.requires_grad  # saved for backward only
     assert forward(*forward_arguments(Case(T=4, cells=True), requires_grad=True))[3].requires_grad
 
 
@@ -238,8 +239,8 @@ def test_the_reserve_takes_no_part_in_autograd(op_backend):
         (5, lambda mask: mask.to("meta"), "reset_mask must be"),
     ],
 )
-def test_forward_refuses_what_does_not_fit(index, change, text, op_backend):
-    """The op itself, which programs may call: a kernel must never read past a tensor."""
+def test_forward_refuses_invalid_shapes(index, change, text, op_backend):
+    """The op called directly: a kernel must not read out of bounds."""
     arguments = forward_arguments(Case(T=4, **EVERYTHING))
     arguments[index] = change(arguments[index])
     with pytest.raises(RuntimeError, match=text):
@@ -248,7 +249,7 @@ def test_forward_refuses_what_does_not_fit(index, change, text, op_backend):
 
 @pytest.mark.parametrize("lengths", [(4, 5, 2), (4, -1, 2)])
 def test_lengths_out_of_range_are_refused(lengths, op_backend):
-    """In the words of the module's own check."""
+    """With the message of the module's check."""
     forward, backward = ops(op_backend)
     arguments = forward_arguments(Case(T=4, **EVERYTHING))
     backwards = backward_arguments(forward, arguments)
@@ -263,7 +264,7 @@ BACKWARD_NAMES = ("dy", "dh_n", "dc_n", "dcells", None, None, None, None, None, 
 
 @pytest.mark.parametrize("name", [name for name in BACKWARD_NAMES if name])
 @pytest.mark.parametrize("change", [lambda t: t[:, :1], lambda t: t.double()], ids=["shape", "dtype"])
-def test_backward_refuses_what_does_not_fit(name, change, op_backend):
+def test_backward_refuses_invalid_shapes(name, change, op_backend):
     forward, backward = ops(op_backend)
     arguments = backward_arguments(forward, forward_arguments(Case(T=4, **EVERYTHING)))
     index = BACKWARD_NAMES.index(name)
@@ -281,38 +282,38 @@ def test_no_input_features(B, op_backend, poisoned_empty):
     torch.testing.assert_close(y, reference.layer(*arguments[:6])[0])
 
 
-def test_a_backward_without_a_reserve_is_refused(op_backend):
+def test_backward_without_a_reserve_is_refused(op_backend):
     forward, backward = ops(op_backend)
     arguments = backward_arguments(forward, forward_arguments(Case(T=3), keep_reserve=False))
     with pytest.raises(RuntimeError, match="reserve must be"):
         backward(*arguments)
 
 
-def test_what_autograd_records_keeps_a_reserve_whatever_was_said(op_backend):
+def test_recorded_forward_always_keeps_a_reserve(op_backend):
     forward, _ = ops(op_backend)
-    found = []
+    results = []
     for keep in (True, False):
         arguments = forward_arguments(Case(T=3), keep_reserve=keep, requires_grad=True)
         forward(*arguments)[0].sum().backward()
-        found.append([w.grad for w in (arguments[0], *arguments[3])])
-    torch.testing.assert_close(*found, rtol=0, atol=0)
+        results.append([w.grad for w in (arguments[0], *arguments[3])])
+    torch.testing.assert_close(*results, rtol=0, atol=0)
     with torch.no_grad():
         assert forward(*arguments)[4].shape == (0,)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 @pytest.mark.parametrize("case", [*CASES, Case(T=9, B=3, H=37, lengths=(9, 2, 5), bidirectional=True)], ids=str)
-def test_backward_finds_h_again_where_y_is_missing(case, dtype, op_backend, poisoned_empty):
-    """As it is asked to where y was changed in place; tests/test_inplace.py has the other dtypes."""
+def test_backward_recomputes_h_if_y_is_missing(case, dtype, op_backend, poisoned_empty):
+    """As requested if y was changed in place; tests/test_inplace.py has the other dtypes."""
     case = case.to(dtype)
     require(op_backend, case)
     forward, backward = ops(op_backend)
     arguments = backward_arguments(forward, forward_arguments(case, dtype))
-    found = flat(backward(*arguments[:10], arguments[10].new_empty(0), *arguments[11:]))
-    torch.testing.assert_close(found, flat(backward(*arguments)))
+    results = flat(backward(*arguments[:10], arguments[10].new_empty(0), *arguments[11:]))
+    torch.testing.assert_close(results, flat(backward(*arguments)))
 
 
-# Groups of one row and of several; products by tiles and, above a million multiply-adds, by the BLAS; no row, no step.
+# Groups of one row and of several; microkernels and, above a million multiply-adds, the BLAS; no row, no step.
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize(
     ("T", "rows", "groups", "m", "n"),
@@ -323,11 +324,11 @@ def test_grouped_products(T, rows, groups, m, n, dtype):
     op = torch.ops.fastlstm.grouped_products.default
     expected = torch.einsum("tgrm,tgrn->gmn", a.unflatten(1, (groups, rows)), b.unflatten(1, (groups, rows)))
     torch.testing.assert_close(op(a, b, groups), expected)
-    torch.testing.assert_close(register._grouped_products(a, b, groups), expected)  # where there is no kernel
+    torch.testing.assert_close(register._grouped_products(a, b, groups), expected)  # without a native kernel
     opcheck(op, (a, b, groups), test_utils=["test_schema", "test_faketensor"])
 
 
-def test_grouped_products_of_what_does_not_fit():
+def test_grouped_products_refuse_invalid_shapes():
     op = torch.ops.fastlstm.grouped_products.default
     a, b = torch.randn(3, 4, 5), torch.randn(3, 4, 2)
     for arguments in ((a, b, 3), (a, b, 0), (a, b[1:], 2), (a, b[:, 1:], 2), (a[0], b, 2), (a, b.double(), 2)):

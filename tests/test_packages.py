@@ -1,6 +1,6 @@
 """The sdist and the wheel in fresh environments outside the checkout (pytest -m packages).
 
-The extension is compiled once: every environment that builds lies at one path, so that what is up to date stays.
+The extension is compiled once: all environments that build it have one path, so that up-to-date objects are reused.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ COMPILER = shutil.which("c++")
 needs_compiler = pytest.mark.skipif(COMPILER is None, reason="c++ is not on the PATH")
 OTHER = "2.99.0+cpu"  # a torch that the extension was not built for
 
-# A training step whose numbers are nn.LSTM's; every warning but torch's own about a missing NumPy is an error.
+# A training step that equals nn.LSTM's; every warning but torch's about a missing NumPy is an error.
 TRAIN = """
 import warnings
 warnings.simplefilter("error")
@@ -63,7 +63,7 @@ def folder(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def source(folder) -> Path:
-    """The sdist, unpacked."""
+    """The unpacked sdist."""
     with tarfile.open(sdist(folder)) as packed:
         if hasattr(tarfile, "data_filter"):
             packed.extractall(folder, filter="data")
@@ -76,7 +76,7 @@ def source(folder) -> Path:
 
 @pytest.fixture(scope="module")
 def tools(folder) -> Path:
-    """A folder with what a compiler needs, and without nvcc. Its c++ does not optimize, to save time."""
+    """A PATH folder with the compiler's tools and without nvcc. Its c++ does not optimize, to save time."""
     tools = folder / "tools"
     tools.mkdir()
     for name in ("cc", "gcc", "as", "ld", "sh", "uname"):
@@ -126,7 +126,7 @@ def test_sdist_with_nvcc_but_a_torch_without_cuda(environment, source, tools, fo
 
 @needs_compiler
 def test_wheel_under_another_torch(environment, source, tools, folder):
-    """It falls back, and says what it was built for, without loading the extension."""
+    """It falls back and names the torch it was built for, without loading the extension."""
     environment.pip("wheel", "--wheel-dir", str(folder / "wheels"), str(source), path=[tools])
     (wheel,) = (folder / "wheels").glob("*.whl")
     names = zipfile.ZipFile(wheel).namelist()
@@ -146,10 +146,10 @@ def test_wheel_under_another_torch(environment, source, tools, folder):
 
 
 def test_types_of_the_installed_package(folder, source):
-    """mypy sees the package's own hints: it accepts a right program, and refuses a wrong one."""
+    """mypy uses the package's type hints: it accepts a correct program and refuses a wrong one."""
     typed = Environment(folder / "typed")
     typed.pip("install", str(source), FASTLSTM_BUILD="python")
-    # Of torch, whose hints take mypy a minute, it reads none.
+    # mypy does not follow torch, whose hints take it a minute.
     (folder / "mypy.ini").write_text("[mypy]\nstrict = True\n[mypy-torch.*]\nfollow_imports = skip\n")
 
     def check(program: str) -> str:

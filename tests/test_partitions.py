@@ -1,8 +1,8 @@
 """The thread partitions and the barrier of the CPU kernels under ThreadSanitizer (tests/cpu_host/partitions.cpp).
 
-Threads, their barrier and their split are the extension's own (csrc/cpu/partition.h, sequence.h); OpenMP, which
-ThreadSanitizer does not know, is replaced with std::thread. Without the kernels of csrc/cpu/bf16.h, whose tiles read
-rows that others may be writing and drop them.
+Partitions and barrier are the extension's (csrc/cpu/partition.h, sequence.h); std::thread replaces OpenMP, which
+ThreadSanitizer does not support. Excluded are the kernels of csrc/cpu/bf16.h, whose tiles read rows that other threads
+may write, and discard them.
 """
 
 from __future__ import annotations
@@ -36,23 +36,23 @@ def assert_right_without_races(program: Path, max_members: int, at_least: int) -
     """Rows, units, projection, ragged rows, one direction and two, at 2 to max_members threads per direction."""
     ran = run_program(program, max_members)
     assert ran.returncode == 0, ran.stdout[-4000:] + ran.stderr[:4000]
-    found = re.search(r"^(\d+) of (\d+) partitions are right$", ran.stdout, re.MULTILINE)
-    assert found is not None, ran.stdout
-    assert found[1] == found[2], ran.stdout
-    assert int(found[1]) >= at_least, ran.stdout
+    results = re.search(r"^(\d+) of (\d+) partitions are right$", ran.stdout, re.MULTILINE)
+    assert results is not None, ran.stdout
+    assert results[1] == results[2], ran.stdout
+    assert int(results[1]) >= at_least, ran.stdout
 
 
 def test_partitions_have_no_races(baseline):
     assert_right_without_races(baseline, 8, at_least=160)
 
 
-@pytest.mark.skipif(BEST is None, reason="this CPU is no x86-64 with AVX2")
+@pytest.mark.skipif(BEST is None, reason="requires x86-64 with AVX2")
 def test_partitions_have_no_races_in_wide_vectors(tmp_path):
-    """Members begin at other units; what masked instructions access is not checked."""
+    """Threads begin at other units; accesses of masked instructions are not checked."""
     assert_right_without_races(compile_partitions(tmp_path, BEST), 3, at_least=80)
 
 
-def test_a_barrier_left_out_is_a_race(baseline):
+def test_missing_barrier_is_reported_as_a_race(baseline):
     ran = run_program(baseline, 2, "without-barrier", **FIRST_REPORT_ENDS)
     assert REPORT in ran.stderr
     assert ran.returncode != 0
@@ -67,7 +67,7 @@ WEAKER = (
 
 
 @pytest.mark.parametrize(("order", "weaker"), WEAKER, ids=["arrival", "release", "acquire"])
-def test_a_weaker_memory_order_in_the_barrier_is_a_race(order, weaker, tmp_path):
+def test_weaker_memory_order_in_the_barrier_is_reported_as_a_race(order, weaker, tmp_path):
     text = (ROOT / "csrc" / "cpu" / "sequence.h").read_text()
     assert text.count(order) == 1
     (tmp_path / "cpu").mkdir()

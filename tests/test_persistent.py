@@ -15,19 +15,19 @@ import fastlstm
 from fastlstm.backends import native
 from fastlstm.ops.schema import LayerCall, LayerShape
 
-from .test_cuda_host import ROOT, cuda_headers, why_not
+from .test_cuda_host import ROOT, cuda_headers, unavailable_reason
 from .thread_sanitizer import compile_program, run_program
 
-# Streaming multiprocessors, the shared memory a block may ask for, and the most blocks of a cluster.
+# Streaming multiprocessors, max shared memory of a block, max blocks of a cluster.
 H100, A100, RTX4090 = (132, 227 << 10, 16), (108, 163 << 10, 0), (128, 99 << 10, 0)
 HOPPER_WITHOUT_CLUSTERS = (*H100[:2], 0)
-REGISTERS = 144 << 10  # bytes of W_hh a block may keep in registers
+REGISTERS = 144 << 10  # max bytes of W_hh in a block's registers
 
 needs_extension = pytest.mark.skipif(native.extension is None, reason=native.load_error)
 
 
 def plan(phase, H, B, D=1, element=2, device=H100, P=None, tier=""):
-    """Why not, or "", and the layout; its tier in words under "tier"."""
+    """(reason there is no plan or "", layout); "tier" describes the layout's tier."""
     reason, layout, tier = native.extension.persistent_plan(phase, H, P or H, B, D, element, *device, tier)
     return reason, {**layout, "tier": tier}
 
@@ -40,7 +40,7 @@ def plan(phase, H, B, D=1, element=2, device=H100, P=None, tier=""):
     ids=["H100", "H100 without clusters", "A100", "RTX4090"],
 )
 @pytest.mark.parametrize("tier", ["", "A", "B", "S"])
-def test_a_plan_covers_the_layer_and_fits_the_device(phase, device, tier):
+def test_plan_covers_the_layer_and_fits_the_device(phase, device, tier):
     sizes = (1, 7, 32, 33, 100, 128, 256, 384, 512, 640, 768, 1000, 1024, 1536, 2048, 4096, 10**6)
     served = 0
     for H, B, D, element in itertools.product(sizes, (1, 8, 9, 64, 100, 1000), (1, 2), (2, 4)):
@@ -48,8 +48,8 @@ def test_a_plan_covers_the_layer_and_fits_the_device(phase, device, tier):
         if reason:
             continue
         served += 1
-        told = f"{phase} H={H} B={B} D={D} element={element}: {p}"
-        # A: its rows and bytes of K, and how many of either the warps cover in their rounds.
+        details = f"{phase} H={H} B={B} D={D} element={element}: {p}"
+        # A: its rows and bytes of K, and those that the warps' iterations cover.
         whole, own = p["members"] * p["units"], 4 * p["units"]
         if phase == "forward":
             rows, K = own, whole
@@ -61,28 +61,28 @@ def test_a_plan_covers_the_layer_and_fits_the_device(phase, device, tier):
             covered, covered_K = 8 * 16 * p["rounds"], 64 * p["width"]
         else:
             covered, covered_K = 8 // p["parts"] * 16 * p["width"], p["parts"] * 64 * p["rounds"]
-        assert covered >= rows, told
-        assert covered_K >= K * element, told
-        assert whole >= H, told
-        assert p["slices"] * p["columns"] * 8 >= B, told
-        assert 1 <= p["groups"] <= p["slices"], told
-        assert p["blocks"] == D * p["groups"] * p["members"], told
-        assert p["members"] <= device[2] if p["cluster"] else p["single"] or p["blocks"] <= device[0], told
-        assert p["groups"] == p["slices"] or not (p["cluster"] or p["single"]), told
-        assert p["held"] * p["width"] * 8 * 1024 <= REGISTERS, told
-        assert p["shared"] <= device[1], told
+        assert covered >= rows, details
+        assert covered_K >= K * element, details
+        assert whole >= H, details
+        assert p["slices"] * p["columns"] * 8 >= B, details
+        assert 1 <= p["groups"] <= p["slices"], details
+        assert p["blocks"] == D * p["groups"] * p["members"], details
+        assert p["members"] <= device[2] if p["cluster"] else p["single"] or p["blocks"] <= device[0], details
+        assert p["groups"] == p["slices"] or not (p["cluster"] or p["single"]), details
+        assert p["held"] * p["width"] * 8 * 1024 <= REGISTERS, details
+        assert p["shared"] <= device[1], details
     assert served > 100
 
 
 @needs_extension
-def test_what_fits_does_not_depend_on_the_batch():
+def test_fit_is_independent_of_the_batch():
     for phase, H, D, element in itertools.product(("forward", "backward"), (64, 700, 1024, 2048, 2100), (1, 2), (2, 4)):
         assert len({bool(plan(phase, H, B, D, element, tier="B")[0]) for B in (1, 8, 64, 777)}) == 1
 
 
 @needs_extension
-def test_where_the_plan_ends():
-    """W_hh in the registers and shared memory of one wave of blocks: what issue and hardware allow on an H100."""
+def test_plan_limits_on_an_h100():
+    """W_hh must fit in the registers and shared memory of one wave of blocks on an H100."""
     for phase in ("forward", "backward"):
         assert plan(phase, 2048, 128, tier="B")[0] == ""
         assert plan(phase, 1024, 64, element=4, tier="B")[0] == ""
@@ -96,23 +96,23 @@ def test_where_the_plan_ends():
 
 
 @needs_extension
-def test_more_units_a_block_where_they_fit():
-    """What a block takes in per step grows with the members of its group, so the smallest group wins."""
+def test_more_units_per_block_if_they_fit():
+    """A block's loads per step grow with the CTAs of its group, so the smallest group is fastest."""
     assert plan("forward", 1024, 64)[1]["members"] == 32
     assert plan("forward", 1024, 64, element=4)[1]["members"] == 64
     assert plan("forward", 2048, 64, tier="B")[1]["members"] == 128
-    # Slices of 8 rows as long as the groups take them side by side, then of 16.
+    # Slices of 8 rows while all groups run concurrently, then of 16.
     plans = [plan("forward", 512, B, device=HOPPER_WITHOUT_CLUSTERS)[1] for B in (8, 64, 72)]
     assert [p["columns"] for p in plans] == [1, 1, 2]
 
 
 @needs_extension
-def test_the_fastest_by_prediction():
-    """docs/gpu-kernels.md, "Time per step"; the plan says what the others were predicted to take."""
-    told = plan("forward", 512, 64)[1]
-    assert (told["cluster"], told["members"]) == (1, 16)
-    assert told["tier"] == "tier A: predicted 2.1 us a step, tier B 2.9 us a step"
-    # Clusters take their turns one after the other, in tier B a slice's exchange hides behind another's work.
+def test_chosen_variant_has_the_lowest_predicted_time():
+    """docs/gpu-kernels.md, "Time per step"; the plan has the other variants' predicted times."""
+    layout = plan("forward", 512, 64)[1]
+    assert (layout["cluster"], layout["members"]) == (1, 16)
+    assert layout["tier"] == "tier A: predicted 2.1 us a step, tier B 2.9 us a step"
+    # Clusters run sequentially; in tier B a slice's exchange overlaps with another's work.
     assert not plan("forward", 512, 512)[1]["cluster"]
     not_a = "; not A: a cluster of 17 blocks exceeds 16"
     assert plan("forward", 513, 64)[1]["tier"].startswith("tier B: predicted 3.")
@@ -121,10 +121,10 @@ def test_the_fastest_by_prediction():
     assert plan("forward", 512, 64, device=A100)[1]["tier"].endswith("not A: this GPU has no thread-block clusters")
     assert plan("forward", 512, 64, tier="A")[1]["tier"] == "tier A: asked for A"
     assert not plan("forward", 512, 64, tier="B")[1]["cluster"]
-    # A cluster needs no other at its side.
+    # Clusters need not be co-resident.
     alone = plan("forward", 512, 64, D=2, device=(16, 227 << 10, 16), tier="A")[1]["tier"]
     assert alone == "tier A: asked for A; not B: it needs more SMs"
-    # Many slices for few groups: measured slower than a product and a kernel a step.
+    # Many slices for few groups: measured slower than a GEMM and a kernel per step.
     for phase, H, B, element in (
         ("forward", 2048, 128, 2),
         ("backward", 2048, 128, 2),
@@ -136,13 +136,13 @@ def test_the_fastest_by_prediction():
 
 
 @needs_extension
-def test_the_step_wise_prediction_counts_the_batch():
-    """The host's launches where that is all, and what B rows take to multiply and to move where it is not."""
+def test_stepwise_prediction_grows_with_the_batch():
+    """Launch overhead for small layers, and GEMM and memory time of B rows for large ones."""
 
     def steps(phase, H, B, D=1, element=2):
         return float(plan(phase, H, B, D, element)[0].removeprefix("predicted ").split(" us")[0])
 
-    assert steps("forward", 2048, 128) == 20.1  # W_hh on its way to the SMs
+    assert steps("forward", 2048, 128) == 20.1  # loading W_hh into the SMs
     assert steps("forward", 512, 512) == 12.0
     assert steps("forward", 1024, 1024) == 38.8
     assert steps("backward", 1024, 1024) == 27.6
@@ -153,7 +153,7 @@ def test_the_step_wise_prediction_counts_the_batch():
 
 @needs_extension
 def test_single_blocks():
-    """Up to 128 units in 16 bits, four rows a block, on any device; only where asked for until they are measured."""
+    """Up to 128 units in 16 bits, four rows per block, on any device; only on request until measured."""
     for phase, device in itertools.product(("forward", "backward"), (H100, A100, RTX4090)):
         for H, B, D in itertools.product((1, 32, 100, 128), (1, 4, 5, 64, 1000), (1, 2)):
             reason, p = plan(phase, H, B, D, device=device, tier="S")
@@ -165,7 +165,7 @@ def test_single_blocks():
 
 
 @needs_extension
-def test_the_switch():
+def test_set_persistent_switches_the_kernels():
     before = native.extension.persistent_enabled()
     if "cuda" not in native.devices:
         with pytest.raises(RuntimeError, match="must be built for cuda"):
@@ -182,7 +182,7 @@ def test_the_switch():
 
 
 @needs_extension
-def test_explain_tells_the_kernels(monkeypatch):
+def test_explain_names_the_kernels(monkeypatch):
     class Extension:
         persistent_plan = staticmethod(native.extension.persistent_plan)
         persistent_enabled = staticmethod(lambda: True)
@@ -194,27 +194,27 @@ def test_explain_tells_the_kernels(monkeypatch):
     monkeypatch.setattr(native, "extension", Extension)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: Gpu)
 
-    def told(H, dtype, B=64):
+    def explained(H, dtype, B=64):
         shape = LayerShape(H, H, 1, True)
         return native.kernels(LayerCall(torch.device("cuda"), dtype, H, shape, lengths=False, reset_mask=False), B)
 
-    assert "forward in clusters of 16 blocks (tier A: predicted 2.1 us" in told(512, torch.bfloat16)
-    assert "backward in clusters of 16 blocks (tier A: predicted 2." in told(512, torch.bfloat16)
-    assert "forward in groups of 32 blocks (tier B: predicted" in told(1024, torch.bfloat16)
-    assert "; not A: a cluster of 32 blocks exceeds 16)" in told(1024, torch.bfloat16)
-    assert "forward step by step: predicted 20" in told(2048, torch.bfloat16, B=128)
-    assert "have persistent kernels" in told(512, torch.float64)
-    assert "does not fit" in told(4096, torch.float16)
+    assert "forward in clusters of 16 blocks (tier A: predicted 2.1 us" in explained(512, torch.bfloat16)
+    assert "backward in clusters of 16 blocks (tier A: predicted 2." in explained(512, torch.bfloat16)
+    assert "forward in groups of 32 blocks (tier B: predicted" in explained(1024, torch.bfloat16)
+    assert "; not A: a cluster of 32 blocks exceeds 16)" in explained(1024, torch.bfloat16)
+    assert "forward step by step: predicted 20" in explained(2048, torch.bfloat16, B=128)
+    assert "have persistent kernels" in explained(512, torch.float64)
+    assert "does not fit" in explained(4096, torch.float16)
     Gpu.major = 8
-    assert "this GPU has no thread-block clusters" in told(512, torch.float16)
+    assert "this GPU has no thread-block clusters" in explained(512, torch.float16)
     Gpu.major = 7
-    assert "no GPU that can launch blocks together" in told(512, torch.float16)
+    assert "no GPU that can launch blocks together" in explained(512, torch.float16)
 
 
 @pytest.fixture(scope="module")
 def simulation(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """tests/cuda_host/simulation.cpp, compiled with ThreadSanitizer."""
-    if reason := why_not():
+    """Path of tests/cuda_host/simulation.cpp compiled with ThreadSanitizer."""
+    if reason := unavailable_reason():
         pytest.skip(reason)
     return compile_program(
         [ROOT / "tests" / "cuda_host" / "simulation.cpp"],
@@ -227,7 +227,7 @@ def simulation(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.toolchain
 @pytest.mark.parametrize(("first_seed", "delay_us"), [(10, 0), (3000, 300), (6000, 100)])
-def test_the_exchange_has_no_races(simulation, first_seed, delay_us):
+def test_exchange_has_no_races(simulation, first_seed, delay_us):
     """Ten layers of random sizes, masks and launches: ThreadSanitizer is silent, the numbers the step-wise kernels'."""
     ran = run_program(simulation, first_seed, 10, delay_us)
     assert ran.returncode == 0, ran.stderr[-4000:]
@@ -235,7 +235,7 @@ def test_the_exchange_has_no_races(simulation, first_seed, delay_us):
 
 @pytest.mark.toolchain
 @pytest.mark.parametrize("seed", [0, 3, 18], ids=["flags", "clusters", "clusters of 16 rows"])
-def test_a_lost_flag_or_push_is_a_fault_and_not_a_hang(simulation, seed):
+def test_lost_flag_or_push_traps_instead_of_hanging(simulation, seed):
     ran = run_program(simulation, seed, 1, 0, "silent")
     assert ran.returncode == 3, ran.stderr[-4000:]
     assert "waited in vain for epoch" in ran.stderr

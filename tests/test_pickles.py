@@ -1,4 +1,4 @@
-"""Whole modules pickled: while torch.nn is patched, and by versions of torch that kept another state."""
+"""Pickles of modules: while torch.nn is patched, and from torch versions with another state."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from torch import nn
 
 import fastlstm
 
-from .twins import assert_same, data, flat, twins
+from .module_pairs import assert_same, data, flat, module_pair
 
 X = data(5, 2, 3)
-TorchLSTM, TorchLSTMCell = nn.LSTM, nn.LSTMCell  # whatever is patched
+TorchLSTM, TorchLSTMCell = nn.LSTM, nn.LSTMCell  # the originals, also under the patch
 
 
 class Model(nn.Module):
@@ -40,7 +40,7 @@ def kinds(model: nn.Module) -> tuple[type, type]:
 
 
 def built(how: str) -> nn.Module:
-    """A model of torch's classes; in every case that there is while torch.nn is patched."""
+    """A model of torch's classes, built before the patch or converted back during it."""
     if how == "before":
         return Model()
     with fastlstm.patch_torch():
@@ -53,7 +53,7 @@ def test_torch_modules_are_pickled_under_the_patch(how, protocol):
     model = built(how)
     with fastlstm.patch_torch():
         written = pickle.dumps(model, protocol)
-        # A name means what it means where it is read.
+        # A name is resolved where the pickle is loaded.
         patched = pickle.loads(written)
         assert kinds(patched) == (fastlstm.LSTM, fastlstm.LSTMCell)
     restored = pickle.loads(written)
@@ -109,7 +109,7 @@ def test_pickles_of_torch_modules_need_no_fastlstm(tmp_path):
     subprocess.run([sys.executable, "-c", program], check=True, timeout=120)
 
 
-def test_what_a_spawned_process_is_sent_under_the_patch():
+def test_pickles_sent_to_a_spawned_process_under_the_patch():
     model = Model()
     with fastlstm.patch_torch():
         sent = ForkingPickler.dumps(model)
@@ -118,7 +118,7 @@ def test_what_a_spawned_process_is_sent_under_the_patch():
     assert_same(received, Model(), X)
 
 
-def test_the_patch_leaves_nothing_behind():
+def test_patch_is_undone_completely():
     with fastlstm.patch_torch():
         with fastlstm.patch_torch():
             pass
@@ -128,7 +128,7 @@ def test_the_patch_leaves_nothing_behind():
 
 
 def old_state(module: nn.Module, version: str) -> dict[str, Any]:
-    """The state that an LSTM of this version of torch has in a pickle."""
+    """The pickled state of an LSTM in this version of torch."""
     names = [n for n, _ in module.named_parameters()]
     per = len(names) // (module.num_layers * (2 if module.bidirectional else 1))
     state = {
@@ -148,7 +148,7 @@ def old_state(module: nn.Module, version: str) -> dict[str, Any]:
         "dropout": 0,
         "bidirectional": module.bidirectional,
     }
-    if version == "0.1":  # the weights themselves in lists
+    if version == "0.1":  # lists of the weights themselves
         weights = list(module._parameters.values())
         state |= {"_backend": None, "dropout_state": {}}
         state["all_weights"] = [weights[k : k + per] for k in range(0, len(names), per)]
@@ -163,7 +163,7 @@ def old_state(module: nn.Module, version: str) -> dict[str, Any]:
 
 
 class Written:
-    """Pickles as a module of class `cls` with this state."""
+    """An object that pickles as a module of class `cls` with this state."""
 
     def __init__(self, cls: type, state: dict[str, Any]) -> None:
         self.cls, self.state = cls, state
@@ -180,7 +180,7 @@ SHAPES = [{}, {"num_layers": 2, "bidirectional": True}, {"bias": False, "num_lay
 @pytest.mark.parametrize("version", VERSIONS)
 @pytest.mark.parametrize("cls", [fastlstm.LSTM, nn.LSTM], ids=["fastlstm.LSTM", "nn.LSTM under the patch"])
 def test_states_of_early_versions(cls, version, kwargs):
-    _, theirs = twins(**kwargs)
+    _, theirs = module_pair(**kwargs)
     written = pickle.dumps(Written(cls, old_state(theirs, version)))
     with fastlstm.patch_torch():
         restored = pickle.loads(written)

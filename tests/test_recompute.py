@@ -1,4 +1,4 @@
-"""`recompute`: states kept at intervals, gates found again in backward. Equal results, a fraction of the memory."""
+"""`recompute`: checkpoints of the state, gates recomputed in backward. Equal results, less memory."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from torch.autograd import gradgradcheck
 import fastlstm
 
 from .cases import Case, random_case, tensors
-from .place import HERE
+from .device import TEST_DEVICE
+from .module_pairs import data, module_pair
 from .runners import check, require, run_backend
 from .test_compile import Model, loss_and_gradients
-from .test_gradients import CASES, function
-from .twins import data, twins
+from .test_gradients import ALL_OPTIONS, DENSE, function
 
 EVERYTHING = {
     "lengths": (7, 0, 3, 5),
@@ -23,8 +23,10 @@ EVERYTHING = {
     "cells": True,
     "hx": "tuple",
 }
+WITH_STATES = Case(T=7, B=4, hx="tuple")
+DOUBLE = Case(T=7, B=4, **EVERYTHING, bidirectional=True, dtype=torch.float64)
 OPTIONS = (
-    Case(T=7, B=4, hx="tuple"),
+    WITH_STATES,
     Case(T=7, B=4, hx="tuple", bidirectional=True, layers=2, cells=True),
     Case(T=7, B=4, **EVERYTHING),
     Case(T=7, B=4, **EVERYTHING, bidirectional=True, layers=2),
@@ -36,14 +38,14 @@ OPTIONS = (
     ),
     Case(T=7, B=1, unbatched=True, hx="tuple"),
     Case(T=7, B=0, hx="tuple"),
-    Case(T=7, B=4, **EVERYTHING, bidirectional=True, dtype=torch.float64),
+    DOUBLE,
     Case(T=7, B=4, **EVERYTHING, bidirectional=True, dtype=torch.bfloat16),
 )
 
 
 @pytest.fixture
 def interval(request, monkeypatch):
-    """Every module recomputes."""
+    """Set `recompute` of all modules."""
     monkeypatch.setattr(fastlstm.LSTM, "recompute", request.param)
     return request.param
 
@@ -71,7 +73,7 @@ def test_random_configurations(interval, backend):
 
 
 @pytest.mark.parametrize("interval", [2], indirect=True)
-@pytest.mark.parametrize("case", [CASES[0], CASES[7]], ids=str)
+@pytest.mark.parametrize("case", [DENSE, ALL_OPTIONS], ids=str)
 def test_gradgradcheck(case, interval, backend):
     require(backend, case)
     f, inputs = function(case)
@@ -79,8 +81,8 @@ def test_gradgradcheck(case, interval, backend):
 
 
 @pytest.mark.parametrize("interval", [2], indirect=True)
-def test_the_op_does_the_work_and_twice_with_retain_graph(interval, backend):
-    ours, theirs = twins(bidirectional=True)
+def test_recompute_op_runs_and_backward_twice_with_retain_graph(interval, backend):
+    ours, theirs = module_pair(bidirectional=True)
     x = data(7, 2, 3).requires_grad_()
     output, _ = ours(x)
     loss = output.pow(2).sum()
@@ -101,7 +103,7 @@ def test_the_op_does_the_work_and_twice_with_retain_graph(interval, backend):
 
 
 def saved_bytes(call, known):
-    """Bytes that a forward pass keeps for backward, each storage once, those of the tensors `known` not."""
+    """Bytes that forward saves for backward, each storage once, without those of the tensors `known`."""
     seen, known = {}, {t.untyped_storage().data_ptr() for t in known}
 
     def pack(t):
@@ -129,7 +131,7 @@ def test_saved_memory_is_at_most_a_third(options, backend):
     assert 0 < held[True] <= held[False] / 3, held
 
 
-def test_without_gradient_nothing_is_kept_or_slower():
+def test_inference_saves_no_checkpoints():
     lstm, x = fastlstm.LSTM(3, 4), torch.randn(200, 1, 3)
     lstm.recompute = True
     with torch.no_grad():
@@ -138,7 +140,7 @@ def test_without_gradient_nothing_is_kept_or_slower():
         b, _ = lstm(x)
     assert torch.equal(a, b)
     lstm.recompute = True
-    short, _ = lstm(x[:128])  # one interval: the ordinary op
+    short, _ = lstm(x[:128])  # one interval: without recompute
     assert "recomputed" not in type(short.grad_fn).__name__
 
 
@@ -157,9 +159,9 @@ def test_compiles_to_one_graph_without_recompilation(interval):
 
 @pytest.mark.parametrize("interval", [2], indirect=True)
 def test_autocast_and_transforms(interval, backend):
-    ours, theirs = twins(dtype=torch.float32)
+    ours, theirs = module_pair(dtype=torch.float32)
     x = data(5, 2, 3).float()
-    with torch.autocast(HERE.device, torch.bfloat16):
+    with torch.autocast(TEST_DEVICE.device, torch.bfloat16):
         output, _ = ours(x)
     assert output.dtype == torch.bfloat16
     output.float().pow(2).sum().backward()
@@ -169,31 +171,44 @@ def test_autocast_and_transforms(interval, backend):
     torch.testing.assert_close(got, torch.func.grad(lambda x: theirs(x)[0].pow(2).sum())(x))
 
 
-def test_the_ops_keep_their_promises():
-    for name, case in {"plain": OPTIONS[0], "everything": OPTIONS[10]}.items():
-        given = tensors(case.to(torch.float64))
-        weights = list(given.weights.values())
-        x = torch.nan_to_num(given.leaves["x"].detach()).requires_grad_()
-        lengths = None if given.lengths is None else torch.as_tensor(given.lengths).long()
-        args = ("eager", 3, x, *given.hx, weights, lengths, given.reset_mask, case.cells, True)
+def test_ops_match_their_schema_and_fake_kernels():
+    for name, case in {"states": WITH_STATES, "all options": DOUBLE}.items():
+        case_tensors = tensors(case.to(torch.float64))
+        weights = list(case_tensors.weights.values())
+        x = torch.nan_to_num(case_tensors.leaves["x"].detach()).requires_grad_()
+        lengths = None if case_tensors.lengths is None else torch.as_tensor(case_tensors.lengths).long()
+        args = ("eager", 3, x, *case_tensors.hx, weights, lengths, case_tensors.reset_mask, case.cells, True)
         checks = ("test_schema", "test_autograd_registration", "test_faketensor")
         result = torch.library.opcheck(torch.ops.fastlstm.recomputed_layer.default, args, test_utils=checks)
         assert set(result.values()) == {"SUCCESS"}, (name, result)
 
 
 def ops_arguments():
-    """Of the forward op, with lengths and cells, and of the backward op after it."""
-    given = tensors(OPTIONS[10])
-    x, weights = torch.nan_to_num(given.leaves["x"].detach()), [w.detach() for w in given.weights.values()]
-    states = [t.detach() for t in given.hx]
-    forward = ["eager", 3, x, *states, weights, torch.as_tensor(given.lengths), given.reset_mask, True, True]
+    """Arguments of the forward op, with lengths and cells, and of the backward op after it."""
+    case_tensors = tensors(DOUBLE)
+    x, weights = (
+        torch.nan_to_num(case_tensors.leaves["x"].detach()),
+        [w.detach() for w in case_tensors.weights.values()],
+    )
+    states = [t.detach() for t in case_tensors.hx]
+    forward = [
+        "eager",
+        3,
+        x,
+        *states,
+        weights,
+        torch.as_tensor(case_tensors.lengths),
+        case_tensors.reset_mask,
+        True,
+        True,
+    ]
     *results, h_at, c_at = torch.ops.fastlstm.recomputed_layer(*forward)
     needs = [True] * (3 + len(weights))
     return forward, ["eager", 3, *map(torch.ones_like, results), *forward[2:-2], h_at, c_at, needs]
 
 
 @pytest.mark.parametrize("index", [2, 3, 4, 5, 6, 7, 8, 10, 11, 12, 13])  # every tensor but the weights
-def test_the_backward_op_refuses_what_does_not_fit(index):
+def test_backward_op_refuses_invalid_shapes_and_dtypes(index):
     _, arguments = ops_arguments()
     torch.ops.fastlstm.recomputed_layer_backward(*arguments)
     for wrong in (arguments[index][:-1], arguments[index].to(torch.complex64)):
@@ -202,7 +217,7 @@ def test_the_backward_op_refuses_what_does_not_fit(index):
             torch.ops.fastlstm.recomputed_layer_backward(*changed)
 
 
-def test_both_ops_refuse_lengths_out_of_range_and_the_rest():
+def test_both_ops_refuse_invalid_arguments():
     for op, arguments, lengths in zip(
         (torch.ops.fastlstm.recomputed_layer, torch.ops.fastlstm.recomputed_layer_backward),
         ops_arguments(),
@@ -221,18 +236,20 @@ def test_both_ops_refuse_lengths_out_of_range_and_the_rest():
 
 @pytest.mark.parametrize("interval", [6, 7, 8, 1000])
 def test_intervals_about_as_long_as_the_sequence_and_longer(interval):
-    """A compiled graph, in which T is free, calls the ops for these too."""
-    (_, _, *given), (_, _, dy, dh_n, dc_n, dcells, *_, needs) = ops_arguments()  # T = 7, both directions, with lengths
-    *results, h_at, c_at = torch.ops.fastlstm.recomputed_layer("eager", interval, *given)
-    *expected, reserve = torch.ops.fastlstm.eager_layer(*given)
+    """A compiled graph with dynamic T calls the ops for these too."""
+    (_, _, *arguments), (_, _, dy, dh_n, dc_n, dcells, *_, needs) = (
+        ops_arguments()
+    )  # T = 7, both directions, with lengths
+    *results, h_at, c_at = torch.ops.fastlstm.recomputed_layer("eager", interval, *arguments)
+    *expected, reserve = torch.ops.fastlstm.eager_layer(*arguments)
     torch.testing.assert_close(results, expected)
-    given = (dy, dh_n, dc_n, dcells, *given[:-2])
+    arguments = (dy, dh_n, dc_n, dcells, *arguments[:-2])
     y, _, _, cells = expected
-    found = torch.ops.fastlstm.recomputed_layer_backward("eager", interval, *given, h_at, c_at, needs)
-    torch.testing.assert_close(found, torch.ops.fastlstm.eager_layer_backward(*given, y, cells, reserve, needs))
+    gradients = torch.ops.fastlstm.recomputed_layer_backward("eager", interval, *arguments, h_at, c_at, needs)
+    torch.testing.assert_close(gradients, torch.ops.fastlstm.eager_layer_backward(*arguments, y, cells, reserve, needs))
 
 
-def test_how_it_is_set():
+def test_setting_recompute():
     assert fastlstm.LSTM(3, 4).recompute is False
     converted = fastlstm.convert(torch.nn.LSTM(3, 4))
     converted.recompute = 16
@@ -246,7 +263,7 @@ def test_how_it_is_set():
 
 
 def test_results_equal_those_without(backend):
-    """Not only within the tolerance of nn.LSTM: the same to rounding, at the interval a user gets by True."""
+    """Equal to within rounding, at the interval of recompute=True."""
     case = Case(T=200, B=3, I=5, H=9, bidirectional=True, lengths=(200, 130, 1), hx="tuple")
     require(backend, case)
     plain = run_backend(case, backend)
@@ -259,14 +276,14 @@ def test_results_equal_those_without(backend):
         torch.testing.assert_close(again[name], value, rtol=1e-5, atol=1e-5 * float(value.abs().max()), msg=name)
 
 
-def test_gradients_are_dense_whatever_the_strides():
-    """As the fake kernel says, which a compiled graph relies on."""
+def test_gradients_are_contiguous_for_any_strides():
+    """As in the fake kernel, on which a compiled graph relies."""
     lstm = fastlstm.LSTM(5, 7, batch_first=True)
     lstm.recompute = 2
     x = torch.randn(3, 6, 5, requires_grad=True)
     torch._dynamo.reset()
     torch.compile(lstm, fullgraph=True)(x)[0].pow(2).sum().backward()
-    found, x.grad = x.grad, None
+    results, x.grad = x.grad, None
     lstm(x)[0].pow(2).sum().backward()
-    torch.testing.assert_close(found, x.grad)
+    torch.testing.assert_close(results, x.grad)
     torch._dynamo.reset()

@@ -1,4 +1,4 @@
-"""What a service or a long training relies on: threads, worker processes, old pickles, seeds, repeatable results."""
+"""Reliability of services and long training: threads, worker processes, old pickles, seeds, determinism."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from torch.utils.data import DataLoader, Dataset
 
 import fastlstm
 
-from .place import HERE
+from .device import TEST_DEVICE
 from .test_threads import together
 
 ROOT = Path(__file__).parent.parent
 
 
-def test_eight_python_threads_train_and_serve_one_module(backend):
-    """Gradients of each thread's own graph, and forward passes between them, as when each runs alone."""
+def test_eight_python_threads_train_and_infer_with_one_module(backend):
+    """Concurrent training and inference give the results of running separately."""
     torch.manual_seed(0)
     lstm = fastlstm.LSTM(3, 17, 2, bidirectional=True)
     inputs = [torch.randn(6, 2, 3) for _ in range(8)]
@@ -42,7 +42,7 @@ def test_eight_python_threads_train_and_serve_one_module(backend):
 
 
 class Features(Dataset):
-    """An LSTM inside a data set: its items are computed in the loader's workers."""
+    """A data set that runs an LSTM in the loader's workers."""
 
     def __init__(self) -> None:
         torch.manual_seed(0)
@@ -62,21 +62,21 @@ def test_data_loader_workers(method):
     if method not in torch.multiprocessing.get_all_start_methods():
         pytest.skip(f"this system has no {method}")
     features = Features()
-    expected = torch.stack([features[k] for k in range(4)])  # the parent has run it before its workers start
+    expected = torch.stack([features[k] for k in range(4)])  # the parent runs it before the workers start
     loader = DataLoader(features, batch_size=2, num_workers=2, multiprocessing_context=method, timeout=120)
     torch.testing.assert_close(torch.cat(list(loader)), expected)
 
 
-def test_a_module_saved_by_an_earlier_version():
+def test_module_saved_by_an_earlier_version_loads():
     """tests/data/lstm-0.1.0.pt: torch.save of a module, an input and the output that 0.1.0 gave."""
     saved = torch.load(ROOT / "tests/data/lstm-0.1.0.pt", weights_only=False)
     module = saved["module"]
     assert type(module) is fastlstm.LSTM
     torch.testing.assert_close(module(saved["input"])[0], saved["output"])
-    assert module.recompute is False  # an attribute that came later has its default
+    assert module.recompute is False  # an attribute added later has its default
 
 
-def test_attributes_of_a_later_version_do_no_harm():
+def test_attributes_of_a_later_version_are_ignored():
     lstm = fastlstm.LSTM(3, 4)
     state = {**lstm.__getstate__(), "option_of_the_future": 3}
     restored = fastlstm.LSTM.__new__(fastlstm.LSTM)
@@ -87,17 +87,17 @@ def test_attributes_of_a_later_version_do_no_harm():
 
 def test_dropout_repeats_under_a_seed(backend):
     lstm, x = fastlstm.LSTM(3, 8, 3, dropout=0.5), torch.randn(5, 2, 3)
-    rng = torch if HERE.device == "cpu" else torch.get_device_module(HERE.device)
-    with torch.device("cpu"):  # where torch wants the lengths
+    rng = torch if TEST_DEVICE.device == "cpu" else torch.get_device_module(TEST_DEVICE.device)
+    with torch.device("cpu"):  # lengths must be on the CPU
         packed = nn.utils.rnn.pack_sequence([x[:, 0], x[:3, 1]])
     for forms in ((x,), (packed,)):
-        found = []
+        results = []
         for seed in (1, 1, 2):
             rng.manual_seed(seed)
             output = lstm(*forms)[0]
-            found.append(output.data if len(output) == 4 else output)
-        assert torch.equal(found[0], found[1])
-        assert not torch.equal(found[0], found[2])
+            results.append(output.data if len(output) == 4 else output)
+        assert torch.equal(results[0], results[1])
+        assert not torch.equal(results[0], results[2])
         state = rng.get_rng_state()
         first = lstm(x)[0]
         rng.set_rng_state(state)
@@ -105,8 +105,8 @@ def test_dropout_repeats_under_a_seed(backend):
 
 
 @pytest.mark.parametrize("H", [8, 100])
-def test_a_row_does_not_depend_on_its_batch_beyond_rounding(H, backend):
-    """Not bit for bit: few rows take other kernels than many (docs/limits.md)."""
+def test_row_is_independent_of_its_batch_to_within_rounding(H, backend):
+    """Not bitwise equal: small batches use other kernels (docs/limits.md)."""
     torch.manual_seed(0)
     lstm, x = fastlstm.LSTM(5, H), torch.randn(20, 33, 5)
     with torch.no_grad():
@@ -130,7 +130,7 @@ for name in ("native", "eager"):
 
 
 @pytest.mark.parametrize("threads", [1, 2])
-def test_results_repeat_bit_for_bit_in_another_process(threads):
+def test_results_are_bitwise_deterministic_across_processes(threads):
     if "not available" in str(fastlstm.explain(fastlstm.LSTM(2, 3), torch.zeros(1, 1, 2))):
         pytest.skip("the extension is not built")
     command = [sys.executable, "-c", PROGRAM, str(threads)]

@@ -1,4 +1,4 @@
-"""Recurrent PPO's pattern: act one step at a time, then train on whole rollouts with `reset_mask` at episode starts."""
+"""Recurrent PPO: act one step at a time, then train on whole rollouts with `reset_mask` at episode starts."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from torch import nn
 
 import fastlstm
 
-from .place import HERE
-from .twins import data
+from .device import TEST_DEVICE
+from .module_pairs import data
 
 T, B = 12, 5
 
@@ -19,7 +19,7 @@ class Policy(nn.Module):
     def __init__(self, H: int = 8, dtype: torch.dtype | None = None) -> None:
         super().__init__()
         torch.manual_seed(0)
-        dtype = dtype or HERE.dtype
+        dtype = dtype or TEST_DEVICE.dtype
         self.lstm = fastlstm.LSTM(3, H, dtype=dtype)
         self.actor, self.critic = nn.Linear(H, 2, dtype=dtype), nn.Linear(H, 1, dtype=dtype)
 
@@ -34,7 +34,7 @@ class Policy(nn.Module):
 
 
 def step_by_step(policy, x, state, starts):
-    """The loop that recurrent PPO runs elsewhere, in training too: the state is zeroed by hand."""
+    """The step loop of other recurrent PPO implementations, which zeroes the state at episode starts."""
     logits, values = [], []
     for t in range(len(x)):
         keep = (~starts[t]).to(x.dtype)[None, :, None]
@@ -58,37 +58,37 @@ def rollout_data():
     starts[0, 1] = True
     assert starts.any(0).sum() > 1
     assert not starts.all()
-    state = (data(1, B, 8, seed=3), data(1, B, 8, seed=4))  # in the middle of episodes
+    state = (data(1, B, 8, seed=3), data(1, B, 8, seed=4))  # not at an episode start
     return data(T, B, 3), state, starts
 
 
-def test_the_training_pass_sees_what_the_rollout_saw(backend):
+def test_training_pass_equals_the_rollout(backend):
     policy, (x, state, starts) = Policy(), rollout_data()
     with torch.no_grad():
         logits, values, last = step_by_step(policy, x, state, starts)
-        found = policy(x, state, starts)
-    torch.testing.assert_close(found[:2], (logits, values))
-    torch.testing.assert_close(found[2], last)
+        results = policy(x, state, starts)
+    torch.testing.assert_close(results[:2], (logits, values))
+    torch.testing.assert_close(results[2], last)
 
 
 def test_gradients_of_ppo_equal_those_of_the_step_loop(backend):
     policy, (x, state, starts) = Policy(), rollout_data()
     actions = (data(T, B, seed=6) > 0).long()
-    given = (actions, *(data(T, B, seed=k) for k in (7, 8, 9)))
+    targets = (actions, *(data(T, B, seed=k) for k in (7, 8, 9)))
     gradients = []
     for run in (step_by_step, lambda policy, *args: policy(*args)):
         policy.zero_grad()
         logits, values, _ = run(policy, x, state, starts)
-        ppo_loss(logits, values, *given).backward()
+        ppo_loss(logits, values, *targets).backward()
         gradients.append({name: w.grad.clone() for name, w in policy.named_parameters()})
     torch.testing.assert_close(*gradients)
-    rows = torch.tensor([3, 0])  # a minibatch takes whole rows with their states
+    rows = torch.tensor([3, 0])  # a minibatch consists of whole rows with their states
     part = policy(x[:, rows], tuple(s[:, rows] for s in state), starts[:, rows])
     torch.testing.assert_close(part[0], policy(x, state, starts)[0][:, rows])
 
 
-def test_it_learns_what_needs_memory():
-    """A cue is shown in an episode's first step alone; each step is rewarded for the action that equals it."""
+def test_recurrent_policy_learns_a_memory_task():
+    """A cue is visible in the first step of an episode only; actions equal to it are rewarded."""
     policy = Policy(H=16, dtype=torch.float32)
     optimizer = torch.optim.Adam(policy.parameters(), lr=0.02)
     rows, steps, length = 32, 16, 5

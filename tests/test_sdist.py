@@ -1,4 +1,4 @@
-"""What is packed and declared: the sdist holds the whole repository, and pyproject.toml what the code imports."""
+"""Packaging: the sdist contains the whole repository, and pyproject.toml declares what the code imports."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ EXTRAS = PROJECT["optional-dependencies"]
 MADE = re.compile(r"(PKG-INFO|setup\.cfg|fastlstm\.egg-info(/.*)?)$")  # by setuptools
 
 MODULES = {"pytorch-lightning": "pytorch_lightning", "pytest-benchmark": "pytest_benchmark"}
-PLUGINS = {"pytest-xdist": "-n 2 --dist"}  # of pytest: in use where the Makefile says so
-BY_HAND = {"haste_pytorch", "flashrnn"}  # baselines of the benchmarks that are on no index
-# Which files may import what, the narrower first: (folder, names of extras).
+PLUGINS = {"pytest-xdist": "-n 2 --dist"}  # of pytest, in use if the Makefile has this option
+BY_HAND = {"haste_pytorch", "flashrnn"}  # baselines of the benchmarks that are not on PyPI
+# (folder, extras whose packages its files may import); subfolders first.
 PLACES = (
     ("fastlstm/tutorials", ["tutorials"]),
     ("fastlstm/backends/triton", ["triton"]),
@@ -44,7 +44,7 @@ def requirements(extra: str | None) -> set[str]:
 
 @functools.lru_cache
 def imported(path: Path) -> set[str]:
-    """Top-level modules from outside that a file imports, also by name."""
+    """Other top-level modules that a file imports, also by import_module."""
     found = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
@@ -58,15 +58,15 @@ def imported(path: Path) -> set[str]:
 
 
 def imports_of(folder: str) -> dict[Path, set[str]]:
-    """Of the files that belong to `folder` and to none before it in PLACES."""
+    """Imports of the files in `folder` that are in no earlier folder of PLACES."""
     names = [name for name, _ in PLACES]
     before = [ROOT / name for name in names[: names.index(folder)]]
     files = [path for path in (ROOT / folder).rglob("*.py") if not any(path.is_relative_to(b) for b in before)]
     return {path: imported(path) for path in files}
 
 
-def test_the_sdist_holds_every_file_of_the_repository(tmp_path):
-    """Also where nothing would be built: sources for every device, the tests and what they read."""
+def test_sdist_contains_every_file_of_the_repository(tmp_path):
+    """Sources for every device, the tests and their data included, even if nothing is built."""
     with tarfile.open(sdist(tmp_path, FASTLSTM_BUILD="python")) as packed:
         names = {member.name.partition("/")[2] for member in packed if member.isfile()}
     files = repository_files()
@@ -91,19 +91,19 @@ def test_every_dependency_is_imported(extra):
         assert MODULES.get(name, name) in used or (name in PLUGINS and PLUGINS[name] in makefile), name
 
 
-def test_the_tools_of_development_are_commands_of_the_makefile():
+def test_development_tools_are_makefile_commands():
     for name in requirements("dev"):
         assert re.search(rf"\$\(BIN\)/(python -m )?{name}\b", (ROOT / "Makefile").read_text()), name
 
 
-def test_the_tools_of_the_docs_are_in_use():
+def test_docs_tools_are_used():
     used = (ROOT / "Makefile").read_text() + (ROOT / "docs" / "conf.py").read_text()
     for name in requirements("docs"):
         assert re.search(rf"\b{name.replace('-', '_')}\b", used), name
 
 
 def test_tools_know_the_oldest_python():
-    """requires-python, ruff's and mypy's versions are one, so that what they accept runs there."""
+    """requires-python, ruff and mypy have one Python version, so that accepted code runs there."""
     tools = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]
     oldest = PROJECT["requires-python"].removeprefix(">=")
     assert tools["mypy"]["python_version"] == oldest

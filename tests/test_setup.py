@@ -1,4 +1,4 @@
-"""What setup.py finds on the machine: CUDA without a GPU, OpenMP, a compiler."""
+"""Detection in setup.py: CUDA without a GPU, OpenMP, a compiler."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ SETUP = Path(__file__).parent.parent / "setup.py"
 
 @pytest.fixture
 def setup(monkeypatch):
-    """The functions of setup.py; nothing is built."""
+    """The namespace of setup.py, without a build."""
     monkeypatch.setattr(setuptools, "setup", lambda **options: None)
     monkeypatch.setenv("FASTLSTM_BUILD", "python")
     for name in ("CUDA_HOME", "CUDA_PATH", "TORCH_CUDA_ARCH_LIST"):
-        monkeypatch.setenv(name, "")  # so that what the functions set goes away again
+        monkeypatch.setenv(name, "")  # so that the variables are restored
     spec = importlib.util.spec_from_file_location("fastlstm_setup", SETUP)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -30,8 +30,8 @@ def setup(monkeypatch):
 
 
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not on the PATH")
-def test_the_toolkit_behind_a_wrapper_is_found(setup, monkeypatch, tmp_path):
-    """torch would take the folder above a script that only starts nvcc, where no header is."""
+def test_toolkit_behind_an_nvcc_wrapper_is_found(setup, monkeypatch, tmp_path):
+    """torch would use the parent folder of a wrapper script of nvcc, which has no headers."""
     wrapper = tmp_path / "bin" / "nvcc"
     wrapper.parent.mkdir()
     wrapper.write_text(f'#!/bin/sh\nexec {shutil.which("nvcc")} "$@"\n')
@@ -42,17 +42,17 @@ def test_the_toolkit_behind_a_wrapper_is_found(setup, monkeypatch, tmp_path):
     assert not Path(os.environ["CUDA_HOME"]).is_relative_to(tmp_path)
 
 
-def test_a_given_toolkit_is_left_alone(setup, monkeypatch):
+def test_cuda_home_is_not_overridden(setup, monkeypatch):
     monkeypatch.setenv("CUDA_HOME", "/given")
     setup.set_cuda_home()
     assert os.environ["CUDA_HOME"] == "/given"
 
 
-@pytest.mark.parametrize(("gpu", "given", "expected"), [(False, "", None), (False, "9.0", "9.0"), (True, "", "")])
-def test_architectures(gpu, given, expected, setup, monkeypatch):
-    """Ours where nobody says any and torch sees no GPU to ask."""
+@pytest.mark.parametrize(("gpu", "arch_list", "expected"), [(False, "", None), (False, "9.0", "9.0"), (True, "", "")])
+def test_architectures(gpu, arch_list, expected, setup, monkeypatch):
+    """The default list if none is set and there is no GPU to query."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
-    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", given)
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", arch_list)
     setup.set_architectures()
     assert os.environ["TORCH_CUDA_ARCH_LIST"] == (setup.ARCHITECTURES if expected is None else expected)
 
@@ -69,7 +69,7 @@ def fake_compiler(folder: Path, status: int) -> str:
     [("linux", ["-fopenmp"], ["-fopenmp"]), ("darwin", ["-Xclang", "-fopenmp"], ["-lomp"])],
 )
 def test_openmp(system, flags, link, setup, monkeypatch, tmp_path):
-    """The runtime that torch uses; on macOS it is in torch's folder, not in the compiler's."""
+    """Links torch's runtime, which on macOS is in torch's folder, not the compiler's."""
     monkeypatch.setattr(sys, "platform", system)
     monkeypatch.setenv("CXX", fake_compiler(tmp_path, 0))
     found, linked, reason = setup.openmp()
@@ -80,7 +80,7 @@ def test_openmp(system, flags, link, setup, monkeypatch, tmp_path):
     assert not linked[1:] or linked[1:] == ["-Wl,-rpath,@loader_path/../torch/lib"]
 
 
-def test_a_compiler_without_openmp_builds_for_one_thread(setup, monkeypatch, tmp_path):
+def test_build_without_openmp_is_single_threaded(setup, monkeypatch, tmp_path):
     compiler = fake_compiler(tmp_path, 1)
     monkeypatch.setenv("CXX", compiler)
     assert setup.openmp() == ([], [], f"{compiler} finds no omp.h")
@@ -115,5 +115,5 @@ def test_another_torch_forces_a_rebuild(torch_built_for, again, setup, monkeypat
     (tmp_path / "_C.so").write_bytes(b"fastlstm._C was built for torch %b\0" % torch_built_for.encode())
     command.build_extension(extension)
     assert forced == [again]
-    # On every command line, so that ninja keeps no object file compiled for another torch.
+    # It is on every command line, so that ninja rebuilds objects of another torch.
     assert f'-DFASTLSTM_BUILT_FOR="{torch.__version__}"' in extension.extra_compile_args["cxx"]

@@ -1,4 +1,4 @@
-"""Everything that copies, saves, swaps or rewrites a module's weights: each leaves fastlstm.LSTM equal to nn.LSTM."""
+"""Copying, saving, replacing and rewriting a module's weights: fastlstm.LSTM stays equal to nn.LSTM."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from torch.nn.utils import parametrizations, parametrize, prune
 
 import fastlstm
 
-from .twins import assert_same, data, twins
+from .module_pairs import assert_same, data, module_pair
 
 X = data(5, 2, 3)
 OPTIONS = {"num_layers": 2, "bidirectional": True, "proj_size": 2}
 
 
 def test_deepcopy():
-    ours, theirs = twins(**OPTIONS)
+    ours, theirs = module_pair(**OPTIONS)
     ours(X)
     copied = copy.deepcopy(ours)
     with torch.no_grad():
@@ -32,7 +32,7 @@ def test_deepcopy():
 
 
 def test_pickle():
-    ours, theirs = twins(**OPTIONS)
+    ours, theirs = module_pair(**OPTIONS)
     restored = pickle.loads(pickle.dumps(ours))
     assert type(restored) is fastlstm.LSTM
     assert [id(w) for w in restored._flat_weights] == [id(w) for w in restored.parameters()]
@@ -40,7 +40,7 @@ def test_pickle():
 
 
 def test_save_and_load_of_the_module():
-    ours, theirs = twins(**OPTIONS)
+    ours, theirs = module_pair(**OPTIONS)
     file = io.BytesIO()
     torch.save(ours, file)
     file.seek(0)
@@ -48,7 +48,7 @@ def test_save_and_load_of_the_module():
 
 
 def test_pickles_from_before_proj_size():
-    ours, theirs = twins()
+    ours, theirs = module_pair()
     state = ours.__getstate__()
     assert "_flat_weight_refs" not in state
     state = {name: value for name, value in copy.deepcopy(state).items() if name != "proj_size"}
@@ -59,7 +59,7 @@ def test_pickles_from_before_proj_size():
 
 
 def test_pickles_from_before_weight_names():
-    ours, theirs = twins(num_layers=2, bidirectional=True)
+    ours, theirs = module_pair(num_layers=2, bidirectional=True)
     state = copy.deepcopy(ours.__getstate__())
     state["all_weights"] = [[None]]
     del state["_flat_weights_names"], state["_flat_weights"], state["_all_weights"]
@@ -72,7 +72,7 @@ def test_pickles_from_before_weight_names():
 @pytest.mark.parametrize("assign", [False, True])
 @pytest.mark.parametrize("into", ["fastlstm", "torch"])
 def test_load_state_dict_both_ways(into, assign):
-    ours, theirs = twins(**OPTIONS)
+    ours, theirs = module_pair(**OPTIONS)
     source, target = (theirs, ours) if into == "fastlstm" else (ours, theirs)
     with torch.no_grad():
         for weight in target.parameters():
@@ -85,7 +85,7 @@ def test_load_state_dict_both_ways(into, assign):
 
 
 def test_load_state_dict_names_what_is_missing():
-    ours, theirs = twins()
+    ours, theirs = module_pair()
     state = fastlstm.LSTM(3, 4, bias=False, dtype=torch.float64).state_dict()
     with pytest.raises(RuntimeError) as expected:
         theirs.load_state_dict(state)
@@ -95,7 +95,7 @@ def test_load_state_dict_names_what_is_missing():
 
 
 def test_share_memory():
-    ours, theirs = twins(**OPTIONS)
+    ours, theirs = module_pair(**OPTIONS)
     ours.share_memory()
     assert all(w.is_shared() for w in ours._flat_weights)
     assert_same(ours, theirs, X)
@@ -114,12 +114,12 @@ def test_meta_to_empty_reset():
 
 
 def test_functional_call():
-    ours, theirs = twins(**OPTIONS)
+    ours, theirs = module_pair(**OPTIONS)
     other = {name: (w.detach() * 2).requires_grad_() for name, w in theirs.named_parameters()}
     expected = torch.autograd.grad(functional_call(theirs, other, (X,))[0].square().sum(), list(other.values()))
     got = torch.autograd.grad(functional_call(ours, other, (X,))[0].square().sum(), list(other.values()))
     torch.testing.assert_close(got, expected)
-    assert_same(ours, theirs, X)  # and the module's own weights are back
+    assert_same(ours, theirs, X)  # and the module's weights are restored
 
 
 @pytest.mark.parametrize("name", ["weight_hh_l0", "weight_ih_l1_reverse", "weight_hr_l0"])
@@ -135,7 +135,7 @@ def test_functional_call():
 )
 @pytest.mark.filterwarnings("ignore:.*weight_norm.*:FutureWarning")
 def test_norms(norm, name):
-    pair = twins(**OPTIONS)
+    pair = module_pair(**OPTIONS)
     for module in pair:
         torch.manual_seed(5)  # spectral_norm draws its vectors
         norm(module, name)
@@ -144,8 +144,8 @@ def test_norms(norm, name):
 
 
 def test_spectral_norm():
-    """It takes a step of its power iteration whenever the weight is read in training: several times in nn.LSTM."""
-    pair = twins(**OPTIONS)
+    """Each read of the weight in training runs a step of power iteration, several per call in nn.LSTM."""
+    pair = module_pair(**OPTIONS)
     for module in pair:
         torch.manual_seed(5)
         parametrizations.spectral_norm(module, "weight_hh_l0")
@@ -158,12 +158,12 @@ def test_spectral_norm():
     assert not torch.equal(vector, before)
 
 
-def test_own_parametrization_and_its_removal():
+def test_custom_parametrization_and_its_removal():
     class Double(nn.Module):
         def forward(self, weight):
             return 2 * weight
 
-    pair = twins()
+    pair = module_pair()
     plain = pair[0](X)[0]
     for module in pair:
         parametrize.register_parametrization(module, "weight_hh_l0", Double())
@@ -175,13 +175,13 @@ def test_own_parametrization_and_its_removal():
 
 
 def test_prune():
-    pair = twins()
+    pair = module_pair()
     for module in pair:
         prune.l1_unstructured(module, "weight_hh_l0", amount=0.5)
     assert_same(*pair, X)
     for module in pair:
         with torch.no_grad():
-            module.weight_hh_l0_orig.mul_(3)  # as an optimizer's step would
+            module.weight_hh_l0_orig.mul_(3)  # as in an optimizer's step
     assert_same(*pair, X)
     for module in pair:
         prune.remove(module, "weight_hh_l0")
@@ -189,8 +189,8 @@ def test_prune():
     assert int((pair[0].weight_hh_l0 == 0).sum()) == 32
 
 
-def test_data_assignment_and_writes_that_bump_no_version():
-    pair = twins()
+def test_data_assignment_and_writes_without_version_bump():
+    pair = module_pair()
     assert_same(*pair, X)
     before = pair[0](X)[0]
     for module in pair:
@@ -202,7 +202,7 @@ def test_data_assignment_and_writes_that_bump_no_version():
 
 
 def test_frozen_weight():
-    pair = twins(num_layers=2)
+    pair = module_pair(num_layers=2)
     for module in pair:
         module.weight_hh_l0.requires_grad_(False)
         module.bias_ih_l1.requires_grad_(False)
@@ -211,7 +211,7 @@ def test_frozen_weight():
 
 
 def test_plain_tensor_in_place_of_a_parameter():
-    pair = twins()
+    pair = module_pair()
     for module in pair:
         base = nn.Parameter(torch.full((4,), 0.5, dtype=torch.float64))
         del module.weight_hh_l0
@@ -222,7 +222,7 @@ def test_plain_tensor_in_place_of_a_parameter():
 
 
 def test_hooks():
-    pair, seen = twins(), ([], [])
+    pair, seen = module_pair(), ([], [])
     for module, notes in zip(pair, seen, strict=True):
         module.register_forward_pre_hook(lambda m, args: (args[0] * 2,))
         module.register_forward_hook(lambda m, args, out, notes=notes: notes.append(out[0].detach()))
@@ -240,7 +240,7 @@ def test_hooks():
 
 
 def test_optimizer_steps():
-    pair, losses = twins(num_layers=2), ([], [])
+    pair, losses = module_pair(num_layers=2), ([], [])
     for module, found in zip(pair, losses, strict=True):
         optimizer = torch.optim.Adam(module.parameters(), lr=0.05)
         for _ in range(5):
@@ -258,7 +258,7 @@ def test_distributed_wrappers(wrap, tmp_path):
     distributed = torch.distributed
     if not distributed.is_available() or not distributed.is_gloo_available():
         pytest.skip("this torch has no gloo")
-    ours, theirs = twins(num_layers=2)
+    ours, theirs = module_pair(num_layers=2)
     expected = theirs(X)[0]
     expected.square().sum().backward()
     distributed.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
@@ -281,7 +281,7 @@ def test_distributed_wrappers(wrap, tmp_path):
 @pytest.mark.parametrize("layers", [1, 2])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
 def test_final_states_may_be_changed_in_place(layers, dtype, backend):
-    """As nn.LSTM's: truncated backpropagation masks them before the next piece."""
+    """As in nn.LSTM: truncated backpropagation masks them before the next chunk."""
 
     def gradients(module):
         output, (h_n, c_n) = module(X.to(dtype))
@@ -289,6 +289,6 @@ def test_final_states_may_be_changed_in_place(layers, dtype, backend):
         c_n.mul_(2)
         return torch.autograd.grad(output.sum() + h_n.sum() + c_n.sum(), list(module.parameters()))
 
-    ours, theirs = twins(num_layers=layers, dtype=dtype)
+    ours, theirs = module_pair(num_layers=layers, dtype=dtype)
     close = {} if dtype == torch.float64 else {"rtol": 5e-2, "atol": 5e-2}
     torch.testing.assert_close(gradients(ours), gradients(theirs), **close)

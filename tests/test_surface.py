@@ -1,4 +1,4 @@
-"""What nn.LSTM shows its users before a forward pass: constructor, attributes, state_dict, initial values, methods."""
+"""nn.LSTM's surface besides forward: constructor, attributes, state_dict, initial values, methods."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import nn
 
 import fastlstm
 
-from .twins import CONFIGURATIONS, data, twins
+from .module_pairs import CONFIGURATIONS, data, module_pair
 
 every_configuration = pytest.mark.parametrize("kwargs", CONFIGURATIONS, ids=str)
 
@@ -41,7 +41,7 @@ def test_forward_arguments_by_keyword():
 
 @every_configuration
 def test_attributes(kwargs):
-    ours, theirs = twins(3, 4, **kwargs)
+    ours, theirs = module_pair(3, 4, **kwargs)
     for name in theirs.__constants__:
         assert getattr(ours, name) == getattr(theirs, name), name
         assert type(getattr(ours, name)) is type(getattr(theirs, name)), name
@@ -71,7 +71,7 @@ def test_initial_weights_from_a_seed(kwargs):
     for name, value in theirs.items():
         assert ours[name].dtype == value.dtype
         assert torch.equal(ours[name], value), name
-    assert torch.equal(*after)  # later draws of the program do not move
+    assert torch.equal(*after)  # the random state is the same afterwards
 
 
 def test_state_dict_order():
@@ -81,7 +81,7 @@ def test_state_dict_order():
 
 
 def test_reset_parameters():
-    ours, theirs = twins(num_layers=2, bidirectional=True, proj_size=2)
+    ours, theirs = module_pair(num_layers=2, bidirectional=True, proj_size=2)
     for module in (ours, theirs):
         torch.manual_seed(3)
         module.reset_parameters()
@@ -92,7 +92,7 @@ def test_reset_parameters():
 
 @every_configuration
 def test_repr(kwargs):
-    ours, theirs = twins(3, 4, **kwargs)
+    ours, theirs = module_pair(3, 4, **kwargs)
     assert ours.extra_repr() == theirs.extra_repr()
     assert repr(nn.Sequential(ours)) == repr(nn.Sequential(theirs))
 
@@ -100,14 +100,14 @@ def test_repr(kwargs):
 @every_configuration
 @pytest.mark.parametrize("batch_sizes", [None, torch.tensor([6, 2])], ids=["padded", "packed"])
 def test_expected_sizes(kwargs, batch_sizes):
-    ours, theirs = twins(3, 4, **kwargs)
+    ours, theirs = module_pair(3, 4, **kwargs)
     x = torch.empty(5, 2, 3)
     assert ours.get_expected_hidden_size(x, batch_sizes) == theirs.get_expected_hidden_size(x, batch_sizes)
     assert ours.get_expected_cell_size(x, batch_sizes) == theirs.get_expected_cell_size(x, batch_sizes)
 
 
 def test_check_methods():
-    ours, theirs = twins()
+    ours, theirs = module_pair()
     x, good, bad = data(5, 2, 3), data(1, 2, 4), data(1, 2, 5)
     for module in (ours, theirs):
         assert module.check_input(x, None) is None
@@ -131,7 +131,7 @@ def test_check_methods():
 
 
 def test_permute_hidden():
-    ours, theirs = twins()
+    ours, theirs = module_pair()
     hx, order = (data(1, 3, 4), data(1, 3, 4, seed=1)), torch.tensor([2, 0, 1])
     for mine, yours in zip(ours.permute_hidden(hx, order), theirs.permute_hidden(hx, order), strict=True):
         assert torch.equal(mine, yours)
@@ -156,7 +156,7 @@ def test_setting_a_weight_updates_flat_weights():
     assert lstm._flat_weights[1] is lstm.weight_hh_l0
 
 
-def test_replicas_have_weight_lists_of_their_own():
+def test_replicas_have_separate_weight_lists():
     lstm = fastlstm.LSTM(3, 4)
     replica = lstm._replicate_for_data_parallel()
     assert replica._flat_weights is not lstm._flat_weights
@@ -166,7 +166,7 @@ def test_replicas_have_weight_lists_of_their_own():
 
 @pytest.mark.parametrize("move", ["double", "float", "half", "bfloat16"])
 def test_dtype_moves(move):
-    ours, theirs = (getattr(m, move)() for m in twins(num_layers=2, bidirectional=True))
+    ours, theirs = (getattr(m, move)() for m in module_pair(num_layers=2, bidirectional=True))
     x = data(3, 2, 3).to(ours.weight_ih_l0.dtype)
     (output, (h_n, c_n)), (expected, _) = ours(x), theirs(x)
     assert output.dtype == h_n.dtype == c_n.dtype == expected.dtype == x.dtype

@@ -1,4 +1,4 @@
-"""More than one thread or process: torch.set_num_threads, Python threads at once, fork after use."""
+"""Threads and processes: torch.set_num_threads, concurrent Python threads, fork after use."""
 
 from __future__ import annotations
 
@@ -20,10 +20,12 @@ from .plans import MACHINES, assert_path
 from .runners import check, check_elsewhere, compare, precision, require, run, run_backend
 from .test_parity import OPTIONS
 
-# Large enough that work is shared among threads.
 LENGTHS = tuple(b % 10 for b in range(33))
-SHARED = (
-    Case(T=9, B=32, I=40, H=64, hx="tuple"),
+# Backward has two chunks, and each thread packs the weights privately.
+PRIVATE_PACK = Case(T=140, B=32, I=8, H=64)
+# Cases large enough for two threads, and what those split: rows, units, or the directions ("none" within one).
+SHARED = {
+    Case(T=9, B=32, I=40, H=64, hx="tuple"): "rows",
     Case(
         T=9,
         B=33,
@@ -34,33 +36,36 @@ SHARED = (
         proj=31,
         hx="tuple",
         lengths=LENGTHS,
-    ),
-    Case(T=30, B=3, I=70, H=200, dtype=torch.float64),
-    Case(T=6, B=160, I=33, H=48, dtype=torch.bfloat16),
-    Case(T=90, B=9, I=20, H=64, lengths=(90, 80, 31, 30, 30, 9, 2, 0, 0), bidirectional=True),  # rows beside others
-    Case(T=70, B=12, I=30, H=72, lengths=(70, *[7] * 11)),  # all rows of a thread end long before the other's
-    Case(T=60, B=32, I=40, H=64, lengths=(60, *[30] * 31)),  # the last steps have one row, which one thread takes
-    Case(T=20, B=1, I=30, H=259, proj=140),  # fewer rows of a projection than threads: units and features are split
-    Case(T=20, B=3, I=30, H=259, proj=140, hx="tuple", lengths=(20, 3, 1), resets=((4, 0), (2, 1)), cells=True),
-    Case(T=3, B=1, I=600, H=300, proj=90, hx="tuple"),  # all of its weights are read as stored
-    Case(T=140, B=32, I=8, H=64),  # backward in two pieces, in which each thread packs its own weights
-)
-# What two threads divide in each: rows, units, or the directions ("none" within one).
+    ): "none",
+    Case(T=30, B=3, I=70, H=200, dtype=torch.float64): "units",
+    Case(T=6, B=160, I=33, H=48, dtype=torch.bfloat16): "rows",
+    Case(T=90, B=9, I=20, H=64, lengths=(90, 80, 31, 30, 30, 9, 2, 0, 0), bidirectional=True): "none",
+    # All rows of one thread end long before the other's.
+    Case(T=70, B=12, I=30, H=72, lengths=(70, *[7] * 11)): "rows",
+    # The last steps have one row, which one thread runs.
+    Case(T=60, B=32, I=40, H=64, lengths=(60, *[30] * 31)): "rows",
+    # Fewer rows of a projection than threads: units and features are split.
+    Case(T=20, B=1, I=30, H=259, proj=140): "units",
+    Case(
+        T=20, B=3, I=30, H=259, proj=140, hx="tuple", lengths=(20, 3, 1), resets=((4, 0), (2, 1)), cells=True
+    ): "units",
+    Case(T=3, B=1, I=600, H=300, proj=90, hx="tuple"): "units",  # all weights are unpacked
+    PRIVATE_PACK: "rows",
+}
 AVX512 = MACHINES["AVX-512, L2 2 MiB"]
-SPLITS = ("rows", "none", "units", "rows", "none", "rows", "rows", "units", "units", "units", "rows")
 
 
 @pytest.fixture
 def threads():
-    """torch.set_num_threads for one test."""
+    """Return torch.set_num_threads; restore the number of threads after the test."""
     before = torch.get_num_threads()
     yield torch.set_num_threads
     torch.set_num_threads(before)
 
 
 @pytest.fixture
-def divide(threads):
-    """Divide every layer in this way, whatever the plan: members per direction, row groups, split, concurrent."""
+def force_partition(threads):
+    """Force the partition of every layer: threads per direction, row groups, split, concurrent directions."""
 
     def force(members: int, row_groups: int, split: str, concurrent: bool) -> None:
         threads(members * (2 if concurrent else 1))
@@ -71,22 +76,21 @@ def divide(threads):
 
 
 @pytest.mark.parametrize("backend", ["native"], indirect=True)
-@pytest.mark.parametrize(("case", "split"), list(zip(SHARED, SPLITS, strict=True)), ids=str)
-def test_the_work_is_shared(case, split, backend):
+@pytest.mark.parametrize(("case", "split"), SHARED.items(), ids=str)
+def test_two_threads_split_the_work(case, split, backend):
     assert_path(case, "forward", at=2, on=AVX512, threads=2, split=split)
 
 
-# Partitions of more threads than two, on however many cores; by split and the number of threads given.
+# Partitions of more than two threads, on any number of cores: case, number of threads, split.
 RAGGED = {"lengths": (9, 9, 9, 9, 9, 9, 7, 1, 0), "resets": ((4, 0), (2, 1))}
 CHOSEN = (
-    (Case(T=20, B=48, I=64, H=128, bidirectional=True, hx="tuple"), 3, "rows"),  # directions in turn
+    (Case(T=20, B=48, I=64, H=128, bidirectional=True, hx="tuple"), 3, "rows"),  # sequential directions
     (Case(T=7, B=2, I=64, H=256, bidirectional=True, hx="tuple"), 3, "units"),
     (Case(T=20, B=24, I=64, H=64), 5, "rows"),
     (Case(T=7, B=1, I=70, H=259, hx="tuple"), 7, "units"),
     (Case(T=6, B=48, I=70, H=259, dtype=torch.bfloat16), 8, None),
 )
-# Groups of threads that split the rows, and units among them: members, row groups and whether the directions run at
-# once.
+# Grids of row groups by units: case, threads per direction, row groups, concurrent directions.
 GRIDS = (
     (Case(T=6, B=16, I=70, H=259, hx="tuple"), 8, 2, False),
     (Case(T=4, B=16, I=70, H=259, bidirectional=True, cells=True), 6, 2, True),
@@ -97,7 +101,7 @@ GRIDS = (
 
 
 def check_twice(case: Case, backend: str) -> None:
-    """Assert that results are right, and the same bits at a second run."""
+    """Assert that results are correct and bitwise deterministic."""
     first = run_backend(case, backend)
     compare(case, first, precision(case.dtype, backend), backend)
     second = run_backend(case, backend)
@@ -116,21 +120,21 @@ def test_more_threads_in_one_call(case, n, split, backend, threads):
 
 @pytest.mark.parametrize("backend", ["native"], indirect=True)
 @pytest.mark.parametrize(("case", "members", "row_groups", "concurrent"), GRIDS, ids=str)
-def test_rows_and_units_in_one_call(case, members, row_groups, concurrent, backend, divide):
-    divide(members, row_groups, "grid", concurrent)
+def test_rows_and_units_in_one_call(case, members, row_groups, concurrent, backend, force_partition):
+    force_partition(members, row_groups, "grid", concurrent)
     check_twice(case, backend)
 
 
 @pytest.mark.parametrize("backend", ["native"], indirect=True)
-def test_a_partition_that_cannot_be_is_refused(backend, divide):
-    divide(5, 1, "rows", False)
+def test_invalid_partition_is_refused(backend, force_partition):
+    force_partition(5, 1, "rows", False)
     with pytest.raises(ValueError, match="the forced thread partition is no candidate"):
         run_backend(Case(T=3, B=4), backend)
 
 
 @pytest.mark.parametrize("backend", ["native"], indirect=True)
 def test_weights_packed_by_each_thread_over_several_chunks(backend):
-    assert_path(SHARED[-1], "backward", at=2, on=AVX512, copies=2, pack_hh=True, chunk_steps=128)
+    assert_path(PRIVATE_PACK, "backward", at=2, on=AVX512, copies=2, pack_hh=True, chunk_steps=128)
 
 
 @pytest.mark.parametrize("backend", list(dispatch.BACKENDS), indirect=True)
@@ -142,7 +146,7 @@ def test_two_threads_in_one_call(case, backend, threads):
 
 
 def divided(members: int, directions: int, kind: str) -> Case:
-    """A layer with rows and blocks of units enough for so many members; the last block is narrow."""
+    """A layer with enough rows and unit blocks for this partition, and a tail block."""
     return Case(
         T=6,
         B=2 * members + 1,
@@ -167,14 +171,14 @@ DIVIDED = [
 
 @pytest.mark.parametrize("backend", ["native"], indirect=True)
 @pytest.mark.parametrize(("count", "split", "case"), DIVIDED, ids=str)
-def test_three_to_eight_threads_in_one_call(count, split, case, backend, divide):
-    """Also more than there are cores. tests/test_partitions.py looks for races among them."""
-    divide(count // case.directions, 1, split, case.bidirectional)
+def test_three_to_eight_threads_in_one_call(count, split, case, backend, force_partition):
+    """Also more threads than cores. tests/test_partitions.py checks for races."""
+    force_partition(count // case.directions, 1, split, case.bidirectional)
     check(case, backend)
 
 
-# Grants one thread to half of the extension's parallel regions, as a runtime may that has none to spare. Which half a
-# generator decides, for any strict order of regions and threads would leave some sequences of them out.
+# Gives one thread to half of the extension's parallel regions, as a runtime may do. A generator selects the half,
+# because a fixed order would miss some sequences of regions and threads.
 FEWER = """
 #define _GNU_SOURCE
 #include <dlfcn.h>
@@ -204,7 +208,7 @@ save([[run_backend(case, "native") for _ in range(6)] for case in cases])
 
 @pytest.mark.parametrize("backend", ["native"], indirect=True)
 def test_fewer_threads_than_asked_for(backend, tmp_path):
-    """Who packs which weights, and who waits for whom, must not rest on the number of threads that was hoped for."""
+    """Packing and barriers must not depend on the requested number of threads."""
     compiler = shutil.which("cc") or shutil.which("gcc")
     if compiler is None or sys.platform != "linux":
         pytest.skip("needs a C compiler on Linux, for a stand-in of GCC's OpenMP runtime")
@@ -217,7 +221,7 @@ def test_fewer_threads_than_asked_for(backend, tmp_path):
 
 
 def together(count, work):
-    """Runs work(k) in `count` Python threads that start at once; raises what any of them raised."""
+    """Run work(k) in `count` Python threads that start together; raise the error of any of them."""
     barrier, errors = threading.Barrier(count), []
 
     def run(k):
@@ -238,32 +242,32 @@ def together(count, work):
 
 
 def test_python_threads_at_once(backend):
-    """Each trains its own module; results are those of running alone."""
+    """Each thread trains a separate module; results equal those of running alone."""
     cases = [Case(T=6, B=3, I=4, H=17 + k, layers=2, bidirectional=True, hx="tuple", seed=k) for k in range(3)]
     require(backend, cases[0])
     alone = [run_backend(case, backend) for case in cases]
-    found = {}
+    results = {}
 
     def work(k):
         for _ in range(5):
-            found[k] = run(cases[k])
+            results[k] = run(cases[k])
 
     with fastlstm.use_backend(backend):
         together(3, work)
     for k in range(3):
         for name, value in alone[k].items():
-            torch.testing.assert_close(found[k][name], value, rtol=1e-5, atol=1e-6)
+            torch.testing.assert_close(results[k][name], value, rtol=1e-5, atol=1e-6)
 
 
 def test_python_threads_share_a_module(backend):
-    """As a server does: one module, many requests."""
+    """As in a server: one module, concurrent requests."""
     lstm = fastlstm.LSTM(3, 16, 2).eval()
     inputs = [torch.randn(7, 2, 3) for _ in range(4)]
     with torch.no_grad():
         expected = [lstm(x)[0] for x in inputs]
 
     def work(k):
-        with torch.no_grad():  # a setting of each thread
+        with torch.no_grad():  # a setting per thread
             for _ in range(10):
                 assert torch.equal(lstm(inputs[k])[0], expected[k])
 
@@ -297,15 +301,16 @@ sys.exit(os.waitstatus_to_exitcode(status))
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
 @pytest.mark.parametrize("backend", list(dispatch.BACKENDS), indirect=True)
 def test_fork_after_use(backend):
-    """As a DataLoader's workers are made. With one thread there: OpenMP's own pool does not survive a fork."""
-    found = subprocess.run([sys.executable, "-c", FORKED, backend], timeout=120, capture_output=True, text=True)
-    assert found.returncode == 0, found.stderr
+    """As in a DataLoader's workers. The child uses one thread, because OpenMP's pool does not survive a fork."""
+    ran = subprocess.run([sys.executable, "-c", FORKED, backend], timeout=120, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr
 
 
 @pytest.mark.parametrize("backend", ["native"], indirect=True)
-def test_garbage_in_fresh_memory_reaches_nothing(backend):
-    """glibc fills what malloc gives with MALLOC_PERTURB_'s complement: buffers that torch.empty does not know of."""
-    cases = [OPTIONS[k] for k in (5, 7, 18, 19, 21)]
+def test_no_uninitialized_heap_memory_is_read(backend):
+    """MALLOC_PERTURB_ makes glibc fill all allocations, those that bypass torch.empty included."""
+    names = ("bidirectional", "two layers with projection", "two layers with lengths", "packed", "lengths and resets")
+    cases = [OPTIONS[name] for name in names]
     program = """
 from tests.runners import run_backend
 torch.set_num_threads(1)

@@ -1,4 +1,4 @@
-"""torch.jit.trace: what is recorded depends neither on the grad mode nor on the lengths of the moment."""
+"""torch.jit.trace: the recorded graph is independent of grad mode and of the lengths while tracing."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastlstm
 
-from .twins import assert_same, data, flat, twins
+from .module_pairs import assert_same, data, flat, module_pair
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning"),
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
 ]
 
-# The reference's loop over the steps is recorded as it is: its trace serves the T it was made with.
+# The reference's loop over steps is unrolled, so its trace supports one T only.
 on_ops = pytest.mark.parametrize("backend", ["native", "eager"], indirect=True)
 MODES = {"grad": nullcontext, "no_grad": torch.no_grad}
 
 
 class Packed(nn.Module):
-    """x [B, T, 3] and lengths [B] to the padded output and the final states."""
+    """x [B, T, 3], lengths [B] -> padded output, final states."""
 
     def __init__(self, lstm: nn.Module, enforce_sorted: bool) -> None:
         super().__init__()
@@ -56,11 +56,11 @@ def trace(module: nn.Module, args: tuple, mode: str, **kwargs):
 @pytest.mark.parametrize(
     "kwargs", [{}, {"num_layers": 2, "bidirectional": True}, {"proj_size": 2, "bias": False}, {"recompute": 2}], ids=str
 )
-def test_a_packed_trace_serves_other_lengths(kwargs, enforce_sorted, mode, backend):
-    """The same sum, other sums, more and fewer rows and steps than it was traced with."""
+def test_trace_with_packed_input_supports_other_lengths(kwargs, enforce_sorted, mode, backend):
+    """Equal and other sums of lengths, more and fewer rows and steps than while tracing."""
     kwargs = dict(kwargs)
     recompute = kwargs.pop("recompute", False)
-    pair = twins(**kwargs, batch_first=True)
+    pair = module_pair(**kwargs, batch_first=True)
     pair[0].recompute = recompute
     if recompute and mode == "grad":
         pytest.skip("one of the modes is enough")
@@ -80,26 +80,26 @@ def test_a_packed_trace_serves_other_lengths(kwargs, enforce_sorted, mode, backe
 
 
 @on_ops
-def test_a_packed_trace_draws_nn_lstms_dropout(backend):
-    ours, theirs = (Packed(lstm, True) for lstm in twins(num_layers=2, dropout=0.5, batch_first=True))
+def test_trace_with_packed_input_draws_nn_lstms_dropout(backend):
+    ours, theirs = (Packed(lstm, True) for lstm in module_pair(num_layers=2, dropout=0.5, batch_first=True))
     traced, yours = (trace(m, batch(5, 3, 2), "grad", check_trace=False) for m in (ours, theirs))
-    found = []
+    results = []
     for module in (traced, yours):
         torch.manual_seed(3)
-        found.append(module(*batch(6, 4, 4, 1)))
-    torch.testing.assert_close(*found)
+        results.append(module(*batch(6, 4, 4, 1)))
+    torch.testing.assert_close(*results)
 
 
 class Options(nn.Module):
-    """A layer called with all that fastlstm's takes beyond nn.LSTM's arguments."""
+    """A layer called with arguments that nn.LSTM does not have."""
 
     def __init__(self, lstm: nn.Module, **kwargs: bool) -> None:
         super().__init__()
         self.lstm, self.wanted = lstm, kwargs
 
     def forward(self, x: Tensor, h0: Tensor, c0: Tensor, lengths: Tensor, reset_mask: Tensor):
-        given = {"lengths": lengths, "reset_mask": reset_mask, "return_cell_states": True}
-        return self.lstm(x, (h0, c0), **{name: value for name, value in given.items() if self.wanted.get(name)})
+        options = {"lengths": lengths, "reset_mask": reset_mask, "return_cell_states": True}
+        return self.lstm(x, (h0, c0), **{name: value for name, value in options.items() if self.wanted.get(name)})
 
 
 def arguments(T: int, B: int) -> tuple[Tensor, ...]:
@@ -113,9 +113,9 @@ def arguments(T: int, B: int) -> tuple[Tensor, ...]:
 @pytest.mark.parametrize(
     "wanted", [(), ("lengths",), ("reset_mask",), ("lengths", "reset_mask", "return_cell_states")], ids=str
 )
-def test_a_trace_is_the_module(wanted, recompute, mode, backend):
-    """For other T and B than it was made with, under no_grad and in training."""
-    lstm, _ = twins(bidirectional=True)
+def test_trace_equals_the_module(wanted, recompute, mode, backend):
+    """For other T and B than while tracing, under no_grad and in training."""
+    lstm, _ = module_pair(bidirectional=True)
     lstm.recompute = recompute
     module = Options(lstm, **dict.fromkeys(wanted, True))
     traced = trace(module, arguments(5, 3), mode)
@@ -141,8 +141,8 @@ class Steps(nn.Module):
 @on_ops
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("kwargs", [{}, {"bias": False}], ids=str)
-def test_a_loop_of_cells(kwargs, mode, backend):
-    ours, theirs = (Steps(cell) for cell in twins(cell=True, **kwargs))
+def test_loop_of_cells(kwargs, mode, backend):
+    ours, theirs = (Steps(cell) for cell in module_pair(cell=True, **kwargs))
     traced = trace(ours, (data(4, 3, 3),), mode)
     for B in (3, 5):
         assert_same(traced, theirs, data(4, B, 3))
@@ -152,8 +152,8 @@ def test_a_loop_of_cells(kwargs, mode, backend):
 
 @on_ops
 @pytest.mark.parametrize("packed", [False, True])
-def test_the_graph_is_the_same_in_every_grad_mode(packed, backend):
-    lstm, _ = twins(num_layers=2, batch_first=True)
+def test_graph_is_independent_of_grad_mode(packed, backend):
+    lstm, _ = module_pair(num_layers=2, batch_first=True)
     module, args = (Packed(lstm, True), batch(3, 2)) if packed else (lstm, (data(2, 3, 3),))
     graphs = []
     for mode, frozen in (("grad", False), ("no_grad", False), ("grad", True)):
@@ -165,8 +165,8 @@ def test_the_graph_is_the_same_in_every_grad_mode(packed, backend):
 
 @on_ops
 def test_add_graph_of_tensorboard(backend):
-    """torch.utils.tensorboard.SummaryWriter.add_graph is this call and a walk over the graph."""
-    ours, _ = twins(num_layers=2)
+    """torch.utils.tensorboard.SummaryWriter.add_graph calls this and iterates over the graph."""
+    ours, _ = module_pair(num_layers=2)
     traced = torch.jit.trace(ours, data(4, 2, 3), strict=False)
     graph = traced.graph
     torch._C._jit_pass_inline(graph)
@@ -183,7 +183,7 @@ def test_inference_on_a_trace_keeps_no_reserve(recompute, backend):
                 kept.append(sum(t.numel() for t in flat(results)[4 if not recompute else 3 :]))
             return results
 
-    ours, _ = twins()
+    ours, _ = module_pair()
     ours.recompute = recompute
     traced, kept = trace(ours, (data(4, 2, 3),), "grad"), []
     with torch.no_grad(), Record():
@@ -197,8 +197,8 @@ def in_a_fresh_process(*lines: str) -> str:
     return ran.stdout + ran.stderr
 
 
-def test_loading_takes_an_import_of_fastlstm(tmp_path):
-    """It defines the ops of a saved trace or program; without it the errors are those that the README names."""
+def test_loading_a_trace_requires_importing_fastlstm(tmp_path):
+    """The import registers the ops of a saved trace or program; without it the errors are those in the README."""
     lstm, x = fastlstm.LSTM(3, 4).eval(), data(5, 2, 3).float()
     torch.jit.trace(lstm, (x,)).save(tmp_path / "trace.pt")
     torch.export.save(torch.export.export(lstm, (x,)), tmp_path / "program.pt2")
@@ -211,7 +211,7 @@ def test_loading_takes_an_import_of_fastlstm(tmp_path):
         *(f"torch.testing.assert_close({load}(x)[0], y)" for load in (trace, program)),
     )
     attempt = "try: {}\nexcept RuntimeError as error: print(error)"
-    told = in_a_fresh_process("import torch", attempt.format(trace), attempt.format(program))
-    assert "Unknown builtin op: fastlstm::" in told
-    assert "error when deserializing" in told
-    assert "_layer.default" in told
+    printed = in_a_fresh_process("import torch", attempt.format(trace), attempt.format(program))
+    assert "Unknown builtin op: fastlstm::" in printed
+    assert "error when deserializing" in printed
+    assert "_layer.default" in printed

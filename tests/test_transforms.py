@@ -12,15 +12,15 @@ from torch.func import functional_call, grad, jacrev, jvp, stack_module_state, v
 import fastlstm
 
 from .cases import Case
-from .place import HERE
+from .device import TEST_DEVICE
+from .module_pairs import data, module_pair
 from .runners import require
-from .twins import data, twins
 
 X = data(4, 3, 3)
 
 
 def test_grad(backend):
-    ours, theirs = twins(num_layers=2, bidirectional=True)
+    ours, theirs = module_pair(num_layers=2, bidirectional=True)
     weights = dict(ours.named_parameters())
     got = grad(lambda w: functional_call(ours, w, (X,))[0].pow(2).sum())(weights)
     expected = torch.autograd.grad(theirs(X)[0].pow(2).sum(), list(theirs.parameters()))
@@ -28,7 +28,7 @@ def test_grad(backend):
 
 
 def test_per_sample_gradients(backend):
-    ours, theirs = twins()
+    ours, theirs = module_pair()
     weights = {name: w.detach() for name, w in ours.named_parameters()}
 
     def loss(w, row):
@@ -41,7 +41,7 @@ def test_per_sample_gradients(backend):
 
 
 def test_vmap_over_inputs_and_ragged_arguments(backend):
-    ours, _ = twins(bidirectional=True)
+    ours, _ = module_pair(bidirectional=True)
     inputs, lengths = data(5, 4, 3, 3), torch.tensor([[4, 0, 2]] * 5)
     mask = data(5, 4, 3) > 0.5
     got = vmap(lambda x, m: ours(x, lengths=lengths[0], reset_mask=m)[0])(inputs, mask)
@@ -51,7 +51,7 @@ def test_vmap_over_inputs_and_ragged_arguments(backend):
 
 @pytest.mark.filterwarnings("error:.*performance drop")
 def test_vmap_over_packed_data(backend):
-    ours, _ = twins(bidirectional=True)
+    ours, _ = module_pair(bidirectional=True)
     packed = nn.utils.rnn.pack_padded_sequence(data(5, 3, 3), [5, 2, 4], enforce_sorted=False)
     inputs = data(4, *packed.data.shape)
 
@@ -65,7 +65,7 @@ def test_vmap_over_packed_data(backend):
 
 
 def test_ensemble(backend):
-    models = [fastlstm.LSTM(3, 4, 2, dtype=HERE.dtype) for _ in range(3)]
+    models = [fastlstm.LSTM(3, 4, 2, dtype=TEST_DEVICE.dtype) for _ in range(3)]
     params, buffers = stack_module_state(models)
     base = fastlstm.LSTM(3, 4, 2, device="meta")
     got = vmap(lambda p, b: functional_call(base, (p, b), (X,))[0])(params, buffers)
@@ -74,8 +74,8 @@ def test_ensemble(backend):
 
 
 def test_jvp_agrees_with_vjp(backend):
-    require(backend, Case(proj=2, dtype=HERE.dtype))
-    ours, _ = twins(proj_size=2)
+    require(backend, Case(proj=2, dtype=TEST_DEVICE.dtype))
+    ours, _ = module_pair(proj_size=2)
     tangent = data(4, 3, 3, seed=1)
     output, moved = jvp(lambda x: ours(x)[0], (X,), (tangent,))
     expected, pull = vjp(lambda x: ours(x)[0], X)
@@ -85,7 +85,7 @@ def test_jvp_agrees_with_vjp(backend):
 
 
 def test_forward_mode_ad(backend):
-    ours, _ = twins()
+    ours, _ = module_pair()
     _, expected = jvp(lambda x: ours(x)[0], (X,), (X,))
     with torch.autograd.forward_ad.dual_level():
         dual = torch.autograd.forward_ad.make_dual(X, X)
@@ -94,7 +94,7 @@ def test_forward_mode_ad(backend):
 
 
 def test_jacobian_and_nested_gradients(backend):
-    ours, theirs = twins()
+    ours, theirs = module_pair()
     x = data(2, 1, 3)
     jacobian = jacrev(lambda x: ours(x)[0])(x)
     expected = torch.autograd.functional.jacobian(lambda x: theirs(x)[0], x)
@@ -107,8 +107,8 @@ def test_jacobian_and_nested_gradients(backend):
 
 @pytest.mark.parametrize("recompute", [False, 2])
 def test_batched_gradients_of_one_graph(recompute, backend):
-    """Those of a loop over them, through torch.autograd's own vmap and torch.func's."""
-    ours, _ = twins(num_layers=2, bidirectional=True)
+    """Equal to a loop over gradients, with torch.autograd's vmap and torch.func's."""
+    ours, _ = module_pair(num_layers=2, bidirectional=True)
     ours.recompute = recompute
     x = X.clone().requires_grad_()
     y, (h_n, c_n) = ours(x, lengths=torch.tensor([4, 0, 2]))
@@ -126,7 +126,7 @@ def test_batched_gradients_of_one_graph(recompute, backend):
 
 
 def test_vectorized_jacobian_and_hessian(backend):
-    ours, theirs = twins()
+    ours, theirs = module_pair()
     x = data(2, 1, 3)
     jacobian, hessian = torch.autograd.functional.jacobian, torch.autograd.functional.hessian
     got = jacobian(lambda x: ours(x)[0], x, vectorize=True)
@@ -136,7 +136,7 @@ def test_vectorized_jacobian_and_hessian(backend):
 
 
 def test_batched_gradients_of_a_cell(backend):
-    ours, theirs = twins(cell=True)
+    ours, theirs = module_pair(cell=True)
     x = X[0]
     got = torch.autograd.functional.jacobian(lambda x: ours(x), x, vectorize=True)
     torch.testing.assert_close(got, torch.autograd.functional.jacobian(lambda x: theirs(x), x))
@@ -144,21 +144,21 @@ def test_batched_gradients_of_a_cell(backend):
 
 @pytest.mark.parametrize("cell", [False, True])
 def test_tangent_of_an_arriving_gradient(cell, backend):
-    ours, _ = twins(cell=cell)
+    ours, _ = module_pair(cell=cell)
     x = (X[0] if cell else X).clone().requires_grad_()
     y = ours(x)[0]
     grad, tangent = data(*y.shape), data(*y.shape, seed=1)
     with torch.autograd.forward_ad.dual_level():
         dual = torch.autograd.forward_ad.make_dual(grad, tangent)
-        (found,) = torch.autograd.grad(y, x, dual, retain_graph=True)
-        found = torch.autograd.forward_ad.unpack_dual(found)
-    torch.testing.assert_close(found.primal, torch.autograd.grad(y, x, grad, retain_graph=True)[0])
-    torch.testing.assert_close(found.tangent, torch.autograd.grad(y, x, tangent)[0])
+        (results,) = torch.autograd.grad(y, x, dual, retain_graph=True)
+        results = torch.autograd.forward_ad.unpack_dual(results)
+    torch.testing.assert_close(results.primal, torch.autograd.grad(y, x, grad, retain_graph=True)[0])
+    torch.testing.assert_close(results.tangent, torch.autograd.grad(y, x, tangent)[0])
 
 
-def test_gradients_behind_a_transform_batched_or_with_a_tangent(backend):
-    """Of weights that torch.func.grad_and_value does not know of: the graph it leaves behind is autograd's own."""
-    ours, _ = twins()
+def test_batched_or_dual_gradients_arriving_at_backward(backend):
+    """With respect to weights outside torch.func.grad_and_value, through autograd's graph."""
+    ours, _ = module_pair()
     weights = {name: w.detach().requires_grad_() for name, w in ours.named_parameters()}
     value = torch.func.grad_and_value(lambda x: functional_call(ours, weights, (x,))[0].sin().sum())(X)[1]
     wanted, factors = list(weights.values()), torch.arange(3.0, dtype=X.dtype, device=X.device)
@@ -167,13 +167,13 @@ def test_gradients_behind_a_transform_batched_or_with_a_tangent(backend):
     torch.testing.assert_close(list(batched), [torch.stack([k * g for k in factors]) for g in plain])
     with torch.autograd.forward_ad.dual_level():
         dual = torch.autograd.forward_ad.make_dual(torch.ones_like(value), torch.full_like(value, 2))
-        found = [torch.autograd.forward_ad.unpack_dual(g) for g in torch.autograd.grad(value, wanted, dual)]
-    torch.testing.assert_close([g.primal for g in found], list(plain))
-    torch.testing.assert_close([g.tangent for g in found], [2 * g for g in plain])
+        results = [torch.autograd.forward_ad.unpack_dual(g) for g in torch.autograd.grad(value, wanted, dual)]
+    torch.testing.assert_close([g.primal for g in results], list(plain))
+    torch.testing.assert_close([g.tangent for g in results], [2 * g for g in plain])
 
 
 def test_cell(backend):
-    ours, theirs = twins(cell=True)
+    ours, theirs = module_pair(cell=True)
     got = vmap(lambda row: ours(row)[0])(X)
     torch.testing.assert_close(got, torch.stack([theirs(row)[0] for row in X]))
     weights = {name: w.detach() for name, w in ours.named_parameters()}
@@ -183,8 +183,8 @@ def test_cell(backend):
     )
 
 
-def test_after_a_transform_the_backend_is_at_work_again():
-    ours, _ = twins()
+def test_backend_is_restored_after_a_transform():
+    ours, _ = module_pair()
     before = type(ours(X)[0].grad_fn)
     grad(lambda x: ours(x)[0].sum())(X)
     with pytest.raises(ZeroDivisionError):
@@ -192,7 +192,7 @@ def test_after_a_transform_the_backend_is_at_work_again():
     assert type(ours(X)[0].grad_fn) is before
 
 
-def test_flops_and_module_trackers_do_not_break():
+def test_flop_counter_and_module_tracker_work():
     from torch.utils.flop_counter import FlopCounterMode
 
     with FlopCounterMode(display=False) as counter:
@@ -203,7 +203,7 @@ def test_flops_and_module_trackers_do_not_break():
 @pytest.mark.parametrize("transform", [grad, vmap, lambda f: lambda x: jvp(f, (x,), (x,))], ids=["grad", "vmap", "jvp"])
 @pytest.mark.parametrize("compiled", ["inside", "outside"])
 def test_under_compile(transform, compiled, backend):
-    ours, _ = twins()
+    ours, _ = module_pair()
 
     def loss(x):
         return ours(x)[0].pow(2).sum()
@@ -212,7 +212,7 @@ def test_under_compile(transform, compiled, backend):
     x = X[None] if transform is vmap else X
     compile_ = functools.partial(torch.compile, backend="aot_eager")
     if compiled == "inside":
-        loss(X), compile_(loss)(X)  # a graph from a call without a transform must not serve one with it
+        loss(X), compile_(loss)(X)  # a graph compiled without a transform must not be reused with one
         got = transform(compile_(loss))(x)
     else:
         got = compile_(transform(loss))(x)
@@ -221,5 +221,5 @@ def test_under_compile(transform, compiled, backend):
 
 
 def test_functionalize(backend):
-    ours, theirs = twins()
+    ours, theirs = module_pair()
     torch.testing.assert_close(torch.func.functionalize(lambda x: ours(x)[0])(X), theirs(X)[0])

@@ -1,4 +1,4 @@
-"""torch.func beyond single transforms: nested, with every option of the module, and under an outer backward pass.
+"""torch.func beyond single transforms: nested, with every option of the module, and inside an outer backward pass.
 
 Each result is compared with plain loops over nn.LSTM, or over fastlstm.LSTM where nn.LSTM lacks the option.
 """
@@ -13,17 +13,20 @@ import fastlstm
 from fastlstm.accuracy import error_bounds
 
 from .cases import Case
-from .place import HERE
+from .device import TEST_DEVICE
+from .module_pairs import data, flat, module_pair
 from .runners import assert_accurate, precision, require
-from .twins import data, flat, twins
 
 T, N, B = 4, 3, 2
 LENGTHS = torch.tensor([[4, 0], [2, 3], [1, 4]])
 MASK = data(N, T, B, seed=5) > 0.4
-OPTIONS = (
+RAGGED_OPTIONS = (
     {},
     {"num_layers": 2, "bidirectional": True},
     {"proj_size": 2, "bias": False, "bidirectional": True},
+)
+OPTIONS = (
+    *RAGGED_OPTIONS,
     {"batch_first": True},
     {"proj_size": 2, "num_layers": 2},
 )
@@ -40,28 +43,28 @@ def loss(module, weights, x, **ragged):
 
 def looped(module, inputs, options=({},) * N):
     """The gradients of `loss` for each sample, stacked."""
-    found = []
+    results = []
     for x, ragged in zip(inputs, options, strict=True):
         leaves = {name: w.clone().requires_grad_() for name, w in weights_of(module).items()}
-        found.append(torch.autograd.grad(loss(module, leaves, x, **ragged), list(leaves.values())))
-    return [torch.stack(parts) for parts in zip(*found, strict=True)]
+        results.append(torch.autograd.grad(loss(module, leaves, x, **ragged), list(leaves.values())))
+    return [torch.stack(parts) for parts in zip(*results, strict=True)]
 
 
 @pytest.mark.parametrize("steps", [T, 1])
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_per_sample_gradients(options, steps, backend):
-    require(backend, Case(proj=options.get("proj_size", 0), dtype=HERE.dtype))
-    ours, theirs = twins(**options)
+    require(backend, Case(proj=options.get("proj_size", 0), dtype=TEST_DEVICE.dtype))
+    ours, theirs = module_pair(**options)
     inputs = data(N, *((B, steps) if "batch_first" in options else (steps, B)), 3)
     got = vmap(grad(lambda w, x: loss(ours, w, x)), in_dims=(None, 0))(weights_of(ours), inputs)
     torch.testing.assert_close(list(got.values()), looped(theirs, inputs))
 
 
-@pytest.mark.parametrize("options", OPTIONS[:3], ids=str)
+@pytest.mark.parametrize("options", RAGGED_OPTIONS, ids=str)
 def test_per_sample_gradients_of_ragged_rows(options, backend):
-    """Lengths and masks of their own for each sample; the padding holds NaN."""
-    require(backend, Case(proj=options.get("proj_size", 0), dtype=HERE.dtype, lengths=(1,), resets=((0, 0),)))
-    ours, _ = twins(**options)
+    """Separate lengths and masks for each sample, and NaN in the padding."""
+    require(backend, Case(proj=options.get("proj_size", 0), dtype=TEST_DEVICE.dtype, lengths=(1,), resets=((0, 0),)))
+    ours, _ = module_pair(**options)
     padding = torch.arange(T)[None, :, None] >= LENGTHS[:, None]
     inputs = data(N, T, B, 3).masked_fill(padding[..., None], float("nan"))
 
@@ -76,8 +79,8 @@ def test_per_sample_gradients_of_ragged_rows(options, backend):
 
 
 def test_per_sample_gradients_of_states(backend):
-    """Mapped initial states and their gradients, beside a frozen weight."""
-    ours, theirs = twins(bidirectional=True)
+    """Mapped initial states and their gradients."""
+    ours, theirs = module_pair(bidirectional=True)
     x, h0, c0 = data(T, B, 3), data(N, 2, B, 4), data(2, N, B, 4, seed=1)
     got = vmap(grad(lambda h, c: ours(x, (h, c))[0].pow(2).sum(), argnums=(0, 1)), in_dims=(0, 1))(h0, c0)
     for k in range(N):
@@ -87,7 +90,7 @@ def test_per_sample_gradients_of_states(backend):
 
 
 def test_vmap_in_vmap(backend):
-    ours, theirs = twins()
+    ours, theirs = module_pair()
     inputs = data(2, N, T, B, 3)
     per_sample = vmap(vmap(grad(lambda w, x: loss(ours, w, x)), in_dims=(None, 0)), in_dims=(None, 0))
     got = per_sample(weights_of(ours), inputs)
@@ -95,9 +98,9 @@ def test_vmap_in_vmap(backend):
         torch.testing.assert_close([g[k] for g in got.values()], looped(theirs, inputs[k]))
 
 
-def test_an_ensemble_and_its_gradients(backend):
-    """Training an ensemble both ways: vmap(grad), and a plain backward through vmap."""
-    pairs = [twins(num_layers=2) for _ in range(N)]
+def test_ensemble_gradients(backend):
+    """Training an ensemble by vmap(grad), and by backward through vmap."""
+    pairs = [module_pair(num_layers=2) for _ in range(N)]
     for k, (ours, theirs) in enumerate(pairs):
         with torch.no_grad():
             for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
@@ -116,7 +119,7 @@ def test_an_ensemble_and_its_gradients(backend):
 
 
 def test_per_sample_gradients_of_an_ensemble(backend):
-    models = [fastlstm.LSTM(3, 4, dtype=HERE.dtype) for _ in range(2)]
+    models = [fastlstm.LSTM(3, 4, dtype=TEST_DEVICE.dtype) for _ in range(2)]
     params, _ = stack_module_state(models)
     params = {name: w.detach() for name, w in params.items()}
     inputs = data(N, T, B, 3)
@@ -131,12 +134,12 @@ def test_per_sample_gradients_of_an_ensemble(backend):
 
 
 def test_backward_through_per_sample_gradients(backend):
-    """The norm of every sample's gradient in a loss: a second derivative through vmap."""
-    ours, theirs = twins(bidirectional=True)
+    """A loss with the norm of each sample's gradient: second derivatives through vmap."""
+    ours, theirs = module_pair(bidirectional=True)
     inputs = data(N, T, B, 3)
     leaves = {name: w.clone().requires_grad_() for name, w in weights_of(ours).items()}
-    found = vmap(grad(lambda w, x: loss(ours, w, x)), in_dims=(None, 0))(leaves, inputs)
-    got = torch.autograd.grad(sum(g.pow(2).sum() for g in found.values()), list(leaves.values()))
+    results = vmap(grad(lambda w, x: loss(ours, w, x)), in_dims=(None, 0))(leaves, inputs)
+    got = torch.autograd.grad(sum(g.pow(2).sum() for g in results.values()), list(leaves.values()))
     total = 0
     for x in inputs:
         first = torch.autograd.grad(
@@ -146,8 +149,8 @@ def test_backward_through_per_sample_gradients(backend):
     torch.testing.assert_close(got, torch.autograd.grad(total, list(theirs.parameters())))
 
 
-def test_hessian_and_its_two_other_ways(backend):
-    ours, theirs = twins(2, 3)
+def test_hessian_by_three_compositions(backend):
+    ours, theirs = module_pair(2, 3)
     x = data(3, 1, 2)
     expected = torch.autograd.functional.hessian(lambda x: theirs(x)[0].pow(3).sum(), x)
 
@@ -159,7 +162,7 @@ def test_hessian_and_its_two_other_ways(backend):
 
 
 def test_hessian_vector_product_and_third_derivative(backend):
-    ours, theirs = twins(2, 3)
+    ours, theirs = module_pair(2, 3)
     x, v = data(3, 1, 2), data(3, 1, 2, seed=1)
     _, pull = vjp(grad(lambda x: ours(x)[0].pow(2).sum()), x)
     leaf = x.clone().requires_grad_()
@@ -171,7 +174,7 @@ def test_hessian_vector_product_and_third_derivative(backend):
 
 
 def test_jacobians_of_mapped_rows(backend):
-    ours, theirs = twins()
+    ours, theirs = module_pair()
     inputs = data(N, 2, 1, 3)
     expected = [torch.autograd.functional.jacobian(lambda x: theirs(x)[0], x) for x in inputs]
     for jacobian in (jacrev, jacfwd):
@@ -179,9 +182,9 @@ def test_jacobians_of_mapped_rows(backend):
         torch.testing.assert_close(got, torch.stack(expected))
 
 
-def test_transforms_run_on_the_backend_and_not_on_the_loop(monkeypatch):
-    """vmap(grad) never enters the reference; a gradient of a gradient does."""
-    ours, _ = twins()
+def test_transforms_run_on_the_backend(monkeypatch):
+    """vmap(grad) does not run the reference; second-order gradients do."""
+    ours, _ = module_pair()
     inputs, calls = data(N, T, B, 3), []
     real = fastlstm.reference.layer
     monkeypatch.setattr(fastlstm.reference, "layer", lambda *args: calls.append(1) or real(*args))
@@ -193,14 +196,14 @@ def test_transforms_run_on_the_backend_and_not_on_the_loop(monkeypatch):
         assert calls
 
 
-def test_lengths_out_of_range_are_noticed_under_vmap(backend):
-    ours, _ = twins()
+def test_lengths_out_of_range_raise_under_vmap(backend):
+    ours, _ = module_pair()
     with pytest.raises(ValueError, match=r"lengths must lie in \[0, T=4\], got 9"):
         vmap(lambda x, n: ours(x, lengths=n)[0])(data(N, T, B, 3), LENGTHS + 5)
 
 
 def test_dropout_under_vmap(backend):
-    ours, _ = twins(num_layers=2, dropout=0.5)
+    ours, _ = module_pair(num_layers=2, dropout=0.5)
     same = data(T, B, 3).expand(N, T, B, 3)
     got = vmap(lambda x: ours(x)[0], randomness="different")(same)
     assert not torch.equal(got[0], got[1])
@@ -210,7 +213,7 @@ def test_dropout_under_vmap(backend):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_per_sample_gradients_in_other_dtypes(dtype, backend):
-    ours, theirs = twins(3, 8, dtype=dtype)
+    ours, theirs = module_pair(3, 8, dtype=dtype)
     inputs = data(N, T, B, 3).to(dtype)
     got = vmap(grad(lambda w, x: loss(ours, w, x)), in_dims=(None, 0))(weights_of(ours), inputs)
     theirs.double()

@@ -1,4 +1,4 @@
-"""The Triton backend from outside: what it says it can run, what importing it costs, its kernels in the interpreter.
+"""The Triton backend: supports(), imports, and its kernels in the interpreter.
 
 tests/test_triton_aot.py compiles the kernels; tests/interpreted_triton.py has the tests of what they compute.
 """
@@ -23,7 +23,7 @@ ROOT = Path(__file__).parents[1]
 
 
 def why_no_interpreter() -> str:
-    """Why Triton's interpreter cannot run the kernels here, "" if it can."""
+    """The reason Triton's interpreter cannot run the kernels here, "" if it can."""
     if not backend.INSTALLED:
         return "Triton is not installed"
     if version("triton").startswith("3.6.") and tuple(map(int, version("numpy").split(".")[:2])) >= (2, 4):
@@ -32,7 +32,7 @@ def why_no_interpreter() -> str:
 
 
 def start(*command: str, **environment: str) -> subprocess.Popen[str]:
-    """Python in a process of its own, from the root of the repository, without the interpreter unless asked for."""
+    """Run Python in a new process in the root of the repository, without Triton's interpreter by default."""
     inherited = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment = {**inherited, **environment}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
@@ -40,14 +40,14 @@ def start(*command: str, **environment: str) -> subprocess.Popen[str]:
 
 
 def run(program: str) -> tuple[str, str]:
-    """What `program` prints, and its errors."""
+    """Run `program`; return its output and errors."""
     return start("-c", program).communicate(timeout=120)
 
 
 @pytest.mark.toolchain
 @pytest.mark.skipif(why_no_interpreter() != "", reason=why_no_interpreter())
-def test_the_contract_in_the_interpreter():
-    """Every kernel, option and dtype against the float64 truth, in two processes; their output where they fail."""
+def test_contract_in_the_interpreter():
+    """Every kernel, option and dtype against the float64 reference, in two processes."""
     command = ("-m", "pytest", "tests/interpreted_triton.py", "-p", "no:cacheprovider", "-k")
     environment = {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     halves = [start(*command, which, **environment) for which in ("resident", "not resident")]
@@ -70,7 +70,7 @@ def call(device="cpu", dtype=torch.float32, **kwargs):
 
 @pytest.fixture
 def on_gpu(monkeypatch):
-    """As on a machine with Triton and a recent NVIDIA GPU, for questions alone."""
+    """Simulate a machine with Triton and a recent NVIDIA GPU, for supports() only."""
     monkeypatch.setattr(backend, "INSTALLED", True)
     monkeypatch.setattr(backend, "INTERPRETED", False)
     monkeypatch.setattr(backend, "_too_old", lambda device: False)
@@ -79,7 +79,7 @@ def on_gpu(monkeypatch):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("kwargs", [{}, {"bidirectional": True, "bias": False}], ids=str)
 @pytest.mark.parametrize("device", ["cuda", "xpu"])
-def test_gpus_run_everything_but_projections_and_float64(device, kwargs, dtype, on_gpu):
+def test_gpus_support_all_but_projections_and_float64(device, kwargs, dtype, on_gpu):
     assert backend.supports(call(device, dtype, **kwargs)) is None
     assert "proj_size" in backend.supports(call(device, dtype, proj_size=2, **kwargs))
     assert "got torch.float64" in backend.supports(call(device, torch.float64, **kwargs))
@@ -107,7 +107,7 @@ def test_refusals_say_why(on_gpu, monkeypatch):
 
 
 @pytest.mark.skipif(backend.INTERPRETED, reason="TRITON_INTERPRET is set")
-def test_a_cpu_tensor_is_refused_by_name_and_passed_over_by_auto(monkeypatch):
+def test_cpu_tensor_is_refused_by_name_and_skipped_by_auto(monkeypatch):
     monkeypatch.setattr(dispatch, "_chosen", {})
     lstm, x = fastlstm.LSTM(3, 4), torch.zeros(2, 1, 3)
     assert fastlstm.explain(lstm, x).backend != "triton"
@@ -115,7 +115,7 @@ def test_a_cpu_tensor_is_refused_by_name_and_passed_over_by_auto(monkeypatch):
         lstm(x)
 
 
-def test_native_goes_before_triton_and_eager_after():
+def test_native_precedes_triton_and_eager_follows():
     order = list(backends.BACKENDS)
     expected = ["native", "eager", "triton"] if backend.INTERPRETED else ["native", "triton", "eager"]
     assert [name for name in order if name in expected] == expected
@@ -128,11 +128,11 @@ def test_importing_fastlstm_imports_no_triton():
     assert "'fastlstm.backends.triton.launch'" not in out
 
 
-def test_torch_compile_takes_the_age_of_a_gpu_for_a_constant():
+def test_torch_compile_treats_compute_capability_as_constant():
     assert vars(backend._too_old) == vars(torch.compiler.assume_constant_result(lambda device: False))
 
 
-def test_fastlstm_works_where_triton_is_absent():
+def test_fastlstm_works_without_triton_installed():
     program = """
 import sys
 sys.modules["triton"] = None  # as if it were not installed

@@ -1,8 +1,8 @@
 """The Triton kernels compiled ahead of time, without a GPU: every row of the tile table for sm_80, sm_90 and gfx942.
 
-`recorded` runs the backend's own launch code on CPU tensors with a driver that has a target and no device, and stops at
-the point where Triton would compile. So the signatures here are those of real calls, and so is the count of
-recompilations. What the kernels compute, tests/interpreted_triton.py tests; nothing here says that they run on a GPU.
+`recorded` runs the backend's launch code on CPU tensors with a driver that has a target and no device, and stops where
+Triton would compile. So signatures and the number of recompilations are those of real calls.
+tests/interpreted_triton.py tests the results; nothing here shows that the kernels run on a GPU.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ DTYPES = {"half": torch.bfloat16, "tf32": torch.float32, "ieee": torch.float32}
 
 
 def arguments(T: int, B: int, H: int, dtype: torch.dtype, D: int = 2, everything: bool = True, offset: int = 0) -> list:
-    """The forward op's; the states start `offset` elements into their memory, as a slice of a larger tensor does."""
+    """Arguments of the forward op; the states have a storage offset of `offset` elements, as slices do."""
 
     def state() -> torch.Tensor:
         return torch.zeros(D * B * H + offset, dtype=dtype)[offset:].view(D, B, H)
@@ -62,29 +62,29 @@ def arguments(T: int, B: int, H: int, dtype: torch.dtype, D: int = 2, everything
     return [x, state(), state(), weights, torch.full((B,), T), torch.zeros(T, B, dtype=torch.bool)]
 
 
-def run(given: list, everything: bool = True) -> None:
-    """Forward and backward through the launch code; no kernel runs, so the results hold anything."""
-    launch.forward(*given, everything, True)
-    y, h_n, c_n, cells, reserve = forward_outputs(given[0], given[3], None, everything, True)
-    needs = [True, given[1] is not None, given[2] is not None] + [True] * len(given[3])
+def run(inputs: list, everything: bool = True) -> None:
+    """Forward and backward through the launch code; no kernel runs, so results are undefined."""
+    launch.forward(*inputs, everything, True)
+    y, h_n, c_n, cells, reserve = forward_outputs(inputs[0], inputs[3], None, everything, True)
+    needs = [True, inputs[1] is not None, inputs[2] is not None] + [True] * len(inputs[3])
     grads = (y, h_n, c_n, cells) if everything else (y, None, None, None)
-    launch.backward(*grads, *given, y, cells, reserve, needs)
+    launch.backward(*grads, *inputs, y, cells, reserve, needs)
 
 
 @pytest.fixture
 def recorded(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., dict[str, dict[str, Any]]]]:
-    """record(target, precision, calls): what Triton would compile, by kernel and by Triton's own cache key."""
+    """record(target, precision, calls): what Triton would compile, by kernel and Triton's cache key."""
 
     def record(target: str, precision: str, calls: Callable[[], None]) -> dict[str, dict[str, Any]]:
         gpu, name, shared = TARGETS[target]
         found: dict[str, dict[str, Any]] = {}
 
         def hook(*, key: str, fn: Any, compile: dict[str, Any], **_: Any) -> bool:
-            given = json.loads(compile["specialization_data"])["options"]
-            options = {name: given[name] for name in OPTIONS if name in given}
+            specialization = json.loads(compile["specialization_data"])["options"]
+            options = {name: specialization[name] for name in OPTIONS if name in specialization}
             source = ASTSource(fn.jit_function, compile["signature"], compile["constants"], compile["configs"][0])
             found.setdefault(fn.jit_function.__name__, {})[key] = (source, gpu, options)
-            return True  # "compiled already": Triton goes no further
+            return True  # "already compiled", so Triton stops here
 
         driver = SimpleNamespace(
             get_current_target=lambda: gpu, get_current_device=lambda: 0, get_current_stream=lambda device: 0
@@ -99,7 +99,7 @@ def recorded(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., dict[str
         return found
 
     def clear() -> None:
-        for kernel in KERNELS:  # what Triton keeps for device 0 belongs to another target
+        for kernel in KERNELS:  # Triton's cache of device 0 is for another target
             kernel.device_caches.clear()
 
     yield record
@@ -107,11 +107,11 @@ def recorded(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., dict[str
 
 
 def figures(target: str, source: ASTSource, gpu: GPUTarget, options: dict[str, int]) -> dict[str, int]:
-    """Compiles for `target`: bytes of shared memory, registers a thread, and bytes spilled to memory."""
+    """Compile for `target`; return bytes of shared memory, registers per thread, and bytes spilled."""
     compiled = triton.compile(source, target=gpu, options=options)
     if gpu.backend == "hip":
-        told = compiled.asm["amdgcn"]
-        value = lambda name: int(re.search(rf"\.{name}:\s*(\d+)", told)[1])  # noqa: E731
+        assembly = compiled.asm["amdgcn"]
+        value = lambda name: int(re.search(rf"\.{name}:\s*(\d+)", assembly)[1])  # noqa: E731
         return {
             "shared": compiled.metadata.shared,
             "registers": value("vgpr_count"),
@@ -121,15 +121,15 @@ def figures(target: str, source: ASTSource, gpu: GPUTarget, options: dict[str, i
         file.write(compiled.asm["cubin"])
         file.flush()
         tool = triton.knobs.nvidia.cuobjdump.path
-        told = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
-    registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", told).groups()
+        usage = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+    registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", usage).groups()
     return {"shared": compiled.metadata.shared, "registers": int(registers), "spilled": int(stack)}
 
 
 def variants() -> Iterator[Any]:
     """(target, "half", "tf32" or "ieee", H, row) for the rows of the table, each at its widest H.
 
-    Of rows with one kernel the widest alone on sm_80, which has the kernels and the tiles of sm_90.
+    On sm_80, which has the kernels and tiles of sm_90, only the widest of the rows with equal kernels.
     """
     for target, (_, name, shared) in TARGETS.items():
         for (owner, kind), rows in plan.TABLE.items():
@@ -144,7 +144,7 @@ def variants() -> Iterator[Any]:
 
 @pytest.fixture(scope="module")
 def table(request: pytest.FixtureRequest) -> Iterator[list[str]]:
-    """Lines to print when all is compiled."""
+    """Lines to print after all compilations."""
     lines = [f"\n{'target':7} {'kind':5} {'kernel':20} {'H':>4} {'shared':>7} {'registers':>9} {'spilled':>7}"]
     yield lines
     with request.config.pluginmanager.getplugin("capturemanager").global_and_fixture_disabled():
@@ -153,27 +153,28 @@ def table(request: pytest.FixtureRequest) -> Iterator[list[str]]:
 
 @pytest.mark.parametrize(("target", "kind", "H", "row"), list(variants()))
 def test_compiles_without_spills_within_shared_memory(target, kind, H, row, recorded, table):
-    """With lengths, resets, both directions and every gradient: the variants that need the most registers."""
+    """With lengths, resets, both directions and all gradients: the variants that use the most registers."""
     assert row.shared <= TARGETS[target][2]
-    found = recorded(target, kind, lambda: run(arguments(2, 3, H, DTYPES[kind])))
-    assert all(row.kernel in name or (row.kernel == "step" and "step" in name) for name in found), found
-    assert len(found) == 2
+    results = recorded(target, kind, lambda: run(arguments(2, 3, H, DTYPES[kind])))
+    assert all(row.kernel in name or (row.kernel == "step" and "step" in name) for name in results), results
+    assert len(results) == 2
     wrong = []
-    for kernel, keys in found.items():
+    for kernel, keys in results.items():
         ((_, (source, gpu, options)),) = keys.items()
-        told = figures(target, source, gpu, options)
+        resources = figures(target, source, gpu, options)
         table.append(
-            f"{target:7} {kind:5} {kernel:20} {H:4} {told['shared']:7} {told['registers']:9} {told['spilled']:7}"
+            f"{target:7} {kind:5} {kernel:20} {H:4} {resources['shared']:7} {resources['registers']:9} "
+            f"{resources['spilled']:7}"
         )
-        if told["shared"] > row.shared * 1024 or told["spilled"]:
-            wrong.append(f"{kernel}: {told}, allowed {row.shared} KiB of shared memory and no spills")
+        if resources["shared"] > row.shared * 1024 or resources["spilled"]:
+            wrong.append(f"{kernel}: {resources}, allowed {row.shared} KiB of shared memory and no spills")
     assert not wrong, "\n".join(wrong)
 
 
 def test_ieee_products_are_summed_in_blocks(recorded):
-    """Each block of K apart and then added: over K = 1024 in one run an H100 gave more than twice cuDNN's error."""
-    found = recorded("sm_90", "ieee", lambda: run(arguments(2, 3, 300, torch.float32)))
-    for keys in found.values():
+    """Blockwise sums over K: one running sum over K = 1024 had more than twice cuDNN's error on an H100."""
+    results = recorded("sm_90", "ieee", lambda: run(arguments(2, 3, 300, torch.float32)))
+    for keys in results.values():
         ((_, (source, gpu, options)),) = keys.items()
         text = triton.compile(source, target=gpu, options=options).asm["ttgir"]
         dots = re.findall(r"(%\w+) = tt\.dot .*maxNumImpreciseAcc", text)
@@ -187,28 +188,28 @@ SHAPES = ((1, 1), (1, 16), (16, 1), (2, 3), (15, 7), (17, 33), (16, 16), (40, 64
 
 @pytest.mark.parametrize(("kind", "H"), [("half", 33), ("half", 128), ("half", 200), ("ieee", 65), ("half", 300)])
 def test_ten_shapes_compile_once(kind, H, recorded):
-    """Counted by the keys that Triton would compile for; every other time the states lie at odd addresses."""
+    """Counts Triton's compilation keys; every second call has misaligned states."""
 
     def ten() -> None:
         for k, (T, B) in enumerate(SHAPES):
             run(arguments(T, B, H, DTYPES[kind], offset=k % 2))
 
-    found = recorded("sm_90", kind, ten)
-    assert {name: len(keys) for name, keys in found.items()} == dict.fromkeys(found, 1)
-    assert len(found) == 2
+    results = recorded("sm_90", kind, ten)
+    assert {name: len(keys) for name, keys in results.items()} == dict.fromkeys(results, 1)
+    assert len(results) == 2
 
 
-def test_an_h_of_the_same_alignment_compiles_nothing_new(recorded):
+def test_h_of_equal_alignment_reuses_compiled_kernels(recorded):
     def several() -> None:
         for H in (512, 520, 1000, 2048):
             run(arguments(2, 3, H, torch.bfloat16, everything=False), everything=False)
 
-    found = recorded("sm_90", "half", several)
-    assert {name: len(keys) for name, keys in found.items()} == {"step_tiled_fwd": 1, "step_tiled_bwd": 1}
+    results = recorded("sm_90", "half", several)
+    assert {name: len(keys) for name, keys in results.items()} == {"step_tiled_fwd": 1, "step_tiled_bwd": 1}
 
 
 def test_each_step_of_the_tiled_kernels_is_one_launch(recorded, monkeypatch):
-    """On the path past Triton's look-up: the kernel that the first launch gave, with s and all other arguments."""
+    """Launches after the first reuse its kernel without Triton's lookup, with all arguments."""
     launched = []
 
     class Compiled:
@@ -226,22 +227,27 @@ def test_each_step_of_the_tiled_kernels_is_one_launch(recorded, monkeypatch):
             return run
 
     monkeypatch.setattr(tiled, "step_tiled_fwd", Kernel())
-    given = arguments(5, 70, 300, torch.bfloat16)
-    recorded("sm_90", "half", lambda: launch.forward(*given, True, True))
+    inputs = arguments(5, 70, 300, torch.bfloat16)
+    recorded("sm_90", "half", lambda: launch.forward(*inputs, True, True))
     names = Kernel.arg_names
     assert [args[names.index("s")] for _, args in launched] == [0, 1, 2, 3, 4]
     assert {(grid, len(args)) for grid, args in launched} == {((38, 2, 1), len(names))}
     for _, args in launched:
-        told = dict(zip(names, args, strict=True))
-        assert (told["T"], told["B"], told["spans"] * told["ALIGN"], told["D"]) == (5, 70, 300, 2)
-        assert told["KEEP_GATES"] is True
+        arguments_by_name = dict(zip(names, args, strict=True))
+        assert (
+            arguments_by_name["T"],
+            arguments_by_name["B"],
+            arguments_by_name["spans"] * arguments_by_name["ALIGN"],
+            arguments_by_name["D"],
+        ) == (5, 70, 300, 2)
+        assert arguments_by_name["KEEP_GATES"] is True
 
 
 @pytest.mark.parametrize("enabled", [True, False])
 @pytest.mark.parametrize("matmul", ["ieee", "tf32"])
 @pytest.mark.parametrize("rnn", ["ieee", "tf32"])
 def test_flags_of_tf32(rnn, matmul, enabled, monkeypatch):
-    """As for nn.LSTM: the RNN flag decides, the matmul flag where cuDNN is off."""
+    """As in nn.LSTM: the RNN flag applies, or the matmul flag if cuDNN is off."""
     monkeypatch.setattr(torch.backends.cudnn, "enabled", enabled)
     with Arithmetic(torch.float32, rnn, matmul).flags():
         assert launch._tf32() == ((rnn if enabled else matmul) == "tf32")

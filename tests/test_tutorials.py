@@ -1,4 +1,4 @@
-"""The tutorials in their quick form: each meets its bar with fastlstm and follows nn.LSTM's training trajectory."""
+"""The quick forms of the tutorials: each meets its target and follows nn.LSTM's training trajectory."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ pytestmark = pytest.mark.skipif(bool(MISSING), reason=f"needs {', '.join(MISSING
 
 @pytest.fixture(scope="module", params=list(command.TUTORIALS))
 def trained(request):
-    """One tutorial, trained with fastlstm in its quick form."""
+    """A tutorial's quick form, trained with fastlstm."""
     task = command.TUTORIALS[request.param](quick=True)
     impl = implementation("fastlstm")
     model, history = task.build(impl), defaultdict(list)
@@ -60,7 +60,7 @@ def test_first_50_updates_equal_those_of_nn_lstm(name):
 
 
 @pytest.mark.parametrize("impl", IMPLS)
-def test_cells_and_whole_sequence_are_one_model(impl):
+def test_loop_of_cells_equals_one_call(impl):
     impl = implementation(impl)
     torch.manual_seed(0)
     cells = StackedCells(impl).double()
@@ -94,7 +94,7 @@ def test_one_seed_gives_both_implementations_the_same_weights():
         assert torch.equal(value, ours[name]), name
 
 
-def test_a_sine_is_told_from_what_is_none():
+def test_sine_metric_separates_sines_from_other_signals():
     n = torch.arange(300)
     fit = fit_sine(0.7 * torch.sin(0.05 * 1.1 * n + 1) + 0.2, 0.05)
     assert fit.r_squared > 0.999
@@ -105,7 +105,7 @@ def test_a_sine_is_told_from_what_is_none():
     assert fit_sine(torch.exp(-n / 10.0), 0.05).amplitude < 0.5
 
 
-def test_a_diverged_run_is_a_miss():
+def test_diverged_run_fails_the_check():
     nan = float("nan")
     assert not Check("loss", nan, 1.0).passed
     assert not Check("accuracy", nan, 0.5, below=False).passed
@@ -113,7 +113,7 @@ def test_a_diverged_run_is_a_miss():
 
 
 class Short(GradientRegression):
-    """Eight updates: enough to run the command, far too few to learn."""
+    """Eight updates: enough to run the command, too few to learn."""
 
     def __init__(self, *args, **kwargs) -> None:
         super().__init__(*args, **kwargs)

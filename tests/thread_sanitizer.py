@@ -16,7 +16,7 @@ FIRST_REPORT_ENDS = {"TSAN_OPTIONS": "halt_on_error=1"}
 def compile_program(sources: list[Path], program: Path, *flags: str) -> Path:
     """Compile `program` with g++; skip the test where there is none or it has no ThreadSanitizer."""
     if shutil.which("g++") is None:
-        pytest.skip("there is no g++")
+        pytest.skip("g++ is not on the PATH")
     command = ["g++", "-std=c++20", "-O1", "-g1", "-Wall", "-Werror", *flags, "-fsanitize=thread", "-pthread"]
     ran = subprocess.run([*command, *map(str, sources), "-o", str(program)], capture_output=True, text=True)
     if "cannot find -ltsan" in ran.stderr or "libtsan" in ran.stderr:
@@ -26,6 +26,6 @@ def compile_program(sources: list[Path], program: Path, *flags: str) -> Path:
 
 
 def run_program(program: Path, *arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
-    # Address space randomisation of some kernels leaves ThreadSanitizer no room for its shadow.
+    # With address space randomization of some Linux kernels ThreadSanitizer's shadow memory does not fit.
     command = [*(("setarch", "-R") if shutil.which("setarch") else ()), str(program), *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, timeout=300, env={**os.environ, **environment})

@@ -17,7 +17,7 @@ from benchmarks.ab.compare import AbRow, Settings, decide, measure_case
 from benchmarks.ab.paired import FASTER, MIN_CHANGE, SLOWER, WITHIN_NOISE, geometric_mean
 from benchmarks.cases import MODES, TORCH_DTYPES, Case
 from benchmarks.console import Print, escape, printer, progress
-from benchmarks.load import BUSY
+from benchmarks.load import MAX_BACKGROUND_LOAD
 from benchmarks.run import Suite
 
 SUITES = ("cpu", "quick", "grid", "random", "few_rows", "scaling")
@@ -63,7 +63,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         type=float,
         default=0.0,
         metavar="S",
-        help="seconds a launch may wait for other processes to calm down",
+        help="max seconds a launch may wait for an idle machine",
     )
     parser.add_argument("--seconds", type=float, metavar="S", help="start no case later than this")
     parser.add_argument("--output", type=Path, metavar="FILE", help="CSV to write, whole after every case")
@@ -76,14 +76,14 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 
 
 def line(row: AbRow) -> str:
-    """One comparison in the console's markup."""
+    """Format one comparison in the console's markup."""
     if row.ratio is None:
         return f"    {row.mode:<8}[bold red]{escape(row.status)}[/]"
     text = f"    {row.mode:<8}old {row.old_p50_ms:9.3f} ms  new {row.new_p50_ms:9.3f} ms"
     text += f"  {row.ratio:.3f}x  ({row.ratio_low:.3f} .. {row.ratio_high:.3f}, "
     text += f"{row.launches} x {row.rounds} x {row.calls})"
-    if row.others_cpu is not None and row.others_cpu > BUSY:
-        text += f"  [bold red]others used {row.others_cpu:.0%} of the CPUs[/]"
+    if row.others_cpu is not None and row.others_cpu > MAX_BACKGROUND_LOAD:
+        text += f"  [bold red]background load {row.others_cpu:.0%}[/]"
     if row.old_backend != row.new_backend:
         text += f"  [yellow]{row.old_backend} -> {row.new_backend}[/]"
     return text
@@ -94,13 +94,13 @@ def summary(rows: list[AbRow], typical: float) -> list[str]:
     lines = []
     for suite in dict.fromkeys(row.suite for row in rows):
         for mode in MODES:
-            found = [row for row in rows if (row.suite, row.mode) == (suite, mode) and row.ratio]
-            if found:
-                least = min(found, key=lambda row: row.ratio or 0.0)
-                mean = geometric_mean([row.ratio for row in found if row.ratio])
+            timed = [row for row in rows if (row.suite, row.mode) == (suite, mode) and row.ratio]
+            if timed:
+                lowest = min(timed, key=lambda row: row.ratio or 0.0)
+                mean = geometric_mean([row.ratio for row in timed if row.ratio])
                 lines.append(
-                    f"{suite}, {mode}: geometric mean {mean:.3f}x over {len(found)} cases, "
-                    f"min {least.ratio:.3f}x ({least.case})"
+                    f"{suite}, {mode}: geometric mean {mean:.3f}x over {len(timed)} cases, "
+                    f"min {lowest.ratio:.3f}x ({lowest.case})"
                 )
     measured = [row for row in rows if row.noise is not None]
     if measured:
@@ -118,9 +118,9 @@ def summary(rows: list[AbRow], typical: float) -> list[str]:
         ]
     if measured and all(row.verdict == WITHIN_NOISE for row in measured):
         lines.append("no case is outside noise")
-    busy = sum(row.others_cpu is not None and row.others_cpu > BUSY for row in rows)
-    if busy:
-        lines.append(f"{busy} rows were measured on a busy machine (others above {BUSY:.0%} of the CPUs)")
+    loaded = sum(row.others_cpu is not None and row.others_cpu > MAX_BACKGROUND_LOAD for row in rows)
+    if loaded:
+        lines.append(f"{loaded} rows have a background load above {MAX_BACKGROUND_LOAD:.0%}")
     return lines
 
 
@@ -183,23 +183,23 @@ def main(arguments: list[str]) -> int:
         for suite, case in cases:
             if time.monotonic() > until:
                 break
-            made = measure_case(suite, case, sides, settings)
+            new_rows = measure_case(suite, case, sides, settings)
             left -= 1
-            for row in made:
+            for row in new_rows:
                 for column in ABOUT:
                     setattr(row, column, about[column])
-            rows += made
+            rows += new_rows
             typical = decide(rows, settings.min_change)
             if options.output:
                 results.write(rows, options.output, AbRow)
             tell(f"[bold]{escape(case.name)}[/]")
-            for row in made:
+            for row in new_rows:
                 tell(line(row))
             advance()
     for text in summary(rows, typical):
         say(text)
     if left:
-        say(f"{left} cases are left, for want of time")
+        say(f"{left} cases are left, for lack of time")
     if options.output:
         say(f"wrote {options.output.name}")
     refused = [row for row in rows if row.status != "ok"]

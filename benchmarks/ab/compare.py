@@ -14,8 +14,8 @@ from benchmarks.ab.process import SIDES, WorkerError, WorkerProcess, workers
 from benchmarks.ab.trees import Tree
 from benchmarks.cases import MODES, Case
 from benchmarks.data import make_inputs
-from benchmarks.gate import expected, judge, precision
-from benchmarks.load import others, wait_for_quiet
+from benchmarks.gate import check_accuracy, expected, precision
+from benchmarks.load import background_load, wait_for_idle
 from benchmarks.measure import Plan, Spread
 from benchmarks.run import Suite
 
@@ -30,8 +30,8 @@ class Settings:
     threads: int
     budget: float = 6.0  # per case and mode, all launches together, without the start of the processes
     launches: int = 4  # pairs of new processes per case
-    wait: float = 0.0  # for a quiet machine, before each launch
-    clock: str = "wall"  # or "cpu": CPU time, for one thread on a busy machine
+    wait: float = 0.0  # max, for an idle machine before each launch
+    clock: str = "wall"  # or "cpu": CPU time, for one thread under background load
     block: float = BLOCK_S  # a block repeats its call until it lasts this long
     min_change: float = MIN_CHANGE
 
@@ -62,10 +62,10 @@ class AbRow:
     calls: int | None = None  # per block
     clock: str = ""  # wall, or cpu: CPU time
     rest_ms: float | None = None  # median wait at the end of a turn until the process is at rest
-    others_cpu: float | None = None  # share of the CPUs that other processes took meanwhile
+    others_cpu: float | None = None  # share of the CPUs that other processes used
     old_backend: str = ""
     new_backend: str = ""
-    gate_T: int | None = None  # the length the correctness gate ran
+    gate_T: int | None = None  # the length the accuracy gate ran
     old_error: float | None = None  # of the gate's worst tensor, max norm against float64
     new_error: float | None = None
     error_allowed: float | None = None  # of new_error's tensor
@@ -109,24 +109,24 @@ class _Samples:
 
 
 def measure_case(suite: Suite, case: Case, trees: dict[str, Tree], settings: Settings) -> list[AbRow]:
-    """The rows of a case. If either revision is wrong or raises, they have no time and say why."""
+    """Return the rows of a case. If a revision is wrong or raises, they have no time, and status has the reason."""
     rows = {mode: _row(suite.name, case, mode, trees) for mode in MODES}
     samples = {mode: _Samples() for mode in MODES}
-    shares: list[float] = []
+    loads: list[float] = []
     rest: list[float] = []
     try:
         for launch in range(settings.launches):
-            wait_for_quiet(settings.wait)
+            wait_for_idle(settings.wait)
             with workers(trees) as pair:
-                share = others(worker.pid for worker in pair.values())
+                measured_load = background_load(worker.pid for worker in pair.values())
                 backends = {side: pair[side].run("load", case, settings.threads, settings.clock) for side in SIDES}
                 for mode in MODES:
                     rows[mode].old_backend, rows[mode].new_backend = backends["old"], backends["new"]
                     _launch(pair, mode, settings.plan(), samples[mode], SIDES if launch % 2 == 0 else SIDES[::-1])
-                busy = share()
-                shares += [] if busy is None else [busy]
+                load = measured_load()
+                loads += [] if load is None else [load]
                 rest += [seconds for worker in pair.values() for seconds in worker.rest_s]
-                if launch == 0:  # after the timing: launches shall not differ in what their processes ran before
+                if launch == 0:  # after the timing, so that no launch runs anything before it
                     _check(pair, case.shortened(suite.gate_flops), settings, rows)
             if all(row.status != "ok" for row in rows.values()):
                 break
@@ -136,7 +136,7 @@ def measure_case(suite: Suite, case: Case, trees: dict[str, Tree], settings: Set
     for mode, row in rows.items():
         if row.status == "ok":
             _fill(row, samples[mode])
-            row.others_cpu = sum(shares) / len(shares) if shares else None
+            row.others_cpu = sum(loads) / len(loads) if loads else None
             row.clock = settings.clock
             row.rest_ms = Spread.of(rest).p50 * 1e3
     return list(rows.values())
@@ -161,11 +161,11 @@ def _launch(pair: dict[str, WorkerProcess], mode: str, plan: Plan, samples: _Sam
 
 def _check(pair: dict[str, WorkerProcess], case: Case, settings: Settings, rows: dict[str, AbRow]) -> None:
     """The gate of gate.py on both sides, in each mode; a wrong result sets the row's status."""
-    right = expected(case, make_inputs(case), precision(case, ours=True))
+    reference = expected(case, make_inputs(case), precision(case, ours=True))
     for side in SIDES:
         pair[side].run("load", case, settings.threads, settings.clock)
         for mode, row in rows.items():
-            accuracy = judge(pair[side].run("results", mode), right, mode)
+            accuracy = check_accuracy(pair[side].run("results", mode), reference, mode)
             row.gate_T, row.error_allowed = case.T, accuracy.allowed
             setattr(row, f"{side}_error", accuracy.error)
             if not accuracy.ok:  # new after old: a row with both wrong blames the new revision

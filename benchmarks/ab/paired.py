@@ -17,7 +17,7 @@ import numpy as np
 
 CONFIDENCE = 0.95
 BOOTSTRAP_SAMPLES = 2000
-# Smallest change that is called outside noise. A revision against itself gave 0.978x to 1.016x on a busy machine
+# Min change outside noise. A revision against itself gave 0.978x to 1.016x under background load
 # (docs/benchmarks.md, "How noise is judged"); an idle machine may allow less.
 MIN_CHANGE = 0.02
 
@@ -80,7 +80,7 @@ def typical_spread(ratios: Sequence[Ratio]) -> float:
     """Standard deviation of a launch that is typical of a run: from the median of the cases' variances.
 
     The median of n - 1 normal deviates' variance is below their variance by the factor of chi-squared's median
-    (Wilson-Hilferty). A median, because a few cases that a busy machine disturbed must not hide changes in the others.
+    (Wilson-Hilferty). A median, because background load during a few cases must not hide changes in the others.
     """
     if not ratios:
         return 0.0

@@ -50,7 +50,7 @@ class WorkerProcess:
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._connection.close()
-        self._process.kill()  # it holds nothing to put away, and an orderly end of torch takes a while
+        self._process.kill()  # it has no state to save, and a normal exit of torch takes long
         self._process.wait()
         self._stderr.close()
 
@@ -99,7 +99,7 @@ class WorkerProcess:
 def workers(trees: dict[str, Tree]) -> Iterator[dict[str, WorkerProcess]]:
     """New processes, one per side, that have imported torch and fastlstm."""
     with ExitStack() as stack:
-        found = {side: stack.enter_context(WorkerProcess(side, tree)) for side, tree in trees.items()}
-        for worker in found.values():
+        started = {side: stack.enter_context(WorkerProcess(side, tree)) for side, tree in trees.items()}
+        for worker in started.values():
             worker.check_import()
-        yield found
+        yield started

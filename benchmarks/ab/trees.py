@@ -106,7 +106,7 @@ def built(revision: str, say: Callable[[str], None] = lambda text: None) -> Tree
 
 
 def _check_out(full: str, tree: Path) -> None:
-    """A worktree of a commit. One that an interrupted build left is kept, with the objects it has compiled."""
+    """A worktree of a commit. One left by an interrupted build is reused, with its compiled objects."""
     if (tree / ".git").exists():
         try:
             if _git("rev-parse", "HEAD", cwd=tree) == full:

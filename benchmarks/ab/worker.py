@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from benchmarks.cases import Case
-    from benchmarks.measure import Contender, Plan, Timer
+    from benchmarks.measure import Measurement, Plan, Timer
     from benchmarks.programs import Program
 
 COMMANDS = ("hello", "load", "results", "calibrate", "sample")
@@ -64,7 +64,7 @@ class Worker:
         return str(importlib.import_module("fastlstm").__file__)
 
     def load(self, case: Case, threads: int, clock: str) -> str:
-        """Build the module and inputs of a case; return the backend that runs it, "" if this revision cannot say.
+        """Build the module and inputs of a case; return the backend that runs it, "" if this revision has no explain.
 
         clock: "wall", or "cpu" for CPU time.
         """
@@ -92,19 +92,19 @@ class Worker:
 
         gc.collect()
         gc.disable()
-        contender = self._contender(mode)
-        # A process's first call starts threads and loads code; calibrate would take it for a call of that length.
-        with contender.enter() as run:
+        measurement = self._measurement(mode)
+        # A process's first call starts threads and loads code; calibrate would count that as the length of a call.
+        with measurement.enter() as run:
             run()
-        return calibrate(contender, self._timer(), plan)
+        return calibrate(measurement, self._timer(), plan)
 
     def sample(self, mode: str, calls: int) -> float:
         """Seconds per call of one block, by this process's own clock."""
         from benchmarks.measure import sample
 
-        contender = self._contender(mode)
-        contender.calls = calls
-        return sample(contender, self._timer())
+        measurement = self._measurement(mode)
+        measurement.calls = calls
+        return sample(measurement, self._timer())
 
     def _loaded(self) -> Program:
         if self.program is None:
@@ -116,11 +116,11 @@ class Worker:
 
         return cpu_time_timer if self.clock == "cpu" else wall_timer
 
-    def _contender(self, mode: str) -> Contender:
-        from benchmarks.measure import Contender
+    def _measurement(self, mode: str) -> Measurement:
+        from benchmarks.measure import Measurement
 
         program = self._loaded()
-        return Contender(lambda: program.mode(mode))
+        return Measurement(lambda: program.mode(mode))
 
 
 def serve(connection: Connection) -> None:

@@ -62,7 +62,7 @@ class LSTMClock:
 
     def _before_call(self, module: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any]:
         def alias(leaf: Any) -> Any:
-            """The tensor under an autograd node of its own, which runs right after the call's nodes."""
+            """Alias the tensor, which adds an autograd node that runs right after the call's nodes."""
             if not (torch.is_grad_enabled() and isinstance(leaf, Tensor) and leaf.requires_grad):
                 return leaf
             leaf = leaf.view_as(leaf)

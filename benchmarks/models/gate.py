@@ -1,4 +1,4 @@
-"""When a converted model is right: `check_accuracy`, against the unconverted model in float64.
+"""The accuracy gate of converted models: `check_accuracy`, against the unconverted model in float64.
 
 The rule of fastlstm/accuracy.py has no model of what convolutions and norms round, so the bound here comes from the
 unconverted model's own error in float32: at most `FACTOR` times as large, and `ULPS` units in the last place.
@@ -21,7 +21,7 @@ from fastlstm.accuracy import Accuracy
 FACTOR = 4.0
 ULPS = 16.0
 # Error of the unconverted model in float32, of all results together in the Euclidean norm, above which it is no
-# baseline: dropout drew other masks in float64, say.
+# baseline: for example, dropout drew other masks in float64.
 MAX_BASELINE_ERROR = 1e-3
 
 Step = Callable[[], Any]
@@ -54,11 +54,11 @@ def results_of(workload: Workload, module: nn.Module, mode: str, inputs: Any = N
     step = step_of(workload, module, mode, inputs)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(SEED)
-        found = step()
+        result = step()
     if mode != "train":
-        return dict(found)
+        return dict(result)
     grads = {name: p.grad for name, p in module.named_parameters() if p.grad is not None}
-    return {"loss": found.detach(), **grads}
+    return {"loss": result.detach(), **grads}
 
 
 def reference_of(workload: Workload, mode: str) -> dict[str, Tensor]:
@@ -73,7 +73,7 @@ def reference_of(workload: Workload, mode: str) -> dict[str, Tensor]:
 def check_accuracy(
     converted: Mapping[str, Tensor], baseline: Mapping[str, Tensor], reference: Mapping[str, Tensor]
 ) -> Accuracy:
-    """The converted model's result that is the farthest from the reference, as a part of its bound.
+    """Return the accuracy of the converted model's worst result, relative to its bound.
 
     Raises:
         ValueError: if the results' names differ, or the unconverted model is itself too far from the reference.
@@ -81,9 +81,9 @@ def check_accuracy(
     if not converted.keys() == baseline.keys() == reference.keys():
         raise ValueError(f"results differ: {sorted(converted.keys() ^ reference.keys())}")
     size = sum(float(value.double().square().sum()) for value in reference.values()) ** 0.5
-    off = sum(float((baseline[name].double() - value).square().sum()) for name, value in reference.items()) ** 0.5
-    if not off <= MAX_BASELINE_ERROR * size:
-        raise ValueError(f"the unconverted model differs from its float64 copy by {off / size:.2g} of its results")
+    error = sum(float((baseline[name].double() - value).square().sum()) for name, value in reference.items()) ** 0.5
+    if not error <= MAX_BASELINE_ERROR * size:
+        raise ValueError(f"the unconverted model differs from its float64 copy by {error / size:.2g} of its results")
     return max((_compare(name, converted[name], baseline[name], reference[name]) for name in reference), key=_badness)
 
 
@@ -91,9 +91,11 @@ def _compare(name: str, converted: Tensor, baseline: Tensor, reference: Tensor) 
     scale = float(reference.abs().max()) if reference.numel() else 0.0
     if converted.shape != reference.shape:
         return Accuracy(name, float("inf"), 0.0, scale)
-    ours, theirs = (float((t.double() - reference).abs().max()) if t.numel() else 0.0 for t in (converted, baseline))
-    allowed = FACTOR * theirs + ULPS * torch.finfo(torch.float32).eps * scale
-    return Accuracy(name, ours, allowed, scale)
+    error, baseline_error = (
+        float((t.double() - reference).abs().max()) if t.numel() else 0.0 for t in (converted, baseline)
+    )
+    allowed = FACTOR * baseline_error + ULPS * torch.finfo(torch.float32).eps * scale
+    return Accuracy(name, error, allowed, scale)
 
 
 def _badness(accuracy: Accuracy) -> float:

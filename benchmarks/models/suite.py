@@ -1,4 +1,4 @@
-"""The rows of the suite: each model unconverted and converted, in turn, in a process of its own (`model_rows`)."""
+"""The rows of the suite: each model unconverted and converted, interleaved, in a new process (`model_rows`)."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from torch import nn
 
 import fastlstm
 from benchmarks.cases import MODES, SEED
-from benchmarks.load import BUSY, others, wait_for_quiet
-from benchmarks.measure import Contender, Plan, Spread, alternate, wall_timer
+from benchmarks.load import MAX_BACKGROUND_LOAD, background_load, wait_for_idle
+from benchmarks.measure import Measurement, Plan, Spread, alternate, wall_timer
 from benchmarks.models.clock import LSTMClock, lstms_of
 from benchmarks.models.gate import check_accuracy, reference_of, results_of, step_of
 from benchmarks.models.zoo import MODELS, Model, Workload
 from benchmarks.results import ModelRow
 
 PLAN = Plan(budget=4.0, min_rounds=7, slow_rounds=5, patience=20.0, warm_up=0.2)
-ATTEMPTS = 2  # at timing a model while other processes keep the machine busy
+ATTEMPTS = 2  # max timings of a model while the background load is too high
 SHARE_ROUNDS = 5
 IMPLS = ("nn", "fastlstm")
 
@@ -43,12 +43,12 @@ def model_rows(
     done: Set[str] = frozenset(),
     until: float = float("inf"),
 ) -> list[ModelRow]:
-    """Four rows per model, by mode and implementation; `report` is told of each model when it is done.
+    """Four rows per model, by mode and implementation; `report` is called after each model.
 
     Args:
         matching, done: see `chosen`.
         budget: seconds per model and mode, in place of PLAN's.
-        wait: seconds to wait for other processes to calm down before timing.
+        wait: max seconds to wait for an idle machine before timing.
         until: no model is started later than this (time.monotonic).
     """
     plan = PLAN if budget is None else replace(PLAN, budget=budget)
@@ -57,9 +57,9 @@ def model_rows(
         if time.monotonic() > until:
             break
         with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-            made = pool.submit(_in_new_process, model, plan, wait, torch.get_num_threads()).result()
-        rows += made
-        report(model.case, made)
+            new_rows = pool.submit(_in_new_process, model, plan, wait, torch.get_num_threads()).result()
+        rows += new_rows
+        report(model.case, new_rows)
     return rows
 
 
@@ -69,8 +69,8 @@ def _in_new_process(model: Model, plan: Plan, wait: float, threads: int) -> list
     return measure_model(model, plan, wait)
 
 
-def why_not(error: Exception, model: Model) -> str:
-    """Returns the status of a model that could not be built: its package is not installed, or what else went wrong."""
+def failure_status(error: Exception, model: Model) -> str:
+    """Return the status of a model that could not be built: its package is not installed, or the error."""
     if isinstance(error, ModuleNotFoundError) and not _is_installed(model.package):
         return f"skipped: {model.package} is not installed (pip install 'fastlstm[models]')"
     if isinstance(error, (ImportError, OSError)):
@@ -101,7 +101,7 @@ def measure_model(model: Model, plan: Plan = PLAN, wait: float = 0.0) -> list[Mo
     except Exception as error:
         # One model that cannot be built must not end the suite; the rows say why.
         for row in rows.values():
-            row.status = why_not(error, model)
+            row.status = failure_status(error, model)
         return list(rows.values())
     for row in rows.values():
         row.package = package
@@ -136,29 +136,29 @@ def _measure_mode(workload: Workload, mode: str, pair: list[ModelRow], plan: Pla
 def _time(
     workload: Workload, mode: str, modules: dict[str, nn.Module], pair: list[ModelRow], plan: Plan, wait: float
 ) -> None:
-    """Fills the times of both rows, from the calmest of up to ATTEMPTS attempts, and the shares of the LSTMs."""
+    """Fill both rows' times, of the attempt with the lowest background load (max ATTEMPTS), and the LSTMs' shares."""
     steps = {impl: step_of(workload, module, mode) for impl, module in modules.items()}
-    best: tuple[float, dict[str, Contender], int] | None = None
+    best: tuple[float, dict[str, Measurement], int] | None = None
     for _ in range(ATTEMPTS):
-        wait_for_quiet(wait)
-        contenders = {impl: Contender.of(step) for impl, step in steps.items()}
-        share = others()
-        rounds = alternate(contenders, wall_timer, plan)
-        load = share() or 0.0
+        wait_for_idle(wait)
+        measurements = {impl: Measurement.of(step) for impl, step in steps.items()}
+        measured_load = background_load()
+        rounds = alternate(measurements, wall_timer, plan)
+        load = measured_load() or 0.0
         if best is None or load < best[0]:
-            best = load, contenders, rounds
-        if load <= BUSY:
+            best = load, measurements, rounds
+        if load <= MAX_BACKGROUND_LOAD:
             break
     assert best is not None
-    load, contenders, rounds = best
-    baseline = contenders["nn"].samples
-    for row, contender in zip(pair, contenders.values(), strict=True):
-        spread = Spread.of(contender.samples)
+    load, measurements, rounds = best
+    baseline = measurements["nn"].samples
+    for row, measurement in zip(pair, measurements.values(), strict=True):
+        spread = Spread.of(measurement.samples)
         row.p20_ms, row.p50_ms, row.p80_ms = spread.p20 * 1e3, spread.p50 * 1e3, spread.p80 * 1e3
-        row.rounds, row.calls, row.others_cpu = rounds, contender.calls, load
+        row.rounds, row.calls, row.others_cpu = rounds, measurement.calls, load
         row.ratio = Spread.of(baseline).p50 / spread.p50
-        row.ratio_rounds = statistics.median(a / b for a, b in zip(baseline, contender.samples, strict=True))
-        row.lstm_share = lstm_share(modules[row.impl], steps[row.impl], contender.calls)
+        row.ratio_rounds = statistics.median(a / b for a, b in zip(baseline, measurement.samples, strict=True))
+        row.lstm_share = lstm_share(modules[row.impl], steps[row.impl], measurement.calls)
 
 
 def lstm_share(module: nn.Module, step: Callable[[], object], calls: int = 1) -> float:

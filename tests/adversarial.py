@@ -1,8 +1,8 @@
-"""Calls that no well-meaning program makes: python -m tests.hostile BACKEND SEED COUNT [DEVICE]. It may die.
+"""Adversarial inputs, valid and invalid: python -m tests.adversarial BACKEND SEED COUNT [DEVICE]. May crash.
 
-Configuration k is a random Case with one thing wrong or odd about it, drawn from seed + k and printed before it runs:
-the last line names what crashed. Odd but valid calls must give the reference's results and gradients; wrong ones must
-raise, or give what the reference gives. tests/test_hostile.py runs it.
+Configuration k is a random Case with one unusual or invalid argument, drawn from seed + k and printed before it runs,
+so that the last line names the one that crashed. Unusual but valid calls must give the reference's results and
+gradients; invalid ones must raise or give the reference's results. tests/test_adversarial.py runs it.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torch import Tensor
 import fastlstm
 
 from .cases import Case, random_case, tensors
-from .place import HERE
+from .device import TEST_DEVICE
 
 ERRORS = (RuntimeError, ValueError, TypeError, IndexError, AttributeError, OverflowError, MemoryError)
 
@@ -44,46 +44,42 @@ class Call:
             lengths=self.lengths, reset_mask=self.reset_mask, return_cell_states=case.cells,
         )  # fmt: skip
 
-    def places(self) -> list[str]:
+    def names(self) -> list[str]:
         return ["x", *(["h0", "c0"] if self.hx else []), *(f"w{k}" for k in range(len(self.weights)))]
 
-    def rows(self) -> list[str]:
-        """The places of x and hx: weights as large as 1e20 would make of rounding errors whole numbers."""
-        return [place for place in self.places() if place[0] != "w"]
-
-    def get(self, place: str) -> Tensor:
-        if place == "x":
+    def get(self, argument: str) -> Tensor:
+        if argument == "x":
             return self.x
-        return self.hx[place == "c0"] if place in ("h0", "c0") else self.weights[int(place[1:])]
+        return self.hx[argument == "c0"] if argument in ("h0", "c0") else self.weights[int(argument[1:])]
 
-    def put(self, place: str, value: Any) -> None:
-        if place == "x":
+    def put(self, argument: str, value: Any) -> None:
+        if argument == "x":
             self.x = value
-        elif place in ("h0", "c0"):
-            self.hx = (value, self.hx[1]) if place == "h0" else (self.hx[0], value)
+        elif argument in ("h0", "c0"):
+            self.hx = (value, self.hx[1]) if argument == "h0" else (self.hx[0], value)
         else:
-            self.weights[int(place[1:])] = value
+            self.weights[int(argument[1:])] = value
 
     def change(self, rng: random.Random, f: Callable[[Tensor], Any]) -> str:
-        place = rng.choice(self.places())
-        self.put(place, f(self.get(place)))
-        return place
+        argument = rng.choice(self.names())
+        self.put(argument, f(self.get(argument)))
+        return argument
 
 
 def misaligned(t: Tensor, shift: int) -> Tensor:
-    """The values of t at an address `shift` bytes past an aligned one; elements on a GPU, which faults on less."""
+    """Copy t to an address `shift` bytes past an aligned one; on a GPU, which requires alignment, `shift` elements."""
     t = t.contiguous()
     if not t.numel():
         return t
     if t.device.type != "cpu":
         return torch.cat([t.new_empty(shift), t.view(-1)])[shift:].view(t.shape)
     buffer = bytearray(t.numel() * t.element_size() + 64)
-    moved = torch.frombuffer(buffer, dtype=t.dtype, count=t.numel(), offset=shift).view(t.shape)
-    return moved.copy_(t)
+    misaligned_copy = torch.frombuffer(buffer, dtype=t.dtype, count=t.numel(), offset=shift).view(t.shape)
+    return misaligned_copy.copy_(t)
 
 
 def overlapping(t: Tensor) -> Tensor:
-    """Rows that share memory: each begins one element after the one before."""
+    """Aliasing rows: each begins one element after the previous row."""
     if t.dim() < 2 or not t.numel():
         return t
     size = t.shape[-1] + sum(n - 1 for n in t.shape[:-1])
@@ -98,8 +94,8 @@ def special(t: Tensor, value: float, rng: random.Random) -> Tensor:
 
 
 SMALL_INTEGERS = (torch.uint8, torch.int16, torch.int32)
-# What is odd about a valid call.
-ODD: dict[str, Callable[[Call, random.Random], Any]] = {
+# Unusual but valid calls, by what is unusual.
+UNUSUAL: dict[str, Callable[[Call, random.Random], Any]] = {
     "misaligned": lambda c, r: c.change(r, lambda t: misaligned(t, r.choice((1, 2, 4, 12)))),
     "offset": lambda c, r: c.change(r, lambda t: torch.cat([t.new_ones(3), t.reshape(-1)])[3:].view(t.shape)),
     "overlapping": lambda c, r: c.change(r, overlapping),
@@ -108,9 +104,7 @@ ODD: dict[str, Callable[[Call, random.Random], Any]] = {
     "transposed memory": lambda c, r: c.change(r, lambda t: t.t().contiguous().t() if t.dim() == 2 else t),
     "not a number": lambda c, r: c.change(r, lambda t: special(t, float("nan"), r)),
     "infinite": lambda c, r: c.change(r, lambda t: special(t, r.choice((1, -1)) * float("inf"), r)),
-    "huge": lambda c, r: c.put(
-        p := r.choice([p for p in c.places() if p[0] != "w"]), c.get(p) * r.choice((1e20, 1e30))
-    ),
+    "huge": lambda c, r: c.put(p := r.choice([p for p in c.names() if p[0] != "w"]), c.get(p) * r.choice((1e20, 1e30))),
     "tiny": lambda c, r: c.change(r, lambda t: t * 1e-40),
     "one tensor twice": lambda c, r: c.put(f"w{len(c.weights) - 1}", _like(c, f"w{len(c.weights) - 1}")),
     "subclass": lambda c, r: c.change(r, lambda t: torch.nn.Parameter(t.detach(), requires_grad=False)),
@@ -121,9 +115,9 @@ ODD: dict[str, Callable[[Call, random.Random], Any]] = {
 }
 
 
-def _like(c: Call, place: str) -> Tensor:
-    wanted = c.get(place)
-    return next((c.get(p) for p in c.places() if c.get(p).shape == wanted.shape), wanted)
+def _like(c: Call, argument: str) -> Tensor:
+    wanted = c.get(argument)
+    return next((c.get(p) for p in c.names() if c.get(p).shape == wanted.shape), wanted)
 
 
 def _lengths(c: Call, rng: random.Random, dtype: torch.dtype) -> Tensor:
@@ -131,11 +125,11 @@ def _lengths(c: Call, rng: random.Random, dtype: torch.dtype) -> Tensor:
     return torch.tensor([rng.randint(0, T) for _ in range(B)], dtype=dtype)
 
 
-def _vast(t: Tensor, rng: random.Random) -> Tensor:
-    """A view of one element with more of them than any memory has, in one dimension."""
+def _oversized(t: Tensor, rng: random.Random) -> Tensor:
+    """Expand one element to more elements than fit in any memory, in one dimension."""
     shape = list(t.shape)
     k = rng.randrange(len(shape))
-    shape[k] = rng.choice((2**40, 2**62 // max(1, t.numel() // max(1, shape[k]))))  # the most that a size can say
+    shape[k] = rng.choice((2**40, 2**62 // max(1, t.numel() // max(1, shape[k]))))  # near the max int64
     return t.new_ones([1] * t.dim()).expand(shape)
 
 
@@ -159,12 +153,14 @@ def _bad_mask(c: Call, rng: random.Random) -> None:
 
 
 OTHER_DTYPES = (torch.int64, torch.bool, torch.complex64, torch.float16, torch.float64, torch.bfloat16, torch.uint8)
-WRONG: dict[str, Callable[[Call, random.Random], Any]] = {
+INVALID: dict[str, Callable[[Call, random.Random], Any]] = {
     "dtype": lambda c, r: c.change(r, lambda t: t.to(r.choice(OTHER_DTYPES))),
-    "device": lambda c, r: c.change(r, lambda t: t.to(r.choice(("meta", "cpu")) if HERE.device != "cpu" else "meta")),
+    "device": lambda c, r: c.change(
+        r, lambda t: t.to(r.choice(("meta", "cpu")) if TEST_DEVICE.device != "cpu" else "meta")
+    ),
     "lengths": _bad_lengths,
     "reset_mask": _bad_mask,
-    "vast": lambda c, r: c.change(r, lambda t: _vast(t, r)),
+    "oversized": lambda c, r: c.change(r, lambda t: _oversized(t, r)),
     "more dimensions": lambda c, r: c.change(r, lambda t: t[None]),
     "fewer dimensions": lambda c, r: c.change(r, lambda t: t.sum(0)),
     "one more": lambda c, r: c.change(r, lambda t: torch.cat([t, t[-1:]])),
@@ -181,35 +177,36 @@ WRONG: dict[str, Callable[[Call, random.Random], Any]] = {
 
 
 def draw(seed: int, backend: str = "native") -> tuple[str, Call]:
-    """Configuration `seed`: what is odd about it, and the call; where HERE says."""
+    """Return the kind and the call of configuration `seed`, on TEST_DEVICE."""
     rng = random.Random(seed)
     torch.manual_seed(seed)
     dtypes = (torch.float32,) if backend == "triton" else (torch.float64, torch.float32)
     case = replace(random_case(rng, dtypes), packed=False, unbatched=False, strided=())
     if backend == "triton":  # a compilation each
         case = replace(case, proj=0, H=rng.choice((3, 16, 33)), layers=1, frozen=())
-    given = tensors(replace(case, lengths=None, resets=case.resets if rng.random() < 0.5 else None))
-    hx = given.hx if given.hx is None else tuple(given.hx)
-    call = Call(given.input.detach(), hx, [w.detach() for w in given.weights.values()], None, given.reset_mask, case)
+    case_tensors = tensors(replace(case, lengths=None, resets=case.resets if rng.random() < 0.5 else None))
+    hx = case_tensors.hx if case_tensors.hx is None else tuple(case_tensors.hx)
+    weights = [w.detach() for w in case_tensors.weights.values()]
+    call = Call(case_tensors.input.detach(), hx, weights, None, case_tensors.reset_mask, case)
     if hx is not None:
         call.hx = tuple(s.detach() for s in hx)
     if rng.random() < 0.3 and min(call.x.shape) > 0:
         call.lengths = _lengths(call, rng, torch.int64)
-    kind = rng.choice([*ODD, *WRONG])
-    with torch.device(HERE.device):
-        where = (ODD.get(kind) or WRONG[kind])(call, rng)
-    for place in call.places() if kind in ODD else []:
+    kind = rng.choice([*UNUSUAL, *INVALID])
+    with torch.device(TEST_DEVICE.device):
+        name = (UNUSUAL.get(kind) or INVALID[kind])(call, rng)
+    for argument in call.names() if kind in UNUSUAL else []:
         if rng.random() < 0.6:
-            call.put(place, call.get(place).detach().requires_grad_())
-    return f"{kind}{f' of {where}' if isinstance(where, str) else ''}", call
+            call.put(argument, call.get(argument).detach().requires_grad_())
+    return f"{kind}{f' of {name}' if isinstance(name, str) else ''}", call
 
 
 def outcome(call: Call, backend: str) -> tuple[str, list[Tensor]]:
-    """No error, results and gradients; or the error and none."""
+    """("", results and gradients), or (the error, [])."""
     try:
         with fastlstm.use_backend(backend):
             results = list(call.run())
-            leaves = [t for p in call.places() if isinstance(t := call.get(p), Tensor) and t.requires_grad]
+            leaves = [t for p in call.names() if isinstance(t := call.get(p), Tensor) and t.requires_grad]
             used = [r for r in results if r.requires_grad]
             if used and leaves:
                 grads = torch.autograd.grad(sum(r.sum() for r in used), leaves, allow_unused=True)
@@ -219,64 +216,64 @@ def outcome(call: Call, backend: str) -> tuple[str, list[Tensor]]:
         return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}", []
 
 
-def differ(got: list[Tensor], truth: list[Tensor], strict: int = 0) -> str:
-    """Nothing when equal up to rounding; in the first `strict` ones what is not finite must be so in both."""
-    for k, (a, b) in enumerate(zip(got, truth, strict=True)):
+def difference(results: list[Tensor], reference: list[Tensor], strict: int = 0) -> str:
+    """Return "" if equal up to rounding, otherwise the difference. The first `strict` must be finite alike."""
+    for k, (a, b) in enumerate(zip(results, reference, strict=True)):
         if a.shape != b.shape or a.dtype != b.dtype:
             return f"result {k} is {a.dtype} {list(a.shape)}, expected {b.dtype} {list(b.shape)}"
         if a.device.type == "meta":
             continue
         finite = a.isfinite() & b.isfinite()
         if k < strict and not torch.equal(a.isfinite(), b.isfinite()):
-            return f"result {k} is finite elsewhere"
+            return f"result {k} differs in where it is finite"
         a, b = a[finite].double(), b[finite].double()
-        tolerance = 1e-3 if truth[0].dtype == torch.float32 else 1e-8
+        tolerance = 1e-3 if reference[0].dtype == torch.float32 else 1e-8
         if b.numel() and float((a - b).abs().max()) > tolerance * (1e-2 + float(b.abs().max())):
             return f"result {k} is off by {float((a - b).abs().max()):.3g} at scale {float(b.abs().max()):.3g}"
     return ""
 
 
-def judge(kind: str, call: Call, backend: str) -> str:
-    """Nothing when all is well, else what is wrong."""
-    error, got = outcome(call, backend)
-    if kind.split(" of ")[0] in WRONG:
+def check_call(kind: str, call: Call, backend: str) -> str:
+    """Return "" if the call is correct, otherwise the reason it is not."""
+    error, results = outcome(call, backend)
+    if kind.split(" of ")[0] in INVALID:
         if error:
             return ""
-        for place in call.places():
-            if isinstance(t := call.get(place), Tensor) and t.is_sparse:
-                call.put(place, t.to_dense())
-        expected, truth = outcome(call, "reference")
-        return f"gave a result, the reference: {expected}" if expected else differ(got, truth)
-    expected, truth = outcome(call, "reference")
+        for argument in call.names():
+            if isinstance(t := call.get(argument), Tensor) and t.is_sparse:
+                call.put(argument, t.to_dense())
+        expected, reference = outcome(call, "reference")
+        return f"gave a result, the reference: {expected}" if expected else difference(results, reference)
+    expected, reference = outcome(call, "reference")
     if error or expected:
         return "" if error and expected else f"raised {error!r}, the reference {expected!r}"
-    # What is not finite reaches the same results and gradients, except where products with zeros are left out, since
-    # 0 * inf is NaN: past a length, at a reset and for an h0 that is not given the reference leaves none out. There x
-    # and hx must reach the same results.
+    # Infinities and NaN must reach the same results and gradients as in the reference. With lengths, with resets or
+    # without h0, kernels skip products with zeros that the reference computes, and 0 * inf is NaN. There gradients are
+    # exempt, and results too if a weight is not finite.
     if call.lengths is None and call.reset_mask is None and call.hx is not None:
-        return differ(got, truth, len(got))
-    in_weight = any(kind.startswith(f"{what} of w") for what in ("not a number", "infinite"))
-    return differ(got, truth, 0 if in_weight else 3 + call.case.cells)
+        return difference(results, reference, len(results))
+    in_weight = any(kind.startswith(f"{value} of w") for value in ("not a number", "infinite"))
+    return difference(results, reference, 0 if in_weight else 3 + call.case.cells)
 
 
 def main(backend: str, seed: int, count: int, device: str = "cpu") -> int:
     faulthandler.enable()
     torch.set_num_threads(1)
     torch.backends.cudnn.rnn.fp32_precision = "ieee"
-    HERE.device = device
+    TEST_DEVICE.device = device
     warnings.simplefilter("ignore")
-    bad = 0
+    failed = 0
     for k in range(seed, seed + count):
         kind, call = draw(k, backend)
         print(f"{k} {kind}", flush=True)
-        found = judge(kind, call, backend)
+        reason = check_call(kind, call, backend)
         if device == "cuda":
-            torch.cuda.synchronize()  # a kernel that failed is named by the last line
-        if found:
-            bad += 1
-            print(f"WRONG {k} {kind}: {found}\n  {call.case}", flush=True)
-    print(f"done, {bad} wrong")
-    return 1 if bad else 0
+            torch.cuda.synchronize()  # so that the last line names the call whose kernel failed
+        if reason:
+            failed += 1
+            print(f"WRONG {k} {kind}: {reason}\n  {call.case}", flush=True)
+    print(f"done, {failed} wrong")
+    return 1 if failed else 0
 
 
 if __name__ == "__main__":

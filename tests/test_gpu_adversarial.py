@@ -1,4 +1,4 @@
-"""Calls on the GPU that no well-meaning program makes: an error or the reference's result, and the GPU works on."""
+"""Adversarial inputs on the GPU: an error or the reference's result, and the GPU remains usable."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from torch import nn
 import fastlstm
 
 from .gpu_support import DEVICE, each_backend, gpu  # noqa: F401
-from .test_hostile import run_hostile
+from .test_adversarial import run_adversarial
 
 pytestmark = gpu
 
 
 @pytest.mark.parametrize("seed", [3000, 4000, 5000, 6000])
-def test_hostile_calls(seed, backend):
-    """tests/hostile.py's generator, in a process of its own."""
-    run_hostile(backend, seed, 40 if backend == "triton" else 100, DEVICE)
+def test_adversarial_calls(seed, backend):
+    """Calls of tests/adversarial.py, in a new process."""
+    run_adversarial(backend, seed, 40 if backend == "triton" else 100, DEVICE)
 
 
 X, HX = torch.zeros(5, 2, 3), (torch.zeros(1, 2, 4), torch.zeros(1, 2, 4))
-ELSEWHERE = {
+CALLS_ACROSS_DEVICES = {
     "input": lambda lstm, x, hx: lstm(x.cpu()),
     "h0": lambda lstm, x, hx: lstm(x, (hx[0].cpu(), hx[1])),
     "c0": lambda lstm, x, hx: lstm(x, (hx[0], hx[1].cpu())),
@@ -41,35 +41,35 @@ def functional(lstm: nn.Module, name: str) -> nn.Module:
     return lstm
 
 
-@pytest.mark.skipif(DEVICE == "cpu", reason="needs two kinds of device")
-@pytest.mark.parametrize("place", ELSEWHERE)
-def test_tensors_of_cpu_and_gpu_in_one_call(place, backend):
-    """Refused as by nn.LSTM, with an error of the same type, before any kernel runs; and the next call is right."""
+@pytest.mark.skipif(DEVICE == "cpu", reason="requires two kinds of device")
+@pytest.mark.parametrize("argument", CALLS_ACROSS_DEVICES)
+def test_tensors_on_cpu_and_gpu_are_refused(argument, backend):
+    """Refused with nn.LSTM's error type before any kernel runs; the next call succeeds."""
     x, hx = X.to(DEVICE), tuple(s.to(DEVICE) for s in HX)
     raised = []
     for cls in (nn.LSTM, fastlstm.LSTM):
         with pytest.raises(RuntimeError) as caught:
-            ELSEWHERE[place](cls(3, 4, device=DEVICE), x, hx)
+            CALLS_ACROSS_DEVICES[argument](cls(3, 4, device=DEVICE), x, hx)
         raised.append(caught.type)
     assert raised[0] is raised[1]
     assert fastlstm.LSTM(3, 4, device=DEVICE)(x, hx)[0].isfinite().all()
 
 
-@pytest.mark.skipif(DEVICE == "cpu", reason="needs two kinds of device")
-def test_arguments_beside_the_input_on_cpu(backend):
-    """lengths may lie anywhere, as pack_padded_sequence's do; a mask may not."""
+@pytest.mark.skipif(DEVICE == "cpu", reason="requires two kinds of device")
+def test_lengths_on_any_device_and_mask_on_the_inputs(backend):
+    """lengths may be on any device, as in pack_padded_sequence; reset_mask must be on the input's."""
     lstm, x = fastlstm.LSTM(3, 4, device=DEVICE), torch.randn(5, 2, 3, device=DEVICE)
-    found = [lstm(x, lengths=lengths)[0] for lengths in ([5, 2], torch.tensor([5, 2]), x.new_tensor([5, 2]).long())]
-    assert torch.equal(found[0], found[1])
-    assert torch.equal(found[0], found[2])
-    assert not found[0][2:, 1].any()
+    results = [lstm(x, lengths=lengths)[0] for lengths in ([5, 2], torch.tensor([5, 2]), x.new_tensor([5, 2]).long())]
+    assert torch.equal(results[0], results[1])
+    assert torch.equal(results[0], results[2])
+    assert not results[0][2:, 1].any()
     with pytest.raises(ValueError, match="reset_mask must be on the input's device cuda:0, got cpu"):
         lstm(x, reset_mask=torch.zeros(5, 2, dtype=torch.bool))
 
 
 @pytest.mark.parametrize("lengths", [[6, 1], [-1, 2], torch.tensor([2**62, 1]), torch.tensor([1, -(2**63)])], ids=str)
-def test_lengths_out_of_range(lengths, backend):
-    """From the host, where they are looked at."""
+def test_lengths_out_of_range_on_cpu(lengths, backend):
+    """Lengths on the host are checked there."""
     lstm, x = fastlstm.LSTM(3, 4, device=DEVICE), X.to(DEVICE)
     with pytest.raises(ValueError, match=r"lengths must lie in \[0, T=5\], got"):
         lstm(x, lengths=lengths)
@@ -87,23 +87,23 @@ try:
     torch.cuda.synchronize()
 except RuntimeError as error:
     sys.exit(0 if "device-side assert" in str(error) else str(error))
-sys.exit("not noticed")
+sys.exit("no error")
 """
 
 
-@pytest.mark.skipif(DEVICE == "cpu", reason="there is no assertion on a device")
+@pytest.mark.skipif(DEVICE == "cpu", reason="device-side assertions require CUDA")
 def test_lengths_out_of_range_on_the_device(backend):
-    """The host would have to wait for them: torch's assertion on the device, as for an embedding's indices."""
+    """A device-side assertion, as for an embedding's indices, because a check on the host would synchronize."""
     root = Path(__file__).parent.parent
     command = [sys.executable, "-c", ASSERTED, backend]
-    found = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=120)
-    assert found.returncode == 0, found.stderr[-2000:]
+    ran = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=120)
+    assert ran.returncode == 0, ran.stderr[-2000:]
 
 
-@pytest.mark.skipif(DEVICE == "cpu", reason="the CPU's tests have it")
+@pytest.mark.skipif(DEVICE == "cpu", reason="tests/test_non_finite.py tests the CPU")
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")], ids=str)
-def test_a_row_that_is_not_finite_stays_alone(value, backend):
-    """A number that is not finite reaches its own row from its step on, and no other row or earlier step."""
+def test_non_finite_input_affects_its_row_only(value, backend):
+    """An infinity or NaN affects later steps of its row only."""
     torch.manual_seed(0)
     lstm, x = fastlstm.LSTM(16, 32, 2, device=DEVICE), torch.randn(7, 9, 16, device=DEVICE)
     with torch.no_grad():

@@ -1,7 +1,7 @@
-"""Other implementations of the same problem: a compiled PyTorch loop, haste and FlashRNN.
+"""Baselines besides nn.LSTM: a compiled PyTorch loop, haste and FlashRNN.
 
-Each is given its best: weights converted before the timing, its own memory layout, and no work the others do not do.
-The input product x W_ih^T counts for everybody.
+Each runs at its best: weights are converted before the timing, each uses its own memory layout, and none does work that
+the others skip. The timing of all of them includes the input projection x W_ih^T.
 """
 
 from __future__ import annotations
@@ -14,21 +14,21 @@ from benchmarks.cases import Case
 from benchmarks.data import Inputs
 from benchmarks.programs import Outputs, Program, SequenceProgram, gradient
 
-# Dynamo unrolls the time loop; beyond this many steps compiling takes minutes, and the step alone is compiled.
+# Dynamo unrolls the time loop; above this many steps compiling takes minutes, so only the step is compiled.
 UNROLLED_STEPS = 20
 
 
 class LoopLSTM(nn.Module):
-    """The loop a PyTorch user writes: one input product for all steps, then one cell per step."""
+    """The loop a PyTorch user writes: one input projection for all steps, then one cell per step."""
 
     def __init__(self, case: Case, weights: dict[str, Tensor]) -> None:
         super().__init__()
         self.L, self.D, self.H = case.L, case.D, case.H
         for name, weight in weights.items():
             self.register_parameter(name, nn.Parameter(weight.clone()))
-        whole = case.T * case.L * case.D <= UNROLLED_STEPS
-        self.step = self._step if whole else torch.compile(self._step, dynamic=False)
-        self.run = torch.compile(self._run, dynamic=False) if whole else self._run
+        unrolled = case.T * case.L * case.D <= UNROLLED_STEPS
+        self.step = self._step if unrolled else torch.compile(self._step, dynamic=False)
+        self.run = torch.compile(self._run, dynamic=False) if unrolled else self._run
 
     @staticmethod
     def _step(xg: Tensor, h: Tensor, c: Tensor, w_hh: Tensor) -> tuple[Tensor, Tensor]:
@@ -42,9 +42,9 @@ class LoopLSTM(nn.Module):
         for layer in range(self.L):
             outputs = []
             for d in range(self.D):
-                at = f"_l{layer}" + ("_reverse" if d else "")
+                suffix = f"_l{layer}" + ("_reverse" if d else "")
                 w_ih, w_hh, b_ih, b_hh = (
-                    getattr(self, n + at) for n in ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
+                    getattr(self, n + suffix) for n in ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
                 )
                 h, c = h0[layer * self.D + d], c0[layer * self.D + d]
                 ys = []
@@ -65,18 +65,18 @@ class LoopLSTM(nn.Module):
 
 def compiled_loop(case: Case, inputs: Inputs) -> Program:
     """torch.compile of the loop, or of its step where the loop is too long to unroll."""
-    torch._dynamo.reset()  # else the specialisations of earlier cases add up to its limit, and it compiles no more
+    torch._dynamo.reset()  # otherwise specialisations of earlier cases reach Dynamo's limit, and it stops compiling
     return SequenceProgram(case, inputs, LoopLSTM(case, inputs.weights))
 
 
 def compiled_loop_refuses(case: Case) -> str | None:
     if case.kind in ("packed", "cells") or case.proj:
-        return "the compiled loop takes whole padded sequences without projection"
+        return "the compiled loop supports padded sequences only, without projection"
     return None
 
 
 def _regate(weight: Tensor, order: tuple[int, int, int, int]) -> Tensor:
-    """[4H, ...] with its gate blocks rearranged."""
+    """Permute the four gate blocks of a weight [4H, ...]."""
     blocks = weight.chunk(4)
     return torch.cat([blocks[k] for k in order])
 
@@ -110,14 +110,14 @@ def haste(case: Case, inputs: Inputs) -> Program:
 
 def haste_refuses(case: Case) -> str | None:
     if case.kind not in ("sequence", "stream") or case.L > 1 or case.D > 1 or case.proj:
-        return "haste runs one layer, one direction, no projection, no packed input"
+        return "haste supports one layer and one direction, without projection or packed input"
     if case.dtype not in ("float32", "tf32", "float64"):
-        return f"haste runs float32 and float64, not {case.dtype}"
+        return f"haste supports float32 and float64, not {case.dtype}"
     return None
 
 
 class FlashRNNModule(nn.Module):
-    """flashrnn over [B, T, I], its own order. It takes x W_ih^T, W_hh and the one bias; gates i, f, g, o."""
+    """flashrnn on batch-first input [B, T, I]. The kernel takes x W_ih^T, W_hh and one bias; gates i, f, g, o."""
 
     def __init__(self, case: Case, weights: dict[str, Tensor]) -> None:
         super().__init__()
@@ -172,7 +172,7 @@ def flashrnn(case: Case, inputs: Inputs) -> Program:
 
 def flashrnn_refuses(case: Case) -> str | None:
     if case.kind != "sequence" or case.L > 1 or case.D > 1 or case.proj:
-        return "flashrnn runs one layer, one direction, from zero states, no projection, no packed input"
+        return "flashrnn supports one layer and one direction, from zero states, without projection or packed input"
     if case.dtype not in ("float32", "tf32", "bfloat16", "float16"):
         return f"flashrnn has no {case.dtype} kernel"
     return None

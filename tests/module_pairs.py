@@ -1,4 +1,4 @@
-"""An nn module and fastlstm's with the very same numbers, and the checks that both do, or refuse, the same."""
+"""Module pairs: fastlstm's and torch's module with equal weights, and checks that both give equal results."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from torch.nn.utils.rnn import PackedSequence
 
 import fastlstm
 
-from .place import HERE
+from .device import TEST_DEVICE
 
-# nn.LSTM's every constructor option at least once; (input_size, hidden_size) come first.
+# Every constructor option of nn.LSTM at least once, besides input_size and hidden_size.
 CONFIGURATIONS: tuple[dict[str, Any], ...] = (
     {},
     {"num_layers": 3},
@@ -29,23 +29,24 @@ CONFIGURATIONS: tuple[dict[str, Any], ...] = (
 )
 
 
-def twins(*sizes: int, cell: bool = False, **kwargs: Any) -> tuple[nn.Module, nn.Module]:
-    """(fastlstm's, torch's) from one seed; 3 features, 4 hidden units, HERE's dtype (float64) unless told otherwise."""
-    made = []
+def module_pair(*sizes: int, cell: bool = False, **kwargs: Any) -> tuple[nn.Module, nn.Module]:
+    """(fastlstm's, torch's) from one seed; by default I = 3, H = 4 and TEST_DEVICE's dtype (float64)."""
+    modules = []
     for cls in (fastlstm.LSTMCell, nn.LSTMCell) if cell else (fastlstm.LSTM, nn.LSTM):
         torch.manual_seed(0)
-        made.append(cls(*(sizes or (3, 4)), **{"dtype": HERE.dtype, **kwargs}))
-    return made[0], made[1]
+        modules.append(cls(*(sizes or (3, 4)), **{"dtype": TEST_DEVICE.dtype, **kwargs}))
+    return modules[0], modules[1]
 
 
 def data(*shape: int, seed: int = 0) -> Tensor:
+    """Standard normal numbers, equal on every device."""
     generator = torch.Generator().manual_seed(seed)
     drawn = torch.randn(*shape, dtype=torch.float64, generator=generator, device="cpu")
-    return drawn.to(HERE.device, HERE.dtype)
+    return drawn.to(TEST_DEVICE.device, TEST_DEVICE.dtype)
 
 
 def flat(results: Any) -> list[Tensor]:
-    """Every tensor in nested results."""
+    """List every tensor in nested results."""
     if isinstance(results, Tensor):
         return [results]
     if isinstance(results, PackedSequence):
@@ -54,8 +55,8 @@ def flat(results: Any) -> list[Tensor]:
 
 
 def assert_same(ours: nn.Module, theirs: nn.Module, *args: Any) -> None:
-    """Both modules give the same results, and the same gradient for every parameter, in float64."""
-    found = []
+    """Assert equal results, and equal gradients of every parameter, up to rounding in float64."""
+    both = []
     for module in (ours, theirs):
         module.zero_grad()
         results = flat(module(*args))
@@ -63,20 +64,20 @@ def assert_same(ours: nn.Module, theirs: nn.Module, *args: Any) -> None:
             (out * torch.linspace(-1, 1, out.numel(), dtype=out.dtype).view(out.shape)).sum() for out in results
         ).backward()
         grads = {name: p.grad for name, p in module.named_parameters()}
-        found.append((results, grads))
-    (mine, my_grads), (yours, your_grads) = found
-    torch.testing.assert_close(mine, yours, rtol=1e-10, atol=1e-12)
-    assert list(my_grads) == list(your_grads)
-    for name, grad in your_grads.items():
-        assert (grad is None) == (my_grads[name] is None), name
+        both.append((results, grads))
+    (our_results, our_grads), (their_results, their_grads) = both
+    torch.testing.assert_close(our_results, their_results, rtol=1e-10, atol=1e-12)
+    assert list(our_grads) == list(their_grads)
+    for name, grad in their_grads.items():
+        assert (grad is None) == (our_grads[name] is None), name
         if grad is not None:
             torch.testing.assert_close(
-                my_grads[name], grad, rtol=1e-10, atol=1e-12, msg=lambda m, name=name: f"{name}: {m}"
+                our_grads[name], grad, rtol=1e-10, atol=1e-12, msg=lambda m, name=name: f"{name}: {m}"
             )
 
 
 def error_of(call: Callable[[], Any]) -> tuple[type, str]:
-    """Type and text of what `call` raises."""
-    with pytest.raises(Exception) as caught:  # noqa: PT011 - whichever nn.LSTM raises is the expectation
+    """Type and message of the exception that `call` raises."""
+    with pytest.raises(Exception) as caught:  # noqa: PT011 - the expected exception is the one of nn.LSTM
         call()
     return caught.type, str(caught.value)

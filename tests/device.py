@@ -1,4 +1,4 @@
-"""Where the tests' tensors lie: on CPU in float64, until tests/test_gpu_features.py runs the same bodies elsewhere."""
+"""Device and dtype of the tests' tensors: CPU and float64, except in tests/test_gpu_features.py."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ import torch
 
 
 @dataclass
-class Place:
+class DeviceAndDtype:
     device: str = "cpu"
-    dtype: torch.dtype = torch.float64  # the widest that the backend at work can compute
+    dtype: torch.dtype = torch.float64  # the widest that the backend in use supports
 
     @contextmanager
-    def at(self, device: str, dtype: torch.dtype) -> Iterator[None]:
-        """Tensors that name no device, those of `data` and `twins` among them, are made on `device`."""
+    def use(self, device: str, dtype: torch.dtype) -> Iterator[None]:
+        """Create tensors without an explicit device, such as those of `data` and `module_pair`, on `device`."""
         before = self.device, self.dtype
         self.device, self.dtype = device, dtype
         try:
@@ -26,4 +26,4 @@ class Place:
             self.device, self.dtype = before
 
 
-HERE = Place()
+TEST_DEVICE = DeviceAndDtype()
