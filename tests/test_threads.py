@@ -128,7 +128,7 @@ def test_rows_and_units_in_one_call(case, members, row_groups, concurrent, backe
 @pytest.mark.parametrize("backend", ["native"], indirect=True)
 def test_invalid_partition_is_refused(backend, force_partition):
     force_partition(5, 1, "rows", False)
-    with pytest.raises(ValueError, match="the forced thread partition is no candidate"):
+    with pytest.raises(RuntimeError, match="the forced thread partition is no candidate"):
         run_backend(Case(T=3, B=4), backend)
 
 
