@@ -77,7 +77,11 @@ def single(instructions):
 
 
 kernels = pytest.mark.parametrize(("phase", "block"), CEILINGS, ids=lambda value: value.split("<")[0])
-ragged_or_dense = pytest.mark.parametrize("ragged", ["false", "true"], ids=["dense", "ragged"])
+# A second compilation of each kernel: pytest -m slow.
+ragged_or_dense = pytest.mark.parametrize(
+    "ragged",
+    [pytest.param("false", id="dense"), pytest.param("true", id="ragged", marks=pytest.mark.slow)],
+)
 
 
 @kernels
@@ -111,6 +115,7 @@ def test_only_the_state_is_loaded_between_arrival_and_departure(phase, block, st
     assert not [text for text in path if "LDG" in text and ".128.STRONG.GPU" not in text]
 
 
+@pytest.mark.slow
 @kernels
 def test_resets_are_prefetched(phase, block, step):
     """With lengths or resets the only other load is of the block's part of h, for a row without this step."""
