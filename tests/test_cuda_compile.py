@@ -20,7 +20,8 @@ KERNELS = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
 ARCHITECTURES = {"sm_80": "compute_80", "sm_90a": "compute_90a", "sm_100": "compute_100"}
 
 # ptxas takes a minute per architecture for the persistent kernels' unrolled products: pytest -m slow. Float16
-# differs from bfloat16 in conversions only, and TF32 has less code. Each is compiled with and without lengths and resets.
+# differs from bfloat16 in conversions only, and TF32 has less code. Each is compiled with and without lengths and
+# resets.
 LARGE = [path for path in KERNELS if path.name.startswith("persistent_")]
 COMPILED = [
     pytest.param(
