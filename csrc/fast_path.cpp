@@ -1,5 +1,5 @@
 // Whole calls of LSTM and LSTMCell on plain CPU tensors. In Python their checks and conversions would take
-// three times as long as a tiny layer. pybind11's conversion of a dozen arguments costs 1 us, so these
+// three times as long as a tiny layer, and pybind11 converts a dozen arguments in each call. So these
 // functions are METH_FASTCALL and read the module's attributes themselves. They rely on the GIL, which the
 // module does not give up in free-threaded builds.
 #include <ATen/PythonTorchFunctionTLS.h>
@@ -78,10 +78,10 @@ const Keys& keys() {
 bool refers_to(PyObject* reference, PyObject* object) {
   if (!PyWeakref_Check(reference)) return false;
 #if PY_VERSION_HEX >= 0x030D0000
-  PyObject* found = nullptr;
-  if (PyWeakref_GetRef(reference, &found) < 0) PyErr_Clear();
-  Py_XDECREF(found);
-  return found == object;
+  PyObject* referent = nullptr;
+  if (PyWeakref_GetRef(reference, &referent) < 0) PyErr_Clear();
+  Py_XDECREF(referent);
+  return referent == object;
 #else
   return PyWeakref_GetObject(reference) == object;
 #endif

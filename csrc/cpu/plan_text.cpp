@@ -66,7 +66,8 @@ std::string reason(const ThreadPartition& p) {
   const auto add = [&](const char* kind, double time, bool chosen) {
     if (chosen || none(time)) return;
     others += (others.empty() ? "; " : ", ") + (kind + us(time));
-    if (time < p.predicted_us) others += " (gain below 2 %)";
+    if (time < p.predicted_us)
+      others += " (gain below " + std::to_string(std::lround(100 * kPartitionMinGain)) + " %)";
   };
   add("by rows ", p.rows_us, p.members > 1 && !p.split_units);
   add("by units ", p.units_us, p.split_units && p.row_groups == 1);

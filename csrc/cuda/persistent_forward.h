@@ -1,10 +1,11 @@
-// A block of the persistent forward kernel; how it is in touch with its group is that one's affair (Group,
-// described in group_flags.h).
+// A block of the persistent forward kernel; how it communicates with its group is defined by Group
+// (group_flags.h).
 //
-// What lies between a state's arrival and the sending of the next bounds the step: the product, the sums, the
-// cell and one store. So a thread keeps what it can of its elements in registers, addresses included, and
-// reads the next x W_ih^T and stores results after the state is sent. Without lengths and resets nothing is
-// asked about rows: RAGGED is an instantiation of its own (tests/test_cuda_sass.py counts the instructions).
+// The critical path of a step runs from the arrival of a state to the sending of the next: the product, the
+// sums, the cell and one store. So a thread keeps what it can of its elements in registers, addresses
+// included, and reads the next x W_ih^T and stores results after the state is sent. Without lengths and
+// resets no row is checked: RAGGED is an instantiation of its own (tests/test_cuda_sass.py counts the
+// instructions).
 #pragma once
 
 #include "cuda/resident.h"
@@ -180,7 +181,7 @@ struct ForwardBlock {
           h[q][lane] = widen(*group.own(warp, group.before(x.own)));
         }
         // The next product reads the state as it stands, so a reset is applied where it is written. After a
-        // launch's last step nobody reads it.
+        // launch's last step it is not read.
         narrow(RAGGED && x.fresh ? 0 : h[q][lane], *group.own(warp, x.own));
       }
     }

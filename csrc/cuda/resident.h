@@ -13,8 +13,8 @@ static_assert(kWarps == kPlanWarps, "the planner and the kernels must agree on t
 template <class T>
 constexpr int kChunkOf = kChunkBytesOfK / static_cast<int>(sizeof(T));
 
-// Index of element k of row n in a slice's state, which lies as the lanes load it: [columns, chunks, 8 rows,
-// 64 bytes].
+// Index of element k of row n in a slice's state, stored in the order the lanes load it: [columns, chunks, 8
+// rows, 64 bytes].
 template <class T>
 FASTLSTM_DEVICE int state_offset(int chunks, int n, int k) {
   constexpr int E = kChunkOf<T>;
