@@ -1,8 +1,8 @@
 """The thread partitions and the barrier of the CPU kernels under ThreadSanitizer (tests/cpu_host/partitions.cpp).
 
 Partitions and barrier are the extension's (csrc/cpu/partition.h, sequence.h); std::thread replaces OpenMP, which
-ThreadSanitizer does not support. Excluded are the kernels of csrc/cpu/bf16.h, whose tiles read rows that other threads
-may write, and discard them.
+ThreadSanitizer does not support. Null and misaligned pointers trap. Excluded are the kernels of csrc/cpu/bf16.h, whose
+tiles read rows that other threads may write, and discard them.
 """
 
 from __future__ import annotations
@@ -23,6 +23,8 @@ BEST = {"AVX2": "avx2", "AVX512": "avx512"}.get(torch.backends.cpu.get_cpu_capab
 
 def compile_partitions(folder: Path, isa: str, *flags: str) -> Path:
     sources = [ROOT / "csrc" / "cpu" / f"isa_{isa}.cpp", ROOT / "tests" / "cpu_host" / "partitions.cpp"]
+    # A null or misaligned pointer traps.
+    flags = (*flags, "-fsanitize=null,alignment", "-fsanitize-undefined-trap-on-error")
     flags = (*flags, f"-I{ROOT / 'csrc'}", f"-DFASTLSTM_HOST_ISA={isa}", "-DFASTLSTM_TABLES(f)=f(float, float)")
     return compile_program(sources, folder / isa, "-ffp-contract=fast", "-fno-math-errno", *flags)
 
