@@ -36,12 +36,12 @@ void unblock(const LayerSizes& s, const Ragged& ragged, const at::Tensor& reserv
 
 at::Tensor gates(const at::Tensor& reserve_in, const at::Tensor& x, at::TensorList weights,
                  const OptionalTensor& lengths) {
-  const LayerSizes s(x, weights, lengths);
+  const OptionalTensor none;
+  const LayerSizes s({x, none, none, weights, lengths, none});
   const at::Tensor reserve = reserve_in.contiguous();
   TORCH_CHECK(reserve.sizes() == s.reserve() && reserve.scalar_type() == x.scalar_type(), "reserve must be ",
               x.scalar_type(), " ", s.reserve(), ", got ", reserve.scalar_type(), " ", reserve.sizes());
-  s.check_inputs(x, {}, {}, lengths, {});
-  const Ragged ragged(s, lengths, {});
+  const Ragged ragged(s, lengths, none);
   const at::Tensor out = at::zeros(s.reserve(), reserve.options());  // past a length as well
   const int64_t block = block_of(s, ragged, x.scalar_type());
   switch (reserve.element_size()) {

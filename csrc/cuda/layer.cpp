@@ -16,20 +16,17 @@ at::Tensor dense(const OptionalTensor& given) {
 
 }  // namespace
 
-Layer::Layer(const at::Tensor& x, const OptionalTensor& given_h0, const OptionalTensor& given_c0,
-             at::TensorList list, const OptionalTensor& given_lengths, const OptionalTensor& given_mask)
-    : LayerSizes(x, list) {
-  check_inputs(x, given_h0, given_c0, given_lengths, given_mask);
-  dtype = x.scalar_type(), sum_dtype = dtype == at::kDouble ? at::kDouble : at::kFloat;
-  options = x.options().requires_grad(false), sum_options = options.dtype(sum_dtype);
+Layer::Layer(const LayerInputs& given) : LayerSizes(given) {
+  dtype = given.x.scalar_type(), sum_dtype = dtype == at::kDouble ? at::kDouble : at::kFloat;
+  options = given.x.options().requires_grad(false), sum_options = options.dtype(sum_dtype);
   for (int64_t d = 0; d < D; ++d) {
-    DirectionWeights& w = weights.emplace_back(*this, list, d);
+    DirectionWeights& w = weights.emplace_back(*this, given.weights, d);
     w.ih = readable(w.ih), w.hh = readable(w.hh);
     if (bias) w.bias_ih = w.bias_ih.contiguous(), w.bias_hh = w.bias_hh.contiguous();
     if (proj()) w.hr = readable(w.hr);
   }
-  h0 = dense(given_h0), c0 = dense(given_c0);
-  lengths = dense(given_lengths), reset_mask = dense(given_mask);
+  h0 = dense(given.h0), c0 = dense(given.c0);
+  lengths = dense(given.lengths), reset_mask = dense(given.reset_mask);
   steps = {T, B, in<int64_t>(lengths), in<bool>(reset_mask)};
 }
 

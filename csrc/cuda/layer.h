@@ -15,8 +15,7 @@ namespace fastlstm::cuda {
 constexpr int64_t kChunkBytes = FASTLSTM_CUDA_CHUNK_BYTES;
 
 struct Layer : LayerSizes {
-  Layer(const at::Tensor& x, const OptionalTensor& h0, const OptionalTensor& c0, at::TensorList weights,
-        const OptionalTensor& lengths, const OptionalTensor& reset_mask);
+  explicit Layer(const LayerInputs& given);
 
   at::ScalarType dtype, sum_dtype;  // of the tensors, and of sums and carried state (Acc in cell_kernels.h)
   at::TensorOptions options, sum_options;
