@@ -146,7 +146,7 @@ def test_nan_stays_in_its_row():
     assert not y[:, [0, 2]].isnan().any()
 
 
-@pytest.mark.parametrize("shape", [(40, 24, 64, 256), (40, 96, 64, 64)])
+@pytest.mark.parametrize("shape", [(40, 24, 64, 256), (40, 96, 64, 64)], ids=str)
 def test_results_are_bitwise_deterministic(shape):
     T, B, I, H = shape  # noqa: E741
     lstm = fastlstm.LSTM(I, H).bfloat16()

@@ -34,7 +34,7 @@ SHAPES = {
 
 @pytest.mark.parametrize("backend", ["native"], indirect=True)
 @pytest.mark.parametrize(("T", "B"), SHAPES)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_last_block_of_units(T, B, dtype, backend):
     for H in WIDTHS:
         case = Case(T=T, B=B, I=5, H=H, hx="tuple", dtype=dtype)
@@ -100,7 +100,7 @@ def test_weight_beyond_l2(B, backend):
 
 @pytest.mark.parametrize("backend", ["native"], indirect=True)
 @pytest.mark.parametrize(("T", "B"), [(1, 1), (1, 2), (3, 1), (2, 2), (1, 4), (5, 1)])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_projection_of_few_rows(T, B, dtype, backend):
     """Up to four rows in total read weight_hr unpacked, four vectors of its rows at a time."""
     for P in (1, 3, 15, 16, 17, 33, 64, 65, 100):

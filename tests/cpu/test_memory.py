@@ -50,8 +50,13 @@ def test_allocated_memory_is_never_reused():
 
 def test_results_are_ordinary_tensors():
     y = model()(X)[0].detach()
-    for other in (copy.deepcopy(y), pickle.loads(pickle.dumps(y)), y.clone().share_memory_()):
-        assert torch.equal(other, y)
+    copies = {
+        "deepcopy": copy.deepcopy(y),
+        "pickle": pickle.loads(pickle.dumps(y)),
+        "shared memory": y.clone().share_memory_(),
+    }
+    for how, other in copies.items():
+        assert torch.equal(other, y), how
     size, sum_ = y.numel(), y.sum()
     grown = y.resize_(2 * size)
     torch.testing.assert_close(grown[:size].sum(), sum_)

@@ -16,6 +16,7 @@ from fastlstm import dispatch
 from fastlstm.backends import native
 
 from ..cases import Case
+from ..module_pairs import naming
 from ..ops.test_parity import OPTIONS
 from ..runners import check, check_elsewhere, compare, precision, require, run, run_backend
 from .plans import MACHINES, assert_path
@@ -244,7 +245,8 @@ def together(count, work):
 def test_python_threads_at_once(backend):
     """Each thread trains a separate module; results equal those of running alone."""
     cases = [Case(T=6, B=3, I=4, H=17 + k, layers=2, bidirectional=True, hx="tuple", seed=k) for k in range(3)]
-    require(backend, cases[0])
+    for case in cases:
+        require(backend, case)
     alone = [run_backend(case, backend) for case in cases]
     results = {}
 
@@ -256,7 +258,7 @@ def test_python_threads_at_once(backend):
         together(3, work)
     for k in range(3):
         for name, value in alone[k].items():
-            torch.testing.assert_close(results[k][name], value, rtol=1e-5, atol=1e-6)
+            torch.testing.assert_close(results[k][name], value, rtol=1e-5, atol=1e-6, msg=naming(f"{cases[k]}, {name}"))
 
 
 def test_python_threads_share_a_module(backend):

@@ -16,7 +16,7 @@ from fastlstm import backends, dispatch
 from fastlstm.backends.triton import plan
 
 from ..cases import Case, tensors
-from ..module_pairs import data, flat
+from ..module_pairs import data, flat, naming
 from ..runners import check
 
 if not backends.triton.INTERPRETED:
@@ -210,4 +210,4 @@ def test_per_sample_gradients():
         got = torch.func.vmap(one, in_dims=(None, 0))(weights, inputs)
     for k, x in enumerate(inputs):
         expected = torch.autograd.grad(theirs(x)[0].pow(2).sum(), list(theirs.parameters()))
-        torch.testing.assert_close([g[k] for g in got.values()], list(expected))
+        torch.testing.assert_close([g[k] for g in got.values()], list(expected), msg=naming(f"sample {k}"))

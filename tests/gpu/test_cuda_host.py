@@ -23,6 +23,7 @@ from fastlstm import dispatch
 from fastlstm.ops import register, schema
 
 from ..cases import Case, random_case, tensors
+from ..module_pairs import naming
 from ..runners import check, gradients, run_backend
 from . import gpu_support
 from .gpu_support import Arithmetic
@@ -334,8 +335,9 @@ def test_products(sizes, batch, dtype, compiled):
                     out = torch.randn(*batch, M, N).to(out_dtype)
                     expected = a.to(wide) @ b.to(wide) + (out.to(wide) if add else 0)
                     how = torch.ops.fastlstm_cuda_host.multiply(out, a, b, add)
-                    torch.testing.assert_close(out, expected.to(out_dtype))
-                    assert how == (ATEN if out_dtype.itemsize == 2 else computes[dtype])
+                    case = f"strides {a.stride()} and {b.stride()}, {out_dtype} output, add={add}"
+                    torch.testing.assert_close(out, expected.to(out_dtype), msg=naming(case))
+                    assert how == (ATEN if out_dtype.itemsize == 2 else computes[dtype]), case
 
 
 @pytest.mark.parametrize("enabled", [True, False])

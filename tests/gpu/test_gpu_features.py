@@ -72,7 +72,7 @@ from ..integration.test_transforms_deep import (  # noqa: F401
     test_per_sample_gradients_of_states,
     test_vmap_in_vmap,
 )
-from ..module_pairs import data, module_pair
+from ..module_pairs import data, module_pair, naming
 from ..ops.test_gradients import (  # noqa: F401
     test_aliasing_arguments,
     test_anomaly_mode,
@@ -164,14 +164,15 @@ def test_modules_move_between_devices(backend):
     buffer = io.BytesIO()
     torch.save(ours, buffer)
     buffer.seek(0)
-    for other in (
-        copy.deepcopy(ours),
-        pickle.loads(pickle.dumps(ours)),
-        torch.load(buffer, weights_only=False),
-        fastlstm.convert(copy.deepcopy(theirs)),
-    ):
-        assert {w.device for w in other.parameters()} == {x.device}
-        torch.testing.assert_close(other(x)[0], expected)
+    copies = {
+        "deepcopy": copy.deepcopy(ours),
+        "pickle": pickle.loads(pickle.dumps(ours)),
+        "torch.load": torch.load(buffer, weights_only=False),
+        "convert": fastlstm.convert(copy.deepcopy(theirs)),
+    }
+    for how, other in copies.items():
+        assert {w.device for w in other.parameters()} == {x.device}, how
+        torch.testing.assert_close(other(x)[0], expected, msg=naming(how))
     torch.testing.assert_close(nn.Sequential(ours).to("cpu")[0].weight_hh_l0, theirs.weight_hh_l0.cpu())
     if backend != "triton":
         torch.testing.assert_close(ours(x.cpu())[0], expected.cpu())

@@ -157,8 +157,9 @@ def test_single_blocks():
     for phase, device in itertools.product(("forward", "backward"), (H100, A100, RTX4090)):
         for H, B, D in itertools.product((1, 32, 100, 128), (1, 4, 5, 64, 1000), (1, 2)):
             reason, p = plan(phase, H, B, D, device=device, tier="S")
-            assert (reason, p["tier"]) == ("", "tier S: asked for S")
-            assert (p["single"], p["members"], p["blocks"]) == (1, 1, D * -(-B // 4))
+            case = f"{phase}, {device}, H={H}, B={B}, D={D}"
+            assert (reason, p["tier"]) == ("", "tier S: asked for S"), case
+            assert (p["single"], p["members"], p["blocks"]) == (1, 1, D * -(-B // 4)), case
             assert not plan(phase, H, B, D, device=device)[1]["single"]
         assert not plan(phase, 129, 16, device=device, tier="S")[1]["single"]
         assert not plan(phase, 128, 16, element=4, device=device, tier="S")[1]["single"]

@@ -50,15 +50,15 @@ def test_contract_in_the_interpreter():
     """Every kernel, option and dtype against the float64 reference, in two processes."""
     command = ("-m", "pytest", "tests/gpu/interpreted_triton.py", "-p", "no:cacheprovider", "-k")
     environment = {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    halves = [start(*command, which, **environment) for which in ("resident", "not resident")]
+    halves = {which: start(*command, which, **environment) for which in ("resident", "not resident")}
     try:
-        for half in halves:
+        for which, half in halves.items():
             out, errors = half.communicate(timeout=600)
-            assert half.returncode == 0, f"{out[-6000:]}\n{errors[-2000:]}"
-            assert " passed" in out
-            assert "skipped" not in out
+            assert half.returncode == 0, f"{which}: {out[-6000:]}\n{errors[-2000:]}"
+            assert " passed" in out, which
+            assert "skipped" not in out, which
     finally:
-        for half in halves:
+        for half in halves.values():
             half.kill()
 
 

@@ -174,13 +174,13 @@ def test_compiles_without_spills_within_shared_memory(target, kind, H, row, reco
 def test_ieee_products_are_summed_in_blocks(recorded):
     """Blockwise sums over K: one running sum over K = 1024 had more than twice cuDNN's error on an H100."""
     results = recorded("sm_90", "ieee", lambda: run(arguments(2, 3, 300, torch.float32)))
-    for keys in results.values():
+    for kernel, keys in results.items():
         ((_, (source, gpu, options)),) = keys.items()
         text = triton.compile(source, target=gpu, options=options).asm["ttgir"]
         dots = re.findall(r"(%\w+) = tt\.dot .*maxNumImpreciseAcc", text)
-        assert dots
-        assert len(dots) == len(re.findall(r"tt\.dot ", text))
-        assert all(re.search(rf"arith\.addf .*{dot}\b", text) for dot in dots)
+        assert dots, kernel
+        assert len(dots) == len(re.findall(r"tt\.dot ", text)), kernel
+        assert all(re.search(rf"arith\.addf .*{dot}\b", text) for dot in dots), kernel
 
 
 SHAPES = ((1, 1), (1, 16), (16, 1), (2, 3), (15, 7), (17, 33), (16, 16), (40, 64), (3, 100), (128, 2))  # (T, B)
@@ -232,15 +232,15 @@ def test_each_step_of_the_tiled_kernels_is_one_launch(recorded, monkeypatch):
     names = Kernel.arg_names
     assert [args[names.index("s")] for _, args in launched] == [0, 1, 2, 3, 4]
     assert {(grid, len(args)) for grid, args in launched} == {((38, 2, 1), len(names))}
-    for _, args in launched:
+    for step, (_, args) in enumerate(launched):
         arguments_by_name = dict(zip(names, args, strict=True))
         assert (
             arguments_by_name["T"],
             arguments_by_name["B"],
             arguments_by_name["spans"] * arguments_by_name["ALIGN"],
             arguments_by_name["D"],
-        ) == (5, 70, 300, 2)
-        assert arguments_by_name["KEEP_GATES"] is True
+        ) == (5, 70, 300, 2), step
+        assert arguments_by_name["KEEP_GATES"] is True, step
 
 
 @pytest.mark.parametrize("enabled", [True, False])

@@ -17,7 +17,7 @@ from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, Stateles
 import fastlstm
 
 from ..device import TEST_DEVICE
-from ..module_pairs import data, flat
+from ..module_pairs import data, flat, naming
 
 
 class Model(nn.Module):
@@ -66,15 +66,18 @@ def test_one_graph_on_every_backend(backend):
 @pytest.mark.parametrize(
     ("kwargs", "call"),
     [
-        ({}, {"hx": (data(4, 3, 4), data(4, 3, 4, seed=1))}),
-        ({}, {"lengths": LENGTHS}),
-        ({}, {"lengths": [4, 0, 2]}),
-        ({}, {"reset_mask": MASK}),
-        ({"bidirectional": False}, {"lengths": LENGTHS, "reset_mask": MASK, "return_cell_states": True}),
-        ({"proj_size": 2, "bias": False}, {}),
-        ({"batch_first": True}, {"lengths": torch.tensor([3, 1, 0, 2])}),
+        pytest.param({}, {"hx": (data(4, 3, 4), data(4, 3, 4, seed=1))}, id="states"),
+        pytest.param({}, {"lengths": LENGTHS}, id="lengths"),
+        pytest.param({}, {"lengths": [4, 0, 2]}, id="list of lengths"),
+        pytest.param({}, {"reset_mask": MASK}, id="resets"),
+        pytest.param(
+            {"bidirectional": False},
+            {"lengths": LENGTHS, "reset_mask": MASK, "return_cell_states": True},
+            id="lengths, resets and cell states",
+        ),
+        pytest.param({"proj_size": 2, "bias": False}, {}, id="projection without bias"),
+        pytest.param({"batch_first": True}, {"lengths": torch.tensor([3, 1, 0, 2])}, id="batch_first"),
     ],
-    ids=str,
 )
 def test_one_graph_with_every_argument(kwargs, call):
     model = Model(**kwargs)
@@ -92,7 +95,7 @@ def test_inductor(tmp_path, monkeypatch):
     compiled = torch.compile(model, fullgraph=True)
     for call in ({}, {"lengths": LENGTHS}):
         expected = loss_and_gradients(model, model, X, **call)
-        torch.testing.assert_close(loss_and_gradients(compiled, model, X, **call), expected)
+        torch.testing.assert_close(loss_and_gradients(compiled, model, X, **call), expected, msg=naming(list(call)))
 
 
 @pytest.mark.parametrize("training", [True, False], ids=["training", "inference"])
@@ -106,10 +109,11 @@ def test_no_recompilation_for_another_t_or_b(ragged, training):
         call = {"lengths": torch.arange(B) % T, "reset_mask": x[..., 0] > 1} if ragged else {}
         if not training:
             with torch.no_grad():
-                torch.testing.assert_close(compiled(x, **call), model(x, **call))
+                torch.testing.assert_close(compiled(x, **call), model(x, **call), msg=naming(f"T={T}, B={B}"))
             continue
         expected = loss_and_gradients(model, model, x, **call)
-        torch.testing.assert_close(loss_and_gradients(compiled, model, x, **call), expected)
+        got = loss_and_gradients(compiled, model, x, **call)
+        torch.testing.assert_close(got, expected, msg=naming(f"T={T}, B={B}"))
 
 
 @torch._dynamo.config.patch(error_on_recompile=True)
@@ -162,12 +166,12 @@ def test_cell():
     cell = fastlstm.LSTMCell(3, 4, dtype=TEST_DEVICE.dtype)
     compiled = torch.compile(cell, backend="aot_eager", fullgraph=True)
     hx = (data(3, 4), data(3, 4, seed=1))
-    for args in ((X[0],), (X[0], hx)):
+    for case, args in {"without states": (X[0],), "with states": (X[0], hx)}.items():
         results = []
         for function in (compiled, cell):
             h, c = function(*args)
             results.append([h, c, *torch.autograd.grad((h * c).sum(), list(cell.parameters()))])
-        torch.testing.assert_close(*results)
+        torch.testing.assert_close(*results, msg=naming(case))
 
 
 def test_converted_model_compiles():
@@ -193,7 +197,8 @@ def test_export_with_dynamic_t_and_b(ragged):
     assert sum("fastlstm" in str(node.target) for node in program.graph.nodes) == 2
     for T_run, B_run in ((4, 3), (9, 2), (30, 5)):
         x, lengths = data(T_run, B_run, 3), torch.arange(B_run)
-        torch.testing.assert_close(program.module()(x, lengths), caller(x, lengths))
+        case = f"T={T_run}, B={B_run}"
+        torch.testing.assert_close(program.module()(x, lengths), caller(x, lengths), msg=naming(case))
 
 
 @pytest.mark.parametrize("ragged", [False, True])
@@ -257,10 +262,10 @@ def test_weights_with_symbolic_sizes(ragged, backend):
         lengths = torch.arange(B, device=TEST_DEVICE.device) % T
         expected = lstm(x, **({"lengths": lengths} if ragged else {}))[0]
         output = traced(x, lengths, *lstm.parameters())
-        torch.testing.assert_close(output, expected)
+        torch.testing.assert_close(output, expected, msg=naming(f"T={T}, B={B}"))
         inputs = [x, *lstm.parameters()]
         grads = [torch.autograd.grad(out.sum(), inputs) for out in (output, expected)]
-        torch.testing.assert_close(*grads)
+        torch.testing.assert_close(*grads, msg=naming(f"T={T}, B={B}"))
     assert len(graphs) == 2
 
 
@@ -288,7 +293,7 @@ def test_ahead_of_time_package(tmp_path):
     loaded = torch._inductor.aoti_load_package(package)
     for T_run, B_run in ((4, 3), (17, 5)):
         x = data(T_run, B_run, 3)
-        torch.testing.assert_close(loaded(x), model(x))
+        torch.testing.assert_close(loaded(x), model(x), msg=naming(f"T={T_run}, B={B_run}"))
 
 
 class Plain(nn.Module):

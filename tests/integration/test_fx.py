@@ -86,7 +86,7 @@ def test_fx_graph_with_packed_input(backend):
     theirs, ours = (fx.symbolic_trace(Packed(cls)) for cls in (nn.LSTM, fastlstm.LSTM))
     assert nodes(ours) == nodes(theirs)
     for lengths in (LENGTHS, torch.tensor([3, 3])):
-        assert_same(ours, theirs, X, lengths)
+        assert_same(ours, theirs, X, lengths, case=f"lengths {lengths.tolist()}")
 
 
 def test_graph_keeps_arguments_that_nn_lstm_lacks(backend):

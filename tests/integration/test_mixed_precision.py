@@ -59,12 +59,14 @@ def float32_error():
     return train()
 
 
-@pytest.mark.parametrize(("dtype", "scaled"), [(torch.bfloat16, False), (torch.float16, True), (torch.bfloat16, True)])
+@pytest.mark.parametrize(
+    ("dtype", "scaled"), [(torch.bfloat16, False), (torch.float16, True), (torch.bfloat16, True)], ids=str
+)
 def test_training_converges_as_in_float32(dtype, scaled):
     assert train(dtype, scaled) < max(2 * float32_error(), 0.02)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_tutorial_meets_its_target_with_a_grad_scaler(dtype):
     """The quick form of gradient_regression in mixed precision: its model, data, optimizer and target."""
     task = GradientRegression(quick=True)
@@ -106,7 +108,7 @@ def test_grad_scaler_skips_a_step_that_overflows(backend):
     assert all(torch.equal(a, b) for a, b in zip(before, lstm.parameters(), strict=True))
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("options", [{}, {"num_layers": 2, "bidirectional": True}, {"proj_size": 2}], ids=str)
 def test_modules_in_half_precision_train(dtype, options, backend):
     """Everything in one dtype, results and gradients included."""
@@ -141,13 +143,14 @@ def test_autocast_with_every_call_form(backend):
     for call in (None, *calls):
         results = []
         for enabled in (False, True):
+            case = f"{'packed' if call is None else list(call)}, autocast {enabled}"
             ours.zero_grad()
             with torch.autocast(TEST_DEVICE.device, torch.bfloat16, enabled=enabled):
                 output, *rest = ours(packed) if call is None else ours(X, **call)
             output = output.data if call is None else output
-            assert output.dtype == (torch.bfloat16 if enabled else torch.float32)
+            assert output.dtype == (torch.bfloat16 if enabled else torch.float32), case
             (output.float().pow(2).sum() + sum(r.float().sum() for r in rest[1:] if call)).backward()
-            assert ours.weight_hh_l0.grad.dtype == torch.float32
+            assert ours.weight_hh_l0.grad.dtype == torch.float32, case
             results.append((output.float().detach(), ours.weight_hh_l0.grad.clone()))
         for exact, low in zip(*results, strict=True):
             assert float((exact - low).abs().max()) <= 0.03 * float(exact.abs().max()), call

@@ -18,7 +18,7 @@ from torch import nn
 
 import fastlstm
 
-from ..module_pairs import assert_same, data, flat, module_pair
+from ..module_pairs import assert_same, data, flat, module_pair, naming
 
 X = data(5, 2, 3)
 TorchLSTM, TorchLSTMCell = nn.LSTM, nn.LSTMCell  # the originals, also under the patch
@@ -189,6 +189,11 @@ def test_states_of_early_versions(cls, version, kwargs):
     assert restored._flat_weights_names == theirs._flat_weights_names
     assert [id(w) for w in restored._flat_weights] == [id(w) for w in restored.parameters()]
     assert_same(restored, theirs, X)
-    for again in (copy.deepcopy(restored), pickle.loads(pickle.dumps(restored)), restored.float().double()):
-        torch.testing.assert_close(flat(again(X)), flat(theirs(X)), rtol=1e-6, atol=1e-6)
+    copies = {
+        "deepcopy": copy.deepcopy(restored),
+        "pickle": pickle.loads(pickle.dumps(restored)),
+        "float, then double": restored.float().double(),
+    }
+    for how, again in copies.items():
+        torch.testing.assert_close(flat(again(X)), flat(theirs(X)), rtol=1e-6, atol=1e-6, msg=naming(how))
     assert vars(restored).keys() - {"_backend"} == vars(fastlstm.LSTM(3, 4)).keys()

@@ -90,18 +90,18 @@ def test_dropout_repeats_under_a_seed(backend):
     rng = torch if TEST_DEVICE.device == "cpu" else torch.get_device_module(TEST_DEVICE.device)
     with torch.device("cpu"):  # lengths must be on the CPU
         packed = nn.utils.rnn.pack_sequence([x[:, 0], x[:3, 1]])
-    for forms in ((x,), (packed,)):
+    for form, batch in {"padded": x, "packed": packed}.items():
         results = []
         for seed in (1, 1, 2):
             rng.manual_seed(seed)
-            output = lstm(*forms)[0]
+            output = lstm(batch)[0]
             results.append(output.data if len(output) == 4 else output)
-        assert torch.equal(results[0], results[1])
-        assert not torch.equal(results[0], results[2])
+        assert torch.equal(results[0], results[1]), form
+        assert not torch.equal(results[0], results[2]), form
         state = rng.get_rng_state()
         first = lstm(x)[0]
         rng.set_rng_state(state)
-        assert torch.equal(lstm(x)[0], first)
+        assert torch.equal(lstm(x)[0], first), form
 
 
 @pytest.mark.parametrize("H", [8, 100])
@@ -112,7 +112,7 @@ def test_row_is_independent_of_its_batch_to_within_rounding(H, backend):
     with torch.no_grad():
         whole = lstm(x)[0]
         for rows in (slice(0, 1), slice(3, 5), slice(7, 33)):
-            assert float((lstm(x[:, rows])[0] - whole[:, rows]).abs().max()) <= 1e-6
+            assert float((lstm(x[:, rows])[0] - whole[:, rows]).abs().max()) <= 1e-6, rows
 
 
 PROGRAM = """

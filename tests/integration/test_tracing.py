@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastlstm
 
-from ..module_pairs import assert_same, data, flat, module_pair
+from ..module_pairs import assert_same, data, flat, module_pair, naming
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning"),
@@ -73,10 +73,10 @@ def test_trace_with_packed_input_supports_other_lengths(kwargs, enforce_sorted, 
     loaded = torch.jit.load(stored)
     others = [(4, 3, 2, 1), (5, 3, 2), (7,), (2, 2), (6, 5, 4, 4, 1)]
     for lengths in others if enforce_sorted else [*others, (1, 4, 2), (2, 3, 5)]:
-        for mine in (traced, loaded):
-            assert_same(mine, yours, *batch(*lengths))
+        for which, mine in {"traced": traced, "loaded": loaded}.items():
+            assert_same(mine, yours, *batch(*lengths), case=f"{which}, lengths {lengths}")
         with torch.no_grad():
-            torch.testing.assert_close(traced(*batch(*lengths)), theirs(*batch(*lengths)))
+            torch.testing.assert_close(traced(*batch(*lengths)), theirs(*batch(*lengths)), msg=naming(lengths))
 
 
 @on_ops
@@ -120,9 +120,10 @@ def test_trace_equals_the_module(wanted, recompute, mode, backend):
     module = Options(lstm, **dict.fromkeys(wanted, True))
     traced = trace(module, arguments(5, 3), mode)
     for T, B in ((5, 3), (2, 6), (9, 1), (1, 2)):
-        assert_same(traced, module, *arguments(T, B))
+        case = f"T={T}, B={B}"
+        assert_same(traced, module, *arguments(T, B), case=case)
         with torch.no_grad():
-            torch.testing.assert_close(traced(*arguments(T, B)), module(*arguments(T, B)))
+            torch.testing.assert_close(traced(*arguments(T, B)), module(*arguments(T, B)), msg=naming(case))
 
 
 class Steps(nn.Module):
@@ -145,9 +146,9 @@ def test_loop_of_cells(kwargs, mode, backend):
     ours, theirs = (Steps(cell) for cell in module_pair(cell=True, **kwargs))
     traced = trace(ours, (data(4, 3, 3),), mode)
     for B in (3, 5):
-        assert_same(traced, theirs, data(4, B, 3))
+        assert_same(traced, theirs, data(4, B, 3), case=f"B={B}")
         with torch.no_grad():
-            torch.testing.assert_close(traced(data(4, B, 3)), theirs(data(4, B, 3)))
+            torch.testing.assert_close(traced(data(4, B, 3)), theirs(data(4, B, 3)), msg=naming(f"B={B}"))
 
 
 @on_ops

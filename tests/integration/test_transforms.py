@@ -13,7 +13,7 @@ import fastlstm
 
 from ..cases import Case
 from ..device import TEST_DEVICE
-from ..module_pairs import data, module_pair
+from ..module_pairs import data, module_pair, naming
 from ..runners import require
 
 X = data(4, 3, 3)
@@ -37,7 +37,7 @@ def test_per_sample_gradients(backend):
     got = vmap(grad(loss), in_dims=(None, 1))(weights, X)
     for b in range(3):
         expected = torch.autograd.grad(theirs(X[:, b : b + 1])[0].pow(2).sum(), list(theirs.parameters()))
-        torch.testing.assert_close([g[b] for g in got.values()], list(expected))
+        torch.testing.assert_close([g[b] for g in got.values()], list(expected), msg=naming(f"sample {b}"))
 
 
 def test_vmap_over_inputs_and_ragged_arguments(backend):
@@ -46,7 +46,8 @@ def test_vmap_over_inputs_and_ragged_arguments(backend):
     mask = data(5, 4, 3) > 0.5
     got = vmap(lambda x, m: ours(x, lengths=lengths[0], reset_mask=m)[0])(inputs, mask)
     for k in range(5):
-        torch.testing.assert_close(got[k], ours(inputs[k], lengths=lengths[k], reset_mask=mask[k])[0])
+        expected = ours(inputs[k], lengths=lengths[k], reset_mask=mask[k])[0]
+        torch.testing.assert_close(got[k], expected, msg=naming(f"sample {k}"))
 
 
 @pytest.mark.filterwarnings("error:.*performance drop")
@@ -61,7 +62,7 @@ def test_vmap_over_packed_data(backend):
 
     got = vmap(run)(inputs)
     for k in range(4):
-        torch.testing.assert_close(tuple(t[k] for t in got), run(inputs[k]))
+        torch.testing.assert_close(tuple(t[k] for t in got), run(inputs[k]), msg=naming(f"sample {k}"))
 
 
 def test_ensemble(backend):
@@ -70,7 +71,7 @@ def test_ensemble(backend):
     base = fastlstm.LSTM(3, 4, 2, device="meta")
     got = vmap(lambda p, b: functional_call(base, (p, b), (X,))[0])(params, buffers)
     for k, model in enumerate(models):
-        torch.testing.assert_close(got[k], model(X)[0])
+        torch.testing.assert_close(got[k], model(X)[0], msg=naming(f"model {k}"))
 
 
 def test_jvp_agrees_with_vjp(backend):

@@ -14,7 +14,7 @@ from fastlstm.accuracy import error_bounds
 
 from ..cases import Case
 from ..device import TEST_DEVICE
-from ..module_pairs import data, flat, module_pair
+from ..module_pairs import data, flat, module_pair, naming
 from ..runners import assert_accurate, precision, require
 
 T, N, B = 4, 3, 2
@@ -86,7 +86,7 @@ def test_per_sample_gradients_of_states(backend):
     for k in range(N):
         h, c = h0[k].clone().requires_grad_(), c0[:, k].clone().requires_grad_()
         expected = torch.autograd.grad(theirs(x, (h, c))[0].pow(2).sum(), (h, c))
-        torch.testing.assert_close([g[k] for g in got], list(expected))
+        torch.testing.assert_close([g[k] for g in got], list(expected), msg=naming(f"sample {k}"))
 
 
 def test_vmap_in_vmap(backend):
@@ -95,7 +95,7 @@ def test_vmap_in_vmap(backend):
     per_sample = vmap(vmap(grad(lambda w, x: loss(ours, w, x)), in_dims=(None, 0)), in_dims=(None, 0))
     got = per_sample(weights_of(ours), inputs)
     for k in range(2):
-        torch.testing.assert_close([g[k] for g in got.values()], looped(theirs, inputs[k]))
+        torch.testing.assert_close([g[k] for g in got.values()], looped(theirs, inputs[k]), msg=naming(f"sample {k}"))
 
 
 def test_ensemble_gradients(backend):
@@ -114,8 +114,9 @@ def test_ensemble_gradients(backend):
     )
     vmap(lambda w: loss(base, w, x))(params).sum().backward()
     for k in range(N):
-        torch.testing.assert_close([g[k : k + 1] for g in got.values()], expected[k])
-        torch.testing.assert_close([params[name].grad[k : k + 1] for name in got], expected[k])
+        torch.testing.assert_close([g[k : k + 1] for g in got.values()], expected[k], msg=naming(f"grad, model {k}"))
+        grads = [params[name].grad[k : k + 1] for name in got]
+        torch.testing.assert_close(grads, expected[k], msg=naming(f"backward, model {k}"))
 
 
 def test_per_sample_gradients_of_an_ensemble(backend):
@@ -124,13 +125,15 @@ def test_per_sample_gradients_of_an_ensemble(backend):
     params = {name: w.detach() for name, w in params.items()}
     inputs = data(N, T, B, 3)
     one = grad(lambda w, x: loss(models[0], w, x))
-    for nested in (
-        vmap(vmap(one, in_dims=(None, 0)), in_dims=(0, None)),
-        vmap(vmap(one, in_dims=(0, None)), in_dims=(None, 0), out_dims=1),
-    ):
+    orders = {
+        "samples inside": vmap(vmap(one, in_dims=(None, 0)), in_dims=(0, None)),
+        "models inside": vmap(vmap(one, in_dims=(0, None)), in_dims=(None, 0), out_dims=1),
+    }
+    for order, nested in orders.items():
         got = nested(params, inputs)
         for k, model in enumerate(models):
-            torch.testing.assert_close([g[k] for g in got.values()], looped(model, inputs))
+            case = f"{order}, model {k}"
+            torch.testing.assert_close([g[k] for g in got.values()], looped(model, inputs), msg=naming(case))
 
 
 def test_backward_through_per_sample_gradients(backend):
@@ -157,8 +160,14 @@ def test_hessian_by_three_compositions(backend):
     def f(x):
         return ours(x)[0].pow(3).sum()
 
-    for second in (hessian(f), jacrev(jacrev(f)), jacrev(jacfwd(f)), jacfwd(jacfwd(f))):
-        torch.testing.assert_close(second(x), expected)
+    compositions = {
+        "hessian": hessian(f),
+        "jacrev of jacrev": jacrev(jacrev(f)),
+        "jacrev of jacfwd": jacrev(jacfwd(f)),
+        "jacfwd of jacfwd": jacfwd(jacfwd(f)),
+    }
+    for name, second in compositions.items():
+        torch.testing.assert_close(second(x), expected, msg=naming(name))
 
 
 def test_hessian_vector_product_and_third_derivative(backend):
@@ -179,7 +188,7 @@ def test_jacobians_of_mapped_rows(backend):
     expected = [torch.autograd.functional.jacobian(lambda x: theirs(x)[0], x) for x in inputs]
     for jacobian in (jacrev, jacfwd):
         got = vmap(jacobian(lambda x: ours(x)[0]))(inputs)
-        torch.testing.assert_close(got, torch.stack(expected))
+        torch.testing.assert_close(got, torch.stack(expected), msg=naming(jacobian.__name__))
 
 
 def test_transforms_run_on_the_backend(monkeypatch):
@@ -211,7 +220,7 @@ def test_dropout_under_vmap(backend):
     assert torch.equal(got[0], got[1])
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_per_sample_gradients_in_other_dtypes(dtype, backend):
     ours, theirs = module_pair(3, 8, dtype=dtype)
     inputs = data(N, T, B, 3).to(dtype)

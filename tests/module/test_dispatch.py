@@ -185,22 +185,22 @@ def test_explain():
 def test_explain_of_every_form_of_input(choices):
     lstm, cell = fastlstm.LSTM(3, 4, 2, proj_size=2), fastlstm.LSTMCell(3, 4)
     packed = pack_padded_sequence(X, torch.tensor([5, 3]))
-    forms = [
-        (lstm, (X,), {}),
-        (lstm, (X[:, 0],), {}),
-        (lstm, (packed,), {}),
-        (lstm, (X,), {"lengths": [5, 3]}),
-        (lstm, (X,), {"reset_mask": torch.zeros(5, 2, dtype=torch.bool)}),
-        (lstm, (X, (torch.zeros(2, 2, 2), torch.zeros(2, 2, 4))), {"return_cell_states": True}),
-        (cell, (X[0],), {}),
-        (cell, (X[0, 0], (torch.zeros(4), torch.zeros(4))), {}),
-    ]
-    for module, args, kwargs in forms:
+    forms = {
+        "batch": (lstm, (X,), {}),
+        "unbatched": (lstm, (X[:, 0],), {}),
+        "packed": (lstm, (packed,), {}),
+        "lengths": (lstm, (X,), {"lengths": [5, 3]}),
+        "resets": (lstm, (X,), {"reset_mask": torch.zeros(5, 2, dtype=torch.bool)}),
+        "states": (lstm, (X, (torch.zeros(2, 2, 2), torch.zeros(2, 2, 4))), {"return_cell_states": True}),
+        "cell": (cell, (X[0],), {}),
+        "cell, unbatched": (cell, (X[0, 0], (torch.zeros(4), torch.zeros(4))), {}),
+    }
+    for name, (module, args, kwargs) in forms.items():
         fastlstm.explain(module, *args, **kwargs)
         explained = choices[-1]
         choices.clear()
         module(*args, **kwargs)
-        assert choices[0] == explained  # equal to the call of the first layer
+        assert choices[0] == explained, name  # equal to the call of the first layer
         choices.clear()
 
 
@@ -264,4 +264,4 @@ def test_subclasses_of_tensors_keep_their_type():
     lstm = fastlstm.LSTM(3, 4)
     for name in ("auto", "eager"):
         with fastlstm.use_backend(name):
-            assert type(lstm(torch.randn(2, 1, 3).as_subclass(Named))[0]) is Named
+            assert type(lstm(torch.randn(2, 1, 3).as_subclass(Named))[0]) is Named, name

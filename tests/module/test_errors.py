@@ -128,7 +128,7 @@ def test_forward(name, backend):
     assert error_of(lambda: ours(*args)) == error_of(lambda: theirs(*args))
 
 
-@pytest.mark.parametrize("model", [nn.LSTM(3, 4), fastlstm.LSTM(3, 4)])
+@pytest.mark.parametrize("model", [nn.LSTM(3, 4), fastlstm.LSTM(3, 4)], ids=["nn.LSTM", "fastlstm.LSTM"])
 def test_hx_stacked_in_one_tensor(model):
     with pytest.raises(TypeError):
         model(X, torch.zeros(2, 1, 2, 4))
@@ -341,7 +341,7 @@ def test_function_refuses_packed_sequences(options, backend):
             )
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_half_input_with_float32_weights_is_refused(dtype, backend):
     """Also on backends that compute half precision in float32, where a cast would hide the mismatch."""
     weights = [w.detach() for w in fastlstm.LSTM(3, 4, dtype=torch.float64).parameters()]

@@ -60,10 +60,27 @@ def test_fast_path_runs_only_what_native_would(monkeypatch):
         assert not lstm_takes_it(lstm, x, None)
     h0 = torch.zeros(2, 2, 4)
     assert lstm_takes_it(lstm, x, (h0, h0))
-    for hx in ((h0[:1], h0), (h0, h0.double()), (h0,), (h0, None), [h0, h0], h0):
-        assert not lstm_takes_it(lstm, x, hx)
-    for other in (x[0], x.double(), x[..., :2], x[:0], x.to("meta"), x.long(), [1.0]):
-        assert not lstm_takes_it(lstm, other, None)
+    refused_states = {
+        "too few layers": (h0[:1], h0),
+        "c0 in float64": (h0, h0.double()),
+        "h0 alone": (h0,),
+        "c0 None": (h0, None),
+        "list": [h0, h0],
+        "tensor": h0,
+    }
+    for name, hx in refused_states.items():
+        assert not lstm_takes_it(lstm, x, hx), name
+    refused_inputs = {
+        "2-D": x[0],
+        "float64": x.double(),
+        "size": x[..., :2],
+        "T = 0": x[:0],
+        "meta": x.to("meta"),
+        "int64": x.long(),
+        "list": [1.0],
+    }
+    for name, other in refused_inputs.items():
+        assert not lstm_takes_it(lstm, other, None), name
     torch.func.vmap(lambda x: taken.update(vmap=lstm_takes_it(lstm, x, None)) or x)(x[None])
     assert taken["vmap"] is False
     with torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True) as mode:
@@ -83,6 +100,7 @@ def test_fast_path_runs_only_what_native_would(monkeypatch):
         ("dropout", 1.1), ("dropout", float("nan")), ("dropout", "0"), ("input_size", None), ("hidden_size", 4.0),
         ("training", torch.zeros(2)),
     ],
+    ids=str,
 )  # fmt: skip
 def test_fast_path_refuses_invalid_attributes(attribute, value):
     """Attributes are read at every call, and the general path raises the error."""
@@ -154,12 +172,33 @@ def test_fast_path_of_a_cell(monkeypatch):
     assert cell_takes_it(fastlstm.LSTMCell(3, 4, bias=False), x, None)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert not cell_takes_it(cell, x, None)
-    for hx in ((h[:1], h), (h, h.double()), (h,), (h, None), [h, h], h, (h[0], h[0]), (h.to("meta"), h)):
-        assert not cell_takes_it(cell, x, hx)
+    refused_states = {
+        "too few rows": (h[:1], h),
+        "c in float64": (h, h.double()),
+        "h alone": (h,),
+        "c None": (h, None),
+        "list": [h, h],
+        "tensor": h,
+        "1-D": (h[0], h[0]),
+        "meta": (h.to("meta"), h),
+    }
+    for name, hx in refused_states.items():
+        assert not cell_takes_it(cell, x, hx), name
     for own in interposed(x):
         assert not cell_takes_it(cell, own, None)
-    for other in (x[None], x.double(), x.bfloat16(), x[:, :2], x[:0], x.to("meta"), x.long(), x.to_sparse(), 1.0):
-        assert not cell_takes_it(cell, other, None)
+    refused_inputs = {
+        "3-D": x[None],
+        "float64": x.double(),
+        "bfloat16": x.bfloat16(),
+        "size": x[:, :2],
+        "B = 0": x[:0],
+        "meta": x.to("meta"),
+        "int64": x.long(),
+        "sparse": x.to_sparse(),
+        "number": 1.0,
+    }
+    for name, other in refused_inputs.items():
+        assert not cell_takes_it(cell, other, None), name
     torch.func.vmap(lambda x: taken.update(vmap=cell_takes_it(cell, x, None)) or x)(x[None])
     assert taken["vmap"] is False
     with torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True) as mode:

@@ -16,7 +16,7 @@ from torch.nn.utils.rnn import pack_padded_sequence
 
 import fastlstm
 
-from ..module_pairs import assert_same, data, flat, module_pair
+from ..module_pairs import assert_same, data, flat, module_pair, naming
 
 X = data(5, 2, 3)
 OPTIONS = {"num_layers": 2, "bidirectional": True, "proj_size": 2}
@@ -100,7 +100,7 @@ def test_compiled_call_reads_weights_written_between_calls():
     ours, theirs = module_pair()
     compiled = torch.compile(ours, backend="aot_eager", fullgraph=True)
     for k in range(4):
-        torch.testing.assert_close(flat(compiled(X)), flat(theirs(X)))
+        torch.testing.assert_close(flat(compiled(X)), flat(theirs(X)), msg=naming(f"call {k}"))
         for module in (ours, theirs):
             module._flat_weights[1] = data(16, 4, seed=k)
 

@@ -36,16 +36,17 @@ def test_layout_of_results(kwargs, dtype, shape, with_hx, backend):
     for grad_mode in (torch.enable_grad, torch.no_grad):
         with grad_mode():
             got, expected = ours(x, hx), theirs(x, hx)
-        assert type(got) is tuple
-        assert len(got) == 2
-        assert type(got[1]) is tuple
-        assert len(got[1]) == 2
+        mode = grad_mode.__name__
+        assert type(got) is tuple, mode
+        assert len(got) == 2, mode
+        assert type(got[1]) is tuple, mode
+        assert len(got[1]) == 2, mode
         for our_tensor, their_tensor in zip(flat(got), flat(expected), strict=True):
-            assert our_tensor.shape == their_tensor.shape
-            assert our_tensor.dtype == their_tensor.dtype
-            assert our_tensor.requires_grad == their_tensor.requires_grad
+            assert our_tensor.shape == their_tensor.shape, mode
+            assert our_tensor.dtype == their_tensor.dtype, mode
+            assert our_tensor.requires_grad == their_tensor.requires_grad, mode
             if their_tensor.is_contiguous():
-                assert our_tensor.is_contiguous()
+                assert our_tensor.is_contiguous(), mode
 
 
 def test_default_state_takes_the_dtype_of_the_input():

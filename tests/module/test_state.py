@@ -14,7 +14,7 @@ from torch.nn.utils import parametrizations, parametrize, prune
 
 import fastlstm
 
-from ..module_pairs import assert_same, data, module_pair
+from ..module_pairs import assert_same, data, module_pair, naming
 
 X = data(5, 2, 3)
 OPTIONS = {"num_layers": 2, "bidirectional": True, "proj_size": 2}
@@ -105,7 +105,7 @@ def test_meta_to_empty_reset():
     made = []
     for cls in (fastlstm.LSTM, nn.LSTM):
         module = cls(3, 4, **OPTIONS, device="meta", dtype=torch.float64)
-        assert module(X.to("meta"))[0].shape == (5, 2, 4)
+        assert module(X.to("meta"))[0].shape == (5, 2, 4), cls
         module.to_empty(device="cpu")
         torch.manual_seed(1)
         module.reset_parameters()
@@ -273,7 +273,7 @@ def test_distributed_wrappers(wrap, tmp_path):
         output.square().sum().backward()
         for name, weight in ours.named_parameters():
             grad = weight.grad.full_tensor() if wrap == "fsdp" else weight.grad
-            torch.testing.assert_close(grad, getattr(theirs, name).grad)
+            torch.testing.assert_close(grad, getattr(theirs, name).grad, msg=naming(name))
     finally:
         distributed.destroy_process_group()
 

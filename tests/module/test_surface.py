@@ -110,24 +110,25 @@ def test_check_methods():
     ours, theirs = module_pair()
     x, good, bad = data(5, 2, 3), data(1, 2, 4), data(1, 2, 5)
     for module in (ours, theirs):
-        assert module.check_input(x, None) is None
-        assert module.check_forward_args(x, (good, good), None) is None
-        assert module.check_hidden_size(good, (1, 2, 4)) is None
-    for call in (
-        lambda m: m.check_input(x[..., :2], None),
-        lambda m: m.check_input(x.float(), None),
-        lambda m: m.check_input(x[0], None),
-        lambda m: m.check_input(x, torch.tensor([1])),
-        lambda m: m.check_forward_args(x, (bad, good), None),
-        lambda m: m.check_forward_args(x, (good, bad), None),
-        lambda m: m.check_hidden_size(bad, (1, 2, 4)),
-        lambda m: m.check_hidden_size(bad, (1, 2, 4), "wanted {}, not {}"),
-    ):
+        assert module.check_input(x, None) is None, type(module)
+        assert module.check_forward_args(x, (good, good), None) is None, type(module)
+        assert module.check_hidden_size(good, (1, 2, 4)) is None, type(module)
+    calls = {
+        "input size": lambda m: m.check_input(x[..., :2], None),
+        "input dtype": lambda m: m.check_input(x.float(), None),
+        "2-D input": lambda m: m.check_input(x[0], None),
+        "packed 3-D input": lambda m: m.check_input(x, torch.tensor([1])),
+        "h0 size": lambda m: m.check_forward_args(x, (bad, good), None),
+        "c0 size": lambda m: m.check_forward_args(x, (good, bad), None),
+        "hidden size": lambda m: m.check_hidden_size(bad, (1, 2, 4)),
+        "hidden size, own message": lambda m: m.check_hidden_size(bad, (1, 2, 4), "wanted {}, not {}"),
+    }
+    for name, call in calls.items():
         with pytest.raises((RuntimeError, ValueError)) as theirs_raised:
             call(theirs)
         with pytest.raises(theirs_raised.type) as ours_raised:
             call(ours)
-        assert str(ours_raised.value) == str(theirs_raised.value)
+        assert str(ours_raised.value) == str(theirs_raised.value), name
 
 
 def test_permute_hidden():

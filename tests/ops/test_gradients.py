@@ -11,7 +11,7 @@ from torch.autograd import gradcheck, gradgradcheck
 import fastlstm
 
 from ..cases import OUTPUTS, Case, tensors
-from ..module_pairs import data, flat, module_pair
+from ..module_pairs import data, flat, module_pair, naming
 from ..runners import check, require, run_torch
 
 SMALL = {"T": 3, "B": 2, "I": 2, "H": 3, "dtype": torch.float64, "hx": "tuple"}
@@ -111,7 +111,7 @@ def test_gradients_accumulate(backend):
     once = {name: w.grad.clone() for name, w in ours.named_parameters()}
     ours(x)[0].sum().backward()
     for name, weight in ours.named_parameters():
-        torch.testing.assert_close(weight.grad, 2 * once[name])
+        torch.testing.assert_close(weight.grad, 2 * once[name], msg=naming(name))
 
 
 def test_gradients_do_not_alias(backend):

@@ -187,13 +187,13 @@ def test_argument_changed_in_place(kind, T, backend):
     """Equal gradients if nn.LSTM allows the change, an error if it refuses it."""
     if kind == "cell" and T > 1:
         pytest.skip("a cell is one step")
-    for name in ARGUMENTS if kind == "projected" else ARGUMENTS[:-1]:
+    for name in [name for name in ARGUMENTS if name != "weight_hr" or kind == "projected"]:
         for frozen in FROZEN:
             kwargs = {"cell": True} if kind == "cell" else KINDS[kind]
             mine, expected = (change(module, name, frozen, T) for module in module_pair(**kwargs))
             assert isinstance(mine, str) == isinstance(expected, str), (name, frozen, mine, expected)
             if isinstance(mine, str):
-                assert MESSAGE in mine
+                assert MESSAGE in mine, (name, frozen)
             else:
                 torch.testing.assert_close(mine, expected, msg=lambda m, at=(name, frozen): f"{at}: {m}")
 

@@ -14,6 +14,7 @@ from fastlstm.ops import register
 from fastlstm.ops.schema import LayerShape
 
 from ..cases import Case, tensors
+from ..module_pairs import naming
 from ..runners import require
 
 EVERYTHING = {"lengths": (4, 0, 2), "resets": ((1, 0), (2, 0), (1, 2)), "cells": True, "hx": "tuple"}
@@ -124,14 +125,15 @@ def test_forward_follows_the_contract(case, op_backend, poisoned_empty):
     shape = LayerShape.of(arguments[3])
     for keep_cells, keep_reserve in ((False, False), (True, False), (False, True), (True, True)):
         y, h_n, c_n, cells, reserve = forward(*arguments[:6], keep_cells, keep_reserve)
-        torch.testing.assert_close((y, h_n, c_n), expected[:3])
+        kept = f"keep_cells={keep_cells}, keep_reserve={keep_reserve}"
+        torch.testing.assert_close((y, h_n, c_n), expected[:3], msg=naming(kept))
         if keep_cells:
-            torch.testing.assert_close(cells, expected[3])
+            torch.testing.assert_close(cells, expected[3], msg=naming(kept))
         elif not keep_reserve:
-            assert cells.shape == (0,)
-        assert reserve.shape == ((shape.D, case.T, case.B, 4 * case.H) if keep_reserve else (0,))
-        for result in (y, h_n, c_n, cells, reserve):
-            assert result.is_contiguous()
+            assert cells.shape == (0,), kept
+        assert reserve.shape == ((shape.D, case.T, case.B, 4 * case.H) if keep_reserve else (0,)), kept
+        for name, result in {"y": y, "h_n": h_n, "c_n": c_n, "cells": cells, "reserve": reserve}.items():
+            assert result.is_contiguous(), f"{kept}: {name}"
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
@@ -156,15 +158,16 @@ def test_backward_follows_the_contract(case, op_backend, poisoned_empty):
         with torch.no_grad():
             results = flat(backward(*args))
         present = [g for g, need in zip(results, args[-1], strict=True) if need]
-        torch.testing.assert_close(present, list(expected))
+        torch.testing.assert_close(present, list(expected), msg=naming(f"arriving {arriving}"))
         for k, whole in enumerate(results):
             with torch.no_grad():
                 alone = flat(backward(*args[:-1], [i == k and need for i, need in enumerate(full[-1])]))
             for i, result in enumerate(alone):
+                which = f"arriving {arriving}, needed {k}, result {i}"
                 if i == k and full[-1][k]:
-                    torch.testing.assert_close(result, whole)
+                    torch.testing.assert_close(result, whole, msg=naming(which))
                 else:
-                    assert result.shape == (0,)
+                    assert result.shape == (0,), which
 
 
 @pytest.mark.parametrize("form", ["transposed", "sliced", "expanded"])
@@ -247,7 +250,7 @@ def test_forward_refuses_invalid_shapes(index, change, text, op_backend):
         ops(op_backend)[0](*arguments)
 
 
-@pytest.mark.parametrize("lengths", [(4, 5, 2), (4, -1, 2)])
+@pytest.mark.parametrize("lengths", [(4, 5, 2), (4, -1, 2)], ids=str)
 def test_lengths_out_of_range_are_refused(lengths, op_backend):
     """With the message of the module's check."""
     forward, backward = ops(op_backend)

@@ -15,7 +15,7 @@ from fastlstm import backends, dispatch
 from fastlstm.ragged import PackedLayout
 
 from ..cases import Case
-from ..module_pairs import assert_same, data, module_pair
+from ..module_pairs import assert_same, data, module_pair, naming
 from .test_ops import backward_arguments, flat, forward_arguments, ops
 
 LENGTHS = (6, 4, 4, 1)  # sorted as in a PackedSequence
@@ -171,20 +171,20 @@ def test_increasing_batch_sizes_are_refused(batch_sizes, states, backend):
 @pytest.mark.parametrize("kwargs", [{}, {"bidirectional": True, "proj_size": 2}, {"batch_first": True}], ids=str)
 def test_dropout_draws_the_mask_of_nn_lstm(kwargs, backend):
     ours, theirs = module_pair(num_layers=3, dropout=0.4, **kwargs)
-    packed_input, results = packed_batch(4, 1, 6, 4), []
-    variants = [
-        lambda: theirs(packed_input),
-        lambda: ours(packed_input),
-        lambda: ours(packed_input, return_cell_states=True)[:2],
-    ]
-    for call in variants:
+    packed_input, results = packed_batch(4, 1, 6, 4), {}
+    variants = {
+        "nn.LSTM": lambda: theirs(packed_input),
+        "fastlstm": lambda: ours(packed_input),
+        "cell states": lambda: ours(packed_input, return_cell_states=True)[:2],
+    }
+    for name, call in variants.items():
         torch.manual_seed(11)
-        results.append([*flat_results(call()), torch.rand(1)])
+        results[name] = [*flat_results(call()), torch.rand(1)]
     ours.recompute = True
     torch.manual_seed(11)
-    results.append([*flat_results(ours(packed_input)), torch.rand(1)])
-    for our_tensor in results[1:]:
-        torch.testing.assert_close(our_tensor, results[0])
+    results["recompute"] = [*flat_results(ours(packed_input)), torch.rand(1)]
+    for name, result in results.items():
+        torch.testing.assert_close(result, results["nn.LSTM"], msg=naming(name))
     assert_same(ours.eval(), theirs.eval(), packed_input)
 
 
@@ -245,11 +245,12 @@ def test_packed_rows_are_not_padded(monkeypatch):
     monkeypatch.setattr(PackedLayout, "pad", lambda self, rows: padded.append(rows) or pad(self, rows))
     expected = lstm(packed_input)
     assert not padded
-    for call in (
-        lambda: lstm(packed_input, return_cell_states=True)[:2],
-        lambda: torch.func.functional_call(lstm, dict(lstm.named_parameters()), (packed_input,)),
-    ):
-        torch.testing.assert_close(flat_results(call()), flat_results(expected))
+    calls = {
+        "cell states": lambda: lstm(packed_input, return_cell_states=True)[:2],
+        "functional_call": lambda: torch.func.functional_call(lstm, dict(lstm.named_parameters()), (packed_input,)),
+    }
+    for name, call in calls.items():
+        torch.testing.assert_close(flat_results(call()), flat_results(expected), msg=naming(name))
     assert len(padded) == 1
     with fastlstm.use_backend("eager"):
         torch.testing.assert_close(flat_results(lstm(packed_input)), flat_results(expected))

@@ -11,6 +11,7 @@ import fastlstm
 from fastlstm import dispatch
 
 from ..cases import OUTPUTS, Case
+from ..module_pairs import naming
 from ..runners import check, require, run_backend
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -131,7 +132,7 @@ def test_no_grad_equals_training(case, backend):
     with torch.no_grad():
         inferred = run_backend(replace(case, used=()), backend)
     for name in inferred.keys() & set(OUTPUTS):
-        torch.testing.assert_close(inferred[name], trained[name], rtol=1e-6, atol=1e-7)
+        torch.testing.assert_close(inferred[name], trained[name], rtol=1e-6, atol=1e-7, msg=naming(name))
 
 
 def test_runs_are_bitwise_deterministic(backend):

@@ -10,7 +10,7 @@ from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 import fastlstm
 
 from ..cases import Case
-from ..module_pairs import data, flat, module_pair
+from ..module_pairs import data, flat, module_pair, naming
 from ..runners import check
 
 NAN = float("nan")
@@ -39,7 +39,8 @@ def test_lengths_of_every_integer_type(dtype):
     x = data(5, 3, 3)
     expected = ours(x, lengths=[5, 0, 2])
     for lengths in (torch.tensor([5, 0, 2], dtype=dtype), torch.tensor([5, 9, 0, 9, 2], dtype=dtype)[::2]):
-        torch.testing.assert_close(ours(x, lengths=lengths), expected, rtol=0, atol=0)
+        stride = f"stride {lengths.stride(0)}"
+        torch.testing.assert_close(ours(x, lengths=lengths), expected, rtol=0, atol=0, msg=naming(stride))
 
 
 def test_full_lengths_equal_no_lengths(backend):
@@ -79,8 +80,8 @@ def test_padding_is_ignored(value, kwargs, dtype, backend):
         assert dirty.isfinite().all()
         assert torch.equal(dirty, clean)
     output, cells, dx = collected[1][0], collected[1][3], collected[1][4]
-    for zero_there in (output, cells, dx):
-        assert not zero_there.masked_select(padding).any()
+    for name, zero_there in {"output": output, "cells": cells, "dx": dx}.items():
+        assert not zero_there.masked_select(padding).any(), name
 
 
 def test_gradients_arriving_in_padding_are_ignored(backend):
@@ -89,11 +90,11 @@ def test_gradients_arriving_in_padding_are_ignored(backend):
     output, _, cells = ours(x, lengths=[2, 5], return_cell_states=True)
     padding = (torch.arange(6)[:, None] >= torch.tensor([2, 5]))[..., None]
     inputs = [x, *ours.parameters()]
-    for out in (output, cells):
+    for name, out in {"output": output, "cells": cells}.items():
         grads = torch.autograd.grad(
             out, inputs, torch.zeros_like(out).masked_fill(padding, NAN), retain_graph=True, materialize_grads=True
         )
-        assert not any(g.any() for g in grads)
+        assert not any(g.any() for g in grads), name
 
 
 def test_reset_isolates_sequences(backend):
@@ -119,8 +120,9 @@ def test_reset_contributes_no_gradient_to_earlier_steps(backend):
     output, _ = ours(x, hx, reset_mask=mask_of(6, 2, (2, 0), (4, 0), (3, 1)))
     dx, dh, dc = torch.autograd.grad(output[2:4, 0].sum(), (x, *hx))
     assert dx[2:4, 0].all()
-    for untouched in (dx[:2, 0], dx[4:, 0], dx[:, 1], dh, dc):
-        assert not untouched.any()
+    elsewhere = {"dx before": dx[:2, 0], "dx after": dx[4:, 0], "dx of the other row": dx[:, 1], "dh": dh, "dc": dc}
+    for name, untouched in elsewhere.items():
+        assert not untouched.any(), name
 
 
 def test_reset_at_the_first_step_discards_hx(backend):

@@ -13,7 +13,7 @@ import fastlstm
 from ..cases import Case, random_case, tensors
 from ..device import TEST_DEVICE
 from ..integration.test_compile import Model, loss_and_gradients
-from ..module_pairs import data, module_pair
+from ..module_pairs import data, module_pair, naming
 from ..runners import check, require, run_backend
 from .test_gradients import ALL_OPTIONS, DENSE, function
 
@@ -153,7 +153,8 @@ def test_compiles_to_one_graph_without_recompilation(interval):
         for T, B in ((6, 7), (9, 5)):
             x, call = data(T, B, 3), {"lengths": torch.arange(B) % T}
             expected = loss_and_gradients(model, model, x, **call)
-            torch.testing.assert_close(loss_and_gradients(compiled, model, x, **call), expected)
+            got = loss_and_gradients(compiled, model, x, **call)
+            torch.testing.assert_close(got, expected, msg=naming(f"T={T}, B={B}"))
     torch._dynamo.reset()
 
 

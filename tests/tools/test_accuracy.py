@@ -51,6 +51,7 @@ def bound(run, precision: Precision = SINGLE) -> float:
         ([], [], 0.0),
         ([[1.0]], [1.0], None),
     ],
+    ids=str,
 )
 def test_max_error(got, reference, expected):
     off = max_error(torch.tensor(got), torch.tensor(reference, dtype=torch.float64))
@@ -115,8 +116,8 @@ def test_bound_allows_rounding_and_refuses_four_times_rounding():
     for seed in range(200):
         x = normal(1 + seed % 7, seed=seed)
         allowed = bound(lambda x=x: x * 1.5)
-        assert max_error((x * 1.5).float(), x * 1.5) <= allowed
-        assert allowed <= 4 * DEVIATIONS * 2.0**-24 * float((x * 1.5).abs().max())
+        assert max_error((x * 1.5).float(), x * 1.5) <= allowed, seed
+        assert allowed <= 4 * DEVIATIONS * 2.0**-24 * float((x * 1.5).abs().max()), seed
 
 
 def test_blockwise_sum_has_a_smaller_bound():

@@ -77,7 +77,9 @@ def test_ratio_is_old_over_new_with_interval():
 
 
 @pytest.mark.parametrize(
-    "launches", [[], [Launch([1.0], [1.0])], [Launch([1.0], [1.0]), Launch([1.0, 1.0], [1.0, 1.0])]]
+    "launches",
+    [[], [Launch([1.0], [1.0])], [Launch([1.0], [1.0]), Launch([1.0, 1.0], [1.0, 1.0])]],
+    ids=["none", "one", "unequal rounds"],
 )
 def test_single_launch_and_unequal_rounds_are_refused(launches):
     with pytest.raises(ValueError, match="at least two launches of equally many rounds"):
@@ -263,7 +265,7 @@ def test_command_fails_if_the_new_revision_is_wrong(side, status, measured, caps
     assert "geometric mean" not in text
 
 
-@pytest.mark.parametrize("words", [["--launches", "1"], ["--clock", "cpu", "--threads", "2"]])
+@pytest.mark.parametrize("words", [["--launches", "1"], ["--clock", "cpu", "--threads", "2"]], ids=" ".join)
 def test_invalid_settings_are_refused(words, capsys):
     with pytest.raises(SystemExit, match="2"):
         command.main(["ab", "old", *words])

@@ -73,7 +73,7 @@ def test_layer_is_timed_on_every_kind_of_partition():
     for row in calibrate.time_layer(case, 2, {}):
         assert row.measured.keys() == row.predicted.keys()
         kinds = {(split, concurrent) for _, _, split, concurrent in row.measured}
-        assert kinds == {("none", False), ("none", True), ("rows", False), ("units", False)}
+        assert kinds == {("none", False), ("none", True), ("rows", False), ("units", False)}, row
         assert all(us > 0 for us in row.measured.values())
         chosen = calibrate.key_of(calibrate.plan(case, 2, {})[row.pass_])
         assert row.predicted[chosen] <= min(row.predicted.values()) / 0.98

@@ -63,9 +63,9 @@ def test_replay_equals_the_eager_program(kind, captures):
     in_graphs = program(case)
     for mode in (*MODES, *MODES):
         expected, found = eager.results(mode), in_graphs.results(mode)
-        assert found.keys() == expected.keys()
+        assert found.keys() == expected.keys(), mode
         for name, value in expected.items():
-            assert torch.equal(found[name], value), name
+            assert torch.equal(found[name], value), f"{mode}, {name}"
     assert len(captures) == len(MODES)  # each mode once
 
 

@@ -18,7 +18,8 @@ from ..runners import compare, expected, run_torch
 def test_random_cases_repeat_and_reach_every_option():
     cases = [random_case(random.Random(k), (torch.float64, torch.float32)) for k in range(400)]
     assert cases == [random_case(random.Random(k), (torch.float64, torch.float32)) for k in range(400)]
-    assert eval(repr(cases[7]), {"Case": Case, "torch": torch}) == cases[7]  # a failure prints code that can be run
+    for case in cases:  # a failure prints code that can be run
+        assert eval(repr(case), {"Case": Case, "torch": torch}) == case, case
     for option in (
         "bidirectional",
         "proj",
@@ -44,9 +45,9 @@ def test_tensors_are_equal_in_every_dtype_and_strided_where_asked():
     low, high = tensors(case), tensors(case, torch.float64)
     assert low.leaves.keys() == high.leaves.keys()
     for name, leaf in low.leaves.items():
-        assert leaf.dtype == torch.bfloat16
+        assert leaf.dtype == torch.bfloat16, name
         assert not leaf.is_contiguous(), name
-        assert torch.equal(leaf.double(), high.leaves[name])
+        assert torch.equal(leaf.double(), high.leaves[name]), name
     assert low.leaves["weight_ih_l0"].shape == (24, 4)
 
 

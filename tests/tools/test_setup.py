@@ -67,6 +67,7 @@ def fake_compiler(folder: Path, status: int) -> str:
 @pytest.mark.parametrize(
     ("system", "flags", "link"),
     [("linux", ["-fopenmp"], ["-fopenmp"]), ("darwin", ["-Xclang", "-fopenmp"], ["-lomp"])],
+    ids=["linux", "darwin"],
 )
 def test_openmp(system, flags, link, setup, monkeypatch, tmp_path):
     """Links torch's runtime, which on macOS is in torch's folder, not the compiler's."""
