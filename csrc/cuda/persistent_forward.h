@@ -4,7 +4,7 @@
 // The critical path of a step runs from the arrival of a state to the sending of the next: the product, the
 // sums, the cell and one store. So a thread keeps what it can of its elements in registers, addresses
 // included, and reads the next x W_ih^T and stores results after the state is sent. Without lengths and
-// resets no row is checked: RAGGED is an instantiation of its own (tests/test_cuda_sass.py counts the
+// resets no row is checked: RAGGED is an instantiation of its own (tests/gpu/test_cuda_sass.py counts the
 // instructions).
 #pragma once
 

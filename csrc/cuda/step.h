@@ -1,7 +1,7 @@
 // What one thread of each kernel in cell_kernels.h computes: V neighbouring features of one row.
 //
 // Host and device, and only plain memory accesses, so that the tests run the same code without a GPU
-// (tests/test_cuda_host.py). The equations themselves are in cell.h.
+// (tests/gpu/test_cuda_host.py). The equations themselves are in cell.h.
 #pragma once
 
 #include "cuda/numbers.h"

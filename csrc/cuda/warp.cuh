@@ -1,6 +1,6 @@
 // A warp of a persistent block: its lanes, the block's barrier, the tensor cores, and memory that other
 // blocks write. All that the persistent kernels ask of a GPU beyond plain C++ is in this file, so that the
-// tests can run the same kernels with host threads in the place of warps (tests/cuda_host/cuda/warp.cuh).
+// tests can run the same kernels with host threads in the place of warps (tests/gpu/cuda_host/cuda/warp.cuh).
 #pragma once
 
 #include <cuda_bf16.h>

@@ -30,7 +30,7 @@ class Row:
 
     kernel: str  # "resident", "streamed" or "step"
     max_h: int
-    shared: int  # KiB of shared memory the kernels may take (tests/test_triton_aot.py holds them to it)
+    shared: int  # KiB of shared memory the kernels may take (tests/gpu/test_triton_aot.py holds them to it)
     forward: Tiles
     backward: Tiles
 
