@@ -48,7 +48,7 @@ using DifferentiableBackward = LayerGradients(const OptionalTensor& dy, const Op
 using SavedGates = at::Tensor(const at::Tensor& reserve, const at::Tensor& x, at::TensorList weights,
                               const OptionalTensor& lengths);
 
-// What a layer's op is given, for the time of the call. LayerSizes checks it, once.
+// Arguments of a layer's op, by reference: valid for the call only, never stored. LayerSizes checks them.
 struct LayerInputs {
   const at::Tensor& x;  // [T, B, I], or packed rows [N, I]
   const OptionalTensor &h0, &c0;
@@ -59,7 +59,7 @@ struct LayerInputs {
 struct ResultGradients {
   const OptionalTensor &dy, &dh_n, &dc_n, &dcells;
 };
-// What forward saved for backward; y may lack (lacks_output).
+// What forward saved for backward; y may be empty (lacks_output).
 struct SavedResults {
   const at::Tensor &y, &cells, &reserve;
 };
@@ -111,7 +111,7 @@ struct LayerSizes {
     return packed ? at::DimVector{D, rows_, 4 * H} : at::DimVector{D, T, B, 4 * H};
   }
 
-  // Raises where the inputs do not fit together.
+  // Raises if the inputs do not fit together.
   explicit LayerSizes(const LayerInputs& in) {
     ArgumentCheck check(in.x);
     read(in, check);
@@ -128,7 +128,7 @@ struct LayerSizes {
     s.read(in, check);
     return !check.failed();
   }
-  // Raises where what backward is given besides forward's inputs does not fit them.
+  // Raises if backward's further arguments do not match forward's inputs.
   void check_backward(const at::Tensor& x, const ResultGradients& grads, const SavedResults& saved,
                       const c10::List<bool>& needs) const {
     const at::ScalarType dtype = x.scalar_type();
@@ -152,7 +152,7 @@ struct LayerSizes {
 
   void read(const LayerInputs& in, ArgumentCheck& check) {
     const auto& [x, h0, c0, weights, lengths, reset_mask] = in;
-    packed = x.dim() == 2 && lengths && lengths->defined() && lengths->is_cpu();
+    packed = x.dim() == 2 && x.is_cpu() && lengths && lengths->defined() && lengths->is_cpu();
     check.expect(packed || x.dim() == 3, "x must be [T, B, I], got ", x.sizes());
     check.expect(weights.size() >= 2 && weights[0].dim() == 2 && weights[1].dim() == 2,
                  "weights must begin with weight_ih [4H, I] and weight_hh [4H, P]");

@@ -1,23 +1,33 @@
-// What the two drivers (cpu/layer_forward.cpp, cpu/layer_backward.cpp) ask of an Engine: how numbers are
+// What the two drivers (cpu/layer_forward.cpp, cpu/layer_backward.cpp) require of an Engine: how numbers are
 // stored, packed and multiplied. cpu/engine_float.h runs the kernels of cpu/forward.h and cpu/backward.h,
-// cpu/engine_bf16.h those of cpu/bf16.h.
+// cpu/engine_bf16.h those of cpu/bf16.h. with_engine, below, has the one of a plan.
 //
 // An Engine E names
-//   E::Number    of x, weights and results: float, double or Bf16; sums and c are Real<Number>
-//   E::State     of h between the steps of forward
-//   E::Operand   of the factors of the products after backward's loop: y, x, dgates, and of dx
-//   E::unit_block(), E::saved_block()   units that threads split, units of a block of the saved gates
-//   E::Forward, E::Backward, E::WeightGradient
-// Forward and Backward exist for the time of a call:
-//   reserve(space)               takes panels and scratch of all directions from the workspace
-//   prepare(space, d, w, args)   packs the weights w of direction d, given the driver's buffers
-//   run(d, member)               the time loop on one thread
-// and Backward also
-//   select_steps(d, span)        before run: the chunk of steps
-//   dgates(d)                    after it: the gradients of the pre-activations of the chunk's rows
-//   input_gradient(d, n, dx)     dx (+)= dgates W_ih
-//   bias_gradient(d, n, add, last, db)   db (+)= the sum of dgates' rows; complete after the last chunk
-//   projection_states(d)         dr and the h before the projection, for dW_hr
+//   Number           of x, weights and results: float, double or Bf16; sums and c are Real<Number>
+//   State            of h between the steps of forward
+//   Operand          element type of the GEMM operands after backward's loop (y, x, dgates), and of dx
+//   unit_block()     units are split among threads in multiples of this
+//   saved_block()    units of a block of the saved gates (cpu/sequence.h)
+//   operands(t)      t, stored as Number, as a tensor of Operand; operand_like(x): a tensor of that dtype
+//   Forward, Backward, WeightGradient; Forward is all that inference requires.
+//
+// Forward and Backward live for one call. Both have
+//   reserve(space)               takes the panels and scratch of all directions from the workspace
+//   prepare(space, d, w, args)   packs the weights w of direction d; args: the driver's buffers
+//   run(d, member)               the time loop of one thread
+// Forward(in, sizes, ragged, plan) also has
+//   state_stride(P), state_rows(B)   of a slot of h: stride of a row and number of rows
+// Backward(in, sizes, plan, need_dx, need_hr) also has
+//   gradient_stride(P)               of a row of dh
+//   select_steps(d, span, dx)        the chunk of steps that run() takes
+//   dgates(d), dr(d), hidden(d)      of the chunk's rows: gradients of the pre-activations; with projection
+//                                    those of h, and h before the projection
+//   input_gradient(d, n, dx)         dx (+)= dgates W_ih
+//   bias_gradient(d, n, accumulate, db), finish_bias(d, db)   after each chunk, and after the last
+//
+// WeightGradient(dw, plan) has
+//   add(rows, dgates, states, accumulate)   dw (+)= dgates^T states; once if plan.at_once
+//   finish()                                dw is complete
 #pragma once
 
 #include "cpu/chunks.h"

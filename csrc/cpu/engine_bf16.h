@@ -16,15 +16,15 @@ class Bf16Forward {
 
   void reserve(Workspace& space) {
     for (int64_t d = 0; d < s_.D; ++d) {
-      ih_at_[d] = space.take<Bf16>(bf16::packed_gates_size(s_.H, s_.I));
-      hh_at_[d] = space.take<Bf16>(bf16::packed_gates_size(s_.H, s_.H));
+      ih_offset_[d] = space.take<Bf16>(bf16::packed_gates_size(s_.H, s_.I));
+      hh_offset_[d] = space.take<Bf16>(bf16::packed_gates_size(s_.H, s_.H));
     }
-    scratch_at_ = space.take<Bf16>(plan_.partition.threads() * bf16::forward_scratch(s_.I));
+    scratch_offset_ = space.take<Bf16>(plan_.partition.threads() * bf16::forward_scratch(s_.I));
   }
 
   void prepare(const Workspace& space, int64_t d, const DirectionWeights& w,
                const ForwardBuffers<Bf16, Bf16>& b) {
-    Bf16 *ih = space.at<Bf16>(ih_at_[d]), *hh = space.at<Bf16>(hh_at_[d]);
+    Bf16 *ih = space.at<Bf16>(ih_offset_[d]), *hh = space.at<Bf16>(hh_offset_[d]);
     pack_gates(w.ih.contiguous(), ih);
     pack_gates(w.hh.contiguous(), hh);
     args_[d] = {b.rows,
@@ -42,7 +42,7 @@ class Bf16Forward {
                 b.cells,
                 b.y_stride,
                 b.cells_stride,
-                space.at<Bf16>(scratch_at_)};
+                space.at<Bf16>(scratch_offset_)};
   }
 
   void run(int64_t d, const Member& me) const { kernel_.forward(args_[d], me); }
@@ -60,8 +60,8 @@ class Bf16Forward {
   const LayerSizes& s_;
   const ForwardPlan& plan_;
   const at::Tensor x_;  // the caller's rows
-  PerDirection ih_at_, hh_at_;
-  int64_t scratch_at_ = 0;
+  PerDirection ih_offset_, hh_offset_;
+  int64_t scratch_offset_ = 0;
   bf16::ForwardArgs args_[2];
 };
 
@@ -77,21 +77,27 @@ class Bf16Backward {
 
   void reserve(Workspace& space) {
     for (int64_t d = 0; d < s_.D; ++d) {
-      packed_at_[d] = space.take<Bf16>(bf16::packed_columns_size(G_, s_.H));
-      dgates_at_[d] = space.take<Bf16>(dgates_rows() * stride_);
-      db_at_[d] = space.take<float>(plan_.partition.threads() * G_);
+      packed_offset_[d] = space.take<Bf16>(bf16::packed_columns_size(G_, s_.H));
+      db_offset_[d] = space.take<float>(plan_.partition.threads() * G_);
     }
   }
 
   void prepare(const Workspace& space, int64_t d, const DirectionWeights& w, const BackwardBuffers<Bf16>& b) {
     const at::Tensor w_hh = w.hh.contiguous();
-    Bf16 *packed = space.at<Bf16>(packed_at_[d]), *dgates = space.at<Bf16>(dgates_at_[d]);
+    Bf16* packed = space.at<Bf16>(packed_offset_[d]);
+    // A block of its own, which is cached between calls up to a limit per block.
+    dgates_[d] = new_workspace(dgates_rows() * stride_ * static_cast<int64_t>(sizeof(Bf16)));
+    Bf16* dgates = reinterpret_cast<Bf16*>(dgates_[d].mutable_data_ptr<uint8_t>());
     for_blocks(plan_.partition.threads(), s_.H, bf16::kUnits, G_ * bf16::kUnits,
                [&](int64_t begin, int64_t end) {
                  kernel_.pack_columns(data_of<Bf16>(w_hh), G_, s_.H, begin, end, packed);
                });
-    for (int64_t r = 0; r < dgates_rows(); ++r) std::fill_n(dgates + r * stride_ + G_, stride_ - G_, Bf16(0));
-    float* db = space.at<float>(db_at_[d]);
+    const int64_t padding = bf16::padded(G_) - G_;  // which tiles read
+    if (padding > 0)
+      for_blocks(plan_.partition.threads(), dgates_rows(), 1, padding, [&](int64_t begin, int64_t end) {
+        for (int64_t r = begin; r < end; ++r) std::fill_n(dgates + r * stride_ + G_, padding, Bf16(0));
+      });
+    float* db = space.at<float>(db_offset_[d]);
     std::fill_n(db, plan_.partition.threads() * G_, 0.0f);
     args_[d] = {b.rows,      s_.H,
                 b.reverse,   0,
@@ -124,9 +130,9 @@ class Bf16Backward {
       at::mm_out(out, dgates, w_ih_[d]);
   }
 
-  // The kernels sum over each thread's rows.
-  void bias_gradient(int64_t d, int64_t, bool, bool last, float* db) const {
-    for (int64_t j = 0; last && j < G_; ++j) {
+  void bias_gradient(int64_t, int64_t, bool, float*) const {}  // the kernels sum over each thread's rows
+  void finish_bias(int64_t d, float* db) const {
+    for (int64_t j = 0; j < G_; ++j) {
       db[j] = 0;
       for (int m = 0; m < plan_.partition.threads(); ++m) db[j] += args_[d].db[m * G_ + j];
     }
@@ -139,8 +145,8 @@ class Bf16Backward {
   const LayerSizes& s_;
   const BackwardPlan& plan_;
   const int64_t G_ = 4 * s_.H, stride_ = bf16::row_stride(G_);
-  PerDirection packed_at_, dgates_at_, db_at_;
-  at::Tensor w_ih_[2];
+  PerDirection packed_offset_, db_offset_;
+  at::Tensor w_ih_[2], dgates_[2];
   bf16::BackwardArgs args_[2];
 };
 
@@ -149,7 +155,7 @@ class Bf16WeightGradient {
  public:
   Bf16WeightGradient(const at::Tensor& dw, const WgradPlan& plan) : dw_(dw), at_once_(plan.at_once) {}
 
-  void add(int64_t rows, MatrixView<Bf16> dgates, MatrixView<Bf16> states, bool) {
+  void add(int64_t rows, MatrixView<Bf16> dgates, MatrixView<Bf16> states, bool /*accumulate*/) {
     const int64_t m = dw_.size(0), n = dw_.size(1);
     const at::Tensor left = matrix_tensor(dgates.data, m, rows, 1, dgates.stride),
                      right = matrix_tensor(states.data, rows, n, states.stride, 1);

@@ -26,19 +26,20 @@ class FloatForward {
 
   void reserve(Workspace& space) {
     for (int64_t d = 0; d < s_.D; ++d) {
-      ih_at_[d] = space.take<S>(plan_.partition.copies * ih_size_);
-      hh_at_[d] = space.take<S>(plan_.partition.copies * hh_size_);
-      hr_at_[d] = space.take<S>(pack_hr() ? kernel_.columns_packed_size(s_.H, s_.P) : 0);
-      hidden_at_[d] = space.take<R>(s_.proj() ? s_.B * s_.H : 0);
+      ih_offset_[d] = space.take<S>(plan_.partition.copies * ih_size_);
+      hh_offset_[d] = space.take<S>(plan_.partition.copies * hh_size_);
+      hr_offset_[d] = space.take<S>(pack_hr() ? kernel_.columns_packed_size(s_.H, s_.P) : 0);
+      hidden_offset_[d] = space.take<R>(s_.proj() ? s_.B * s_.H : 0);
     }
-    scratch_at_ = space.take<R>(plan_.partition.threads() * kernel_.forward_scratch(N_, s_.I, s_.H, s_.P));
+    scratch_offset_ =
+        space.take<R>(plan_.partition.threads() * kernel_.forward_scratch(N_, s_.I, s_.H, s_.P));
   }
 
   void prepare(const Workspace& space, int64_t d, const DirectionWeights& w, const ForwardBuffers<T, R>& b) {
     const ThreadPartition& threads = plan_.partition;
     weights_[d] = {w.ih.contiguous(), w.hh.contiguous(), s_.proj() ? w.hr.contiguous() : at::Tensor()};
     const auto& [ih, hh, hr] = weights_[d];
-    if (pack_hr()) pack_columns<T>(threads.threads(), w.hr.t(), space.at<S>(hr_at_[d]));
+    if (pack_hr()) pack_columns<T>(threads.threads(), w.hr.t(), space.at<S>(hr_offset_[d]));
     args_[d] = {
         b.rows,
         s_.I,
@@ -48,10 +49,10 @@ class FloatForward {
         x_.template const_data_ptr<R>(),
         b.gates,
         b.bias,
-        {data_of<T>(ih), pack_ih() ? space.at<S>(ih_at_[d]) : nullptr, plan_.w_ih},
-        {data_of<T>(hh), pack_hh() ? space.at<S>(hh_at_[d]) : nullptr, plan_.w_hh},
-        {s_.proj() ? data_of<T>(hr) : nullptr, pack_hr() ? space.at<S>(hr_at_[d]) : nullptr, plan_.w_hr},
-        s_.proj() ? space.at<R>(hidden_at_[d]) : nullptr,
+        {data_of<T>(ih), pack_ih() ? space.at<S>(ih_offset_[d]) : nullptr, plan_.w_ih},
+        {data_of<T>(hh), pack_hh() ? space.at<S>(hh_offset_[d]) : nullptr, plan_.w_hh},
+        {s_.proj() ? data_of<T>(hr) : nullptr, pack_hr() ? space.at<S>(hr_offset_[d]) : nullptr, plan_.w_hr},
+        s_.proj() ? space.at<R>(hidden_offset_[d]) : nullptr,
         {b.h, b.h + s_.B * s_.P},
         b.c,
         b.c,
@@ -59,7 +60,7 @@ class FloatForward {
         b.cells,
         b.y_stride,
         b.cells_stride,
-        space.at<R>(scratch_at_)};
+        space.at<R>(scratch_offset_)};
     if ((pack_ih() || pack_hh()) && !threads.private_weights())
       for_blocks(threads.threads(), s_.H, kernel_.width,
                  (pack_ih() * s_.I + pack_hh() * s_.P) * 4 * kernel_.width,
@@ -91,8 +92,8 @@ class FloatForward {
   const int64_t N_;
   const at::Tensor x_;  // [N, I]
   const int64_t ih_size_, hh_size_;
-  PerDirection ih_at_, hh_at_, hr_at_, hidden_at_;
-  int64_t scratch_at_ = 0;
+  PerDirection ih_offset_, hh_offset_, hr_offset_, hidden_offset_;
+  int64_t scratch_offset_ = 0;
   std::array<at::Tensor, 3> weights_[2];
   ForwardArgs<T, S> args_[2];
 };
@@ -102,14 +103,14 @@ class FloatBackward {
   using R = Real<T>;
 
  public:
-  // need_hr: whether dW_hr is wanted of a direction.
+  // need_hr[d]: true if dW_hr of direction d is needed.
   FloatBackward(const LayerInputs& in, const LayerSizes& s, const BackwardPlan& plan, bool need_dx,
                 const bool (&need_hr)[2])
       : s_(s),
         plan_(plan),
         need_hr_{need_hr[0], need_hr[1]},
-        packed_size_(plan.pack_hh ? kernel_.columns_packed_size(4 * s.H, s.P) : 0),
-        is_packed_(plan.partition.copies > 1 ? s.D * plan.partition.copies : 0) {
+        packed_hh_size_(plan.pack_hh ? kernel_.columns_packed_size(4 * s.H, s.P) : 0),
+        copy_is_packed_(plan.partition.copies > 1 ? s.D * plan.partition.copies : 0) {
     for (int64_t d = 0; need_dx && d < s.D; ++d) {
       w_ih_[d] = in.weights[d * s.per_direction].contiguous();
       identity_[d] = is_identity(w_ih_[d], d);
@@ -121,19 +122,19 @@ class FloatBackward {
   void reserve(Workspace& space) {
     const int64_t rows = plan_.chunk_steps * s_.B;
     for (int64_t d = 0; d < s_.D; ++d) {
-      packed_at_[d] = space.take<S>(plan_.partition.copies * packed_size_);
-      hr_at_[d] = space.take<S>(s_.proj() ? kernel_.columns_packed_size(s_.P, s_.H) : 0);
-      dgates_at_[d] = space.take<R>(rows * 4 * s_.H);
-      dr_at_[d] = space.take<R>(s_.proj() ? rows * s_.P : 0);
-      hidden_at_[d] = space.take<R>(need_hr_[d] ? rows * s_.H : 0);
+      packed_hh_offset_[d] = space.take<S>(plan_.partition.copies * packed_hh_size_);
+      hr_offset_[d] = space.take<S>(s_.proj() ? kernel_.columns_packed_size(s_.P, s_.H) : 0);
+      dgates_offset_[d] = space.take<R>(rows * 4 * s_.H);
+      dr_offset_[d] = space.take<R>(s_.proj() ? rows * s_.P : 0);
+      hidden_offset_[d] = space.take<R>(need_hr_[d] ? rows * s_.H : 0);
     }
-    scratch_at_ = space.take<R>(plan_.partition.threads() * kernel_.backward_scratch(s_.H, s_.P));
+    scratch_offset_ = space.take<R>(plan_.partition.threads() * kernel_.backward_scratch(s_.H, s_.P));
   }
 
   void prepare(const Workspace& space, int64_t d, const DirectionWeights& w, const BackwardBuffers<T>& b) {
     const ThreadPartition& threads = plan_.partition;
     w_hh_[d] = w.hh.contiguous();
-    if (s_.proj()) pack_columns<T>(threads.threads(), w.hr, space.at<S>(hr_at_[d]));
+    if (s_.proj()) pack_columns<T>(threads.threads(), w.hr, space.at<S>(hr_offset_[d]));
     args_[d] = {b.rows,
                 s_.H,
                 s_.P,
@@ -150,20 +151,20 @@ class FloatBackward {
                 b.dy_stride,
                 b.dcells_stride,
                 data_of<T>(w_hh_[d]),
-                plan_.pack_hh ? space.at<S>(packed_at_[d]) : nullptr,
-                s_.proj() ? space.at<S>(hr_at_[d]) : nullptr,
-                space.at<R>(dgates_at_[d]),
-                s_.proj() ? space.at<R>(dr_at_[d]) : nullptr,
-                need_hr_[d] ? space.at<R>(hidden_at_[d]) : nullptr,
+                plan_.pack_hh ? space.at<S>(packed_hh_offset_[d]) : nullptr,
+                s_.proj() ? space.at<S>(hr_offset_[d]) : nullptr,
+                space.at<R>(dgates_offset_[d]),
+                s_.proj() ? space.at<R>(dr_offset_[d]) : nullptr,
+                need_hr_[d] ? space.at<R>(hidden_offset_[d]) : nullptr,
                 b.dh,
                 b.dc,
-                space.at<R>(scratch_at_)};
+                space.at<R>(scratch_offset_)};
     if (plan_.pack_hh && !threads.private_weights())
       for_blocks(threads.threads(), s_.P, kernel_.unit_block, 4 * s_.H * kernel_.unit_block,
                  [&](int64_t begin, int64_t end) { pack(args_[d], begin, end); });
   }
 
-  // dx: of the span's first row, or null where it is not wanted.
+  // dgates are written to dx, of the span's first row, if W_ih is the identity and D = 1.
   void select_steps(int64_t d, const Span& span, R* dx) {
     args_[d].first = span.first, args_[d].steps = span.steps, args_[d].base = span.begin;
     if (identity_[d] && s_.D == 1) args_[d].dgates = dx;
@@ -172,15 +173,16 @@ class FloatBackward {
   void run(int64_t d, const Member& me) {
     const ThreadPartition& threads = plan_.partition;
     BackwardArgs<T, S> mine = args_[d];
-    if (plan_.pack_hh) mine.packed += threads.copy(me.index) * packed_size_;
+    if (plan_.pack_hh) mine.packed += threads.copy(me.index) * packed_hh_size_;
     // Once for all chunks: in the first one, or, where there are copies, by the thread that is first to run a
     // copy.
-    bool packed = mine.first + mine.steps < s_.T;
+    bool hh_is_packed = mine.first + mine.steps < s_.T;
     if (threads.copies > 1) {
-      char& copy = is_packed_[d * threads.copies + threads.copy(me.index)];
-      packed = copy, copy = 1;
+      char& copy = copy_is_packed_[d * threads.copies + threads.copy(me.index)];
+      hh_is_packed = copy, copy = 1;
     }
-    if (plan_.pack_hh && threads.private_weights() && !packed) pack(mine, me.feature_begin, me.feature_end);
+    if (plan_.pack_hh && threads.private_weights() && !hh_is_packed)
+      pack(mine, me.feature_begin, me.feature_end);
     kernel_.backward(mine, me);
   }
 
@@ -199,7 +201,7 @@ class FloatBackward {
     }
   }
 
-  void bias_gradient(int64_t d, int64_t n, bool add, bool, R* db) const {
+  void bias_gradient(int64_t d, int64_t n, bool accumulate, R* db) const {
     const int64_t G = 4 * s_.H;
     const R* dgates = args_[d].dgates;
     constexpr int64_t kColumns = kBiasGradTaskColumns;
@@ -209,14 +211,15 @@ class FloatBackward {
         const int64_t count = std::min(kColumns, G - j);
         R sums[kColumns];
         kernels<R>().column_sums(dgates + j, n, G, 0, count, sums);
-        for (int64_t k = 0; k < count; ++k) db[j + k] = sums[k] + (add ? db[j + k] : R(0));
+        for (int64_t k = 0; k < count; ++k) db[j + k] = sums[k] + (accumulate ? db[j + k] : R(0));
       }
     });
   }
+  void finish_bias(int64_t, R*) const {}
 
  private:
-  // Returns true if w [4H, D * 4H] is the part of an identity that is direction d's: so
-  // fastlstm/transforms.py asks for the gradients of the gates, and dx is these without a product.
+  // Returns true if w [4H, D * 4H] is direction d's part of an identity. fastlstm/transforms.py passes one to
+  // get dgates as dx; no GEMM is needed then.
   bool is_identity(const at::Tensor& w, int64_t d) const {
     const int64_t G = 4 * s_.H;
     if (s_.I != s_.D * G) return false;
@@ -234,11 +237,11 @@ class FloatBackward {
   const LayerSizes& s_;
   const BackwardPlan& plan_;
   const bool need_hr_[2];
-  const int64_t packed_size_;
-  std::vector<char> is_packed_;  // per direction and copy
+  const int64_t packed_hh_size_;
+  std::vector<char> copy_is_packed_;  // per direction and copy
   bool identity_[2] = {false, false};
-  PerDirection packed_at_, hr_at_, dgates_at_, dr_at_, hidden_at_;
-  int64_t scratch_at_ = 0;
+  PerDirection packed_hh_offset_, hr_offset_, dgates_offset_, dr_offset_, hidden_offset_;
+  int64_t scratch_offset_ = 0;
   at::Tensor w_ih_[2], w_hh_[2];
   BackwardArgs<T, S> args_[2];
 };
@@ -258,22 +261,22 @@ class FloatWeightGradient {
     if (plan.float64) total_ = at::zeros_like(sum_, at::kDouble);
   }
 
-  void add(int64_t rows, MatrixView<R> dgates, MatrixView<R> states, bool add) {
+  void add(int64_t rows, MatrixView<R> dgates, MatrixView<R> states, bool accumulate) {
     if constexpr (kNarrow)
       if (in_blocks_) return multiply_in_blocks(rows, dgates, states);
     const int64_t m = dw_.size(0), n = dw_.size(1), block = total_.defined() ? kFloat64WgradBlockRows : rows;
     R* out = sum_.mutable_data_ptr<R>();
-    if (rows == 0 && !add) std::fill_n(out, m * n, R(0));
+    if (rows == 0 && !accumulate) std::fill_n(out, m * n, R(0));
     for (int64_t r = 0; r < rows; r += block) {
       const int64_t depth = std::min(block, rows - r);
       const MatrixView<R> left = dgates.from(r), right = states.from(r);
-      const bool on = add && !total_.defined();
+      const bool onto = accumulate && !total_.defined();
       if (transposed_)
         multiply<R>(
-            {n, m, depth, right.data, right.stride, true, left.data, left.stride, on, out, m, nullptr});
+            {n, m, depth, right.data, right.stride, true, left.data, left.stride, onto, out, m, nullptr});
       else
         multiply<R>(
-            {m, n, depth, left.data, left.stride, true, right.data, right.stride, on, out, n, nullptr});
+            {m, n, depth, left.data, left.stride, true, right.data, right.stride, onto, out, n, nullptr});
       if (total_.defined()) total_.add_(sum_);
     }
   }

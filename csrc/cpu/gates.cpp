@@ -2,18 +2,17 @@
 #include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
-#include "cpu/bf16.h"
-#include "cpu/layer.h"
+#include "cpu/engines.h"
 
 namespace fastlstm {
 namespace {
 
-// The units of a block of the reserve (cpu/sequence.h), by the kernels that wrote it.
+// The units of a block of the reserve (cpu/sequence.h), by the Engine that wrote it.
 int64_t block_of(const LayerSizes& s, const Ragged& ragged, at::ScalarType dtype) {
   if (dtype == at::kDouble) return kernels<double>().width;
   if (dtype != at::kBFloat16) return kernels<float>().width;
   const ForwardPlan plan = plan_forward(layer_shape<Bf16>(s, ragged, {}), this_machine());
-  return plan.driver == Driver::bf16_products ? bf16::kBlock : kernels<Bf16>().width;
+  return with_engine<Bf16>(plan.engine, [](auto engine) { return decltype(engine)::saved_block(); });
 }
 
 // T: any type of the size of a gate.

@@ -100,8 +100,7 @@ class Workspace {
     return offset;
   }
   void allocate() {
-    static const at::Tensor like = at::empty({0}, at::kByte);
-    buffer_ = new_workspace(bytes_, like);
+    buffer_ = new_workspace(bytes_);
     data_ = buffer_.mutable_data_ptr<uint8_t>();
   }
   template <class T>

@@ -2,8 +2,7 @@
 // chunk the products and sums over its rows.
 #include <ATen/ops/zeros.h>
 
-#include "cpu/engine_bf16.h"
-#include "cpu/engine_float.h"
+#include "cpu/engines.h"
 
 namespace fastlstm {
 namespace {
@@ -53,16 +52,16 @@ LayerGradients backward_with(const ResultGradients& grads, const LayerInputs& in
   typename E::Backward engine(in, s, plan, need_dx, need_hr);
   const int64_t ld = E::Backward::gradient_stride(P);
   Workspace space;
-  PerDirection dh_at, dc_at, c0_at;
+  PerDirection dh_offset, dc_offset, c0_offset;
   for (int64_t d = 0; d < D; ++d) {
-    dh_at[d] = space.take<R>(B * ld);
-    dc_at[d] = space.take<R>(B * H);
-    c0_at[d] = space.take<R>(B * H);
+    dh_offset[d] = space.take<R>(B * ld);
+    dc_offset[d] = space.take<R>(B * H);
+    c0_offset[d] = space.take<R>(B * H);
   }
   engine.reserve(space);
   space.allocate();
   for (int64_t d = 0; d < D; ++d) {
-    R *dh = space.at<R>(dh_at[d]), *dc = space.at<R>(dc_at[d]), *first_c = space.at<R>(c0_at[d]);
+    R *dh = space.at<R>(dh_offset[d]), *dc = space.at<R>(dc_offset[d]), *first_c = space.at<R>(c0_offset[d]);
     gather_state<T>(dh_n, d, rows[d], P, dh, ld);
     gather_state<T>(dc_n, d, rows[d], H, dc, H);
     gather_state<T>(c0, d, rows[d], H, first_c, H);
@@ -117,13 +116,14 @@ LayerGradients backward_with(const ResultGradients& grads, const LayerInputs& in
                                     s, d, add, *dw_hh[d]);
       else if (dw_hh[d])
         dw_hh[d]->add(n, dgates, {data_of<Operand>(states[d]) + span.begin * P, P}, add);
-      if (db[d].defined()) engine.bias_gradient(d, n, add, first == 0, db[d].template mutable_data_ptr<R>());
+      if (db[d].defined()) engine.bias_gradient(d, n, add, db[d].template mutable_data_ptr<R>());
       if (dw_hr[d]) dw_hr[d]->add(n, {engine.dr(d), P}, {engine.hidden(d), H}, add);
     }
   }
   for (int64_t d = 0; d < D; ++d) {
     for (WeightGradient* dw : {&dw_ih[d], &dw_hh[d], &dw_hr[d]})
       if (*dw) (*dw)->finish();
+    if (db[d].defined()) engine.finish_bias(d, db[d].template mutable_data_ptr<R>());
     for (int64_t k = 2; db[d].defined() && k < 4; ++k) {
       const at::Tensor& out = dweights[d * s.per_direction + k];
       if (need(d, k) && !out.is_same(db[d]))
@@ -148,7 +148,7 @@ LayerGradients backward_with(const ResultGradients& grads, const LayerInputs& in
     for (int64_t d = 0; d < D; ++d) scatter_state<T>(space.at<R>(at[d]), stride, d, rows[d], n, grad);
     return grad;
   };
-  return {dx, state_gradient(1, dh_at, P, ld), state_gradient(2, dc_at, H, H), dweights};
+  return {dx, state_gradient(1, dh_offset, P, ld), state_gradient(2, dc_offset, H, H), dweights};
 }
 
 }  // namespace
@@ -171,13 +171,9 @@ LayerGradients backward(const ResultGradients& grads, const LayerInputs& in, con
   }
   const Ragged ragged(s, in.lengths, in.reset_mask);
   const BackwardPlan plan = plan_backward(layer_shape<T>(s, ragged, in.h0), this_machine());
-  if constexpr (std::is_same_v<T, Bf16>) {
-    if (plan.driver == Driver::bf16_products)
-      return backward_with<Bf16Engine>(grads, in, s, ragged, saved, needs, plan);
-    if (plan.driver == Driver::bf16_panels)
-      return backward_with<FloatEngine<T, PanelBf16>>(grads, in, s, ragged, saved, needs, plan);
-  }
-  return backward_with<FloatEngine<T, Real<T>>>(grads, in, s, ragged, saved, needs, plan);
+  return with_engine<T>(plan.engine, [&](auto engine) {
+    return backward_with<decltype(engine)>(grads, in, s, ragged, saved, needs, plan);
+  });
 }
 
 template LayerGradients backward<float>(const ResultGradients&, const LayerInputs&, const SavedResults&,

@@ -1,6 +1,5 @@
 // Forward of a layer on CPU tensors: the time loop of an Engine's kernels on the plan's threads.
-#include "cpu/engine_bf16.h"
-#include "cpu/engine_float.h"
+#include "cpu/engines.h"
 
 namespace fastlstm {
 namespace {
@@ -33,11 +32,11 @@ LayerResults forward_with(const LayerInputs& in, const LayerSizes& s, const Ragg
   // h is kept in two slots: a step reads one and writes the other.
   const int64_t ld = E::Forward::state_stride(P), slot = E::Forward::state_rows(B) * ld;
   Workspace space;
-  PerDirection h_at, c_at, bias_at;
+  PerDirection h_offset, c_offset, bias_offset;
   for (int64_t d = 0; d < D; ++d) {
-    h_at[d] = space.take<State>(2 * slot);
-    c_at[d] = space.take<R>(B * H);
-    bias_at[d] = space.take<R>(4 * H);
+    h_offset[d] = space.take<State>(2 * slot);
+    c_offset[d] = space.take<R>(B * H);
+    bias_offset[d] = space.take<R>(4 * H);
   }
   engine.reserve(space);
   space.allocate();
@@ -45,8 +44,8 @@ LayerResults forward_with(const LayerInputs& in, const LayerSizes& s, const Ragg
   const OptionalTensor h0 = contiguous(in.h0), c0 = contiguous(in.c0);
   for (int64_t d = 0; d < D; ++d) {
     const DirectionWeights w(s, in.weights, d);
-    R *bias = space.at<R>(bias_at[d]), *c = space.at<R>(c_at[d]);
-    State* h = space.at<State>(h_at[d]);
+    R *bias = space.at<R>(bias_offset[d]), *c = space.at<R>(c_offset[d]);
+    State* h = space.at<State>(h_offset[d]);
     sum_biases<T>(w.bias_ih, w.bias_hh, H, bias);
     if (slot > B * P) std::fill_n(h, slot, State(0));  // padding
     gather_state<T>(h0, d, rows[d], P, h, ld);
@@ -70,10 +69,10 @@ LayerResults forward_with(const LayerInputs& in, const LayerSizes& s, const Ragg
       // The state a forward row ends with is in the slot that its last step wrote; reverse rows all end with
       // the last step.
       const int64_t parity = (d == 1 ? s.T : ragged.length(r)) % 2;
-      copy_numbers(space.at<State>(h_at[d]) + parity * slot + r * ld, P,
+      copy_numbers(space.at<State>(h_offset[d]) + parity * slot + r * ld, P,
                    writable<T>(h_n) + (d * B + rows[d].batch_row_at(r)) * P);
     }
-    scatter_state<T>(space.at<R>(c_at[d]), H, d, rows[d], H, c_n);
+    scatter_state<T>(space.at<R>(c_offset[d]), H, d, rows[d], H, c_n);
   }
   return {y, h_n, c_n, cells, reserve};
 }
@@ -85,13 +84,9 @@ LayerResults forward(const LayerInputs& in, bool keep_cells, bool keep_reserve) 
   const LayerSizes s(in);
   const Ragged ragged(s, in.lengths, in.reset_mask);
   const ForwardPlan plan = plan_forward(layer_shape<T>(s, ragged, in.h0), this_machine());
-  if constexpr (std::is_same_v<T, Bf16>) {
-    if (plan.driver == Driver::bf16_products)
-      return forward_with<Bf16Engine>(in, s, ragged, plan, keep_cells, keep_reserve);
-    if (plan.driver == Driver::bf16_panels)
-      return forward_with<FloatEngine<T, PanelBf16>>(in, s, ragged, plan, keep_cells, keep_reserve);
-  }
-  return forward_with<FloatEngine<T, Real<T>>>(in, s, ragged, plan, keep_cells, keep_reserve);
+  return with_engine<T>(plan.engine, [&](auto engine) {
+    return forward_with<decltype(engine)>(in, s, ragged, plan, keep_cells, keep_reserve);
+  });
 }
 
 template LayerResults forward<float>(const LayerInputs&, bool, bool);

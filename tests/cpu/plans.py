@@ -93,8 +93,8 @@ def at_each_number(pass_: str, plan: dict[str, Any]) -> str:
     words = [("2x" if plan["concurrent"] else "") + split]
     if plan["copies"] > 1:
         words.append("copies")
-    if plan.get("driver", "float_panels") != "float_panels":
-        words.append(plan["driver"])
+    if plan.get("engine", "float_panels") != "float_panels":
+        words.append(plan["engine"])
     if pass_ == "backward":
         words.append("packed" if plan["pack_hh"] else "unpacked")
     if plan.get("hoisted_steps"):

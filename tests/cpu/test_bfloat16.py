@@ -31,6 +31,9 @@ CASES = (
     Case(T=2, B=300, I=40, H=96),
     Case(T=160, B=32, I=20, H=64, hx="tuple"),  # several chunks
     Case(T=160, B=32, I=20, H=64, bidirectional=True, layers=2),
+    Case(T=160, B=32, I=20, H=64, bidirectional=True, hx="tuple", frozen=("weight_ih_l0",)),
+    Case(T=33, B=32, I=20, H=64),  # the last chunk is one step
+    Case(T=33, B=32, I=20, H=64, bidirectional=True, hx="tuple"),
     Case(T=40, B=12, I=128, H=256, hx="tuple"),  # threads split units
     Case(T=40, B=96, I=64, H=64, hx="tuple"),  # threads split rows
     Case(T=9, B=20, I=5, H=35, lengths=tuple(k % 10 for k in range(20)), hx="tuple", bidirectional=True),
@@ -91,12 +94,12 @@ def test_h_is_rounded_between_steps(proj):
 @pytest.mark.parametrize(
     ("sizes", "machine", "path"),
     [
-        ((160, 32, 20, 64), "AVX-512, L2 2 MiB", {"driver": "bf16_products", "split": "rows"}),
-        ((40, 12, 128, 256), "AVX-512, L2 2 MiB", {"driver": "bf16_products", "split": "units"}),
-        ((40, 96, 64, 64), "AVX-512, L2 2 MiB", {"driver": "bf16_products", "split": "rows"}),
-        ((1, 4, 31, 33), "AVX-512, L2 2 MiB", {"driver": "float_panels", "w_ih": "unpacked"}),
+        ((160, 32, 20, 64), "AVX-512, L2 2 MiB", {"engine": "bf16_products", "split": "rows"}),
+        ((40, 12, 128, 256), "AVX-512, L2 2 MiB", {"engine": "bf16_products", "split": "units"}),
+        ((40, 96, 64, 64), "AVX-512, L2 2 MiB", {"engine": "bf16_products", "split": "rows"}),
+        ((1, 4, 31, 33), "AVX-512, L2 2 MiB", {"engine": "float_panels", "w_ih": "unpacked"}),
         ((6, 2, 300, 400), "AVX2, L2 1 MiB", {"w_ih": "pack_on_use", "w_hh": "unpacked"}),
-        ((30, 3, 40, 720), "AVX2, L2 1 MiB", {"driver": "bf16_panels"}),
+        ((30, 3, 40, 720), "AVX2, L2 1 MiB", {"engine": "bf16_panels"}),
     ],
     ids=str,
 )

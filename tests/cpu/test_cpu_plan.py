@@ -82,7 +82,7 @@ def test_every_plan_is_valid():
                 assert p["members"] // p["row_groups"] <= case.H // 2, message
                 assert p["row_groups"] <= case.B, message
             if case.dtype != torch.bfloat16:
-                assert p["driver"] == "float_panels", message
+                assert p["engine"] == "float_panels", message
         assert 0 <= plan["forward"]["hoisted_steps"] <= case.T
         assert 1 <= plan["backward"]["chunk_steps"] <= case.T
 
@@ -154,9 +154,9 @@ def test_every_partition_is_a_candidate():
         case, threads = random_shape(rng), rng.randint(1, 64)
         if case.T > 1:
             for machine in (AVX512, AVX2):
-                driver = plan_of(case, threads, **machine)["forward"]["driver"]
+                engine = plan_of(case, threads, **machine)["forward"]["engine"]
                 panel = 2 * machine["vector_bytes"] // (8 if case.dtype == torch.float64 else 4)
-                expected = partitions(case, threads, 32 if driver == "bf16_products" else panel)
+                expected = partitions(case, threads, 32 if engine == "bf16_products" else panel)
                 for phase, found in candidates_of(case, threads, **machine).items():
                     assert {tuple(c[:4]) for c in found} == expected, f"{phase} of {case} at {threads} threads"
 
