@@ -5,31 +5,31 @@
 namespace fastlstm::cuda {
 namespace {
 
-// A matrix that a product can read as it lies.
-at::Tensor readable(const at::Tensor& weight) {
+// Returns the weight as an operand of cuBLAS: contiguous, or its transpose is.
+at::Tensor gemm_operand(const at::Tensor& weight) {
   return weight.is_contiguous() || weight.t().is_contiguous() ? weight : weight.contiguous();
 }
 
-at::Tensor dense(const OptionalTensor& given) {
-  return given && given->defined() ? given->contiguous() : at::Tensor();
+at::Tensor contiguous_or_undefined(const OptionalTensor& tensor) {
+  return tensor && tensor->defined() ? tensor->contiguous() : at::Tensor();
 }
 
 }  // namespace
 
-Layer::Layer(const at::Tensor& x, const OptionalTensor& given_h0, const OptionalTensor& given_c0,
-             at::TensorList list, const OptionalTensor& given_lengths, const OptionalTensor& given_mask)
+Layer::Layer(const at::Tensor& x, const OptionalTensor& h0_arg, const OptionalTensor& c0_arg,
+             at::TensorList list, const OptionalTensor& lengths_arg, const OptionalTensor& reset_mask_arg)
     : LayerSizes(x, list) {
-  check_inputs(x, given_h0, given_c0, given_lengths, given_mask);
+  check_inputs(x, h0_arg, c0_arg, lengths_arg, reset_mask_arg);
   dtype = x.scalar_type(), sum_dtype = dtype == at::kDouble ? at::kDouble : at::kFloat;
   options = x.options().requires_grad(false), sum_options = options.dtype(sum_dtype);
   for (int64_t d = 0; d < D; ++d) {
     DirectionWeights& w = weights.emplace_back(*this, list, d);
-    w.ih = readable(w.ih), w.hh = readable(w.hh);
+    w.ih = gemm_operand(w.ih), w.hh = gemm_operand(w.hh);
     if (bias) w.bias_ih = w.bias_ih.contiguous(), w.bias_hh = w.bias_hh.contiguous();
-    if (proj()) w.hr = readable(w.hr);
+    if (proj()) w.hr = gemm_operand(w.hr);
   }
-  h0 = dense(given_h0), c0 = dense(given_c0);
-  lengths = dense(given_lengths), reset_mask = dense(given_mask);
+  h0 = contiguous_or_undefined(h0_arg), c0 = contiguous_or_undefined(c0_arg);
+  lengths = contiguous_or_undefined(lengths_arg), reset_mask = contiguous_or_undefined(reset_mask_arg);
   steps = {T, B, in<int64_t>(lengths), in<bool>(reset_mask)};
 }
 
@@ -47,7 +47,7 @@ SlotView::SlotView(const at::Tensor& slots)
 const at::Tensor& SlotView::at(const int64_t (&slot)[2]) {
   c10::TensorImpl* const impl = view_.unsafeGetTensorImpl();
   impl->set_storage_offset(slot[0] * per_slot_);
-  // slot[0] < slots, so the distance from one direction's rows to the other's is positive.
+  // slot[0] < slots, so the stride between the directions is positive.
   if (view_.dim() == 3) impl->set_stride(0, (slots_ + slot[1] - slot[0]) * per_slot_);
   return view_;
 }
