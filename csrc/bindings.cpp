@@ -80,6 +80,7 @@ std::tuple<std::string, std::map<std::string, int64_t>, std::string> persistent_
   return {plan.reason,
           {{"cluster", l.cluster},
            {"single", l.single},
+           {"data_flag", l.data_flag},
            {"units", l.units},
            {"m_tiles", l.m_tiles},
            {"iters", l.iters},
@@ -115,8 +116,8 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
     return tier ? std::string(1, tier) : std::string();
   });
   m.def("enable_persistent", [](bool on, const std::string& tier) {
-    TORCH_CHECK(tier.empty() || tier == "A" || tier == "B" || tier == "S",
-                "tier must be A, B, S or empty, got ", tier);
+    TORCH_CHECK(tier.empty() || tier == "A" || tier == "B" || tier == "D" || tier == "S",
+                "tier must be A, B, D, S or empty, got ", tier);
     fastlstm::cuda::persistent_enabled = on, fastlstm::cuda::persistent_tier = tier.c_str()[0];
   });
   m.def("activation", &fastlstm::activation, "The CPU kernels' sigmoid or tanh of a tensor, for tests.");

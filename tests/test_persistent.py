@@ -39,7 +39,7 @@ def plan(phase, H, B, D=1, element=2, device=H100, P=None, tier=""):
     [H100, HOPPER_WITHOUT_CLUSTERS, A100, RTX4090],
     ids=["H100", "H100 without clusters", "A100", "RTX4090"],
 )
-@pytest.mark.parametrize("tier", ["", "A", "B", "S"])
+@pytest.mark.parametrize("tier", ["", "A", "B", "D", "S"])
 def test_plan_covers_the_layer_and_fits_the_device(phase, device, tier):
     sizes = (1, 7, 32, 33, 100, 128, 256, 384, 512, 640, 768, 1000, 1024, 1536, 2048, 4096, 10**6)
     supported = 0
@@ -165,12 +165,31 @@ def test_single_blocks():
 
 
 @needs_extension
+def test_data_flags():
+    """One batch tile of 8 rows per group; only on request until measured."""
+    for phase, element in itertools.product(("forward", "backward"), (2, 4)):
+        reason, p = plan(phase, 512, 64, element=element, tier="D")
+        assert (reason, p["description"]) == ("", "grid variant with data flags: requested (tier=D)")
+        assert (p["data_flag"], p["cluster"], p["n_tiles"], p["groups"], p["batch_tiles"]) == (1, 0, 1, 8, 8)
+        assert not plan(phase, 512, 64, element=element)[1]["data_flag"]
+        assert not plan(phase, 512, 64, element=element, tier="B")[1]["data_flag"]
+        more_tiles = plan(phase, 512, 72, element=element, tier="D")[1]
+        assert not more_tiles["data_flag"]
+        assert more_tiles["description"].startswith("grid variant: requested (tier=D)")
+        assert more_tiles["description"].endswith(
+            "; no data flags: the SMs hold fewer groups than there are batch tiles of 8 rows"
+        )
+        no_sms = plan(phase, 512, 8, D=2, element=element, device=(16, 227 << 10, 16), tier="D")[1]
+        assert no_sms["description"].endswith("; not the grid variant: too few SMs; no data flags: too few SMs")
+
+
+@needs_extension
 def test_set_persistent_switches_the_kernels():
     before = native.extension.persistent_enabled()
     if "cuda" not in native.devices:
         with pytest.raises(RuntimeError, match="must be built for cuda"):
             native.set_persistent(True)
-    with pytest.raises(RuntimeError, match="tier must be A, B, S or empty, got C"):
+    with pytest.raises(RuntimeError, match="tier must be A, B, D, S or empty, got C"):
         native.set_persistent(False, tier="C")
     call = LayerCall(torch.device("cuda"), torch.bfloat16, 64, LayerShape(64, 64, 1, True), False, False)
     native.set_persistent(False)
@@ -226,7 +245,7 @@ def simulation(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.toolchain
-@pytest.mark.parametrize(("first_seed", "delay_us"), [(10, 0), (3000, 300), (6000, 100)])
+@pytest.mark.parametrize(("first_seed", "delay_us"), [(10, 0), (3000, 300), (6000, 100), (9000, 100)])
 def test_exchange_has_no_races(simulation, first_seed, delay_us):
     """Ten layers of random sizes, masks and launches: ThreadSanitizer is silent, the numbers the step-wise kernels'."""
     ran = run_program(simulation, first_seed, 10, delay_us)
@@ -234,7 +253,7 @@ def test_exchange_has_no_races(simulation, first_seed, delay_us):
 
 
 @pytest.mark.toolchain
-@pytest.mark.parametrize("seed", [0, 3, 18], ids=["flags", "clusters", "clusters of 16 rows"])
+@pytest.mark.parametrize("seed", [0, 3, 18, 9000], ids=["flags", "clusters", "clusters of 16 rows", "data flags"])
 def test_lost_flag_or_push_traps_instead_of_hanging(simulation, seed):
     ran = run_program(simulation, seed, 1, 0, "silent")
     assert ran.returncode == 3, ran.stderr[-4000:]

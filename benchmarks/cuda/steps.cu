@@ -38,7 +38,7 @@ template <class Group>
 struct NoWait : Group {
   using Group::Group;
   FASTLSTM_DEVICE void receive(const Warp& warp) {
-    this->product_.multiply(warp, this->from_);
+    this->product_.multiply(warp, this->from_, LoadL2());
     warp.block_sync();
   }
 };
@@ -48,10 +48,34 @@ struct NoProduct : Group {
   FASTLSTM_DEVICE void receive(const Warp& warp) {
     if constexpr (Group::kCluster) {
       this->wait(warp);
+    } else if constexpr (Group::kDataFlag) {
+      wait_for_words(warp);
     } else {
       wait_for_flags(warp, this->flag_, this->epoch_, this->s_.fault);
     }
     warp.block_sync();
+  }
+
+ private:
+  // Data flags: polls the words that multiply() would, four at a time.
+  FASTLSTM_DEVICE void wait_for_words(const Warp& warp) const {
+    const PollWords poll = {this->epoch_, this->s_.fault};
+    for (const int lane : warp.lanes()) {
+#pragma unroll 1
+      for (int first = 0; first < this->s_.layout.iters; first += 4) {
+        const int count = this->s_.layout.iters - first;
+        const uint4* const from = this->from_[0][lane] + first * 32;
+        bool complete = false;
+#pragma unroll 1
+        for (uint32_t polls = 0; !complete; ++polls) {
+          poll.check(polls);
+          uint4 x[4];
+#pragma unroll
+          for (int k = 0; k < 4; ++k) x[k] = k < count ? PollWords::load(from + k * 32) : uint4{};
+          complete = is_complete(x[0]) && is_complete(x[1]) && is_complete(x[2]) && is_complete(x[3]);
+        }
+      }
+    }
   }
 };
 
@@ -84,10 +108,10 @@ constexpr bool
         true;
 
 template <class X>
-X* constant(int64_t n) {
+X* constant(int64_t n, int byte = 0x3c) {  // 0x3c: about 0.01 in bfloat16 and float32
   X* p;
   check(cudaMalloc(&p, n * sizeof(X)), "memory");
-  check(cudaMemset(p, 0x3c, n * sizeof(X)), "memset");  // about 0.01 in bfloat16 and float32
+  check(cudaMemset(p, byte, n * sizeof(X)), "memset");
   return p;
 }
 
@@ -142,7 +166,9 @@ struct Problem {
   void run(Phase phase, char tier) {
     const PersistentPlan chosen = plan(phase, {H, H, B, 1, sizeof(T)}, limits, tier);
     const Layout& p = chosen.layout;
-    if (!chosen.reason.empty() || p.cluster != (tier == 'A') || p.single != (tier == 'S')) return;
+    if (!chosen.reason.empty() || p.cluster != (tier == 'A') || p.single != (tier == 'S') ||
+        p.data_flag != (tier == 'D'))
+      return;
     const int max_ctas = phase == Phase::forward ? max_resident_fwd_ctas<T>(p) : max_resident_bwd_ctas<T>(p);
     if (max_ctas < (p.cluster_dim() == 0 ? p.ctas(1) : p.ctas_per_group)) return;
     PackWeights<T> pack = {p, phase, H, 1, {constant<T>(4 * H * H), nullptr}, {H, 0}, {1, 0}, nullptr};
@@ -150,7 +176,8 @@ struct Problem {
     check(launch_pack_weights(pack, nullptr), "pack");
     const int64_t flags = int64_t{p.batch_tiles} * p.ctas_per_group;
     s = {}, s.layout = p, s.packed_weights = pack.packed_weights, s.count = static_cast<int>(steps);
-    if (p.cluster_dim() == 0) s.exchange = constant<uint4>(int64_t{2} * p.batch_tiles * p.state_words);
+    const int64_t words = int64_t{p.exchange_slots()} * p.batch_tiles * p.state_words;
+    if (p.cluster_dim() == 0) s.exchange = constant<uint4>(words, p.data_flag ? 0xff : 0x3c);
     s.flags = constant<uint32_t>(flags + 1), s.fault = s.flags + flags;
     check(cudaMemset(s.flags, 0, 4 * (flags + 1)), "memset");
     if (phase == Phase::forward) {
@@ -191,9 +218,10 @@ struct Problem {
     });
     std::printf("%s,%s,%d,%d,%d,%d,%s,%.3f,%.3f\n",
                 std::is_same_v<Arguments, PersistentForward<T>> ? "forward" : "backward",
-                p.cluster  ? "clusters"
-                : p.single ? "single"
-                           : "flags",
+                p.cluster     ? "clusters"
+                : p.single    ? "single"
+                : p.data_flag ? "data_flags"
+                              : "flags",
                 static_cast<int>(H), static_cast<int>(B), p.ctas_per_group, static_cast<int>(p.ctas(1)),
                 variant, time.median, time.min);
     std::fflush(stdout);
@@ -216,7 +244,7 @@ int main(int argc, char** argv) {
   for (const auto& [H, B] : sizes) {
     Problem problem(count, B, H, limits);
     for (const Phase phase : {Phase::forward, Phase::backward}) {
-      for (const char tier : {'A', 'B', 'S'}) problem.run(phase, tier);
+      for (const char tier : {'A', 'B', 'D', 'S'}) problem.run(phase, tier);
     }
   }
   return 0;

@@ -1,10 +1,10 @@
 // How the CTAs of a group signal that their parts of a step's state are there: by a flag per CTA in global
-// memory, or in a cluster by the bytes that complete on an mbarrier.
+// memory, by the data themselves, or in a cluster by the bytes that complete on an mbarrier.
 //
-// A group is the CTAs that hold one copy of W_hh. States are numbered in the order of steps; state n is in
-// slot n % 2 of two. Two slots are enough: a CTA writes state n + 1 after it has waited for all of state n,
-// and no CTA completes its part of state n before its own reads of state n - 1, which n + 1 overwrites, have
-// gone into that part.
+// A group is the CTAs that hold one copy of W_hh. States are numbered in the order of steps. With flags, and
+// in a cluster, state n is in slot n % 2 of two. Two slots are enough: a CTA writes state n + 1 after it has
+// waited for all of state n, and no CTA completes its part of state n before its own reads of state n - 1,
+// which n + 1 overwrites, have gone into that part.
 #pragma once
 
 #include "cuda/warp.cuh"
@@ -34,6 +34,31 @@ FASTLSTM_DEVICE void raise_flag(const Warp& warp, uint32_t* flag, uint32_t epoch
   for (const int lane : warp.lanes()) {
     if (lane == 0) store_release(flag, epoch);
   }
+}
+
+// Data flags: a word of 32 bits is kEmptyWord until it is written, and readers poll the words themselves.
+// State n is in slot n % 4 of four. After its words of state n a thread clears the same words in the slot of
+// state n + 2, and a fence orders that before its words of state n + 1:
+//   - The slot of state n + 2 held state n - 2, which no CTA reads any more: each sent its part of state n -
+//   1,
+//     for which this CTA has waited, after its own reads of state n - 2.
+//   - A thread that polls a word of state n + 2 has taken the same word of state n + 1, written by the same
+//     thread after the clearing and the fence, and has executed a fence itself since. So it sees the cleared
+//     word or state n + 2, never state n - 2.
+// The argument is about one writer and one reader of one word, so nothing else has to be ordered. It needs a
+// fence per step of every thread that polls, also of those that write nothing. tests/test_exchange_model.py
+// explores all interleavings; three slots, another distance, or a missing fence fail there.
+//
+// Epochs count on from launch to launch, and a launch ends after its last state was taken, so the next launch
+// continues the same sequence of slots; the buffer is filled with kEmptyWord once. Padding is written once,
+// as zeros, and never cleared. kEmptyWord is two NaNs of 16 bits, or one of 32. A state may contain NaN:
+// conversions to 16 bits give another one, 0x7fff, but a float32 keeps the payload of its source. So a word
+// equal to kEmptyWord is stored as kNanWord, which has the same meaning in each dtype.
+constexpr uint32_t kNanWord = 0x7fff7fffu;
+
+FASTLSTM_DEVICE uint32_t non_empty(uint32_t word) { return word == kEmptyWord ? kNanWord : word; }
+FASTLSTM_DEVICE bool is_complete(const uint4& x) {
+  return x.x != kEmptyWord && x.y != kEmptyWord && x.z != kEmptyWord && x.w != kEmptyWord;
 }
 
 // DSMEM: each CTA stores its part of a state into its peers' shared memory, where each slot has an mbarrier

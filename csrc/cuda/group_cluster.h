@@ -8,13 +8,11 @@
 
 namespace fastlstm::cuda {
 
-FASTLSTM_DEVICE uint4 load_shared(const uint4* p) { return *p; }
-
 // Beginning of shared memory in both passes: the DsmemExchange, in one 16-byte word, then two states of
 // `words` words each, initially zero because padding is multiplied too.
 class ClusterGroup {
  public:
-  static constexpr bool kCluster = true;
+  static constexpr bool kCluster = true, kDataFlag = false;
 
   // No CTA exits before its peers' remote stores have arrived.
   FASTLSTM_DEVICE void leave(const Warp& warp) const { warp.cluster_sync(); }
@@ -127,7 +125,7 @@ class AllGatherCluster : public ClusterGroup {
       for (const int lane : warp.lanes()) from[c][lane] = warp.shared() + from_[c][lane];
     }
     wait(warp);
-    product_.multiply(warp, from);
+    product_.multiply(warp, from, LoadShared());
     warp.block_sync();
   }
 
@@ -144,7 +142,7 @@ class AllGatherCluster : public ClusterGroup {
     return state_offset<T>(product_.k_slices(), row, cta_.rank * UNITS + k);
   }
 
-  StateGemm<T, UNITS / 16, REGISTER_ITERS, N_TILES, kClusterSplitK, true, load_shared> product_;
+  StateGemm<T, UNITS / 16, REGISTER_ITERS, N_TILES, kClusterSplitK, true> product_;
   PerLane<int> from_[N_TILES];           // the lane's first word of state n
   PerLane<int> own_words_[kWords / 32];  // the words that it sends, within a state
 };

@@ -30,7 +30,7 @@ template <class T, int UNITS, int ROWS, int CTA_ELEMENTS, int REGISTER_ITERS, in
           bool FEW_REGISTERS = true>
 class FlagGroup {
  public:
-  static constexpr bool kCluster = false;
+  static constexpr bool kCluster = false, kDataFlag = false;
   static constexpr int kUnits = UNITS, kBatchTileRows = 8 * N_TILES;
   using Elements = ElementMap<UNITS, 8 * N_TILES>;
   using StateAddress = T*;
@@ -81,7 +81,7 @@ class FlagGroup {
 
   FASTLSTM_DEVICE void receive(const Warp& warp) {
     wait_for_flags(warp, flag_, epoch_, s_.fault);
-    product_.multiply(warp, from_);
+    product_.multiply(warp, from_, LoadL2());
     warp.block_sync();
   }
 
@@ -98,7 +98,7 @@ class FlagGroup {
  protected:  // benchmarks/cuda/steps.cu derives variants without a stage
   const Persistent& s_;
   const CtaCoord cta_;
-  StateGemm<T, ROWS / 16, REGISTER_ITERS, N_TILES, kWarps, FEW_REGISTERS, load_l2> product_;
+  StateGemm<T, ROWS / 16, REGISTER_ITERS, N_TILES, kWarps, FEW_REGISTERS> product_;
   uint32_t epoch_;                       // of state n
   uint4* state_;                         // the slot of state n
   int to_other_slot_;                    // in words

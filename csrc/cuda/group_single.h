@@ -33,7 +33,7 @@ struct AccumulatorElementMap {
 template <class T, int M_TILES, int ITERS, int CHAINS>
 class SingleGroup {
  public:
-  static constexpr bool kCluster = false;
+  static constexpr bool kCluster = false, kDataFlag = false;
   static constexpr int kUnits = kSingleUnits, kBatchTileRows = kSingleRows;
   using Elements = AccumulatorElementMap;
   using StateAddress = int;  // index of an element in shared memory

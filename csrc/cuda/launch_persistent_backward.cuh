@@ -3,6 +3,7 @@
 #pragma once
 
 #include "cuda/group_cluster.h"
+#include "cuda/group_data_flag.h"
 #include "cuda/group_flags.h"
 #include "cuda/group_single.h"
 #include "cuda/persistent_backward.h"
@@ -13,6 +14,8 @@ namespace {
 template <class T, int UNITS, int REGISTER_ITERS, int N_TILES, bool RAGGED>
 using BackwardFlags =
     BackwardBlock<T, FlagGroup<T, UNITS, UNITS, 4 * UNITS, REGISTER_ITERS, N_TILES>, RAGGED>;
+template <class T, int UNITS, int REGISTER_ITERS, bool RAGGED>
+using BackwardDataFlag = BackwardBlock<T, DataFlagGroup<T, UNITS, UNITS, 4, REGISTER_ITERS>, RAGGED>;
 template <class T, int N_TILES, bool RAGGED>
 using BackwardCluster =
     BackwardBlock<T,
@@ -32,6 +35,9 @@ auto with_backward_block(const Layout& p, F&& f) -> decltype(f(BackwardCluster<T
     if (p.cluster && p.n_tiles == 2) return f(BackwardCluster<T, 2, RAGGED>());
   }
   if (p.cluster) return f(BackwardCluster<T, 1, RAGGED>());
+  if (p.data_flag && is(32, 8, 1)) return f(BackwardDataFlag<T, 32, 8, RAGGED>());
+  if (p.data_flag && is(16, 16, 1)) return f(BackwardDataFlag<T, 16, 16, RAGGED>());
+  if (p.data_flag) return {};
   if (is(32, 8, 1)) return f(BackwardFlags<T, 32, 8, 1, RAGGED>());
   if (is(32, 3, 2)) return f(BackwardFlags<T, 32, 3, 2, RAGGED>());
   if (is(16, 16, 1)) return f(BackwardFlags<T, 16, 16, 1, RAGGED>());

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "cuda/group_cluster.h"
+#include "cuda/group_data_flag.h"
 #include "cuda/group_flags.h"
 #include "cuda/group_single.h"
 #include "cuda/persistent_forward.h"
@@ -13,6 +14,8 @@ namespace {
 template <class T, int UNITS, int REGISTER_ITERS, int N_TILES, bool RAGGED>
 using ForwardFlags =
     ForwardBlock<T, FlagGroup<T, UNITS, 4 * UNITS, UNITS, REGISTER_ITERS, N_TILES, RAGGED>, RAGGED>;
+template <class T, int UNITS, int REGISTER_ITERS, bool RAGGED>
+using ForwardDataFlag = ForwardBlock<T, DataFlagGroup<T, UNITS, 4 * UNITS, 1, REGISTER_ITERS>, RAGGED>;
 template <class T, int N_TILES, bool RAGGED>
 using ForwardCluster = ForwardBlock<
     T,
@@ -31,6 +34,9 @@ auto with_forward_block(const Layout& p, F&& f) -> decltype(f(ForwardCluster<T, 
   }
   if (p.cluster && p.n_tiles == 2) return f(ForwardCluster<T, 2, RAGGED>());
   if (p.cluster) return f(ForwardCluster<T, 1, RAGGED>());
+  if (p.data_flag && is(32, 2, 1)) return f(ForwardDataFlag<T, 32, 2, RAGGED>());
+  if (p.data_flag && is(16, 3, 1)) return f(ForwardDataFlag<T, 16, 3, RAGGED>());
+  if (p.data_flag) return {};
   if (is(32, 2, 1)) return f(ForwardFlags<T, 32, 2, 1, RAGGED>());
   if (is(32, 1, 2)) return f(ForwardFlags<T, 32, 1, 2, RAGGED>());
   if (is(16, 3, 1)) return f(ForwardFlags<T, 16, 3, 1, RAGGED>());

@@ -1,7 +1,7 @@
 #include "cuda/layer_persistent.h"
 
 #include <ATen/ops/empty.h>
-#include <ATen/ops/zeros.h>
+#include <ATen/ops/full.h>
 
 #include <map>
 #include <mutex>
@@ -18,9 +18,9 @@ namespace {
 template <class T>
 int64_t max_ctas(Phase phase, const Layout& p, int device) {
   static std::mutex mutex;
-  static std::map<std::tuple<int, Phase, int, int, int, int, int64_t>, int> cache;
-  const auto key =
-      std::make_tuple(device, phase, p.units, p.register_iters, p.n_tiles, p.cluster_dim(), p.shared_bytes);
+  static std::map<std::tuple<int, Phase, bool, int, int, int, int, int64_t>, int> cache;
+  const auto key = std::make_tuple(device, phase, p.data_flag, p.units, p.register_iters, p.n_tiles,
+                                   p.cluster_dim(), p.shared_bytes);
   const std::lock_guard<std::mutex> lock(mutex);
   if (const auto entry = cache.find(key); entry != cache.end()) return entry->second;
   const int ctas = phase == Phase::forward ? max_resident_fwd_ctas<T>(p) : max_resident_bwd_ctas<T>(p);
@@ -62,9 +62,11 @@ PersistentPass<T>::PersistentPass(const Layer& l, Phase phase, bool tf32, cudaSt
     check(launch_pack_weights(pack, stream));
     // Grid variant: states and flags in global memory.
     const int64_t batch_tiles = layout_.cluster_dim() == 0 ? l.D * layout_.batch_tiles : 0;
-    flags_offset_ = batch_tiles * 2 * layout_.state_words * 4,
-    fault_offset_ = flags_offset_ + batch_tiles * layout_.ctas_per_group;
-    exchange_ = at::zeros({fault_offset_ + 1}, l.options.dtype(at::kInt));
+    flags_offset_ = batch_tiles * layout_.exchange_slots() * layout_.state_words * 4;
+    fault_offset_ = flags_offset_ + (layout_.data_flag ? 0 : batch_tiles * layout_.ctas_per_group);
+    // In a CUDA graph this fill is a node before the launches, so a replay begins with an empty buffer too.
+    const int fill = layout_.data_flag ? static_cast<int>(kEmptyWord) : 0;
+    exchange_ = at::full({fault_offset_ + 1}, fill, l.options.dtype(at::kInt));
   }
 }
 

@@ -26,12 +26,13 @@ struct PackWeights {
 template <class T>
 cudaError_t launch_pack_weights(const PackWeights<T>& pack, cudaStream_t stream);
 
-// The steps of a launch, and the buffers through which its CTAs exchange states. The buffers are zeroed
-// before the first launch that uses them; later launches continue the count of epochs.
+// The steps of a launch, and the buffers through which its CTAs exchange states. The buffers are zeroed, or
+// with data flags filled with kEmptyWord, before the first launch that uses them; later launches continue the
+// count of epochs.
 struct Persistent {
   Layout layout;
   const uint4* packed_weights;  // PackWeights' output
-  uint4* exchange;              // grid: [D, batch tiles, 2 slots, state_words]  states
+  uint4* exchange;              // grid: [D, batch tiles, 2 or 4 slots, state_words]  states
   uint32_t* flags;              // grid: [D, batch tiles, CTAs]  the last epoch each CTA has published
   uint32_t* fault;              // [1]  the epoch that a CTA waited for until kMaxPolls
   uint32_t epoch;               // the last one of the previous launches

@@ -11,7 +11,7 @@ namespace fastlstm::cuda {
 
 template <class T, class Group, bool RAGGED>
 struct BackwardBlock {
-  static constexpr bool kCluster = Group::kCluster;
+  static constexpr bool kCluster = Group::kCluster, kDataFlag = Group::kDataFlag;
   static constexpr int kUnits = Group::kUnits, kBatchTileRows = Group::kBatchTileRows;
   static constexpr int kElements = Group::Elements::kElements;  // per thread
   using A = Acc<T>;
@@ -50,7 +50,11 @@ struct BackwardBlock {
     Group group(s, warp, cta);
     ThreadStates elements;
     // With one batch tile per group, its state stays in registers for the whole launch.
-    const bool several_tiles = !kCluster && p.batch_tiles > p.groups;
+    const bool several_tiles = !kCluster && !kDataFlag && p.batch_tiles > p.groups;
+    if constexpr (kDataFlag) {
+      group.bind(warp, cta.group, -1);
+      if (s.epoch == 0) group.fill_padding(warp, cta.group, s.step.H, s.step.steps.B);
+    }
     if (!several_tiles) load_elements(s, warp, cta, cta.group, 0, group, elements);
 #pragma unroll 1
     for (int i = 0; i < s.count; ++i) {
@@ -113,9 +117,13 @@ struct BackwardBlock {
         const Element e = element(s, warp, lane, q, cta, batch_tile);
         ThreadState& x = elements[q][lane];
         x.sum_offset = keep_in_register(e.exists ? group.sum_offset(e.unit, e.row) : -1);
+        if constexpr (kDataFlag) x.local_slot = Group::kNoWord;
         if (!e.exists) continue;
         const int64_t state = carried_offset(s, d, e);
         x.local_slot = group.address(warp, e.row, e.unit);
+        if constexpr (kDataFlag) {
+          if (!Group::writes(lane)) x.local_slot = Group::kNoWord;
+        }
         x.y_offset = ((m.t * B + e.b) * f.D + d) * H + e.j;
         x.gates_offset = ((d * f.steps.T + m.t) * B + e.b) * 4 * H + e.j;
         x.dc = m.first ? load_or_zeros<1>(f.dc_n, state).v[0] : f.dc[state];
@@ -165,6 +173,7 @@ struct BackwardBlock {
 
     PerLane<PreparedCell> prepared_cells[kElements];
     PerLane<Gates<A>> dgates[kElements];
+    PerLane<T> sent[4];  // kDataFlag: dgates i, f, g, o
 #pragma unroll
     for (int q = 0; q < kElements; ++q) {
       for (const int lane : warp.lanes()) {
@@ -178,6 +187,10 @@ struct BackwardBlock {
     for (int q = 0; q < kElements; ++q) {
       for (const int lane : warp.lanes()) {
         ThreadState& x = elements[q][lane];
+        if constexpr (kDataFlag) {
+#pragma unroll
+          for (int g = 0; g < 4; ++g) narrow(0.0f, sent[g][lane]);
+        }
         if (!x.exists()) continue;
         const PreparedCell& prepared = prepared_cells[q][lane];
         A dh = i > 0 ? group.sum(warp, lane, q, x.sum_offset) : prepared.dh;
@@ -192,15 +205,27 @@ struct BackwardBlock {
         } else {
           dgates[q][lane] = {0, 0, 0, 0}, x.carry = dh;
         }
-        T* const own = group.pointer(warp, x.local_slot);
-        narrow(dgates[q][lane].i, own[0]);
-        narrow(dgates[q][lane].f, own[kGateOffset<T, kUnits, 1>]);
-        narrow(dgates[q][lane].g, own[kGateOffset<T, kUnits, 2>]);
-        narrow(dgates[q][lane].o, own[kGateOffset<T, kUnits, 3>]);
+        const Gates<A>& gates = dgates[q][lane];
+        if constexpr (kDataFlag) {
+          narrow(gates.i, sent[0][lane]), narrow(gates.f, sent[1][lane]);
+          narrow(gates.g, sent[2][lane]), narrow(gates.o, sent[3][lane]);
+        } else {
+          T* const own = group.pointer(warp, x.local_slot);
+          narrow(gates.i, own[0]);
+          narrow(gates.f, own[kGateOffset<T, kUnits, 1>]);
+          narrow(gates.g, own[kGateOffset<T, kUnits, 2>]);
+          narrow(gates.o, own[kGateOffset<T, kUnits, 3>]);
+        }
       }
     }
-    warp.block_sync();  // the state is written, and the sums have been read
-    if (!last || s.dh) group.send(warp);
+    const bool sends = !last || s.dh;
+    if constexpr (kDataFlag) {
+      if (sends) send_words(warp, group, elements, sent);
+      warp.block_sync();  // the sums have been read
+    } else {
+      warp.block_sync();  // the state is written, and the sums have been read
+      if (sends) group.send(warp);
+    }
     prefetch_l2(s, warp, cta, batch_tile, i + kPrefetchSteps);
     const bool stays_in_registers = !several_tiles && !last;
     PerLane<bool> this_from_zero[kElements];
@@ -221,6 +246,9 @@ struct BackwardBlock {
         }
       }
     }
+    if constexpr (kDataFlag) {
+      if (sends) group.fence(warp);
+    }
 #pragma unroll
     for (int q = 0; q < kElements; ++q) {
       for (const int lane : warp.lanes()) {
@@ -234,6 +262,15 @@ struct BackwardBlock {
       }
     }
     if (!several_tiles) group.advance(warp);
+  }
+
+  // kDataFlag: sends state i, and clears the words of state i + 2.
+  static FASTLSTM_DEVICE void send_words(const Warp& warp, const Group& group, const ThreadStates& elements,
+                                         const PerLane<T> (&sent)[4]) {
+    PerLane<typename Group::StateAddress> words;
+    for (const int lane : warp.lanes()) words[lane] = elements[0][lane].local_slot;
+    group.store(warp, words, sent);
+    group.clear(warp, words);
   }
 
   // Stores the results of a step other than the state that is sent; dc only if it leaves the registers.

@@ -13,12 +13,12 @@ namespace fastlstm::cuda {
 
 template <class T, class Group, bool RAGGED>
 struct ForwardBlock {
-  static constexpr bool kCluster = Group::kCluster;
+  static constexpr bool kCluster = Group::kCluster, kDataFlag = Group::kDataFlag;
   static constexpr int kUnits = Group::kUnits, kBatchTileRows = Group::kBatchTileRows;
   static constexpr int kElements = Group::Elements::kElements;  // per thread
   using A = Acc<T>;
-  // TF32 has no registers for the offset of its outputs and computes it in each step.
-  static constexpr bool kKeepsOutputOffset = sizeof(T) == 2;
+  // TF32 and data flags have no registers for the offset of the outputs and compute it in each step.
+  static constexpr bool kKeepsOutputOffset = sizeof(T) == 2 && !kDataFlag;
 
   // An element of a batch tile, and what a thread keeps of it between steps.
   struct ThreadState {
@@ -28,6 +28,7 @@ struct ForwardBlock {
     bool next_from_zero;                      // RAGGED: the next step starts from zero state
     int64_t y_offset;                         // kKeepsOutputOffset: in [T, B, D*H], of this step
     int64_t gates_offset;                     // of gate i in [D, slots, B, 4H], of this step
+    T h_prev;                                 // kDataFlag, RAGGED: as its state n has it
     A c;                                      // previous c, after a reset
     A x[4];                                   // x W_ih^T
 
@@ -44,7 +45,7 @@ struct ForwardBlock {
     Biases bias;
     load_biases(s, warp, cta, bias);
     // With one batch tile per group, its state stays in registers for the whole launch.
-    const bool several_tiles = !kCluster && p.batch_tiles > p.groups;
+    const bool several_tiles = !kCluster && !kDataFlag && p.batch_tiles > p.groups;
     for (int batch_tile = cta.group; batch_tile < p.batch_tiles; batch_tile += p.groups)
       send_initial_state(s, warp, cta, batch_tile, group);
     if (!several_tiles) load_elements(s, warp, cta, cta.group, 0, group, elements);
@@ -113,9 +114,13 @@ struct ForwardBlock {
         const Element e = element(s, warp, lane, q, cta, batch_tile);
         ThreadState& x = elements[q][lane];
         x.sum_offset = keep_in_register(e.exists ? group.sum_offset(4 * e.unit, e.row) : -1);
+        if constexpr (kDataFlag) x.local_slot = Group::kNoWord;
         if (!e.exists) continue;
         const int64_t state = carried_offset(s, d, e);
         x.local_slot = group.address(warp, e.row, e.unit);
+        if constexpr (kDataFlag) {
+          if (!Group::writes(lane)) x.local_slot = Group::kNoWord;
+        }
         if constexpr (kKeepsOutputOffset) x.y_offset = ((m.t * B + e.b) * f.D + d) * H + e.j;
         x.gates_offset = ((d * f.slots + m.slot) * B + e.b) * 4 * H + e.j;
         x.c = m.first ? load_or_zeros<1>(f.c0, state).v[0] : f.c[state];
@@ -123,10 +128,20 @@ struct ForwardBlock {
           x.length = static_cast<int>(f.steps.lengths ? f.steps.lengths[e.b] : f.steps.T);
           if (starts_from_zero_state(f.steps, d, m.t, e.b, x.length)) x.c = 0;
           x.next_from_zero = starts_from_zero_state(f.steps, d, step_after(d, m.t), e.b, x.length);
+          if constexpr (kDataFlag) narrow(initial_h(s, d, m, e).v[0], x.h_prev);
         }
         load_gates_x(s, x);
       }
     }
+  }
+
+  // h_prev of the launch's first step, after a reset.
+  static FASTLSTM_DEVICE VecN<A, 1> initial_h(const PersistentForward<T>& s, int d, const StepCoord& m,
+                                              const Element& e) {
+    const int64_t at = carried_offset(s, d, e);
+    if (!m.first) return load<1>(s.step.state.h + at);
+    if (starts_from_zero_state(s.step.steps, d, m.t, e.b)) return zeros<A, 1>();
+    return load_or_zeros<1>(s.step.state.h0, at);
   }
 
   // Sends h_prev of the launch's first step, as state 0.
@@ -134,19 +149,30 @@ struct ForwardBlock {
                                                  const CtaCoord& cta, int batch_tile, Group& group) {
     const StepCoord m = step_coord(s, cta.d, 0);
     group.bind(warp, batch_tile, -1);
-#pragma unroll 1
-    for (int q = 0; q < kElements; ++q) {
+    if constexpr (kDataFlag) {
+      if (s.epoch == 0) group.fill_padding(warp, batch_tile, s.step.H, s.step.steps.B);
+      PerLane<typename Group::StateAddress> words;
+      PerLane<T> h[1];
       for (const int lane : warp.lanes()) {
-        const Element e = element(s, warp, lane, q, cta, batch_tile);
-        if (!e.exists) continue;
-        const int64_t at = carried_offset(s, cta.d, e);
-        VecN<A, 1> h = m.first ? load_or_zeros<1>(s.step.state.h0, at) : load<1>(s.step.state.h + at);
-        if (m.first && starts_from_zero_state(s.step.steps, cta.d, m.t, e.b)) h = zeros<A, 1>();
-        store<1>(group.pointer(warp, group.address(warp, e.row, e.unit)), h);
+        const Element e = element(s, warp, lane, 0, cta, batch_tile);
+        words[lane] = e.exists && Group::writes(lane) ? group.address(warp, e.row, e.unit) : Group::kNoWord;
+        narrow(e.exists ? initial_h(s, cta.d, m, e).v[0] : 0, h[0][lane]);
       }
+      group.store(warp, words, h);
+      group.clear(warp, words);
+      group.fence(warp);
+    } else {
+#pragma unroll 1
+      for (int q = 0; q < kElements; ++q) {
+        for (const int lane : warp.lanes()) {
+          const Element e = element(s, warp, lane, q, cta, batch_tile);
+          if (!e.exists) continue;
+          store<1>(group.pointer(warp, group.address(warp, e.row, e.unit)), initial_h(s, cta.d, m, e));
+        }
+      }
+      warp.block_sync();
+      group.send(warp);
     }
-    warp.block_sync();
-    group.send(warp);
   }
 
   // Computes state i + 1 from state i.
@@ -158,6 +184,7 @@ struct ForwardBlock {
 
     PerLane<Gates<A>> gates[kElements];
     PerLane<A> h[kElements];
+    PerLane<T> sent[kElements];  // kDataFlag
 #pragma unroll
     for (int q = 0; q < kElements; ++q) {
       for (const int lane : warp.lanes()) {
@@ -170,6 +197,7 @@ struct ForwardBlock {
     for (int q = 0; q < kElements; ++q) {
       for (const int lane : warp.lanes()) {
         ThreadState& x = elements[q][lane];
+        if constexpr (kDataFlag) narrow(0.0f, sent[q][lane]);
         if (!x.exists()) continue;
         Gates<A>& gate = gates[q][lane];
         if (!RAGGED || m.t < x.length) {
@@ -179,19 +207,37 @@ struct ForwardBlock {
           h[q][lane] = gate.o * Fast::tanh(x.c);
         } else {
           gate = {0, 0, 0, 0};
-          h[q][lane] = widen(*group.pointer(warp, group.previous(x.local_slot)));
+          if constexpr (kDataFlag) {
+            h[q][lane] = widen(x.h_prev);
+          } else {
+            h[q][lane] = widen(*group.pointer(warp, group.previous(x.local_slot)));
+          }
         }
         // The next GEMM does not mask its input, so a reset is applied here. After the launch's last step the
         // state is not read.
-        narrow(RAGGED && x.next_from_zero ? 0 : h[q][lane], *group.pointer(warp, x.local_slot));
+        const A next_h = RAGGED && x.next_from_zero ? 0 : h[q][lane];
+        if constexpr (kDataFlag) {
+          narrow(next_h, sent[q][lane]);
+          if constexpr (RAGGED) x.h_prev = sent[q][lane];
+        } else {
+          narrow(next_h, *group.pointer(warp, x.local_slot));
+        }
       }
     }
-    warp.block_sync();  // the state is written, and the sums have been read
-    if (!last) group.send(warp);
+    if constexpr (kDataFlag) {
+      if (!last) send_words(warp, group, elements, sent);
+      warp.block_sync();  // the sums have been read
+    } else {
+      warp.block_sync();  // the state is written, and the sums have been read
+      if (!last) group.send(warp);
+    }
     prefetch_l2(s, warp, cta, batch_tile, i + kPrefetchSteps);
     const bool stays_in_registers = !several_tiles && !last;
     PerLane<bool> later_from_zero[kElements];  // of the step after next
     if (stays_in_registers) load_next_step(s, warp, cta, batch_tile, m, elements, later_from_zero);
+    if constexpr (kDataFlag) {
+      if (!last) group.fence(warp);
+    }
     store_outputs(s, warp, cta, batch_tile, m, last, stays_in_registers, gates, h, elements);
     if (!stays_in_registers) return;
 #pragma unroll
@@ -206,6 +252,15 @@ struct ForwardBlock {
       }
     }
     group.advance(warp);
+  }
+
+  // kDataFlag: sends state i + 1, and clears the words of state i + 3.
+  static FASTLSTM_DEVICE void send_words(const Warp& warp, const Group& group, const ThreadStates& elements,
+                                         const PerLane<T> (&sent)[kElements]) {
+    PerLane<typename Group::StateAddress> words;
+    for (const int lane : warp.lanes()) words[lane] = elements[0][lane].local_slot;
+    group.store(warp, words, sent);
+    group.clear(warp, words);
   }
 
   static FASTLSTM_DEVICE void load_next_step(const PersistentForward<T>& s, const Warp& warp,

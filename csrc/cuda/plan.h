@@ -16,8 +16,8 @@ namespace fastlstm::cuda {
 
 // False: step-wise kernels only, for tests and measurements.
 inline std::atomic<bool> persistent_enabled{true};
-// The variant to use wherever it supports the layer, for tests and measurements: 'A' cluster, 'B' grid, 'S'
-// single-block; 0: the one with the smallest predicted time.
+// The variant to use wherever it supports the layer, for tests and measurements: 'A' cluster, 'B' grid, 'D'
+// grid with data flags, 'S' single-block; 0: the one of 'A' and 'B' with the smallest predicted time.
 inline std::atomic<char> persistent_tier{0};
 
 struct DeviceLimits {
@@ -36,8 +36,10 @@ struct Recurrence {
   int element_bytes;  // 2: float16 and bfloat16, 4: TF32, 0: a dtype without tensor-core products
 };
 
-constexpr int kWarps = 8;         // per CTA
-constexpr int kKSliceBytes = 64;  // of a row of K: 16 bytes of each of four lanes
+constexpr int kWarps = 8;                     // per CTA
+constexpr int kDataFlagSlots = 4;             // exchange.h
+constexpr uint32_t kEmptyWord = 0xffffffffu;  // exchange.h
+constexpr int kKSliceBytes = 64;              // of a row of K: 16 bytes of each of four lanes
 
 // A step's GEMM is A [M, K] times a state [K, 8 * n_tiles]; A stays in the CTA. A is divided into fragments
 // of 16 rows (an m tile) and 64 bytes of K (a K slice), which are distributed over the CTA's 8 warps.
@@ -51,6 +53,7 @@ constexpr int kKSliceBytes = 64;  // of a row of K: 16 bytes of each of four lan
 struct Layout {
   bool cluster;         // cluster variant
   bool single;          // single-block variant, with batch tiles of 4 rows
+  bool data_flag;       // grid variant whose data are their own flags, with one batch tile per group
   bool reduce_scatter;  // backward of the cluster variant: CTAs send partial products, and the receiver adds
   int units;            // hidden units per CTA
   int m_tiles;          // per warp and K iteration; with reduce_scatter: K slices, all of K
@@ -69,6 +72,7 @@ struct Layout {
   }
   // CTAs per cluster of the launch; 0: cooperative launch, -1: CTAs are independent.
   int cluster_dim() const { return cluster ? ctas_per_group : single ? -1 : 0; }
+  int exchange_slots() const { return data_flag ? kDataFlagSlots : 2; }  // of the grid variant
   int64_t ctas(int D) const { return int64_t{D} * groups * ctas_per_group; }
 };
 
@@ -255,6 +259,17 @@ inline Layout best_grid_layout(Phase phase, const Recurrence& r, const DeviceLim
   return {};
 }
 
+// Data flags for a layout of the grid variant, or why not.
+inline PersistentPlan with_data_flags(const Layout& grid) {
+  if (grid.ctas_per_group == 0) return {"too few SMs"};
+  if (grid.n_tiles > 1 || grid.batch_tiles > grid.groups) {
+    return {"the SMs hold fewer groups than there are batch tiles of 8 rows"};
+  }
+  PersistentPlan plan = {"", grid};
+  plan.layout.data_flag = true;
+  return plan;
+}
+
 inline PersistentPlan plan(Phase phase, const Recurrence& r, const DeviceLimits& device, char requested = 0) {
   if (r.P != r.H) return {"proj_size > 0 has no persistent kernel"};
   if (r.element_bytes == 0)
@@ -265,8 +280,14 @@ inline PersistentPlan plan(Phase phase, const Recurrence& r, const DeviceLimits&
   if (requested == 'S' && fits_single(r) &&
       ceil_div(r.B, kSingleRows) * r.D <= std::numeric_limits<int>::max())
     return {"", single_block_layout(phase, r), "single-block variant: requested (tier=S)"};
-  const PersistentPlan cluster = plan_cluster(phase, r, device);
   const Layout grid = best_grid_layout(phase, r, device);
+  // Only if requested, for the same reason. The variant has never run on a GPU.
+  PersistentPlan data_flags = with_data_flags(grid);
+  if (requested == 'D' && data_flags.reason.empty()) {
+    data_flags.description = "grid variant with data flags: requested (tier=D)";
+    return data_flags;
+  }
+  const PersistentPlan cluster = plan_cluster(phase, r, device);
   const bool fits_cluster = cluster.reason.empty(), fits_grid = grid.ctas_per_group > 0;
   if (!fits_cluster && !fits_grid) {
     const std::string both = r.D == 2 ? " of both directions" : "";
@@ -298,6 +319,7 @@ inline PersistentPlan plan(Phase phase, const Recurrence& r, const DeviceLimits&
     why += std::string(use_cluster ? ", grid" : ", cluster") + " variant " +
            us(use_cluster ? grid_us : cluster_us);
   }
+  if (requested == 'D') why += "; no data flags: " + data_flags.reason;
   const char* const variant = use_cluster ? "cluster variant: " : "grid variant: ";
   return {"", use_cluster ? cluster.layout : grid, variant + why};
 }

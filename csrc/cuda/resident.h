@@ -2,8 +2,8 @@
 // batch tile's elements to threads.
 #pragma once
 
+#include "cuda/exchange.h"
 #include "cuda/persistent.h"
-#include "cuda/warp.cuh"
 
 namespace fastlstm::cuda {
 
@@ -18,6 +18,16 @@ FASTLSTM_DEVICE int state_offset(int k_slices, int n, int k) {
   constexpr int E = kKSliceElements<T>;
   return ((n / 8 * k_slices + k / E) * 8 + n % 8) * E + k % E;
 }
+
+// How a StateGemm loads the words of a state that its caller has waited for.
+struct LoadL2 {
+  static constexpr bool kPolls = false;
+  FASTLSTM_DEVICE static uint4 load(const uint4* p) { return load_l2(p); }
+};
+struct LoadShared {
+  static constexpr bool kPolls = false;
+  FASTLSTM_DEVICE static uint4 load(const uint4* p) { return *p; }
+};
 
 FASTLSTM_DEVICE uint4 operand(uint4 x, float) {
   return {to_tf32(x.x), to_tf32(x.y), to_tf32(x.z), to_tf32(x.w)};
@@ -86,10 +96,10 @@ class ResidentWeights {
 };
 
 // A [kRows, K] times a state [K, 8 * N_TILES]. Split-K: the warps divide K into SPLIT_K parts; the warps of a
-// part divide the rows, M_TILES m tiles each. A warp's iteration is one K slice. LOAD loads a word of the
-// state. FEW_REGISTERS: the kernel has no registers for more loads in flight.
+// part divide the rows, M_TILES m tiles each. A warp's iteration is one K slice.
+// FEW_REGISTERS: the kernel has no registers for more loads in flight. POLLS: used with PollWords.
 template <class T, int M_TILES, int REGISTER_ITERS, int N_TILES, int SPLIT_K, bool FEW_REGISTERS,
-          uint4 (*LOAD)(const uint4*)>
+          bool POLLS = false>
 class StateGemm {
  public:
   static constexpr int kRows = 16 * M_TILES * kWarps / SPLIT_K, kSumColumns = 8 * N_TILES;
@@ -118,10 +128,21 @@ class StateGemm {
   }
 
   // Multiplies the warp's share of A by a state and stores the partial sums; call sum() after a block_sync.
-  // from: the lanes' first words of the state.
-  FASTLSTM_DEVICE void multiply(const Warp& warp, const PerLane<const uint4*> (&from)[N_TILES]) {
-    PerLane<float4> acc[M_TILES][N_TILES];
+  // from: the lanes' first words of the state. Loader: LoadL2, LoadShared, or PollWords (group_data_flag.h),
+  // which loads words that may not be there yet.
+  template <class Loader>
+  FASTLSTM_DEVICE void multiply(const Warp& warp, const PerLane<const uint4*> (&from)[N_TILES],
+                                const Loader& loader) {
     PerLane<uint4> b[kLoadsInFlight][N_TILES];
+    if (a_.iters() >= kLoadsInFlight) {
+#pragma unroll
+      for (int k = 0; k < kLoadsInFlight; ++k) load(warp, loader, from, k, b[k]);
+    } else {
+#pragma unroll
+      for (int k = 0; k < kLoadsInFlight - 1; ++k) fetch(warp, loader, from, k, k, b[k]);
+    }
+    if constexpr (Loader::kPolls) poll_first(warp, loader, from, b);
+    PerLane<float4> acc[M_TILES][N_TILES];
 #pragma unroll
     for (int r = 0; r < M_TILES; ++r) {
 #pragma unroll
@@ -129,17 +150,13 @@ class StateGemm {
         for (const int lane : warp.lanes()) acc[r][c][lane] = {0, 0, 0, 0};
       }
     }
-    if (a_.iters() >= kLoadsInFlight) {
-#pragma unroll
-      for (int k = 0; k < kLoadsInFlight; ++k) load(warp, from, k, b[k]);
-    } else {
-#pragma unroll
-      for (int k = 0; k < kLoadsInFlight - 1; ++k) fetch(warp, from, k, k, b[k]);
-    }
 #pragma unroll
     for (int i = 0; i < REGISTER_ITERS; ++i) {
+      if constexpr (Loader::kPolls) {
+        if (i >= kLoadsInFlight && i < a_.iters()) poll(warp, loader, from, i, b[i % kLoadsInFlight]);
+      }
       if (i < a_.iters()) mma_iter(warp, a_.fragments[i], b[i % kLoadsInFlight], acc);
-      fetch(warp, from, i + kLoadsInFlight, i + kLoadsInFlight, b[i % kLoadsInFlight]);
+      fetch(warp, loader, from, i + kLoadsInFlight, i + kLoadsInFlight, b[i % kLoadsInFlight]);
     }
     PerLane<const uint4*> later[N_TILES];  // words of iteration first + kLoadsInFlight
 #pragma unroll
@@ -153,10 +170,13 @@ class StateGemm {
       for (int k = 0; k < kLoadsInFlight; ++k) {
         const int i = first + k;
         if (i < a_.iters()) {
+          if constexpr (Loader::kPolls) {
+            poll(warp, loader, later, k - kLoadsInFlight, b[(REGISTER_ITERS + k) % kLoadsInFlight]);
+          }
           PerLane<uint4> a[2 * M_TILES];
           a_.load(warp, i, 0, 2 * M_TILES, a);
           mma_iter(warp, a, b[(REGISTER_ITERS + k) % kLoadsInFlight], acc);
-          fetch(warp, later, i + kLoadsInFlight, k, b[(REGISTER_ITERS + k) % kLoadsInFlight]);
+          fetch(warp, loader, later, i + kLoadsInFlight, k, b[(REGISTER_ITERS + k) % kLoadsInFlight]);
         }
       }
 #pragma unroll
@@ -194,14 +214,17 @@ class StateGemm {
 
  private:
   // K slices per n tile. Eight warps then have 16 KiB in flight, about bandwidth times latency of an SM's
-  // path to L2; with more ptxas spills, in TF32 sooner.
+  // path to L2; with more ptxas spills, in TF32 sooner, and on sm_80 with POLLS.
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-  static constexpr bool kFewRegisters = FEW_REGISTERS;
+  static constexpr bool kFewRegisters = FEW_REGISTERS, kFewPolls = false;
 #else
-  static constexpr bool kFewRegisters = true;
+  static constexpr bool kFewRegisters = true, kFewPolls = POLLS && M_TILES == 8;
 #endif
   static constexpr bool kWideTf32 = sizeof(T) == 4 && M_TILES == 8;
-  static constexpr int kLoadsInFlight = !kWideTf32 ? 4 / N_TILES : N_TILES == 2 ? 1 : kFewRegisters ? 2 : 4;
+  static constexpr int kLoadsInFlight = !kWideTf32      ? (kFewPolls ? 2 : 4 / N_TILES)
+                                        : N_TILES == 2  ? 1
+                                        : kFewRegisters ? 2
+                                                        : 4;
 
   FASTLSTM_DEVICE static float* floats(const Warp& warp) { return reinterpret_cast<float*>(warp.shared()); }
 
@@ -219,16 +242,67 @@ class StateGemm {
   }
 
   // Loads iteration i of the warp, if it exists; `ahead`: iterations from where `from` points.
-  FASTLSTM_DEVICE void fetch(const Warp& warp, const PerLane<const uint4*> (&from)[N_TILES], int i, int ahead,
+  template <class Loader>
+  FASTLSTM_DEVICE void fetch(const Warp& warp, const Loader& loader,
+                             const PerLane<const uint4*> (&from)[N_TILES], int i, int ahead,
                              PerLane<uint4> (&b)[N_TILES]) const {
-    if (i < a_.iters()) load(warp, from, ahead, b);
+    if (i < a_.iters()) load(warp, loader, from, ahead, b);
   }
-  FASTLSTM_DEVICE static void load(const Warp& warp, const PerLane<const uint4*> (&from)[N_TILES], int ahead,
+  template <class Loader>
+  FASTLSTM_DEVICE static void load(const Warp& warp, const Loader&,
+                                   const PerLane<const uint4*> (&from)[N_TILES], int ahead,
                                    PerLane<uint4> (&b)[N_TILES]) {
 #pragma unroll
     for (int c = 0; c < N_TILES; ++c) {
-      for (const int lane : warp.lanes()) b[c][lane] = LOAD(from[c][lane] + ahead * 32);
+      for (const int lane : warp.lanes()) b[c][lane] = Loader::load(from[c][lane] + ahead * 32);
     }
+  }
+
+  // Polls the first iterations' words until all are complete: those that are not, in one round trip together.
+  template <class Loader>
+  FASTLSTM_DEVICE void poll_first(const Warp& warp, const Loader& loader,
+                                  const PerLane<const uint4*> (&from)[N_TILES],
+                                  PerLane<uint4> (&b)[kLoadsInFlight][N_TILES]) const {
+    for (const int lane : warp.lanes()) {
+#pragma unroll 1
+      for (uint32_t polls = 0;; ++polls) {
+        bool complete = true;
+#pragma unroll
+        for (int k = 0; k < kLoadsInFlight; ++k) {
+#pragma unroll
+          for (int c = 0; c < N_TILES; ++c) {
+            if (k < a_.iters()) complete = complete && is_complete(b[k][c][lane]);
+          }
+        }
+        if (complete) break;
+        loader.check(polls);
+#pragma unroll
+        for (int k = 0; k < kLoadsInFlight; ++k) {
+#pragma unroll
+          for (int c = 0; c < N_TILES; ++c) {
+            if (k < a_.iters()) b[k][c][lane] = Loader::load(from[c][lane] + k * 32);
+          }
+        }
+      }
+    }
+    warp.sync();  // mma.sync of the whole warp follows
+  }
+  // The same for the words of one later iteration.
+  template <class Loader>
+  FASTLSTM_DEVICE static void poll(const Warp& warp, const Loader& loader,
+                                   const PerLane<const uint4*> (&from)[N_TILES], int ahead,
+                                   PerLane<uint4> (&b)[N_TILES]) {
+    for (const int lane : warp.lanes()) {
+#pragma unroll
+      for (int c = 0; c < N_TILES; ++c) {
+#pragma unroll 1
+        for (uint32_t polls = 0; !is_complete(b[c][lane]); ++polls) {
+          loader.check(polls);
+          b[c][lane] = Loader::load(from[c][lane] + ahead * 32);
+        }
+      }
+    }
+    warp.sync();
   }
 
   FASTLSTM_DEVICE static void mma_iter(const Warp& warp, const PerLane<uint4> (&a)[2 * M_TILES],

@@ -103,6 +103,24 @@ FASTLSTM_DEVICE uint4 load_l2(const uint4* p) {
   return x;
 }
 
+// Stores a word for the polls of other CTAs: in L2, in one piece, and ordered only by fence().
+FASTLSTM_DEVICE void store_relaxed(uint32_t* p, uint32_t x) {
+  asm volatile("st.relaxed.gpu.global.u32 [%0], %1;" ::"l"(p), "r"(x) : "memory");
+}
+
+// Loads a word that other CTAs store by store_relaxed: each 32 bits of it in one piece.
+FASTLSTM_DEVICE uint4 load_relaxed(const uint4* p) { return load_l2(p); }
+
+// Orders the thread's earlier loads and stores before its later ones, as all CTAs of the device see them.
+FASTLSTM_DEVICE void fence() { asm volatile("fence.acq_rel.gpu;" ::: "memory"); }
+
+// The x of lane ^ 1. Called by all lanes of a warp.
+FASTLSTM_DEVICE PerLane<uint32_t> swap_pairs(const PerLane<uint32_t>& x) {
+  PerLane<uint32_t> y;
+  y[0] = __shfl_xor_sync(~0u, x[0], 1);
+  return y;
+}
+
 // Prefetches the line at p into L2.
 FASTLSTM_DEVICE void prefetch(const void* p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
 
@@ -178,7 +196,7 @@ FASTLSTM_DEVICE void remote_store(const Warp&, int peer, float2* to, Mbarrier* m
 
 // Ends a spin after kMaxPolls as an error of the stream, like any invalid access, instead of a hang.
 FASTLSTM_DEVICE void trap_on_timeout(uint32_t* fault, uint32_t epoch) {
-  store_release(fault, epoch);
+  store_relaxed(fault, epoch);  // for a debugger
   __trap();
 }
 

@@ -62,9 +62,9 @@ def set_persistent(on: bool, tier: str = "") -> None:
 
     Args:
         on: whether to use them.
-        tier: "A" (cluster variant), "B" (grid variant) or "S" (single-block variant, for H up to 128 in 16 bits): use
-            this one wherever the layer fits, whatever is predicted; "" for the faster of "A" and "B" ("S" has not been
-            measured).
+        tier: "A" (cluster variant), "B" (grid variant), "D" (grid variant with data flags) or "S" (single-block
+            variant, for H up to 128 in 16 bits): use this one wherever the layer fits, whatever is predicted; "" for
+            the faster of "A" and "B" ("D" and "S" have not been measured).
 
     Raises:
         RuntimeError: the extension was built without CUDA, or there is no such tier.

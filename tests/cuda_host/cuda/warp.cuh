@@ -142,6 +142,52 @@ inline uint32_t load_acquire(const uint32_t* flag) {
 
 inline uint4 load_l2(const uint4* p) { return *p; }
 
+// Relaxed stores of a thread that other threads do not see yet: they become visible in any order, except that
+// stores to one word keep theirs, at its polls, all of them at a fence, or when the thread ends.
+struct RelaxedStore {
+  uint32_t* to;
+  uint32_t value;
+};
+inline thread_local std::vector<RelaxedStore> store_buffer;
+inline thread_local std::minstd_rand store_order(1);
+
+inline void drain_stores(bool all) {
+  while (!store_buffer.empty() && (all || store_order() % 4 != 0)) {
+    size_t chosen = store_order() % store_buffer.size();
+    for (size_t k = 0; k < chosen; ++k) {
+      if (store_buffer[k].to == store_buffer[chosen].to) chosen = k;
+    }
+    const RelaxedStore store = store_buffer[chosen];
+    store_buffer.erase(store_buffer.begin() + static_cast<std::ptrdiff_t>(chosen));
+    std::atomic_ref<uint32_t>(*store.to).store(store.value, std::memory_order_relaxed);
+    random_delay();
+  }
+}
+
+inline void store_relaxed(uint32_t* p, uint32_t x) {
+  if (this_block == silent_block) return;
+  store_buffer.push_back({p, x});
+}
+
+inline uint4 load_relaxed(const uint4* p) {
+  drain_stores(false);
+  uint32_t words[4];
+  for (int k = 0; k < 4; ++k) {
+    uint32_t* const word = reinterpret_cast<uint32_t*>(const_cast<uint4*>(p)) + k;
+    words[k] = std::atomic_ref<uint32_t>(*word).load(std::memory_order_relaxed);
+    if (words[k] == kEmptyWord) std::this_thread::yield();
+  }
+  return {words[0], words[1], words[2], words[3]};
+}
+
+inline void fence() { drain_stores(true); }
+
+inline PerLane<uint32_t> swap_pairs(const PerLane<uint32_t>& x) {
+  PerLane<uint32_t> y;
+  for (int lane = 0; lane < 32; ++lane) y[lane] = x[lane ^ 1];
+  return y;
+}
+
 // Reads, so that the sanitizer reports an invalid address.
 inline void prefetch(const void* p) { static_cast<void>(*static_cast<const volatile char*>(p)); }
 
@@ -330,8 +376,10 @@ cudaError_t launch_persistent(const S& s, int ctas, int cluster_dim, int64_t sha
         warps.emplace_back([&s, &block, w] {
           this_block = block.index;
           shuffle.seed(static_cast<unsigned>(block.index * kWarps + w + 1));
+          store_order.seed(static_cast<unsigned>(block.index * kWarps + w + 1));
           F::run(s, Warp(block, w));
           deliver(true);
+          drain_stores(true);
           --block.running;
         });
       }
