@@ -60,7 +60,7 @@ std::optional<LayerResults> layer(const at::Tensor& x, const OptionalTensor& h0,
                                   const OptionalTensor& reset_mask, bool keep_cells) {
   if (x.dim() != 3 || symbolic(x) || symbolic(h0) || symbolic(c0) || symbolic(lengths) ||
       symbolic(reset_mask) || std::any_of(weights.begin(), weights.end(), symbolic) ||
-      !LayerSizes::fit(x, h0, c0, weights, lengths, reset_mask))
+      !LayerSizes::fit({x, h0, c0, weights, lengths, reset_mask}))
     return {};
   const auto& op = forward_op();
   py::gil_scoped_release release;

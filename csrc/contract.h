@@ -48,35 +48,51 @@ using DifferentiableBackward = LayerGradients(const OptionalTensor& dy, const Op
 using SavedGates = at::Tensor(const at::Tensor& reserve, const at::Tensor& x, at::TensorList weights,
                               const OptionalTensor& lengths);
 
-// What is wrong with a layer's arguments: the first thing that was found, nothing if they fit together.
-class Misfit {
+// Arguments of a layer's op, by reference: valid for the call only, never stored. LayerSizes checks them.
+struct LayerInputs {
+  const at::Tensor& x;  // [T, B, I], or packed rows [N, I]
+  const OptionalTensor &h0, &c0;
+  at::TensorList weights;
+  const OptionalTensor &lengths, &reset_mask;
+};
+// Gradients of a layer's results, each absent where it is zero.
+struct ResultGradients {
+  const OptionalTensor &dy, &dh_n, &dc_n, &dcells;
+};
+// What forward saved for backward; y may be empty (lacks_output).
+struct SavedResults {
+  const at::Tensor &y, &cells, &reserve;
+};
+
+// Collects the first expectation that a layer's arguments do not meet.
+class ArgumentCheck {
  public:
-  explicit Misfit(const at::Tensor& x) : x_(x) {}
+  explicit ArgumentCheck(const at::Tensor& x) : x_(x) {}
 
   template <class... Text>
-  void unless(bool fits, const Text&... text) {
-    if (!found_ && !fits) found_ = c10::str(text...);
+  void expect(bool met, const Text&... text) {
+    if (!error_ && !met) error_ = c10::str(text...);
   }
-  void unless_sizes(const char* name, const at::Tensor& tensor, at::IntArrayRef expected) {
-    unless(tensor.sizes() == expected, name, " must be ", expected, ", got ", tensor.sizes());
+  void expect_sizes(const char* name, const at::Tensor& tensor, at::IntArrayRef expected) {
+    expect(tensor.sizes() == expected, name, " must be ", expected, ", got ", tensor.sizes());
   }
   // Of a dtype, too, and where x is.
-  void unless_like(const char* name, const at::Tensor& tensor, at::IntArrayRef expected,
+  void expect_like(const char* name, const at::Tensor& tensor, at::IntArrayRef expected,
                    at::ScalarType dtype) {
-    unless_sizes(name, tensor, expected);
-    unless(tensor.scalar_type() == dtype && tensor.device() == x_.device(), name, " must be ", dtype, " on ",
+    expect_sizes(name, tensor, expected);
+    expect(tensor.scalar_type() == dtype && tensor.device() == x_.device(), name, " must be ", dtype, " on ",
            x_.device(), ", got ", tensor.scalar_type(), " on ", tensor.device());
   }
-  void unless_like(const char* name, const OptionalTensor& tensor, at::IntArrayRef expected,
+  void expect_like(const char* name, const OptionalTensor& tensor, at::IntArrayRef expected,
                    at::ScalarType dtype) {
-    if (tensor && tensor->defined()) unless_like(name, *tensor, expected, dtype);
+    if (tensor && tensor->defined()) expect_like(name, *tensor, expected, dtype);
   }
-  bool found() const { return found_.has_value(); }
-  void raise() const { TORCH_CHECK(!found_, *found_); }
+  bool failed() const { return error_.has_value(); }
+  void raise() const { TORCH_CHECK(!error_, *error_); }
 
  private:
   const at::Tensor& x_;
-  std::optional<std::string> found_;
+  std::optional<std::string> error_;
 };
 
 // The sizes of a layer, read off x and its weights, and off `lengths` where x may be packed.
@@ -95,113 +111,103 @@ struct LayerSizes {
     return packed ? at::DimVector{D, rows_, 4 * H} : at::DimVector{D, T, B, 4 * H};
   }
 
-  LayerSizes(const at::Tensor& x, at::TensorList weights, const OptionalTensor& lengths = {}) {
-    Misfit wrong(x);
-    read(x, weights, lengths, wrong);
-    wrong.raise();
+  // Raises if the inputs do not fit together.
+  explicit LayerSizes(const LayerInputs& in) {
+    ArgumentCheck check(in.x);
+    read(in, check);
+    check.raise();
   }
   // A bias differs by its dimension from the weights of the other direction.
   static int64_t weights_per_direction(at::TensorList weights, bool proj) {
     return 2 + 2 * (weights.size() > 2 && weights[2].dim() == 1) + proj;
   }
-  // Whether forward's arguments fit together: what the constructor and check_inputs() throw on.
-  static bool fit(const at::Tensor& x, const OptionalTensor& h0, const OptionalTensor& c0,
-                  at::TensorList weights, const OptionalTensor& lengths, const OptionalTensor& reset_mask) {
-    Misfit wrong(x);
+  // Returns true if the constructor raises nothing.
+  static bool fit(const LayerInputs& in) {
+    ArgumentCheck check(in.x);
     LayerSizes s;
-    s.read(x, weights, lengths, wrong);
-    if (!wrong.found()) s.look_at_inputs(x, h0, c0, lengths, reset_mask, wrong);
-    return !wrong.found();
+    s.read(in, check);
+    return !check.failed();
   }
-  void check_inputs(const at::Tensor& x, const OptionalTensor& h0, const OptionalTensor& c0,
-                    const OptionalTensor& lengths, const OptionalTensor& reset_mask) const {
-    Misfit wrong(x);
-    look_at_inputs(x, h0, c0, lengths, reset_mask, wrong);
-    wrong.raise();
-  }
-  // What backward takes beyond forward's arguments.
-  void check_backward(const at::Tensor& x, const OptionalTensor& dy, const OptionalTensor& dh_n,
-                      const OptionalTensor& dc_n, const OptionalTensor& dcells, const at::Tensor& y,
-                      const at::Tensor& cells, const at::Tensor& reserve,
+  // Raises if backward's further arguments do not match forward's inputs.
+  void check_backward(const at::Tensor& x, const ResultGradients& grads, const SavedResults& saved,
                       const c10::List<bool>& needs) const {
     const at::ScalarType dtype = x.scalar_type();
     const size_t flags = 3 + D * per_direction;
-    Misfit wrong(x);
-    wrong.unless(reserve.numel() == D * rows() * 4 * H, "reserve must be kept by forward for a backward");
-    wrong.unless_like("reserve", reserve, this->reserve(), dtype);
-    if (!lacks_output(y)) wrong.unless_like("y", y, per_row(D * P), dtype);
-    wrong.unless_like("cells", cells, per_row(D * H), dtype);
-    wrong.unless_like("dy", dy, per_row(D * P), dtype);
-    wrong.unless_like("dh_n", dh_n, {D, B, P}, dtype);
-    wrong.unless_like("dc_n", dc_n, {D, B, H}, dtype);
-    wrong.unless_like("dcells", dcells, per_row(D * H), dtype);
-    wrong.unless(needs.size() == flags, "needs must have ", flags, " flags, got ", needs.size());
-    wrong.raise();
+    ArgumentCheck check(x);
+    check.expect(saved.reserve.numel() == D * rows() * 4 * H,
+                 "reserve must be kept by forward for a backward");
+    check.expect_like("reserve", saved.reserve, reserve(), dtype);
+    if (!lacks_output(saved.y)) check.expect_like("y", saved.y, per_row(D * P), dtype);
+    check.expect_like("cells", saved.cells, per_row(D * H), dtype);
+    check.expect_like("dy", grads.dy, per_row(D * P), dtype);
+    check.expect_like("dh_n", grads.dh_n, {D, B, P}, dtype);
+    check.expect_like("dc_n", grads.dc_n, {D, B, H}, dtype);
+    check.expect_like("dcells", grads.dcells, per_row(D * H), dtype);
+    check.expect(needs.size() == flags, "needs must have ", flags, " flags, got ", needs.size());
+    check.raise();
   }
 
  private:
   LayerSizes() = default;
 
-  void read(const at::Tensor& x, at::TensorList weights, const OptionalTensor& lengths, Misfit& wrong) {
-    packed = x.dim() == 2 && lengths && lengths->defined() && lengths->is_cpu();
-    wrong.unless(packed || x.dim() == 3, "x must be [T, B, I], got ", x.sizes());
-    wrong.unless(weights.size() >= 2 && weights[0].dim() == 2 && weights[1].dim() == 2,
+  void read(const LayerInputs& in, ArgumentCheck& check) {
+    const auto& [x, h0, c0, weights, lengths, reset_mask] = in;
+    packed = x.dim() == 2 && x.is_cpu() && lengths && lengths->defined() && lengths->is_cpu();
+    check.expect(packed || x.dim() == 3, "x must be [T, B, I], got ", x.sizes());
+    check.expect(weights.size() >= 2 && weights[0].dim() == 2 && weights[1].dim() == 2,
                  "weights must begin with weight_ih [4H, I] and weight_hh [4H, P]");
-    if (wrong.found()) return;
+    if (check.failed()) return;
     I = x.size(-1);
     if (packed) {
-      read_lengths(x, *lengths, wrong);
+      read_lengths(x, *lengths, check);
     } else {
       T = x.size(0), B = x.size(1), rows_ = T * B;
     }
-    wrong.unless(T > 0, "Expected sequence length to be larger than 0 in RNN");
+    check.expect(T > 0, "Expected sequence length to be larger than 0 in RNN");
     H = weights[0].size(0) / 4, P = weights[1].size(1);
     per_direction = weights_per_direction(weights, P != H);
     bias = per_direction > 3;
     D = static_cast<int64_t>(weights.size()) / per_direction;
-    wrong.unless(D * per_direction == static_cast<int64_t>(weights.size()) && (D == 1 || D == 2),
+    check.expect(D * per_direction == static_cast<int64_t>(weights.size()) && (D == 1 || D == 2),
                  "weights must be ", per_direction, " tensors for each of 1 or 2 directions, got ",
                  weights.size());
-    if (wrong.found()) return;
+    if (check.failed()) return;
     for (int64_t d = 0; d < D; ++d) {
       const at::Tensor* w = weights.data() + d * per_direction;
-      wrong.unless_sizes("weight_ih", w[0], {4 * H, I});
-      wrong.unless_sizes("weight_hh", w[1], {4 * H, P});
-      if (bias) wrong.unless_sizes("bias_ih", w[2], {4 * H});
-      if (bias) wrong.unless_sizes("bias_hh", w[3], {4 * H});
-      if (proj()) wrong.unless_sizes("weight_hr", w[per_direction - 1], {P, H});
+      check.expect_sizes("weight_ih", w[0], {4 * H, I});
+      check.expect_sizes("weight_hh", w[1], {4 * H, P});
+      if (bias) check.expect_sizes("bias_ih", w[2], {4 * H});
+      if (bias) check.expect_sizes("bias_hh", w[3], {4 * H});
+      if (proj()) check.expect_sizes("weight_hr", w[per_direction - 1], {P, H});
     }
     for (const at::Tensor& w : weights)
-      wrong.unless(w.scalar_type() == x.scalar_type() && w.device() == x.device(), "weights must be ",
+      check.expect(w.scalar_type() == x.scalar_type() && w.device() == x.device(), "weights must be ",
                    x.scalar_type(), " on ", x.device(), " as x is, got ", w.scalar_type(), " on ",
                    w.device());
+    if (check.failed()) return;
+    check.expect_like("h0", h0, {D, B, P}, x.scalar_type());
+    check.expect_like("c0", c0, {D, B, H}, x.scalar_type());
+    check.expect_like("lengths", lengths, {B}, at::kLong);
+    check.expect_like("reset_mask", reset_mask, {T, B}, at::kBool);
+    check.expect(!packed || !reset_mask, "reset_mask must be None with packed rows");
   }
   // T, B and N of packed rows.
-  void read_lengths(const at::Tensor& x, const at::Tensor& lengths, Misfit& wrong) {
-    wrong.unless(lengths.dim() == 1 && lengths.scalar_type() == at::kLong,
+  void read_lengths(const at::Tensor& x, const at::Tensor& lengths, ArgumentCheck& check) {
+    check.expect(lengths.dim() == 1 && lengths.scalar_type() == at::kLong,
                  "lengths of packed rows must be int64 [B], got ", lengths.scalar_type(), " ",
                  lengths.sizes());
-    if (wrong.found()) return;
-    const at::Tensor own = lengths.contiguous();
-    const int64_t* of_row = own.const_data_ptr<int64_t>();
+    if (check.failed()) return;
+    const at::Tensor values = lengths.contiguous();
+    const int64_t* of_row = values.const_data_ptr<int64_t>();
     B = lengths.size(0), T = B > 0 ? of_row[0] : 0, rows_ = x.size(0);
     int64_t left = rows_;
     for (int64_t b = 0; b < B && left >= 0; ++b) {
       const bool fits = of_row[b] >= 0 && of_row[b] <= of_row[std::max<int64_t>(0, b - 1)];
       left = fits && of_row[b] <= left ? left - of_row[b] : -1;
     }
-    wrong.unless(left == 0, "lengths of packed rows must not rise and have the sum N=", rows_, ", got ",
+    check.expect(left == 0, "lengths of packed rows must not rise and have the sum N=", rows_, ", got ",
                  at::IntArrayRef(of_row, B));
   }
-  void look_at_inputs(const at::Tensor& x, const OptionalTensor& h0, const OptionalTensor& c0,
-                      const OptionalTensor& lengths, const OptionalTensor& reset_mask, Misfit& wrong) const {
-    wrong.unless_like("h0", h0, {D, B, P}, x.scalar_type());
-    wrong.unless_like("c0", c0, {D, B, H}, x.scalar_type());
-    wrong.unless_like("lengths", lengths, {B}, at::kLong);
-    wrong.unless_like("reset_mask", reset_mask, {T, B}, at::kBool);
-    wrong.unless(!packed || !reset_mask, "reset_mask must be None with packed rows");
-  }
-
   int64_t rows_ = 0;
 };
 

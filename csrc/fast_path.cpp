@@ -244,7 +244,7 @@ std::optional<StackResults> run_stack(const Stack& s, const at::Tensor& input, c
   };
   if (h0.defined() && !(states_fit(h0, s.P) && states_fit(c0, s.H))) return {};
 
-  const OptionalTensor known = lengths;
+  const OptionalTensor known = lengths, no_resets;
   if (packed && dispatch_mode_active()) {  // by an op, so that a trace holds where the lengths come from
     static const auto op = c10::Dispatcher::singleton()
                                .findSchemaOrThrow("fastlstm::packed_lengths", "")
@@ -262,7 +262,7 @@ std::optional<StackResults> run_stack(const Stack& s, const at::Tensor& input, c
       return !t.defined() ? OptionalTensor() : s.layers == 1 ? t : t.narrow(0, k * s.D, s.D);
     };
     const OptionalTensor h = part(h0), c = part(c0);
-    if (!LayerSizes::fit(x, h, c, layer_weights, known, {})) return {};
+    if (!LayerSizes::fit({x, h, c, layer_weights, known, no_resets})) return {};
     auto [y, h_last, c_last, cells, reserve] =
         op.call(x, h, c, layer_weights, lengths, {}, /*keep_cells=*/false, /*keep_reserve=*/false);
     x = s.dropout > 0 && k + 1 < s.layers ? at::dropout(y, s.dropout, /*train=*/true) : std::move(y);

@@ -33,10 +33,10 @@ const char* name_of(WeightMode mode) {
          : mode == WeightMode::unpacked ? "unpacked"
                                         : "pack_on_use";
 }
-const char* name_of(Driver driver) {
-  return driver == Driver::float_panels  ? "float_panels"
-         : driver == Driver::bf16_panels ? "bf16_panels"
-                                         : "bf16_products";
+const char* name_of(EngineKind engine) {
+  return engine == EngineKind::float_panels  ? "float_panels"
+         : engine == EngineKind::bf16_panels ? "bf16_panels"
+                                             : "bf16_products";
 }
 const char* name_of(Gemm gemm) {
   return gemm == Gemm::small ? "small" : gemm == Gemm::skinny ? "skinny" : "blas";
@@ -65,7 +65,7 @@ py::dict dict_of(const WgradPlan& p) {
 
 py::dict dict_of(const ForwardPlan& p, const LayerShape& s) {
   py::dict d;
-  d["driver"] = name_of(p.driver);
+  d["engine"] = name_of(p.engine);
   add(p.partition, d);
   d["w_ih"] = name_of(p.w_ih), d["w_hh"] = name_of(p.w_hh);
   if (s.proj()) d["w_hr"] = name_of(p.w_hr);
@@ -77,7 +77,7 @@ py::dict dict_of(const ForwardPlan& p, const LayerShape& s) {
 
 py::dict dict_of(const BackwardPlan& p, const LayerShape& s) {
   py::dict d;
-  d["driver"] = name_of(p.driver);
+  d["engine"] = name_of(p.engine);
   add(p.partition, d);
   d["pack_hh"] = p.pack_hh;
   d["alternate_block_order"] = p.alternate_block_order;

@@ -23,7 +23,7 @@ aten = torch.ops.aten
 # The error allowed is this many standard deviations of the model's, at the tensor's worst element. Over a million
 # elements the largest of as many Gaussian errors is at 4.9; the rest is for errors that are not independent.
 DEVIATIONS = 6.0
-# Relative error of a sigmoid or tanh, in units in the last place (tests/test_activations.py holds the kernels to it).
+# Relative error of a sigmoid or tanh, in ulp; tests/cpu/test_activations.py holds the kernels to it.
 ACTIVATION_ULP = 2.5
 # Unit roundoff of the truth: float64.
 TRUTH_UNIT = 2.0**-53

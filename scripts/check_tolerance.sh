@@ -31,7 +31,7 @@ esac
 best=${levels%% *}
 for isa in $levels; do
   export ATEN_CPU_CAPABILITY=$isa
-  run "planted faults, $isa" "$python" -m pytest tests/test_planted_faults.py tests/test_accuracy.py
+  run "planted faults, $isa" "$python" -m pytest tests/tools/test_planted_faults.py tests/tools/test_accuracy.py
   [ "${SUITE:-1}" = 1 ] && run "suite, $isa" "${suite[@]}"
   seeds=${FUZZ_SEEDS_OTHER:-3}
   [ "$isa" = "$best" ] && seeds=${FUZZ_SEEDS:-10}

@@ -88,8 +88,8 @@ raise SystemExit("cuda" not in native.devices)
 PYTHON
 }
 
-suite() { # NAME: tests/test_gpu_NAME.py
-  timeout "$seconds" "$python" -m pytest -m gpu "tests/test_gpu_$1.py" -rs --durations=10 \
+suite() { # NAME: tests/gpu/test_gpu_NAME.py
+  timeout "$seconds" "$python" -m pytest -m gpu "tests/gpu/test_gpu_$1.py" -rs --durations=10 \
     --junitxml="$out/$1.xml"
 }
 small() { suite small; }
@@ -101,8 +101,8 @@ features() { suite features; }
 hostile() { suite adversarial; }
 persistent() { suite persistent; }
 steps() {
-  FASTLSTM_BACKEND=native timeout "$seconds" "$python" -m pytest -m gpu --steps tests/test_gpu_*.py -rs \
-    --deselect tests/test_gpu_persistent.py --durations=10 --junitxml="$out/steps.xml"
+  FASTLSTM_BACKEND=native timeout "$seconds" "$python" -m pytest -m gpu --steps tests/gpu/test_gpu_*.py -rs \
+    --deselect tests/gpu/test_gpu_persistent.py --durations=10 --junitxml="$out/steps.xml"
 }
 
 # Triton's first training step, compilation included, nothing in its cache.
@@ -137,10 +137,10 @@ sanitize() {
     compute-sanitizer --tool "$tool" --error-exitcode 9 --target-processes all --print-limit 50 \
     "$python" -m pytest -m gpu -x -p no:cacheprovider "$@"
 }
-memcheck() { sanitize memcheck tests/test_gpu_small.py; }
-racecheck() { sanitize racecheck tests/test_gpu_small.py; }
-initcheck() { sanitize initcheck tests/test_gpu_small.py; }
-synccheck() { sanitize synccheck tests/test_gpu_small.py; }
+memcheck() { sanitize memcheck tests/gpu/test_gpu_small.py; }
+racecheck() { sanitize racecheck tests/gpu/test_gpu_small.py; }
+initcheck() { sanitize initcheck tests/gpu/test_gpu_small.py; }
+synccheck() { sanitize synccheck tests/gpu/test_gpu_small.py; }
 
 measure() { # FOLDER ARGUMENT ...: cases of the suite into OUT/FOLDER/gpu.csv, beside those that are there
   local folder=$1
@@ -162,15 +162,15 @@ latency() {
 }
 
 launches() { # TIER
-  FASTLSTM_FUZZ_COUNT=10000 timeout "$seconds" "$python" -m pytest -m gpu -x tests/test_gpu_persistent.py \
+  FASTLSTM_FUZZ_COUNT=10000 timeout "$seconds" "$python" -m pytest -m gpu -x tests/gpu/test_gpu_persistent.py \
     -k "random_launches[$1]"
 }
 launches_A() { launches A; }
 launches_B() { launches B; }
-persistent_memcheck() { sanitize memcheck tests/test_gpu_persistent.py -k small; }
-persistent_racecheck() { sanitize racecheck tests/test_gpu_persistent.py -k small; }
-persistent_initcheck() { sanitize initcheck tests/test_gpu_persistent.py -k small; }
-persistent_synccheck() { sanitize synccheck tests/test_gpu_persistent.py -k small; }
+persistent_memcheck() { sanitize memcheck tests/gpu/test_gpu_persistent.py -k small; }
+persistent_racecheck() { sanitize racecheck tests/gpu/test_gpu_persistent.py -k small; }
+persistent_initcheck() { sanitize initcheck tests/gpu/test_gpu_persistent.py -k small; }
+persistent_synccheck() { sanitize synccheck tests/gpu/test_gpu_persistent.py -k small; }
 # Each kind of kernels by itself, for the planner: what it predicts decides between them.
 kernels_steps() { measure kernels_steps --filter "B=64 " --impl native --kernels steps; }
 kernels_A() { measure kernels_A --filter "B=64 " --impl native --kernels A; }

@@ -7,19 +7,19 @@ source "$(dirname "$0")/gpu_common.sh"
 build || finish
 small() { PYTORCH_NO_CUDA_MEMORY_CACHING=1 FASTLSTM_BACKEND=native compute-sanitizer --tool "$1" --error-exitcode 9 \
   --target-processes all --print-limit 50 "$python" -m pytest -m gpu -x -p no:cacheprovider \
-  tests/test_gpu_persistent.py -k small; }
+  tests/gpu/test_gpu_persistent.py -k small; }
 export -f small
 export python
-stage persistent 150 "$python" -m pytest -m gpu tests/test_gpu_persistent.py -rs -k "not random_launches"
-stage graphs 60 "$python" -m pytest -m gpu tests/test_gpu_graphs.py -rs
+stage persistent 150 "$python" -m pytest -m gpu tests/gpu/test_gpu_persistent.py -rs -k "not random_launches"
+stage graphs 60 "$python" -m pytest -m gpu tests/gpu/test_gpu_graphs.py -rs
 if "$python" -c "import xdist" 2>/dev/null; then
-  stage parity 150 "$python" -m pytest -m gpu tests/test_gpu_parity.py -n 4 --dist worksteal -rs
+  stage parity 150 "$python" -m pytest -m gpu tests/gpu/test_gpu_parity.py -n 4 --dist worksteal -rs
 else
-  stage parity 150 "$python" -m pytest -m gpu tests/test_gpu_parity.py -rs
+  stage parity 150 "$python" -m pytest -m gpu tests/gpu/test_gpu_parity.py -rs
 fi
 stage memcheck 150 bash -c "small memcheck"
 for tier in A B D S; do
-  FASTLSTM_FUZZ_COUNT=600 stage "launches_$tier" 90 "$python" -m pytest -m gpu -x tests/test_gpu_persistent.py \
+  FASTLSTM_FUZZ_COUNT=600 stage "launches_$tier" 90 "$python" -m pytest -m gpu -x tests/gpu/test_gpu_persistent.py \
     -k "random_launches[$tier]"
 done
 stage racecheck 120 bash -c "small racecheck"

@@ -1,8 +1,8 @@
 """Which error raised in C++ kills the process? Each way to raise one in a fresh process: gpu_crash_probe.py [DEVICE]
 
-tests/test_gpu_adversarial.py once died of signal 11 where the op refused CUDA tensors without gradients, before Python
-checked the arguments first. The suspects differ in no-grad mode, a fresh process, and an integer formatted into the
-message. The first two that die are run again under gdb or cuda-gdb, if there is one. Exit status 1 if any died.
+tests/gpu/test_gpu_adversarial.py once died of signal 11 where the op refused CUDA tensors without gradients, before
+Python checked the arguments first. The suspects differ in no-grad mode, a fresh process, and an integer formatted into
+the message. The first two that die are run again under gdb or cuda-gdb, if there is one. Exit status 1 if any died.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 Configuration k is a random Case with one unusual or invalid argument, drawn from seed + k and printed before it runs,
 so that the last line names the one that crashed. Unusual but valid calls must give the reference's results and
-gradients; invalid ones must raise or give the reference's results. tests/test_adversarial.py runs it.
+gradients; invalid ones must raise or give the reference's results. tests/tools/test_adversarial.py runs it.
 """
 
 from __future__ import annotations

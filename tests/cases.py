@@ -237,7 +237,7 @@ def random_case(rng: random.Random, dtypes: tuple[torch.dtype, ...]) -> Case:
         used=OUTPUTS if chance(0.5) else tuple(rng.sample(OUTPUTS, rng.randint(1, 3))),
         seed=rng.randrange(2**31),
     )
-    forms = HX_FORMS if case.proj == 0 else HX_FORMS[:-1]
+    forms = [form for form in HX_FORMS if form != "shared" or case.proj == 0]  # one tensor has one size
     names = tuple(case.module(nn.LSTM, {}).state_dict())
     frozen = tuple(rng.sample(names, rng.randint(1, len(names)))) if chance(0.3) else ()
     return replace(case, hx=rng.choice(forms), frozen=frozen)

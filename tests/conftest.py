@@ -14,7 +14,7 @@ from fastlstm.backends import native
 from .cases import Case
 from .runners import require
 
-# Small shapes are slower with threads, tenfold under background load. tests/test_threads.py tests more threads.
+# Small shapes are slower with threads, tenfold under background load. tests/cpu/test_threads.py tests more threads.
 torch.set_num_threads(1)
 
 

@@ -1,4 +1,4 @@
-"""Device and dtype of the tests' tensors: CPU and float64, except in tests/test_gpu_features.py."""
+"""Device and dtype of the tests' tensors: CPU and float64, except in tests/gpu/test_gpu_features.py."""
 
 from __future__ import annotations
 

@@ -54,7 +54,12 @@ def flat(results: Any) -> list[Tensor]:
     return [tensor for part in results for tensor in flat(part)]
 
 
-def assert_same(ours: nn.Module, theirs: nn.Module, *args: Any) -> None:
+def naming(case: object) -> Callable[[str], str]:
+    """Return the `msg` of torch.testing.assert_close that puts the case before the message."""
+    return lambda message: f"{case}: {message}"
+
+
+def assert_same(ours: nn.Module, theirs: nn.Module, *args: Any, case: object = "results") -> None:
     """Assert equal results, and equal gradients of every parameter, up to rounding in float64."""
     both = []
     for module in (ours, theirs):
@@ -66,14 +71,12 @@ def assert_same(ours: nn.Module, theirs: nn.Module, *args: Any) -> None:
         grads = {name: p.grad for name, p in module.named_parameters()}
         both.append((results, grads))
     (our_results, our_grads), (their_results, their_grads) = both
-    torch.testing.assert_close(our_results, their_results, rtol=1e-10, atol=1e-12)
-    assert list(our_grads) == list(their_grads)
+    torch.testing.assert_close(our_results, their_results, rtol=1e-10, atol=1e-12, msg=naming(case))
+    assert list(our_grads) == list(their_grads), case
     for name, grad in their_grads.items():
-        assert (grad is None) == (our_grads[name] is None), name
+        assert (grad is None) == (our_grads[name] is None), (case, name)
         if grad is not None:
-            torch.testing.assert_close(
-                our_grads[name], grad, rtol=1e-10, atol=1e-12, msg=lambda m, name=name: f"{name}: {m}"
-            )
+            torch.testing.assert_close(our_grads[name], grad, rtol=1e-10, atol=1e-12, msg=naming(f"{case}, d {name}"))
 
 
 def error_of(call: Callable[[], Any]) -> tuple[type, str]:

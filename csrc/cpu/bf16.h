@@ -63,7 +63,7 @@ struct BackwardArgs {
   const Bf16* dcells;  // or null
   int64_t cells_stride, dy_stride, dcells_stride;
   const Bf16* w_hh;  // pack_columns of weight_hh
-  Bf16* dgates;      // [. + 16, row_stride(4H)]  out for these steps; the padding of a row holds zeros
+  Bf16* dgates;      // [. + 16, row_stride(4H)]  out for these steps; zeros in columns [4H, padded(4H))
   float* dh;         // [B, padded H]  in: of h_n, out: of h0; sorted rows
   float* dc;         // [B, H]  in: of c_n, out: of c0
   float* db;         // [members, 4H]  sums of dgates over the rows of each member, added to

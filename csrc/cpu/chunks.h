@@ -7,14 +7,16 @@
 
 namespace fastlstm {
 
-// The packed rows [begin, end) of steps [first, first + steps) of direction d's own order, and the first of
-// them in time.
+// Steps [first, first + steps) of direction d's own order, and their packed rows [begin, end).
 struct Span {
-  int64_t t0, begin, end;
+  int64_t first, steps, begin, end;
   Span(const LayerSizes& s, const Ragged& ragged, int64_t d, int64_t first, int64_t steps)
-      : t0(d == 1 ? s.T - first - steps : first),
-        begin(ragged.rows(d).offset_at(t0)),
-        end(t0 + steps == s.T ? ragged.N() : ragged.rows(d).offset_at(t0 + steps)) {}
+      : first(first), steps(steps) {
+    const int64_t t0 = d == 1 ? s.T - first - steps : first;  // the first of them in time
+    const Rows rows = ragged.rows(d);
+    begin = rows.offset_at(t0);
+    end = t0 + steps == s.T ? ragged.N() : rows.offset_at(t0 + steps);
+  }
   int64_t rows() const { return end - begin; }
 };
 

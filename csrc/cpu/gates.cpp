@@ -2,18 +2,17 @@
 #include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
-#include "cpu/bf16.h"
-#include "cpu/layer.h"
+#include "cpu/engines.h"
 
 namespace fastlstm {
 namespace {
 
-// The units of a block of the reserve (cpu/sequence.h), by the kernels that wrote it.
+// The units of a block of the reserve (cpu/sequence.h), by the Engine that wrote it.
 int64_t block_of(const LayerSizes& s, const Ragged& ragged, at::ScalarType dtype) {
   if (dtype == at::kDouble) return kernels<double>().width;
   if (dtype != at::kBFloat16) return kernels<float>().width;
   const ForwardPlan plan = plan_forward(layer_shape<Bf16>(s, ragged, {}), this_machine());
-  return plan.driver == Driver::bf16_products ? bf16::kBlock : kernels<Bf16>().width;
+  return with_engine<Bf16>(plan.engine, [](auto engine) { return decltype(engine)::saved_block(); });
 }
 
 // T: any type of the size of a gate.
@@ -36,12 +35,12 @@ void unblock(const LayerSizes& s, const Ragged& ragged, const at::Tensor& reserv
 
 at::Tensor gates(const at::Tensor& reserve_in, const at::Tensor& x, at::TensorList weights,
                  const OptionalTensor& lengths) {
-  const LayerSizes s(x, weights, lengths);
+  const OptionalTensor none;
+  const LayerSizes s({x, none, none, weights, lengths, none});
   const at::Tensor reserve = reserve_in.contiguous();
   TORCH_CHECK(reserve.sizes() == s.reserve() && reserve.scalar_type() == x.scalar_type(), "reserve must be ",
               x.scalar_type(), " ", s.reserve(), ", got ", reserve.scalar_type(), " ", reserve.sizes());
-  s.check_inputs(x, {}, {}, lengths, {});
-  const Ragged ragged(s, lengths, {});
+  const Ragged ragged(s, lengths, none);
   const at::Tensor out = at::zeros(s.reserve(), reserve.options());  // past a length as well
   const int64_t block = block_of(s, ragged, x.scalar_type());
   switch (reserve.element_size()) {

@@ -6,7 +6,6 @@
 
 #include <algorithm>
 #include <array>
-#include <functional>
 #include <vector>
 
 #include "contract.h"
@@ -20,15 +19,10 @@ namespace fastlstm {
 // The contract's ops for tensors of T = float, double or Bf16 (cpu/layer_forward.cpp,
 // cpu/layer_backward.cpp).
 template <class T>
-LayerResults forward(const at::Tensor& x, const OptionalTensor& h0, const OptionalTensor& c0,
-                     at::TensorList weights, const OptionalTensor& lengths, const OptionalTensor& reset_mask,
-                     bool keep_cells, bool keep_reserve);
+LayerResults forward(const LayerInputs& in, bool keep_cells, bool keep_reserve);
 template <class T>
-LayerGradients backward(const OptionalTensor& dy_in, const OptionalTensor& dh_n, const OptionalTensor& dc_n,
-                        const OptionalTensor& dcells_in, const at::Tensor& x, const OptionalTensor& h0_in,
-                        const OptionalTensor& c0, at::TensorList weights, const OptionalTensor& lengths,
-                        const OptionalTensor& reset_mask, const at::Tensor& y_in, const at::Tensor& cells_in,
-                        const at::Tensor& reserve_in, const c10::List<bool>& needs);
+LayerGradients backward(const ResultGradients& grads, const LayerInputs& in, const SavedResults& saved,
+                        const c10::List<bool>& needs);
 
 // What plans are made from, for a layer of numbers stored as T.
 template <class T>
@@ -39,24 +33,6 @@ LayerShape layer_shape(const LayerSizes& s, const Ragged& ragged, const Optional
   return {dtype, s.T, s.B, ragged.N(),          s.rows(), mean_active_rows(ragged.rows(0)), s.I,
           s.H,   s.P, s.D, h0 && ragged.plain()};
 }
-
-// A backward call whose arguments fit together.
-struct BackwardCall {
-  const LayerSizes& s;
-  const Ragged& ragged;
-  const OptionalTensor &dy, &dh_n, &dc_n, &dcells;
-  const at::Tensor& x;
-  const OptionalTensor &h0, &c0;
-  at::TensorList weights;
-  const at::Tensor &y, &cells, &reserve;  // y may lack, the others are contiguous
-  const c10::List<bool>& needs;
-};
-
-// On the kernels of cpu/bf16.h (cpu/layer_bf16.cpp).
-LayerResults forward_bf16(const LayerSizes& s, const Ragged& ragged, const ForwardPlan& plan,
-                          const at::Tensor& x, const OptionalTensor& h0, const OptionalTensor& c0,
-                          at::TensorList weights, bool keep_cells, bool keep_reserve);
-LayerGradients backward_bf16(const BackwardCall& call, const BackwardPlan& plan);
 
 template <class T>
 using Stored = std::conditional_t<std::is_same_v<T, Bf16>, at::BFloat16, T>;
@@ -113,25 +89,29 @@ using PerDirection = std::array<int64_t, 2>;
 
 // One allocation cut into parts aligned to 64 bytes: take() what is needed, then allocate(), then resolve
 // with at().
-template <class T>
 class Workspace {
  public:
-  int64_t take(int64_t elements) {
-    const int64_t offset = total_;
-    constexpr int64_t kLine = 64 / sizeof(T);
-    total_ += (elements + kLine - 1) / kLine * kLine;
+  // The offset of n elements.
+  template <class T>
+  int64_t take(int64_t n) {
+    constexpr int64_t kLine = 64;
+    const int64_t offset = bytes_;
+    bytes_ += (n * static_cast<int64_t>(sizeof(T)) + kLine - 1) / kLine * kLine;
     return offset;
   }
-  void allocate(const at::Tensor& like) {
-    buffer_ = new_workspace(total_, like);
-    data_ = buffer_.mutable_data_ptr<T>();
+  void allocate() {
+    buffer_ = new_workspace(bytes_);
+    data_ = buffer_.mutable_data_ptr<uint8_t>();
   }
-  T* at(int64_t offset) const { return data_ + offset; }
+  template <class T>
+  T* at(int64_t offset) const {
+    return reinterpret_cast<T*>(data_ + offset);
+  }
 
  private:
-  int64_t total_ = 0;
+  int64_t bytes_ = 0;
   at::Tensor buffer_;
-  T* data_ = nullptr;
+  uint8_t* data_ = nullptr;
 };
 
 // Calls f(begin, end) over [0, n) on up to this many threads, in multiples of `block` of which each takes
@@ -155,17 +135,23 @@ void pack_columns(int threads, const at::Tensor& b, S* packed) {
   });
 }
 
-// state [D, B, n] of direction d into sorted rows of stride ld; zeros for none.
-template <class T>
-void gather_state(const OptionalTensor& state, int64_t d, const Rows& rows, int64_t n, Real<T>* out,
-                  int64_t ld) {
+// state [D, B, n] of direction d into sorted rows of stride ld, the rest of a row untouched; zeros for none.
+template <class T, class Out>
+void gather_state(const OptionalTensor& state, int64_t d, const Rows& rows, int64_t n, Out* out, int64_t ld) {
   const T* in = state ? data_of<T>(*state) + d * rows.B * n : nullptr;
   for (int64_t r = 0; r < rows.B; ++r) {
     if (in)
       copy_numbers(in + rows.batch_row_at(r) * n, n, out + r * ld);
     else
-      std::fill_n(out + r * ld, n, Real<T>(0));
+      std::fill_n(out + r * ld, n, Out(0));
   }
+}
+// The reverse: sorted rows of stride ld into direction d of state [D, B, n].
+template <class T, class In>
+void scatter_state(const In* in, int64_t ld, int64_t d, const Rows& rows, int64_t n,
+                   const at::Tensor& state) {
+  T* out = writable<T>(state) + d * rows.B * n;
+  for (int64_t r = 0; r < rows.B; ++r) copy_numbers(in + r * ld, n, out + rows.batch_row_at(r) * n);
 }
 
 // bias_ih + bias_hh [4H], zeros without.

@@ -133,16 +133,20 @@ class Recycler final : public c10::Allocator {
          at::globalContext().deterministicFillUninitializedMemory();
 }
 
+at::Tensor allocate(at::IntArrayRef sizes, at::ScalarType dtype) {
+#if !defined(__SANITIZE_ADDRESS__)  // which would not see a use after free in a kept block
+  const size_t bytes = c10::multiply_integers(sizes) * c10::elementSize(dtype);
+  if (bytes >= kCachedBlockMinBytes && !filled_by_torch())
+    return at::detail::empty_generic(sizes, &Recycler::get(), c10::DispatchKeySet(c10::DispatchKey::CPU),
+                                     dtype, std::nullopt);
+#endif
+  return at::native::empty_cpu(sizes, dtype);
+}
+
 }  // namespace
 
 at::Tensor new_empty(at::IntArrayRef sizes, const at::Tensor& like) {
-#if !defined(__SANITIZE_ADDRESS__)  // which would not see a use after free in a kept block
-  const size_t bytes = c10::multiply_integers(sizes) * like.element_size();
-  if (bytes >= kCachedBlockMinBytes && !filled_by_torch())
-    return at::detail::empty_generic(sizes, &Recycler::get(), c10::DispatchKeySet(c10::DispatchKey::CPU),
-                                     like.scalar_type(), std::nullopt);
-#endif
-  return at::native::empty_cpu(sizes, like.scalar_type());
+  return allocate(sizes, like.scalar_type());
 }
 
 at::Tensor new_zeros(at::IntArrayRef sizes, const at::Tensor& like) {
@@ -151,19 +155,18 @@ at::Tensor new_zeros(at::IntArrayRef sizes, const at::Tensor& like) {
   return zeros;
 }
 
-at::Tensor new_workspace(int64_t n, const at::Tensor& like) {
+at::Tensor new_workspace(int64_t bytes) {
 #if defined(MADV_HUGEPAGE) && !defined(__SANITIZE_ADDRESS__)  // what lies around it would hide an overrun
   constexpr int64_t kPage = int64_t{1} << 21;
-  const int64_t size = like.element_size(), bytes = n * size;
   if (bytes >= kHugePagesMinBytes) {
-    const at::Tensor memory = new_empty({n + kPage / size}, like);
+    const at::Tensor memory = allocate({bytes + kPage}, at::kByte);
     const auto address = reinterpret_cast<uintptr_t>(memory.mutable_data_ptr());
     const int64_t unused = (kPage - address % kPage) % kPage;
     madvise(reinterpret_cast<void*>(address + unused), bytes, MADV_HUGEPAGE);  // in vain is no harm
-    return memory.narrow(0, unused / size, n);
+    return memory.narrow(0, unused, bytes);
   }
 #endif
-  return new_empty({n}, like);
+  return allocate({bytes}, at::kByte);
 }
 
 }  // namespace fastlstm

@@ -12,9 +12,9 @@ namespace fastlstm {
 at::Tensor new_empty(at::IntArrayRef sizes, const at::Tensor& like);
 at::Tensor new_zeros(at::IntArrayRef sizes, const at::Tensor& like);
 
-// [n] of like's dtype for what is read again and again: from 4 MiB on in pages of 2 MiB, where the system
-// gives them to who asks. A core knows some 2,000 pages, of 4 KiB fewer than a large weight has, and each
+// [bytes] for what is read again and again: from 4 MiB on in pages of 2 MiB, where the system gives them to
+// who asks. A core knows some 2,000 pages, of 4 KiB fewer than a large weight has, and each
 // page that it must look up takes as long as the products of a few rows with what stands there.
-at::Tensor new_workspace(int64_t n, const at::Tensor& like);
+at::Tensor new_workspace(int64_t bytes);
 
 }  // namespace fastlstm

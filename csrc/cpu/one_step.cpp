@@ -41,14 +41,14 @@ StepResults forward_of(const StepInputs& given, bool keep_reserve) {
   const std::vector<Rows> rows = {rows_of(B)};
   const CellPlan plan = plan_cell(kDtype<T>, B, I, H, this_machine());
 
-  Workspace<T> space;
-  const int64_t bias_at = space.take(4 * H), h_at = space.take(in.h0.defined() ? 0 : B * H),
-                scratch_at = space.take(plan.forward.threads() * kernel.forward_scratch(B, I, H, H));
-  space.allocate(in.x);
-  T* bias = space.at(bias_at);
+  Workspace space;
+  const int64_t bias_offset = space.take<T>(4 * H), h_offset = space.take<T>(in.h0.defined() ? 0 : B * H),
+                scratch_offset = space.take<T>(plan.forward.threads() * kernel.forward_scratch(B, I, H, H));
+  space.allocate();
+  T* bias = space.at<T>(bias_offset);
   sum_biases<T>(in.bias_ih, in.bias_hh, H, bias);
   const T* h0 = data<T>(in.h0);
-  if (!h0) copy_or_zero<T>(nullptr, B * H, space.at(h_at)), h0 = space.at(h_at);
+  if (!h0) copy_or_zero<T>(nullptr, B * H, space.at<T>(h_offset)), h0 = space.at<T>(h_offset);
   T *h = out.h.mutable_data_ptr<T>(), *c = out.c.mutable_data_ptr<T>();
   const T* c0 = in.c0.defined() ? data<T>(in.c0) : h0;  // zeros, both
   const ForwardArgs<T> args = {rows[0],
@@ -70,7 +70,7 @@ StepResults forward_of(const StepInputs& given, bool keep_reserve) {
                                gates ? gates + 4 * B * H : nullptr,
                                H,
                                H,
-                               space.at(scratch_at)};
+                               space.at<T>(scratch_offset)};
   run_partition(plan.forward, rows, H, H, kernel.unit_block,
                 [&](int64_t, const Member& me) { kernel.forward(args, me); });
   return out;
@@ -89,8 +89,9 @@ StepGradients backward_of(const at::Tensor& dh, const at::Tensor& dc, const Step
                          [&](const OptionalTensor& dh_n, const OptionalTensor& dc_n, const at::Tensor& x,
                              const OptionalTensor& h0, const OptionalTensor& c0, at::TensorList weights,
                              const c10::List<bool>& flags) {
-                           return backward<T>({}, dh_n, dc_n, {}, x, h0, c0, weights, {}, {}, cells, cells,
-                                              gates, flags);
+                           const OptionalTensor none;
+                           return backward<T>({none, dh_n, dc_n, none}, {x, h0, c0, weights, none, none},
+                                              {cells, cells, gates}, flags);
                          });
   }
   const StepInputs in = contiguous(given);
@@ -109,20 +110,20 @@ StepGradients backward_of(const at::Tensor& dh, const at::Tensor& dc, const Step
   const ThreadPartition& threads = plan.backward;
   const bool pack = plan.pack_hh;
   const int64_t ld = kernel.padded_columns(H), widest = std::max(B, G);
-  Workspace<T> space;
+  Workspace space;
   const int64_t packed_size = pack ? kernel.columns_packed_size(G, H) : 0,
                 scratch_size = kernel.small_product_scratch(widest);
-  const int64_t dh_at = space.take(B * ld), dc_at = space.take(B * H),
-                c0_at = space.take(in.c0.defined() ? 0 : B * H), dgates_at = space.take(B * G),
-                packed_at = space.take((plan.private_pack ? threads.threads() : 1) * packed_size),
-                scratch_at = space.take(threads.threads() * scratch_size);
-  space.allocate(in.x);
+  const int64_t dh_offset = space.take<T>(B * ld), dc_offset = space.take<T>(B * H),
+                c0_offset = space.take<T>(in.c0.defined() ? 0 : B * H), dgates_offset = space.take<T>(B * G),
+                packed_offset = space.take<T>((plan.private_pack ? threads.threads() : 1) * packed_size),
+                scratch_offset = space.take<T>(threads.threads() * scratch_size);
+  space.allocate();
   const at::Tensor dh_in = dh.defined() ? dh.contiguous() : dh, dc_in = dc.defined() ? dc.contiguous() : dc;
-  copy_or_zero(data<T>(dc_in), B * H, space.at(dc_at));
-  std::fill_n(space.at(dh_at), B * ld, T(0));
+  copy_or_zero(data<T>(dc_in), B * H, space.at<T>(dc_offset));
+  std::fill_n(space.at<T>(dh_offset), B * ld, T(0));
   const T* c0 = data<T>(in.c0);
-  if (!c0) copy_or_zero<T>(nullptr, B * H, space.at(c0_at)), c0 = space.at(c0_at);
-  T* dgates = space.at(dgates_at);
+  if (!c0) copy_or_zero<T>(nullptr, B * H, space.at<T>(c0_offset)), c0 = space.at<T>(c0_offset);
+  T* dgates = space.at<T>(dgates_offset);
   const BackwardArgs<T> args = {rows[0],
                                 H,
                                 H,
@@ -139,18 +140,18 @@ StepGradients backward_of(const at::Tensor& dh, const at::Tensor& dc, const Step
                                 H,
                                 H,
                                 data<T>(in.w_hh),
-                                pack ? space.at(packed_at) : nullptr,
+                                pack ? space.at<T>(packed_offset) : nullptr,
                                 nullptr,
                                 dgates,
                                 nullptr,
                                 nullptr,
-                                space.at(dh_at),
-                                space.at(dc_at),
+                                space.at<T>(dh_offset),
+                                space.at<T>(dc_offset),
                                 nullptr};
   if (pack && !plan.private_pack) kernel.pack_columns(args.w_hh, G, H, 1, 0, H, args.packed);
   Barrier barrier(threads.members);
   run_partition(threads, rows, H, H, kernel.unit_block, [&](int64_t, const Member& me) {
-    T* scratch = space.at(scratch_at) + me.index * scratch_size;
+    T* scratch = space.at<T>(scratch_offset) + me.index * scratch_size;
     const int64_t r0 = me.row_begin, own = me.row_end - r0;
     BackwardArgs<T> mine = args;
     if (plan.private_pack) {
@@ -162,8 +163,8 @@ StepGradients backward_of(const at::Tensor& dh, const at::Tensor& dc, const Step
       kernel.small_product(
           {own, I, G, dgates + r0 * G, G, false, data<T>(in.w_ih), I, false, to[0] + r0 * I, I, scratch});
     for (int64_t r = r0; to[1] && r < me.row_end; ++r)
-      std::copy_n(space.at(dh_at) + r * ld, H, to[1] + r * H);
-    if (to[2]) std::copy_n(space.at(dc_at) + r0 * H, own * H, to[2] + r0 * H);
+      std::copy_n(space.at<T>(dh_offset) + r * ld, H, to[1] + r * H);
+    if (to[2]) std::copy_n(space.at<T>(dc_offset) + r0 * H, own * H, to[2] + r0 * H);
     // All rows from here on, of a member's share of the gates.
     const bool alone = own == B;
     if (!alone) barrier.wait();

@@ -20,14 +20,15 @@ int64_t largest_share(int64_t n, int64_t block, int shares) {
 
 // Panels of bfloat16 where the L2 of a thread does not hold its part of W_hh as float: where it does, float
 // panels are as fast as the FMAs and need no widening.
-Driver driver(const LayerShape& s, const ThreadPartition& threads, const Machine& machine) {
+EngineKind engine_kind(const LayerShape& s, const ThreadPartition& threads, const Machine& machine) {
   const int64_t elements = 4 * s.H * s.P / threads.shares();
-  return s.dtype == Dtype::bfloat16 && !stays_in_l2(elements * 4.0, machine.l2_bytes) ? Driver::bf16_panels
-                                                                                      : Driver::float_panels;
+  return s.dtype == Dtype::bfloat16 && !stays_in_l2(elements * 4.0, machine.l2_bytes)
+             ? EngineKind::bf16_panels
+             : EngineKind::float_panels;
 }
 
-int64_t panel_bytes(Driver driver, const LayerShape& s) {
-  return driver == Driver::float_panels ? s.real_bytes() : 2;
+int64_t panel_bytes(EngineKind engine, const LayerShape& s) {
+  return engine == EngineKind::float_panels ? s.real_bytes() : 2;
 }
 
 bool used_once(const LayerShape& s) { return s.T == 1 && (!s.proj() || s.N <= kRowBlockRows); }
@@ -114,7 +115,7 @@ ForwardPlan plan_forward(const LayerShape& s, const Machine& machine) {
   p.partition = choose_partition(forward_loop(s, machine), machine);
   const auto alternates = [&](double bytes) { return s.T > 1 && !stays_in_l2(bytes, machine.l2_bytes); };
   if (uses_bf16_products(s, machine)) {
-    p.driver = Driver::bf16_products;
+    p.engine = EngineKind::bf16_products;
     const int64_t units = largest_share(s.H, bf16::kUnits, p.partition.shares());
     p.alternate_block_order = alternates(8.0 * (s.I + s.H) * units);
     return p;
@@ -122,13 +123,13 @@ ForwardPlan plan_forward(const LayerShape& s, const Machine& machine) {
   p.w_ih = w_ih_mode(s), p.w_hh = w_hh_mode(s);
   p.w_hr =
       s.N <= kUnpackedMaxRows && s.dtype != Dtype::bfloat16 ? WeightMode::unpacked : WeightMode::prepacked;
-  p.driver = driver(s, p.partition, machine);
+  p.engine = engine_kind(s, p.partition, machine);
   const int64_t row_shares = p.partition.row_shares();
   const int64_t rows = std::max<int64_t>(1, (s.B + row_shares - 1) / row_shares);
   if (hoists_input_projection(s.T, p.w_ih == WeightMode::prepacked, rows))
     p.hoisted_steps = std::clamp<int64_t>(hoist_rows(s.N) / rows, 1, s.T);
   const int64_t units = largest_share(s.H, unit_block(s, machine), p.partition.shares());
-  p.alternate_block_order = alternates(4.0 * s.P * units * panel_bytes(p.driver, s));
+  p.alternate_block_order = alternates(4.0 * s.P * units * panel_bytes(p.engine, s));
   return p;
 }
 
@@ -137,7 +138,7 @@ BackwardPlan plan_backward(const LayerShape& s, const Machine& machine) {
   p.partition = choose_partition(backward_loop(s, machine), machine);
   const auto alternates = [&](double bytes) { return s.T > 1 && !stays_in_l2(bytes, machine.l2_bytes); };
   if (uses_bf16_products(s, machine)) {
-    p.driver = Driver::bf16_products;
+    p.engine = EngineKind::bf16_products;
     p.alternate_block_order = alternates(8.0 * s.H * largest_share(s.H, bf16::kUnits, p.partition.shares()));
     p.chunk_steps = chunk_steps_bf16(s);
     p.dw_ih.at_once = p.chunk_steps == s.T;
@@ -145,10 +146,10 @@ BackwardPlan plan_backward(const LayerShape& s, const Machine& machine) {
     return p;
   }
   const bool bf16 = s.dtype == Dtype::bfloat16;
-  p.driver = driver(s, p.partition, machine);
+  p.engine = engine_kind(s, p.partition, machine);
   p.pack_hh = packs_hh_for_backward(s, p.partition.shares(), machine);
   const int64_t features = largest_share(s.P, unit_block(s, machine), p.partition.shares());
-  p.alternate_block_order = p.pack_hh && alternates(4.0 * s.H * features * panel_bytes(p.driver, s));
+  p.alternate_block_order = p.pack_hh && alternates(4.0 * s.H * features * panel_bytes(p.engine, s));
   p.chunk_steps = chunk_steps(s);
   const int64_t rows = std::min(s.N, p.chunk_steps * s.B);
   const bool one_chunk = p.chunk_steps >= s.T;

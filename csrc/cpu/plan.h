@@ -75,16 +75,16 @@ struct ThreadPartition {
   int row_shares() const { return split_units ? row_groups : members; }  // of its rows
 };
 
-enum class Driver {
-  float_panels,   // forward.h and backward.h; bfloat16 is widened where it is packed
-  bf16_panels,    // the same kernels on panels of bfloat16, widened as they are read
-  bf16_products,  // cpu/bf16.h
+enum class EngineKind {
+  float_panels,   // engine_float.h; bfloat16 is widened where it is packed
+  bf16_panels,    // engine_float.h with panels of bfloat16, widened as they are read
+  bf16_products,  // engine_bf16.h
 };
 
 enum class WeightMode { prepacked, pack_on_use, unpacked };
 
 struct ForwardPlan {
-  Driver driver = Driver::float_panels;
+  EngineKind engine = EngineKind::float_panels;
   ThreadPartition partition;
   WeightMode w_ih = WeightMode::prepacked, w_hh = WeightMode::prepacked, w_hr = WeightMode::prepacked;
   int64_t hoisted_steps = 0;           // of x W_ih^T made at once, at full steps; 0: it is made step by step
@@ -101,7 +101,7 @@ struct WgradPlan {
 };
 
 struct BackwardPlan {
-  Driver driver = Driver::float_panels;
+  EngineKind engine = EngineKind::float_panels;
   ThreadPartition partition;
   bool pack_hh = true;
   bool alternate_block_order = false;

@@ -42,9 +42,9 @@ std::string in_words(const char* product, const WgradPlan& p) {
   return text + (p.gemm == Gemm::blas ? " by BLAS" : " by microkernels");
 }
 
-void add_driver(Driver driver, std::vector<std::string>& parts) {
-  if (driver == Driver::bf16_panels) parts.push_back("panels of bfloat16");
-  if (driver == Driver::bf16_products) parts.push_back("products of bfloat16");
+void add_engine(EngineKind engine, std::vector<std::string>& parts) {
+  if (engine == EngineKind::bf16_panels) parts.push_back("panels of bfloat16");
+  if (engine == EngineKind::bf16_products) parts.push_back("products of bfloat16");
 }
 
 std::string us(double time) {
@@ -79,7 +79,7 @@ std::string reason(const ThreadPartition& p) {
 
 std::string describe(const ForwardPlan& plan, const LayerShape& s) {
   std::vector<std::string> parts = {in_words(plan.partition)};
-  add_driver(plan.driver, parts);
+  add_engine(plan.engine, parts);
   parts.push_back(in_words("W_ih", plan.w_ih));
   parts.push_back(in_words("W_hh", plan.w_hh));
   if (s.proj()) parts.push_back(in_words("W_hr", plan.w_hr));
@@ -91,7 +91,7 @@ std::string describe(const ForwardPlan& plan, const LayerShape& s) {
 
 std::string describe(const BackwardPlan& plan, const LayerShape& s) {
   std::vector<std::string> parts = {in_words(plan.partition)};
-  add_driver(plan.driver, parts);
+  add_engine(plan.engine, parts);
   parts.push_back(plan.pack_hh ? "W_hh packed" : "W_hh unpacked");
   if (plan.alternate_block_order) parts.push_back("alternating block order");
   parts.push_back(plan.chunk_steps >= s.T ? "all steps in one chunk"

@@ -23,6 +23,14 @@ void multiply_in_tiles(Product<T, B> p) {
   kernel.small_product(p);
 }
 
+// A tensor on memory that is not its own.
+template <class E>
+at::Tensor matrix_tensor(const E* data, int64_t rows, int64_t columns, int64_t row_stride,
+                         int64_t column_stride) {
+  return at::from_blob(const_cast<E*>(data), {rows, columns}, {row_stride, column_stride},
+                       at::TensorOptions(c10::CppTypeToScalarType<Stored<E>>::value));
+}
+
 template <class T, class B = T>
 void multiply(const Product<T, B>& p) {
   const Gemm kind = gemm_kind(p.m, p.n, p.k, p.transposed_a, !std::is_same_v<T, B>);
@@ -37,14 +45,10 @@ void multiply(const Product<T, B>& p) {
       multiply_in_tiles(part);
     });
   }
-  const auto view = [](const auto* data, int64_t rows, int64_t columns, int64_t row, int64_t column) {
-    using E = Stored<std::decay_t<decltype(*data)>>;
-    return at::from_blob(const_cast<std::decay_t<decltype(*data)>*>(data), {rows, columns}, {row, column},
-                         at::TensorOptions(c10::CppTypeToScalarType<E>::value));
-  };
-  at::Tensor out = view(p.c, p.m, p.n, p.ldc, 1);
-  const at::Tensor a = p.transposed_a ? view(p.a, p.m, p.k, 1, p.lda) : view(p.a, p.m, p.k, p.lda, 1);
-  const at::Tensor b = to_real<B>(view(p.b, p.k, p.n, p.ldb, 1));
+  at::Tensor out = matrix_tensor(p.c, p.m, p.n, p.ldc, 1);
+  const at::Tensor a =
+      p.transposed_a ? matrix_tensor(p.a, p.m, p.k, 1, p.lda) : matrix_tensor(p.a, p.m, p.k, p.lda, 1);
+  const at::Tensor b = to_real<B>(matrix_tensor(p.b, p.k, p.n, p.ldb, 1));
   if (p.add)
     at::addmm_out(out, out, a, b);
   else

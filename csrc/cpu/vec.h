@@ -266,7 +266,7 @@ FASTLSTM_INLINE void reduce_exp(Vec<T> x, Vec<T>& scale, Vec<T>& p) {
   std::memcpy(&scale, &s, sizeof(scale));
 }
 
-// The activations; max error and range as tested by tests/test_activations.py: 2.5 ulp for every
+// The activations; max error and range as tested by tests/cpu/test_activations.py: 2.5 ulp for every
 // finite argument, down to results of 1.2e-38 (float) and 3e-308 (double), below which sigmoid is 0 where
 // exp(-x) has no finite value.
 template <class T>

@@ -46,8 +46,9 @@ FASTLSTM_DEVICE void raise_flag(const Warp& warp, uint32_t* flag, uint32_t epoch
 //     thread after the clearing and the fence, and has executed a fence itself since. So it sees the cleared
 //     word or state n + 2, never state n - 2.
 // The argument is about one writer and one reader of one word, so nothing else has to be ordered. It needs a
-// fence per step of every thread that polls, also of those that write nothing. tests/test_exchange_model.py
-// explores all interleavings; three slots, another distance, or a missing fence fail there.
+// fence per step of every thread that polls, also of those that write nothing.
+// tests/gpu/test_exchange_model.py explores all interleavings; three slots, another distance, or a missing
+// fence fail there.
 //
 // Epochs count on from launch to launch, and a launch ends after its last state was taken, so the next launch
 // continues the same sequence of slots; the buffer is filled with kEmptyWord once. Padding is written once,

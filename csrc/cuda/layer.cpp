@@ -16,20 +16,17 @@ at::Tensor contiguous_or_undefined(const OptionalTensor& tensor) {
 
 }  // namespace
 
-Layer::Layer(const at::Tensor& x, const OptionalTensor& h0_arg, const OptionalTensor& c0_arg,
-             at::TensorList list, const OptionalTensor& lengths_arg, const OptionalTensor& reset_mask_arg)
-    : LayerSizes(x, list) {
-  check_inputs(x, h0_arg, c0_arg, lengths_arg, reset_mask_arg);
-  dtype = x.scalar_type(), sum_dtype = dtype == at::kDouble ? at::kDouble : at::kFloat;
-  options = x.options().requires_grad(false), sum_options = options.dtype(sum_dtype);
+Layer::Layer(const LayerInputs& inputs) : LayerSizes(inputs) {
+  dtype = inputs.x.scalar_type(), sum_dtype = dtype == at::kDouble ? at::kDouble : at::kFloat;
+  options = inputs.x.options().requires_grad(false), sum_options = options.dtype(sum_dtype);
   for (int64_t d = 0; d < D; ++d) {
-    DirectionWeights& w = weights.emplace_back(*this, list, d);
+    DirectionWeights& w = weights.emplace_back(*this, inputs.weights, d);
     w.ih = gemm_operand(w.ih), w.hh = gemm_operand(w.hh);
     if (bias) w.bias_ih = w.bias_ih.contiguous(), w.bias_hh = w.bias_hh.contiguous();
     if (proj()) w.hr = gemm_operand(w.hr);
   }
-  h0 = contiguous_or_undefined(h0_arg), c0 = contiguous_or_undefined(c0_arg);
-  lengths = contiguous_or_undefined(lengths_arg), reset_mask = contiguous_or_undefined(reset_mask_arg);
+  h0 = contiguous_or_undefined(inputs.h0), c0 = contiguous_or_undefined(inputs.c0);
+  lengths = contiguous_or_undefined(inputs.lengths), reset_mask = contiguous_or_undefined(inputs.reset_mask);
   steps = {T, B, in<int64_t>(lengths), in<bool>(reset_mask)};
 }
 

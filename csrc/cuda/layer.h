@@ -9,8 +9,7 @@
 namespace fastlstm::cuda {
 
 struct Layer : LayerSizes {
-  Layer(const at::Tensor& x, const OptionalTensor& h0, const OptionalTensor& c0, at::TensorList weights,
-        const OptionalTensor& lengths, const OptionalTensor& reset_mask);
+  explicit Layer(const LayerInputs& inputs);
 
   at::ScalarType dtype, sum_dtype;  // of the tensors; of sums and carried state (Acc in cell_kernels.h)
   at::TensorOptions options, sum_options;

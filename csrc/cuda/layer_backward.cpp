@@ -255,9 +255,9 @@ LayerGradients layer_backward(const OptionalTensor& dy, const OptionalTensor& dh
                               c10::List<bool> needs) {
   const at::AutoDispatchBelowADInplaceOrView below_autograd;
   const DeviceGuard device(x);
-  const Layer l(x, h0, c0, weights, lengths, reset_mask);
+  const Layer l({x, h0, c0, weights, lengths, reset_mask});
   const int64_t T = l.T, B = l.B, H = l.H, P = l.P;
-  l.check_backward(x, dy, dh_n, dc_n, dcells, y, cells, reserve, needs);
+  l.check_backward(x, {dy, dh_n, dc_n, dcells}, {y, cells, reserve}, needs);
   const auto dense = [](const at::Tensor& t) { return t.defined() ? t.contiguous() : t; };
   bool reads_x = false;  // if false, x may be an expanded tensor of stride 0
   for (size_t k = 3; k < needs.size(); k += l.per_direction) reads_x |= needs[k];

@@ -125,7 +125,7 @@ LayerResults layer_forward(const at::Tensor& x, const OptionalTensor& h0, const 
                            const OptionalTensor& reset_mask, bool keep_cells, bool keep_reserve) {
   const at::AutoDispatchBelowADInplaceOrView below_autograd;
   const DeviceGuard device(x);
-  const Layer l(x, h0, c0, weights, lengths, reset_mask);
+  const Layer l({x, h0, c0, weights, lengths, reset_mask});
   const at::Tensor y = at::empty({l.T, l.B, l.D * l.P}, l.options);
   const at::Tensor h_n = at::empty({l.D, l.B, l.P}, l.options), c_n = at::empty({l.D, l.B, l.H}, l.options);
   at::Tensor cells, reserve;

@@ -3,7 +3,7 @@
 // The critical path of a step runs from the arrival of a state to the sending of the next: the GEMM, the
 // sums, the cell and one store. So a thread keeps the state of its elements, offsets included, in registers,
 // and loads the next step's x W_ih^T and stores results after the state is sent. RAGGED: with lengths or
-// resets; a call without them does not check rows (tests/test_cuda_sass.py counts the instructions).
+// resets; a call without them does not check rows (tests/gpu/test_cuda_sass.py counts the instructions).
 #pragma once
 
 #include "cuda/resident.h"

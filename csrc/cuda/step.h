@@ -1,7 +1,7 @@
 // The work of one thread of each kernel in cell_kernels.h: V adjacent features of one row.
 //
 // Host and device code with plain memory accesses, so that the tests run it without a GPU
-// (tests/test_cuda_host.py). The equations are in cell.h.
+// (tests/gpu/test_cuda_host.py). The equations are in cell.h.
 #pragma once
 
 #include "cuda/numbers.h"

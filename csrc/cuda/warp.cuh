@@ -1,6 +1,6 @@
 // A warp of a persistent CTA: its lanes, barriers, mma.sync, memory that other CTAs write, and launches. The
 // persistent kernels use nothing of the GPU beyond plain C++ and this file, so the tests run them with a host
-// thread per warp (tests/cuda_host/cuda/warp.cuh).
+// thread per warp (tests/gpu/cuda_host/cuda/warp.cuh).
 #pragma once
 
 #include <cuda_bf16.h>

@@ -5,7 +5,7 @@ autograd graph per step. Backward, from the gradients of h_t and c_t (gates' pre
   dc += dh * o * (1 - tanh(c)^2)
   da_i = dc g i(1-i)    da_f = dc c_{t-1} f(1-f)    da_g = dc i (1-g^2)    da_o = dh tanh(c) o(1-o)
   dh_{t-1} = da W_hh    dc_{t-1} = dc f
-(tests/test_gradients.py checks them against autograd through fastlstm/reference.py.)
+(tests/ops/test_gradients.py checks them against autograd through fastlstm/reference.py.)
 """
 
 from __future__ import annotations

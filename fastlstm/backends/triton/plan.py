@@ -30,7 +30,7 @@ class Row:
 
     kernel: str  # "resident", "streamed" or "step"
     max_h: int
-    shared: int  # max KiB of shared memory of the kernels (checked by tests/test_triton_aot.py)
+    shared: int  # max KiB of shared memory of the kernels (checked by tests/gpu/test_triton_aot.py)
     forward: Tiles
     backward: Tiles
 

@@ -1,0 +1,333 @@
+// The Engine of the kernels of cpu/forward.h and cpu/backward.h: numbers stored as T = float, double or Bf16,
+// arithmetic in Real<T>, panels of S.
+#pragma once
+
+#include <ATen/ops/zeros_like.h>
+
+#include "cpu/engine.h"
+
+namespace fastlstm {
+
+template <class T, class S>
+class FloatForward {
+  using R = Real<T>;
+
+ public:
+  FloatForward(const LayerInputs& in, const LayerSizes& s, const Ragged& ragged, const ForwardPlan& plan)
+      : s_(s),
+        plan_(plan),
+        N_(ragged.N()),
+        x_(to_real<T>(packed_input<Stored<T>>(in.x, s, ragged))),
+        ih_size_(pack_ih() ? kernel_.forward_packed_size(s.H, s.I) : 0),
+        hh_size_(pack_hh() ? kernel_.forward_packed_size(s.H, s.P) : 0) {}
+
+  static int64_t state_stride(int64_t P) { return P; }
+  static int64_t state_rows(int64_t B) { return B; }
+
+  void reserve(Workspace& space) {
+    for (int64_t d = 0; d < s_.D; ++d) {
+      ih_offset_[d] = space.take<S>(plan_.partition.copies * ih_size_);
+      hh_offset_[d] = space.take<S>(plan_.partition.copies * hh_size_);
+      hr_offset_[d] = space.take<S>(pack_hr() ? kernel_.columns_packed_size(s_.H, s_.P) : 0);
+      hidden_offset_[d] = space.take<R>(s_.proj() ? s_.B * s_.H : 0);
+    }
+    scratch_offset_ =
+        space.take<R>(plan_.partition.threads() * kernel_.forward_scratch(N_, s_.I, s_.H, s_.P));
+  }
+
+  void prepare(const Workspace& space, int64_t d, const DirectionWeights& w, const ForwardBuffers<T, R>& b) {
+    const ThreadPartition& threads = plan_.partition;
+    weights_[d] = {w.ih.contiguous(), w.hh.contiguous(), s_.proj() ? w.hr.contiguous() : at::Tensor()};
+    const auto& [ih, hh, hr] = weights_[d];
+    if (pack_hr()) pack_columns<T>(threads.threads(), w.hr.t(), space.at<S>(hr_offset_[d]));
+    args_[d] = {
+        b.rows,
+        s_.I,
+        s_.H,
+        s_.P,
+        b.reverse,
+        x_.template const_data_ptr<R>(),
+        b.gates,
+        b.bias,
+        {data_of<T>(ih), pack_ih() ? space.at<S>(ih_offset_[d]) : nullptr, plan_.w_ih},
+        {data_of<T>(hh), pack_hh() ? space.at<S>(hh_offset_[d]) : nullptr, plan_.w_hh},
+        {s_.proj() ? data_of<T>(hr) : nullptr, pack_hr() ? space.at<S>(hr_offset_[d]) : nullptr, plan_.w_hr},
+        s_.proj() ? space.at<R>(hidden_offset_[d]) : nullptr,
+        {b.h, b.h + s_.B * s_.P},
+        b.c,
+        b.c,
+        b.y,
+        b.cells,
+        b.y_stride,
+        b.cells_stride,
+        space.at<R>(scratch_offset_)};
+    if ((pack_ih() || pack_hh()) && !threads.private_weights())
+      for_blocks(threads.threads(), s_.H, kernel_.width,
+                 (pack_ih() * s_.I + pack_hh() * s_.P) * 4 * kernel_.width,
+                 [&](int64_t begin, int64_t end) { pack(args_[d], begin, end); });
+  }
+
+  void run(int64_t d, const Member& me) const {
+    const ThreadPartition& threads = plan_.partition;
+    ForwardArgs<T, S> mine = args_[d];
+    if (pack_ih()) mine.ih.packed += threads.copy(me.index) * ih_size_;
+    if (pack_hh()) mine.hh.packed += threads.copy(me.index) * hh_size_;
+    if (threads.private_weights()) pack(mine, me.unit_begin, me.unit_end);
+    kernel_.forward(mine, me);
+  }
+
+ private:
+  bool pack_ih() const { return plan_.w_ih == WeightMode::prepacked; }
+  bool pack_hh() const { return plan_.w_hh == WeightMode::prepacked; }
+  bool pack_hr() const { return s_.proj() && plan_.w_hr == WeightMode::prepacked; }
+  // Units [begin, end) of the weights that are packed before the steps.
+  void pack(const ForwardArgs<T, S>& a, int64_t begin, int64_t end) const {
+    if (pack_ih()) kernel_.pack_forward(a.ih.stored, a.H, a.I, begin, end, a.ih.packed);
+    if (pack_hh()) kernel_.pack_forward(a.hh.stored, a.H, a.P, begin, end, a.hh.packed);
+  }
+
+  const Kernels<T, S>& kernel_ = kernels<T, S>();
+  const LayerSizes& s_;
+  const ForwardPlan& plan_;
+  const int64_t N_;
+  const at::Tensor x_;  // [N, I]
+  const int64_t ih_size_, hh_size_;
+  PerDirection ih_offset_, hh_offset_, hr_offset_, hidden_offset_;
+  int64_t scratch_offset_ = 0;
+  std::array<at::Tensor, 3> weights_[2];
+  ForwardArgs<T, S> args_[2];
+};
+
+template <class T, class S>
+class FloatBackward {
+  using R = Real<T>;
+
+ public:
+  // need_hr[d]: true if dW_hr of direction d is needed.
+  FloatBackward(const LayerInputs& in, const LayerSizes& s, const BackwardPlan& plan, bool need_dx,
+                const bool (&need_hr)[2])
+      : s_(s),
+        plan_(plan),
+        need_hr_{need_hr[0], need_hr[1]},
+        packed_hh_size_(plan.pack_hh ? kernel_.columns_packed_size(4 * s.H, s.P) : 0),
+        copy_is_packed_(plan.partition.copies > 1 ? s.D * plan.partition.copies : 0) {
+    for (int64_t d = 0; need_dx && d < s.D; ++d) {
+      w_ih_[d] = in.weights[d * s.per_direction].contiguous();
+      identity_[d] = is_identity(w_ih_[d], d);
+    }
+  }
+
+  static int64_t gradient_stride(int64_t P) { return kernels<T, S>().padded_columns(P); }
+
+  void reserve(Workspace& space) {
+    const int64_t rows = plan_.chunk_steps * s_.B;
+    for (int64_t d = 0; d < s_.D; ++d) {
+      packed_hh_offset_[d] = space.take<S>(plan_.partition.copies * packed_hh_size_);
+      hr_offset_[d] = space.take<S>(s_.proj() ? kernel_.columns_packed_size(s_.P, s_.H) : 0);
+      dgates_offset_[d] = space.take<R>(rows * 4 * s_.H);
+      dr_offset_[d] = space.take<R>(s_.proj() ? rows * s_.P : 0);
+      hidden_offset_[d] = space.take<R>(need_hr_[d] ? rows * s_.H : 0);
+    }
+    scratch_offset_ = space.take<R>(plan_.partition.threads() * kernel_.backward_scratch(s_.H, s_.P));
+  }
+
+  void prepare(const Workspace& space, int64_t d, const DirectionWeights& w, const BackwardBuffers<T>& b) {
+    const ThreadPartition& threads = plan_.partition;
+    w_hh_[d] = w.hh.contiguous();
+    if (s_.proj()) pack_columns<T>(threads.threads(), w.hr, space.at<S>(hr_offset_[d]));
+    args_[d] = {b.rows,
+                s_.H,
+                s_.P,
+                b.reverse,
+                0,
+                0,
+                0,
+                b.gates,
+                b.cells,
+                b.c0,
+                b.dy,
+                b.dcells,
+                b.cells_stride,
+                b.dy_stride,
+                b.dcells_stride,
+                data_of<T>(w_hh_[d]),
+                plan_.pack_hh ? space.at<S>(packed_hh_offset_[d]) : nullptr,
+                s_.proj() ? space.at<S>(hr_offset_[d]) : nullptr,
+                space.at<R>(dgates_offset_[d]),
+                s_.proj() ? space.at<R>(dr_offset_[d]) : nullptr,
+                need_hr_[d] ? space.at<R>(hidden_offset_[d]) : nullptr,
+                b.dh,
+                b.dc,
+                space.at<R>(scratch_offset_)};
+    if (plan_.pack_hh && !threads.private_weights())
+      for_blocks(threads.threads(), s_.P, kernel_.unit_block, 4 * s_.H * kernel_.unit_block,
+                 [&](int64_t begin, int64_t end) { pack(args_[d], begin, end); });
+  }
+
+  // dgates are written to dx, of the span's first row, if W_ih is the identity and D = 1.
+  void select_steps(int64_t d, const Span& span, R* dx) {
+    args_[d].first = span.first, args_[d].steps = span.steps, args_[d].base = span.begin;
+    if (identity_[d] && s_.D == 1) args_[d].dgates = dx;
+  }
+
+  void run(int64_t d, const Member& me) {
+    const ThreadPartition& threads = plan_.partition;
+    BackwardArgs<T, S> mine = args_[d];
+    if (plan_.pack_hh) mine.packed += threads.copy(me.index) * packed_hh_size_;
+    // Once for all chunks: in the first one, or, where there are copies, by the thread that is first to run a
+    // copy.
+    bool hh_is_packed = mine.first + mine.steps < s_.T;
+    if (threads.copies > 1) {
+      char& copy = copy_is_packed_[d * threads.copies + threads.copy(me.index)];
+      hh_is_packed = copy, copy = 1;
+    }
+    if (plan_.pack_hh && threads.private_weights() && !hh_is_packed)
+      pack(mine, me.feature_begin, me.feature_end);
+    kernel_.backward(mine, me);
+  }
+
+  MatrixView<R> dgates(int64_t d) const { return {args_[d].dgates, 4 * s_.H}; }
+  const R* dr(int64_t d) const { return args_[d].dr; }
+  const R* hidden(int64_t d) const { return args_[d].hidden; }
+
+  void input_gradient(int64_t d, int64_t n, R* dx) const {
+    const int64_t G = 4 * s_.H;
+    const R* dgates = args_[d].dgates;
+    if (!identity_[d]) {
+      multiply<R, T>({n, s_.I, G, dgates, G, false, data_of<T>(w_ih_[d]), s_.I, s_.D > 1, dx, s_.I, nullptr});
+    } else if (s_.D == 2) {  // with one direction dgates is dx
+      for (int64_t r = 0; r < n; ++r)
+        for (int64_t k = 0; k < G; ++k) dx[r * s_.I + d * G + k] += dgates[r * G + k];
+    }
+  }
+
+  void bias_gradient(int64_t d, int64_t n, bool accumulate, R* db) const {
+    const int64_t G = 4 * s_.H;
+    const R* dgates = args_[d].dgates;
+    constexpr int64_t kColumns = kBiasGradTaskColumns;
+    const int64_t grain = kBiasGradTaskMinElements / (n + 1) + 1;
+    at::parallel_for(0, (G + kColumns - 1) / kColumns, grain, [&](int64_t begin, int64_t end) {
+      for (int64_t j = begin * kColumns; j < std::min(G, end * kColumns); j += kColumns) {
+        const int64_t count = std::min(kColumns, G - j);
+        R sums[kColumns];
+        kernels<R>().column_sums(dgates + j, n, G, 0, count, sums);
+        for (int64_t k = 0; k < count; ++k) db[j + k] = sums[k] + (accumulate ? db[j + k] : R(0));
+      }
+    });
+  }
+  void finish_bias(int64_t, R*) const {}
+
+ private:
+  // Returns true if w [4H, D * 4H] is direction d's part of an identity. fastlstm/transforms.py passes one to
+  // get dgates as dx; no GEMM is needed then.
+  bool is_identity(const at::Tensor& w, int64_t d) const {
+    const int64_t G = 4 * s_.H;
+    if (s_.I != s_.D * G) return false;
+    const Stored<T>* row = w.const_data_ptr<Stored<T>>();
+    for (int64_t r = 0; r < G; ++r, row += s_.I)
+      for (int64_t c = 0; c < s_.I; ++c)
+        if (row[c] != Stored<T>(c == d * G + r)) return false;
+    return true;
+  }
+  void pack(const BackwardArgs<T, S>& a, int64_t begin, int64_t end) const {
+    kernel_.pack_columns(a.w_hh, 4 * s_.H, s_.P, 1, begin, end, a.packed);
+  }
+
+  const Kernels<T, S>& kernel_ = kernels<T, S>();
+  const LayerSizes& s_;
+  const BackwardPlan& plan_;
+  const bool need_hr_[2];
+  const int64_t packed_hh_size_;
+  std::vector<char> copy_is_packed_;  // per direction and copy
+  bool identity_[2] = {false, false};
+  PerDirection packed_hh_offset_, hr_offset_, dgates_offset_, dr_offset_, hidden_offset_;
+  int64_t scratch_offset_ = 0;
+  at::Tensor w_ih_[2], w_hh_[2];
+  BackwardArgs<T, S> args_[2];
+};
+
+// A weight's gradient dw [m, n], summed over the chunks of steps: dgates [rows, m]^T times states [rows, n].
+// If the plan says at_once, add() is called once.
+template <class T>
+class FloatWeightGradient {
+  using R = Real<T>;
+  static constexpr bool kNarrow = std::is_same_v<T, Bf16>;
+
+ public:
+  FloatWeightGradient(const at::Tensor& dw, const WgradPlan& plan)
+      : dw_(dw), sum_(dw), in_blocks_(kNarrow && plan.at_once), transposed_(plan.transposed) {
+    if (kNarrow && !in_blocks_) sum_ = new_empty(dw.sizes(), real_like<T>(dw));
+    if (transposed_) sum_ = new_empty({dw.size(1), dw.size(0)}, sum_);
+    if (plan.float64) total_ = at::zeros_like(sum_, at::kDouble);
+  }
+
+  void add(int64_t rows, MatrixView<R> dgates, MatrixView<R> states, bool accumulate) {
+    if constexpr (kNarrow)
+      if (in_blocks_) return multiply_in_blocks(rows, dgates, states);
+    const int64_t m = dw_.size(0), n = dw_.size(1), block = total_.defined() ? kFloat64WgradBlockRows : rows;
+    R* out = sum_.mutable_data_ptr<R>();
+    if (rows == 0 && !accumulate) std::fill_n(out, m * n, R(0));
+    for (int64_t r = 0; r < rows; r += block) {
+      const int64_t depth = std::min(block, rows - r);
+      const MatrixView<R> left = dgates.from(r), right = states.from(r);
+      const bool onto = accumulate && !total_.defined();
+      if (transposed_)
+        multiply<R>(
+            {n, m, depth, right.data, right.stride, true, left.data, left.stride, onto, out, m, nullptr});
+      else
+        multiply<R>(
+            {m, n, depth, left.data, left.stride, true, right.data, right.stride, onto, out, n, nullptr});
+      if (total_.defined()) total_.add_(sum_);
+    }
+  }
+
+  void finish() {
+    const at::Tensor& sum = total_.defined() ? total_ : sum_;
+    if (sum.is_same(dw_)) return;
+    const at::Tensor dw = transposed_ ? sum.t() : sum;
+    dw_.copy_(kNarrow ? dw.contiguous() : dw);  // a copy that transposes and rounds is slow
+  }
+
+ private:
+  // All N rows at once, some rows of dw at a time, so that these are rounded while a cache holds them. Sums
+  // over several calls would be rounded in each.
+  void multiply_in_blocks(int64_t rows, MatrixView<R> dgates, MatrixView<R> states) {
+    const int64_t m = dw_.size(0), n = dw_.size(1),
+                  block = std::max<int64_t>(1, kBf16WgradBlockElements / std::max<int64_t>(16, n) / 16) * 16;
+    if (rows == 0) {
+      dw_.zero_();
+      return;
+    }
+    T* out = writable<T>(dw_);
+    for_blocks(at::get_num_threads(), m, block, block * n * rows, [&](int64_t begin, int64_t end) {
+      thread_local std::vector<R> sums;
+      sums.resize(std::max<size_t>(sums.size(), block * n));
+      for (int64_t j = begin; j < end; j += block) {
+        const int64_t count = std::min(block, end - j);
+        multiply<R>({count, n, rows, dgates.data + j, dgates.stride, true, states.data, states.stride, false,
+                     sums.data(), n, nullptr});
+        copy_numbers(sums.data(), count * n, out + j * n);
+      }
+    });
+  }
+
+  at::Tensor dw_, sum_, total_;
+  bool in_blocks_, transposed_;
+};
+
+template <class T, class S>
+struct FloatEngine {
+  using Number = T;
+  using State = Real<T>;
+  using Operand = Real<T>;
+  using Forward = FloatForward<T, S>;
+  using Backward = FloatBackward<T, S>;
+  using WeightGradient = FloatWeightGradient<T>;
+
+  static int64_t unit_block() { return kernels<T, S>().unit_block; }
+  static int64_t saved_block() { return kernels<T, S>().width; }
+  static at::Tensor operands(const at::Tensor& t) { return to_real<T>(t); }
+  static at::Tensor operand_like(const at::Tensor& x) { return real_like<T>(x); }
+};
+
+}  // namespace fastlstm
