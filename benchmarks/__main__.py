@@ -62,7 +62,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--resume", action="store_true", help="keep the CSV's rows, and measure the cases it lacks")
     parser.add_argument(
         "--kernels",
-        choices=("steps", "A", "B", "S"),
+        choices=("steps", "A", "B", "D", "S"),
         help="fastlstm's CUDA kernels: step by step, or persistent ones of a tier if they fit; otherwise as planned",
     )
     return parser.parse_args(arguments)

@@ -67,29 +67,32 @@ std::optional<LayerResults> layer(const at::Tensor& x, const OptionalTensor& h0,
   return op.call(x, h0, c0, weights, lengths, reset_mask, keep_cells, /*keep_reserve=*/false);
 }
 
-// The plan of csrc/cuda/plan.h: (why not, or "", the layout's numbers by name, and its tier in words).
+// The plan of csrc/cuda/plan.h: (reason there is none or "", the layout's numbers by name, the variant and
+// why).
 std::tuple<std::string, std::map<std::string, int64_t>, std::string> persistent_plan(
-    const std::string& phase, int64_t H, int64_t P, int64_t B, int D, int element, int sms, int64_t shared,
-    int cluster, const std::string& tier) {
+    const std::string& phase, int64_t H, int64_t P, int64_t B, int D, int element_bytes, int sms,
+    int64_t shared, int cluster, const std::string& tier) {
   TORCH_CHECK(phase == "forward" || phase == "backward", "phase must be forward or backward, got ", phase);
-  const cuda::Plan found = cuda::plan(phase == "forward" ? cuda::Phase::forward : cuda::Phase::backward,
-                                      {H, P, B, D, element}, {sms, shared, cluster}, tier.c_str()[0]);
-  const cuda::Layout& l = found.layout;
-  return {found.reason,
+  const cuda::PersistentPlan plan =
+      cuda::plan(phase == "forward" ? cuda::Phase::forward : cuda::Phase::backward,
+                 {H, P, B, D, element_bytes}, {sms, shared, cluster}, tier.c_str()[0]);
+  const cuda::Layout& l = plan.layout;
+  return {plan.reason,
           {{"cluster", l.cluster},
            {"single", l.single},
+           {"data_flag", l.data_flag},
            {"units", l.units},
-           {"width", l.width},
-           {"rounds", l.rounds},
-           {"held", l.held},
-           {"parts", l.parts},
-           {"columns", l.columns},
-           {"members", l.members},
+           {"m_tiles", l.m_tiles},
+           {"iters", l.iters},
+           {"register_iters", l.register_iters},
+           {"split_k", l.split_k},
+           {"n_tiles", l.n_tiles},
+           {"ctas_per_group", l.ctas_per_group},
            {"groups", l.groups},
-           {"slices", l.slices},
-           {"shared", l.shared},
-           {"blocks", l.blocks(D)}},
-          found.tier};
+           {"batch_tiles", l.batch_tiles},
+           {"shared_bytes", l.shared_bytes},
+           {"ctas", l.ctas(D)}},
+          plan.description};
 }
 
 }  // namespace
@@ -113,8 +116,8 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
     return tier ? std::string(1, tier) : std::string();
   });
   m.def("enable_persistent", [](bool on, const std::string& tier) {
-    TORCH_CHECK(tier.empty() || tier == "A" || tier == "B" || tier == "S",
-                "tier must be A, B, S or empty, got ", tier);
+    TORCH_CHECK(tier.empty() || tier == "A" || tier == "B" || tier == "D" || tier == "S",
+                "tier must be A, B, D, S or empty, got ", tier);
     fastlstm::cuda::persistent_enabled = on, fastlstm::cuda::persistent_tier = tier.c_str()[0];
   });
   m.def("activation", &fastlstm::activation, "The CPU kernels' sigmoid or tanh of a tensor, for tests.");

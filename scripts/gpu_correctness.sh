@@ -18,7 +18,7 @@ else
   stage parity 150 "$python" -m pytest -m gpu tests/gpu/test_gpu_parity.py -rs
 fi
 stage memcheck 150 bash -c "small memcheck"
-for tier in A B S; do
+for tier in A B D S; do
   FASTLSTM_FUZZ_COUNT=600 stage "launches_$tier" 90 "$python" -m pytest -m gpu -x tests/gpu/test_gpu_persistent.py \
     -k "random_launches[$tier]"
 done

@@ -2,7 +2,7 @@
 # The third call: how fast?
 #   scripts/gpu_numbers.sh OUT
 # The kernels without torch, whole and with a stage left out (steps.csv); nn.LSTM and fastlstm, eager and in CUDA graphs,
-# with and without the persistent kernels, at the suite gpu_points; what lengths and resets cost; ncu on two sizes.
+# with and without the persistent kernels, at the suite gpu_points; lengths and resets; data flags against flags; ncu.
 source "$(dirname "$0")/gpu_common.sh"
 build || finish
 stage compile_steps 90 bash -c "$(declare -f kernels); out='$out'; kernels steps.cu steps"
@@ -25,6 +25,35 @@ for H, B in ((128, 16), (512, 64), (1024, 64)):
         alternate(measurements, cuda_timer, Plan(budget=1.0, min_rounds=7))
     for name, measurement in measurements.items():
         print(f"{H},{B},{T},{name},{statistics.median(measurement.samples) * 1e6 / T:.3f}")
+PYTHON
+stage data_flags 40 "$python" - <<'PYTHON'
+import statistics, torch, fastlstm
+from benchmarks.measure import Measurement, Plan, alternate, cuda_timer
+from fastlstm.backends import native
+print("H,B,T,tier,us per step of forward,us per step of training,kernels")
+def of_tier(tier, call):
+    def run():
+        native.set_persistent(True, tier=tier)
+        call()
+    return Measurement.of(run)
+for H, B in ((512, 16), (512, 64), (768, 16), (1024, 16), (1024, 32)):
+    T = 512
+    lstm = fastlstm.LSTM(H, H, device="cuda", dtype=torch.bfloat16)
+    x = torch.randn(T, B, H, device="cuda", dtype=torch.bfloat16)
+    def forward():
+        with torch.no_grad():
+            lstm(x)
+    def training():
+        lstm(x)[0].sum().backward()
+    times = {}
+    with fastlstm.use_backend("native"):
+        for call in (forward, training):
+            times[call] = {tier: of_tier(tier, call) for tier in "BD"}
+            alternate(times[call], cuda_timer, Plan(budget=1.0, min_rounds=7))
+        for tier in "BD":
+            us = [statistics.median(times[call][tier].samples) * 1e6 / T for call in (forward, training)]
+            native.set_persistent(True, tier=tier)
+            print(f"{H},{B},{T},{tier},{us[0]:.3f},{us[1]:.3f},{fastlstm.explain(lstm, x).kernels!r}")
 PYTHON
 LINES_SHOWN=40 stage points 330 "$python" -m benchmarks --suite gpu_points --out "$out" --resume --seconds 310 \
   --impl fastlstm fastlstm_graph steps steps_graph

@@ -1,17 +1,17 @@
-// What an exchange through L2 costs when the data are their own flag, against a flag per block: the choice of
-// a design that is not in the kernels. Compiled, not run on a GPU yet.
+// Latency of an exchange through L2 whose data are their own flag, compared with one flag per CTA. Compiled,
+// not run on a GPU yet.
 //   nvcc -std=c++17 -O3 -arch=native -I csrc benchmarks/cuda/exchange_by_data.cu -o exchange && ./exchange
-// Prints CSV: how, blocks of a group, groups side by side, bytes a block makes, stores a thread after
-// sending, ns a round.
+// Prints CSV: how, CTAs per group, concurrent groups, bytes per CTA, stores per thread after sending, ns per
+// round.
 //
 //   data            a word is kEmpty until it is written; readers poll the words themselves: no fence before
-//                   the data, no flag, no second trip
+//                   the data, no flag, no second round trip
 //   flags           as csrc/cuda/group_flags.h: two slots, st.release after a barrier, ld.acquire
 //   flags_relaxed   the same with relaxed polls and one fence
 //
-// "data" has four slots. After sending round r a block empties its part of the slot of r + 2, and a fence
-// stands between that and its data of r + 1. Whoever has read these, and so polls the slot of r + 2, cannot
-// meet r - 2 there. With three slots, or without the fence, it could.
+// "data" has four slots. After sending round r a CTA clears its part of the slot of r + 2, and a fence orders
+// that before its data of r + 1: a CTA that has read these, and so polls the slot of r + 2, cannot read words
+// of r - 2 there. With three slots, or without the fence, it could.
 #include <algorithm>
 #include <cstdio>
 #include <cstdlib>
@@ -23,7 +23,7 @@ namespace {
 
 using namespace fastlstm::cuda;
 
-constexpr int kThreads = kWarps * 32, kRounds = 4000, kLaunches = 5, kMostWords = 128;
+constexpr int kThreads = kWarps * 32, kRounds = 4000, kLaunches = 5, kMaxWords = 128;
 constexpr uint32_t kEmpty = 0xFFFFFFFFu;  // two bfloat16 NaNs that no rounding gives
 enum class How { data, flags, flags_relaxed };
 constexpr const char* kNames[] = {"data", "flags", "flags_relaxed"};
@@ -35,14 +35,16 @@ void check(cudaError_t status, const char* what) {
 }
 
 struct Exchange {
-  uint4* slots;  // [groups, 2 or 4, members * words]
+  uint4* slots;  // [groups, 2 or 4, ctas * words]
   uint32_t* flags;
   uint32_t *fault, *wrong;
-  uint4* out;  // [blocks, trailing, threads]
-  int members, words, trailing;
+  uint4* out;  // [CTAs, trailing, threads]
+  int ctas, words, trailing;
 };
 
-__device__ bool whole(uint4 x) { return x.x != kEmpty && x.y != kEmpty && x.z != kEmpty && x.w != kEmpty; }
+__device__ bool is_complete(uint4 x) {
+  return x.x != kEmpty && x.y != kEmpty && x.z != kEmpty && x.w != kEmpty;
+}
 
 __device__ void store(uint4* p, uint32_t value) {
   asm volatile("st.relaxed.gpu.global.v4.u32 [%0], {%1, %1, %1, %1};" ::"l"(p), "r"(value) : "memory");
@@ -54,21 +56,21 @@ __device__ uint32_t load_relaxed(const uint32_t* p) {
   return x;
 }
 
-// The warp's sum of one word of 16 bytes from each place of its share, as they arrive.
-__device__ uint32_t take(const Exchange& s, const uint4* slot, int begin, int end, int lane, bool poll) {
+// Sum of one 32-bit word of each of the warp's 16-byte words, as they arrive.
+__device__ uint32_t sum_words(const Exchange& s, const uint4* slot, int begin, int end, int lane, bool poll) {
   uint32_t sum = 0;
   for (int i = begin + lane; i < end; i += 32 * 4) {
     uint4 x[4];
 #pragma unroll
     for (int k = 0; k < 4; ++k) {
-      if (i + 32 * k < end) x[k] = load_published(slot + i + 32 * k);
+      if (i + 32 * k < end) x[k] = load_l2(slot + i + 32 * k);
     }
 #pragma unroll
     for (int k = 0; k < 4; ++k) {
       if (i + 32 * k >= end) continue;
-      for (uint32_t tries = 0; poll && !whole(x[k]); ++tries) {
-        if (tries == kMaxPolls) trap_on_timeout(s.fault, 1);
-        x[k] = load_published(slot + i + 32 * k);
+      for (uint32_t polls = 0; poll && !is_complete(x[k]); ++polls) {
+        if (polls == kMaxPolls) trap_on_timeout(s.fault, 1);
+        x[k] = load_l2(slot + i + 32 * k);
       }
       sum += x[k].x;
     }
@@ -76,17 +78,17 @@ __device__ uint32_t take(const Exchange& s, const uint4* slot, int begin, int en
   return __reduce_add_sync(~0u, sum);
 }
 
-// Each block's part of a round is a function of all it has read; a wrong word is reported in s.wrong.
+// Each CTA's data of a round are a function of all it has read; a stale word is reported in s.wrong.
 template <How HOW>
 __global__ void __launch_bounds__(kThreads, 1) rounds(const __grid_constant__ Exchange s) {
   __shared__ uint32_t partial[kWarps];
   constexpr int kSlots = HOW == How::data ? 4 : 2;
-  const int group = blockIdx.x / s.members, rank = blockIdx.x % s.members, all = s.members * s.words;
+  const int group = blockIdx.x / s.ctas, rank = blockIdx.x % s.ctas, all = s.ctas * s.words;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, thread = threadIdx.x;
   uint4* const base = s.slots + int64_t{group} * kSlots * all;
-  uint32_t* const flags = s.flags + group * s.members;
-  const int share = (s.members + kWarps - 1) / kWarps, first = min(warp * share, s.members);
-  const int last = min(first + share, s.members);
+  uint32_t* const flags = s.flags + group * s.ctas;
+  const int share = (s.ctas + kWarps - 1) / kWarps, first = min(warp * share, s.ctas);
+  const int last = min(first + share, s.ctas);
   uint32_t value = 1;
 #pragma unroll 1
   for (int round = 0; round < kRounds; ++round) {
@@ -95,7 +97,7 @@ __global__ void __launch_bounds__(kThreads, 1) rounds(const __grid_constant__ Ex
     if constexpr (HOW == How::data) {
       uint4* const later = base + (round + 2) % kSlots * all;
       for (int i = thread; i < s.words; i += kThreads) store(later + rank * s.words + i, kEmpty);
-      if (thread < s.words) __threadfence();  // off the critical path: the data are on their way
+      if (thread < s.words) __threadfence();  // off the critical path: the data have been sent
     } else {
       __syncthreads();
       if (thread == 0) store_release(flags + rank, round + 1);
@@ -106,16 +108,16 @@ __global__ void __launch_bounds__(kThreads, 1) rounds(const __grid_constant__ Ex
     if constexpr (HOW != How::data) {
       if (first + lane < last) {
         const uint32_t* const flag = flags + first + lane;
-        for (uint32_t tries = 0;; ++tries) {
+        for (uint32_t polls = 0;; ++polls) {
           const uint32_t seen = HOW == How::flags ? load_acquire(flag) : load_relaxed(flag);
           if (seen > static_cast<uint32_t>(round)) break;
-          if (tries == kMaxPolls) trap_on_timeout(s.fault, 1);
+          if (polls == kMaxPolls) trap_on_timeout(s.fault, 1);
         }
       }
       if constexpr (HOW == How::flags_relaxed) __threadfence();
       __syncwarp();
     }
-    const uint32_t sum = take(s, slot, first * s.words, last * s.words, lane, HOW == How::data);
+    const uint32_t sum = sum_words(s, slot, first * s.words, last * s.words, lane, HOW == How::data);
     if (lane == 0) partial[warp] = sum;
     __syncthreads();
     uint32_t total = 0;
@@ -131,23 +133,23 @@ double nanoseconds(Exchange s, int groups, size_t bytes, size_t flag_bytes) {
   cudaEvent_t begin, end;
   check(cudaEventCreate(&begin), "event");
   check(cudaEventCreate(&end), "event");
-  std::vector<float> found;
+  std::vector<float> times;
   for (int i = 0; i < kLaunches; ++i) {
     check(cudaMemset(s.slots, HOW == How::data ? 0xFF : 0, bytes), "memset");
     check(cudaMemset(s.flags, 0, flag_bytes), "memset");
     void* arguments[] = {&s};
     check(cudaEventRecord(begin), "record");
-    check(cudaLaunchCooperativeKernel(reinterpret_cast<const void*>(rounds<HOW>), dim3(groups * s.members),
+    check(cudaLaunchCooperativeKernel(reinterpret_cast<const void*>(rounds<HOW>), dim3(groups * s.ctas),
                                       dim3(kThreads), arguments, 0, nullptr),
           kNames[static_cast<int>(HOW)]);
     check(cudaEventRecord(end), "record");
     check(cudaEventSynchronize(end), "a launch");
     float ms = 0;
     check(cudaEventElapsedTime(&ms, begin, end), "time");
-    found.push_back(ms);
+    times.push_back(ms);
   }
-  std::sort(found.begin(), found.end());
-  return found[found.size() / 2] * 1e6 / kRounds;
+  std::sort(times.begin(), times.end());
+  return times[times.size() / 2] * 1e6 / kRounds;
 }
 
 }  // namespace
@@ -157,7 +159,7 @@ int main() {
   check(cudaGetDeviceProperties(&gpu, 0), "no GPU");
   const int sms = gpu.multiProcessorCount;
   std::fprintf(stderr, "%s, %d SMs\n", gpu.name, sms);
-  const size_t bytes = size_t{4} * sms * kMostWords * sizeof(uint4), flag_bytes = size_t{4} * (sms + 2);
+  const size_t bytes = size_t{4} * sms * kMaxWords * sizeof(uint4), flag_bytes = size_t{4} * (sms + 2);
   Exchange s = {};
   check(cudaMalloc(&s.slots, bytes), "memory");
   check(cudaMalloc(&s.flags, flag_bytes), "memory");
@@ -167,23 +169,21 @@ int main() {
   s.fault = s.flags + sms + 1;
   std::printf("how,members,groups,bytes,trailing,ns\n");
   bool right = true;
-  for (const int members : {4, 8, 16, 24, 32, 64, 128}) {
-    if (members > sms) continue;
-    for (const int groups : {1, sms / members}) {
-      for (const int words : {32, 64, kMostWords}) {
+  for (const int ctas : {4, 8, 16, 24, 32, 64, 128}) {
+    if (ctas > sms) continue;
+    for (const int groups : {1, sms / ctas}) {
+      for (const int words : {32, 64, kMaxWords}) {
         for (const int trailing : {0, 2}) {
-          s.members = members, s.words = words, s.trailing = trailing;
-          const double found[] = {nanoseconds<How::data>(s, groups, bytes, flag_bytes),
+          s.ctas = ctas, s.words = words, s.trailing = trailing;
+          const double times[] = {nanoseconds<How::data>(s, groups, bytes, flag_bytes),
                                   nanoseconds<How::flags>(s, groups, bytes, flag_bytes),
                                   nanoseconds<How::flags_relaxed>(s, groups, bytes, flag_bytes)};
           for (int how = 0; how < 3; ++how) {
-            std::printf("%s,%d,%d,%d,%d,%.0f\n", kNames[how], members, groups, words * 16, trailing,
-                        found[how]);
+            std::printf("%s,%d,%d,%d,%d,%.0f\n", kNames[how], ctas, groups, words * 16, trailing, times[how]);
           }
           uint32_t wrong = 0;
           check(cudaMemcpy(&wrong, s.wrong, sizeof wrong, cudaMemcpyDeviceToHost), "copy");
-          if (wrong != 0 && right)
-            std::fprintf(stderr, "a stale word in round %u, %d blocks\n", wrong, members);
+          if (wrong != 0 && right) std::fprintf(stderr, "a stale word in round %u, %d CTAs\n", wrong, ctas);
           right = right && wrong == 0;
         }
       }

@@ -1,14 +1,13 @@
-// The persistent kernels without torch, on buffers of noise: microseconds of a step, whole and with a stage
-// left out.
+// The persistent kernels without torch, on constant buffers: time per step, whole and with a stage left out.
 //   nvcc -std=c++17 -O3 -arch=native -I csrc benchmarks/cuda/steps.cu -o steps && ./steps [T]
-// Prints CSV: pass, kernels, H, B, blocks of a group, blocks, variant, us a step (median and minimum of 9
-// launches of T steps, 256 by default). What differs between two rows of a size is what the stage costs, less
-// what hid behind it:
+// Prints CSV: pass, kernels, H, B, CTAs per group, CTAs, variant, us per step (median and minimum of 9
+// launches of T steps, 256 by default). The difference between two rows of a size is the stage's time, less
+// what it overlaps with:
 //
-//   all         the kernel as it is
-//   no product  the state is waited for and not multiplied: the exchange, the cell, the barriers
-//   no wait     the state is multiplied without waiting (kernels by flags): no exchange
-//   an eighth   of the steps a launch: what a launch and the loading of W_hh cost beside
+//   all         the whole kernel
+//   no product  waits for the state and does not multiply it: the exchange, the cell, the barriers
+//   no wait     multiplies the state without waiting (grid variant): no exchange
+//   an eighth   of the steps per launch: cost of a launch and of loading W_hh
 //
 // Results of the variants that leave something out are meaningless, and no number is checked: the tests do
 // that.
@@ -39,7 +38,7 @@ template <class Group>
 struct NoWait : Group {
   using Group::Group;
   FASTLSTM_DEVICE void receive(const Warp& warp) {
-    this->product_.multiply(warp, this->from_);
+    this->product_.multiply(warp, this->from_, LoadL2());
     warp.block_sync();
   }
 };
@@ -48,15 +47,39 @@ struct NoProduct : Group {
   using Group::Group;
   FASTLSTM_DEVICE void receive(const Warp& warp) {
     if constexpr (Group::kCluster) {
-      this->await(warp);
+      this->wait(warp);
+    } else if constexpr (Group::kDataFlag) {
+      wait_for_words(warp);
     } else {
-      await(warp, this->flag_, this->epoch_, this->s_.fault);
+      wait_for_flags(warp, this->flag_, this->epoch_, this->s_.fault);
     }
     warp.block_sync();
   }
+
+ private:
+  // Data flags: polls the words that multiply() would, four at a time.
+  FASTLSTM_DEVICE void wait_for_words(const Warp& warp) const {
+    const PollWords poll = {this->epoch_, this->s_.fault};
+    for (const int lane : warp.lanes()) {
+#pragma unroll 1
+      for (int first = 0; first < this->s_.layout.iters; first += 4) {
+        const int count = this->s_.layout.iters - first;
+        const uint4* const from = this->from_[0][lane] + first * 32;
+        bool complete = false;
+#pragma unroll 1
+        for (uint32_t polls = 0; !complete; ++polls) {
+          poll.check(polls);
+          uint4 x[4];
+#pragma unroll
+          for (int k = 0; k < 4; ++k) x[k] = k < count ? PollWords::load(from + k * 32) : uint4{};
+          complete = is_complete(x[0]) && is_complete(x[1]) && is_complete(x[2]) && is_complete(x[3]);
+        }
+      }
+    }
+  }
 };
 
-// A block with another group in the place of its own.
+// A block with another group.
 template <class Block, template <class> class Without>
 struct Variant;
 template <class T, class Group, bool RAGGED, template <class> class Without>
@@ -68,30 +91,32 @@ struct Variant<BackwardBlock<T, Group, RAGGED>, Without> {
   using type = BackwardBlock<T, Without<Group>, RAGGED>;
 };
 
-// Single blocks, which wait for nobody.
+// The single-block variant, which does not wait.
 template <class Block>
 constexpr bool kSingle = false;
-template <class T, int TILES, int ROUNDS, int CHAINS, bool RAGGED>
-constexpr bool kSingle<ForwardBlock<T, SingleGroup<T, TILES, ROUNDS, CHAINS>, RAGGED>> = true;
-template <class T, int TILES, int ROUNDS, int CHAINS, bool RAGGED>
-constexpr bool kSingle<BackwardBlock<T, SingleGroup<T, TILES, ROUNDS, CHAINS>, RAGGED>> = true;
+template <class T, int M_TILES, int ITERS, int CHAINS, bool RAGGED>
+constexpr bool kSingle<ForwardBlock<T, SingleGroup<T, M_TILES, ITERS, CHAINS>, RAGGED>> = true;
+template <class T, int M_TILES, int ITERS, int CHAINS, bool RAGGED>
+constexpr bool kSingle<BackwardBlock<T, SingleGroup<T, M_TILES, ITERS, CHAINS>, RAGGED>> = true;
 
-// Clusters' backward, which has no product after the wait.
+// Backward of the cluster variant, which has no GEMM after the wait.
 template <class Block>
 constexpr bool kMultipliesToSend = false;
-template <class T, int UNITS, int HELD, int COLUMNS, bool RAGGED>
-constexpr bool kMultipliesToSend<BackwardBlock<T, ScatterCluster<T, UNITS, HELD, COLUMNS>, RAGGED>> = true;
+template <class T, int UNITS, int REGISTER_ITERS, int N_TILES, bool RAGGED>
+constexpr bool
+    kMultipliesToSend<BackwardBlock<T, ReduceScatterCluster<T, UNITS, REGISTER_ITERS, N_TILES>, RAGGED>> =
+        true;
 
 template <class X>
-X* noise(int64_t n) {
+X* constant(int64_t n, int byte = 0x3c) {  // 0x3c: about 0.01 in bfloat16 and float32
   X* p;
   check(cudaMalloc(&p, n * sizeof(X)), "memory");
-  check(cudaMemset(p, 0x3c, n * sizeof(X)), "memset");  // about 0.01 in bfloat16 and float32
+  check(cudaMemset(p, byte, n * sizeof(X)), "memset");
   return p;
 }
 
 struct Time {
-  double median, least;
+  double median, min;
 };
 
 template <class Launch>
@@ -99,7 +124,7 @@ Time microseconds(int steps, Launch launch) {
   cudaEvent_t begin, end;
   check(cudaEventCreate(&begin), "event");
   check(cudaEventCreate(&end), "event");
-  std::vector<double> found;
+  std::vector<double> times;
   for (int i = 0; i < kLaunches + 2; ++i) {
     check(cudaEventRecord(begin), "record");
     check(launch(), "launch");
@@ -107,10 +132,10 @@ Time microseconds(int steps, Launch launch) {
     check(cudaEventSynchronize(end), "a launch");
     float ms = 0;
     check(cudaEventElapsedTime(&ms, begin, end), "time");
-    if (i >= 2) found.push_back(ms * 1e3 / steps);
+    if (i >= 2) times.push_back(ms * 1e3 / steps);
   }
-  std::sort(found.begin(), found.end());
-  return {found[found.size() / 2], found[0]};
+  std::sort(times.begin(), times.end());
+  return {times[times.size() / 2], times[0]};
 }
 
 // The buffers of a size, freed when the program ends.
@@ -127,30 +152,33 @@ struct Problem {
     const int64_t state = B * H, all = steps * state;
     forward.steps = backward.steps = {steps, B, nullptr, nullptr};
     forward.H = backward.H = H, forward.D = backward.D = 1;
-    forward.gates_x = noise<float>(4 * all), forward.slots = backward.slots = steps;
-    forward.bias_ih[0] = forward.bias_hh[0] = noise<T>(4 * H);
-    forward.c = noise<float>(state), forward.c_n = noise<T>(state), forward.cells = noise<T>(all);
-    forward.gates = noise<T>(4 * all);
-    forward.state = {H, nullptr, noise<T>(state), noise<T>(all), noise<T>(state)};
-    dh = noise<float>(state);
+    forward.gates_x = constant<float>(4 * all), forward.slots = backward.slots = steps;
+    forward.bias_ih[0] = forward.bias_hh[0] = constant<T>(4 * H);
+    forward.c = constant<float>(state), forward.c_n = constant<T>(state), forward.cells = constant<T>(all);
+    forward.gates = constant<T>(4 * all);
+    forward.state = {H, nullptr, constant<T>(state), constant<T>(all), constant<T>(state)};
+    dh = constant<float>(state);
     backward.gradient = {H, forward.state.y, B * H, H, nullptr, dh, nullptr};
-    backward.gates = forward.gates, backward.cells = forward.cells, backward.dc = noise<float>(state);
-    backward.dgates = noise<T>(4 * all);
+    backward.gates = forward.gates, backward.cells = forward.cells, backward.dc = constant<float>(state);
+    backward.dgates = constant<T>(4 * all);
   }
 
   void run(Phase phase, char tier) {
-    const Plan found = plan(phase, {H, H, B, 1, sizeof(T)}, limits, tier);
-    const Layout& p = found.layout;
-    if (!found.reason.empty() || p.cluster != (tier == 'A') || p.single != (tier == 'S')) return;
-    const int room = phase == Phase::forward ? persistent_fwd_blocks<T>(p) : persistent_bwd_blocks<T>(p);
-    if (room < (p.in_cluster() == 0 ? p.blocks(1) : p.members)) return;
-    PackWeights<T> pack = {p, phase, H, 1, {noise<T>(4 * H * H), nullptr}, {H, 0}, {1, 0}, nullptr};
-    pack.packed = noise<uint4>(pack.words());
+    const PersistentPlan chosen = plan(phase, {H, H, B, 1, sizeof(T)}, limits, tier);
+    const Layout& p = chosen.layout;
+    if (!chosen.reason.empty() || p.cluster != (tier == 'A') || p.single != (tier == 'S') ||
+        p.data_flag != (tier == 'D'))
+      return;
+    const int max_ctas = phase == Phase::forward ? max_resident_fwd_ctas<T>(p) : max_resident_bwd_ctas<T>(p);
+    if (max_ctas < (p.cluster_dim() == 0 ? p.ctas(1) : p.ctas_per_group)) return;
+    PackWeights<T> pack = {p, phase, H, 1, {constant<T>(4 * H * H), nullptr}, {H, 0}, {1, 0}, nullptr};
+    pack.packed_weights = constant<uint4>(pack.words());
     check(launch_pack_weights(pack, nullptr), "pack");
-    const int64_t flags = int64_t{p.slices} * p.members;
-    s = {}, s.layout = p, s.packed = pack.packed, s.count = static_cast<int>(steps);
-    if (p.in_cluster() == 0) s.exchange = noise<uint4>(int64_t{2} * p.slices * p.state);
-    s.flags = noise<uint32_t>(flags + 1), s.fault = s.flags + flags;
+    const int64_t flags = int64_t{p.batch_tiles} * p.ctas_per_group;
+    s = {}, s.layout = p, s.packed_weights = pack.packed_weights, s.count = static_cast<int>(steps);
+    const int64_t words = int64_t{p.exchange_slots()} * p.batch_tiles * p.state_words;
+    if (p.cluster_dim() == 0) s.exchange = constant<uint4>(words, p.data_flag ? 0xff : 0x3c);
+    s.flags = constant<uint32_t>(flags + 1), s.fault = s.flags + flags;
     check(cudaMemset(s.flags, 0, 4 * (flags + 1)), "memset");
     if (phase == Phase::forward) {
       with_forward_block<T, false>(
@@ -159,7 +187,7 @@ struct Problem {
       with_backward_block<T, false>(
           p, [&](auto block) { return measure(block, PersistentBackward<T>{s, backward, dh}); });
     }
-    check(cudaFree(pack.packed), "free");
+    check(cudaFree(pack.packed_weights), "free");
     check(cudaFree(const_cast<T*>(pack.w_hh[0])), "free");
     check(cudaFree(s.flags), "free");
     if (s.exchange) check(cudaFree(s.exchange), "free");
@@ -183,18 +211,19 @@ struct Problem {
     const Layout& p = arguments.layout;
     arguments.count = count;
     const Time time = microseconds(count, [&] {
-      const cudaError_t status = launch_together<Block, Arguments>(arguments, static_cast<int>(p.blocks(1)),
-                                                                   p.in_cluster(), p.shared, nullptr);
+      const cudaError_t status = launch_persistent<Block, Arguments>(
+          arguments, static_cast<int>(p.ctas(1)), p.cluster_dim(), p.shared_bytes, nullptr);
       arguments.epoch += static_cast<uint32_t>(count);
       return status;
     });
     std::printf("%s,%s,%d,%d,%d,%d,%s,%.3f,%.3f\n",
                 std::is_same_v<Arguments, PersistentForward<T>> ? "forward" : "backward",
-                p.cluster  ? "clusters"
-                : p.single ? "single"
-                           : "flags",
-                static_cast<int>(H), static_cast<int>(B), p.members, static_cast<int>(p.blocks(1)), variant,
-                time.median, time.least);
+                p.cluster     ? "clusters"
+                : p.single    ? "single"
+                : p.data_flag ? "data_flags"
+                              : "flags",
+                static_cast<int>(H), static_cast<int>(B), p.ctas_per_group, static_cast<int>(p.ctas(1)),
+                variant, time.median, time.min);
     std::fflush(stdout);
   }
 };
@@ -215,7 +244,7 @@ int main(int argc, char** argv) {
   for (const auto& [H, B] : sizes) {
     Problem problem(count, B, H, limits);
     for (const Phase phase : {Phase::forward, Phase::backward}) {
-      for (const char tier : {'A', 'B', 'S'}) problem.run(phase, tier);
+      for (const char tier : {'A', 'B', 'D', 'S'}) problem.run(phase, tier);
     }
   }
   return 0;

@@ -1,6 +1,7 @@
-// Backward: the cell of one step, its projection, the gradient of h0, and rows for the weights' gradients of
-// ragged batches. What a thread does is in step.h.
+// Backward: the cell of one step, its projection, the gradient of h0, and rows for the weight gradients of
+// ragged batches. The work of a thread is in step.h.
 #include "cuda/launch.cuh"
+#include "cuda/tuning.h"
 
 namespace fastlstm::cuda {
 namespace {
@@ -39,45 +40,50 @@ struct Ragged {
 };
 
 template <int V, class T>
-bool gradient_fits(const HiddenGradient<T>& s) {
-  return fits<V>(s.P, s.dh_n, s.dh, s.carry) && (!s.dy || (fits<V>(s.dy_t, s.dy) && s.dy_b % V == 0));
+bool can_vectorize_gradient(const HiddenGradient<T>& s) {
+  return can_vectorize<V>(s.P, s.dh_n, s.dh, s.carry) &&
+         (!s.dy || (can_vectorize<V>(s.dy_t, s.dy) && s.dy_b % V == 0));
 }
 
 }  // namespace
 
 template <class T>
 cudaError_t launch_cell_step_bwd(const BackwardStep<T>& s, cudaStream_t stream) {
-  constexpr int V = kWidth<T>;
-  const bool wide = fits<V>(s.H, s.dhidden, s.gates, s.cells, s.c0, s.dc_n, s.dc, s.dgates, s.hidden) &&
-                    (!s.dcells || (fits<V>(s.dcells_t, s.dcells) && s.dcells_b % V == 0)) &&
-                    (s.dhidden || gradient_fits<V>(s.gradient));
+  constexpr int V = kVecFeatures<T>;
+  const bool vectorized =
+      can_vectorize<V>(s.H, s.dhidden, s.gates, s.cells, s.c0, s.dc_n, s.dc, s.dgates, s.hidden) &&
+      (!s.dcells || (can_vectorize<V>(s.dcells_t, s.dcells) && s.dcells_b % V == 0)) &&
+      (s.dhidden || can_vectorize_gradient<V>(s.gradient));
   const Extent extent = {s.H, s.steps.B, s.D};
-  return wide ? launch<Backward<T>, V>(s, extent, stream) : launch<Backward<T>, 1>(s, extent, stream);
+  return vectorized ? launch<Backward<T>, V>(s, extent, stream) : launch<Backward<T>, 1>(s, extent, stream);
 }
 
 template <class T>
 cudaError_t launch_projection_step_bwd(const ProjectedGradient<T>& s, cudaStream_t stream) {
-  constexpr int V = kWidth<T>;
-  const bool wide = gradient_fits<V>(s.gradient) && fits<V>(s.gradient.P, s.dprojected);
+  constexpr int V = kVecFeatures<T>;
+  const bool vectorized =
+      can_vectorize_gradient<V>(s.gradient) && can_vectorize<V>(s.gradient.P, s.dprojected);
   const Extent extent = {s.gradient.P, s.steps.B, s.D};
-  return wide ? launch<ProjectedBackward<T>, V>(s, extent, stream)
-              : launch<ProjectedBackward<T>, 1>(s, extent, stream);
+  return vectorized ? launch<ProjectedBackward<T>, V>(s, extent, stream)
+                    : launch<ProjectedBackward<T>, 1>(s, extent, stream);
 }
 
 template <class T>
 cudaError_t launch_initial_state_bwd(const InitialGradient<T>& s, cudaStream_t stream) {
-  constexpr int V = kWidth<T>;
-  const bool wide = gradient_fits<V>(s.gradient) && fits<V>(s.gradient.P, s.dh0);
+  constexpr int V = kVecFeatures<T>;
+  const bool vectorized = can_vectorize_gradient<V>(s.gradient) && can_vectorize<V>(s.gradient.P, s.dh0);
   const Extent extent = {s.gradient.P, s.steps.B, s.D};
-  return wide ? launch<Initial<T>, V>(s, extent, stream) : launch<Initial<T>, 1>(s, extent, stream);
+  return vectorized ? launch<Initial<T>, V>(s, extent, stream) : launch<Initial<T>, 1>(s, extent, stream);
 }
 
 template <class T>
 cudaError_t launch_ragged_rows(const RaggedRows<T>& s, cudaStream_t stream) {
-  constexpr int V = kWidth<T>;
-  const bool wide = fits<V>(s.n, s.initial, s.out) && fits<V>(s.source_t, s.source) && s.source_b % V == 0;
-  const Extent extent = {s.n, s.steps.B, static_cast<int>(s.count < 1024 ? s.count : 1024)};
-  return wide ? launch<Ragged<T>, V>(s, extent, stream) : launch<Ragged<T>, 1>(s, extent, stream);
+  constexpr int V = kVecFeatures<T>;
+  const bool vectorized = can_vectorize<V>(s.n, s.initial, s.out) && can_vectorize<V>(s.source_t, s.source) &&
+                          s.source_b % V == 0;
+  const Extent extent = {s.n, s.steps.B,
+                         static_cast<int>(s.count < kRaggedGridMaxSteps ? s.count : kRaggedGridMaxSteps)};
+  return vectorized ? launch<Ragged<T>, V>(s, extent, stream) : launch<Ragged<T>, 1>(s, extent, stream);
 }
 
 #define INSTANTIATE(T)                                                                           \

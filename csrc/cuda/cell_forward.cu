@@ -1,4 +1,4 @@
-// Forward: the cell of one step, and with projection the taking in of the projected h. What a thread does is
+// Forward: the cell of one step, and with projection the storing of the projected h. The work of a thread is
 // in step.h.
 #include "cuda/launch.cuh"
 
@@ -22,27 +22,28 @@ struct ProjectedForward {
 };
 
 template <int V, class T>
-bool state_fits(const HiddenState<T>& s) {
-  return fits<V>(s.P, s.h0, s.h, s.y, s.h_n);
+bool can_vectorize_state(const HiddenState<T>& s) {
+  return can_vectorize<V>(s.P, s.h0, s.h, s.y, s.h_n);
 }
 
 }  // namespace
 
 template <class T>
 cudaError_t launch_cell_step_fwd(const ForwardStep<T>& s, cudaStream_t stream) {
-  constexpr int V = kWidth<T>;
-  const bool wide =
-      fits<V>(s.H, s.gates_x, s.gates_h, s.bias_ih[0], s.bias_ih[1], s.bias_hh[0], s.bias_hh[1]) &&
-      fits<V>(s.H, s.c0, s.c, s.c_n, s.cells, s.gates, s.hidden) && (s.hidden || state_fits<V>(s.state));
+  constexpr int V = kVecFeatures<T>;
+  const bool vectorized =
+      can_vectorize<V>(s.H, s.gates_x, s.gates_h, s.bias_ih[0], s.bias_ih[1], s.bias_hh[0], s.bias_hh[1]) &&
+      can_vectorize<V>(s.H, s.c0, s.c, s.c_n, s.cells, s.gates, s.hidden) &&
+      (s.hidden || can_vectorize_state<V>(s.state));
   const Extent extent = {s.H, s.steps.B, s.D};
-  return wide ? launch<Forward<T>, V>(s, extent, stream) : launch<Forward<T>, 1>(s, extent, stream);
+  return vectorized ? launch<Forward<T>, V>(s, extent, stream) : launch<Forward<T>, 1>(s, extent, stream);
 }
 
 template <class T>
 cudaError_t launch_projection_step_fwd(const ProjectedStep<T>& s, cudaStream_t stream) {
-  constexpr int V = kWidth<T>;
+  constexpr int V = kVecFeatures<T>;
   const Extent extent = {s.state.P, s.steps.B, s.D};
-  return fits<V>(s.state.P, s.projected) && state_fits<V>(s.state)
+  return can_vectorize<V>(s.state.P, s.projected) && can_vectorize_state<V>(s.state)
              ? launch<ProjectedForward<T>, V>(s, extent, stream)
              : launch<ProjectedForward<T>, 1>(s, extent, stream);
 }

@@ -1,20 +1,19 @@
-// The CUDA kernels that run between the matrix products of one LSTM layer. No torch header here or in any .cu
-// file.
+// The CUDA kernels between the GEMMs of one LSTM layer. No torch header here or in any .cu file.
 //
 // Sizes: T steps, B rows, H units, P features of h (H without projection), D directions (1, or 2 with the
 // reverse one second). Gates i, f, g, o. Every launcher runs all directions at once; an array [2] has one
-// entry per direction. All pointers are device memory of the caller, dense and row-major in the shape given
-// unless strides stand beside them. T is the tensors' type: float, double, __half or __nv_bfloat16. Acc<T>,
-// the type of sums and of the carried state, is float, and double for double: in bf16 c stops taking in small
-// updates after some 200 steps.
+// entry per direction. All pointers are device memory of the caller, contiguous and row-major in the given
+// shape unless there are strides. T is the tensors' dtype: float, double, __half or __nv_bfloat16. Acc<T>,
+// the dtype of accumulation and of carried state, is float, and double for double: a bfloat16 c would lose
+// small updates after some 200 steps.
 #pragma once
 
 #include <cuda_runtime_api.h>
 
 #include <cstdint>
 
-struct __half;         // whole in cuda_fp16.h
-struct __nv_bfloat16;  // whole in cuda_bf16.h
+struct __half;         // defined in cuda_fp16.h
+struct __nv_bfloat16;  // defined in cuda_bf16.h
 
 namespace fastlstm::cuda {
 
@@ -29,21 +28,21 @@ struct Accumulation<double> {
 template <class T>
 using Acc = typename Accumulation<T>::type;
 
-// Which steps each row has, and at which of them a new sequence begins.
+// The steps of each row, and those at which a new sequence begins.
 struct Steps {
   int64_t T, B;
   const int64_t* lengths;  // [B]     or null: every row has T steps
   const bool* reset_mask;  // [T, B]  or null
 };
 
-// Where h_t goes, and where the h that a row carries past a step it lacks comes from.
+// Outputs of h_t, and the h that a row carries past steps it lacks.
 template <class T>
 struct HiddenState {
   int64_t P;
   const T* h0;  // [D, B, P]     read at the first step; null: zeros
-  T* h;    // [D, B, P]     the h that enters the next step, updated in place; not touched at the last step
-  T* y;    // [T, B, D*P]   out
-  T* h_n;  // [D, B, P]     out at the last step, null before
+  T* h;         // [D, B, P]     h_prev of the next step, updated in place; not written at the last step
+  T* y;         // [T, B, D*P]   out
+  T* h_n;       // [D, B, P]     out at the last step, null before
 };
 
 // One step forward: from the pre-activations to c_t and h_t.
@@ -63,14 +62,14 @@ struct ForwardStep {
   Acc<T>* c;              // [D, B, H]      state, updated in place
   T* c_n;                 // [D, B, H]      out at the last step, null before
   T* cells;               // [T, B, D*H]    out, or null
-  T* gates;               // [D, T, B, 4H]  out, activated; null when no gradient is wanted
+  T* gates;               // [D, T, B, 4H]  out, activated; null if no gradient is needed
   T* hidden;              // [D, B, H]      out with projection: o * tanh(c), to be projected; else null
   HiddenState<T> state;   // read and written here without projection only
 };
 template <class T>
 cudaError_t launch_cell_step_fwd(const ForwardStep<T>& step, cudaStream_t stream);
 
-// With projection: takes in h_t = W_hr (o * tanh(c)).
+// With projection: stores h_t = W_hr (o * tanh(c)).
 template <class T>
 struct ProjectedStep {
   Steps steps;
@@ -83,7 +82,7 @@ struct ProjectedStep {
 template <class T>
 cudaError_t launch_projection_step_fwd(const ProjectedStep<T>& step, cudaStream_t stream);
 
-// The gradient of h_t by every way it has: y, h_n, and the step after it in the direction's order.
+// The terms of the gradient of h_t: from y, h_n, and the next step in scan order.
 template <class T>
 struct HiddenGradient {
   int64_t P;
@@ -91,10 +90,10 @@ struct HiddenGradient {
   int64_t dy_t, dy_b;  // dy's strides of T and B
   const T* dh_n;       // [D, B, P]    read at the first step; null: zeros
   const Acc<T>* dh;    // [D, B, P]    dgates W_hh of the step done before
-  Acc<T>* carry;       // [D, B, P]    what a row carries past the steps it lacks; null without lengths
+  Acc<T>* carry;       // [D, B, P]    carried by rows past steps they lack; null without lengths
 };
 
-// One step backward, in the reverse of the direction's order. `first` is the first one done.
+// One step backward, in reverse scan order. first: the first one computed.
 template <class T>
 struct BackwardStep {
   Steps steps;
@@ -110,7 +109,7 @@ struct BackwardStep {
   const T* dcells;             // [T, B, D*H]    or null; the last stride is 1
   int64_t dcells_t, dcells_b;  // dcells' strides of T and B
   const T* dc_n;               // [D, B, H]      read at the first step; null: zeros
-  Acc<T>* dc;                  // [D, B, H]      gradient of the c that enters, updated in place
+  Acc<T>* dc;                  // [D, B, H]      gradient of c_prev, updated in place
   T* dgates;                   // [D, slots, B, 4H]  out at slot[d]: gradients of the pre-activations
   T* hidden;                   // [D, slots, B, H]   out with projection: o * tanh(c); or null
   int64_t slots, slot[2];
@@ -143,14 +142,14 @@ struct InitialGradient {
 template <class T>
 cudaError_t launch_initial_state_bwd(const InitialGradient<T>& step, cudaStream_t stream);
 
-// Rows for the weights' gradients of ragged batches: zero where a row lacks the step, whatever the padding
-// holds.
+// Rows for the weight gradients of ragged batches: zero where a row lacks the step, whatever the padding
+// contains.
 template <class T>
 struct RaggedRows {
   Steps steps;
   int64_t begin, count, n;  // for the steps begin ... begin + count - 1, n features
   int d;
-  bool entering;    // out[t] is the state that enters step t in direction d; else it is source[t]
+  bool previous;    // out[t] is the previous state of step t in direction d; otherwise source[t]
   const T* source;  // [T, B, n]  the last stride is 1
   int64_t source_t, source_b;
   const T* initial;  // [B, n]     h0 of direction d, or null: zeros

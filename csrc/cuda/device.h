@@ -1,4 +1,4 @@
-// The few things the layer asks of the CUDA runtime; apart so that the tests can run it on the host.
+// The layer's calls of the CUDA runtime, separate so that the tests can replace them on the host.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -10,11 +10,11 @@
 
 namespace fastlstm::cuda {
 
-// Makes the device of a tensor current while it lives. stream() is that device's current stream.
-class OnDeviceOf {
+// RAII guard: makes the tensor's device current. stream() is that device's current stream.
+class DeviceGuard {
  public:
-  explicit OnDeviceOf(const at::Tensor& tensor);
-  ~OnDeviceOf();
+  explicit DeviceGuard(const at::Tensor& tensor);
+  ~DeviceGuard();
   cudaStream_t stream() const;
 
  private:
@@ -22,10 +22,10 @@ class OnDeviceOf {
   std::unique_ptr<Guard> guard_;
 };
 
-// Of the current device; no SMs where the persistent kernels cannot run on it at all.
+// Of the current device; sms = 0 if it cannot run persistent kernels.
 DeviceLimits device_limits();
 
-// Throws what c10 throws unless a launch succeeded.
+// Throws c10's error if a launch failed.
 void check(cudaError_t status);
 
 }  // namespace fastlstm::cuda

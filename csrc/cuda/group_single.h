@@ -1,9 +1,9 @@
-// One block is a group: W_hh of a layer of up to 128 units, in 16 bits, is in the registers of one block, and
-// nothing is exchanged. What a group gives to a block's loop is written in group_flags.h.
+// Single-block variant: a group is one CTA, whose registers hold W_hh of a layer of up to 128 units in 16
+// bits; nothing is exchanged. The interface of a group is described in group_flags.h.
 //
-// Each warp multiplies all of K for its 16 units, so its accumulators are the sums: forward's four tiles are
-// the four gates of the same units, and a lane has all gates of its elements. A step has one barrier, between
-// the writing of a state and its reading; two slots, since a warp may write state n + 1 while another still
+// Each warp multiplies all of K for its 16 units, so its accumulators are the sums: in forward the four m
+// tiles are the four gates of these units, and a lane has all gates of its elements. A step has one barrier,
+// between the writes and the reads of a state. Two slots, because a warp may write state n + 1 while another
 // reads state n.
 #pragma once
 
@@ -11,74 +11,77 @@
 
 namespace fastlstm::cuda {
 
-// The elements whose sums are in the lane's own accumulators: units lane / 4 and lane / 4 + 8 of the
-// warp's 16. A slice has four rows, in the even ones of a tile's 8 columns, so that a lane has one of its two
-// neighbouring columns: eight rows would be four elements a thread, for which there are no registers.
-struct DealOfAccumulators {
+// Maps a lane to the elements whose sums are in its accumulators: units lane / 4 and lane / 4 + 8 of the
+// warp's
+// 16. A batch tile has four rows, in the even columns of the n tile, so a lane uses one of its two columns:
+// eight rows would be four elements per thread, and there are no registers for four.
+struct AccumulatorElementMap {
   static constexpr int kElements = 2;
 
-  static FASTLSTM_DEVICE Element element(const Warp& warp, int lane, int q, int member, int slice, int64_t H,
-                                         int64_t B) {
-    const unsigned of_lane = static_cast<unsigned>(lane);
-    const int unit = warp.index() * 16 + static_cast<int>(of_lane / 4) + 8 * q;
-    return {unit, static_cast<int>(of_lane % 4), kSingleUnits, kSingleRows, member, slice, H, B};
+  static FASTLSTM_DEVICE Element element(const Warp& warp, int lane, int q, int cta_rank, int batch_tile,
+                                         int64_t H, int64_t B) {
+    const auto l = static_cast<unsigned>(lane);
+    const int unit = warp.index() * 16 + static_cast<int>(l / 4) + 8 * q;
+    return {unit, static_cast<int>(l % 4), kSingleUnits, kSingleRows, cta_rank, batch_tile, H, B};
   }
-  // Which of an accumulator's four numbers element q is.
+  // Element q's component of an accumulator.
   static FASTLSTM_DEVICE float of(const float4& acc, int q) { return q == 0 ? acc.x : acc.z; }
 };
 
-// Forward: TILES 4, the gates, and K = H. Backward: one tile of dh, K = 4H in CHAINS sums, so that fewer
-// products wait for one another. ROUNDS chunks of K.
-template <class T, int TILES, int ROUNDS, int CHAINS>
+// Forward: four m tiles, the gates, and K = H. Backward: one m tile of dh and K = 4H, in CHAINS independent
+// accumulators, so that fewer mma.sync wait for each other. ITERS: K slices.
+template <class T, int M_TILES, int ITERS, int CHAINS>
 class SingleGroup {
  public:
-  static constexpr bool kCluster = false;
-  static constexpr int kUnits = kSingleUnits, kSliceRows = kSingleRows;
-  using Elements = DealOfAccumulators;
-  using Place = int;  // an element of shared memory
+  static constexpr bool kCluster = false, kDataFlag = false;
+  static constexpr int kUnits = kSingleUnits, kBatchTileRows = kSingleRows;
+  using Elements = AccumulatorElementMap;
+  using StateAddress = int;  // index of an element in shared memory
 
-  FASTLSTM_DEVICE SingleGroup(const Persistent& s, const Warp& warp, const Member& member)
-      : a_(warp, s.packed, member.d, ROUNDS, 0) {
+  FASTLSTM_DEVICE SingleGroup(const Persistent& s, const Warp& warp, const CtaCoord& cta)
+      : a_(warp, s.packed_weights, cta.d, ITERS, 0) {
     for (const int lane : warp.lanes()) {
-      for (int i = warp.index() * 32 + lane; i < 2 * kWords; i += kWarps * 32)
+      for (int i = warp.index() * 32 + lane; i < 2 * kSlotWords; i += kWarps * 32)
         warp.shared()[i] = {0, 0, 0, 0};
     }
     warp.block_sync();
   }
 
   FASTLSTM_DEVICE void bind(const Warp&, int, int n) {
-    read_ = keep(static_cast<unsigned>(n) % 2 == 0 ? 0 : kWords);
+    read_ = keep_in_register(static_cast<unsigned>(n) % 2 == 0 ? 0 : kSlotWords);
   }
-  FASTLSTM_DEVICE void advance(const Warp&) { read_ = kWords - read_; }
+  FASTLSTM_DEVICE void advance(const Warp&) { read_ = kSlotWords - read_; }
 
-  FASTLSTM_DEVICE Place place(const Warp&, int row, int k) const {
-    return (kWords - read_) * kOfWord + state_offset<T>(ROUNDS, 2 * row, k);
+  FASTLSTM_DEVICE StateAddress address(const Warp&, int row, int k) const {
+    return (kSlotWords - read_) * kWordElements + state_offset<T>(ITERS, 2 * row, k);
   }
-  FASTLSTM_DEVICE static T* own(const Warp& warp, Place place) {
-    return reinterpret_cast<T*>(warp.shared()) + place;
+  FASTLSTM_DEVICE static T* pointer(const Warp& warp, StateAddress address) {
+    return reinterpret_cast<T*>(warp.shared()) + address;
   }
-  FASTLSTM_DEVICE Place before(Place place) const { return place - (kWords - 2 * read_) * kOfWord; }
-  FASTLSTM_DEVICE Place flip(Place place) const { return before(place); }
+  FASTLSTM_DEVICE StateAddress previous(StateAddress address) const {
+    return address - (kSlotWords - 2 * read_) * kWordElements;
+  }
+  FASTLSTM_DEVICE StateAddress next(StateAddress address) const { return previous(address); }
 
   FASTLSTM_DEVICE void send(const Warp&) const {}
 
   FASTLSTM_DEVICE void receive(const Warp& warp) {
 #pragma unroll
-    for (int i = 0; i < TILES * CHAINS; ++i) {
+    for (int i = 0; i < M_TILES * CHAINS; ++i) {
       for (const int lane : warp.lanes()) acc_[i][lane] = {0, 0, 0, 0};
     }
 #pragma unroll
-    for (int k = 0; k < ROUNDS; ++k) {
+    for (int k = 0; k < ITERS; ++k) {
       PerLane<uint4> b;
       for (const int lane : warp.lanes()) b[lane] = warp.shared()[read_ + k * 32 + lane];
 #pragma unroll
-      for (int r = 0; r < TILES; ++r) {
-        multiply_chunk<T>(acc_[k % CHAINS * TILES + r], a_.held[k][2 * r], a_.held[k][2 * r + 1], b);
+      for (int r = 0; r < M_TILES; ++r) {
+        mma_k_slice<T>(acc_[k % CHAINS * M_TILES + r], a_.fragments[k][2 * r], a_.fragments[k][2 * r + 1], b);
       }
     }
   }
 
-  FASTLSTM_DEVICE int sum_at(int, int) const { return 0; }
+  FASTLSTM_DEVICE int sum_offset(int, int) const { return 0; }
   FASTLSTM_DEVICE float sum(const Warp&, int lane, int q, int) const { return tile(lane, q, 0); }
   FASTLSTM_DEVICE float4 sum4(const Warp&, int lane, int q, int) const {
     return {tile(lane, q, 0), tile(lane, q, 1), tile(lane, q, 2), tile(lane, q, 3)};
@@ -87,23 +90,23 @@ class SingleGroup {
   FASTLSTM_DEVICE void leave(const Warp&) const {}
 
  private:
-  static constexpr int kOfWord = 16 / static_cast<int>(sizeof(T)), kWords = ROUNDS * 32;  // of a slot
+  static constexpr int kWordElements = 16 / static_cast<int>(sizeof(T)), kSlotWords = ITERS * 32;
 
   FASTLSTM_DEVICE float tile(int lane, int q, int r) const {
     float total = Elements::of(acc_[r][lane], q);
 #pragma unroll
-    for (int i = 1; i < CHAINS; ++i) total += Elements::of(acc_[i * TILES + r][lane], q);
+    for (int i = 1; i < CHAINS; ++i) total += Elements::of(acc_[i * M_TILES + r][lane], q);
     return total;
   }
 
-  Resident<TILES, ROUNDS> a_;
-  PerLane<float4> acc_[TILES * CHAINS];
-  int read_ = 0;  // the first word of the slot of state n
+  ResidentWeights<M_TILES, ITERS> a_;
+  PerLane<float4> acc_[M_TILES * CHAINS];
+  int read_ = 0;  // first word of the slot of state n
 };
 
 template <class T>
-using SingleForward = SingleGroup<T, 4, kSingleForwardRounds, 1>;
+using SingleForward = SingleGroup<T, 4, kSingleForwardIters, 1>;
 template <class T>
-using SingleBackward = SingleGroup<T, 1, kSingleBackwardRounds, 2>;
+using SingleBackward = SingleGroup<T, 1, kSingleBackwardIters, 2>;
 
 }  // namespace fastlstm::cuda

@@ -1,4 +1,4 @@
-// How the kernels are laid over the device: a grid of (features, rows, layers).
+// Launch of the step-wise kernels: a grid of (features, rows, layers).
 #pragma once
 
 #include "cuda/step.h"
@@ -7,9 +7,9 @@ namespace fastlstm::cuda {
 
 constexpr int kThreads = 128;
 
-// F::run<V>(s, layer, row, feature) for all of them. Rows beyond the grid's limit of 65,535 blocks are looped
-// over. Four blocks an SM leave 128 registers a thread; left to itself ptxas spills some kernels to fit more
-// blocks.
+// Runs F::run<V>(s, layer, row, feature) for all of n. Rows beyond the grid's limit of 65,535 CTAs run in a
+// loop. Four CTAs per SM leave 128 registers per thread; without the bound ptxas spills in some kernels to
+// fit more.
 template <class F, int V, class S>
 __global__ void __launch_bounds__(kThreads, 4)
     for_each(const __grid_constant__ S s, const __grid_constant__ Extent n) {
@@ -25,15 +25,15 @@ __global__ void __launch_bounds__(kThreads, 4)
 
 template <class F, int V, class S>
 cudaError_t launch(const S& s, const Extent& n, cudaStream_t stream) {
-  if (n.features == 0 || n.rows == 0) return cudaSuccess;  // a grid of no blocks is an error
-  const int64_t units = (n.features + V - 1) / V;
-  int wide = 1;
-  while (wide < kThreads && wide < units) wide *= 2;
-  const int tall = kThreads / wide;
-  const int64_t blocks = (n.rows + tall - 1) / tall;
-  const dim3 grid(static_cast<unsigned>((units + wide - 1) / wide),
-                  static_cast<unsigned>(blocks < 65535 ? blocks : 65535), static_cast<unsigned>(n.layers));
-  for_each<F, V><<<grid, dim3(wide, tall), 0, stream>>>(s, n);
+  if (n.features == 0 || n.rows == 0) return cudaSuccess;  // an empty grid is an error
+  const int64_t vectors = (n.features + V - 1) / V;
+  int threads_x = 1;
+  while (threads_x < kThreads && threads_x < vectors) threads_x *= 2;
+  const int threads_y = kThreads / threads_x;
+  const int64_t grid_y = (n.rows + threads_y - 1) / threads_y;
+  const dim3 grid(static_cast<unsigned>((vectors + threads_x - 1) / threads_x),
+                  static_cast<unsigned>(grid_y < 65535 ? grid_y : 65535), static_cast<unsigned>(n.layers));
+  for_each<F, V><<<grid, dim3(threads_x, threads_y), 0, stream>>>(s, n);
   return cudaGetLastError();
 }
 

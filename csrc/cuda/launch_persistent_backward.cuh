@@ -1,8 +1,9 @@
-// Launch of the persistent backward kernel; a block of it is in persistent_backward.h. Included once for each
-// type, by files of their own that compile side by side.
+// Launch of the persistent backward kernel (persistent_backward.h). Included once per dtype, by separate
+// files, which compile in parallel.
 #pragma once
 
 #include "cuda/group_cluster.h"
+#include "cuda/group_data_flag.h"
 #include "cuda/group_flags.h"
 #include "cuda/group_single.h"
 #include "cuda/persistent_backward.h"
@@ -10,24 +11,33 @@
 namespace fastlstm::cuda {
 namespace {
 
-template <class T, int UNITS, int HELD, int COLUMNS, bool RAGGED>
-using BackwardFlags = BackwardBlock<T, FlagGroup<T, UNITS, UNITS, 4 * UNITS, HELD, COLUMNS>, RAGGED>;
-template <class T, int COLUMNS, bool RAGGED>
-using BackwardCluster = BackwardBlock<
-    T, ScatterCluster<T, kClusterUnits, cluster_held(Phase::backward, sizeof(T), COLUMNS), COLUMNS>, RAGGED>;
+template <class T, int UNITS, int REGISTER_ITERS, int N_TILES, bool RAGGED>
+using BackwardFlags =
+    BackwardBlock<T, FlagGroup<T, UNITS, UNITS, 4 * UNITS, REGISTER_ITERS, N_TILES>, RAGGED>;
+template <class T, int UNITS, int REGISTER_ITERS, bool RAGGED>
+using BackwardDataFlag = BackwardBlock<T, DataFlagGroup<T, UNITS, UNITS, 4, REGISTER_ITERS>, RAGGED>;
+template <class T, int N_TILES, bool RAGGED>
+using BackwardCluster =
+    BackwardBlock<T,
+                  ReduceScatterCluster<T, kClusterUnits,
+                                       cluster_register_iters(Phase::backward, sizeof(T), N_TILES), N_TILES>,
+                  RAGGED>;
 
-// f(the layout's block): tier A's, or of tier B one of the variants in cuda/plan.h; for slices of 8 and of 16
-// rows.
+// Calls f with the block of the layout: the single-block or cluster variant, or a configuration of the grid
+// variant (plan.h).
 template <class T, bool RAGGED, class F>
 auto with_backward_block(const Layout& p, F&& f) -> decltype(f(BackwardCluster<T, 1, RAGGED>())) {
-  const auto is = [&](int units, int held, int columns) {
-    return p.units == units && p.held == held && p.columns == columns;
+  const auto is = [&](int units, int register_iters, int n_tiles) {
+    return p.units == units && p.register_iters == register_iters && p.n_tiles == n_tiles;
   };
   if constexpr (sizeof(T) == 2) {
     if (p.single) return f(BackwardBlock<T, SingleBackward<T>, RAGGED>());
-    if (p.cluster && p.columns == 2) return f(BackwardCluster<T, 2, RAGGED>());
+    if (p.cluster && p.n_tiles == 2) return f(BackwardCluster<T, 2, RAGGED>());
   }
   if (p.cluster) return f(BackwardCluster<T, 1, RAGGED>());
+  if (p.data_flag && is(32, 8, 1)) return f(BackwardDataFlag<T, 32, 8, RAGGED>());
+  if (p.data_flag && is(16, 16, 1)) return f(BackwardDataFlag<T, 16, 16, RAGGED>());
+  if (p.data_flag) return {};
   if (is(32, 8, 1)) return f(BackwardFlags<T, 32, 8, 1, RAGGED>());
   if (is(32, 3, 2)) return f(BackwardFlags<T, 32, 3, 2, RAGGED>());
   if (is(16, 16, 1)) return f(BackwardFlags<T, 16, 16, 1, RAGGED>());
@@ -38,10 +48,10 @@ auto with_backward_block(const Layout& p, F&& f) -> decltype(f(BackwardCluster<T
 }  // namespace
 
 template <class T>
-int persistent_bwd_blocks(const Layout& p) {
-  // As many of the ragged instantiation: one block an SM in both.
+int max_resident_bwd_ctas(const Layout& p) {
+  // Also the number of the ragged instantiation: one CTA per SM in both.
   return with_backward_block<T, false>(p, [&](auto block) {
-    return blocks_together<decltype(block), PersistentBackward<T>>(p.in_cluster(), p.shared);
+    return max_resident_ctas<decltype(block), PersistentBackward<T>>(p.cluster_dim(), p.shared_bytes);
   });
 }
 
@@ -50,8 +60,8 @@ cudaError_t launch_persistent_bwd(const PersistentBackward<T>& s, cudaStream_t s
   const Layout& p = s.layout;
   cudaError_t status = cudaErrorInvalidConfiguration;
   const auto launch = [&](auto block) {
-    status = launch_together<decltype(block), PersistentBackward<T>>(s, static_cast<int>(p.blocks(s.step.D)),
-                                                                     p.in_cluster(), p.shared, stream);
+    status = launch_persistent<decltype(block), PersistentBackward<T>>(
+        s, static_cast<int>(p.ctas(s.step.D)), p.cluster_dim(), p.shared_bytes, stream);
     return 0;
   };
   if (s.step.steps.lengths || s.step.steps.reset_mask) {
@@ -63,7 +73,7 @@ cudaError_t launch_persistent_bwd(const PersistentBackward<T>& s, cudaStream_t s
 }
 
 #define FASTLSTM_PERSISTENT_BWD(T)                      \
-  template int persistent_bwd_blocks<T>(const Layout&); \
+  template int max_resident_bwd_ctas<T>(const Layout&); \
   template cudaError_t launch_persistent_bwd<T>(const PersistentBackward<T>&, cudaStream_t);
 
 }  // namespace fastlstm::cuda

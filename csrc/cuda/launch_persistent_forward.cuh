@@ -1,8 +1,9 @@
-// Launch of the persistent forward kernel; a block of it is in persistent_forward.h. Included once for each
-// type, by files of their own that compile side by side.
+// Launch of the persistent forward kernel (persistent_forward.h). Included once per dtype, by separate files,
+// which compile in parallel.
 #pragma once
 
 #include "cuda/group_cluster.h"
+#include "cuda/group_data_flag.h"
 #include "cuda/group_flags.h"
 #include "cuda/group_single.h"
 #include "cuda/persistent_forward.h"
@@ -10,24 +11,32 @@
 namespace fastlstm::cuda {
 namespace {
 
-template <class T, int UNITS, int HELD, int COLUMNS, bool RAGGED>
-using ForwardFlags = ForwardBlock<T, FlagGroup<T, UNITS, 4 * UNITS, UNITS, HELD, COLUMNS, RAGGED>, RAGGED>;
-template <class T, int COLUMNS, bool RAGGED>
+template <class T, int UNITS, int REGISTER_ITERS, int N_TILES, bool RAGGED>
+using ForwardFlags =
+    ForwardBlock<T, FlagGroup<T, UNITS, 4 * UNITS, UNITS, REGISTER_ITERS, N_TILES, RAGGED>, RAGGED>;
+template <class T, int UNITS, int REGISTER_ITERS, bool RAGGED>
+using ForwardDataFlag = ForwardBlock<T, DataFlagGroup<T, UNITS, 4 * UNITS, 1, REGISTER_ITERS>, RAGGED>;
+template <class T, int N_TILES, bool RAGGED>
 using ForwardCluster = ForwardBlock<
-    T, GatherCluster<T, kClusterUnits, cluster_held(Phase::forward, sizeof(T), COLUMNS), COLUMNS>, RAGGED>;
+    T,
+    AllGatherCluster<T, kClusterUnits, cluster_register_iters(Phase::forward, sizeof(T), N_TILES), N_TILES>,
+    RAGGED>;
 
-// f(the layout's block): tier A's, or of tier B one of the variants in cuda/plan.h; for slices of 8 and of 16
-// rows.
+// Calls f with the block of the layout: the single-block or cluster variant, or a configuration of the grid
+// variant (plan.h).
 template <class T, bool RAGGED, class F>
 auto with_forward_block(const Layout& p, F&& f) -> decltype(f(ForwardCluster<T, 1, RAGGED>())) {
-  const auto is = [&](int units, int held, int columns) {
-    return p.units == units && p.held == held && p.columns == columns;
+  const auto is = [&](int units, int register_iters, int n_tiles) {
+    return p.units == units && p.register_iters == register_iters && p.n_tiles == n_tiles;
   };
   if constexpr (sizeof(T) == 2) {
     if (p.single) return f(ForwardBlock<T, SingleForward<T>, RAGGED>());
   }
-  if (p.cluster && p.columns == 2) return f(ForwardCluster<T, 2, RAGGED>());
+  if (p.cluster && p.n_tiles == 2) return f(ForwardCluster<T, 2, RAGGED>());
   if (p.cluster) return f(ForwardCluster<T, 1, RAGGED>());
+  if (p.data_flag && is(32, 2, 1)) return f(ForwardDataFlag<T, 32, 2, RAGGED>());
+  if (p.data_flag && is(16, 3, 1)) return f(ForwardDataFlag<T, 16, 3, RAGGED>());
+  if (p.data_flag) return {};
   if (is(32, 2, 1)) return f(ForwardFlags<T, 32, 2, 1, RAGGED>());
   if (is(32, 1, 2)) return f(ForwardFlags<T, 32, 1, 2, RAGGED>());
   if (is(16, 3, 1)) return f(ForwardFlags<T, 16, 3, 1, RAGGED>());
@@ -38,10 +47,10 @@ auto with_forward_block(const Layout& p, F&& f) -> decltype(f(ForwardCluster<T, 
 }  // namespace
 
 template <class T>
-int persistent_fwd_blocks(const Layout& p) {
-  // As many of the ragged instantiation: one block an SM in both.
+int max_resident_fwd_ctas(const Layout& p) {
+  // Also the number of the ragged instantiation: one CTA per SM in both.
   return with_forward_block<T, false>(p, [&](auto block) {
-    return blocks_together<decltype(block), PersistentForward<T>>(p.in_cluster(), p.shared);
+    return max_resident_ctas<decltype(block), PersistentForward<T>>(p.cluster_dim(), p.shared_bytes);
   });
 }
 
@@ -50,8 +59,8 @@ cudaError_t launch_persistent_fwd(const PersistentForward<T>& s, cudaStream_t st
   const Layout& p = s.layout;
   cudaError_t status = cudaErrorInvalidConfiguration;
   const auto launch = [&](auto block) {
-    status = launch_together<decltype(block), PersistentForward<T>>(s, static_cast<int>(p.blocks(s.step.D)),
-                                                                    p.in_cluster(), p.shared, stream);
+    status = launch_persistent<decltype(block), PersistentForward<T>>(
+        s, static_cast<int>(p.ctas(s.step.D)), p.cluster_dim(), p.shared_bytes, stream);
     return 0;
   };
   if (s.step.steps.lengths || s.step.steps.reset_mask) {
@@ -63,7 +72,7 @@ cudaError_t launch_persistent_fwd(const PersistentForward<T>& s, cudaStream_t st
 }
 
 #define FASTLSTM_PERSISTENT_FWD(T)                      \
-  template int persistent_fwd_blocks<T>(const Layout&); \
+  template int max_resident_fwd_ctas<T>(const Layout&); \
   template cudaError_t launch_persistent_fwd<T>(const PersistentForward<T>&, cudaStream_t);
 
 }  // namespace fastlstm::cuda

@@ -5,28 +5,28 @@
 namespace fastlstm::cuda {
 namespace {
 
-// A matrix that a product can read as it lies.
-at::Tensor readable(const at::Tensor& weight) {
+// Returns the weight as an operand of cuBLAS: contiguous, or its transpose is.
+at::Tensor gemm_operand(const at::Tensor& weight) {
   return weight.is_contiguous() || weight.t().is_contiguous() ? weight : weight.contiguous();
 }
 
-at::Tensor dense(const OptionalTensor& given) {
-  return given && given->defined() ? given->contiguous() : at::Tensor();
+at::Tensor contiguous_or_undefined(const OptionalTensor& tensor) {
+  return tensor && tensor->defined() ? tensor->contiguous() : at::Tensor();
 }
 
 }  // namespace
 
-Layer::Layer(const LayerInputs& given) : LayerSizes(given) {
-  dtype = given.x.scalar_type(), sum_dtype = dtype == at::kDouble ? at::kDouble : at::kFloat;
-  options = given.x.options().requires_grad(false), sum_options = options.dtype(sum_dtype);
+Layer::Layer(const LayerInputs& inputs) : LayerSizes(inputs) {
+  dtype = inputs.x.scalar_type(), sum_dtype = dtype == at::kDouble ? at::kDouble : at::kFloat;
+  options = inputs.x.options().requires_grad(false), sum_options = options.dtype(sum_dtype);
   for (int64_t d = 0; d < D; ++d) {
-    DirectionWeights& w = weights.emplace_back(*this, given.weights, d);
-    w.ih = readable(w.ih), w.hh = readable(w.hh);
+    DirectionWeights& w = weights.emplace_back(*this, inputs.weights, d);
+    w.ih = gemm_operand(w.ih), w.hh = gemm_operand(w.hh);
     if (bias) w.bias_ih = w.bias_ih.contiguous(), w.bias_hh = w.bias_hh.contiguous();
-    if (proj()) w.hr = readable(w.hr);
+    if (proj()) w.hr = gemm_operand(w.hr);
   }
-  h0 = dense(given.h0), c0 = dense(given.c0);
-  lengths = dense(given.lengths), reset_mask = dense(given.reset_mask);
+  h0 = contiguous_or_undefined(inputs.h0), c0 = contiguous_or_undefined(inputs.c0);
+  lengths = contiguous_or_undefined(inputs.lengths), reset_mask = contiguous_or_undefined(inputs.reset_mask);
   steps = {T, B, in<int64_t>(lengths), in<bool>(reset_mask)};
 }
 
@@ -44,7 +44,7 @@ SlotView::SlotView(const at::Tensor& slots)
 const at::Tensor& SlotView::at(const int64_t (&slot)[2]) {
   c10::TensorImpl* const impl = view_.unsafeGetTensorImpl();
   impl->set_storage_offset(slot[0] * per_slot_);
-  // slot[0] < slots, so the distance from one direction's rows to the other's is positive.
+  // slot[0] < slots, so the stride between the directions is positive.
   if (view_.dim() == 3) impl->set_stride(0, (slots_ + slot[1] - slot[0]) * per_slot_);
   return view_;
 }

@@ -1,40 +1,34 @@
-// One layer on the device: its sizes, weights and masks as the kernels and the products read them, and its
-// two passes.
+// One layer on the device: its sizes, weights and masks as the kernels and the GEMMs read them, and its two
+// passes.
 #pragma once
 
 #include "contract.h"
 #include "cuda/cell_kernels.h"
+#include "cuda/tuning.h"
 
 namespace fastlstm::cuda {
 
-// Buffers that hold some steps at a time are about this large: x W_ih^T of those steps is two waves of
-// tiles of a product on the largest GPUs, and stays in L2 until the cell kernels have read it.
-#ifndef FASTLSTM_CUDA_CHUNK_BYTES  // the tests set a small one, so that small cases run in chunks
-#define FASTLSTM_CUDA_CHUNK_BYTES (32 << 20)
-#endif
-constexpr int64_t kChunkBytes = FASTLSTM_CUDA_CHUNK_BYTES;
-
 struct Layer : LayerSizes {
-  explicit Layer(const LayerInputs& given);
+  explicit Layer(const LayerInputs& inputs);
 
-  at::ScalarType dtype, sum_dtype;  // of the tensors, and of sums and carried state (Acc in cell_kernels.h)
+  at::ScalarType dtype, sum_dtype;  // of the tensors; of sums and carried state (Acc in cell_kernels.h)
   at::TensorOptions options, sum_options;
-  std::vector<DirectionWeights> weights;  // [D]; biases dense, matrices as a product can read them
-  at::Tensor h0, c0;                      // dense, or undefined for zeros
-  at::Tensor lengths, reset_mask;         // dense, or undefined
+  std::vector<DirectionWeights> weights;  // [D]; biases contiguous, matrices as operands of cuBLAS
+  at::Tensor h0, c0;                      // contiguous, or undefined for zeros
+  at::Tensor lengths, reset_mask;         // contiguous, or undefined
   Steps steps;
 
   bool ragged() const { return lengths.defined() || reset_mask.defined(); }
 
-  // [D, B, n] in the shape of one product for all directions: [B, n] for one direction.
-  at::Tensor per_product(const at::Tensor& state) const { return D == 1 ? state.select(0, 0) : state; }
-  // A weight of all directions as the operand of such a product; one copy for the whole sequence where D = 2.
+  // [D, B, n] as the operand of one GEMM for all directions: [B, n] for one direction.
+  at::Tensor batched_operand(const at::Tensor& state) const { return D == 1 ? state.select(0, 0) : state; }
+  // The same for a weight; one copy for the whole sequence if D = 2.
   at::Tensor stacked(at::Tensor DirectionWeights::* weight) const;
 };
 
-// The operand of the steps' products within [D, slots, B, n]: [B, n], or [2, B, n] with each direction at its
-// own slot. It is one tensor moved from step to step, since making a view costs more host time than launching
-// a kernel.
+// The operand of a step's GEMM within [D, slots, B, n]: [B, n], or [2, B, n] with each direction at its own
+// slot. One tensor is moved from step to step, because creating a view costs more host time than launching a
+// kernel.
 class SlotView {
  public:
   explicit SlotView(const at::Tensor& slots);
@@ -55,7 +49,7 @@ T* out(const at::Tensor& t) {
   return t.defined() ? static_cast<T*>(t.mutable_data_ptr()) : nullptr;
 }
 
-// f(a null pointer to the kernels' type T of a dtype).
+// Calls f with a null pointer to the kernels' type T of the dtype.
 template <class F>
 void for_dtype(at::ScalarType dtype, F&& f) {
   switch (dtype) {

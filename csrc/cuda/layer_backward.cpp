@@ -1,6 +1,6 @@
-// Backward: for every step one cell kernel and one product dgates W_hh, each for both directions, or one
-// persistent kernel for many steps; then one product each for dx, dW_ih, dW_hh and dW_hr and one sum for the
-// biases. What forward saved is only read, so it may run again.
+// Backward: per step one cell kernel and one GEMM dgates W_hh, each for both directions, or one persistent
+// kernel for a chunk of steps; then one GEMM each for dx, dW_ih, dW_hh and dW_hr, and one sum for the biases.
+// Saved tensors are only read, so backward may run again.
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/ops/cat.h>
 #include <ATen/ops/empty.h>
@@ -16,22 +16,18 @@
 namespace fastlstm::cuda {
 namespace {
 
-// dgates [T, B, 4H] is as large as the reserve, so long sequences go in chunks of a quarter, and the products
-// after the loop become sums of a few. Below this size it is not worth while.
-constexpr int64_t kLeastBytes = 2 * kChunkBytes;
-
-// A weight's gradient: a sum of terms, kept in the type of sums where they are several.
-class Sum {
+// Accumulates the gradient of a weight, in the accumulation dtype if there are several terms.
+class GradientSum {
  public:
-  Sum() = default;
-  Sum(const Layer& l, at::IntArrayRef shape, bool several)
-      : layer_(&l), shape_(shape.vec()), kept_(several ? l.sum_options : l.options) {}
-  bool wanted() const { return layer_ != nullptr; }
+  GradientSum() = default;
+  GradientSum(const Layer& l, at::IntArrayRef shape, bool several)
+      : layer_(&l), shape_(shape.vec()), options_(several ? l.sum_options : l.options) {}
+  bool needed() const { return layer_ != nullptr; }
 
-  void add(const Products& multiply, const at::Tensor& a, const at::Tensor& b) {
-    if (total_.defined() && total_.dtype() == a.dtype()) return multiply(total_, a, b, true);
-    at::Tensor product = at::empty(shape_, kept_);
-    multiply(product, a, b);
+  void add(const Gemm& gemm, const at::Tensor& a, const at::Tensor& b) {
+    if (total_.defined() && total_.dtype() == a.dtype()) return gemm(total_, a, b, true);
+    at::Tensor product = at::empty(shape_, options_);
+    gemm(product, a, b);
     add(product);
   }
   void add(const at::Tensor& term) {
@@ -48,144 +44,145 @@ class Sum {
  private:
   const Layer* layer_ = nullptr;
   std::vector<int64_t> shape_;
-  at::TensorOptions kept_;
+  at::TensorOptions options_;
   at::Tensor total_;
 };
 
 struct DirectionSums {
-  Sum ih, hh, bias, hr;  // those wanted
+  GradientSum ih, hh, bias, hr;  // those needed
 };
 
-struct Given {
+struct BackwardInputs {
   at::Tensor dy, dh_n, dc_n, dcells;  // undefined for zeros
   at::Tensor x, y, cells, reserve;
 };
 
-// Some neighbouring steps of one direction, and what backward found for them.
+// Consecutive steps of one direction, and their gradients.
 struct Chunk {
   int64_t d, begin, count;
   at::Tensor dgates;      // [count * B, 4H]
   at::Tensor dprojected;  // [count * B, P]  with projection: the gradient of h
-  at::Tensor hidden;      // [count * B, H]  with projection, if dW_hr is wanted: o * tanh(c)
+  at::Tensor hidden;      // [count * B, H]  with projection, if dW_hr is needed: o * tanh(c)
 };
 
-// [count * B, n]: a chunk's rows of `source` [T, B, n], or the states that enter its steps; zero where a row
-// lacks the step, since padding may hold NaN and 0 * NaN would enter the product.
+// [count * B, n]: a chunk's rows of `source` [T, B, n], or the previous states of its steps; zero where a row
+// lacks the step, since padding may hold NaN and 0 * NaN is NaN.
 template <class T>
-at::Tensor ragged_rows(const Layer& l, const Chunk& chunk, const at::Tensor& source, bool entering,
+at::Tensor ragged_rows(const Layer& l, const Chunk& chunk, const at::Tensor& source, bool previous,
                        const at::Tensor& initial, cudaStream_t stream) {
   const int64_t n = source.size(2);
   const at::Tensor rows = at::empty({chunk.count * l.B, n}, l.options);
   check(
-      launch_ragged_rows<T>({l.steps, chunk.begin, chunk.count, n, static_cast<int>(chunk.d), entering,
+      launch_ragged_rows<T>({l.steps, chunk.begin, chunk.count, n, static_cast<int>(chunk.d), previous,
                              in<T>(source), source.stride(0), source.stride(1), in<T>(initial), out<T>(rows)},
                             stream));
   return rows;
 }
 
-// dW_hh of a dense batch: step t was entered with y[t - 1], in reverse y[t + 1], and a direction's first step
-// with h0.
-void add_recurrent(const Layer& l, const Products& multiply, const Chunk& chunk, const at::Tensor& y,
-                   const at::Tensor& h0, Sum& sum) {
+// dW_hh of a dense batch: h_prev of step t is y[t - 1], in reverse y[t + 1], and h0 at a direction's first
+// step.
+void add_recurrent(const Layer& l, const Gemm& gemm, const Chunk& chunk, const at::Tensor& y,
+                   const at::Tensor& h0, GradientSum& sum) {
   const int64_t first = chunk.d == 0 ? 0 : l.T - 1;
   const bool has_first = chunk.begin <= first && first < chunk.begin + chunk.count;
-  const int64_t skip = has_first && chunk.d == 0, entered = chunk.count - has_first;
-  if (entered > 0) {
-    const at::Tensor h = y.narrow(0, chunk.begin + skip + (chunk.d == 0 ? -1 : 1), entered).flatten(0, 1);
-    sum.add(multiply, chunk.dgates.narrow(0, skip * l.B, entered * l.B).t(), h);
+  const int64_t skip = has_first && chunk.d == 0, with_prev = chunk.count - has_first;
+  if (with_prev > 0) {
+    const at::Tensor h = y.narrow(0, chunk.begin + skip + (chunk.d == 0 ? -1 : 1), with_prev).flatten(0, 1);
+    sum.add(gemm, chunk.dgates.narrow(0, skip * l.B, with_prev * l.B).t(), h);
   }
   if (has_first && h0.defined()) {
-    sum.add(multiply, chunk.dgates.narrow(0, (first - chunk.begin) * l.B, l.B).t(), h0);
+    sum.add(gemm, chunk.dgates.narrow(0, (first - chunk.begin) * l.B, l.B).t(), h0);
   }
 }
 
-// The sums of the columns of a tall matrix [n, m]. In one go at::sum asks for 128 MiB of scratch memory.
+// Column sums of a tall matrix [n, m], in runs of kSumRunRows rows.
 at::Tensor column_sums(const at::Tensor& rows, at::ScalarType dtype) {
-  constexpr int64_t kRun = 128;
-  const int64_t n = rows.size(0), runs = n / kRun, whole = runs * kRun;
+  const int64_t n = rows.size(0), runs = n / kSumRunRows, whole = runs * kSumRunRows;
   if (runs < 2) return at::sum(rows, {0}, false, dtype);
   at::Tensor sums =
-      at::sum(rows.narrow(0, 0, whole).view({runs, kRun, rows.size(1)}), {1}, false, dtype).sum(0);
+      at::sum(rows.narrow(0, 0, whole).view({runs, kSumRunRows, rows.size(1)}), {1}, false, dtype).sum(0);
   if (whole < n) sums.add_(at::sum(rows.narrow(0, whole, n - whole), {0}, false, dtype));
   return sums;
 }
 
-// What a chunk adds to the gradients of x and of the weights.
+// Adds a chunk's terms to the gradients of x and of the weights.
 template <class T>
-void add_chunk(const Layer& l, const Products& multiply, const Given& given, const Chunk& chunk,
-               const at::Tensor& dx, bool dx_begun, DirectionSums& sums, cudaStream_t stream) {
+void add_chunk(const Layer& l, const Gemm& gemm, const BackwardInputs& inputs, const Chunk& chunk,
+               const at::Tensor& dx, bool add_dx, DirectionSums& sums, cudaStream_t stream) {
   const int64_t rows = chunk.count * l.B;
   if (dx.defined()) {
     at::Tensor part = dx.narrow(0, chunk.begin, chunk.count).view({rows, l.I});
-    multiply(part, chunk.dgates, l.weights[chunk.d].ih, dx_begun);
+    gemm(part, chunk.dgates, l.weights[chunk.d].ih, add_dx);
   }
   const at::Tensor dgates_t = chunk.dgates.t();
-  if (sums.ih.wanted()) {
-    sums.ih.add(multiply, dgates_t,
-                l.lengths.defined() ? ragged_rows<T>(l, chunk, given.x, false, {}, stream)
-                                    : given.x.narrow(0, chunk.begin, chunk.count).reshape({rows, l.I}));
+  if (sums.ih.needed()) {
+    sums.ih.add(gemm, dgates_t,
+                l.lengths.defined() ? ragged_rows<T>(l, chunk, inputs.x, false, {}, stream)
+                                    : inputs.x.narrow(0, chunk.begin, chunk.count).reshape({rows, l.I}));
   }
-  if (sums.hh.wanted()) {
-    const at::Tensor y = given.y.narrow(2, chunk.d * l.P, l.P);  // [T, B, P]
+  if (sums.hh.needed()) {
+    const at::Tensor y = inputs.y.narrow(2, chunk.d * l.P, l.P);  // [T, B, P]
     const at::Tensor h0 = l.h0.defined() ? l.h0.select(0, chunk.d) : at::Tensor();
     if (l.ragged()) {
-      sums.hh.add(multiply, dgates_t, ragged_rows<T>(l, chunk, y, true, h0, stream));
+      sums.hh.add(gemm, dgates_t, ragged_rows<T>(l, chunk, y, true, h0, stream));
     } else {
-      add_recurrent(l, multiply, chunk, y, h0, sums.hh);
+      add_recurrent(l, gemm, chunk, y, h0, sums.hh);
     }
   }
-  if (sums.bias.wanted()) sums.bias.add(column_sums(chunk.dgates, l.sum_dtype));
-  if (sums.hr.wanted()) sums.hr.add(multiply, chunk.dprojected.t(), chunk.hidden);
+  if (sums.bias.needed()) sums.bias.add(column_sums(chunk.dgates, l.sum_dtype));
+  if (sums.hr.needed()) sums.hr.add(gemm, chunk.dprojected.t(), chunk.hidden);
 }
 
 template <class T>
 struct Pass {
   const Layer& l;
-  const Given& given;
+  const BackwardInputs& inputs;
   const int64_t slots;  // steps in a chunk
   const bool need_dh0;
   const cudaStream_t stream;
 
-  // Adds to the sums, fills dx if defined; gives dh0 (if needed) and dc0, this one in the type of sums.
+  // Adds to the sums and fills dx if defined. Returns dh0 (if needed) and dc0, which has the accumulation
+  // dtype.
   std::pair<at::Tensor, at::Tensor> run(const at::Tensor& dx, std::vector<DirectionSums>& sums) const;
 };
 
 template <class T>
 std::pair<at::Tensor, at::Tensor> Pass<T>::run(const at::Tensor& dx, std::vector<DirectionSums>& sums) const {
-  const Products multiply(l.dtype);
+  const Gemm gemm(l.dtype);
   const int64_t B = l.B, H = l.H, P = l.P;
   const int D = static_cast<int>(l.D);
-  PersistentPass<T> persistent(l, Phase::backward, multiply.tf32(), stream);
+  PersistentPass<T> persistent(l, Phase::backward, gemm.tf32(), stream);
   const at::Tensor dgates = at::empty({D, slots, B, 4 * H}, l.options);
   const at::Tensor dc = at::empty({D, B, H}, l.sum_options);
   at::Tensor dh, dh_all, dhidden, dhidden_all, dprojected, hidden, carry, w_hh, w_hr;
   if (l.T > 1 || need_dh0) {
-    dh = at::empty({D, B, P}, l.sum_options), dh_all = l.per_product(dh);
+    dh = at::empty({D, B, P}, l.sum_options), dh_all = l.batched_operand(dh);
   }
   if (l.lengths.defined()) carry = at::empty({D, B, P}, l.sum_options);
   if (l.proj()) {
-    dhidden = at::empty({D, B, H}, l.sum_options), dhidden_all = l.per_product(dhidden);
+    dhidden = at::empty({D, B, H}, l.sum_options), dhidden_all = l.batched_operand(dhidden);
     dprojected = at::empty({D, slots, B, P}, l.options);
     w_hr = l.stacked(&DirectionWeights::hr);
-    const bool wanted = std::any_of(sums.begin(), sums.end(), [](const auto& s) { return s.hr.wanted(); });
-    if (wanted) hidden = at::empty({D, slots, B, H}, l.options);
+    const bool hr_needed = std::any_of(sums.begin(), sums.end(), [](const auto& s) { return s.hr.needed(); });
+    if (hr_needed) hidden = at::empty({D, slots, B, H}, l.options);
   }
   SlotView dgates_view(dgates), dprojected_view(l.proj() ? dprojected : dgates);
 
   HiddenGradient<T> gradient = {
-      P, in<T>(given.dy), 0, 0, in<T>(given.dh_n), in<Acc<T>>(dh), out<Acc<T>>(carry)};
-  if (given.dy.defined()) gradient.dy_t = given.dy.stride(0), gradient.dy_b = given.dy.stride(1);
+      P, in<T>(inputs.dy), 0, 0, in<T>(inputs.dh_n), in<Acc<T>>(dh), out<Acc<T>>(carry)};
+  if (inputs.dy.defined()) gradient.dy_t = inputs.dy.stride(0), gradient.dy_b = inputs.dy.stride(1);
   BackwardStep<T> step = {};
   step.steps = l.steps, step.H = H, step.D = D, step.gradient = gradient;
   step.dhidden = in<Acc<T>>(dhidden);
-  step.gates = in<T>(given.reserve), step.cells = in<T>(given.cells), step.c0 = in<T>(l.c0);
-  step.dcells = in<T>(given.dcells);
-  if (given.dcells.defined()) step.dcells_t = given.dcells.stride(0), step.dcells_b = given.dcells.stride(1);
-  step.dc_n = in<T>(given.dc_n), step.dc = out<Acc<T>>(dc);
+  step.gates = in<T>(inputs.reserve), step.cells = in<T>(inputs.cells), step.c0 = in<T>(l.c0);
+  step.dcells = in<T>(inputs.dcells);
+  if (inputs.dcells.defined())
+    step.dcells_t = inputs.dcells.stride(0), step.dcells_b = inputs.dcells.stride(1);
+  step.dc_n = in<T>(inputs.dc_n), step.dc = out<Acc<T>>(dc);
   step.dgates = out<T>(dgates), step.hidden = out<T>(hidden), step.slots = slots;
   ProjectedGradient<T> project = {l.steps, D, true, {}, gradient, out<T>(dprojected), slots, {}};
 
-  // The second direction adds to the first's dx; in chunks they come to its rows at different times, so both
+  // The second direction adds to the first's dx. With chunks they reach its rows at different times, so both
   // add.
   const bool both_add = D == 2 && slots < l.T;
   if (dx.defined() && both_add) dx.zero_();
@@ -195,8 +192,8 @@ std::pair<at::Tensor, at::Tensor> Pass<T>::run(const at::Tensor& dx, std::vector
       count = std::min(slots, l.T - s);
       begin[0] = l.T - s - count, begin[1] = s;
     }
-    const bool dh_wanted = s + count < l.T || need_dh0;
-    if (persistent && persistent.backward(step, s, count, begin, dh_wanted ? out<Acc<T>>(dh) : nullptr)) {
+    const bool dh_needed = s + count < l.T || need_dh0;
+    if (persistent && persistent.backward(step, s, count, begin, dh_needed ? out<Acc<T>>(dh) : nullptr)) {
       s += count - 1;
     } else {
       if (dh.defined() && !w_hh.defined()) w_hh = l.stacked(&DirectionWeights::hh);
@@ -207,10 +204,10 @@ std::pair<at::Tensor, at::Tensor> Pass<T>::run(const at::Tensor& dx, std::vector
       }
       if (l.proj()) {
         check(launch_projection_step_bwd(project, stream));
-        multiply(dhidden_all, dprojected_view.at(project.slot), w_hr);
+        gemm(dhidden_all, dprojected_view.at(project.slot), w_hr);
       }
       check(launch_cell_step_bwd(step, stream));
-      if (s + 1 < l.T || need_dh0) multiply(dh_all, dgates_view.at(step.slot), w_hh);
+      if (s + 1 < l.T || need_dh0) gemm(dh_all, dgates_view.at(step.slot), w_hh);
     }
     if (s + 1 < l.T && (s + 1) % slots != 0) continue;
     const auto rows = [&](const at::Tensor& all, int64_t d) {
@@ -218,7 +215,7 @@ std::pair<at::Tensor, at::Tensor> Pass<T>::run(const at::Tensor& dx, std::vector
     };
     for (int64_t d = 0; d < D; ++d) {
       const Chunk chunk = {d, begin[d], count, rows(dgates, d), rows(dprojected, d), rows(hidden, d)};
-      add_chunk<T>(l, multiply, given, chunk, dx, both_add || d == 1, sums[d], stream);
+      add_chunk<T>(l, gemm, inputs, chunk, dx, both_add || d == 1, sums[d], stream);
     }
   }
   at::Tensor dh0;
@@ -229,15 +226,15 @@ std::pair<at::Tensor, at::Tensor> Pass<T>::run(const at::Tensor& dx, std::vector
   return {dh0, dc};
 }
 
-// A gradient as the kernels read it, its last stride 1; undefined for none.
-at::Tensor readable(const OptionalTensor& given) {
-  if (!given || !given->defined()) return {};
-  return given->stride(-1) == 1 ? *given : given->contiguous();
+// Returns the gradient with a last stride of 1; undefined if there is none.
+at::Tensor unit_stride(const OptionalTensor& gradient) {
+  if (!gradient || !gradient->defined()) return {};
+  return gradient->stride(-1) == 1 ? *gradient : gradient->contiguous();
 }
 
-// y again from what else forward kept: h = o * tanh(c), and its projection. Rows past a length are never
-// read.
-at::Tensor output_again(const Layer& l, const at::Tensor& cells, const at::Tensor& reserve) {
+// Recomputes y from the saved gates and cells: h = o * tanh(c), and its projection. Rows past a length are
+// not read.
+at::Tensor recompute_output(const Layer& l, const at::Tensor& cells, const at::Tensor& reserve) {
   std::vector<at::Tensor> directions;
   for (int64_t d = 0; d < l.D; ++d) {
     const at::Tensor o = reserve.select(0, d).narrow(2, 3 * l.H, l.H).to(l.sum_dtype);
@@ -257,39 +254,40 @@ LayerGradients layer_backward(const OptionalTensor& dy, const OptionalTensor& dh
                               const at::Tensor& y, const at::Tensor& cells, const at::Tensor& reserve,
                               c10::List<bool> needs) {
   const at::AutoDispatchBelowADInplaceOrView below_autograd;
-  const OnDeviceOf device(x);
+  const DeviceGuard device(x);
   const Layer l({x, h0, c0, weights, lengths, reset_mask});
   const int64_t T = l.T, B = l.B, H = l.H, P = l.P;
   l.check_backward(x, {dy, dh_n, dc_n, dcells}, {y, cells, reserve}, needs);
   const auto dense = [](const at::Tensor& t) { return t.defined() ? t.contiguous() : t; };
-  bool reads_x = false;  // otherwise it may be a stand-in of stride 0
+  bool reads_x = false;  // if false, x may be an expanded tensor of stride 0
   for (size_t k = 3; k < needs.size(); k += l.per_direction) reads_x |= needs[k];
-  const Given given = {readable(dy),
-                       dense(readable(dh_n)),
-                       dense(readable(dc_n)),
-                       readable(dcells),
-                       reads_x && l.lengths.defined() && x.stride(2) != 1 ? x.contiguous() : x,
-                       lacks_output(y) ? output_again(l, cells, reserve) : dense(y),
-                       dense(cells),
-                       dense(reserve)};
+  const BackwardInputs inputs = {unit_stride(dy),
+                                 dense(unit_stride(dh_n)),
+                                 dense(unit_stride(dc_n)),
+                                 unit_stride(dcells),
+                                 reads_x && l.lengths.defined() && x.stride(2) != 1 ? x.contiguous() : x,
+                                 lacks_output(y) ? recompute_output(l, cells, reserve) : dense(y),
+                                 dense(cells),
+                                 dense(reserve)};
 
   const int64_t step_bytes = std::max<int64_t>(1, l.D * B * 4 * H * static_cast<int64_t>(x.element_size()));
-  const int64_t slots = std::clamp<int64_t>(std::max(kLeastBytes, step_bytes * T / 4) / step_bytes, 1, T);
+  const int64_t slots = std::clamp<int64_t>(
+      std::max(kDgatesChunkMinBytes, step_bytes * T / kDgatesMaxChunks) / step_bytes, 1, T);
   const auto need = [&](int64_t d, int64_t k) { return needs[3 + d * l.per_direction + k]; };
-  const int64_t hr = l.per_direction - 1;  // where weight_hr is, with projection
+  const int64_t hr = l.per_direction - 1;  // index of weight_hr
   std::vector<DirectionSums> sums(l.D);
   for (int64_t d = 0; d < l.D; ++d) {
     const bool several = slots < T;
-    if (need(d, 0)) sums[d].ih = Sum(l, {4 * H, l.I}, several);
-    if (need(d, 1)) sums[d].hh = Sum(l, {4 * H, P}, several || l.h0.defined());
-    if (l.bias && (need(d, 2) || need(d, 3))) sums[d].bias = Sum(l, {4 * H}, true);
-    if (l.proj() && need(d, hr)) sums[d].hr = Sum(l, {P, H}, several);
+    if (need(d, 0)) sums[d].ih = GradientSum(l, {4 * H, l.I}, several);
+    if (need(d, 1)) sums[d].hh = GradientSum(l, {4 * H, P}, several || l.h0.defined());
+    if (l.bias && (need(d, 2) || need(d, 3))) sums[d].bias = GradientSum(l, {4 * H}, true);
+    if (l.proj() && need(d, hr)) sums[d].hr = GradientSum(l, {P, H}, several);
   }
   at::Tensor dx, dh0, dc0;
   if (needs[0]) dx = at::empty(x.sizes(), l.options);
   if (B > 0) {
     for_dtype(l.dtype, [&](auto* type) {
-      const Pass<std::remove_pointer_t<decltype(type)>> pass = {l, given, slots, needs[1], device.stream()};
+      const Pass<std::remove_pointer_t<decltype(type)>> pass = {l, inputs, slots, needs[1], device.stream()};
       std::tie(dh0, dc0) = pass.run(dx, sums);
     });
   } else {
@@ -299,14 +297,14 @@ LayerGradients layer_backward(const OptionalTensor& dy, const OptionalTensor& dh
   std::vector<at::Tensor> dweights(weights.size());
   for (int64_t d = 0; d < l.D; ++d) {
     at::Tensor* const dw = &dweights[d * l.per_direction];
-    if (sums[d].ih.wanted()) dw[0] = sums[d].ih.result();
-    if (sums[d].hh.wanted()) dw[1] = sums[d].hh.result();
-    if (sums[d].bias.wanted()) {
+    if (sums[d].ih.needed()) dw[0] = sums[d].ih.result();
+    if (sums[d].hh.needed()) dw[1] = sums[d].hh.result();
+    if (sums[d].bias.needed()) {
       const at::Tensor bias = sums[d].bias.result();
       if (need(d, 2)) dw[2] = bias;
-      if (need(d, 3)) dw[3] = need(d, 2) ? bias.clone() : bias;  // equal, but they must not be one tensor
+      if (need(d, 3)) dw[3] = need(d, 2) ? bias.clone() : bias;  // equal, but they must not alias
     }
-    if (sums[d].hr.wanted()) dw[hr] = sums[d].hr.result();
+    if (sums[d].hr.needed()) dw[hr] = sums[d].hr.result();
   }
   const auto or_none = [&](const at::Tensor& t) { return t.defined() ? t : at::empty({0}, l.options); };
   for (at::Tensor& dw : dweights) dw = or_none(dw);

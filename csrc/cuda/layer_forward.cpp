@@ -1,6 +1,6 @@
-// Forward: the input products of many steps at once, then for every step one product with W_hh and one cell
-// kernel, each for both directions; or one persistent kernel for all these steps. No host synchronisation;
-// everything on the current stream.
+// Forward: x W_ih^T for a chunk of steps, then per step one GEMM with W_hh and one cell kernel, each for both
+// directions, or one persistent kernel for the whole chunk. No host synchronization; everything runs on the
+// current stream.
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/stack.h>
@@ -14,48 +14,47 @@
 namespace fastlstm::cuda {
 namespace {
 
-// The h that enters the first step, for the product with W_hh: zero in rows that begin a sequence there. The
-// reverse direction begins none at step T - 1.
-at::Tensor entering_first(const Layer& l) {
+// h_prev of the first step, for the GEMM with W_hh: zero in rows that are reset there. In reverse no sequence
+// starts at step T - 1.
+at::Tensor first_h_prev(const Layer& l) {
   if (!l.h0.defined() || !l.reset_mask.defined()) return l.h0;
   const at::Tensor forward = l.h0.select(0, 0).masked_fill(l.reset_mask.select(0, 0).unsqueeze(1), 0);
   return l.D == 1 ? forward.unsqueeze(0) : at::stack({forward, l.h0.select(0, 1)});
 }
 
-// x W_ih^T for `count` steps of each direction, those of direction d from begin[d] on, into gates_x [D,
-// slots, B, 4H].
-void input_gates(const Layer& l, const Products& multiply, const at::Tensor& x, const int64_t (&begin)[2],
+// gates_x [D, slots, B, 4H] = x W_ih^T for `count` steps of each direction d, from step begin[d] on.
+void input_gates(const Layer& l, const Gemm& gemm, const at::Tensor& x, const int64_t (&begin)[2],
                  int64_t count, const at::Tensor& gates_x) {
   at::Tensor rows;  // [count * B, I]
   for (int64_t d = 0; d < l.D; ++d) {
     if (d == 0 || begin[1] != begin[0]) rows = x.narrow(0, begin[d], count).reshape({count * l.B, l.I});
     at::Tensor gates = gates_x.select(0, d).narrow(0, 0, count).view({count * l.B, 4 * l.H});
-    multiply(gates, rows, l.weights[d].ih.t());
+    gemm(gates, rows, l.weights[d].ih.t());
   }
 }
 
-// `cells` and `reserve` are undefined when not wanted.
+// cells, reserve: undefined if not needed.
 template <class T>
 void run(const Layer& l, const at::Tensor& x, const at::Tensor& y, const at::Tensor& h_n,
          const at::Tensor& c_n, const at::Tensor& cells, const at::Tensor& reserve, cudaStream_t stream) {
-  const Products multiply(l.dtype);
+  const Gemm gemm(l.dtype);
   const int D = static_cast<int>(l.D);
-  // x W_ih^T is kept in the type of sums, and for a chunk of steps only: no buffer of T steps in inference.
+  // x W_ih^T is stored in the accumulation dtype, for a chunk of steps: inference has no buffer of T steps.
   const int64_t step_bytes = std::max<int64_t>(1, D * l.B * 4 * l.H * static_cast<int64_t>(sizeof(Acc<T>)));
-  PersistentPass<T> persistent(l, Phase::forward, multiply.tf32(), stream);
-  const int64_t chunk_bytes = persistent ? kPersistentChunks * kChunkBytes : kChunkBytes;
+  PersistentPass<T> persistent(l, Phase::forward, gemm.tf32(), stream);
+  const int64_t chunk_bytes = persistent ? kPersistentStepChunkBytes : kStepChunkBytes;
   const int64_t slots = std::clamp<int64_t>(chunk_bytes / step_bytes, 1, l.T);
   const at::Tensor gates_x = at::empty({D, slots, l.B, 4 * l.H}, l.sum_options);
   at::Tensor gates_h, h, c, hidden, projected, w_hh_t, w_hr_t;
-  // What the steps' products read and write, in their shape.
+  // The same buffers as operands of the steps' GEMMs.
   at::Tensor gates_h_all, h_all, hidden_all, projected_all;
   if (l.T > 1) {
     h = at::empty({D, l.B, l.P}, l.options);
     c = at::empty({D, l.B, l.H}, l.sum_options);
   }
   if (l.proj()) {
-    hidden = at::empty({D, l.B, l.H}, l.options), hidden_all = l.per_product(hidden);
-    projected = at::empty({D, l.B, l.P}, l.sum_options), projected_all = l.per_product(projected);
+    hidden = at::empty({D, l.B, l.H}, l.options), hidden_all = l.batched_operand(hidden);
+    projected = at::empty({D, l.B, l.P}, l.sum_options), projected_all = l.batched_operand(projected);
     w_hr_t = l.stacked(&DirectionWeights::hr).transpose(-2, -1);
   }
 
@@ -71,14 +70,14 @@ void run(const Layer& l, const at::Tensor& x, const at::Tensor& y, const at::Ten
   step.state = state;
   ProjectedStep<T> project = {l.steps, D, true, {}, in<Acc<T>>(projected), state};
 
-  // What the step-wise kernels need beyond the persistent ones, before they take step s.
+  // Prepares what only the step-wise kernels need, before step s.
   const auto begin_steps = [&](int64_t s) {
     if (l.T > 1 || l.h0.defined()) {
-      gates_h = at::empty({D, l.B, 4 * l.H}, l.sum_options), gates_h_all = l.per_product(gates_h);
+      gates_h = at::empty({D, l.B, 4 * l.H}, l.sum_options), gates_h_all = l.batched_operand(gates_h);
       w_hh_t = l.stacked(&DirectionWeights::hh).transpose(-2, -1);
     }
-    if (s == 0 && l.h0.defined()) h_all = l.per_product(entering_first(l));
-    if (s > 0) h_all = l.per_product(h);
+    if (s == 0 && l.h0.defined()) h_all = l.batched_operand(first_h_prev(l));
+    if (s > 0) h_all = l.batched_operand(h);
   };
   if (!persistent) begin_steps(0);
   int64_t begin[2] = {};
@@ -86,7 +85,7 @@ void run(const Layer& l, const at::Tensor& x, const at::Tensor& y, const at::Ten
     if (s % slots == 0) {
       const int64_t count = std::min(slots, l.T - s);
       begin[0] = s, begin[1] = l.T - s - count;
-      input_gates(l, multiply, x, begin, count, gates_x);
+      input_gates(l, gemm, x, begin, count, gates_x);
       if (persistent) {
         ForwardStep<T> steps = step;
         steps.c_n = out<T>(c_n), steps.state.h_n = out<T>(h_n);
@@ -97,9 +96,9 @@ void run(const Layer& l, const at::Tensor& x, const at::Tensor& y, const at::Ten
         begin_steps(s);
       }
     }
-    if (s == 1) h_all = l.per_product(h);
+    if (s == 1) h_all = l.batched_operand(h);
     if (h_all.defined()) {
-      multiply(gates_h_all, h_all, w_hh_t);
+      gemm(gates_h_all, h_all, w_hh_t);
       step.gates_h = in<Acc<T>>(gates_h);
     }
     step.first = project.first = s == 0;
@@ -113,7 +112,7 @@ void run(const Layer& l, const at::Tensor& x, const at::Tensor& y, const at::Ten
     }
     check(launch_cell_step_fwd(step, stream));
     if (l.proj()) {
-      multiply(projected_all, hidden_all, w_hr_t);
+      gemm(projected_all, hidden_all, w_hr_t);
       check(launch_projection_step_fwd(project, stream));
     }
   }
@@ -125,7 +124,7 @@ LayerResults layer_forward(const at::Tensor& x, const OptionalTensor& h0, const 
                            at::TensorList weights, const OptionalTensor& lengths,
                            const OptionalTensor& reset_mask, bool keep_cells, bool keep_reserve) {
   const at::AutoDispatchBelowADInplaceOrView below_autograd;
-  const OnDeviceOf device(x);
+  const DeviceGuard device(x);
   const Layer l({x, h0, c0, weights, lengths, reset_mask});
   const at::Tensor y = at::empty({l.T, l.B, l.D * l.P}, l.options);
   const at::Tensor h_n = at::empty({l.D, l.B, l.P}, l.options), c_n = at::empty({l.D, l.B, l.H}, l.options);

@@ -1,7 +1,7 @@
 #include "cuda/layer_persistent.h"
 
 #include <ATen/ops/empty.h>
-#include <ATen/ops/zeros.h>
+#include <ATen/ops/full.h>
 
 #include <map>
 #include <mutex>
@@ -13,18 +13,19 @@
 namespace fastlstm::cuda {
 namespace {
 
-// The most blocks of a layout's kernel that can be on the current device at once. Asking the runtime takes
-// some microseconds, and its answer is the same in every call.
+// Max resident CTAs of a layout's kernel on the current device. Cached: a query of the runtime takes some
+// microseconds.
 template <class T>
-int64_t max_blocks(Phase phase, const Layout& p, int device) {
+int64_t max_ctas(Phase phase, const Layout& p, int device) {
   static std::mutex mutex;
-  static std::map<std::tuple<int, Phase, int, int, int, int, int64_t>, int> known;
-  const auto key = std::make_tuple(device, phase, p.units, p.held, p.columns, p.in_cluster(), p.shared);
+  static std::map<std::tuple<int, Phase, bool, int, int, int, int, int64_t>, int> cache;
+  const auto key = std::make_tuple(device, phase, p.data_flag, p.units, p.register_iters, p.n_tiles,
+                                   p.cluster_dim(), p.shared_bytes);
   const std::lock_guard<std::mutex> lock(mutex);
-  if (const auto found = known.find(key); found != known.end()) return found->second;
-  const int blocks = phase == Phase::forward ? persistent_fwd_blocks<T>(p) : persistent_bwd_blocks<T>(p);
-  if (blocks > 0) known.emplace(key, blocks);
-  return blocks;
+  if (const auto entry = cache.find(key); entry != cache.end()) return entry->second;
+  const int ctas = phase == Phase::forward ? max_resident_fwd_ctas<T>(p) : max_resident_bwd_ctas<T>(p);
+  if (ctas > 0) cache.emplace(key, ctas);
+  return ctas;
 }
 
 }  // namespace
@@ -34,43 +35,47 @@ PersistentPass<T>::PersistentPass(const Layer& l, Phase phase, bool tf32, cudaSt
     : stream_(stream) {
   if constexpr (!std::is_same_v<T, double>) {
     if (!persistent_enabled || !supports_steps(l.T)) return;
-    const int element = std::is_same_v<T, float> && !tf32 ? 0 : static_cast<int>(c10::elementSize(l.dtype));
+    const int element_bytes =
+        std::is_same_v<T, float> && !tf32 ? 0 : static_cast<int>(c10::elementSize(l.dtype));
     const int D = static_cast<int>(l.D);
-    const Recurrence r = {l.H, l.P, l.B, D, element};
+    const Recurrence r = {l.H, l.P, l.B, D, element_bytes};
     DeviceLimits device = device_limits();
-    Plan found = plan(phase, r, device, persistent_tier);
-    const auto room = [&] { return max_blocks<T>(phase, found.layout, l.options.device().index()); };
-    if (found.layout.cluster) {
-      // How many clusters there is room for depends on where the device's SMs lie, which the runtime knows.
-      device.clusters = static_cast<int>(room() / found.layout.members);
-      found = plan(phase, r, device, persistent_tier);
+    PersistentPlan chosen = plan(phase, r, device, persistent_tier);
+    const auto resident = [&] { return max_ctas<T>(phase, chosen.layout, l.options.device().index()); };
+    if (chosen.layout.cluster) {
+      // How many clusters fit depends on the GPCs of the device's SMs; only the runtime knows.
+      device.resident_clusters = static_cast<int>(resident() / chosen.layout.ctas_per_group);
+      chosen = plan(phase, r, device, persistent_tier);
     }
-    if (!found.reason.empty()) return;
-    // Fewer where the process is limited to a part of the device.
-    if (room() < (found.layout.in_cluster() == 0 ? found.layout.blocks(D) : 1)) return;
-    layout_ = found.layout;
+    if (!chosen.reason.empty()) return;
+    // Fewer if the process is limited to a part of the device.
+    if (resident() < (chosen.layout.cluster_dim() == 0 ? chosen.layout.ctas(D) : 1)) return;
+    layout_ = chosen.layout;
 
     PackWeights<T> pack = {layout_, phase, l.H, D};
     for (int d = 0; d < D; ++d) {
       const at::Tensor& w = l.weights[d].hh;
-      pack.w_hh[d] = in<T>(w), pack.row[d] = w.stride(0), pack.column[d] = w.stride(1);
+      pack.w_hh[d] = in<T>(w), pack.row_stride[d] = w.stride(0), pack.column_stride[d] = w.stride(1);
     }
-    packed_ = at::empty({16 * pack.words()}, l.options.dtype(at::kByte));
-    pack.packed = out<uint4>(packed_);
+    packed_weights_ = at::empty({16 * pack.words()}, l.options.dtype(at::kByte));
+    pack.packed_weights = out<uint4>(packed_weights_);
     check(launch_pack_weights(pack, stream));
-    // What goes through global memory.
-    const int64_t slices = layout_.in_cluster() == 0 ? l.D * layout_.slices : 0;
-    flags_at_ = slices * 2 * layout_.state * 4, fault_at_ = flags_at_ + slices * layout_.members;
-    exchange_ = at::zeros({fault_at_ + 1}, l.options.dtype(at::kInt));
+    // Grid variant: states and flags in global memory.
+    const int64_t batch_tiles = layout_.cluster_dim() == 0 ? l.D * layout_.batch_tiles : 0;
+    flags_offset_ = batch_tiles * layout_.exchange_slots() * layout_.state_words * 4;
+    fault_offset_ = flags_offset_ + (layout_.data_flag ? 0 : batch_tiles * layout_.ctas_per_group);
+    // In a CUDA graph this fill is a node before the launches, so a replay begins with an empty buffer too.
+    const int fill = layout_.data_flag ? static_cast<int>(kEmptyWord) : 0;
+    exchange_ = at::full({fault_offset_ + 1}, fill, l.options.dtype(at::kInt));
   }
 }
 
 template <class T>
 Persistent PersistentPass<T>::next(int64_t begin, int64_t count, const int64_t (&slot_t)[2]) {
   Persistent s = {};
-  s.layout = layout_, s.packed = in<uint4>(packed_), s.exchange = out<uint4>(exchange_);
+  s.layout = layout_, s.packed_weights = in<uint4>(packed_weights_), s.exchange = out<uint4>(exchange_);
   uint32_t* const words = out<uint32_t>(exchange_);
-  s.flags = words + flags_at_, s.fault = words + fault_at_;
+  s.flags = words + flags_offset_, s.fault = words + fault_offset_;
   s.epoch = epoch_, s.begin = begin, s.count = static_cast<int>(count);
   s.slot_t[0] = slot_t[0], s.slot_t[1] = slot_t[1];
   epoch_ += static_cast<uint32_t>(count);
@@ -80,7 +85,7 @@ Persistent PersistentPass<T>::next(int64_t begin, int64_t count, const int64_t (
 template <class T>
 bool PersistentPass<T>::launched(cudaError_t status) {
   if (status == cudaErrorCooperativeLaunchTooLarge || status == cudaErrorInvalidClusterSize) {
-    packed_ = at::Tensor();
+    packed_weights_ = at::Tensor();
     return false;
   }
   check(status);

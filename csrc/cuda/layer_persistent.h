@@ -1,5 +1,5 @@
-// The persistent kernels as the layer's two passes use them: whether they can serve a call, their buffers,
-// and the launches over a range of steps.
+// The persistent kernels for a layer's two passes: whether they support a call, their buffers, and the
+// launches over a range of steps.
 #pragma once
 
 #include "cuda/layer.h"
@@ -7,20 +7,17 @@
 
 namespace fastlstm::cuda {
 
-// x W_ih^T of this many times kChunkBytes of steps: each launch loads W_hh again.
-constexpr int64_t kPersistentChunks = 4;
-
 template <class T>
 class PersistentPass {
  public:
-  // False, as a condition, if the step-wise kernels must run. tf32: float32 is multiplied in TF32.
+  // Converts to false if the step-wise kernels must run. tf32: float32 GEMMs use TF32.
   PersistentPass(const Layer& l, Phase phase, bool tf32, cudaStream_t stream);
 
-  explicit operator bool() const { return packed_.defined(); }
+  explicit operator bool() const { return packed_weights_.defined(); }
 
-  // Runs the steps begin ... begin + count - 1 of both directions; slot_t is the t of slot 0. Returns false
-  // if the stream's part of the device has no room for the blocks (a green context, MPS): nothing ran, this
-  // converts to false from then on, and the step-wise kernels continue at step `begin`.
+  // Runs steps begin ... begin + count - 1 of both directions; slot_t is the t of slot 0. Returns false if
+  // the stream's part of the device has too few SMs (a green context, MPS): nothing ran, this converts to
+  // false from then on, and the step-wise kernels continue at step `begin`.
   bool forward(const ForwardStep<T>& step, int64_t begin, int64_t count, const int64_t (&slot_t)[2]);
   bool backward(const BackwardStep<T>& step, int64_t begin, int64_t count, const int64_t (&slot_t)[2],
                 Acc<T>* dh);
@@ -30,9 +27,9 @@ class PersistentPass {
   bool launched(cudaError_t status);
 
   Layout layout_ = {};
-  at::Tensor packed_;
-  at::Tensor exchange_;  // of Persistent: the states, then the flags; the last flag is `fault`
-  int64_t flags_at_ = 0, fault_at_ = 0;  // in 32-bit words
+  at::Tensor packed_weights_;
+  at::Tensor exchange_;                          // Persistent's states, flags, and fault
+  int64_t flags_offset_ = 0, fault_offset_ = 0;  // in 32-bit words
   cudaStream_t stream_;
   uint32_t epoch_ = 0;
 };

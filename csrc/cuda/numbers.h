@@ -1,4 +1,4 @@
-// Numbers of the tensors' types: widened for sums, loaded and stored several at once, and activated.
+// Conversions to and from the accumulation dtype, vector loads and stores, and activations.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -21,70 +21,70 @@ FASTLSTM_HD void narrow(double x, double& out) { out = x; }
 FASTLSTM_HD void narrow(float x, __half& out) { out = __float2half_rn(x); }
 FASTLSTM_HD void narrow(float x, __nv_bfloat16& out) { out = __float2bfloat16_rn(x); }
 
-// Features a thread takes where sizes and addresses allow: 16-byte accesses of the accumulation type.
+// Features per thread if sizes and addresses allow: 16-byte accesses of the accumulation dtype.
 template <class T>
-constexpr int kWidth = 16 / sizeof(Acc<T>);
+constexpr int kVecFeatures = 16 / sizeof(Acc<T>);
 
-// Whether a row of n elements of T, V at a time, can start at p; null fits.
+// Returns true if rows of n elements can be accessed as vectors of V at p, or p is null.
 template <int V, class T>
-bool fits(int64_t n, const T* p) {
+bool can_vectorize(int64_t n, const T* p) {
   return n % V == 0 && reinterpret_cast<uintptr_t>(p) % (sizeof(T) * V) == 0;
 }
 template <int V, class T, class... Rest>
-bool fits(int64_t n, const T* p, const Rest*... rest) {
-  return fits<V>(n, p) && fits<V>(n, rest...);
+bool can_vectorize(int64_t n, const T* p, const Rest*... rest) {
+  return can_vectorize<V>(n, p) && can_vectorize<V>(n, rest...);
 }
 
-// What a launch covers.
+// The index space of a launch.
 struct Extent {
   int64_t features, rows;
-  int layers;  // of the grid: the directions, or steps
+  int layers;  // directions, or steps
 };
 
 // V numbers of type A in registers.
 template <class A, int V>
-struct Vec {
+struct VecN {
   A v[V];
 };
 
 template <class T, int V>
-struct alignas(sizeof(T) * V) Packed {
+struct alignas(sizeof(T) * V) AlignedVecN {
   T v[V];
 };
 
-// One access for all V; the launcher chose V so that p is aligned to it.
+// One access for all V; the launcher selects V such that p is aligned.
 template <int V, class T>
-FASTLSTM_HD Vec<Acc<T>, V> load(const T* p) {
-  const Packed<T, V> packed = *reinterpret_cast<const Packed<T, V>*>(p);
-  Vec<Acc<T>, V> x;
+FASTLSTM_HD VecN<Acc<T>, V> load(const T* p) {
+  const AlignedVecN<T, V> packed = *reinterpret_cast<const AlignedVecN<T, V>*>(p);
+  VecN<Acc<T>, V> x;
 #pragma unroll
   for (int k = 0; k < V; ++k) x.v[k] = widen(packed.v[k]);
   return x;
 }
 
 template <int V, class T>
-FASTLSTM_HD void store(T* p, const Vec<Acc<T>, V>& x) {
-  Packed<T, V> packed;
+FASTLSTM_HD void store(T* p, const VecN<Acc<T>, V>& x) {
+  AlignedVecN<T, V> packed;
 #pragma unroll
   for (int k = 0; k < V; ++k) narrow(x.v[k], packed.v[k]);
-  *reinterpret_cast<Packed<T, V>*>(p) = packed;
+  *reinterpret_cast<AlignedVecN<T, V>*>(p) = packed;
 }
 
 template <class A, int V>
-FASTLSTM_HD Vec<A, V> zeros() {
-  Vec<A, V> x;
+FASTLSTM_HD VecN<A, V> zeros() {
+  VecN<A, V> x;
 #pragma unroll
   for (int k = 0; k < V; ++k) x.v[k] = 0;
   return x;
 }
 
 template <int V, class T>
-FASTLSTM_HD Vec<Acc<T>, V> load_or_zeros(const T* base, int64_t offset) {
+FASTLSTM_HD VecN<Acc<T>, V> load_or_zeros(const T* base, int64_t offset) {
   return base ? load<V>(base + offset) : zeros<Acc<T>, V>();
 }
 
 template <class A, int V>
-FASTLSTM_HD void add(Vec<A, V>& x, const Vec<A, V>& y) {
+FASTLSTM_HD void add(VecN<A, V>& x, const VecN<A, V>& y) {
 #pragma unroll
   for (int k = 0; k < V; ++k) x.v[k] += y.v[k];
 }
@@ -102,16 +102,16 @@ struct Exact<float> {
   static FASTLSTM_HD float tanh(float x) { return tanhf(x); }
 };
 
-// For results of at most 11 bits: 2e-7 of absolute error, as exp and the quotients are to a few ulp. Two
-// instructions of the special function unit a gate, where Exact takes some twenty more.
+// For results of at most 11 bits: absolute error 2e-7. Two instructions of the special function unit per
+// gate, about twenty fewer than Exact.
 class Fast {
  public:
   static FASTLSTM_HD float sigmoid(float x) { return logistic(-1.4426950408889634f * x); }
   static FASTLSTM_HD float tanh(float x) { return 2.0f * logistic(-2.8853900817779268f * x) - 1.0f; }
 
  private:
-  // 1 / (1 + 2^x). Subnormal numbers are taken for 0, which the sum with 1 does anyway; __expf and __fdividef
-  // each take four instructions more to avoid that.
+  // 1 / (1 + 2^x). Flushes subnormal numbers, which the sum with 1 rounds away anyway; __expf and __fdividef
+  // each take four more instructions to keep them.
   static FASTLSTM_HD float logistic(float x) {
 #if defined(__CUDA_ARCH__)
     float power, quotient;

@@ -1,6 +1,6 @@
-// How a layer's recurrence is laid over the device for the persistent kernels, or why it is not: a pure
-// function of sizes, type and device. No header but the standard's, so that every build has it and the tests
-// can ask it.
+// The planner of the persistent kernels: how a layer's recurrence is distributed over the GPU, or why it is
+// not. A pure function of sizes, dtype and device, with only standard headers, so that every build has it and
+// the tests can call it.
 #pragma once
 
 #include <algorithm>
@@ -10,20 +10,22 @@
 #include <limits>
 #include <string>
 
+#include "cuda/tuning.h"
+
 namespace fastlstm::cuda {
 
-// Whether the persistent kernels may run at all; off to measure and test the step-wise ones.
+// False: step-wise kernels only, for tests and measurements.
 inline std::atomic<bool> persistent_enabled{true};
-// 'A', 'B' or 'S' for that tier wherever it can serve, to measure and test it; 0: what is predicted to be
-// fastest.
+// The variant to use wherever it supports the layer, for tests and measurements: 'A' cluster, 'B' grid, 'D'
+// grid with data flags, 'S' single-block; 0: the one of 'A' and 'B' with the smallest predicted time.
 inline std::atomic<char> persistent_tier{0};
 
 struct DeviceLimits {
-  int sms;          // streaming multiprocessors
-  int64_t shared;   // bytes of shared memory one block may ask for
-  int cluster = 0;  // the most blocks of a cluster; 0 where there are none
-  // Clusters on the device at once, where the runtime has been asked for a layout.
-  int clusters = std::numeric_limits<int>::max();
+  int sms;               // streaming multiprocessors
+  int64_t shared_bytes;  // max shared memory of a CTA
+  int max_cluster_ctas = 0;
+  // Clusters that fit the device at once, if the runtime has been asked for a layout.
+  int resident_clusters = std::numeric_limits<int>::max();
 };
 
 enum class Phase { forward, backward };
@@ -31,266 +33,295 @@ enum class Phase { forward, backward };
 struct Recurrence {
   int64_t H, P, B;
   int D;
-  int element;  // bytes: 2 for float16 and bfloat16, 4 for TF32; 0 for what tensor cores have no product for
+  int element_bytes;  // 2: float16 and bfloat16, 4: TF32, 0: a dtype without tensor-core products
 };
 
-// The product of a step is A [rows, K] times a state [K, 8 * columns]; A stays in the block. It is cut into
-// fragments of 16 rows and 64 bytes of K (a chunk), which the 8 warps of a block divide among them.
-//   forward            A [units * 4, H]: rows of the block's units, a unit's four gates together   state: h
-//   backward, tier B   A [units, members * 4 * units]: the block's columns of W_hh    state: all dgates
-//   backward, tier A   A [members * units, 4 * units]: its rows of W_hh, transposed    state: its own dgates
-// Tier A: a group is a thread-block cluster, whose blocks push into each other's shared memory. Tier B: it is
-// any blocks of one launch that are on the device together, and states go through L2.
-// Tier S: one block is a group, for small layers in 16 bits; nothing is exchanged (forward's A has its rows
-// in another order, [8 warps, 4 gates, 16 units]).
+constexpr int kWarps = 8;                     // per CTA
+constexpr int kDataFlagSlots = 4;             // exchange.h
+constexpr uint32_t kEmptyWord = 0xffffffffu;  // exchange.h
+constexpr int kKSliceBytes = 64;              // of a row of K: 16 bytes of each of four lanes
+
+// A step's GEMM is A [M, K] times a state [K, 8 * n_tiles]; A stays in the CTA. A is divided into fragments
+// of 16 rows (an m tile) and 64 bytes of K (a K slice), which are distributed over the CTA's 8 warps.
+//   forward            A [units * 4, H]: the CTA's units, the four gates of a unit adjacent. State: h
+//   backward, grid     A [units, ctas_per_group * 4 * units]: the CTA's columns of W_hh. State: all dgates
+//   backward, cluster  A [ctas_per_group * units, 4 * units]: its rows of W_hh, transposed. State: its dgates
+// Cluster variant: a group is a thread-block cluster; CTAs store into each other's shared memory (DSMEM).
+// Grid variant: a group is any set of CTAs that are resident together; states go through L2.
+// Single-block variant: a group is one CTA, for small layers in 16 bits; nothing is exchanged. In forward the
+// rows of A are [8 warps, 4 gates, 16 units].
 struct Layout {
-  bool cluster;    // tier A
-  bool single;     // tier S, with slices of 4 rows
-  bool scatters;   // tier A's backward: blocks hand on products, for the others to add
-  int units;       // hidden units of a block
-  int width;       // fragments a warp multiplies in a round: of its rows, or where it scatters of its K
-  int rounds;      // of a warp, for all of its K or, where it scatters, its rows; the last may be padding
-  int held;        // rounds whose fragments are in registers; the others are in shared memory
-  int parts;       // into which the warps cut K; those of one part divide the rows
-  int columns;     // tiles of 8 rows of the batch in a slice, which a block takes at once
-  int members;     // blocks of a group, which holds one copy of W_hh
-  int groups;      // per direction; they never wait for each other
-  int slices;      // of the batch; group g takes slices g, g + groups, ...
-  int64_t state;   // 16-byte words of a slice's state: [columns, chunks, 32 lanes]
-  int64_t shared;  // bytes of shared memory of a block
+  bool cluster;         // cluster variant
+  bool single;          // single-block variant, with batch tiles of 4 rows
+  bool data_flag;       // grid variant whose data are their own flags, with one batch tile per group
+  bool reduce_scatter;  // backward of the cluster variant: CTAs send partial products, and the receiver adds
+  int units;            // hidden units per CTA
+  int m_tiles;          // per warp and K iteration; with reduce_scatter: K slices, all of K
+  int iters;  // K iterations of a warp; with reduce_scatter: m tiles of a warp. The last may be padding
+  int register_iters;    // the first iterations, whose fragments are in registers; the rest in shared memory
+  int split_k;           // parts of K; the warps of one part divide the rows
+  int n_tiles;           // per batch tile, of 8 rows of the batch each
+  int ctas_per_group;    // which hold one copy of W_hh
+  int groups;            // per direction; groups never wait for each other
+  int batch_tiles;       // group g processes batch tiles g, g + groups, ...
+  int64_t state_words;   // 16-byte words of a batch tile's state: [n tiles, K slices, 32 lanes]
+  int64_t shared_bytes;  // of a CTA
 
-  int64_t shared_weights() const {  // bytes of A that registers do not hold
-    return int64_t{std::max(0, rounds - held)} * 8 * width * 1024;
+  int64_t shared_weight_bytes() const {  // the part of A that is not in registers
+    return int64_t{std::max(0, iters - register_iters)} * 8 * m_tiles * 1024;
   }
-  int in_cluster() const {
-    return cluster ? members : single ? -1 : 0;
-  }  // blocks; 0: all together, -1: each by itself
-  int64_t blocks(int D) const { return int64_t{D} * groups * members; }
+  // CTAs per cluster of the launch; 0: cooperative launch, -1: CTAs are independent.
+  int cluster_dim() const { return cluster ? ctas_per_group : single ? -1 : 0; }
+  int exchange_slots() const { return data_flag ? kDataFlagSlots : 2; }  // of the grid variant
+  int64_t ctas(int D) const { return int64_t{D} * groups * ctas_per_group; }
 };
 
-struct Plan {
+struct PersistentPlan {
   std::string reason;  // why the step-wise path runs instead; empty if the layout can run
   Layout layout = {};
-  std::string tier = {};  // which one, and why not the other
+  std::string description = {};  // the variant, and why not another
 };
 
-constexpr int kPlanWarps = 8;       // kWarps in cuda/warp.cuh
-constexpr int kChunkBytesOfK = 64;  // 16 bytes of a lane, four lanes to a row
-// A persistent launch first loads all of W_hh: with fewer steps than the first it does not pay (chosen
-// without a measurement; scripts/gpu_numbers.sh has T = 4 to 32). Epochs and step counters have 32 bits,
-// hence the second.
-constexpr int64_t kPersistentMinSteps = 4, kPersistentMaxSteps = std::numeric_limits<int>::max() - 1;
+// Epochs and step counters have 32 bits.
+constexpr int64_t kPersistentMaxSteps = std::numeric_limits<int>::max() - 1;
 constexpr bool supports_steps(int64_t T) { return kPersistentMinSteps <= T && T <= kPersistentMaxSteps; }
 
-// Tier B: a lane polls one flag at most, so a warp's share of K may lie in the parts of 32 members: an eighth
-// of all, and up to four more at its ends. (W_hh of a larger group fits no GPU of today.)
-constexpr int kMaxFlags = 28 * kPlanWarps;
+// Grid variant: a lane polls at most one flag, so the share of K of a warp may overlap the parts of 32 CTAs:
+// an eighth of all, and up to four more at its ends. W_hh of a larger group fits no GPU of today.
+constexpr int kGridMaxCtas = 28 * kWarps;
 
-// Tier B, what the kernels are compiled for, best first: as many units as fit, since what a block must take
-// in per step is the whole state, whatever part of it the block makes.
-struct Variant {
+// Grid variant, the compiled configurations, best first: as many units as fit, because a CTA reads the whole
+// state per step, whatever part of it the CTA computes.
+struct TileConfig {
   int units;
-  int held[2];  // rounds in registers for slices of 8 and of 16 rows, as ptxas can place them
+  int register_iters[2];  // for batch tiles of 8 and of 16 rows, as many as ptxas places without a spill
 };
-constexpr Variant kForwardVariants[] = {{32, {2, 1}}, {16, {3, 3}}};
-constexpr Variant kBackwardVariants[] = {{32, {8, 3}}, {16, {16, 15}}};
+constexpr TileConfig kGridForwardConfigs[] = {{32, {2, 1}}, {16, {3, 3}}};
+constexpr TileConfig kGridBackwardConfigs[] = {{32, {8, 3}}, {16, {16, 15}}};
 
-// Tier A. A state is close by, so the warps cut K into two parts only: they read it four times, and add two
-// shares for a sum instead of eight.
+// Cluster variant. The state is in shared memory, so K is split in two only: the warps read the state four
+// times and add two partial sums instead of eight.
 constexpr int kClusterUnits = 32;
-constexpr int kClusterParts = 2;
-// Floats from unit to unit of what the blocks push where they scatter.
-constexpr int inbox_stride(int columns) { return 8 * columns + 2; }
-constexpr int cluster_held(Phase phase, int element, int columns) {  // rounds, as ptxas can place them
-  return (phase == Phase::forward ? 8 : 8 / element) / columns;
+constexpr int kClusterSplitK = 2;
+// Reduce-scatter: floats from unit to unit of the inbox [units, rows + 2].
+constexpr int inbox_stride(int n_tiles) { return 8 * n_tiles + 2; }
+constexpr int cluster_register_iters(Phase phase, int element_bytes, int n_tiles) {  // as TileConfig's
+  return (phase == Phase::forward ? 8 : 8 / element_bytes) / n_tiles;
 }
 
-// Tier S.
+// Single-block variant.
 constexpr int kSingleUnits = 128, kSingleRows = 4;
-constexpr int kSingleForwardRounds = 4, kSingleBackwardRounds = 16;
+constexpr int kSingleForwardIters = 4, kSingleBackwardIters = 16;
 
-constexpr int64_t up(int64_t n, int64_t by) { return (n + by - 1) / by; }
-// Blocks of a cluster: one alone is none, and may not push even to itself.
-constexpr int64_t cluster_members(int64_t H) { return std::max<int64_t>(2, up(H, kClusterUnits)); }
+constexpr int64_t ceil_div(int64_t n, int64_t by) { return (n + by - 1) / by; }
+// At least two: a cluster of one CTA may not use remote stores.
+constexpr int64_t cluster_ctas(int64_t H) { return std::max<int64_t>(2, ceil_div(H, kClusterUnits)); }
 
-inline Layout lay_out(Phase phase, const Recurrence& r, const DeviceLimits& device, const Variant& v,
-                      int columns) {
+inline Layout grid_layout(Phase phase, const Recurrence& r, const DeviceLimits& device,
+                          const TileConfig& config, int n_tiles) {
   const bool forward = phase == Phase::forward;
   Layout p = {};
-  p.units = v.units, p.held = v.held[columns - 1], p.columns = columns, p.parts = kPlanWarps;
-  p.members = static_cast<int>(up(r.H, v.units));
-  p.width = (forward ? 4 : 1) * v.units / 16;
-  const int64_t K = static_cast<int64_t>(p.members) * v.units * (forward ? 1 : 4);
-  p.rounds = static_cast<int>(up(up(K * r.element, kChunkBytesOfK), kPlanWarps));
-  const int64_t partial_sums = static_cast<int64_t>(kPlanWarps) * 8 * columns * (16 * p.width + 4) * 4;
-  p.shared = p.shared_weights() + partial_sums;
-  p.state = static_cast<int64_t>(columns) * p.rounds * kPlanWarps * 32;
-  p.slices = static_cast<int>(up(r.B, 8 * columns));
-  p.groups = std::min(p.slices, device.sms / (p.members * r.D));
+  p.units = config.units, p.register_iters = config.register_iters[n_tiles - 1];
+  p.n_tiles = n_tiles, p.split_k = kWarps;
+  p.ctas_per_group = static_cast<int>(ceil_div(r.H, config.units));
+  p.m_tiles = (forward ? 4 : 1) * config.units / 16;
+  const int64_t K = static_cast<int64_t>(p.ctas_per_group) * config.units * (forward ? 1 : 4);
+  p.iters = static_cast<int>(ceil_div(ceil_div(K * r.element_bytes, kKSliceBytes), kWarps));
+  const int64_t partial_sums = static_cast<int64_t>(kWarps) * 8 * n_tiles * (16 * p.m_tiles + 4) * 4;
+  p.shared_bytes = p.shared_weight_bytes() + partial_sums;
+  p.state_words = static_cast<int64_t>(n_tiles) * p.iters * kWarps * 32;
+  p.batch_tiles = static_cast<int>(ceil_div(r.B, 8 * n_tiles));
+  p.groups = std::min(p.batch_tiles, device.sms / (p.ctas_per_group * r.D));
   return p;
 }
 
-// A cluster for each slice: as they never wait for each other, any number of them may be launched.
-inline Layout lay_out_clusters(Phase phase, const Recurrence& r, int held, int columns) {
+// A cluster per batch tile. Clusters never wait for each other, so their number is not limited.
+inline Layout cluster_layout(Phase phase, const Recurrence& r, int register_iters, int n_tiles) {
   Layout p = {};
-  p.cluster = true, p.scatters = phase == Phase::backward;
-  p.units = kClusterUnits, p.held = held, p.columns = columns;
-  p.members = static_cast<int>(cluster_members(r.H));
-  p.slices = p.groups = static_cast<int>(up(r.B, 8 * columns));
-  int64_t chunks, received;  // of the state; bytes that lie beside the states
-  if (p.scatters) {
-    chunks = up(4 * p.units * r.element, kChunkBytesOfK);
-    p.parts = 1, p.width = static_cast<int>(chunks);
-    p.rounds = static_cast<int>(up(p.members * p.units / 16, kPlanWarps));
-    received = int64_t{2} * p.members * p.units * inbox_stride(columns) * 4;
+  p.cluster = true, p.reduce_scatter = phase == Phase::backward;
+  p.units = kClusterUnits, p.register_iters = register_iters, p.n_tiles = n_tiles;
+  p.ctas_per_group = static_cast<int>(cluster_ctas(r.H));
+  p.batch_tiles = p.groups = static_cast<int>(ceil_div(r.B, 8 * n_tiles));
+  int64_t k_slices, sum_bytes;  // k_slices: of a state; sum_bytes: the inbox, or the partial sums
+  if (p.reduce_scatter) {
+    k_slices = ceil_div(4 * p.units * r.element_bytes, kKSliceBytes);
+    p.split_k = 1, p.m_tiles = static_cast<int>(k_slices);
+    p.iters = static_cast<int>(ceil_div(p.ctas_per_group * p.units / 16, kWarps));
+    sum_bytes = int64_t{2} * p.ctas_per_group * p.units * inbox_stride(n_tiles) * 4;
   } else {
-    p.parts = kClusterParts, p.width = 4 * p.units / 16 * p.parts / kPlanWarps;
-    p.rounds = static_cast<int>(up(up(int64_t{p.members} * p.units * r.element, kChunkBytesOfK), p.parts));
-    chunks = int64_t{p.rounds} * p.parts;
-    received = int64_t{p.parts} * 8 * columns * (4 * p.units + 4) * 4;  // the warps' shares of the sums
+    p.split_k = kClusterSplitK, p.m_tiles = 4 * p.units / 16 * p.split_k / kWarps;
+    const int64_t K = int64_t{p.ctas_per_group} * p.units;
+    p.iters = static_cast<int>(ceil_div(ceil_div(K * r.element_bytes, kKSliceBytes), p.split_k));
+    k_slices = int64_t{p.iters} * p.split_k;
+    sum_bytes = int64_t{p.split_k} * 8 * n_tiles * (4 * p.units + 4) * 4;
   }
-  p.state = columns * chunks * 32;
-  p.shared = 16 + 2 * p.state * 16 + p.shared_weights() + received;
+  p.state_words = n_tiles * k_slices * 32;
+  p.shared_bytes = 16 + 2 * p.state_words * 16 + p.shared_weight_bytes() + sum_bytes;
   return p;
 }
 
-// A block for each slice; they need not be on the device together.
-inline Layout lay_out_single(Phase phase, const Recurrence& r) {
+// A CTA per batch tile. They need not be resident together.
+inline Layout single_block_layout(Phase phase, const Recurrence& r) {
   const bool forward = phase == Phase::forward;
   Layout p = {};
-  p.single = true, p.units = kSingleUnits, p.columns = 1, p.members = 1, p.parts = 1;
-  p.width = forward ? 4 : 1, p.rounds = forward ? kSingleForwardRounds : kSingleBackwardRounds;
-  p.held = p.rounds;
-  p.slices = p.groups = static_cast<int>(up(r.B, kSingleRows));
-  p.state = p.rounds * 32, p.shared = 2 * p.state * 16;
+  p.single = true, p.units = kSingleUnits, p.n_tiles = 1, p.ctas_per_group = 1, p.split_k = 1;
+  p.m_tiles = forward ? 4 : 1, p.iters = forward ? kSingleForwardIters : kSingleBackwardIters;
+  p.register_iters = p.iters;
+  p.batch_tiles = p.groups = static_cast<int>(ceil_div(r.B, kSingleRows));
+  p.state_words = p.iters * 32, p.shared_bytes = 2 * p.state_words * 16;
   return p;
 }
-inline bool fits_single(const Recurrence& r) { return r.element == 2 && r.H <= kSingleUnits; }
+inline bool fits_single(const Recurrence& r) { return r.element_bytes == 2 && r.H <= kSingleUnits; }
 
-// Microseconds of a step of all slices, without the products before and after the loop: a model whose
-// constants were fitted to times of an H100 (docs/gpu-kernels.md, "Time per step"). On other devices only the
-// order of what it compares has a meaning.
-inline double predicted(const Recurrence& r, const DeviceLimits& device, const Layout& p) {
-  constexpr double kClock = 1755;                      // MHz
-  constexpr double kL2 = 64, kAllL2 = 4.0e6 / kClock;  // bytes a clock: an SM's, and all of theirs
-  constexpr double kShared = 128;                      // bytes a clock of an SM
-  constexpr double kPeers = 2.65e6 / kClock / 132;     // bytes a clock an SM takes in of other SMs'
-  constexpr double kMma = 0.63 * 2048;                 // multiply-adds a clock of an SM, in 16 bits
-  constexpr double kPushTrip = 0.4, kTurn = 2.0;       // us
-  const double flag_trip = 0.8 + 0.033 * p.members;    // us: more flags to poll, and later ones
-  // us, with the barriers around it; a thread has an element for every 8 rows
-  const double cell = (p.scatters ? 1.4 : 1.0) * (p.cluster ? 0.6 + 0.4 * p.columns : 1);
-  const double rows = 8 * p.columns, units = p.members * p.units;
-  const double mma = 4 * units * p.units * rows / kMma * r.element / 2;
-  const double weights = p.shared_weights() / kShared;
+// Predicted time of a step of all batch tiles, without the GEMMs before and after the loop. The figures are
+// in tuning.h.
+inline double estimated_us(const Recurrence& r, const DeviceLimits& device, const Layout& p) {
+  constexpr const GpuCostFigures& f = kGpuCostFigures;
+  // A thread has one element per 8 rows.
+  const double cell =
+      (p.reduce_scatter ? f.reduce_scatter_cell_us : f.cell_us) * (p.cluster ? 0.6 + 0.4 * p.n_tiles : 1);
+  const double rows = 8 * p.n_tiles, units = p.ctas_per_group * p.units;
+  const double mma = 4 * units * p.units * rows / f.macs_per_clock * r.element_bytes / 2;
+  const double weights = p.shared_weight_bytes() / f.shared_bytes_per_clock;
   if (p.cluster) {
-    const double push = (p.members - 1) * p.units * rows * (p.scatters ? 4 : r.element) / kPeers;
-    const double read = 16.0 * p.state * (kPlanWarps / p.parts) / kShared;
-    // Products are pushed while others are made; h when it is whole.
-    const double terms = p.scatters ? units * rows * 4 : 2 * p.parts * 4.0 * p.units * rows * 4;
+    const double sent = (p.ctas_per_group - 1) * p.units * rows * (p.reduce_scatter ? 4 : r.element_bytes) /
+                        f.dsmem_bytes_per_clock;
+    const double read = 16.0 * p.state_words * (kWarps / p.split_k) / f.shared_bytes_per_clock;
+    // A reduce-scatter sends products while it computes others; an all-gather sends h at the end.
+    const double terms = p.reduce_scatter ? units * rows * 4 : 2 * p.split_k * 4.0 * p.units * rows * 4;
     const double product = std::max(mma, weights + read);
-    const double work = (p.scatters ? std::max(product, push) : product + push) + terms / kShared;
-    const double fit = std::max(1, std::min(device.clusters, device.sms / p.members));
-    return (work / kClock + cell + kPushTrip) * std::ceil(r.D * p.slices / fit);
+    const double work =
+        (p.reduce_scatter ? std::max(product, sent) : product + sent) + terms / f.shared_bytes_per_clock;
+    const double fit = std::max(1, std::min(device.resident_clusters, device.sms / p.ctas_per_group));
+    return (work / f.clock_mhz + cell + f.dsmem_latency_us) * std::ceil(r.D * p.batch_tiles / fit);
   }
-  const double taken = 16.0 * p.state;
-  const double fetch = std::max(taken / kL2, taken * p.blocks(r.D) / kAllL2);
-  const double sums = 2.0 * kPlanWarps * rows * 16 * p.width * 4 / kShared;
-  const double work = (std::max({fetch, weights, mma}) + sums) / kClock + cell;
-  const double turns = std::ceil(static_cast<double>(p.slices) / p.groups);
-  return turns == 1 ? work + flag_trip : turns * (work + kTurn);
+  const double flags = f.flag_us + f.flag_cta_us * p.ctas_per_group;  // more flags, and later ones
+  const double bytes = 16.0 * p.state_words;
+  const double fetch = std::max(bytes / f.l2_bytes_per_clock, bytes * p.ctas(r.D) / f.all_l2_bytes_per_clock);
+  const double sums = 2.0 * kWarps * rows * 16 * p.m_tiles * 4 / f.shared_bytes_per_clock;
+  const double work = (std::max({fetch, weights, mma}) + sums) / f.clock_mhz + cell;
+  const double turns = std::ceil(static_cast<double>(p.batch_tiles) / p.groups);
+  return turns == 1 ? work + flags : turns * (work + f.grid_turn_us);
 }
 
-// Microseconds of a step of the step-wise kernels: the largest of the host's two launches (measured: H100,
-// docs/gpu-kernels.md), W_hh on its way to the SMs (fitted), and the arithmetic and traffic of B rows
-// (calculated: the GEMM at 600 TFLOP/s in 16 bits, then what the kernels read and write of float32 sums and
-// of the rest at 3 TB/s).
-inline double predicted_by_step(Phase phase, const Recurrence& r) {
-  constexpr double kMacsPerUs = 3.0e8, kBytesPerUs = 3.0e6;
+// The same of the step-wise kernels: the maximum of the host's two launches, loading W_hh into the SMs, and
+// arithmetic and memory traffic of B rows.
+inline double step_wise_us(Phase phase, const Recurrence& r) {
+  constexpr const GpuCostFigures& f = kGpuCostFigures;
   const bool forward = phase == Phase::forward;
-  const double host = forward ? 12 : 17;
+  const double host = forward ? f.step_forward_us : f.step_backward_us;
   const double weights = 4.0 * r.H * r.H * r.D, elements = static_cast<double>(r.H) * r.B * r.D;
   // Forward: gates_h written and read, gates_x read, c read and written; y, h and cells, and the activated
   // gates. Backward: dh and dc written and read; gates, dgates, cells of two steps and dy.
-  const double bytes = forward ? 56 + 7 * r.element : 16 + 11 * r.element;
-  const double rows = weights * r.B / kMacsPerUs * r.element / 2 + elements * bytes / kBytesPerUs;
-  return std::max({host, 0.6e-6 * weights * r.element, rows});
+  const double bytes = forward ? 56 + 7 * r.element_bytes : 16 + 11 * r.element_bytes;
+  const double rows =
+      weights * r.B / f.step_macs_per_us * r.element_bytes / 2 + elements * bytes / f.step_bytes_per_us;
+  return std::max({host, f.step_weight_us_per_byte * weights * r.element_bytes, rows});
 }
 
-// The best layout of tier A, or why there is none.
-inline Plan plan_clusters(Phase phase, const Recurrence& r, const DeviceLimits& device) {
-  if (device.cluster == 0) return {"this GPU has no thread-block clusters"};
-  const int64_t members = cluster_members(r.H);
-  if (members > device.cluster) {
-    return {"a cluster of " + std::to_string(members) + " blocks exceeds " + std::to_string(device.cluster)};
+// The fastest layout of the cluster variant, or why there is none.
+inline PersistentPlan plan_cluster(Phase phase, const Recurrence& r, const DeviceLimits& device) {
+  if (device.max_cluster_ctas == 0) return {"this GPU has no thread-block clusters"};
+  const std::string cluster = "cluster of " + std::to_string(cluster_ctas(r.H)) + " CTAs";
+  if (cluster_ctas(r.H) > device.max_cluster_ctas) {
+    return {"a " + cluster + " exceeds " + std::to_string(device.max_cluster_ctas)};
   }
-  // Slices of 8 rows, or of 16 where that saves turns. In TF32 backward's registers have no room for 16.
+  // Batch tiles of 8 rows, or of 16 where that saves turns. TF32 backward has no registers for 16.
   Layout best = {};
-  for (const int columns : {1, 2}) {
-    if (columns == 2 && phase == Phase::backward && r.element == 4) continue;
-    const Layout p = lay_out_clusters(phase, r, cluster_held(phase, r.element, columns), columns);
-    if (device.clusters < 1 || p.shared > device.shared || p.blocks(r.D) > std::numeric_limits<int>::max())
+  for (const int n_tiles : {1, 2}) {
+    if (n_tiles == 2 && phase == Phase::backward && r.element_bytes == 4) continue;
+    const Layout p =
+        cluster_layout(phase, r, cluster_register_iters(phase, r.element_bytes, n_tiles), n_tiles);
+    if (device.resident_clusters < 1 || p.shared_bytes > device.shared_bytes ||
+        p.ctas(r.D) > std::numeric_limits<int>::max())
       continue;
-    if (best.members == 0 || predicted(r, device, p) < predicted(r, device, best)) best = p;
+    if (best.ctas_per_group == 0 || estimated_us(r, device, p) < estimated_us(r, device, best)) best = p;
   }
-  if (best.members == 0) return {"no cluster of " + std::to_string(members) + " such blocks fits this GPU"};
+  if (best.ctas_per_group == 0) return {"no " + cluster + " fits this GPU"};
   return {"", best};
 }
 
-// The best layout of tier B; without members if none fits.
-inline Layout lay_out_anywhere(Phase phase, const Recurrence& r, const DeviceLimits& device) {
-  const auto& variants = phase == Phase::forward ? kForwardVariants : kBackwardVariants;
-  // More units fit no wave of blocks, and would overflow the search.
+// The fastest layout of the grid variant; ctas_per_group = 0 if none fits.
+inline Layout best_grid_layout(Phase phase, const Recurrence& r, const DeviceLimits& device) {
+  const auto& configs = phase == Phase::forward ? kGridForwardConfigs : kGridBackwardConfigs;
+  // More units fit no wave of CTAs, and would overflow below.
   if (r.H > 32 * static_cast<int64_t>(device.sms)) return {};
-  for (const Variant& v : variants) {
-    const Layout one = lay_out(phase, r, device, v, 1);
-    if (one.shared > device.shared || one.members * r.D > device.sms || one.members > kMaxFlags) continue;
-    if (one.slices <= one.groups) return one;
-    // Twice the rows at once where the groups cannot take all slices of 8 side by side.
-    const Layout two = lay_out(phase, r, device, v, 2);
-    return two.shared <= device.shared ? two : one;
+  for (const TileConfig& config : configs) {
+    const Layout one = grid_layout(phase, r, device, config, 1);
+    if (one.shared_bytes > device.shared_bytes || one.ctas_per_group * r.D > device.sms ||
+        one.ctas_per_group > kGridMaxCtas)
+      continue;
+    if (one.batch_tiles <= one.groups) return one;
+    // Batch tiles of 16 rows if the groups cannot process all tiles of 8 concurrently.
+    const Layout two = grid_layout(phase, r, device, config, 2);
+    return two.shared_bytes <= device.shared_bytes ? two : one;
   }
   return {};
 }
 
-inline Plan plan(Phase phase, const Recurrence& r, const DeviceLimits& device, char asked = 0) {
+// Data flags for a layout of the grid variant, or why not.
+inline PersistentPlan with_data_flags(const Layout& grid) {
+  if (grid.ctas_per_group == 0) return {"too few SMs"};
+  if (grid.n_tiles > 1 || grid.batch_tiles > grid.groups) {
+    return {"the SMs hold fewer groups than there are batch tiles of 8 rows"};
+  }
+  PersistentPlan plan = {"", grid};
+  plan.layout.data_flag = true;
+  return plan;
+}
+
+inline PersistentPlan plan(Phase phase, const Recurrence& r, const DeviceLimits& device, char requested = 0) {
   if (r.P != r.H) return {"proj_size > 0 has no persistent kernel"};
-  if (r.element == 0)
+  if (r.element_bytes == 0)
     return {"only float16, bfloat16, and float32 at TF32 precision have persistent kernels"};
-  if (r.H < 1 || r.B < 1) return {"there is nothing to compute"};
-  if (device.sms < 1) return {"there is no GPU that can launch blocks together"};
-  // Only where asked for: that it is the fastest, at a calculated 0.65 us a step forward, has not been
-  // measured.
-  if (asked == 'S' && fits_single(r) && up(r.B, kSingleRows) * r.D <= std::numeric_limits<int>::max())
-    return {"", lay_out_single(phase, r), "tier S: asked for S"};
-  const Plan a = plan_clusters(phase, r, device);
-  const Layout b = lay_out_anywhere(phase, r, device);
-  const bool fits_a = a.reason.empty(), fits_b = b.members > 0;
-  if (!fits_a && !fits_b) {
+  if (r.H < 1 || r.B < 1) return {"the layer has no units or no rows"};
+  if (device.sms < 1) return {"persistent kernels require compute capability 8.0 and cooperative launch"};
+  // Only if requested: its time, 0.65 us per step of forward by calculation, has not been measured.
+  if (requested == 'S' && fits_single(r) &&
+      ceil_div(r.B, kSingleRows) * r.D <= std::numeric_limits<int>::max())
+    return {"", single_block_layout(phase, r), "single-block variant: requested (tier=S)"};
+  const Layout grid = best_grid_layout(phase, r, device);
+  // Only if requested, for the same reason. The variant has never run on a GPU.
+  PersistentPlan data_flags = with_data_flags(grid);
+  if (requested == 'D' && data_flags.reason.empty()) {
+    data_flags.description = "grid variant with data flags: requested (tier=D)";
+    return data_flags;
+  }
+  const PersistentPlan cluster = plan_cluster(phase, r, device);
+  const bool fits_cluster = cluster.reason.empty(), fits_grid = grid.ctas_per_group > 0;
+  if (!fits_cluster && !fits_grid) {
     const std::string both = r.D == 2 ? " of both directions" : "";
     return {"W_hh" + both + " at H=" + std::to_string(r.H) + ", " +
-            std::to_string((4 * r.H * r.H * r.element * r.D) >> 20) +
+            std::to_string((4 * r.H * r.H * r.element_bytes * r.D) >> 20) +
             " MiB, does not fit into the registers and shared memory of " + std::to_string(device.sms) +
             " SMs"};
   }
   constexpr double kNever = std::numeric_limits<double>::infinity();
-  const double time_a = fits_a ? predicted(r, device, a.layout) : kNever;
-  const double time_b = fits_b ? predicted(r, device, b) : kNever;
-  const double by_step = predicted_by_step(phase, r);
+  const double cluster_us = fits_cluster ? estimated_us(r, device, cluster.layout) : kNever;
+  const double grid_us = fits_grid ? estimated_us(r, device, grid) : kNever;
+  const double steps_us = step_wise_us(phase, r);
   const auto us = [](double time) {
     const auto tenths = static_cast<int64_t>(10 * time + 0.5);
-    return std::to_string(tenths / 10) + "." + std::to_string(tenths % 10) + " us a step";
+    return std::to_string(tenths / 10) + "." + std::to_string(tenths % 10) + " us per step";
   };
-  const bool take_a = fits_a && (asked == 'A' || !fits_b || (asked == 0 && time_a < time_b));
-  const double taken = take_a ? time_a : time_b;
-  if (asked == 0 && by_step < taken)
-    return {"predicted " + us(by_step) + ", persistent kernels " + us(taken)};
-  std::string why = asked ? "asked for " + std::string(1, asked) : "predicted " + us(taken);
-  why += !fits_a   ? "; not A: " + a.reason
-         : !fits_b ? "; not B: it needs more SMs"
-         : asked   ? ""
-                   : ", tier " + std::string(take_a ? "B " : "A ") + us(take_a ? time_b : time_a);
-  return {"", take_a ? a.layout : b, std::string(take_a ? "tier A: " : "tier B: ") + why};
+  const bool use_cluster =
+      fits_cluster && (requested == 'A' || !fits_grid || (requested == 0 && cluster_us < grid_us));
+  const double chosen_us = use_cluster ? cluster_us : grid_us;
+  if (requested == 0 && steps_us < chosen_us)
+    return {"predicted " + us(steps_us) + ", persistent kernels " + us(chosen_us)};
+  std::string why =
+      requested ? std::string("requested (tier=") + requested + ")" : "predicted " + us(chosen_us);
+  if (!fits_cluster) {
+    why += "; not the cluster variant: " + cluster.reason;
+  } else if (!fits_grid) {
+    why += "; not the grid variant: too few SMs";
+  } else if (!requested) {
+    why += std::string(use_cluster ? ", grid" : ", cluster") + " variant " +
+           us(use_cluster ? grid_us : cluster_us);
+  }
+  if (requested == 'D') why += "; no data flags: " + data_flags.reason;
+  const char* const variant = use_cluster ? "cluster variant: " : "grid variant: ";
+  return {"", use_cluster ? cluster.layout : grid, variant + why};
 }
 
 }  // namespace fastlstm::cuda

@@ -9,10 +9,10 @@
 #include <algorithm>
 #include <limits>
 
-// The cuBLAS that libtorch_cuda has loaded, on torch's own handle, for two reasons. A step has one product,
-// and the checks of at::mm_out cost the host more than the launch. And torch offers IEEE for one thread alone
-// (NoTF32Guard) but TF32 only by a flag for the whole process, which would lower the precision of other
-// threads' products. Weak: where one of these is missing, ATen multiplies, in IEEE unless all flags say TF32.
+// The cuBLAS that libtorch_cuda has loaded, through torch's handle. Two reasons: the checks of at::mm_out
+// cost the host more than the launch of a step's GEMM; and torch offers IEEE for one thread (NoTF32Guard),
+// but TF32 only by a flag of the process, which would lower the precision of other threads' GEMMs. The
+// symbols are weak: if one is missing, ATen multiplies, in IEEE unless all flags say TF32.
 extern "C" {
 __attribute__((weak)) int cublasGemmEx(cublasContext*, int op_a, int op_b, int m, int n, int k,
                                        const void* alpha, const void* a, cudaDataType type_a, int lda,
@@ -35,9 +35,9 @@ namespace fastlstm::cuda {
 namespace {
 
 // cublasComputeType_t and cublasGemmAlgo_t.
-constexpr int kSum32 = 68, kSum64 = 70, kTf32 = 77, kAnyAlgorithm = -1;
+constexpr int kComputeF32 = 68, kComputeF64 = 70, kComputeTf32 = 77, kAnyAlgorithm = -1;
 
-// torch's handle; the math mode it comes with is that of the flags and of NoTF32Guard.
+// torch's handle, whose math mode follows the flags and NoTF32Guard.
 cublasContext* handle() {
   cublasContext* (*plain)() = at::cuda::getCurrentCUDABlasHandle;
   cublasContext* (*with_setup)(bool) = at::cuda::getCurrentCUDABlasHandle;
@@ -59,20 +59,20 @@ cudaDataType cuda_type(at::ScalarType dtype) {
 }
 
 bool fits_int(const at::Tensor& t) {
-  constexpr int64_t most = std::numeric_limits<int>::max();
-  return t.size(-1) <= most && t.size(-2) <= most && t.stride(-1) <= most && t.stride(-2) <= most;
+  constexpr int64_t max_int = std::numeric_limits<int>::max();
+  return t.size(-1) <= max_int && t.size(-2) <= max_int && t.stride(-1) <= max_int && t.stride(-2) <= max_int;
 }
 
-// A matrix [M, N] (the last two dimensions) as cuBLAS, which is column-major, reads it: as its transpose.
+// A row-major matrix [M, N] (the last two dimensions) for cuBLAS, which is column-major: its transpose.
 struct Operand {
-  explicit Operand(const at::Tensor& tensor) : held(tensor) {
-    if (!row_major(held) && !column_major(held)) held = held.contiguous();
-    const bool rows = row_major(held);
-    const int64_t outer = rows ? held.stride(-2) : held.stride(-1),
-                  inner = rows ? held.size(-1) : held.size(-2);
+  explicit Operand(const at::Tensor& tensor) : matrix(tensor) {
+    if (!row_major(matrix) && !column_major(matrix)) matrix = matrix.contiguous();
+    const bool rows = row_major(matrix);
+    const int64_t outer = rows ? matrix.stride(-2) : matrix.stride(-1),
+                  inner = rows ? matrix.size(-1) : matrix.size(-2);
     op = rows ? 0 : 1;
     ld = static_cast<int>(std::max(outer, inner));  // a dimension of one element may have any stride
-    stride = held.dim() == 3 ? held.stride(0) : 0;
+    stride = matrix.dim() == 3 ? matrix.stride(0) : 0;
   }
   static bool row_major(const at::Tensor& t) {
     return (t.stride(-1) == 1 || t.size(-1) == 1) && (t.stride(-2) >= t.size(-1) || t.size(-2) == 1);
@@ -81,36 +81,36 @@ struct Operand {
     return (t.stride(-2) == 1 || t.size(-2) == 1) && (t.stride(-1) >= t.size(-2) || t.size(-1) == 1);
   }
 
-  at::Tensor held;
+  at::Tensor matrix;
   int op, ld;
   long long stride;
 };
 
 }  // namespace
 
-Products::Products(at::ScalarType dtype) : type_(cuda_type(dtype)) {
-  compute_ = dtype == at::kDouble ? kSum64 : kSum32;
+Gemm::Gemm(at::ScalarType dtype) : type_(cuda_type(dtype)) {
+  compute_ = dtype == at::kDouble ? kComputeF64 : kComputeF32;
   if (dtype == at::kFloat) {
     const at::Context& context = at::globalContext();
     const bool matmul = context.float32Precision(at::Float32Backend::CUDA, at::Float32Op::MATMUL) ==
                         at::Float32Precision::TF32;
     const bool tf32 = context.userEnabledCuDNN() ? context.allowTF32CuDNN(at::Float32Op::RNN) : matmul;
-    if (tf32) compute_ = kTf32;
+    if (tf32) compute_ = kComputeTf32;
     if (!tf32 && matmul) ieee_.emplace();
   }
   cublas_ = handle();
 }
 
-bool Products::tf32() const { return compute_ == kTf32; }
+bool Gemm::tf32() const { return compute_ == kComputeTf32; }
 
-void Products::by_cublas(at::Tensor& out, const at::Tensor& a, const at::Tensor& b, bool add) const {
+void Gemm::cublas_gemm(at::Tensor& out, const at::Tensor& a, const at::Tensor& b, bool add) const {
   // out^T = b^T a^T
   const Operand first(b), second(a);
   const int m = static_cast<int>(b.size(-1)), n = static_cast<int>(a.size(-2)),
             k = static_cast<int>(a.size(-1));
   const float ones[] = {0, 1};
   const double doubles[] = {0, 1};
-  const bool wide = compute_ == kSum64;
+  const bool wide = compute_ == kComputeF64;
   const void* const alpha = wide ? static_cast<const void*>(&doubles[1]) : &ones[1];
   const void* const beta = wide ? static_cast<const void*>(&doubles[add]) : &ones[add];
   const auto type = static_cast<cudaDataType>(type_);
@@ -118,25 +118,24 @@ void Products::by_cublas(at::Tensor& out, const at::Tensor& a, const at::Tensor&
   void* const c = out.mutable_data_ptr();
   const int status =
       out.dim() == 2
-          ? cublasGemmEx(cublas_, first.op, second.op, m, n, k, alpha, first.held.const_data_ptr(), type,
-                         first.ld, second.held.const_data_ptr(), type, second.ld, beta, c, out_type, m,
+          ? cublasGemmEx(cublas_, first.op, second.op, m, n, k, alpha, first.matrix.const_data_ptr(), type,
+                         first.ld, second.matrix.const_data_ptr(), type, second.ld, beta, c, out_type, m,
                          compute_, kAnyAlgorithm)
-          : cublasGemmStridedBatchedEx(
-                cublas_, first.op, second.op, m, n, k, alpha, first.held.const_data_ptr(), type, first.ld,
-                first.stride, second.held.const_data_ptr(), type, second.ld, second.stride, beta, c, out_type,
-                m, static_cast<long long>(m) * n, static_cast<int>(out.size(0)), compute_, kAnyAlgorithm);
-  TORCH_CHECK(status == 0, "cuBLAS gave status ", status, " for a product of ", a.sizes(), " and ",
-              b.sizes());
+          : cublasGemmStridedBatchedEx(cublas_, first.op, second.op, m, n, k, alpha,
+                                       first.matrix.const_data_ptr(), type, first.ld, first.stride,
+                                       second.matrix.const_data_ptr(), type, second.ld, second.stride, beta,
+                                       c, out_type, m, static_cast<long long>(m) * n,
+                                       static_cast<int>(out.size(0)), compute_, kAnyAlgorithm);
+  TORCH_CHECK(status == 0, "cuBLAS gave status ", status, " for a GEMM of ", a.sizes(), " and ", b.sizes());
 }
 
-void Products::operator()(at::Tensor& out, const at::Tensor& a, const at::Tensor& b, bool add) const {
-  // Sums of halves rounded to halves stay with ATen, which obeys torch's flags of reduced-precision
-  // reductions.
+void Gemm::operator()(at::Tensor& out, const at::Tensor& a, const at::Tensor& b, bool add) const {
+  // ATen multiplies into 16-bit outputs: it follows torch's flags of reduced-precision reductions.
   const bool rounded = out.scalar_type() == at::kHalf || out.scalar_type() == at::kBFloat16;
   if (cublas_ && !rounded && a.numel() > 0 && b.numel() > 0 && fits_int(a) && fits_int(b)) {
-    return by_cublas(out, a, b, add);
+    return cublas_gemm(out, a, b, add);
   }
-  // Past the dispatcher: a trip through it costs as much host time as a launch.
+  // Without the dispatcher, which costs as much host time as a launch.
   if (out.scalar_type() != a.scalar_type()) {
     TORCH_INTERNAL_ASSERT(!add);
     out.dim() == 2 ? at::cuda::mm_out(out, a, b, out.scalar_type())

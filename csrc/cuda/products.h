@@ -1,7 +1,7 @@
-// Matrix products by cuBLAS, at the precision that torch's flags ask of an LSTM.
+// GEMM by cuBLAS, at the precision that torch's flags select for an LSTM.
 //
-// float32 is TF32 or IEEE as nn.LSTM's would be: docs/numerics.md, "float32 on a GPU". float16 and bfloat16
-// multiply in their own type and add in float32, float64 is float64.
+// float32 uses TF32 or IEEE as nn.LSTM would (docs/numerics.md, "float32 on a GPU"). float16 and bfloat16 are
+// accumulated in float32, float64 in float64.
 #pragma once
 
 #include <ATen/Context.h>
@@ -13,21 +13,21 @@ struct cublasContext;
 
 namespace fastlstm::cuda {
 
-// For one pass on one thread, device and stream: the flags and torch's cuBLAS handle are read when it is
-// made.
-class Products {
+// For one pass on one thread, device and stream; the constructor reads the flags and torch's cuBLAS handle.
+class Gemm {
  public:
-  explicit Products(at::ScalarType dtype);
-  bool tf32() const;  // whether float32 is multiplied as TF32
+  explicit Gemm(at::ScalarType dtype);
+  bool tf32() const;  // float32 GEMMs use TF32
 
-  // out = a b, or out += a b: a [M, K], b [K, N], out [M, N] and dense, or all three with a batch in front.
-  // out is of the operands' type, or, unless adding, of the type they are summed in (Acc in cell_kernels.h).
+  // out = a b, or out += a b: a [M, K], b [K, N], out [M, N], contiguous; or all three with a batch
+  // dimension. out has the operands' dtype, or, unless adding, the accumulation dtype (Acc in
+  // cell_kernels.h).
   void operator()(at::Tensor& out, const at::Tensor& a, const at::Tensor& b, bool add = false) const;
 
  private:
-  void by_cublas(at::Tensor& out, const at::Tensor& a, const at::Tensor& b, bool add) const;
+  void cublas_gemm(at::Tensor& out, const at::Tensor& a, const at::Tensor& b, bool add) const;
 
-  std::optional<at::NoTF32Guard> ieee_;  // while it lives, this thread's products are IEEE whatever the flags
+  std::optional<at::NoTF32Guard> ieee_;  // while it lives, this thread's GEMMs use IEEE whatever the flags
   cublasContext* cublas_ = nullptr;  // torch's, with the current stream and workspace; null: ATen multiplies
   int type_ = 0, compute_ = 0;       // cudaDataType of the operands, cublasComputeType_t
 };

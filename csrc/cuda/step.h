@@ -1,7 +1,7 @@
-// What one thread of each kernel in cell_kernels.h computes: V neighbouring features of one row.
+// The work of one thread of each kernel in cell_kernels.h: V adjacent features of one row.
 //
-// Host and device, and only plain memory accesses, so that the tests run the same code without a GPU
-// (tests/gpu/test_cuda_host.py). The equations themselves are in cell.h.
+// Host and device code with plain memory accesses, so that the tests run it without a GPU
+// (tests/gpu/test_cuda_host.py). The equations are in cell.h.
 #pragma once
 
 #include "cuda/numbers.h"
@@ -10,21 +10,21 @@ namespace fastlstm::cuda {
 
 FASTLSTM_HD bool has_step(const Steps& s, int64_t t, int64_t b) { return !s.lengths || t < s.lengths[b]; }
 
-// Whether direction d enters step t of row b with zero state. The reverse one does where step t + 1 begins a
-// sequence.
-FASTLSTM_HD bool enters_fresh(const Steps& s, int d, int64_t t, int64_t b) {
+// Returns true if direction d starts step t of row b from zero state; the reverse direction does if step t +
+// 1 is reset.
+FASTLSTM_HD bool starts_from_zero_state(const Steps& s, int d, int64_t t, int64_t b) {
   const int64_t begins = t + d;
   return s.reset_mask && begins < s.T && has_step(s, begins, b) && s.reset_mask[begins * s.B + b];
 }
 
-// The same where the row's length is known. t: also the steps just beyond either end.
-FASTLSTM_HD bool enters_fresh(const Steps& s, int d, int64_t t, int64_t b, int64_t length) {
+// The same with the row's length. t may also be -1 or T.
+FASTLSTM_HD bool starts_from_zero_state(const Steps& s, int d, int64_t t, int64_t b, int64_t length) {
   const int64_t begins = t + d;
   return s.reset_mask && begins < length && s.reset_mask[begins * s.B + b];
 }
 
-// Whether direction d enters step t of row b with h0 and c0.
-FASTLSTM_HD bool enters_initial(const Steps& s, int d, int64_t t, int64_t b) {
+// Returns true if direction d starts step t of row b from h0 and c0.
+FASTLSTM_HD bool starts_from_initial_state(const Steps& s, int d, int64_t t, int64_t b) {
   return d == 0 ? t == 0 : t + 1 == (s.lengths ? s.lengths[b] : s.T);
 }
 
@@ -32,46 +32,45 @@ FASTLSTM_HD int64_t step_before(int d, int64_t t) { return d == 0 ? t - 1 : t + 
 FASTLSTM_HD int64_t step_after(int d, int64_t t) { return d == 0 ? t + 1 : t - 1; }
 
 // A step of one direction.
-struct Moment {
+struct StepCoord {
   int64_t t, slot;
-  bool first, last;  // of the direction's steps
+  bool first, last;  // in scan order
 };
 
-// Where the h that enters the next step is kept: in [D, B, P], in place.
+// Storage of h_prev of the next step: [D, B, P], updated in place.
 template <class T, int V>
-struct InPlace {
+struct PreviousH {
   T* h;
-  FASTLSTM_HD Vec<Acc<T>, V> load() const { return cuda::load<V>(h); }
-  FASTLSTM_HD void store(const Vec<Acc<T>, V>& x) const { cuda::store<V>(h, x); }
+  FASTLSTM_HD VecN<Acc<T>, V> load() const { return cuda::load<V>(h); }
+  FASTLSTM_HD void store(const VecN<Acc<T>, V>& x) const { cuda::store<V>(h, x); }
 };
 
-// Takes in h_t, features k ... k + V - 1; a row that lacks the step keeps the h it has.
-template <class T, int V, class Kept>
-FASTLSTM_HD void put_h(const Steps& steps, const HiddenState<T>& s, int D, const Moment& m, int d, int64_t b,
-                       int64_t k, Vec<Acc<T>, V> h, const Kept& kept) {
+// Stores h_t, features k ... k + V - 1; a row that lacks the step keeps its h.
+template <class T, int V, class Storage>
+FASTLSTM_HD void store_h(const Steps& steps, const HiddenState<T>& s, int D, const StepCoord& m, int d,
+                         int64_t b, int64_t k, VecN<Acc<T>, V> h, const Storage& h_storage) {
   const int64_t at = (d * steps.B + b) * s.P + k;
   const bool valid = has_step(steps, m.t, b);
-  if (!valid) h = m.first ? load_or_zeros<V>(s.h0, at) : kept.load();
+  if (!valid) h = m.first ? load_or_zeros<V>(s.h0, at) : h_storage.load();
   store<V>(s.y + ((m.t * steps.B + b) * D + d) * s.P + k, valid ? h : zeros<Acc<T>, V>());
   if (m.last) {
     store<V>(s.h_n + at, h);
   } else {
-    // The next product reads h as it stands, so a reset is applied where h is written.
-    kept.store(enters_fresh(steps, d, step_after(d, m.t), b) ? zeros<Acc<T>, V>() : h);
+    // The next GEMM does not mask its input, so a reset is applied here.
+    h_storage.store(starts_from_zero_state(steps, d, step_after(d, m.t), b) ? zeros<Acc<T>, V>() : h);
   }
 }
 
-// What forward reads of memory before h W_hh^T is known; gates are without it. Zeros for a row that lacks the
-// step, but for c.
+// Forward's input other than h W_hh^T; gates are without it. For a row that lacks the step all is zero but c.
 template <class A, int V>
 struct ForwardInput {
   bool valid;  // the row has the step
-  Vec<A, V> c, gates[4];
+  VecN<A, V> c, gates[4];
 };
 
 template <class T, int V>
-FASTLSTM_HD ForwardInput<Acc<T>, V> forward_input(const ForwardStep<T>& s, const Moment& m, int d, int64_t b,
-                                                  int64_t j) {
+FASTLSTM_HD ForwardInput<Acc<T>, V> forward_input(const ForwardStep<T>& s, const StepCoord& m, int d,
+                                                  int64_t b, int64_t j) {
   using A = Acc<T>;
   const int64_t B = s.steps.B, H = s.H, at = (d * B + b) * H + j;
   ForwardInput<A, V> in = {has_step(s.steps, m.t, b)};
@@ -79,7 +78,7 @@ FASTLSTM_HD ForwardInput<Acc<T>, V> forward_input(const ForwardStep<T>& s, const
 #pragma unroll
   for (int g = 0; g < 4; ++g) in.gates[g] = zeros<A, V>();
   if (!in.valid) return in;
-  if (enters_fresh(s.steps, d, m.t, b)) in.c = zeros<A, V>();
+  if (starts_from_zero_state(s.steps, d, m.t, b)) in.c = zeros<A, V>();
   const A* gates_x = s.gates_x + ((d * s.slots + m.slot) * B + b) * 4 * H + j;
 #pragma unroll
   for (int g = 0; g < 4; ++g) {
@@ -90,16 +89,17 @@ FASTLSTM_HD ForwardInput<Acc<T>, V> forward_input(const ForwardStep<T>& s, const
   return in;
 }
 
-// The rest of the step; a: the gates' pre-activations.
-template <class T, int V, class Kept>
-FASTLSTM_HD void forward_output(const ForwardStep<T>& s, const Moment& m, int d, int64_t b, int64_t j,
-                                bool valid, Vec<Acc<T>, V> c, Vec<Acc<T>, V> (&a)[4], const Kept& kept) {
+// Computes and stores the results of a step; a: the gates' pre-activations.
+template <class T, int V, class Storage>
+FASTLSTM_HD void forward_output(const ForwardStep<T>& s, const StepCoord& m, int d, int64_t b, int64_t j,
+                                bool valid, VecN<Acc<T>, V> c, VecN<Acc<T>, V> (&a)[4],
+                                const Storage& h_storage) {
   using A = Acc<T>;
   const int64_t B = s.steps.B, H = s.H;
   const int64_t at = (d * B + b) * H + j;                           // in [D, B, H]
   const int64_t row = ((d * s.steps.T + m.t) * B + b) * 4 * H + j;  // in [D, T, B, 4H]
   T* const cells = s.cells ? s.cells + ((m.t * B + b) * s.D + d) * H + j : nullptr;
-  Vec<A, V> h = zeros<A, V>();
+  VecN<A, V> h = zeros<A, V>();
 
   if (!valid) {
     if (cells) store<V>(cells, h);
@@ -129,13 +129,13 @@ FASTLSTM_HD void forward_output(const ForwardStep<T>& s, const Moment& m, int d,
   if (s.hidden) {
     store<V>(s.hidden + at, h);
   } else {
-    put_h<T, V>(s.steps, s.state, s.D, m, d, b, j, h, kept);
+    store_h<T, V>(s.steps, s.state, s.D, m, d, b, j, h, h_storage);
   }
 }
 
 template <class T, int V>
 FASTLSTM_HD void forward_element(const ForwardStep<T>& s, int d, int64_t b, int64_t j) {
-  const Moment m = {s.t[d], s.slot[d], s.first, s.c_n != nullptr};
+  const StepCoord m = {s.t[d], s.slot[d], s.first, s.c_n != nullptr};
   ForwardInput<Acc<T>, V> in = forward_input<T, V>(s, m, d, b, j);
   if (s.gates_h && in.valid) {
 #pragma unroll
@@ -143,43 +143,43 @@ FASTLSTM_HD void forward_element(const ForwardStep<T>& s, int d, int64_t b, int6
       add(in.gates[g], load<V>(s.gates_h + (d * s.steps.B + b) * 4 * s.H + g * s.H + j));
     }
   }
-  const InPlace<T, V> kept = {s.state.h + (d * s.steps.B + b) * s.H + j};
-  forward_output<T, V>(s, m, d, b, j, in.valid, in.c, in.gates, kept);
+  const PreviousH<T, V> h_storage = {s.state.h + (d * s.steps.B + b) * s.H + j};
+  forward_output<T, V>(s, m, d, b, j, in.valid, in.c, in.gates, h_storage);
 }
 
 template <class T, int V>
 FASTLSTM_HD void projected_element(const ProjectedStep<T>& s, int d, int64_t b, int64_t k) {
   const int64_t at = (d * s.steps.B + b) * s.state.P + k;
-  const Moment m = {s.t[d], 0, s.first, s.state.h_n != nullptr};
-  put_h<T, V>(s.steps, s.state, s.D, m, d, b, k, load<V>(s.projected + at), InPlace<T, V>{s.state.h + at});
+  const StepCoord m = {s.t[d], 0, s.first, s.state.h_n != nullptr};
+  store_h<T, V>(s.steps, s.state, s.D, m, d, b, k, load<V>(s.projected + at),
+                PreviousH<T, V>{s.state.h + at});
 }
 
-// The gradient that reaches the h which step t leaves behind, h_n included and y not. `dh` is what the step
-// after it in the direction's order found.
+// The gradient of h_t from the next step in scan order, `dh`, and from h_n, without that of y.
 template <class T, int V>
-FASTLSTM_HD Vec<Acc<T>, V> carried_dh(const Steps& steps, const HiddenGradient<T>& s, bool first, int d,
-                                      int64_t t, int64_t b, int64_t k, const Vec<Acc<T>, V>& dh) {
+FASTLSTM_HD VecN<Acc<T>, V> carried_dh(const Steps& steps, const HiddenGradient<T>& s, bool first, int d,
+                                       int64_t t, int64_t b, int64_t k, const VecN<Acc<T>, V>& dh) {
   const int64_t at = (d * steps.B + b) * s.P + k, done = step_after(d, t);
   if (first) return load_or_zeros<V>(s.dh_n, at);
   if (!has_step(steps, done, b)) return load<V>(s.carry + at);
-  if (enters_fresh(steps, d, done, b)) return zeros<Acc<T>, V>();
+  if (starts_from_zero_state(steps, d, done, b)) return zeros<Acc<T>, V>();
   return dh;
 }
 
-// dh of [D, B, P] as the product of the step done before left it; nothing before the first.
+// dh [D, B, P] from the GEMM of the step done before; zeros at the first.
 template <class T, int V>
-FASTLSTM_HD Vec<Acc<T>, V> product_dh(const Steps& steps, const HiddenGradient<T>& s, bool first, int d,
-                                      int64_t b, int64_t k) {
+FASTLSTM_HD VecN<Acc<T>, V> load_product_dh(const Steps& steps, const HiddenGradient<T>& s, bool first, int d,
+                                            int64_t b, int64_t k) {
   return first ? zeros<Acc<T>, V>() : load<V>(s.dh + (d * steps.B + b) * s.P + k);
 }
 
-// The whole gradient of h_t; zero for a row that lacks the step, whose gradient is put aside. `dy` is that of
+// The whole gradient of h_t; zero for a row that lacks the step, whose gradient goes to `carry`. dy: that of
 // y at t.
 template <class T, int V>
-FASTLSTM_HD Vec<Acc<T>, V> take_dh(const Steps& steps, const HiddenGradient<T>& s, bool first, int d,
-                                   int64_t t, int64_t b, int64_t k, const Vec<Acc<T>, V>& product,
-                                   const Vec<Acc<T>, V>& dy) {
-  Vec<Acc<T>, V> dh = carried_dh<T, V>(steps, s, first, d, t, b, k, product);
+FASTLSTM_HD VecN<Acc<T>, V> total_dh(const Steps& steps, const HiddenGradient<T>& s, bool first, int d,
+                                     int64_t t, int64_t b, int64_t k, const VecN<Acc<T>, V>& product,
+                                     const VecN<Acc<T>, V>& dy) {
+  VecN<Acc<T>, V> dh = carried_dh<T, V>(steps, s, first, d, t, b, k, product);
   if (!has_step(steps, t, b)) {
     store<V>(s.carry + (d * steps.B + b) * s.P + k, dh);
     return zeros<Acc<T>, V>();
@@ -189,22 +189,22 @@ FASTLSTM_HD Vec<Acc<T>, V> take_dh(const Steps& steps, const HiddenGradient<T>& 
 }
 
 template <class T, int V>
-FASTLSTM_HD Vec<Acc<T>, V> arriving_dy(const Steps& steps, const HiddenGradient<T>& s, int d, int64_t t,
-                                       int64_t b, int64_t k) {
+FASTLSTM_HD VecN<Acc<T>, V> load_dy(const Steps& steps, const HiddenGradient<T>& s, int d, int64_t t,
+                                    int64_t b, int64_t k) {
   if (!s.dy || !has_step(steps, t, b)) return zeros<Acc<T>, V>();
   return load<V>(s.dy + t * s.dy_t + b * s.dy_b + d * s.P + k);
 }
 
-// What backward reads of memory before dh is known. Zeros for a row that lacks the step, but for dc.
+// Backward's input other than dh. For a row that lacks the step all is zero but dc.
 template <class A, int V>
 struct BackwardInput {
-  bool valid;        // the row has the step
-  Vec<A, V> dc, dy;  // dc: with dcells
-  Vec<A, V> a[4], c, c_prev;
+  bool valid;         // the row has the step
+  VecN<A, V> dc, dy;  // dc: with dcells
+  VecN<A, V> a[4], c, c_prev;
 };
 
 template <class T, int V>
-FASTLSTM_HD BackwardInput<Acc<T>, V> backward_input(const BackwardStep<T>& s, const Moment& m, int d,
+FASTLSTM_HD BackwardInput<Acc<T>, V> backward_input(const BackwardStep<T>& s, const StepCoord& m, int d,
                                                     int64_t b, int64_t j) {
   using A = Acc<T>;
   const int64_t B = s.steps.B, H = s.H, t = m.t, at = (d * B + b) * H + j;
@@ -214,25 +214,25 @@ FASTLSTM_HD BackwardInput<Acc<T>, V> backward_input(const BackwardStep<T>& s, co
 #pragma unroll
   for (int g = 0; g < 4; ++g) in.a[g] = zeros<A, V>();
   if (!in.valid) return in;
-  if (!s.dhidden) in.dy = arriving_dy<T, V>(s.steps, s.gradient, d, t, b, j);
+  if (!s.dhidden) in.dy = load_dy<T, V>(s.steps, s.gradient, d, t, b, j);
   if (s.dcells) add(in.dc, load<V>(s.dcells + t * s.dcells_t + b * s.dcells_b + d * H + j));
   const T* gates = s.gates + ((d * s.steps.T + t) * B + b) * 4 * H + j;
 #pragma unroll
   for (int g = 0; g < 4; ++g) in.a[g] = load<V>(gates + g * H);
   in.c = load<V>(s.cells + ((t * B + b) * s.D + d) * H + j);
-  if (!enters_fresh(s.steps, d, t, b)) {
-    in.c_prev = enters_initial(s.steps, d, t, b)
+  if (!starts_from_zero_state(s.steps, d, t, b)) {
+    in.c_prev = starts_from_initial_state(s.steps, d, t, b)
                     ? load_or_zeros<V>(s.c0, at)
                     : load<V>(s.cells + ((step_before(d, t) * B + b) * s.D + d) * H + j);
   }
   return in;
 }
 
-// From dh, the whole gradient of h_t: in.a becomes the gradients of the pre-activations, which are zero for a
-// row that lacks the step, in.dc the gradient of the c that entered it, and in.c h before a projection.
+// dh: the whole gradient of h_t. in.a becomes the gradients of the pre-activations, zero for a row that lacks
+// the step; in.dc the gradient of c_prev; in.c the pre-projection hidden state.
 template <class Activation, class A, int V>
 FASTLSTM_HD void backward_cell(const Steps& steps, int d, int64_t t, int64_t b, BackwardInput<A, V>& in,
-                               const Vec<A, V>& dh) {
+                               const VecN<A, V>& dh) {
   if (!in.valid) return;
 #pragma unroll
   for (int k = 0; k < V; ++k) {
@@ -242,61 +242,61 @@ FASTLSTM_HD void backward_cell(const Steps& steps, int d, int64_t t, int64_t b, 
     in.a[0].v[k] = pre.i, in.a[1].v[k] = pre.f, in.a[2].v[k] = pre.g, in.a[3].v[k] = pre.o;
     in.c.v[k] = gate.o * tanh_c;
   }
-  if (enters_fresh(steps, d, t, b)) in.dc = zeros<A, V>();
+  if (starts_from_zero_state(steps, d, t, b)) in.dc = zeros<A, V>();
 }
 
-// Stores what backward_cell found; dc only where it `leaves` the registers.
+// Stores the results of backward_cell; dc only if `store_dc`.
 template <class T, int V>
-FASTLSTM_HD void backward_store(const BackwardStep<T>& s, const Moment& m, int d, int64_t b, int64_t j,
-                                const BackwardInput<Acc<T>, V>& in, bool leaves) {
+FASTLSTM_HD void store_backward(const BackwardStep<T>& s, const StepCoord& m, int d, int64_t b, int64_t j,
+                                const BackwardInput<Acc<T>, V>& in, bool store_dc) {
   const int64_t B = s.steps.B, H = s.H;
   const int64_t slot = (d * s.slots + m.slot) * B + b;
   T* const dgates = s.dgates + slot * 4 * H + j;
 #pragma unroll
   for (int g = 0; g < 4; ++g) store<V>(dgates + g * H, in.a[g]);
   if (s.hidden) store<V>(s.hidden + slot * H + j, in.c);
-  if (leaves) store<V>(s.dc + (d * B + b) * H + j, in.dc);
+  if (store_dc) store<V>(s.dc + (d * B + b) * H + j, in.dc);
 }
 
 template <class T, int V>
 FASTLSTM_HD void backward_element(const BackwardStep<T>& s, int d, int64_t b, int64_t j) {
-  const Moment m = {s.t[d], s.slot[d], s.first, false};
+  const StepCoord m = {s.t[d], s.slot[d], s.first, false};
   BackwardInput<Acc<T>, V> in = backward_input<T, V>(s, m, d, b, j);
-  const Vec<Acc<T>, V> dh =
+  const VecN<Acc<T>, V> dh =
       s.dhidden ? load<V>(s.dhidden + (d * s.steps.B + b) * s.H + j)
-                : take_dh<T, V>(s.steps, s.gradient, m.first, d, m.t, b, j,
-                                product_dh<T, V>(s.steps, s.gradient, m.first, d, b, j), in.dy);
+                : total_dh<T, V>(s.steps, s.gradient, m.first, d, m.t, b, j,
+                                 load_product_dh<T, V>(s.steps, s.gradient, m.first, d, b, j), in.dy);
   backward_cell<Exact<Acc<T>>>(s.steps, d, m.t, b, in, dh);
-  backward_store<T, V>(s, m, d, b, j, in, true);
+  store_backward<T, V>(s, m, d, b, j, in, true);
 }
 
 template <class T, int V>
 FASTLSTM_HD void projected_gradient_element(const ProjectedGradient<T>& s, int d, int64_t b, int64_t k) {
-  const Vec<Acc<T>, V> dh = take_dh<T, V>(s.steps, s.gradient, s.first, d, s.t[d], b, k,
-                                          product_dh<T, V>(s.steps, s.gradient, s.first, d, b, k),
-                                          arriving_dy<T, V>(s.steps, s.gradient, d, s.t[d], b, k));
+  const VecN<Acc<T>, V> dh = total_dh<T, V>(s.steps, s.gradient, s.first, d, s.t[d], b, k,
+                                            load_product_dh<T, V>(s.steps, s.gradient, s.first, d, b, k),
+                                            load_dy<T, V>(s.steps, s.gradient, d, s.t[d], b, k));
   store<V>(s.dprojected + ((d * s.slots + s.slot[d]) * s.steps.B + b) * s.gradient.P + k, dh);
 }
 
 template <class T, int V>
 FASTLSTM_HD void initial_gradient_element(const InitialGradient<T>& s, int d, int64_t b, int64_t k) {
-  const int64_t beyond = d == 0 ? -1 : s.steps.T;  // the step that would leave h0 behind
-  const Vec<Acc<T>, V> dh = carried_dh<T, V>(s.steps, s.gradient, false, d, beyond, b, k,
-                                             product_dh<T, V>(s.steps, s.gradient, false, d, b, k));
+  const int64_t beyond = d == 0 ? -1 : s.steps.T;  // the step before the first, in scan order
+  const VecN<Acc<T>, V> dh = carried_dh<T, V>(s.steps, s.gradient, false, d, beyond, b, k,
+                                              load_product_dh<T, V>(s.steps, s.gradient, false, d, b, k));
   store<V>(s.dh0 + (d * s.steps.B + b) * s.gradient.P + k, dh);
 }
 
-// `r` counts the steps of out.
+// r: step of out.
 template <class T, int V>
 FASTLSTM_HD void ragged_row_element(const RaggedRows<T>& s, int64_t r, int64_t b, int64_t k) {
   const int64_t t = s.begin + r;
-  Vec<Acc<T>, V> x = zeros<Acc<T>, V>();
+  VecN<Acc<T>, V> x = zeros<Acc<T>, V>();
   if (has_step(s.steps, t, b)) {
-    if (!s.entering) {
+    if (!s.previous) {
       x = load<V>(s.source + t * s.source_t + b * s.source_b + k);
-    } else if (enters_fresh(s.steps, s.d, t, b)) {
+    } else if (starts_from_zero_state(s.steps, s.d, t, b)) {
       // stays zero
-    } else if (enters_initial(s.steps, s.d, t, b)) {
+    } else if (starts_from_initial_state(s.steps, s.d, t, b)) {
       x = load_or_zeros<V>(s.initial, b * s.n + k);
     } else {
       x = load<V>(s.source + step_before(s.d, t) * s.source_t + b * s.source_b + k);

@@ -1,6 +1,6 @@
-// A warp of a persistent block: its lanes, the block's barrier, the tensor cores, and memory that other
-// blocks write. All that the persistent kernels ask of a GPU beyond plain C++ is in this file, so that the
-// tests can run the same kernels with host threads in the place of warps (tests/gpu/cuda_host/cuda/warp.cuh).
+// A warp of a persistent CTA: its lanes, barriers, mma.sync, memory that other CTAs write, and launches. The
+// persistent kernels use nothing of the GPU beyond plain C++ and this file, so the tests run them with a host
+// thread per warp (tests/gpu/cuda_host/cuda/warp.cuh).
 #pragma once
 
 #include <cuda_bf16.h>
@@ -8,14 +8,15 @@
 
 #include <cstdint>
 
+#include "cuda/plan.h"
+
 #define FASTLSTM_DEVICE __device__ __forceinline__
 
 namespace fastlstm::cuda {
 
-constexpr int kWarps = 8;                          // in a persistent block
-constexpr uint32_t kMaxPolls = uint32_t{1} << 25;  // of a spin: seconds, and then it is a fault
+constexpr uint32_t kMaxPolls = uint32_t{1} << 25;  // of a spin, some seconds; then trap_on_timeout
 
-// One X for every lane of a warp: a register of its own here, an array on the host.
+// One X per lane of a warp: a register here, an array on the host.
 template <class X>
 class PerLane {
  public:
@@ -43,25 +44,27 @@ class Lanes {
   int lane_;
 };
 
-// x, as the result of an instruction that ptxas does not repeat: it stays in a register, where ptxas would
-// otherwise compute it again in every step. By all lanes of a warp.
-FASTLSTM_DEVICE int keep(int x) { return __shfl_sync(~0u, x, static_cast<int>(threadIdx.x % 32)); }
+// Returns x as the result of a shuffle, which ptxas does not rematerialize: x stays in a register, and is not
+// computed again in every step. Called by all lanes of a warp.
+FASTLSTM_DEVICE int keep_in_register(int x) {
+  return __shfl_sync(~0u, x, static_cast<int>(threadIdx.x % 32));
+}
 
 class Warp {
  public:
   FASTLSTM_DEVICE Warp()
-      : index_(keep(static_cast<int>(threadIdx.x / 32))),
-        shared_(keep(static_cast<int>(__cvta_generic_to_shared(dynamic())))) {}
+      : index_(keep_in_register(static_cast<int>(threadIdx.x / 32))),
+        shared_(keep_in_register(static_cast<int>(__cvta_generic_to_shared(dynamic())))) {}
 
-  FASTLSTM_DEVICE int block() const { return static_cast<int>(blockIdx.x); }
+  FASTLSTM_DEVICE int cta() const { return static_cast<int>(blockIdx.x); }
   FASTLSTM_DEVICE int index() const { return index_; }
   FASTLSTM_DEVICE Lanes lanes() const { return Lanes(static_cast<int>(threadIdx.x % 32)); }
-  FASTLSTM_DEVICE uint4* shared() const {  // the block's
+  FASTLSTM_DEVICE uint4* shared() const {  // the CTA's shared memory
     return static_cast<uint4*>(__cvta_shared_to_generic(static_cast<uint32_t>(shared_)));
   }
   FASTLSTM_DEVICE void sync() const { __syncwarp(); }
   FASTLSTM_DEVICE void block_sync() const { __syncthreads(); }
-  // Of all blocks of the cluster: what each did before is visible to the others after.
+  // Barrier of all CTAs of the cluster, with release and acquire semantics.
   FASTLSTM_DEVICE void cluster_sync() const {
     asm volatile(
         "barrier.cluster.arrive.release;\n\t"
@@ -76,10 +79,10 @@ class Warp {
   }
 
   int index_;
-  int shared_;  // where shared memory begins, which depends on the block's place in its cluster
+  int shared_;  // shared-memory address of the dynamic allocation, which depends on the CTA's cluster rank
 };
 
-// Everything the block did before its last barrier is visible to whoever reads `value` with load_acquire.
+// What the CTA wrote before its last barrier is visible to a thread that reads `value` by load_acquire.
 FASTLSTM_DEVICE void store_release(uint32_t* flag, uint32_t value) {
   asm volatile("st.release.gpu.global.u32 [%0], %1;" ::"l"(flag), "r"(value) : "memory");
 }
@@ -90,8 +93,8 @@ FASTLSTM_DEVICE uint32_t load_acquire(const uint32_t* flag) {
   return value;
 }
 
-// A word of the exchange: from L2, never from this SM's L1.
-FASTLSTM_DEVICE uint4 load_published(const uint4* p) {
+// Loads a word of the exchange from L2, never from this SM's L1.
+FASTLSTM_DEVICE uint4 load_l2(const uint4* p) {
   uint4 x;
   asm volatile("ld.relaxed.gpu.global.v4.u32 {%0, %1, %2, %3}, [%4];"
                : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w)
@@ -100,82 +103,100 @@ FASTLSTM_DEVICE uint4 load_published(const uint4* p) {
   return x;
 }
 
-// Begins to bring the line at p from memory into L2.
+// Stores a word for the polls of other CTAs: in L2, in one piece, and ordered only by fence().
+FASTLSTM_DEVICE void store_relaxed(uint32_t* p, uint32_t x) {
+  asm volatile("st.relaxed.gpu.global.u32 [%0], %1;" ::"l"(p), "r"(x) : "memory");
+}
+
+// Loads a word that other CTAs store by store_relaxed: each 32 bits of it in one piece.
+FASTLSTM_DEVICE uint4 load_relaxed(const uint4* p) { return load_l2(p); }
+
+// Orders the thread's earlier loads and stores before its later ones, as all CTAs of the device see them.
+FASTLSTM_DEVICE void fence() { asm volatile("fence.acq_rel.gpu;" ::: "memory"); }
+
+// The x of lane ^ 1. Called by all lanes of a warp.
+FASTLSTM_DEVICE PerLane<uint32_t> swap_pairs(const PerLane<uint32_t>& x) {
+  PerLane<uint32_t> y;
+  y[0] = __shfl_xor_sync(~0u, x[0], 1);
+  return y;
+}
+
+// Prefetches the line at p into L2.
 FASTLSTM_DEVICE void prefetch(const void* p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
 
-// Counts what arrives in the shared memory it lies in, an mbarrier of one expected arrival. Each of its
-// phases ends once expect() was called in it and as many bytes were pushed as that call said.
-struct alignas(8) Arrivals {
+// An mbarrier with one expected arrival, in shared memory. A phase completes once mbarrier_expect_tx was
+// called in it and remote stores have transferred the number of bytes of that call.
+struct alignas(8) Mbarrier {
   uint64_t state;
 };
 
-FASTLSTM_DEVICE uint32_t in_shared(const void* p) {
+FASTLSTM_DEVICE uint32_t shared_address(const void* p) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(p));
 }
 
-// By one thread, before a cluster_sync.
-FASTLSTM_DEVICE void start(Arrivals* arrivals) {
+// Called by one thread, before a cluster_sync.
+FASTLSTM_DEVICE void mbarrier_init(Mbarrier* mbarrier) {
   asm volatile(
       "mbarrier.init.shared::cta.b64 [%0], 1;\n\t"
-      "fence.mbarrier_init.release.cluster;" ::"r"(in_shared(arrivals))
+      "fence.mbarrier_init.release.cluster;" ::"r"(shared_address(mbarrier))
       : "memory");
 }
 
-// By one thread, once in each phase; some of the bytes may have come before.
-FASTLSTM_DEVICE void expect(Arrivals* arrivals, uint32_t bytes) {
+// Called by one thread, once per phase; some of the bytes may have arrived before.
+FASTLSTM_DEVICE void mbarrier_expect_tx(Mbarrier* mbarrier, uint32_t bytes) {
   asm volatile(
-      "mbarrier.arrive.expect_tx.release.cta.shared::cta.b64 _, [%0], %1;" ::"r"(in_shared(arrivals)),
+      "mbarrier.arrive.expect_tx.release.cta.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(mbarrier)),
       "r"(bytes)
       : "memory");
 }
 
-// Whether the phase of this parity has ended. It is asked of the current phase or the one before, whose
-// parities differ. Not try_wait: that may sleep for as long as it likes, and a bound on the number of polls
-// would bound no time.
-FASTLSTM_DEVICE bool ended(const Arrivals* arrivals, uint32_t parity) {
+// Returns true if the phase of this parity has completed; called for the current phase or the previous one,
+// whose parities differ. Not try_wait, which may suspend the thread: kMaxPolls would then bound no time.
+FASTLSTM_DEVICE bool mbarrier_test_wait(const Mbarrier* mbarrier, uint32_t parity) {
   uint32_t yes;
   asm volatile(
       "{\n\t.reg .pred ended;\n\t"
       "mbarrier.test_wait.parity.relaxed.cluster.shared::cta.b64 ended, [%1], %2;\n\t"
       "selp.u32 %0, 1, 0, ended;\n\t}"
       : "=r"(yes)
-      : "r"(in_shared(arrivals)), "r"(parity)
+      : "r"(shared_address(mbarrier)), "r"(parity)
       : "memory");
   return yes != 0;
 }
 
-// After it, what was pushed in a phase that has ended can be read. Of shared memory alone: an acquire of all
-// memory would throw away what the SM's L1 holds, in every step.
-FASTLSTM_DEVICE void acquire_pushed() {
+// After it the remote stores of a completed phase can be read. It acquires shared memory only: an acquire of
+// all memory would invalidate the SM's L1 in every step.
+FASTLSTM_DEVICE void acquire_dsmem() {
   asm volatile("fence.acquire.sync_restrict::shared::cluster.cluster;" ::: "memory");
 }
 
-FASTLSTM_DEVICE uint32_t of_peer(const void* own, int peer) {
-  uint32_t there;
-  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(in_shared(own)), "r"(peer));
-  return there;
+// Address, in the shared memory of CTA `peer` of the cluster, that corresponds to `local` in this CTA's.
+FASTLSTM_DEVICE uint32_t peer_address(const void* local, int peer) {
+  uint32_t address;
+  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(address) : "r"(shared_address(local)), "r"(peer));
+  return address;
 }
 
-// Stores x in the shared memory of another block of the cluster, or this one, at the place and with the
-// arrivals that are `to` and `arrivals` in this one. Nobody waits here; the arrivals tell when it is done.
-FASTLSTM_DEVICE void push(const Warp&, int peer, uint4* to, Arrivals* arrivals, uint4 x) {
+// st.async: stores x in the shared memory of CTA `peer` of the cluster, at the address that corresponds to
+// `to` in this CTA's; the transfer completes its bytes on the peer's mbarrier. Does not wait.
+FASTLSTM_DEVICE void remote_store(const Warp&, int peer, uint4* to, Mbarrier* mbarrier, uint4 x) {
   asm volatile(
       "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 [%0], {%1, %2, %3, %4}, [%5];" ::"r"(
-          of_peer(to, peer)),
-      "r"(x.x), "r"(x.y), "r"(x.z), "r"(x.w), "r"(of_peer(arrivals, peer))
+          peer_address(to, peer)),
+      "r"(x.x), "r"(x.y), "r"(x.z), "r"(x.w), "r"(peer_address(mbarrier, peer))
       : "memory");
 }
-FASTLSTM_DEVICE void push(const Warp&, int peer, float2* to, Arrivals* arrivals, float2 x) {
+FASTLSTM_DEVICE void remote_store(const Warp&, int peer, float2* to, Mbarrier* mbarrier, float2 x) {
   asm volatile(
       "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v2.f32 [%0], {%1, %2}, [%3];" ::"r"(
-          of_peer(to, peer)),
-      "f"(x.x), "f"(x.y), "r"(of_peer(arrivals, peer))
+          peer_address(to, peer)),
+      "f"(x.x), "f"(x.y), "r"(peer_address(mbarrier, peer))
       : "memory");
 }
 
-// A spin that came to its end: an error of the launch, as any invalid access is; never a hang.
+// Ends a spin after kMaxPolls as an error of the stream, like any invalid access, instead of a hang.
 FASTLSTM_DEVICE void trap_on_timeout(uint32_t* fault, uint32_t epoch) {
-  store_release(fault, epoch);
+  store_relaxed(fault, epoch);  // for a debugger
   __trap();
 }
 
@@ -205,41 +226,40 @@ FASTLSTM_MMA(__nv_bfloat16, "m16n8k16.row.col.f32.bf16.bf16.f32")
 FASTLSTM_MMA(float, "m16n8k8.row.col.f32.tf32.tf32.f32")
 #undef FASTLSTM_MMA
 
-// acc [16, 8] += A [16, 64 bytes of T] B [64 bytes of T, 8]. Lane l holds 16 bytes of each row it has to do
-// with, those from byte 16 * (l % 4) on: of A's rows l / 4 (top) and l / 4 + 8 (bottom), and of B's column
-// l / 4. That is another order of the sum's terms than the instruction's own, the same one in A and B.
+// acc [16, 8] += A [16, 64 bytes of T] B [64 bytes of T, 8]. Lane l holds 16 bytes, from byte 16 * (l % 4)
+// on, of A's rows l / 4 (top) and l / 4 + 8 (bottom), and of B's column l / 4. K is summed in another order
+// than the instruction's, the same in A and B.
 // acc: x, y are row l / 4, columns 2 * (l % 4) and the next; z, w the same columns of row l / 4 + 8.
 template <class T>
-FASTLSTM_DEVICE void multiply_chunk(PerLane<float4>& acc, const PerLane<uint4>& top,
-                                    const PerLane<uint4>& bottom, const PerLane<uint4>& b) {
+FASTLSTM_DEVICE void mma_k_slice(PerLane<float4>& acc, const PerLane<uint4>& top,
+                                 const PerLane<uint4>& bottom, const PerLane<uint4>& b) {
   Mma<T>::run(acc[0], top[0].x, bottom[0].x, top[0].y, bottom[0].y, b[0].x, b[0].y);
   Mma<T>::run(acc[0], top[0].z, bottom[0].z, top[0].w, bottom[0].w, b[0].z, b[0].w);
 }
 
-// What F needs of the architecture it is compiled for; on older ones its kernel is empty.
+// The minimum architecture of F; on older ones its kernel is empty.
 template <class F>
-constexpr int kLeastArchitecture = F::kCluster ? 90 : 80;
+constexpr int kMinArchitecture = F::kCluster ? 90 : 80;
 
 template <class F, class S>
 __global__ void __launch_bounds__(kWarps * 32, 1) persistent(const __grid_constant__ S s) {
 #if defined(__CUDA_ARCH__)
-  if constexpr (__CUDA_ARCH__ >= 10 * kLeastArchitecture<F>) F::run(s, Warp());
+  if constexpr (__CUDA_ARCH__ >= 10 * kMinArchitecture<F>) F::run(s, Warp());
 #endif
 }
 
-// `blocks` blocks; in clusters of `cluster`, or, if that is 0, all on the device at once or not at all; -1:
-// at any time.
+// ctas: of the grid; cluster_dim: as Layout::cluster_dim.
 struct LaunchConfig {
   cudaLaunchAttribute attribute;
   cudaLaunchConfig_t config;
 
-  LaunchConfig(int blocks, int cluster, int64_t shared_bytes, cudaStream_t stream) : attribute(), config() {
-    config.gridDim = dim3(blocks), config.blockDim = dim3(kWarps * 32);
+  LaunchConfig(int ctas, int cluster_dim, int64_t shared_bytes, cudaStream_t stream) : attribute(), config() {
+    config.gridDim = dim3(ctas), config.blockDim = dim3(kWarps * 32);
     config.dynamicSmemBytes = static_cast<size_t>(shared_bytes), config.stream = stream;
-    config.attrs = &attribute, config.numAttrs = cluster < 0 ? 0 : 1;
-    if (cluster > 0) {
+    config.attrs = &attribute, config.numAttrs = cluster_dim < 0 ? 0 : 1;
+    if (cluster_dim > 0) {
       attribute.id = cudaLaunchAttributeClusterDimension;
-      attribute.val.clusterDim.x = static_cast<unsigned>(cluster);
+      attribute.val.clusterDim.x = static_cast<unsigned>(cluster_dim);
       attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
     } else {
       attribute.id = cudaLaunchAttributeCooperative, attribute.val.cooperative = 1;
@@ -248,52 +268,54 @@ struct LaunchConfig {
   LaunchConfig(const LaunchConfig&) = delete;
 };
 
-// Lets a kernel be launched with all the shared memory that the current device gives one block. Not with what
-// a launch needs: the attribute is the kernel's, for all threads of the process, whose layers differ in size.
+// Allows launches with all the shared memory that the current device gives a CTA. Not with what this launch
+// needs: the attribute is the kernel's, for all threads of the process, whose layers differ in size.
 template <class Kernel>
-cudaError_t allow(Kernel kernel, int cluster) {
+cudaError_t set_kernel_attributes(Kernel kernel, int cluster_dim) {
   int device = 0, shared_bytes = 0;
   cudaError_t status = cudaGetDevice(&device);
   if (status == cudaSuccess)
     status = cudaDeviceGetAttribute(&shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
   if (status == cudaSuccess)
     status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
-  if (status != cudaSuccess || cluster <= 8) return status;  // 8 are allowed everywhere
+  if (status != cudaSuccess || cluster_dim <= 8) return status;  // 8 is the portable size
   return cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
 }
 
-// The most blocks of this kernel that can be on the current device at once; 0 where that cannot be asked.
+// Max CTAs of this kernel that are resident on the current device at once; 0 if the runtime cannot tell.
 template <class F, class S>
-int blocks_together(int cluster, int64_t shared_bytes) {
+int max_resident_ctas(int cluster_dim, int64_t shared_bytes) {
   const auto kernel = persistent<F, S>;
-  int device = 0, sms = 0, most = 0;
+  int device = 0, sms = 0, max_ctas = 0;
   cudaFuncAttributes attributes;
   bool known = cudaFuncGetAttributes(&attributes, kernel) == cudaSuccess &&
-               attributes.ptxVersion >= kLeastArchitecture<F> && allow(kernel, cluster) == cudaSuccess;
-  if (known && cluster > 0) {
-    const LaunchConfig launch(cluster, cluster, shared_bytes, nullptr);
-    known = cudaOccupancyMaxActiveClusters(&most, kernel, &launch.config) == cudaSuccess;
-    most *= cluster;
+               attributes.ptxVersion >= kMinArchitecture<F> &&
+               set_kernel_attributes(kernel, cluster_dim) == cudaSuccess;
+  if (known && cluster_dim > 0) {
+    const LaunchConfig launch(cluster_dim, cluster_dim, shared_bytes, nullptr);
+    known = cudaOccupancyMaxActiveClusters(&max_ctas, kernel, &launch.config) == cudaSuccess;
+    max_ctas *= cluster_dim;
   } else if (known) {
     known = cudaGetDevice(&device) == cudaSuccess &&
             cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, device) == cudaSuccess &&
-            cudaOccupancyMaxActiveBlocksPerMultiprocessor(&most, kernel, kWarps * 32,
+            cudaOccupancyMaxActiveBlocksPerMultiprocessor(&max_ctas, kernel, kWarps * 32,
                                                           static_cast<size_t>(shared_bytes)) == cudaSuccess;
-    most *= sms;
+    max_ctas *= sms;
   }
   if (!known) cudaGetLastError();
-  return known ? most : 0;
+  return known ? max_ctas : 0;
 }
 
-// F::run(s, warp) in all warps of these blocks.
+// Launches F::run(s, warp) for all warps of a grid.
 template <class F, class S>
-cudaError_t launch_together(const S& s, int blocks, int cluster, int64_t shared_bytes, cudaStream_t stream) {
+cudaError_t launch_persistent(const S& s, int ctas, int cluster_dim, int64_t shared_bytes,
+                              cudaStream_t stream) {
   const auto kernel = persistent<F, S>;
-  const cudaError_t status = allow(kernel, cluster);
+  const cudaError_t status = set_kernel_attributes(kernel, cluster_dim);
   if (status != cudaSuccess) return status;
-  const LaunchConfig launch(blocks, cluster, shared_bytes, stream);
+  const LaunchConfig launch(ctas, cluster_dim, shared_bytes, stream);
   const cudaError_t launched = cudaLaunchKernelEx(&launch.config, kernel, s);
-  // The caller answers to it, so it must not come up again in somebody's cudaGetLastError().
+  // The caller handles the status; cudaGetLastError must not report it again elsewhere.
   if (launched != cudaSuccess) cudaGetLastError();
   return launched;
 }

@@ -62,9 +62,9 @@ def set_persistent(on: bool, tier: str = "") -> None:
 
     Args:
         on: whether to use them.
-        tier: "A" (cluster variant), "B" (grid variant) or "S" (single-block variant, for H up to 128 in 16 bits): use
-            this one wherever the layer fits, whatever is predicted; "" for the faster of "A" and "B" ("S" has not been
-            measured).
+        tier: "A" (cluster variant), "B" (grid variant), "D" (grid variant with data flags) or "S" (single-block
+            variant, for H up to 128 in 16 bits): use this one wherever the layer fits, whatever is predicted; "" for
+            the faster of "A" and "B" ("D" and "S" have not been measured).
 
     Raises:
         RuntimeError: the extension was built without CUDA, or there is no such tier.
@@ -94,15 +94,15 @@ def kernels(call: LayerCall, B: int) -> str:
     sms = gpu.multi_processor_count if gpu.major >= 8 else 0
     phases = []
     for phase in ("forward", "backward"):
-        reason, layout, tier = extension.persistent_plan(
+        reason, layout, description = extension.persistent_plan(
             phase, call.shape.H, call.shape.P, B, call.shape.D, _element(call.dtype), sms,
             gpu.shared_memory_per_block_optin,  # type: ignore[attr-defined]
-            16 if gpu.major >= 9 else 0,  # the most blocks of a cluster, as csrc/cuda/device.cpp has it
+            16 if gpu.major >= 9 else 0,  # max CTAs of a cluster, as in csrc/cuda/device.cpp
             extension.persistent_tier(),
         )  # fmt: skip
-        groups = f"{'clusters' if layout['cluster'] else 'groups'} of {layout['members']} blocks"
-        groups = "single blocks" if layout["single"] else groups
-        phases.append(f"{phase} step by step: {reason}" if reason else f"{phase} in {groups} ({tier})")
+        groups = f"{'clusters' if layout['cluster'] else 'groups'} of {layout['ctas_per_group']} CTAs"
+        groups = "single CTAs" if layout["single"] else groups
+        phases.append(f"{phase} step by step: {reason}" if reason else f"{phase} in {groups} ({description})")
     return f"persistent from 4 steps on: {'; '.join(phases)}"
 
 

@@ -95,11 +95,11 @@ def backend(compiled: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
         yield NAME
 
 
-@pytest.fixture(params=["A", "B", "S"])
+@pytest.fixture(params=["A", "B", "D", "S"])
 def persistent(request: pytest.FixtureRequest, backend: str) -> Iterator[str]:
     """The backend with the persistent kernels of one tier, on a device of 8 SMs; float32 GEMMs use TF32.
 
-    S runs layers of up to 128 units in 16 bits; B runs the others.
+    S supports layers of up to 128 units in 16 bits, D one batch tile per group; B runs the others.
     """
     torch.ops.fastlstm_cuda_host.persistent(True, request.param)
     yield backend
@@ -158,7 +158,7 @@ def test_parity_of_the_persistent_kernels(case, dtype, persistent, poisoned_empt
     check(case.to(dtype), persistent)
 
 
-@pytest.mark.parametrize("persistent", ["A", "B"], indirect=True)
+@pytest.mark.parametrize("persistent", ["A", "B", "D"], indirect=True)
 @pytest.mark.parametrize("case", PERSISTENT, ids=str)
 def test_tf32_of_the_persistent_kernels(case, persistent, poisoned_empty):
     check(case, persistent, gpu_support.TF32.rounding("native"))
@@ -181,6 +181,19 @@ def test_persistent_kernels_are_bitwise_deterministic(persistent):
     case = Case(T=20, B=19, I=4, H=40, bidirectional=True, hx="tuple", dtype=torch.bfloat16)
     first, second = run_backend(case, persistent), run_backend(case, persistent)
     assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.parametrize("persistent", ["D"], indirect=True)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_nan_states_are_not_taken_for_empty_words(dtype, persistent):
+    """Data flags: a NaN whose bits are all ones, in h0, reaches the results of its row and stalls no other CTA."""
+    h0 = torch.zeros(1, 3, 40, dtype=dtype)
+    h0.view(torch.int32 if dtype.itemsize == 4 else torch.int16)[0, 1] = -1
+    weights = [torch.full(size, 0.01, dtype=dtype) for size in ((160, 2), (160, 40), (160,), (160,))]
+    x, layer = torch.ones(9, 3, 2, dtype=dtype), torch.ops.fastlstm_cuda_host.native_layer
+    y, *_ = layer(x, h0, None, weights, None, None, False, False)
+    assert y[:, 1].isnan().all()
+    assert not y[:, ::2].isnan().any()
 
 
 @pytest.mark.parametrize("launches", [0, 1, 2])

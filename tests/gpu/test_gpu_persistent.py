@@ -20,6 +20,7 @@ pytestmark = gpu
 
 COUNT = int(os.environ.get("FASTLSTM_FUZZ_COUNT", "250"))
 PRECISIONS = (TF32, HALF, BFLOAT16)
+VARIANTS = {"A": "cluster variant", "B": "grid variant", "D": "with data flags", "S": "single-block variant"}  # by tier
 RAGGED = {"lengths": (4, 0, 7, 1, 6), "resets": ((0, 0), (3, 0), (5, 0), (2, 2), (6, 2), (6, 3), (4, 4))}
 # Fast enough for compute-sanitizer: one block and several, both directions, masks.
 SMALL = (
@@ -27,11 +28,11 @@ SMALL = (
     Case(T=6, B=19, I=4, H=70, hx="tuple", cells=True),
     Case(T=7, B=5, I=4, H=40, hx="tuple", bidirectional=True, cells=True, **RAGGED),
 )
-# Every variant of csrc/cuda/plan.h on an H100, slices of 8 and 16 rows, one slice per group and several.
+# Every configuration of csrc/cuda/plan.h on an H100, batch tiles of 8 and 16 rows, one per group and several.
 SIZES = [(H, B) for H in (31, 128, 256, 500, 512, 640, 768, 1024, 1536, 2048) for B in (1, 16, 100)]
 
 
-@pytest.fixture(autouse=True, params=["A", "B", "S"])
+@pytest.fixture(autouse=True, params=["A", "B", "D", "S"])
 def persistent(request: pytest.FixtureRequest) -> Iterator[str]:
     """Enable the persistent kernels of one tier for all layers that it supports."""
     if "cuda" not in native.devices:
@@ -60,7 +61,7 @@ def test_small(case, precision):
 def test_parity_with_cudnn(H, B, precision, persistent):
     case = Case(T=24, B=B, I=64, H=H, hx="tuple", dtype=precision.dtype)
     with precision.flags(), fastlstm.use_backend("native"):
-        if f"tier {persistent}" not in kernels(case):
+        if f"{VARIANTS[persistent]}: requested" not in kernels(case):
             pytest.skip(kernels(case))
     check(case, precision, "native")
 
@@ -132,7 +133,7 @@ def test_green_context(sms):
 
 
 def test_launches_on_many_streams():
-    """Concurrent launches: a cluster, or all groups of tier B, gets all its blocks or waits, never a part of them."""
+    """Concurrent launches: a cluster, or all groups of the grid variant, get all their CTAs or wait, never a part."""
     case = Case(T=64, B=64, I=64, H=512, dtype=torch.bfloat16)
     expected = run(case, BFLOAT16, "native")
     collected = []

@@ -21,10 +21,11 @@ STAGES = {
         "memcheck",
         "launches_A",
         "launches_B",
+        "launches_D",
         "launches_S",
         "racecheck",
     ),
-    "gpu_numbers": ("build", "compile_steps", "steps", "ragged", "points", "ncu_512", "ncu_1024"),
+    "gpu_numbers": ("build", "compile_steps", "steps", "ragged", "data_flags", "points", "ncu_512", "ncu_1024"),
 }
 
 

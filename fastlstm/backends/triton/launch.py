@@ -1,4 +1,4 @@
-"""The two ops of the `triton` backend: buffers, the products outside the time loop, and the launches within it."""
+"""The two ops of the `triton` backend: buffers, the GEMMs outside the time loop, and the launches within it."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def forward(x, h0, c0, weights, lengths, reset_mask, keep_cells, keep_reserve):
             layer.launch_resident(
                 resident.layer_resident_fwd,
                 layer.row.forward,
-                (gates, layer.w_hh, _ready(h0), _ready(c0), layer.lengths, layer.reset_mask, y, h_n, c_n, c_out),
+                (gates, layer.w_hh, _aligned(h0), _aligned(c0), layer.lengths, layer.reset_mask, y, h_n, c_n, c_out),
                 (keep_reserve,),
             )
         else:
@@ -70,8 +70,8 @@ def backward(dy, dh_n, dc_n, dcells, x, h0, c0, weights, lengths, reset_mask, y,
                     resident.layer_resident_bwd,
                     layer.row.backward,
                     (
-                        *map(_ready, (dy, dh_n, dc_n, dcells)),
-                        *(reserve, cells, _ready(c0), layer.w_hh, layer.lengths, layer.reset_mask, dgates, dh, dc),
+                        *map(_aligned, (dy, dh_n, dc_n, dcells)),
+                        *(reserve, cells, _aligned(c0), layer.w_hh, layer.lengths, layer.reset_mask, dgates, dh, dc),
                     ),
                     (),
                 )
@@ -81,7 +81,7 @@ def backward(dy, dh_n, dc_n, dcells, x, h0, c0, weights, lengths, reset_mask, y,
                     (tiled.layer_streamed_bwd, tiled.step_tiled_bwd),
                     layer.row.backward,
                     (
-                        *(_ready(dy), _ready(dcells), reserve, cells, _ready(c0)),
+                        *(_aligned(dy), _aligned(dcells), reserve, cells, _aligned(c0)),
                         *(layer.w_hh, layer.lengths, layer.reset_mask, dgates, dh, dc),
                     ),
                     (),
@@ -90,12 +90,12 @@ def backward(dy, dh_n, dc_n, dcells, x, h0, c0, weights, lengths, reset_mask, y,
         for grad, state in ((dh0, dh), (dc0, dc)):
             if grad.numel():
                 grad.copy_(state)
-    _products(dx, dweights, dgates, x, h0, weights, lengths, reset_mask, y, needs)
+    _weight_gradients(dx, dweights, dgates, x, h0, weights, lengths, reset_mask, y, needs)
     return dx, dh0, dc0, dweights
 
 
-def _products(dx, dweights, dgates, x, h0, weights, lengths, reset_mask, y, needs) -> None:
-    """dx and every weight's gradient from dgates [D, T, B, 4H]: one product or sum each, over all T*B rows."""
+def _weight_gradients(dx, dweights, dgates, x, h0, weights, lengths, reset_mask, y, needs) -> None:
+    """Compute dx and the weight gradients from dgates [D, T, B, 4H]: one GEMM or sum each, over all T*B rows."""
     s = LayerShape.of(weights)
     T, B, n = *x.shape[:2], s.per_direction
     valid = None if lengths is None else torch.arange(T, device=x.device)[:, None] < lengths  # [T, B]
@@ -106,12 +106,12 @@ def _products(dx, dweights, dgates, x, h0, weights, lengths, reset_mask, y, need
             flat = dx.flatten(0, 1)
             _multiply(flat, rows, w.ih, flat if d else None)
         if need[0]:
-            # Padding may hold NaN, and 0 * NaN would enter the sum.
+            # Padding may hold NaN, and 0 * NaN is NaN.
             inputs = x if valid is None else x.masked_fill(~valid[..., None], 0)
             _multiply(dw[0], rows.t(), inputs.flatten(0, 1))
         if need[1]:
-            entering = _entering(y[..., d * s.H : (d + 1) * s.H], h0, d, valid, reset_mask)
-            _multiply(dw[1], rows.t(), entering.flatten(0, 1))
+            h_prev = _previous_states(y[..., d * s.H : (d + 1) * s.H], h0, d, valid, reset_mask)
+            _multiply(dw[1], rows.t(), h_prev.flatten(0, 1))
         if s.bias and (need[2] or need[3]):
             db = _column_sums(rows)
             for k in (2, 3):
@@ -119,17 +119,17 @@ def _products(dx, dweights, dgates, x, h0, weights, lengths, reset_mask, y, need
                     dw[k].copy_(db)
 
 
-def _column_sums(rows: Tensor, run: int = 128) -> Tensor:
-    """[m] in fp32 from [n, m]. In one go torch.sum takes 128 MiB of scratch memory for a tall matrix on CUDA."""
-    runs = len(rows) // run
+def _column_sums(rows: Tensor, run_rows: int = 128) -> Tensor:
+    """Return [m] in fp32 from [n, m], in runs: one torch.sum takes 128 MiB of scratch memory on CUDA."""
+    runs = len(rows) // run_rows
     if runs < 2:
         return rows.sum(0, dtype=torch.float32)
-    sums = rows[: runs * run].unflatten(0, (runs, run)).sum(1, dtype=torch.float32).sum(0)
-    return sums.add_(rows[runs * run :].sum(0, dtype=torch.float32))
+    sums = rows[: runs * run_rows].unflatten(0, (runs, run_rows)).sum(1, dtype=torch.float32).sum(0)
+    return sums.add_(rows[runs * run_rows :].sum(0, dtype=torch.float32))
 
 
 def _multiply(out: Tensor, a: Tensor, b: Tensor, plus: Tensor | None = None) -> None:
-    """out = a b + plus, by torch; `plus` is a vector, or out itself."""
+    """Compute out = a b + plus by torch; plus: a vector, or out itself."""
     if _widened(out):
         product = torch.mm(a.double(), b.double())
         out.copy_(product if plus is None else product.add_(plus))
@@ -139,33 +139,33 @@ def _multiply(out: Tensor, a: Tensor, b: Tensor, plus: Tensor | None = None) -> 
         torch.addmm(plus, a, b, out=out)
 
 
-def _entering(y: Tensor, h0: Tensor | None, d: int, valid: Tensor | None, reset_mask: Tensor | None) -> Tensor:
-    """The h [T, B, H] each step of direction d read; rows without the step may hold any finite value."""
+def _previous_states(y: Tensor, h0: Tensor | None, d: int, valid: Tensor | None, reset_mask: Tensor | None) -> Tensor:
+    """Return h_prev [T, B, H] of direction d; rows without the step may hold any finite value."""
     h = y.new_zeros(1, *y.shape[1:]) if h0 is None else h0[d : d + 1]
-    entering = torch.cat([y[1:], h] if d else [h, y[:-1]])
+    h_prev = torch.cat([y[1:], h] if d else [h, y[:-1]])
     if d and valid is not None and h0 is not None:  # in reverse a row starts at its last step
         starts = valid & torch.cat([~valid[1:], torch.ones_like(valid[:1])])
-        entering = torch.where(starts[..., None], h, entering)
+        h_prev = torch.where(starts[..., None], h, h_prev)
     if reset_mask is not None:
-        fresh = reset_mask
+        from_zero = reset_mask
         if d:  # step t starts from zero state where t+1 begins a sequence
-            fresh = reset_mask if valid is None else reset_mask & valid
-            fresh = torch.cat([fresh[1:], torch.zeros_like(fresh[:1])])
-        entering = entering.masked_fill(fresh[..., None], 0)
-    return entering
+            from_zero = reset_mask if valid is None else reset_mask & valid
+            from_zero = torch.cat([from_zero[1:], torch.zeros_like(from_zero[:1])])
+        h_prev = h_prev.masked_fill(from_zero[..., None], 0)
+    return h_prev
 
 
 class _Layer:
-    """What the launches of one op share."""
+    """Arguments shared by the launches of one op."""
 
     def __init__(self, x: Tensor, weights: list[Tensor], lengths: Tensor | None, reset_mask: Tensor | None) -> None:
         self.shape = LayerShape.of(weights)
         self.T, self.B = x.shape[:2]
         self.device = x.device
         hidden = [w.hh for w in split_weights(weights)]
-        self.w_hh = torch.stack(hidden) if len(hidden) > 1 else _ready(hidden[0])  # [D, 4H, H]
-        self.lengths = _ready(lengths)
-        self.reset_mask = None if reset_mask is None else _ready(reset_mask.contiguous().view(torch.uint8))
+        self.w_hh = torch.stack(hidden) if len(hidden) > 1 else _aligned(hidden[0])  # [D, 4H, H]
+        self.lengths = _aligned(lengths)
+        self.reset_mask = None if reset_mask is None else _aligned(reset_mask.contiguous().view(torch.uint8))
         self.target, shared = _target(x.device)
         self.precision = "tf32" if x.dtype == torch.float32 and self.target == "cuda" and _tf32() else "ieee"
         kind = self.precision if x.dtype == torch.float32 else "half"
@@ -182,9 +182,9 @@ class _Layer:
         return options
 
     def launch_resident(self, kernel: Any, tiles: Tiles, tensors: tuple[Any, ...], flags: tuple[bool, ...]) -> None:
-        """All steps in one launch; `flags` are the kernel's arguments between D and BLOCK_B."""
+        """Run all steps in one launch. flags: the kernel's arguments between D and BLOCK_B."""
         s = self.shape
-        block_h = max(16, triton.next_power_of_2(s.H))  # 16: the shortest product that matrix units take
+        block_h = max(16, triton.next_power_of_2(s.H))  # 16: the smallest K of matrix units
         grid = (triton.cdiv(self.B, tiles.block_b), s.D, 1)
         args = (*tensors, self.T, self.B, s.H, s.D, *flags, tiles.block_b, block_h, self.precision)
         kernel[grid](*args, **self._options(tiles))
@@ -203,7 +203,7 @@ class _Layer:
             return
         kernel, grid = kernels[1], (triton.cdiv(s.H, tiles.block_n) * batch, s.D, 1)
         compiled = kernel[grid](*tensors, 0, *sizes, **self._options(tiles))
-        # Past Triton's look-ups of the compiled kernel and of the stream, most of a launch's cost on the host. The
+        # Bypass Triton's lookups of the compiled kernel and of the stream, most of a launch's host time. The
         # interpreter has neither.
         if compiled is None:
             run = functools.partial(kernel[grid], **self._options(tiles))
@@ -214,8 +214,8 @@ class _Layer:
             run(*tensors, step, *sizes)
 
 
-def _ready(t: Tensor | None) -> Tensor | None:
-    """t contiguous and aligned to 16 bytes: a kernel is compiled once for such pointers, and fastest for them."""
+def _aligned(t: Tensor | None) -> Tensor | None:
+    """Return t contiguous and aligned to 16 bytes: kernels are compiled once, for such pointers."""
     if t is None:
         return None
     t = t.contiguous()
@@ -223,16 +223,16 @@ def _ready(t: Tensor | None) -> Tensor | None:
 
 
 def _state(initial: Tensor | None, x: Tensor, s: LayerShape) -> Tensor:
-    """A buffer [D, B, H] in fp32 that a kernel may write, holding `initial` or zeros."""
+    """Return a new buffer [D, B, H] in fp32 with the values of `initial`, or zeros."""
     if initial is None:
         return x.new_zeros(s.D, x.shape[1], s.H, dtype=torch.float32)
     return x.new_empty(s.D, x.shape[1], s.H, dtype=torch.float32).copy_(initial)
 
 
 def _widened(out: Tensor) -> bool:
-    """Return True if torch would multiply in TF32 where nn.LSTM does not; then its products run in float64.
+    """Return True if torch would use TF32 where nn.LSTM does not; the GEMMs then run in float64.
 
-    torch offers Python no IEEE for one thread alone, and its setting would reach other threads' products.
+    torch's precision is a setting of the process, which would change other threads' GEMMs.
     """
     return out.dtype == torch.float32 and out.is_cuda and _matmul_tf32() and not _tf32()
 
@@ -248,7 +248,7 @@ def _matmul_tf32() -> bool:
 
 @functools.cache
 def _target(device: torch.device) -> tuple[str, int]:
-    """The kind of device ("hip" for AMD, "cpu" for the interpreter), and the KiB of shared memory a block may use."""
+    """Return the kind of device ("hip": AMD, "cpu": interpreter) and the KiB of shared memory per thread block."""
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
         shared = getattr(properties, "shared_memory_per_block_optin", properties.shared_memory_per_block)

@@ -1,6 +1,6 @@
-"""Which kernel runs a layer, and with which tiles: `choose` reads a fixed table, so no first call stalls on autotuning.
+"""Which kernel runs a layer, and with which tiles: `choose` reads a fixed table, so no call waits for autotuning.
 
-The choice rests on H, dtype, precision and the device, never on T or B. docs/triton.md says how to tune the table.
+The choice depends on H, dtype, precision and the device, not on T or B. docs/triton.md describes how to tune the table.
 """
 
 from __future__ import annotations
@@ -10,27 +10,27 @@ from dataclasses import dataclass, replace
 
 @dataclass(frozen=True)
 class Tiles:
-    """What one kernel is compiled with. BLOCK_N and BLOCK_K do not exist for the resident kernels."""
+    """Compile-time options of a kernel. Resident kernels have no BLOCK_N and BLOCK_K."""
 
     block_b: int  # rows of the batch per tile
     block_n: int  # units per tile
-    block_k: int  # length of one round of the product
+    block_k: int  # K per iteration
     warps: int
     stages: int = 1  # software pipelining of the product's loads
-    registers: int | None = None  # NVIDIA: the most per thread; where None, ptxas may spill a little for occupancy
+    registers: int | None = None  # NVIDIA: max per thread; None: ptxas may spill for occupancy
 
     def fitted(self, align: int) -> Tiles:
-        """For H divisible by `align`: an odd H allows no wide loads, and narrow ones take more registers."""
+        """Return tiles for H divisible by `align`: an odd H has scalar loads, which take more registers."""
         return self if align > 1 else replace(self, block_k=max(16, self.block_k // 4))
 
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the table: how layers up to `max_h` units run."""
+    """A row of the table: kernel and tiles of layers up to `max_h` units."""
 
     kernel: str  # "resident", "streamed" or "step"
     max_h: int
-    shared: int  # KiB of shared memory the kernels may take (tests/gpu/test_triton_aot.py holds them to it)
+    shared: int  # max KiB of shared memory of the kernels (checked by tests/gpu/test_triton_aot.py)
     forward: Tiles
     backward: Tiles
 
@@ -39,7 +39,7 @@ ANY = 1 << 30
 RESIDENT, RESIDENT_WIDE = Tiles(16, 0, 0, warps=4), Tiles(16, 0, 0, warps=8, registers=255)
 
 # First row with H <= max_h and shared <= the device's. Keys: (target, kind), kind "half" for fp16 and bf16, "tf32" or
-# "ieee" for fp32. "hip" is AMD; other devices take "cuda", whose rows shared memory sorts out.
+# "ieee" for fp32. "hip" is AMD; other devices use "cuda", with rows selected by shared memory.
 TABLE: dict[tuple[str, str], tuple[Row, ...]] = {
     ("cuda", "half"): (
         Row("resident", 64, 44, RESIDENT, RESIDENT),
@@ -53,7 +53,7 @@ TABLE: dict[tuple[str, str], tuple[Row, ...]] = {
         Row("streamed", 192, 96, Tiles(16, 32, 64, 8, 2, 255), Tiles(16, 32, 64, 8, 2, 255)),
         Row("step", ANY, 96, Tiles(32, 16, 64, 4, 3), Tiles(32, 16, 64, 4, 3)),
     ),
-    # No tensor core multiplies fp32 exactly; resident W_hh would be unrolled into one huge block of FMAs.
+    # Tensor cores have no IEEE fp32; a resident W_hh would be unrolled into one huge block of FMAs.
     ("cuda", "ieee"): (
         Row("streamed", 128, 48, Tiles(16, 32, 16, 8, 2), Tiles(16, 32, 16, 8, 2, 255)),
         Row("step", ANY, 48, Tiles(32, 16, 16, 4, 2), Tiles(32, 16, 16, 4, 2)),
@@ -63,7 +63,7 @@ TABLE: dict[tuple[str, str], tuple[Row, ...]] = {
         Row("streamed", 256, 64, Tiles(16, 64, 64, 4, 2), Tiles(16, 64, 64, 4, 2)),
         Row("step", ANY, 64, Tiles(64, 16, 64, 4, 2), Tiles(32, 32, 64, 4, 2)),
     ),
-    # gfx942 multiplies fp32 exactly in its matrix cores.
+    # gfx942 has IEEE fp32 in its matrix cores.
     ("hip", "ieee"): (
         Row("resident", 32, 16, RESIDENT, RESIDENT),
         Row("streamed", 192, 64, Tiles(16, 32, 32, 4, 2), Tiles(16, 32, 32, 4, 2)),
@@ -73,11 +73,11 @@ TABLE: dict[tuple[str, str], tuple[Row, ...]] = {
 
 
 def choose(target: str, kind: str, H: int, shared: int) -> Row:
-    """The row for a layer of H units on a device whose thread blocks may use `shared` KiB."""
+    """Return the row for H units on a device with `shared` KiB of shared memory per thread block."""
     rows = TABLE["hip" if target == "hip" else "cuda", kind]
     return next((row for row in rows if row.max_h >= H and row.shared <= shared), rows[-1])
 
 
 def alignment(H: int) -> int:
-    """The largest power of two up to 8 that divides H: loads of 8 halves, or two of 4 floats, are the widest."""
+    """Return the largest power of two up to 8 that divides H: the widest loads are 8 halves, or 4 floats twice."""
     return min(8, H & -H)

@@ -1,8 +1,8 @@
-"""Whole-sequence kernels for small H: one launch, all of W_hh on the chip, time as a loop inside.
+"""Whole-sequence kernels for small H: one launch, W_hh resident on the chip, the time loop inside.
 
-Grid (batch tiles, directions). A program owns BLOCK_B rows and all H units, so nothing crosses programs: h and c (dh
-and dc in backward) live in registers, W_hh in shared memory, and the loads of the next step are issued before this
-step's product, which hides their latency. H is masked up to BLOCK_H, a power of two, on the chip only.
+Grid (batch tiles, directions). A program processes BLOCK_B rows and all H units, so programs do not communicate: h and
+c (dh and dc in backward) are in registers, W_hh in shared memory, and the loads of the next step are issued before this
+step's product, which hides their latency. H is padded to BLOCK_H, a power of two, on the chip only.
 """
 
 from __future__ import annotations
@@ -10,15 +10,15 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .cell import cell_backward, cell_forward, has_step, product, rounded, row_lengths, starts_fresh
+from .cell import cell_backward, cell_forward, has_step, product, rounded, row_lengths, starts_from_zero_state
 
 
 @triton.jit
 def _load_w_hh(
     w_hh,  # [4H, H] one direction
     gate: tl.constexpr,  # 0 to 3: i, f, g, o
-    rows,  # gate rows of the tile, as a column or as a row of indices
-    cols,  # columns of W_hh, the other way round
+    rows,  # gate rows of the tile, a column or a row of indices
+    cols,  # columns of W_hh, a row or a column of indices
     H: tl.constexpr,
 ):
     return tl.load(w_hh + (gate * H + rows) * H + cols, mask=(rows < H) & (cols < H), other=0)
@@ -88,12 +88,12 @@ def layer_resident_fwd(
     cells,  # [T, B, D*H] out, or None
     T,  # run-time, as is B: no recompilation when they change
     B,
-    H: tl.constexpr,  # fixes which of the BLOCK_H units are real, and how loads align
+    H: tl.constexpr,  # fixes the mask within BLOCK_H and the alignment of loads
     D: tl.constexpr,  # directions, 1 or 2: part of every stride of y
-    KEEP_GATES: tl.constexpr,  # whether backward will want them; else their stores vanish
-    BLOCK_B: tl.constexpr,  # rows of the batch one program carries through all T steps
-    BLOCK_H: tl.constexpr,  # H rounded up to a power of two, as block sizes must be
-    PRECISION: tl.constexpr,  # "ieee" or "tf32": picks the instruction of fp32 products
+    KEEP_GATES: tl.constexpr,  # store the activated gates for backward
+    BLOCK_B: tl.constexpr,  # rows of the batch per program
+    BLOCK_H: tl.constexpr,  # H rounded up to a power of two, as Triton requires
+    PRECISION: tl.constexpr,  # "ieee" or "tf32", of fp32 products
 ):
     """One layer over the whole sequence, all directions (fastlstm/ops/schema.py)."""
     dtype = y.dtype.element_ty
@@ -123,16 +123,16 @@ def layer_resident_fwd(
         mask_next = has_step(t_next, length)[:, None] & (n < H)
         next_i, next_f, next_g, next_o = _load_gates(gates, t_next, first, at_gates, mask_next, B, H)
         valid = (t < length)[:, None]
-        h_enter, c_enter = h, c
+        h_prev, c_prev = h, c
         if reset_mask is not None:
-            fresh = starts_fresh(reset_mask, t, d, first + r, length, B)[:, None]
-            h_enter, c_enter = tl.where(fresh, 0, h), tl.where(fresh, 0, c)
+            from_zero = starts_from_zero_state(reset_mask, t, d, first + r, length, B)[:, None]
+            h_prev, c_prev = tl.where(from_zero, 0, h), tl.where(from_zero, 0, c)
         zero = tl.zeros((BLOCK_B, BLOCK_H), tl.float32)
-        a_i = product(h_enter, w_i, zero, PRECISION) + x_i.to(tl.float32)
-        a_f = product(h_enter, w_f, zero, PRECISION) + x_f.to(tl.float32)
-        a_g = product(h_enter, w_g, zero, PRECISION) + x_g.to(tl.float32)
-        a_o = product(h_enter, w_o, zero, PRECISION) + x_o.to(tl.float32)
-        i, f, g, o, c_new, h_new = cell_forward(a_i, a_f, a_g, a_o, c_enter)
+        a_i = product(h_prev, w_i, zero, PRECISION) + x_i.to(tl.float32)
+        a_f = product(h_prev, w_f, zero, PRECISION) + x_f.to(tl.float32)
+        a_g = product(h_prev, w_g, zero, PRECISION) + x_g.to(tl.float32)
+        a_o = product(h_prev, w_o, zero, PRECISION) + x_o.to(tl.float32)
+        i, f, g, o, c_new, h_new = cell_forward(a_i, a_f, a_g, a_o, c_prev)
         h_new = rounded(h_new, dtype)
         row = tl.cast(t, tl.int64) * B + first
         if KEEP_GATES:
@@ -156,7 +156,7 @@ def layer_resident_bwd(
     dh_n,  # [D, B, H] or None for zeros
     dc_n,  # [D, B, H] or None for zeros
     dcells,  # [T, B, D*H] or None for zeros
-    gates,  # [D, T, B, 4H] activated, as forward left them
+    gates,  # [D, T, B, 4H] activated, saved by forward
     cells,  # [T, B, D*H]
     c0,  # [D, B, H] or None for zeros
     w_hh,  # [D, 4H, H]
@@ -167,11 +167,11 @@ def layer_resident_bwd(
     dc0,  # [D, B, H] out
     T,  # run-time, as is B: no recompilation when they change
     B,
-    H: tl.constexpr,  # fixes which of the BLOCK_H units are real, and how loads align
+    H: tl.constexpr,  # fixes the mask within BLOCK_H and the alignment of loads
     D: tl.constexpr,  # directions, 1 or 2: part of every stride of y
-    BLOCK_B: tl.constexpr,  # rows of the batch one program carries through all T steps
-    BLOCK_H: tl.constexpr,  # H rounded up to a power of two, as block sizes must be
-    PRECISION: tl.constexpr,  # "ieee" or "tf32": picks the instruction of fp32 products
+    BLOCK_B: tl.constexpr,  # rows of the batch per program
+    BLOCK_H: tl.constexpr,  # H rounded up to a power of two, as Triton requires
+    PRECISION: tl.constexpr,  # "ieee" or "tf32", of fp32 products
 ):
     """Gradients of the pre-activations of every step, and of the initial state."""
     dtype = dgates.dtype.element_ty
@@ -202,24 +202,24 @@ def layer_resident_bwd(
     dcells_t = _load_step(dcells, t, first, at_y, mask, B, H, D)
     for s in range(T):
         t = (T - 1 - s) + d * (2 * s - T + 1)
-        t_next = t - 1 + 2 * d  # the step before t in the direction's order
+        t_next = t - 1 + 2 * d  # the previous step, in scan order
         mask_next = has_step(t_next, length)[:, None] & (n < H)
         next_i, next_f, next_g, next_o = _load_gates(gates, t_next, first, at_gates, mask_next, B, H)
         c_next = _load_step(cells, t_next, first, at_y, mask_next, B, H, D)
         dy_next = _load_step(dy, t_next, first, at_y, mask_next, B, H, D)
         dcells_next = _load_step(dcells, t_next, first, at_y, mask_next, B, H, D)
-        # What c_t was made from: the step before, or c0 where there is none.
-        c_enter = tl.where(mask_next, c_next.to(tl.float32), c_init)
+        # c_prev: of the previous step, or c0 if there is none.
+        c_prev = tl.where(mask_next, c_next.to(tl.float32), c_init)
         if reset_mask is not None:
-            fresh = starts_fresh(reset_mask, t, d, first + r, length, B)[:, None]
-            c_enter = tl.where(fresh, 0, c_enter)
-        a_i, a_f, a_g, a_o, dc_enter = cell_backward(
+            from_zero = starts_from_zero_state(reset_mask, t, d, first + r, length, B)[:, None]
+            c_prev = tl.where(from_zero, 0, c_prev)
+        a_i, a_f, a_g, a_o, dc_prev = cell_backward(
             i.to(tl.float32),
             f.to(tl.float32),
             g.to(tl.float32),
             o.to(tl.float32),
             c.to(tl.float32),
-            c_enter,
+            c_prev,
             dh + dy_t.to(tl.float32),
             dc + dcells_t.to(tl.float32),
         )
@@ -230,13 +230,13 @@ def layer_resident_bwd(
         tl.store(p + H, a_f, mask=in_batch)
         tl.store(p + 2 * H, a_g, mask=in_batch)
         tl.store(p + 3 * H, a_o, mask=in_batch)
-        dh_enter = product(a_i, w_i, tl.zeros((BLOCK_B, BLOCK_H), tl.float32), PRECISION)
-        dh_enter = product(a_f, w_f, dh_enter, PRECISION)
-        dh_enter = product(a_g, w_g, dh_enter, PRECISION)
-        dh_enter = product(a_o, w_o, dh_enter, PRECISION)
+        dh_prev = product(a_i, w_i, tl.zeros((BLOCK_B, BLOCK_H), tl.float32), PRECISION)
+        dh_prev = product(a_f, w_f, dh_prev, PRECISION)
+        dh_prev = product(a_g, w_g, dh_prev, PRECISION)
+        dh_prev = product(a_o, w_o, dh_prev, PRECISION)
         if reset_mask is not None:
-            dh_enter, dc_enter = tl.where(fresh, 0, dh_enter), tl.where(fresh, 0, dc_enter)
-        dh, dc = tl.where(mask, dh_enter, dh), tl.where(mask, dc_enter, dc)
+            dh_prev, dc_prev = tl.where(from_zero, 0, dh_prev), tl.where(from_zero, 0, dc_prev)
+        dh, dc = tl.where(mask, dh_prev, dh), tl.where(mask, dc_prev, dc)
         i, f, g, o, c, mask = next_i, next_f, next_g, next_o, c_next, mask_next
         dy_t, dcells_t = dy_next, dcells_next
     tl.store(dh0 + at_state, rounded(dh, dtype), mask=in_batch)

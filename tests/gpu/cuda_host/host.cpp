@@ -24,20 +24,20 @@
 
 namespace fastlstm::cuda {
 
-struct OnDeviceOf::Guard {};
-OnDeviceOf::OnDeviceOf(const at::Tensor&) {}
-OnDeviceOf::~OnDeviceOf() = default;
-cudaStream_t OnDeviceOf::stream() const { return nullptr; }
+struct DeviceGuard::Guard {};
+DeviceGuard::DeviceGuard(const at::Tensor&) {}
+DeviceGuard::~DeviceGuard() = default;
+cudaStream_t DeviceGuard::stream() const { return nullptr; }
 
-// Few SMs, so that slices take turns in tier B; clusters need none in particular.
+// Few SMs, so that groups of the grid variant process several batch tiles; clusters need no number of SMs.
 DeviceLimits device_limits() { return {8, 227 << 10, 16}; }
 
 void check(cudaError_t status) { TORCH_CHECK(status == cudaSuccess); }
 
-// Products alone: whether cuBLAS was called, and in which compute type; 0 where ATen multiplied.
+// Gemm alone: whether cuBLAS was called, and in which compute type; 0 where ATen multiplied.
 int64_t multiply(at::Tensor out, const at::Tensor& a, const at::Tensor& b, bool add) {
   host::calls = host::last_compute = 0;
-  Products(a.scalar_type())(out, a, b, add);
+  Gemm(a.scalar_type())(out, a, b, add);
   return host::calls ? host::last_compute : 0;
 }
 

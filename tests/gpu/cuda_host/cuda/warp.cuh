@@ -1,7 +1,6 @@
-// Stands before csrc/cuda/warp.cuh on the include path: the persistent kernels with a host thread in the
-// place of each warp. The lanes of a warp run one after the other; everything between warps and blocks is
-// real, barriers, flags, pushes between blocks and races included, so that ThreadSanitizer sees what a GPU
-// would do to it.
+// Replaces csrc/cuda/warp.cuh on the include path: the persistent kernels with a host thread per warp. The
+// lanes of a warp run one after the other. Barriers, flags, remote stores and races between warps and CTAs
+// are real, so ThreadSanitizer reports what would be a race on a GPU.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -20,21 +19,22 @@
 #include <thread>
 #include <vector>
 
+#include "cuda/plan.h"
+
 #define FASTLSTM_DEVICE inline
 
 namespace fastlstm::cuda {
 
-constexpr int kWarps = 8;
 inline uint32_t kMaxPolls = uint32_t{1} << 26;
-inline int longest_delay_us = 0;  // random pauses before barriers, flags and loads of the state; 0 for none
-inline int silent_block = -1;     // never raises its flags, nor pushes
+inline int max_delay_us = 0;   // random delays before barriers, flags and loads of the state; 0: none
+inline int silent_block = -1;  // never raises its flags and sends no remote store
 
 inline void random_delay() {
-  if (longest_delay_us == 0) return;
+  if (max_delay_us == 0) return;
   thread_local std::minstd_rand draw(
       static_cast<unsigned>(std::hash<std::thread::id>()(std::this_thread::get_id()) >> 4));
   if (draw() % 4 != 0) return;
-  std::this_thread::sleep_for(std::chrono::microseconds(draw() % longest_delay_us));
+  std::this_thread::sleep_for(std::chrono::microseconds(draw() % max_delay_us));
 }
 
 template <class X>
@@ -61,7 +61,7 @@ class Lanes {
 
 inline void deliver(bool all);
 
-// Of a cluster's warps. Pushes go on while a warp waits here: they do not heed it.
+// Barrier of a cluster's warps. Remote stores are delivered while a warp waits: they are not ordered by it.
 class ClusterBarrier {
  public:
   explicit ClusterBarrier(int warps) : warps_(warps) {}
@@ -92,7 +92,7 @@ struct Block {
   int index, rank;   // rank: in the cluster
   std::vector<uint4> shared;
   std::barrier<> barrier{kWarps};
-  std::vector<Block*>& cluster;  // its blocks, by rank
+  std::vector<Block*>& cluster;  // by rank
   ClusterBarrier& all;           // of the cluster's warps
   std::atomic<int> running{kWarps};
 };
@@ -100,7 +100,7 @@ struct Block {
 class Warp {
  public:
   Warp(Block& block, int index) : block_(&block), index_(index) {}
-  int block() const { return block_->index; }
+  int cta() const { return block_->index; }
   int index() const { return index_; }
   Lanes lanes() const { return {}; }
   uint4* shared() const { return block_->shared.data(); }
@@ -113,10 +113,10 @@ class Warp {
     random_delay();
     block_->all.wait();
   }
-  // The place in a peer's shared memory that corresponds to `own`.
+  // The address in a peer's shared memory that corresponds to `local`.
   template <class X>
-  X* of_peer(int peer, X* own) const {
-    const auto offset = reinterpret_cast<char*>(own) - reinterpret_cast<char*>(shared());
+  X* peer_address(int peer, X* local) const {
+    const auto offset = reinterpret_cast<char*>(local) - reinterpret_cast<char*>(shared());
     return reinterpret_cast<X*>(reinterpret_cast<char*>(block_->cluster[peer]->shared.data()) + offset);
   }
   Block* peer(int rank) const { return block_->cluster[rank]; }
@@ -126,7 +126,7 @@ class Warp {
   int index_;
 };
 
-inline int keep(int x) { return x; }
+inline int keep_in_register(int x) { return x; }
 
 inline thread_local int this_block = 0;
 
@@ -140,45 +140,90 @@ inline uint32_t load_acquire(const uint32_t* flag) {
   return std::atomic_ref<uint32_t>(*const_cast<uint32_t*>(flag)).load(std::memory_order_acquire);
 }
 
-inline uint4 load_published(const uint4* p) { return *p; }
+inline uint4 load_l2(const uint4* p) { return *p; }
 
-// Fetched as if it were read, so that what does not exist is found.
+// Relaxed stores of a thread that other threads do not see yet: they become visible in any order, except that
+// stores to one word keep theirs, at its polls, all of them at a fence, or when the thread ends.
+struct RelaxedStore {
+  uint32_t* to;
+  uint32_t value;
+};
+inline thread_local std::vector<RelaxedStore> store_buffer;
+inline thread_local std::minstd_rand store_order(1);
+
+inline void drain_stores(bool all) {
+  while (!store_buffer.empty() && (all || store_order() % 4 != 0)) {
+    size_t chosen = store_order() % store_buffer.size();
+    for (size_t k = 0; k < chosen; ++k) {
+      if (store_buffer[k].to == store_buffer[chosen].to) chosen = k;
+    }
+    const RelaxedStore store = store_buffer[chosen];
+    store_buffer.erase(store_buffer.begin() + static_cast<std::ptrdiff_t>(chosen));
+    std::atomic_ref<uint32_t>(*store.to).store(store.value, std::memory_order_relaxed);
+    random_delay();
+  }
+}
+
+inline void store_relaxed(uint32_t* p, uint32_t x) {
+  if (this_block == silent_block) return;
+  store_buffer.push_back({p, x});
+}
+
+inline uint4 load_relaxed(const uint4* p) {
+  drain_stores(false);
+  uint32_t words[4];
+  for (int k = 0; k < 4; ++k) {
+    uint32_t* const word = reinterpret_cast<uint32_t*>(const_cast<uint4*>(p)) + k;
+    words[k] = std::atomic_ref<uint32_t>(*word).load(std::memory_order_relaxed);
+    if (words[k] == kEmptyWord) std::this_thread::yield();
+  }
+  return {words[0], words[1], words[2], words[3]};
+}
+
+inline void fence() { drain_stores(true); }
+
+inline PerLane<uint32_t> swap_pairs(const PerLane<uint32_t>& x) {
+  PerLane<uint32_t> y;
+  for (int lane = 0; lane < 32; ++lane) y[lane] = x[lane ^ 1];
+  return y;
+}
+
+// Reads, so that the sanitizer reports an invalid address.
 inline void prefetch(const void* p) { static_cast<void>(*static_cast<const volatile char*>(p)); }
 
 [[noreturn]] inline void trap_on_timeout(uint32_t*, uint32_t epoch) {
-  std::fprintf(stderr, "block %d waited in vain for epoch %u\n", this_block, epoch);
+  std::fprintf(stderr, "CTA %d timed out waiting for epoch %u\n", this_block, epoch);
   std::_Exit(3);
 }
 
 [[noreturn]] inline void misuse(const char* what) {
-  std::fprintf(stderr, "block %d %s\n", this_block, what);
+  std::fprintf(stderr, "CTA %d %s\n", this_block, what);
   std::_Exit(4);
 }
 
-// An mbarrier in 8 bytes of shared memory, as the PTX ISA has it: a phase ends when no arrival is pending and
-// as many bytes came as were expected, and all that can be asked is whether the current phase is of one
-// parity.
-struct alignas(8) Arrivals {
+// An mbarrier in 8 bytes of shared memory, as in the PTX ISA: a phase completes when no arrival is pending
+// and the expected bytes have arrived; only the parity of the current phase can be tested.
+struct alignas(8) Mbarrier {
   uint64_t state;
 };
 struct Phases {  // what `state` holds
   uint16_t valid, count;
-  int32_t pending : 2, bytes : 30;  // bytes: expected and not yet come; below zero where they came first
+  int32_t pending : 2, bytes : 30;  // bytes: expected minus arrived
 };
-static_assert(sizeof(Phases) == sizeof(Arrivals));
+static_assert(sizeof(Phases) == sizeof(Mbarrier));
 constexpr uint16_t kValid = 0x5a17;
 
-inline void start(Arrivals* arrivals) {
-  // Not atomic: whoever uses it without a barrier of the cluster between has a race.
-  arrivals->state = std::bit_cast<uint64_t>(Phases{kValid, 0, 1, 0});
+inline void mbarrier_init(Mbarrier* mbarrier) {
+  // Not atomic: use without a cluster barrier in between is a race.
+  mbarrier->state = std::bit_cast<uint64_t>(Phases{kValid, 0, 1, 0});
 }
 
-inline void arrive(Arrivals* arrivals, int arriving, int bytes) {
-  std::atomic_ref<uint64_t> state(arrivals->state);
+inline void arrive(Mbarrier* mbarrier, int arriving, int bytes) {
+  std::atomic_ref<uint64_t> state(mbarrier->state);
   uint64_t seen = state.load(std::memory_order_acquire), next;
   do {
     Phases p = std::bit_cast<Phases>(seen);
-    if (p.valid != kValid) misuse("counts arrivals that were not started");
+    if (p.valid != kValid) misuse("uses an mbarrier that was not initialized");
     if (arriving > p.pending) misuse("expects the bytes of a phase twice");
     p.pending -= arriving, p.bytes += bytes;
     if (p.pending == 0 && p.bytes < 0) misuse("receives more than it expects in a phase");
@@ -187,53 +232,55 @@ inline void arrive(Arrivals* arrivals, int arriving, int bytes) {
   } while (!state.compare_exchange_weak(seen, next, std::memory_order_acq_rel, std::memory_order_acquire));
 }
 
-// What a thread has pushed and what has not yet come: in any order, at any time until the thread ends.
-struct Push {
+// Remote stores of a thread that have not arrived: they do so in any order, at any time until the thread
+// ends.
+struct RemoteStore {
   Block* to;
-  Arrivals* arrivals;
+  Mbarrier* mbarrier;
   void* at;
   int bytes;
   uint4 data;
 };
-inline thread_local std::vector<Push> in_flight;
+inline thread_local std::vector<RemoteStore> in_flight;
 inline thread_local std::minstd_rand shuffle(1);
 
 inline void deliver(bool all) {
   while (!in_flight.empty() && (all || shuffle() % 8 != 0)) {
     std::swap(in_flight[shuffle() % in_flight.size()], in_flight.back());
-    const Push push = in_flight.back();
+    const RemoteStore store = in_flight.back();
     in_flight.pop_back();
-    if (push.to->running == 0) misuse("pushed to a block that has ended");
-    std::memcpy(push.at, &push.data, push.bytes);
-    arrive(push.arrivals, 0, -push.bytes);
+    if (store.to->running == 0) misuse("sent a remote store to a CTA that has exited");
+    std::memcpy(store.at, &store.data, store.bytes);
+    arrive(store.mbarrier, 0, -store.bytes);
     random_delay();
   }
 }
 
 template <class X>
-void push(const Warp& warp, int peer, X* to, Arrivals* arrivals, X x) {
+void remote_store(const Warp& warp, int peer, X* to, Mbarrier* mbarrier, X x) {
   if (this_block == silent_block) return;
-  Push pushed = {warp.peer(peer), warp.of_peer(peer, arrivals), warp.of_peer(peer, to), sizeof(X), {}};
-  std::memcpy(&pushed.data, &x, sizeof(X));
-  in_flight.push_back(pushed);
+  RemoteStore sent = {
+      warp.peer(peer), warp.peer_address(peer, mbarrier), warp.peer_address(peer, to), sizeof(X), {}};
+  std::memcpy(&sent.data, &x, sizeof(X));
+  in_flight.push_back(sent);
 }
 
-inline void expect(Arrivals* arrivals, uint32_t bytes) {
+inline void mbarrier_expect_tx(Mbarrier* mbarrier, uint32_t bytes) {
   random_delay();
-  arrive(arrivals, 1, static_cast<int>(bytes));
+  arrive(mbarrier, 1, static_cast<int>(bytes));
 }
 
-inline bool ended(const Arrivals* arrivals, uint32_t parity) {
+inline bool mbarrier_test_wait(const Mbarrier* mbarrier, uint32_t parity) {
   deliver(false);
   std::this_thread::yield();
   const uint64_t seen =
-      std::atomic_ref<uint64_t>(const_cast<Arrivals*>(arrivals)->state).load(std::memory_order_acquire);
+      std::atomic_ref<uint64_t>(const_cast<Mbarrier*>(mbarrier)->state).load(std::memory_order_acquire);
   const Phases p = std::bit_cast<Phases>(seen);
-  if (p.valid != kValid) misuse("asks for arrivals that were not started");
+  if (p.valid != kValid) misuse("tests an mbarrier that was not initialized");
   return p.count % 2 != parity;
 }
 
-inline void acquire_pushed() {}  // ended() has acquired
+inline void acquire_dsmem() {}  // mbarrier_test_wait has acquired
 
 inline uint32_t to_tf32(uint32_t x) {
   const bool finite = (x & 0x7f800000u) != 0x7f800000u;
@@ -282,8 +329,8 @@ inline void mma(PerLane<float4>& acc, const PerLane<uint32_t> (&a)[4], const Per
 }
 
 template <class T>
-inline void multiply_chunk(PerLane<float4>& acc, const PerLane<uint4>& top, const PerLane<uint4>& bottom,
-                           const PerLane<uint4>& b) {
+inline void mma_k_slice(PerLane<float4>& acc, const PerLane<uint4>& top, const PerLane<uint4>& bottom,
+                        const PerLane<uint4>& b) {
   PerLane<uint32_t> first[4], second[4], b_first[2], b_second[2];
   for (int lane = 0; lane < 32; ++lane) {
     first[0][lane] = top[lane].x, first[1][lane] = bottom[lane].x;
@@ -297,27 +344,26 @@ inline void multiply_chunk(PerLane<float4>& acc, const PerLane<uint4>& top, cons
   mma<T>(acc, second, b_second);
 }
 
-inline int most_in_cluster = 16;
+inline int max_cluster_ctas = 16;
 inline int launches_left =
     -1;  // then launches find no room, as in a green context; below zero: there always is
 inline int occupancy_queries = 0;
 
 template <class F, class S>
-int blocks_together(int cluster, int64_t) {
+int max_resident_ctas(int cluster_dim, int64_t) {
   ++occupancy_queries;
-  return cluster > most_in_cluster ? 0 : 1 << 20;
+  return cluster_dim > max_cluster_ctas ? 0 : 1 << 20;
 }
 
-// A warp of F for each thread; clusters one after the other, as they would be on a device without room for
-// more.
+// Runs F with a thread per warp; clusters one after the other, as on a device that fits only one.
 template <class F, class S>
-cudaError_t launch_together(const S& s, int blocks, int cluster, int64_t shared_bytes, cudaStream_t) {
-  const int at_once = cluster > 0 ? cluster : cluster == 0 ? blocks : 1;
-  if (blocks % at_once != 0 || F::kCluster != (cluster > 0)) return cudaErrorInvalidConfiguration;
+cudaError_t launch_persistent(const S& s, int ctas, int cluster_dim, int64_t shared_bytes, cudaStream_t) {
+  const int at_once = cluster_dim > 0 ? cluster_dim : cluster_dim == 0 ? ctas : 1;
+  if (ctas % at_once != 0 || F::kCluster != (cluster_dim > 0)) return cudaErrorInvalidConfiguration;
   if (launches_left == 0)
-    return cluster > 0 ? cudaErrorInvalidClusterSize : cudaErrorCooperativeLaunchTooLarge;
+    return cluster_dim > 0 ? cudaErrorInvalidClusterSize : cudaErrorCooperativeLaunchTooLarge;
   if (launches_left > 0) --launches_left;
-  for (int first = 0; first < blocks; first += at_once) {
+  for (int first = 0; first < ctas; first += at_once) {
     std::deque<Block> all;
     std::vector<Block*> by_rank;
     ClusterBarrier together(at_once * kWarps);
@@ -330,8 +376,10 @@ cudaError_t launch_together(const S& s, int blocks, int cluster, int64_t shared_
         warps.emplace_back([&s, &block, w] {
           this_block = block.index;
           shuffle.seed(static_cast<unsigned>(block.index * kWarps + w + 1));
+          store_order.seed(static_cast<unsigned>(block.index * kWarps + w + 1));
           F::run(s, Warp(block, w));
           deliver(true);
+          drain_stores(true);
           --block.running;
         });
       }

@@ -1,0 +1,76 @@
+"""SASS of the grid variant with data flags: no fence between the arrival of a state and the sending of the next."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from .sass import barriers, cuobjdump, disassemble, shortest_loop
+from .test_cuda_sass import PROGRAM, ROOT
+
+pytestmark = [
+    pytest.mark.toolchain,
+    pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not on the PATH"),
+    pytest.mark.skipif(cuobjdump() is None, reason="there is no cuobjdump (it comes with the triton wheel)"),
+]
+# bfloat16 on sm_90a, dense, 32 units per CTA: the kernel, and the max number of instructions from the barrier after the
+# GEMM to the first store of the next state (nvcc 13.0: 88 and 71).
+KERNELS = {
+    "forward": ("ForwardDataFlag<T, 32, 2, false>", 100),
+    "backward": ("BackwardDataFlag<T, 32, 8, false>", 82),
+}
+
+
+def loads_state(text: str) -> bool:
+    return "LDG.E.128.STRONG.GPU" in text
+
+
+def stores_state(text: str) -> bool:
+    return "STG.E.STRONG.GPU" in text
+
+
+def fences(text: str) -> bool:
+    return "MEMBAR" in text
+
+
+@pytest.fixture(scope="module", params=KERNELS)
+def step(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[list[str], int]:
+    """The time loop, which loads a state, multiplies it, stores the next one and fences; the max instructions."""
+    block, ceiling = KERNELS[request.param]
+    folder: Path = tmp_path_factory.mktemp("sass")
+    source, cubin = folder / "kernel.cu", folder / "kernel.cubin"
+    source.write_text(PROGRAM.format(phase=request.param, block=block, args=request.param.capitalize()))
+    command = ["nvcc", "-std=c++17", "-O3", "-gencode=arch=compute_90a,code=sm_90a", "-cubin", f"-I{ROOT / 'csrc'}"]
+    subprocess.run([*command, str(source), "-o", str(cubin)], check=True)
+    instructions = disassemble(cubin)
+    # After the last EXIT there are only the slow paths of WARPSYNC, which branch back.
+    end = max(k for k, (_, text) in enumerate(instructions) if "EXIT" in text)
+    multiplies = lambda text: "HMMA" in text  # noqa: E731
+    return shortest_loop(instructions[:end], loads_state, multiplies, stores_state, fences), ceiling
+
+
+def sending(code: list[str]) -> int:
+    """The first store of the next state: before the barrier after the GEMM only the traps of the polls store."""
+    return next(k for k in range(barriers(code)[0], len(code)) if stores_state(code[k]))
+
+
+def test_the_only_fence_of_a_step_is_after_the_sending(step):
+    code, _ = step
+    assert not any(map(fences, code[: sending(code)]))
+    assert sum(map(fences, code)) == 1
+    assert next(k for k, text in enumerate(code) if fences(text)) > barriers(code)[1]
+
+
+def test_one_barrier_between_arrival_and_sending(step):
+    """The one between the GEMM and its sums; the step's other barrier is after the sending, and protects the sums."""
+    code, _ = step
+    assert len(barriers(code)) == 2
+    assert barriers(code)[0] < sending(code) < barriers(code)[1]
+
+
+def test_critical_path_is_within_its_limit(step):
+    code, ceiling = step
+    assert sending(code) - barriers(code)[0] <= ceiling
