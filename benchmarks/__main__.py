@@ -84,7 +84,7 @@ def line(row: Row) -> str:
     if row.suite in ("gpu", "gpu_points") and row.us_per_step is not None:
         text += f"{row.us_per_step:9.2f} us per step"
     if row.impl not in results.BASELINES and row.ratio is not None:
-        colour = "green" if row.ratio >= (row.goal or 1.0) else "yellow" if row.ratio >= 1 else "red"
+        colour = "green" if row.ratio >= (row.target or 1.0) else "yellow" if row.ratio >= 1 else "red"
         text += f"  [{colour}]{row.ratio:.2f}x[/]"
     if isinstance(row, ModelRow) and row.lstm_share is not None:
         text += f"  LSTMs take {row.lstm_share:.0%}"

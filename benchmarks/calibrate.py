@@ -2,7 +2,7 @@
 
 Measures the figures of csrc/cpu/tuning.h that follow from a layer's times, prints them next to the recorded ones, and
 prints which plans of the suites they would change. Then times random layers on candidate thread partitions, and prints
-how close the planned ones come to the fastest, with both sets of figures. Changes nothing. See docs/benchmarks.md.
+how close the planned ones come to the fastest, with both sets of figures. Changes nothing. See docs/measuring.md.
 """
 
 from __future__ import annotations

@@ -220,14 +220,14 @@ def _measure(feature: Feature, plan: Plan) -> list[Row]:
     memory = {name: _row(feature, name, "memory") for name in correct}
     for name, row in memory.items():
         row.peak_mib = saved_mib(steps[name])
-        row.goal = None if name == baseline else 3.0
+        row.target = None if name == baseline else 3.0
         row.ratio = memory[baseline].peak_mib / row.peak_mib if memory[baseline].peak_mib else None
     return [*rows.values(), *memory.values()]
 
 
 def _row(feature: Feature, impl: str, mode: str = "") -> Row:
     row = Row("features", feature.name, mode or feature.mode, impl, kind="feature", dtype="float32")
-    row.goal = feature.targets.get(impl)
+    row.target = feature.targets.get(impl)
     row.T, row.B, row.I, row.H = (feature.sizes.get(size) for size in "TBIH")
     row.L = row.D = 1
     return row

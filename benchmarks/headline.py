@@ -26,10 +26,10 @@ SELECTED: list[tuple[str, str, str, str | tuple[str, int, int, int]]] = [
     ("CPU", "medium: T=200 B=64 I=50 H=100 L=2", CPU, "T=200 B=64 I=50 H=100 L=2"),
     ("CPU", "large: T=100 B=64 I=512 H=512", CPU, "T=100 B=64 I=512 H=512"),
     ("CPU", "bfloat16: T=100 B=32 I=256 H=256", CPU, "T=100 B=32 I=256 H=256 bfloat16"),
-    ("H100", "bfloat16: T=512 B=64 I=256 H=256", GPU, "T=512 B=64 I=256 H=256 bfloat16"),
-    ("H100", "bfloat16: T=512 B=64 I=2048 H=2048", GPU, "T=512 B=64 I=2048 H=2048 bfloat16"),
-    ("H100", "float16: T=512 B=16 I=128 H=128", GPU, "T=512 B=16 I=128 H=128 float16"),
-    ("H100", "float16: T=512 B=16 I=1024 H=1024", KERNELS, ("float16", 512, 16, 1024)),
+    ("H100 (no CUDA graph)", "bfloat16: T=512 B=64 I=256 H=256", GPU, "T=512 B=64 I=256 H=256 bfloat16"),
+    ("H100 (no CUDA graph)", "bfloat16: T=512 B=64 I=2048 H=2048", GPU, "T=512 B=64 I=2048 H=2048 bfloat16"),
+    ("H100 (no CUDA graph)", "float16: T=512 B=16 I=128 H=128", GPU, "T=512 B=16 I=128 H=128 float16"),
+    ("H100 (no CUDA graph)", "float16: T=512 B=16 I=1024 H=1024", KERNELS, ("float16", 512, 16, 1024)),
 ]
 
 

@@ -42,7 +42,7 @@ def peak_rows(suite: str, case: Case, impls: list[str], device: str = "cpu") -> 
     """One row per implementation; the ratio is nn.LSTM's peak / its peak, with a target of 1."""
     rows = []
     for impl in impls:
-        row = Row(suite=suite, case=case.name, mode="memory", impl=impl, goal=None if impl == "nn" else 1.0)
+        row = Row(suite=suite, case=case.name, mode="memory", impl=impl, target=None if impl == "nn" else 1.0)
         row.T, row.B, row.I, row.H, row.L, row.D, row.P = case.T, case.B, case.I, case.H, case.L, case.D, case.P
         row.kind, row.rows, row.dtype = case.kind, case.rows, case.dtype
         try:

@@ -28,7 +28,7 @@ class Row:
     p80_ms: float | None = None
     ratio: float | None = None  # baseline p50 / this p50; the baseline is nn, or nn_graph if that is faster
     ratio_rounds: float | None = None  # median of the rounds' own ratios baseline / this
-    goal: float | None = None  # target ratio
+    target: float | None = None  # the ratio aimed at
     fraction: float | None = None  # of the machine's peak: floor_ms / p50_ms
     floor_ms: float | None = None  # lower bound by the peaks (machine.py)
     us_per_step: float | None = None

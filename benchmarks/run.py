@@ -230,7 +230,7 @@ def _row(suite: Suite, case: Case, mode: str, impl: str, peak: Peak) -> Row:
         case=case.name,
         mode=mode,
         impl=impl,
-        goal=case.target(mode),
+        target=case.target(mode),
         T=case.T,
         B=case.B,
         I=case.I,

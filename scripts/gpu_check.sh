@@ -1,14 +1,14 @@
 #!/usr/bin/env bash
 # Everything there is to check on a machine with a GPU, in one command:
 #   scripts/gpu_check.sh OUT [STAGE ...]
-# Stages, all by default: build, small, parity, gradients, execution, graphs, features, hostile, persistent (the suite), steps
-# (the suite without the persistent kernels), first_call, memcheck, racecheck, initcheck, synccheck, bfloat16,
-# float16, tf32, float32 (the benchmark suite, a dtype at a time), triton (the same on Triton, T=512), latency,
-# launches_A and launches_B (10,000 random launches of a tier of the persistent kernels), persistent_memcheck,
-# _racecheck, _initcheck and _synccheck, and kernels_steps, kernels_A and kernels_B (the benchmark with those kernels
-# alone). Each ends within STAGE_SECONDS (580); a benchmark stage that ran out of time goes on when started again with
-# the same OUT. Logs, test results and CSVs go to OUT; the exit status is that of the worst stage, and a failed stage
-# does not stop the next one. A stage whose tool is missing is skipped, and says so.
+# Stages, all by default: build, small, parity, gradients, execution, graphs, features, adversarial, persistent (the
+# suite), steps (the suite without the persistent kernels), first_call, memcheck, racecheck, initcheck, synccheck,
+# bfloat16, float16, tf32, float32 (the benchmark suite, a dtype at a time), triton (the same on Triton, T=512),
+# latency, launches_A and launches_B (10,000 random launches of a tier of the persistent kernels),
+# persistent_memcheck, _racecheck, _initcheck and _synccheck, and kernels_steps, kernels_A and kernels_B (the
+# benchmark with those kernels alone). Each ends within STAGE_SECONDS (580); a benchmark stage that ran out of time
+# goes on when started again with the same OUT. Logs, test results and CSVs go to OUT; the exit status is that of the
+# worst stage, and a failed stage does not stop the next one. A stage whose tool is missing is skipped, and says so.
 # Needs torch with CUDA, nvcc, numpy, setuptools >= 77 and pytest; the last three and rich are installed if pip can.
 # PYTHON=python3 names the interpreter; TORCH_CUDA_ARCH_LIST is respected.
 set -uo pipefail
@@ -22,8 +22,8 @@ shift
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python3}
 seconds=${STAGE_SECONDS:-580}
-all=(build small parity gradients execution graphs features hostile persistent steps first_call memcheck racecheck initcheck
-  synccheck bfloat16 float16 tf32 float32 triton latency launches_A launches_B persistent_memcheck
+all=(build small parity gradients execution graphs features adversarial persistent steps first_call memcheck racecheck
+  initcheck synccheck bfloat16 float16 tf32 float32 triton latency launches_A launches_B persistent_memcheck
   persistent_racecheck persistent_initcheck persistent_synccheck kernels_steps kernels_A kernels_B)
 stages=("$@")
 [ $# -gt 0 ] || stages=("${all[@]}")
@@ -98,7 +98,7 @@ gradients() { suite gradients; }
 execution() { suite execution; }
 graphs() { suite graphs; }
 features() { suite features; }
-hostile() { suite adversarial; }
+adversarial() { suite adversarial; }
 persistent() { suite persistent; }
 steps() {
   FASTLSTM_BACKEND=native timeout "$seconds" "$python" -m pytest -m gpu --steps tests/gpu/test_gpu_*.py -rs \

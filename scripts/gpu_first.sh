@@ -12,5 +12,5 @@ stage compile_latency 60 bash -c "$(declare -f kernels); out='$out'; kernels lat
 LINES_SHOWN=40 stage crash_probe 150 "$python" scripts/gpu_crash_probe.py
 stage exchange 90 bash -c "'$out/exchange_by_data' >'$out/exchange.csv'; status=\$?; tail -n 5 '$out/exchange.csv'; exit \$status"
 stage latency 60 bash -c "'$out/latency' >'$out/latency.csv'; status=\$?; tail -n 5 '$out/latency.csv'; exit \$status"
-stage hostile 180 "$python" -m pytest -m gpu tests/gpu/test_gpu_adversarial.py -k native -rs
+stage adversarial 180 "$python" -m pytest -m gpu tests/gpu/test_gpu_adversarial.py -k native -rs
 finish

@@ -2,7 +2,7 @@
 # A machine with more than two cores, in about ten minutes: an old revision against the working tree at 1, 2, 4, 8, ...
 # threads (suites cpu and scaling), and the thread partitions that the plan chooses against the fastest.
 # usage: scripts/measure_cores.sh PYTHON REV FOLDER [SECONDS per number of threads, by default 80]
-# The working tree must be built; FOLDER gets ab_<threads>.csv and calibrate_<threads>.csv. docs/benchmarks.md explains
+# The working tree must be built; FOLDER gets ab_<threads>.csv and calibrate_<threads>.csv. docs/measuring.md explains
 # both.
 set -euo pipefail
 python=$(realpath -s "$1")

@@ -1,4 +1,4 @@
-"""python -m benchmarks ab REV: the working tree against a revision, interleaved. docs/benchmarks.md explains it.
+"""python -m benchmarks ab REV: the working tree against a revision, interleaved. docs/measuring.md explains it.
 
 The exit status is 1 if a result of the new revision was wrong or failed, 2 if the comparison cannot run.
 """

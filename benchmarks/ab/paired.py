@@ -18,7 +18,7 @@ import numpy as np
 CONFIDENCE = 0.95
 BOOTSTRAP_SAMPLES = 2000
 # Min change outside noise. A revision against itself gave 0.978x to 1.016x under background load
-# (docs/benchmarks.md, "How noise is judged"); an idle machine may allow less.
+# (docs/measuring.md, "How noise is judged"); an idle machine may allow less.
 MIN_CHANGE = 0.02
 
 FASTER, SLOWER, WITHIN_NOISE = "faster", "slower", "within noise"

@@ -219,7 +219,7 @@ def table() -> list[Row]:
                 "suite": "cpu",
                 "case": case.name,
                 "mode": mode,
-                "goal": case.target(mode),
+                "target": case.target(mode),
                 "limit": "gemm",
                 **about,
             }
@@ -301,7 +301,7 @@ def test_grid_and_scaling_reports_summarize(tmp_path):
         assert f"| {suite} | cases |" in text
     scaling = [replace(row, suite="scaling", us_per_step=row.p50_ms * 10) for row in table()]
     scaling += [
-        Row(suite="scaling", case="big", mode="memory", impl=impl, peak_mib=size, ratio=200.0 / size, goal=1.0)
+        Row(suite="scaling", case="big", mode="memory", impl=impl, peak_mib=size, ratio=200.0 / size, target=1.0)
         for impl, size in (("nn", 200.0), ("fastlstm", 160.0))
     ]
     text = report.markdown(scaling)
@@ -312,7 +312,7 @@ def test_grid_and_scaling_reports_summarize(tmp_path):
 def test_peak_memory_ratio_is_to_nn_lstm(monkeypatch):
     monkeypatch.setattr(memory, "peak_mib", lambda impl, case, device: {"nn": 200.0, "fastlstm": 100.0}[impl])
     nn_row, row = memory.peak_rows("scaling", CPU_CASE, ["nn", "fastlstm"])
-    assert (nn_row.peak_mib, row.peak_mib, row.ratio, row.goal) == (200.0, 100.0, 2.0, 1.0)
+    assert (nn_row.peak_mib, row.peak_mib, row.ratio, row.target) == (200.0, 100.0, 2.0, 1.0)
 
 
 @pytest.mark.parametrize("difference", [1e-9, 1e-3])

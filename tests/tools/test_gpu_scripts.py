@@ -12,7 +12,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 STAGES = {
-    "gpu_first": ("build", "compile_exchange", "compile_latency", "crash_probe", "exchange", "latency", "hostile"),
+    "gpu_first": ("build", "compile_exchange", "compile_latency", "crash_probe", "exchange", "latency", "adversarial"),
     "gpu_correctness": (
         "build",
         "persistent",
