@@ -17,6 +17,7 @@ from . import reference, transforms
 from .backends import BACKENDS, native
 from .ops import flops
 from .ops import recompute as _recompute  # noqa: F401 - defines its ops
+from .ops.modes import forward_ad_active, recording, transform_active
 from .ops.schema import LayerCall, LayerShape, check
 
 NAMES = ("auto", *BACKENDS, "reference")
@@ -109,7 +110,7 @@ def describe(x: Tensor, weights: list[Tensor], lengths: Tensor | None, reset_mas
 
 def _transforming() -> bool:
     """Return True under torch.func or forward-mode AD, for which the ops have no rule of their own."""
-    return torch._C._functorch.maybe_current_level() is not None or torch.autograd.forward_ad._current_level >= 0
+    return transform_active() or forward_ad_active()
 
 
 # torch.compile enters the transforms it traces for real, so that the answer is a constant of the graph, and it guards
@@ -122,7 +123,7 @@ _chosen: dict[tuple[object, ...], str] = {}
 
 
 def _choose(x: Tensor, weights: list[Tensor], lengths: Tensor | None, reset_mask: Tensor | None) -> str:
-    if is_compiling() or torch.jit.is_tracing():  # whose sizes are tensors
+    if recording():  # whose sizes are tensors
         return select(describe(x, weights, lengths, reset_mask))
     w_ih, w_hh = weights[0], weights[1]
     # The last weight's dim tells four weights with biases from four of two directions.
@@ -139,9 +140,9 @@ def _choose(x: Tensor, weights: list[Tensor], lengths: Tensor | None, reset_mask
     return name
 
 
-def _recorded(x: Tensor) -> bool:
-    """Return True if a graph is recorded of the call; a comparison with T would make T a constant of it."""
-    return is_compiling() or torch.jit.is_tracing() or isinstance(x.shape[0], torch.SymInt)
+def _any_length(x: Tensor) -> bool:
+    """Return True if a graph for any T is recorded; a comparison would make T a constant of it."""
+    return recording() or isinstance(x.shape[0], torch.SymInt)
 
 
 def layer(
@@ -166,7 +167,7 @@ def layer(
             return reference.layer(x, h0, c0, weights, lengths, reset_mask)
         return transforms.layer(name, x, h0, c0, weights, lengths, reset_mask, keep_cells)
     # Whether to keep what backward reads each op decides for itself: a trace may be called in another grad mode.
-    if recompute and (_recorded(x) or (torch.is_grad_enabled() and x.shape[0] > recompute)):
+    if recompute and (_any_length(x) or (torch.is_grad_enabled() and x.shape[0] > recompute)):
         op = torch.ops.fastlstm.recomputed_layer.default
         y, h_n, c_n, cells, _, _ = op(name, recompute, x, h0, c0, weights, lengths, reset_mask, keep_cells, False)
         return y, h_n, c_n, cells

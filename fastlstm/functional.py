@@ -99,7 +99,7 @@ def lstm(
         raise RuntimeError(f"x must be [T, B, I], got {list(x.shape)}")
     weights = list(weights)
     _check_weights(weights, bias, num_layers, bidirectional)
-    autocast = torch._C._is_any_autocast_enabled() and torch.is_autocast_enabled(x.device.type)
+    autocast = _autocast_active(x)
     if autocast:
         x, hx, weights = _cast_for_autocast(x, hx, weights, torch.get_autocast_dtype(x.device.type))
     options = (
@@ -194,7 +194,7 @@ def lstm_cell(
     if bias_ih is not None or bias_hh is not None:
         none = weight_ih.new_zeros(weight_ih.shape[0])
         weights += [none if bias is None else bias for bias in (bias_ih, bias_hh)]
-    if torch._C._is_any_autocast_enabled() and torch.is_autocast_enabled(input.device.type):
+    if _autocast_active(input):
         dtype = torch.get_autocast_dtype(input.device.type)
         if input.device.type == "cpu":  # no autocast rule for cells there: the state keeps its precision
             dtype = torch.promote_types(dtype, (input if hx is None else hx[1]).dtype)
@@ -205,6 +205,11 @@ def lstm_cell(
     h0, c0 = (None, None) if hx is None else (hx[0].unsqueeze(0), hx[1].unsqueeze(0))
     _, h, c, _ = layer(input.unsqueeze(0), h0, c0, weights, None, None, False)
     return h.squeeze(0), c.squeeze(0)
+
+
+def _autocast_active(x: Tensor) -> bool:
+    """Return True under autocast for x's device; the first question is the cheaper one."""
+    return torch._C._is_any_autocast_enabled() and torch.is_autocast_enabled(x.device.type)
 
 
 def _cast_for_autocast(

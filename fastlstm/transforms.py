@@ -21,6 +21,7 @@ from torch._C._functorch import TransformType
 
 from . import reference
 from .backends import eager
+from .ops.modes import forward_ad_active, transform_active
 from .ops.register import differentiable_backward, has_batched_or_dual_grads
 from .ops.schema import LayerShape
 
@@ -56,7 +57,7 @@ class _Call:
 
 def plain_ops_only() -> bool:
     """Return True under forward-mode AD (torch.func.jvp, a dual level) or functionalize: no rule is here for them."""
-    if torch.autograd.forward_ad._current_level >= 0:
+    if forward_ad_active():
         return True
     refused = (TransformType.Jvp, TransformType.Functionalize)
     return any(level.key() in refused for level in torch._C._functorch.get_interpreter_stack() or ())
@@ -82,7 +83,7 @@ def layer(
 
 def _below(call: _Call, *tensors: Tensor | None) -> tuple[Tensor, ...]:
     """The results of `_Layer` for tensors that have one transform less; the op itself below the last one."""
-    if torch._C._functorch.maybe_current_level() is not None:
+    if transform_active():
         return _Layer.apply(*replace(call, keep_cells=True).of(tensors))
     x, h0, c0, lengths, reset_mask, *weights = tensors
     keep_reserve = call.keep_reserve or _differentiated(x, h0, c0, *weights)
@@ -92,7 +93,7 @@ def _below(call: _Call, *tensors: Tensor | None) -> tuple[Tensor, ...]:
 def _backward_below(call: _Call, *tensors: Tensor | None) -> tuple[Tensor, ...]:
     """The same for `_Backward`."""
     call, *given = call.of(tensors)
-    if torch._C._functorch.maybe_current_level() is not None or _differentiated(*given):
+    if transform_active() or _differentiated(*given):
         return _Backward.apply(call, *given)
     return _Backward.forward(call, *given)
 

@@ -17,6 +17,7 @@ from torch import Tensor
 from .. import reference
 from ..ragged import PackedLayout
 from . import saved
+from .modes import forward_ad_active
 from .schema import BACKWARD, FORWARD, backward_outputs, check, check_backward, check_range, forward_outputs
 
 LIBRARY = torch.library.Library("fastlstm", "DEF")
@@ -141,7 +142,7 @@ def has_batched_or_dual_grads(*grads: Tensor | None) -> bool:
 
     The plain ops of the reference have rules for these.
     """
-    if torch.autograd.forward_ad._current_level >= 0:
+    if forward_ad_active():
         return True
     keys = [torch._C._dispatch_keys(grad) for grad in grads if grad is not None]
     return any(held.has(key) for held in keys for key in _BATCHED)
