@@ -12,12 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.compiler import is_compiling
+from torch.overrides import has_torch_function
 
 from . import reference, transforms
 from .backends import BACKENDS, native
 from .ops import flops
 from .ops import recompute as _recompute  # noqa: F401 - defines its ops
-from .ops.schema import LayerCall, LayerShape, check
+from .ops.modes import forward_ad_active, recording, transform_active
+from .ops.schema import LayerCall, LayerInputs, check
 
 NAMES = ("auto", *BACKENDS, "reference")
 flops.register(tuple(BACKENDS))
@@ -101,15 +103,14 @@ def choices(call: LayerCall) -> dict[str, str]:
     return reasons
 
 
-def describe(x: Tensor, weights: list[Tensor], lengths: Tensor | None, reset_mask: Tensor | None) -> LayerCall:
-    """What `select` needs to know of a call."""
-    shape = LayerShape.of(weights)
-    return LayerCall(x.device, x.dtype, weights[0].shape[1], shape, lengths is not None, reset_mask is not None)
+def describe(x: Tensor, weights: list[Tensor], *options: Tensor | None) -> LayerCall:
+    """What `select` needs to know of a call; the options of LayerInputs in its order."""
+    return LayerCall.of(LayerInputs(x, None, None, weights, *options))
 
 
 def _transforming() -> bool:
     """Return True under torch.func or forward-mode AD, for which the ops have no rule of their own."""
-    return torch._C._functorch.maybe_current_level() is not None or torch.autograd.forward_ad._current_level >= 0
+    return transform_active() or forward_ad_active()
 
 
 # torch.compile enters the transforms it traces for real, so that the answer is a constant of the graph, and it guards
@@ -121,67 +122,59 @@ _transforming._dynamo_marked_constant = True  # type: ignore[attr-defined]
 _chosen: dict[tuple[object, ...], str] = {}
 
 
-def _choose(x: Tensor, weights: list[Tensor], lengths: Tensor | None, reset_mask: Tensor | None) -> str:
-    if is_compiling() or torch.jit.is_tracing():  # whose sizes are tensors
-        return select(describe(x, weights, lengths, reset_mask))
-    w_ih, w_hh = weights[0], weights[1]
+def _choose(inputs: LayerInputs) -> str:
+    if recording():  # sizes are tensors
+        return select(LayerCall.of(inputs))
+    x, weights = inputs.x, inputs.weights
     # The last weight's dim tells four weights with biases from four of two directions.
     key = (
-        _requested, x.device, x.dtype, w_ih.shape, w_hh.shape, len(weights), weights[-1].dim(), lengths is None,
-        reset_mask is None,
+        _requested, x.device, x.dtype, weights[0].shape, weights[1].shape, len(weights), weights[-1].dim(),
+        *map(type, inputs[4:]),  # which options are given
     )  # fmt: skip
     try:
         name = _chosen.get(key)
     except TypeError:  # sizes that are symbols have no hash
-        return select(describe(x, weights, lengths, reset_mask))
+        return select(LayerCall.of(inputs))
     if name is None:
-        name = _chosen[key] = select(describe(x, weights, lengths, reset_mask))
+        name = _chosen[key] = select(LayerCall.of(inputs))
     return name
 
 
-def _recorded(x: Tensor) -> bool:
-    """Return True if a graph is recorded of the call; a comparison with T would make T a constant of it."""
-    return is_compiling() or torch.jit.is_tracing() or isinstance(x.shape[0], torch.SymInt)
-
-
-def layer(
-    x: Tensor,
-    h0: Tensor | None,
-    c0: Tensor | None,
-    weights: list[Tensor],
-    lengths: Tensor | None,
-    reset_mask: Tensor | None,
-    keep_cells: bool,
-    recompute: int = 0,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def layer(inputs: LayerInputs, keep_cells: bool, recompute: int = 0) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """y, h_n, c_n and cells of one layer (fastlstm/ops/schema.py), on the backend chosen for it.
 
     With `recompute` > 0 only the states at intervals of that many steps are kept for backward (ops/recompute.py).
     """
-    name = _choose(x, weights, lengths, reset_mask)
+    name = _choose(inputs)
     if name == "reference" or _transforming():
-        check(x, h0, c0, weights, lengths, reset_mask)
+        check(inputs)
         # Under torch.compile the reference's ops are what a graph can hold and fuse.
         if name == "reference" or is_compiling() or transforms.plain_ops_only():
-            return reference.layer(x, h0, c0, weights, lengths, reset_mask)
-        return transforms.layer(name, x, h0, c0, weights, lengths, reset_mask, keep_cells)
+            return reference.layer(*inputs)
+        return transforms.layer(name, inputs, keep_cells)
     # Whether to keep what backward reads each op decides for itself: a trace may be called in another grad mode.
-    if recompute and (_recorded(x) or (torch.is_grad_enabled() and x.shape[0] > recompute)):
+    if recompute and (_any_length(inputs.x) or (torch.is_grad_enabled() and inputs.x.shape[0] > recompute)):
         op = torch.ops.fastlstm.recomputed_layer.default
-        y, h_n, c_n, cells, _, _ = op(name, recompute, x, h0, c0, weights, lengths, reset_mask, keep_cells, False)
+        y, h_n, c_n, cells, _, _ = op(name, recompute, *inputs, keep_cells, False)
         return y, h_n, c_n, cells
     found = None
     # The shortcut around the boxed call sees no __torch_function__, of a subclass or a mode.
-    if name == "native" and not (is_compiling() or torch.overrides.has_torch_function((x, h0, c0, *weights))):
-        layer_op = native.extension.layer  # type: ignore[union-attr]
-        found = layer_op(x, h0, c0, weights, lengths, reset_mask, keep_cells)
+    if name == "native" and not (
+        is_compiling() or has_torch_function((inputs.x, inputs.h0, inputs.c0, *inputs.weights))
+    ):
+        found = native.extension.layer(*(inputs + (keep_cells,)))  # type: ignore[union-attr] # noqa: RUF005 - faster
         if found is None:
-            check(x, h0, c0, weights, lengths, reset_mask)
+            check(inputs)
     if found is None:
         op = getattr(torch.ops.fastlstm, f"{name}_layer").default
-        found = op(x, h0, c0, weights, lengths, reset_mask, keep_cells, False)
+        found = op(*inputs, keep_cells, False)
     y, h_n, c_n, cells, _ = found
     return y, h_n, c_n, cells
+
+
+def _any_length(x: Tensor) -> bool:
+    """Return True if a graph for any T is recorded; a comparison would make T a constant of it."""
+    return recording() or isinstance(x.shape[0], torch.SymInt)
 
 
 def lstm_fast_path(

@@ -15,7 +15,7 @@ from torch._subclasses.functional_tensor import FunctionalTensor
 
 from .dispatch import layer
 from .ops.recompute import INTERVAL
-from .ops.schema import check_range
+from .ops.schema import LayerInputs, check_range
 from .ragged import PackedLayout
 
 States = tuple[Tensor, Tensor]
@@ -99,17 +99,18 @@ def lstm(
         raise RuntimeError(f"x must be [T, B, I], got {list(x.shape)}")
     weights = list(weights)
     _check_weights(weights, bias, num_layers, bidirectional)
-    autocast = torch._C._is_any_autocast_enabled() and torch.is_autocast_enabled(x.device.type)
+    autocast = _autocast_active(x)
     if autocast:
         x, hx, weights = _cast_for_autocast(x, hx, weights, torch.get_autocast_dtype(x.device.type))
-    options = (
-        bias, num_layers, dropout, training, bidirectional, lengths, reset_mask, return_cell_states, interval, layout
+    how = (
+        (lengths, reset_mask), num_layers, bidirectional, dropout if training else 0.0, return_cell_states, interval,
+        layout,
     )  # fmt: skip
     if autocast:
         with torch.autocast(x.device.type, enabled=False):
-            results = _layers(x, hx, weights, *options)
+            results = _layers(x, hx, weights, *how)
     else:
-        results = _layers(x, hx, weights, *options)
+        results = _layers(x, hx, weights, *how)
     y, h_n, c_n, cells = results
     if batch_first:
         y = y.transpose(0, 1)
@@ -122,30 +123,28 @@ def _layers(
     x: Tensor,
     hx: States | None,
     weights: list[Tensor],
-    bias: bool,
+    options: tuple[Tensor | None, ...],
     num_layers: int,
-    dropout: float,
-    training: bool,
     bidirectional: bool,
-    lengths: Tensor | None,
-    reset_mask: Tensor | None,
+    dropout: float,
     return_cell_states: bool,
     interval: int,
     layout: PackedLayout | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`options` are those of LayerInputs, in its order."""
     D = 2 if bidirectional else 1
     n = len(weights) // num_layers
     if hx is not None:
         _check_states(x, hx)
     h_n, c_n = [], []
     for k in range(num_layers):
-        w = weights[k * n : (k + 1) * n]
         h0 = c0 = None
         if hx is not None:
             h0, c0 = hx if num_layers == 1 else (hx[0][k * D : (k + 1) * D], hx[1][k * D : (k + 1) * D])
         last = k == num_layers - 1
-        x, h, c, cells = layer(x, h0, c0, w, lengths, reset_mask, return_cell_states and last, interval)
-        if not last and training and dropout != 0:
+        own = weights if num_layers == 1 else weights[k * n : (k + 1) * n]
+        x, h, c, cells = layer(LayerInputs(x, h0, c0, own, *options), return_cell_states and last, interval)
+        if not last and dropout != 0:
             x = _drop(x, dropout, layout)
         h_n.append(h)
         c_n.append(c)
@@ -194,7 +193,7 @@ def lstm_cell(
     if bias_ih is not None or bias_hh is not None:
         none = weight_ih.new_zeros(weight_ih.shape[0])
         weights += [none if bias is None else bias for bias in (bias_ih, bias_hh)]
-    if torch._C._is_any_autocast_enabled() and torch.is_autocast_enabled(input.device.type):
+    if _autocast_active(input):
         dtype = torch.get_autocast_dtype(input.device.type)
         if input.device.type == "cpu":  # no autocast rule for cells there: the state keeps its precision
             dtype = torch.promote_types(dtype, (input if hx is None else hx[1]).dtype)
@@ -203,8 +202,13 @@ def lstm_cell(
             return lstm_cell(input, hx, *weights)
     _check_cell(input, hx, weights)
     h0, c0 = (None, None) if hx is None else (hx[0].unsqueeze(0), hx[1].unsqueeze(0))
-    _, h, c, _ = layer(input.unsqueeze(0), h0, c0, weights, None, None, False)
+    _, h, c, _ = layer(LayerInputs(input.unsqueeze(0), h0, c0, weights), False)
     return h.squeeze(0), c.squeeze(0)
+
+
+def _autocast_active(x: Tensor) -> bool:
+    """Return True under autocast for x's device; the first question is the cheaper one."""
+    return torch._C._is_any_autocast_enabled() and torch.is_autocast_enabled(x.device.type)
 
 
 def _cast_for_autocast(

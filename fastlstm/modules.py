@@ -193,7 +193,7 @@ class LSTM(nn.RNNBase):
             0.0
         """
         if isinstance(input, PackedSequence):
-            return self._forward_packed(input, hx, lengths, reset_mask, return_cell_states)
+            return self._forward_packed(input, hx, return_cell_states, lengths=lengths, reset_mask=reset_mask)
         if lengths is None and reset_mask is None and not (return_cell_states or self.recompute is not False):
             result, weights = dispatch.lstm_fast_path(self, input, hx)
             if result is not None:
@@ -213,41 +213,15 @@ class LSTM(nn.RNNBase):
         if hx is not None:
             hx = self._batched_states(hx, batched)
         self._check(input, hx, weights, input.size(batch_dim))
-        output, h_n, c_n, *cells = self._run(
-            input, hx, weights, self.batch_first, lengths, reset_mask, return_cell_states
-        )
+        output, h_n, c_n, *cells = functional.lstm(
+            input, hx, weights, self.bias, self.num_layers, self.dropout, self.training, self.bidirectional,
+            self.batch_first, lengths=lengths, reset_mask=reset_mask, return_cell_states=return_cell_states,
+            recompute=self.recompute,
+        )  # fmt: skip
         if not batched:
             output, h_n, c_n = output.squeeze(batch_dim), h_n.squeeze(1), c_n.squeeze(1)
             cells = [c.squeeze(batch_dim) for c in cells]
         return (output, (h_n, c_n), *cells)
-
-    def _run(
-        self,
-        input: Tensor,
-        hx: States | None,
-        weights: list[Tensor],
-        batch_first: bool,
-        lengths: Tensor | Sequence[int] | None,
-        reset_mask: Tensor | None,
-        return_cell_states: bool,
-        layout: PackedLayout | None = None,
-    ) -> tuple[Tensor, ...]:
-        return functional.lstm(
-            input,
-            hx,
-            weights,
-            self.bias,
-            self.num_layers,
-            self.dropout,
-            self.training,
-            self.bidirectional,
-            batch_first,
-            lengths=lengths,
-            reset_mask=reset_mask,
-            return_cell_states=return_cell_states,
-            recompute=self.recompute,
-            layout=layout,
-        )
 
     @staticmethod
     def _batched_states(hx: States, batched: bool) -> States:
@@ -282,11 +256,10 @@ class LSTM(nn.RNNBase):
         self,
         input: PackedSequence,
         hx: States | None,
-        lengths: Tensor | Sequence[int] | None,
-        reset_mask: Tensor | None,
         return_cell_states: bool,
+        **unsupported: Any,
     ) -> tuple[Any, ...]:
-        for name, value in (("lengths", lengths), ("reset_mask", reset_mask)):
+        for name, value in unsupported.items():
             if value is not None:
                 raise ValueError(f"{name} must be None with a PackedSequence, got {type(value).__name__}")
         data, batch_sizes, sorted_indices, unsorted_indices = input
@@ -309,9 +282,11 @@ class LSTM(nn.RNNBase):
                 except ValueError as error:  # of a dtype: nn.LSTM's packed input gets as far as a matrix product
                     raise RuntimeError(*error.args) from None
             layout = PackedLayout.of(batch_sizes, data)
-            output, h_n, c_n, *cells = self._run(
-                layout.pad(data), hx, weights, False, None, None, return_cell_states, layout
-            )
+            output, h_n, c_n, *cells = functional.lstm(
+                layout.pad(data), hx, weights, self.bias, self.num_layers, self.dropout, self.training,
+                self.bidirectional, False, return_cell_states=return_cell_states, recompute=self.recompute,
+                layout=layout,
+            )  # fmt: skip
             rows, states = [layout.pack(padded) for padded in (output, *cells)], (h_n, c_n)
         packed = [PackedSequence(t, batch_sizes, sorted_indices, unsorted_indices) for t in rows]
         return (packed[0], self.permute_hidden(states, unsorted_indices), *packed[1:])

@@ -6,7 +6,8 @@
   each weight (backends/eager.py with `groups`).
 - A gradient of a gradient is that of the reference, which also runs forward-mode AD (fastlstm/dispatch.py).
 
-What the arguments mean is said in fastlstm/ops/schema.py.
+What the arguments mean is said in fastlstm/ops/schema.py. torch.func wants tensors one by one: `_Layer` takes
+`LayerInputs.flat()`, and `_Backward` [dy, dh_n, dc_n, dcells, y, cells, reserve] before that.
 """
 
 from __future__ import annotations
@@ -21,8 +22,9 @@ from torch._C._functorch import TransformType
 
 from . import reference
 from .backends import eager
+from .ops.modes import forward_ad_active, transform_active
 from .ops.register import differentiable_backward, has_batched_or_dual_grads
-from .ops.schema import LayerShape
+from .ops.schema import BATCH_DIMS, LayerInputs, LayerShape, OutputGradients, wanted_gradients
 
 
 @dataclass(frozen=True)
@@ -56,45 +58,40 @@ class _Call:
 
 def plain_ops_only() -> bool:
     """Return True under forward-mode AD (torch.func.jvp, a dual level) or functionalize: no rule is here for them."""
-    if torch.autograd.forward_ad._current_level >= 0:
+    if forward_ad_active():
         return True
     refused = (TransformType.Jvp, TransformType.Functionalize)
     return any(level.key() in refused for level in torch._C._functorch.get_interpreter_stack() or ())
 
 
-def layer(
-    backend: str,
-    x: Tensor,
-    h0: Tensor | None,
-    c0: Tensor | None,
-    weights: list[Tensor],
-    lengths: Tensor | None,
-    reset_mask: Tensor | None,
-    keep_cells: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def layer(backend: str, inputs: LayerInputs, keep_cells: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """y, h_n, c_n and cells of one layer under any transform but those of `plain_ops_only`."""
     stack = torch._C._functorch.get_interpreter_stack() or ()
     keep_reserve = any(level.key() == TransformType.Grad for level in stack)
     call = _Call(backend, keep_cells, keep_reserve)
-    y, h_n, c_n, cells, _ = _Layer.apply(*call.of((x, h0, c0, lengths, reset_mask, *weights)))
+    y, h_n, c_n, cells, _ = _Layer.apply(*call.of(inputs.flat()))
     return y, h_n, c_n, cells
 
 
-def _below(call: _Call, *tensors: Tensor | None) -> tuple[Tensor, ...]:
-    """The results of `_Layer` for tensors that have one transform less; the op itself below the last one."""
-    if torch._C._functorch.maybe_current_level() is not None:
-        return _Layer.apply(*replace(call, keep_cells=True).of(tensors))
-    x, h0, c0, lengths, reset_mask, *weights = tensors
-    keep_reserve = call.keep_reserve or _differentiated(x, h0, c0, *weights)
-    return call.forward(x, h0, c0, weights, lengths, reset_mask, True, keep_reserve)
+def _below(call: _Call, inputs: LayerInputs) -> tuple[Tensor, ...]:
+    """The results of `_Layer` for inputs that have one transform less; the op itself below the last one."""
+    if transform_active():
+        return _Layer.apply(*replace(call, keep_cells=True).of(inputs.flat()))
+    keep_reserve = call.keep_reserve or _differentiated(*inputs.differentiable)
+    return call.forward(*inputs, True, keep_reserve)
 
 
-def _backward_below(call: _Call, *tensors: Tensor | None) -> tuple[Tensor, ...]:
+def _backward_below(call: _Call, tensors: Sequence[Tensor | None]) -> tuple[Tensor, ...]:
     """The same for `_Backward`."""
     call, *given = call.of(tensors)
-    if torch._C._functorch.maybe_current_level() is not None or _differentiated(*given):
+    if transform_active() or _differentiated(*given):
         return _Backward.apply(call, *given)
     return _Backward.forward(call, *given)
+
+
+def _parts(values: Sequence[Any]) -> tuple[Sequence[Any], Sequence[Any], LayerInputs]:
+    """The gradients that arrive, (y, cells, reserve) and the inputs, from one value for each of `_Backward`'s."""
+    return values[:4], values[4:7], LayerInputs.from_flat(values[7:])
 
 
 def _differentiated(*tensors: Tensor | None) -> bool:
@@ -107,6 +104,12 @@ def _fold(t: Tensor | None, dim: int | None, N: int, rows: int) -> Tensor | None
         return None
     t = t.unsqueeze(0).expand(N, *t.shape) if dim is None else t.movedim(dim, 0)
     return t.movedim(0, rows).flatten(rows, rows + 1)
+
+
+def _folded(inputs: LayerInputs, dims: LayerInputs, N: int) -> list[Tensor | None]:
+    """`inputs.flat()`, all but the weights folded."""
+    pairs = zip(inputs.flat(), dims.flat(), BATCH_DIMS.flat(), strict=False)
+    return [*(_fold(t, d, N, rows) for t, d, rows in pairs), *inputs.weights]
 
 
 def _unfold(t: Tensor, N: int, rows: int) -> Tensor:
@@ -127,8 +130,7 @@ class _Layer(torch.autograd.Function):
 
     @staticmethod
     def forward(call, *given):
-        x, h0, c0, lengths, reset_mask, *weights = call.spread(given)
-        return call.forward(x, h0, c0, weights, lengths, reset_mask, True, True)
+        return call.forward(*LayerInputs.from_flat(call.spread(given)), True, True)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -141,29 +143,28 @@ class _Layer(torch.autograd.Function):
         ctx.mark_non_differentiable(*([reserve] if ctx.call.keep_cells else [cells, reserve]))
 
     @staticmethod
-    def backward(ctx, dy, dh_n, dc_n, dcells, _):
+    def backward(ctx, *grads):
+        grads = grads[:4]
         y, cells, reserve, *given = ctx.saved_tensors
-        x, h0, c0, lengths, reset_mask, *weights = ctx.call.spread(given)
-        need = ctx.call.spread(ctx.needs_input_grad[1:], absent=False)
-        needs = (*need[:3], *need[5:])
-        arriving, inputs, ragged = (dy, dh_n, dc_n, dcells), (x, h0, c0), (lengths, reset_mask)
-        if torch._C._functorch.maybe_current_level() is None and has_batched_or_dual_grads(*arriving):
-            *of_rows, of_weights = differentiable_backward(*arriving, *inputs, weights, *ragged, list(needs))
-            found = (*of_rows, *of_weights)
+        flat = ctx.call.spread(given)
+        inputs = LayerInputs.from_flat(flat)
+        needs = LayerInputs.from_flat(ctx.call.spread(ctx.needs_input_grad[1:], absent=False)).differentiable
+        if not transform_active() and has_batched_or_dual_grads(*grads):
+            found = differentiable_backward(grads, inputs, needs)
         else:
-            call = _Call(ctx.call.backend, needs=needs)
-            found = _backward_below(call, *arriving, *inputs, *ragged, y, cells, reserve, *weights)
-        dx, dh0, dc0, *dw = [g if wanted else None for g, wanted in zip(found, needs, strict=True)]
-        of_all = (dx, dh0, dc0, None, None, *dw)
+            call = _Call(ctx.call.backend, needs=tuple(needs))
+            dx, dh0, dc0, *dw = _backward_below(call, [*grads, y, cells, reserve, *flat])
+            found = dx, dh0, dc0, dw
+        of_all = wanted_gradients(needs, *found)
         return (None, *(g for g, here in zip(of_all, ctx.call.present, strict=True) if here))
 
     @staticmethod
     def vmap(info, in_dims, call, *given):
-        N, dims, tensors = info.batch_size, call.spread(in_dims[1:]), call.spread(given)
-        if any(d is not None for d in dims[5:]):
-            return _stacked([_below(call, *member) for member in _each(tensors, dims, N)])
-        folded = [_fold(t, d, N, rows) for t, d, rows in zip(tensors[:5], dims, (1, 1, 1, 0, 1), strict=False)]
-        *results, reserve = _below(call, *folded, *tensors[5:])
+        N, flat, flat_dims = info.batch_size, call.spread(given), call.spread(in_dims[1:])
+        inputs, dims = LayerInputs.from_flat(flat), LayerInputs.from_flat(flat_dims)
+        if any(d is not None for d in dims.weights):
+            return _stacked([_below(call, LayerInputs.from_flat(member)) for member in _each(flat, flat_dims, N)])
+        *results, reserve = _below(call, LayerInputs.from_flat(_folded(inputs, dims, N)))
         # The reserve's layout is the backend's own, so it stays folded.
         return (*(_unfold(t, N, 1) for t in results), reserve), (1, 1, 1, 1, None)
 
@@ -173,24 +174,25 @@ class _Backward(torch.autograd.Function):
 
     @staticmethod
     def forward(call, *given):
-        dy, dh_n, dc_n, dcells, x, h0, c0, lengths, reset_mask, y, cells, reserve, *w = call.spread(given)
+        grads, (y, cells, reserve), inputs = _parts(call.spread(given))
         op, needs, groups = call.backward, call.needs, call.groups
-        arriving, states, ragged = (dy, dh_n, dc_n, dcells), (h0, c0), (lengths, reset_mask)
+        x, w = inputs.x, inputs.weights
         shape = LayerShape.of(w)
         if not groups:
-            dx, dh0, dc0, dw = op(*arriving, x, *states, w, *ragged, y, cells, reserve, list(needs))
+            dx, dh0, dc0, dw = op(*grads, *inputs, y, cells, reserve, list(needs))
         elif call.backend == "eager" or shape.proj:
             none = reserve if call.backend == "eager" else reserve.new_empty(0)
-            dx, dh0, dc0, dw = eager.backward(*arriving, x, *states, w, *ragged, y, cells, none, list(needs), groups)
+            dx, dh0, dc0, dw = eager.backward(grads, inputs, y, cells, none, list(needs), groups)
         else:
             # The op's dx is dgates W_ih, and it reads neither x nor W_ih for anything else: the identity gives dgates.
             swapped, n, width = list(w), shape.per_direction, shape.D * 4 * shape.H
             swapped[::n] = torch.eye(width, dtype=x.dtype, device=x.device).chunk(shape.D)
             like_x = x.new_empty(1, 1, 1).expand(*x.shape[:2], width)
             only_rows = [True, *needs[1:3], *[False] * len(w)]
-            dgates, dh0, dc0, _ = op(*arriving, like_x, *states, swapped, *ragged, y, cells, reserve, only_rows)
+            with_identity = inputs._replace(x=like_x, weights=swapped)
+            dgates, dh0, dc0, _ = op(*grads, *with_identity, y, cells, reserve, only_rows)
             dx = dgates @ torch.cat(w[::n]) if needs[0] else x.new_empty(0)
-            dw = eager.weight_gradients_of_groups(dgates, x, h0, w, *ragged, y, needs, groups)
+            dw = eager.weight_gradients_of_groups(dgates, inputs, y, needs, groups)
         return (dx, dh0, dc0, *dw)
 
     @staticmethod
@@ -201,36 +203,37 @@ class _Backward(torch.autograd.Function):
     @staticmethod
     def backward(ctx, *cotangents):
         """By the reference, and so differentiable again. y, cells and reserve are functions of the other tensors."""
-        tensors = ctx.call.spread(ctx.saved_tensors)
-        dy, dh_n, dc_n, dcells, x, h0, c0, lengths, reset_mask, _, _, _, *weights = tensors
-        given = [dy, dh_n, dc_n, dcells, x, h0, c0, *weights]
+        grads, _, inputs = _parts(ctx.call.spread(ctx.saved_tensors))
+        given = [*grads, *inputs.differentiable]
         present = [k for k, t in enumerate(given) if t is not None]
 
         def gradients(*tensors: Tensor) -> tuple[Tensor, ...]:
             full: list[Any] = [None] * len(given)
             for k, t in zip(present, tensors, strict=True):
                 full[k] = t
-            return _grouped(ctx.call, full, lengths, reset_mask)
+            return _grouped(ctx.call, full[:4], inputs.with_differentiable(full[4:]))
 
         wanted = [g for g, need in zip(cotangents, ctx.call.needs, strict=True) if need]
         pull: Callable[..., Any] = torch.func.vjp(gradients, *(given[k] for k in present))[1]
         found: list[Any] = [None] * len(given)
         for k, grad in zip(present, pull(tuple(wanted)), strict=True):
             found[k] = grad
-        of_all = (*found[:7], None, None, None, None, None, *found[7:])
+        of_inputs = LayerInputs(found[4], found[5], found[6], found[7:]).flat()
+        of_all = (*found[:4], None, None, None, *of_inputs)
         return (None, *(g for g, here in zip(of_all, ctx.call.present, strict=True) if here))
 
     @staticmethod
     def vmap(info, in_dims, call, *given):
         N, groups = info.batch_size, call.groups
-        dims, tensors = call.spread(in_dims[1:]), call.spread(given)
-        x_to_cells = (*dims[4:9], *dims[9:11])
-        looped = dims[11] is not None or any(d is not None for d in dims[12:]) or all(d is None for d in x_to_cells)
-        if looped:  # an ensemble, or many gradients of one output (jacrev)
-            return _stacked([_backward_below(call, *args) for args in _each(tensors, dims, N)])
-        rows = (1, 1, 1, 1, 1, 1, 1, 0, 1, 1, 1)
-        folded = [_fold(t, d, N, r) for t, d, r in zip(tensors[:11], dims, rows, strict=False)]
-        found = _backward_below(replace(call, groups=N * (groups or 1)), *folded, *tensors[11:])
+        tensors, dims = call.spread(given), call.spread(in_dims[1:])
+        inputs, input_dims, reserve, reserve_dim = _parts(tensors)[2], _parts(dims)[2], tensors[6], dims[6]
+        computed_from = (*dims[4:6], *dims[7:])
+        looped = reserve_dim is not None or any(d is not None for d in input_dims.weights)
+        if looped or all(d is None for d in computed_from):  # an ensemble, or many gradients of one output (jacrev)
+            return _stacked([_backward_below(call, args) for args in _each(tensors, dims, N)])
+        folded = [_fold(t, d, N, 1) for t, d in zip(tensors[:6], dims[:6], strict=True)]
+        call_below = replace(call, groups=N * (groups or 1))
+        found = _backward_below(call_below, [*folded, reserve, *_folded(inputs, input_dims, N)])
         results = []
         for k, (grad, need) in enumerate(zip(found, call.needs, strict=True)):
             if not need:
@@ -242,35 +245,33 @@ class _Backward(torch.autograd.Function):
         return tuple(results), (0,) * len(results)
 
 
-def _grouped(call: _Call, given: list[Any], lengths: Any, reset_mask: Any) -> Any:
-    """_Backward's wanted results by the reference, from dy, dh_n, dc_n, dcells, x, h0, c0 and the weights."""
+def _grouped(call: _Call, grads: OutputGradients, inputs: LayerInputs) -> Any:
+    """_Backward's wanted results by the reference."""
     groups, needs = call.groups, call.needs
     if not groups:
-        return _reference_gradients(needs, given, lengths, reset_mask)
+        return _reference_gradients(needs, grads, inputs)
+    tensors, rows = [*grads, *inputs._replace(weights=[]).flat()], [1, 1, 1, 1, *BATCH_DIMS.flat()]
+    split = [None if t is None else _unfold(t, groups, r) for t, r in zip(tensors, rows, strict=True)]
+    dims = [None if t is None else r for t, r in zip(split, rows, strict=True)]
 
-    def split(t: Tensor | None, rows: int) -> Tensor | None:
-        return None if t is None else _unfold(t, groups, rows)
+    def one(member: list[Any]) -> Any:
+        return _reference_gradients(needs, member[:4], LayerInputs.from_flat([*member[4:], *inputs.weights]))
 
-    rows = [split(t, 1) for t in given[:7]]
-    one: Callable[..., Any] = lambda r, n, m: _reference_gradients(needs, [*r, *given[7:]], n, m)  # noqa: E731
-    dims = ([None if t is None else 1 for t in rows], None if lengths is None else 0, None if reset_mask is None else 1)
-    found = torch.vmap(one, in_dims=dims)(rows, split(lengths, 0), split(reset_mask, 1))
+    found = torch.vmap(one, in_dims=(dims,))(split)
     of_rows = sum(needs[:3])
     return tuple(g.movedim(0, 1).flatten(1, 2) if k < of_rows else g for k, g in enumerate(found))
 
 
-def _reference_gradients(
-    needs: tuple[bool, ...], given: list[Any], lengths: Tensor | None, reset_mask: Tensor | None
-) -> tuple[Tensor, ...]:
-    arriving, inputs = given[:4], given[4:]
+def _reference_gradients(needs: tuple[bool, ...], grads: OutputGradients, inputs: LayerInputs) -> tuple[Tensor, ...]:
+    tensors = inputs.differentiable
     wanted = [k for k, need in enumerate(needs) if need]
 
     def outputs(*chosen: Tensor) -> tuple[Tensor, ...]:
-        full = list(inputs)
+        full = list(tensors)
         for k, t in zip(wanted, chosen, strict=True):
             full[k] = t
-        results = reference.layer(full[0], full[1], full[2], full[3:], lengths, reset_mask)
-        return tuple(out for out, grad in zip(results, arriving, strict=True) if grad is not None)
+        results = reference.layer(*inputs.with_differentiable(full))
+        return tuple(out for out, grad in zip(results, grads, strict=True) if grad is not None)
 
-    pull: Callable[..., Any] = torch.func.vjp(outputs, *(inputs[k] for k in wanted))[1]
-    return pull(tuple(grad for grad in arriving if grad is not None))
+    pull: Callable[..., Any] = torch.func.vjp(outputs, *(tensors[k] for k in wanted))[1]
+    return pull(tuple(grad for grad in grads if grad is not None))

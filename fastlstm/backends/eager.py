@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ..ops import register
-from ..ops.schema import DirectionWeights, LayerCall, LayerShape, lacks_output, output_again, split_weights
+from ..ops.schema import DirectionWeights, LayerCall, LayerInputs, LayerShape, lacks_output, output_again, split_weights
 
 NAME = "eager"
 
@@ -32,9 +32,10 @@ def _compute_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 class _Steps:
-    """What lengths and reset_mask mean for one direction; every mask is [T, B, 1], or None where all is ordinary."""
+    """What the options mean for one direction; every mask is [T, B, 1], or None where all is ordinary."""
 
-    def __init__(self, T: int, lengths: Tensor | None, reset_mask: Tensor | None, reverse: bool) -> None:
+    def __init__(self, inputs: LayerInputs, reverse: bool) -> None:
+        T, lengths, reset_mask = inputs.x.shape[0], inputs.lengths, inputs.reset_mask
         self.order = list(reversed(range(T))) if reverse else list(range(T))
         self.valid: Tensor | None = None  # the row has this step
         self.fresh: Tensor | None = None  # the step starts from zero state
@@ -67,12 +68,13 @@ def _initial(x: Tensor, state: Tensor | None, d: int, features: int, dtype: torc
     return x.new_zeros(x.shape[1], features, dtype=dtype) if state is None else state[d].to(dtype)
 
 
-def forward(x, h0, c0, weights, lengths, reset_mask, keep_cells, keep_reserve):
+def forward(inputs: LayerInputs, keep_cells: bool, keep_reserve: bool) -> tuple[Tensor, ...]:
     """Kernel of fastlstm::eager_layer (fastlstm/ops/schema.py)."""
+    x, h0, c0, weights, *_ = inputs
     shape, dtype = LayerShape.of(weights), _compute_dtype(x.dtype)
     results = []
     for d, w in enumerate(split_weights(weights)):
-        steps = _Steps(x.shape[0], lengths, reset_mask, reverse=d == 1)
+        steps = _Steps(inputs, reverse=d == 1)
         h = _initial(x, h0, d, shape.P, dtype)
         c = _initial(x, c0, d, shape.H, dtype)
         results.append(_forward_direction(steps.only_valid(x).to(dtype), h, c, w, steps))
@@ -126,24 +128,26 @@ def _forward_direction(
     return y, h, c, cells, gates
 
 
-def backward(dy, dh_n, dc_n, dcells, x, h0, c0, weights, lengths, reset_mask, y, cells, reserve, needs, groups=0):
+def backward(grads, inputs, y, cells, reserve, needs, groups=0):
     """Kernel of fastlstm::eager_layer_backward.
 
     With `groups` > 0 the B rows are that many groups of neighbours, and each weight's gradient is [groups, *its shape],
     one for each group; an empty reserve is then made up for from y and cells, in one product.
     """
+    x, h0, c0, weights, *_ = inputs
+    dy, dh_n, dc_n, dcells = grads
     shape, dtype = LayerShape.of(weights), _compute_dtype(x.dtype)
     P, H = shape.P, shape.H
     if lacks_output(y):
-        y = output_again(reserve, cells, weights, lengths)
+        y = output_again(reserve, cells, weights, inputs.lengths)
     dx, dh0, dc0, dweights = [], [], [], []
     for d, w in enumerate(split_weights(weights)):
-        steps = _Steps(x.shape[0], lengths, reset_mask, reverse=d == 1)
-        inputs = steps.only_valid(x).to(dtype)
+        steps = _Steps(inputs, reverse=d == 1)
+        valid_x = steps.only_valid(x).to(dtype)
         h_enter = steps.entering(y[..., d * P : (d + 1) * P].to(dtype), _initial(x, h0, d, P, dtype), reverse=d == 1)
         c = cells[..., d * H : (d + 1) * H].to(dtype)
         c_enter = steps.entering(c, _initial(x, c0, d, H, dtype), reverse=d == 1)
-        gates = reserve[d].to(dtype) if reserve.numel() else _gates(inputs, h_enter, w)
+        gates = reserve[d].to(dtype) if reserve.numel() else _gates(valid_x, h_enter, w)
         dgates, dh, dc, dr = _backward_direction(
             None if dy is None else dy[..., d * P : (d + 1) * P].to(dtype),
             None if dcells is None else dcells[..., d * H : (d + 1) * H].to(dtype),
@@ -160,7 +164,7 @@ def backward(dy, dh_n, dc_n, dcells, x, h0, c0, weights, lengths, reset_mask, y,
         dh0.append(dh)
         dc0.append(dc)
         need = needs[3 + d * shape.per_direction :]
-        dweights += _weight_gradients(shape.bias, dgates, inputs, dgates, h_enter, need, groups)
+        dweights += _weight_gradients(shape.bias, dgates, valid_x, dgates, h_enter, need, groups)
         if dr is not None:
             hidden = gates[..., 3 * H :] * c.tanh()  # h before the projection
             dweights.append(_products(dr, hidden, groups) if need[shape.per_direction - 1] else x.new_empty(0))
@@ -191,21 +195,24 @@ def _weight_gradients(
     return [*found, empty, empty] if bias else found
 
 
-def weight_gradients_of_groups(dgates, x, h0, weights, lengths, reset_mask, y, needs, groups):
+def weight_gradients_of_groups(dgates, inputs, y, needs, groups):
     """`backward`'s weight gradients where another backend found dgates [T, B, D * 4H]; without projection."""
+    x, h0, _, weights, *options = inputs
     shape, dtype, found = LayerShape.of(weights), _compute_dtype(x.dtype), []
     for d in range(shape.D):
-        steps = _Steps(x.shape[0], lengths, reset_mask, reverse=d == 1)
+        steps = _Steps(inputs, reverse=d == 1)
         own = slice(d * shape.H, (d + 1) * shape.H)
         own_dgates = dgates[..., d * 4 * shape.H : (d + 1) * 4 * shape.H].to(dtype)
-        inputs, states = steps.only_valid(x).to(dtype), y[..., own].to(dtype)
-        if h0 is None and lengths is None and reset_mask is None:  # y as it is, without the state of the first step
+        valid_x, states = steps.only_valid(x).to(dtype), y[..., own].to(dtype)
+        if h0 is None and not any(
+            option is not None for option in options
+        ):  # y as it is, without the state of the first step
             later, earlier = (slice(1, None), slice(None, -1)) if d == 0 else (slice(None, -1), slice(1, None))
             entered, h_enter = own_dgates[later], states[earlier]
         else:
             entered, h_enter = own_dgates, steps.entering(states, _initial(x, h0, d, shape.H, dtype), reverse=d == 1)
         need = needs[3 + d * shape.per_direction :]
-        found += _weight_gradients(shape.bias, own_dgates, inputs, entered, h_enter, need, groups)
+        found += _weight_gradients(shape.bias, own_dgates, valid_x, entered, h_enter, need, groups)
     return [g.to(x.dtype) for g in found]
 
 

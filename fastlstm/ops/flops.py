@@ -18,40 +18,42 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
 
-from .schema import LayerShape, batch_size
+from .schema import LayerInputs, LayerShape, bundled
 
 _COUNTER = "torch.utils.flop_counter"
 
 
-def _rows(x: Tensor, lengths: Tensor | None) -> tuple[int, int]:
+def _rows(inputs: LayerInputs) -> tuple[int, int]:
     """The steps of all rows, and the rows that have a first step: those of `lengths` where these can be read."""
-    B = batch_size(x, lengths)
+    x, lengths = inputs.x, inputs.lengths
     if lengths is None or lengths.device.type != "cpu" or isinstance(lengths, (FakeTensor, FunctionalTensor)):
-        return x.shape[:-1].numel(), B
+        return x.shape[:-1].numel(), inputs.B
     steps = lengths.tolist()
     return sum(steps), sum(n > 0 for n in steps)
 
 
 def layer(*args: Any, out_val: Any = None) -> int:
     """Of fastlstm/ops/schema.py's forward op."""
-    x, _, _, weights, lengths, *_ = args
-    s, I, N = LayerShape.of(weights), x.shape[-1], _rows(x, lengths)[0]  # noqa: E741
+    return _forward(bundled(args)[1])
+
+
+def _forward(inputs: LayerInputs) -> int:
+    s, I, N = LayerShape.of(inputs.weights), inputs.x.shape[-1], _rows(inputs)[0]  # noqa: E741
     return s.D * 2 * N * (4 * s.H * (I + s.P) + s.H * s.P * s.proj)
 
 
 def layer_backward(*args: Any, out_val: Any = None) -> int:
     """Of the backward op. The gradient of h passes W_hh in every step but the first, there for dh0 alone."""
-    x, weights, lengths, needs = args[4], args[7], args[8], args[-1]
-    return _backward(x, weights, lengths, needs)
+    return _backward(bundled(args, 4)[1], args[-1])
 
 
-def _backward(x: Tensor, weights: list[Tensor], lengths: Tensor | None, needs: Sequence[bool]) -> int:
-    s, I = LayerShape.of(weights), x.shape[-1]  # noqa: E741
-    N, first = _rows(x, lengths)
+def _backward(inputs: LayerInputs, needs: Sequence[bool]) -> int:
+    s, I = LayerShape.of(inputs.weights), inputs.x.shape[-1]  # noqa: E741
+    N, first = _rows(inputs)
     flops = 0
     for d in range(s.D):
         need = needs[3 + d * s.per_direction : 3 + (d + 1) * s.per_direction]
-        dx = needs[0] and not _is_identity(weights[d * s.per_direction], s, d)
+        dx = needs[0] and not _is_identity(inputs.weights[d * s.per_direction], s, d)
         flops += 2 * N * 4 * s.H * I * (dx + need[0])
         flops += 2 * 4 * s.H * s.P * (N * need[1] + (N if needs[1] else N - first))
         if s.proj:
@@ -70,15 +72,15 @@ def _is_identity(w_ih: Tensor, shape: LayerShape, d: int) -> bool:
     return torch.equal(w_ih, part)
 
 
-def recomputed_layer(backend: str, interval: int, *args: Any, out_val: Any = None) -> int:
-    """Of fastlstm/ops/recompute.py's forward op."""
-    return layer(*args)
+def recomputed_layer(*args: Any, out_val: Any = None) -> int:
+    """Of fastlstm/ops/recompute.py's forward op, after the backend and the interval."""
+    return _forward(bundled(args, 2)[1])
 
 
-def recomputed_layer_backward(backend: str, interval: int, *args: Any, out_val: Any = None) -> int:
+def recomputed_layer_backward(*args: Any, out_val: Any = None) -> int:
     """Of its backward op, which runs forward again."""
-    x, h0, c0, weights, lengths, needs = *args[4:9], args[-1]
-    return layer(x, h0, c0, weights, lengths) + _backward(x, weights, lengths, needs)
+    inputs = bundled(args, 6)[1]
+    return _forward(inputs) + _backward(inputs, args[-1])
 
 
 def grouped_products(a: Tensor, b: Tensor, groups: int, *, out_val: Any = None) -> int:

@@ -18,20 +18,31 @@ from torch import Tensor
 
 from . import saved
 from .register import LIBRARY, differentiable, differentiable_backward, needs_differentiable_backward, without_autocast
-from .schema import LayerShape, backward_outputs, check, check_gradients, check_range, check_tensor
+from .schema import (
+    GRADIENTS,
+    INPUTS,
+    LayerInputs,
+    LayerShape,
+    OutputGradients,
+    backward_outputs,
+    bundled,
+    check,
+    check_gradients,
+    check_range,
+    check_tensor,
+    wanted_gradients,
+)
 
 # Steps between kept states where the user names no number. At T = 4096 they are less than a hundredth of what else
 # would be kept. Each interval packs the weights again and adds to their gradients: 128 steps take 3 % longer.
 INTERVAL = 256
 
 _FORWARD = (
-    "(str backend, SymInt interval, Tensor x, Tensor? h0, Tensor? c0, Tensor[] weights, Tensor? lengths, "
-    "Tensor? reset_mask, bool keep_cells, bool keep_states) "
+    f"(str backend, SymInt interval, {INPUTS}, bool keep_cells, bool keep_states) "
     "-> (Tensor y, Tensor h_n, Tensor c_n, Tensor cells, Tensor h_at, Tensor c_at)"
 )
 _BACKWARD = (
-    "(str backend, SymInt interval, Tensor? dy, Tensor? dh_n, Tensor? dc_n, Tensor? dcells, Tensor x, Tensor? h0, "
-    "Tensor? c0, Tensor[] weights, Tensor? lengths, Tensor? reset_mask, Tensor h_at, Tensor c_at, bool[] needs) "
+    f"(str backend, SymInt interval, {GRADIENTS}, {INPUTS}, Tensor h_at, Tensor c_at, bool[] needs) "
     "-> (Tensor dx, Tensor dh0, Tensor dc0, Tensor[] dweights)"
 )
 
@@ -58,6 +69,11 @@ class _Segment:
     def of(self, t: Tensor | None) -> Tensor | None:
         """This segment of [T, B, ...], in the order of running."""
         return None if t is None else self.turned(t[self.start : self.end])
+
+    def inputs(self, own: LayerInputs, h: Tensor, c: Tensor) -> LayerInputs:
+        """This segment of `_of_direction`, from the states h and c."""
+        x, reset_mask = self.turned(own.x[self.start : self.end]), self.of(own.reset_mask)
+        return own._replace(x=x, h0=h, c0=c, lengths=self.lengths, reset_mask=reset_mask)
 
 
 def _segments(T: int, interval: int, lengths: Tensor | None, reverse: bool) -> Iterator[_Segment]:
@@ -88,6 +104,13 @@ def _state(x: Tensor, given: Tensor | None, d: int, features: int) -> Tensor:
     return x.new_zeros(1, x.shape[1], features) if given is None else given[d : d + 1]
 
 
+def _of_direction(inputs: LayerInputs, d: int) -> LayerInputs:
+    """What direction d computes from, its steps in the order of time; `_Segment.inputs` replaces the states."""
+    n = LayerShape.of(inputs.weights).per_direction
+    begins = _begins(inputs.lengths, inputs.reset_mask, reverse=d == 1)
+    return inputs._replace(weights=inputs.weights[d * n : (d + 1) * n], reset_mask=begins)
+
+
 def _initial(states: Tensor) -> Tensor:
     """h0 or c0 [D, B, .] from the states [D, intervals, B, .] that enter each segment."""
     return torch.stack([of_direction[-d] for d, of_direction in enumerate(states)])
@@ -97,36 +120,40 @@ def _parts(T: int, interval: int) -> int:
     return (T + interval - 1) // interval
 
 
-def _check_forward(interval, x, h0, c0, weights, lengths, reset_mask):
-    check(x, h0, c0, weights, lengths, reset_mask)
+def _check_forward(interval: int, inputs: LayerInputs) -> None:
+    check(inputs)
     if interval < 1:
         raise RuntimeError(f"interval must be at least 1, got {interval}")
 
 
-def _check_backward(interval, dy, dh_n, dc_n, dcells, x, h0, c0, weights, lengths, reset_mask, h_at, c_at, needs):
-    _check_forward(interval, x, h0, c0, weights, lengths, reset_mask)
-    check_gradients(dy, dh_n, dc_n, dcells, x, weights, lengths, needs)
-    s, parts, B = LayerShape.of(weights), _parts(x.shape[0], interval), x.shape[1]
+def _check_backward(
+    interval: int, grads: OutputGradients, inputs: LayerInputs, h_at: Tensor, c_at: Tensor, needs: list[bool]
+) -> None:
+    _check_forward(interval, inputs)
+    check_gradients(grads, inputs, needs)
+    x, s = inputs.x, LayerShape.of(inputs.weights)
+    parts, B = _parts(x.shape[0], interval), x.shape[1]
     check_tensor("h_at", "[D, intervals, B, P]", h_at, (s.D, parts, B, s.P), x.dtype, x.device)
     check_tensor("c_at", "[D, intervals, B, H]", c_at, (s.D, parts, B, s.H), x.dtype, x.device)
 
 
-def _forward(backend, interval, x, h0, c0, weights, lengths, reset_mask, keep_cells, keep_states):
-    _check_forward(interval, x, h0, c0, weights, lengths, reset_mask)
-    check_range(lengths, x.shape[0])
+def _forward(*args):
+    (backend, interval), inputs, (keep_cells, keep_states) = bundled(args, 2)
+    _check_forward(interval, inputs)
+    x, T = inputs.x, inputs.x.shape[0]
+    check_range(inputs.lengths, T)
     op = getattr(torch.ops.fastlstm, f"{backend}_layer").default
     if not keep_states:
-        y, h_n, c_n, cells, _ = op(x, h0, c0, weights, lengths, reset_mask, keep_cells, False)
+        y, h_n, c_n, cells, _ = op(*inputs, keep_cells, False)
         return y, h_n, c_n, cells, x.new_empty(0), x.new_empty(0)
-    s = LayerShape.of(weights)
-    y, h_n, c_n, cells, h_at, c_at = _outputs(x, interval, weights, keep_cells, keep_states)
+    s = LayerShape.of(inputs.weights)
+    y, h_n, c_n, cells, h_at, c_at = _outputs(inputs, interval, keep_cells, keep_states)
     for d in range(s.D):
-        own = weights[d * s.per_direction : (d + 1) * s.per_direction]
-        h, c = _state(x, h0, d, s.P), _state(x, c0, d, s.H)
-        begins = _begins(lengths, reset_mask, reverse=d == 1)
-        for part in _segments(x.shape[0], interval, lengths, reverse=d == 1):
+        own = _of_direction(inputs, d)
+        h, c = _state(x, inputs.h0, d, s.P), _state(x, inputs.c0, d, s.H)
+        for part in _segments(T, interval, inputs.lengths, reverse=d == 1):
             h_at[d, part.k], c_at[d, part.k] = h[0], c[0]
-            y_part, h, c, cells_part, _ = op(part.of(x), h, c, own, part.lengths, part.of(begins), keep_cells, False)
+            y_part, h, c, cells_part, _ = op(*part.inputs(own, h, c), keep_cells, False)
             y[part.start : part.end, :, d * s.P : (d + 1) * s.P] = part.turned(y_part)
             if keep_cells:
                 cells[part.start : part.end, :, d * s.H : (d + 1) * s.H] = part.turned(cells_part)
@@ -134,10 +161,8 @@ def _forward(backend, interval, x, h0, c0, weights, lengths, reset_mask, keep_ce
     return y, h_n, c_n, cells, h_at, c_at
 
 
-def _outputs(
-    x: Tensor, interval: int, weights: list[Tensor], keep_cells: bool, keep_states: bool
-) -> tuple[Tensor, ...]:
-    s = LayerShape.of(weights)
+def _outputs(inputs: LayerInputs, interval: int, keep_cells: bool, keep_states: bool) -> tuple[Tensor, ...]:
+    x, s = inputs.x, LayerShape.of(inputs.weights)
     T, B = x.shape[:2]
     parts = _parts(T, interval)
     return (
@@ -150,27 +175,27 @@ def _outputs(
     )
 
 
-def _backward(
-    backend, interval, dy, dh_n, dc_n, dcells, x, h0, c0, weights, lengths, reset_mask, h_at, c_at, needs
-):  # one argument for each of the schema's
-    _check_backward(interval, dy, dh_n, dc_n, dcells, x, h0, c0, weights, lengths, reset_mask, h_at, c_at, needs)
-    check_range(lengths, x.shape[0])
+def _backward(*args):
+    (backend, interval, *grads), inputs, (h_at, c_at, needs) = bundled(args, 6)
+    _check_backward(interval, grads, inputs, h_at, c_at, needs)
+    x, T, (dy, dh_n, dc_n, dcells) = inputs.x, inputs.x.shape[0], grads
+    check_range(inputs.lengths, T)
     forward = getattr(torch.ops.fastlstm, f"{backend}_layer").default
     backward = getattr(torch.ops.fastlstm, f"{backend}_layer_backward").default
-    s, n = LayerShape.of(weights), LayerShape.of(weights).per_direction
+    s = LayerShape.of(inputs.weights)
+    n = s.per_direction
     # Sums over segments are taken in float32 at least.
     total = torch.promote_types(x.dtype, torch.float32)
     dx = x.new_zeros(x.shape, dtype=total if s.D == 2 else x.dtype) if needs[0] else x.new_empty(0)
     dh0, dc0, dweights = [], [], []
     for d in range(s.D):
-        own, wanted = weights[d * n : (d + 1) * n], needs[3 + d * n : 3 + (d + 1) * n]
-        sums = [w.new_zeros(w.shape if want else 0, dtype=total) for w, want in zip(own, wanted, strict=True)]
+        own, wanted = _of_direction(inputs, d), needs[3 + d * n : 3 + (d + 1) * n]
+        sums = [w.new_zeros(w.shape if want else 0, dtype=total) for w, want in zip(own.weights, wanted, strict=True)]
         dh, dc = _state(x, dh_n, d, s.P), _state(x, dc_n, d, s.H)
-        begins = _begins(lengths, reset_mask, reverse=d == 1)
         dy_d = None if dy is None else dy[..., d * s.P : (d + 1) * s.P]
         dcells_d = None if dcells is None else dcells[..., d * s.H : (d + 1) * s.H]
-        for part in reversed(list(_segments(x.shape[0], interval, lengths, reverse=d == 1))):
-            given = (part.of(x), h_at[d, part.k][None], c_at[d, part.k][None], own, part.lengths, part.of(begins))
+        for part in reversed(list(_segments(T, interval, inputs.lengths, reverse=d == 1))):
+            given = part.inputs(own, h_at[d, part.k][None], c_at[d, part.k][None])
             y, _, _, cells, reserve = forward(*given, False, True)
             dx_part, dh, dc, dw = backward(
                 part.of(dy_d), dh, dc, part.of(dcells_d), *given, y, cells, reserve, [needs[0], True, True, *wanted]
@@ -191,51 +216,47 @@ def _backward(
     )
 
 
-def _fake_forward(backend, interval, x, h0, c0, weights, lengths, reset_mask, keep_cells, keep_states):
-    _check_forward(interval, x, h0, c0, weights, lengths, reset_mask)
-    return _outputs(x, interval, weights, keep_cells, keep_states)
+def _fake_forward(*args):
+    (_, interval), inputs, (keep_cells, keep_states) = bundled(args, 2)
+    _check_forward(interval, inputs)
+    return _outputs(inputs, interval, keep_cells, keep_states)
 
 
-def _fake_backward(
-    backend, interval, dy, dh_n, dc_n, dcells, x, h0, c0, weights, lengths, reset_mask, h_at, c_at, needs
-):  # one argument for each of the schema's
-    _check_backward(interval, dy, dh_n, dc_n, dcells, x, h0, c0, weights, lengths, reset_mask, h_at, c_at, needs)
-    return backward_outputs(x, weights, lengths, needs)
+def _fake_backward(*args):
+    (_, interval, *grads), inputs, (h_at, c_at, needs) = bundled(args, 6)
+    _check_backward(interval, grads, inputs, h_at, c_at, needs)
+    return backward_outputs(inputs, needs)
 
 
 class _Node(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, call, backend, interval, x, h0, c0, lengths, reset_mask, keep_cells, keep_states, *weights):
-        results = call(backend, interval, x, h0, c0, list(weights), lengths, reset_mask, keep_cells, keep_states)
+    def forward(ctx, call, backend, interval, keep_cells, keep_states, *flat):
+        inputs = LayerInputs.from_flat(flat)
+        results = call(backend, interval, *inputs, keep_cells, keep_states)
         *_, cells, h_at, c_at = results
         ctx.backend, ctx.interval = backend, interval
-        inputs = (x, h0, c0, *weights)
         # Backward runs forward again, from copies of h0 and c0.
-        read = [True] * len(inputs) if saved.traced(x) else [k not in (1, 2) for k in range(len(inputs))]
-        saved.save(ctx, inputs, read, lengths, reset_mask, h_at, c_at)
+        traced = saved.traced(inputs.x)
+        saved.save(ctx, inputs, [True, traced, traced, *[True] * len(inputs.weights)], h_at, c_at)
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(*([h_at, c_at] if keep_cells else [cells, h_at, c_at]))
         return results
 
     @staticmethod
-    def backward(ctx, dy, dh_n, dc_n, dcells, *_):
-        needs = [*ctx.needs_input_grad[3:6], *ctx.needs_input_grad[10:]]
-        inputs, (lengths, reset_mask, h_at, c_at) = saved.restore(ctx, len(needs))
-        grads = (dy, dh_n, dc_n, dcells)
+    def backward(ctx, *grads):
+        grads = grads[:4]
+        needs = LayerInputs.from_flat(ctx.needs_input_grad[5:]).differentiable
+        inputs, (h_at, c_at) = saved.restore(ctx)
         if needs_differentiable_backward(*grads):
-            x, h0, c0, *weights = saved.connected(ctx, inputs)
-            if ctx.unread_sizes[1] is not None:
-                h0 = h0 + _initial(h_at)
-            if ctx.unread_sizes[2] is not None:
-                c0 = c0 + _initial(c_at)
-            dx, dh0, dc0, dw = differentiable_backward(*grads, x, h0, c0, weights, lengths, reset_mask, needs)
+            tensors = saved.connected(ctx, inputs).differentiable
+            for k, states in ((1, h_at), (2, c_at)):
+                if ctx.unread_sizes[k] is not None:
+                    tensors[k] = tensors[k] + _initial(states)
+            found = differentiable_backward(grads, inputs.with_differentiable(tensors), needs)
         else:
-            x, h0, c0, *weights = inputs
             op = torch.ops.fastlstm.recomputed_layer_backward.default
-            given = (*grads, x, h0, c0, weights, lengths, reset_mask)
-            dx, dh0, dc0, dw = op(ctx.backend, ctx.interval, *given, h_at, c_at, needs)
-        found = [g if need else None for g, need in zip([dx, dh0, dc0, *dw], needs, strict=True)]
-        return (None, None, None, *found[:3], None, None, None, None, *found[3:])
+            found = op(ctx.backend, ctx.interval, *grads, *inputs, h_at, c_at, needs)
+        return (*[None] * 5, *wanted_gradients(needs, *found))
 
 
 for _name, _schema, _kernel, _fake in (
@@ -245,4 +266,4 @@ for _name, _schema, _kernel, _fake in (
     LIBRARY.define(_name + _schema, tags=(torch.Tag.pt2_compliant_tag,))
     LIBRARY.impl(_name, without_autocast(_kernel), "CompositeExplicitAutograd")
     torch.library.register_fake(f"fastlstm::{_name}", _fake, lib=LIBRARY)
-differentiable("recomputed_layer", _Node, keep=9)
+differentiable("recomputed_layer", _Node)

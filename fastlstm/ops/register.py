@@ -7,7 +7,7 @@ costs a third of one in Python and call overhead decides tiny sequences.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -17,7 +17,22 @@ from torch import Tensor
 from .. import reference
 from ..ragged import PackedLayout
 from . import saved
-from .schema import BACKWARD, FORWARD, backward_outputs, check, check_backward, check_range, forward_outputs
+from .modes import forward_ad_active
+from .schema import (
+    BACKWARD,
+    FORWARD,
+    GRADIENTS,
+    INPUTS,
+    LayerInputs,
+    OutputGradients,
+    backward_outputs,
+    bundled,
+    check,
+    check_backward,
+    check_range,
+    forward_outputs,
+    wanted_gradients,
+)
 
 LIBRARY = torch.library.Library("fastlstm", "DEF")
 
@@ -38,10 +53,11 @@ def define(backend: str, forward: Callable[..., Any] | None = None, backward: Ca
 
     Args:
         backend: the backend's NAME.
-        forward: its forward kernel if it is written in Python, with the arguments and results of
-            `fastlstm.ops.schema.FORWARD`.
-        backward: its backward kernel, as `fastlstm.ops.schema.BACKWARD`. Both are None for a backend that registers
-            its kernels from C++.
+        forward: its forward kernel if it is written in Python: (inputs: LayerInputs, keep_cells, keep_reserve), with
+            the results of `fastlstm.ops.schema.FORWARD`.
+        backward: its backward kernel: (grads: the gradients of y, h_n, c_n and cells, inputs: LayerInputs, y, cells,
+            reserve, needs), with the results of `fastlstm.ops.schema.BACKWARD`. Both are None for a backend that
+            registers its kernels from C++.
 
     Example:
         The last line of `fastlstm/backends/eager.py`: `register.define(NAME, forward, backward)`.
@@ -52,21 +68,21 @@ def define(backend: str, forward: Callable[..., Any] | None = None, backward: Ca
         LIBRARY.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
         torch.library.register_fake(f"fastlstm::{name}", partial(fake, may_be_packed), lib=LIBRARY)
     if forward is not None and backward is not None:
-        LIBRARY.impl(layer, without_autocast(_checked(_check_forward, forward)), "CompositeExplicitAutograd")
-        LIBRARY.impl(layer_backward, without_autocast(_checked(_check_backward, backward)), "CompositeExplicitAutograd")
-        differentiable(layer, _layer_node(getattr(torch.ops.fastlstm, layer_backward).default), keep=7)
+        LIBRARY.impl(layer, without_autocast(partial(_forward, forward)), "CompositeExplicitAutograd")
+        LIBRARY.impl(layer_backward, without_autocast(partial(_backward, backward)), "CompositeExplicitAutograd")
+        differentiable(layer, _layer_node(getattr(torch.ops.fastlstm, layer_backward).default))
 
 
-def differentiable(name: str, node: type[torch.autograd.Function], keep: int) -> None:
+def differentiable(name: str, node: type[torch.autograd.Function]) -> None:
     """Make `node` the autograd formula of the op `name`.
 
-    It is applied to the op below autograd and its arguments, the weights at the end. Argument number `keep` says
-    whether to keep what backward reads: here it is True whatever the caller said, so that what a trace records of a
-    call does not depend on the grad mode of the moment. torch.library.register_autograd cannot do that.
+    It is applied to the op below autograd and the op's arguments, with `LayerInputs.flat()` at the end. The op's last
+    argument says whether to keep what backward reads: here it is True whatever the caller said, so that what a trace
+    records of a call does not depend on the grad mode of the moment. torch.library.register_autograd cannot do that.
     """
     op = getattr(torch.ops.fastlstm, name).default
     node = type(name, (node,), {})  # profilers show the name
-    weights_at = [argument.name for argument in op._schema.arguments].index("weights")
+    x_at = [argument.name for argument in op._schema.arguments].index("x")
 
     def run(keyset: Any, *args: Any) -> Any:
         def call(*args: Any) -> Any:
@@ -75,29 +91,24 @@ def differentiable(name: str, node: type[torch.autograd.Function], keep: int) ->
 
         if not (torch.is_grad_enabled() and torch._C._any_requires_grad(*args)):
             return call(*args)
-        weights = args[weights_at]
-        return node.apply(call, *args[:weights_at], *args[weights_at + 1 : keep], True, *weights)
+        before, inputs, after = bundled(args, x_at)
+        return node.apply(call, *before, *after[:-1], True, *inputs.flat())
 
     LIBRARY.impl(name, run, "Autograd", with_keyset=True)
 
 
-def _check_forward(x, h0, c0, weights, lengths, reset_mask, keep_cells, keep_reserve):
-    check(x, h0, c0, weights, lengths, reset_mask)
-    check_range(lengths, x.shape[0])
+def _forward(kernel: Callable[..., Any], *args: Any) -> Any:
+    _, inputs, keep = bundled(args)
+    check(inputs)
+    check_range(inputs.lengths, inputs.x.shape[0])
+    return kernel(inputs, *keep)
 
 
-def _check_backward(*args):
-    check_backward(*args)
-    x, lengths = args[4], args[8]
-    check_range(lengths, x.shape[0])
-
-
-def _checked(check: Callable[..., None], kernel: Callable[..., Any]) -> Callable[..., Any]:
-    def run(*args: Any) -> Any:
-        check(*args)
-        return kernel(*args)
-
-    return run
+def _backward(kernel: Callable[..., Any], *args: Any) -> Any:
+    grads, inputs, others = bundled(args, 4)
+    check_backward(grads, inputs, *others)
+    check_range(inputs.lengths, inputs.x.shape[0])
+    return kernel(grads, inputs, *others)
 
 
 def without_autocast(kernel: Callable[..., Any]) -> Callable[..., Any]:
@@ -106,22 +117,25 @@ def without_autocast(kernel: Callable[..., Any]) -> Callable[..., Any]:
     def run(*args: Any) -> Any:
         if not torch._C._is_any_autocast_enabled():
             return kernel(*args)
-        device_type = next(arg for arg in args if isinstance(arg, Tensor)).device.type
-        with torch.autocast(device_type, enabled=False):
+        x = next(
+            arg.x if isinstance(arg, LayerInputs) else arg for arg in args if isinstance(arg, (LayerInputs, Tensor))
+        )
+        with torch.autocast(x.device.type, enabled=False):
             return kernel(*args)
 
     return run
 
 
-def _fake_forward(may_be_packed, x, h0, c0, weights, lengths, reset_mask, keep_cells, keep_reserve):
-    check(x, h0, c0, weights, lengths, reset_mask, may_be_packed)
-    return forward_outputs(x, weights, lengths, keep_cells, keep_reserve)
+def _fake_forward(may_be_packed: bool, *args: Any) -> Any:
+    _, inputs, keep = bundled(args)
+    check(inputs, may_be_packed)
+    return forward_outputs(inputs, *keep)
 
 
-def _fake_backward(may_be_packed, *args):
-    check_backward(*(*args, may_be_packed))
-    x, weights, lengths, needs = args[4], args[7], args[8], args[-1]
-    return backward_outputs(x, weights, lengths, needs)
+def _fake_backward(may_be_packed: bool, *args: Any) -> Any:
+    grads, inputs, (y, cells, reserve, needs) = bundled(args, 4)
+    check_backward(grads, inputs, y, cells, reserve, needs, may_be_packed)
+    return backward_outputs(inputs, needs)
 
 
 # The keys of torch.autograd.grad's own vmap and of torch.func's; the first has no name in Python.
@@ -141,7 +155,7 @@ def has_batched_or_dual_grads(*grads: Tensor | None) -> bool:
 
     The plain ops of the reference have rules for these.
     """
-    if torch.autograd.forward_ad._current_level >= 0:
+    if forward_ad_active():
         return True
     keys = [torch._C._dispatch_keys(grad) for grad in grads if grad is not None]
     return any(held.has(key) for held in keys for key in _BATCHED)
@@ -152,86 +166,69 @@ def _layer_node(backward_op: Any) -> type[torch.autograd.Function]:
 
     class LayerNode(torch.autograd.Function):
         @staticmethod
-        def forward(ctx, call, x, h0, c0, lengths, reset_mask, keep_cells, keep_reserve, *weights):
-            results = call(x, h0, c0, list(weights), lengths, reset_mask, keep_cells, keep_reserve)
+        def forward(ctx, call, keep_cells, keep_reserve, *flat):
+            inputs = LayerInputs.from_flat(flat)
+            results = call(*inputs, keep_cells, keep_reserve)
             y, _, _, cells, reserve = results
-            inputs, needs = (x, h0, c0, *weights), [*ctx.needs_input_grad[1:4], *ctx.needs_input_grad[8:]]
-            traced = saved.traced(x)
-            read = [True] * len(inputs) if traced else saved.read_by_backward(x, weights, needs)
+            traced = saved.traced(inputs.x)
+            needs = LayerInputs.from_flat(ctx.needs_input_grad[3:]).differentiable
+            read = [True] * len(needs) if traced else saved.read_by_backward(inputs, needs)
             y_kept = None if traced else saved.output(ctx, y)
-            saved.save(ctx, inputs, read, lengths, reset_mask, cells, reserve, y_kept)
+            saved.save(ctx, inputs, read, cells, reserve, y_kept)
             # Else an unused reserve would arrive in backward as a T*B*4H buffer of zeros.
             ctx.set_materialize_grads(False)
             ctx.mark_non_differentiable(*([reserve] if keep_cells else [cells, reserve]))
             return results
 
         @staticmethod
-        def backward(ctx, dy, dh_n, dc_n, dcells, _):
-            needs = [*ctx.needs_input_grad[1:4], *ctx.needs_input_grad[8:]]
-            inputs, (lengths, reset_mask, cells, reserve, y) = saved.restore(ctx, len(needs))
-            grads = (dy, dh_n, dc_n, dcells)
+        def backward(ctx, *grads):
+            grads = grads[:4]
+            needs = LayerInputs.from_flat(ctx.needs_input_grad[3:]).differentiable
+            inputs, (cells, reserve, y) = saved.restore(ctx)
             if needs_differentiable_backward(*grads):
-                x, h0, c0, *weights = saved.connected(ctx, inputs)
-                given = (*grads, x, h0, c0, weights, lengths, reset_mask)
-                dx, dh0, dc0, dw = differentiable_backward(*given, needs, reserve, cells)
+                found = differentiable_backward(grads, saved.connected(ctx, inputs), needs, reserve, cells)
             else:
-                x, h0, c0, *weights = inputs
-                y = saved.output_as_kept(ctx, y, x)
-                given = (*grads, x, h0, c0, weights, lengths, reset_mask)
-                dx, dh0, dc0, dw = backward_op(*given, y, cells, reserve, needs)
-            found = [g if need else None for g, need in zip([dx, dh0, dc0, *dw], needs, strict=True)]
-            return (None, *found[:3], None, None, None, None, *found[3:])
+                y = saved.output_as_kept(ctx, y, inputs.x)
+                found = backward_op(*grads, *inputs, y, cells, reserve, needs)
+            return (None, None, None, *wanted_gradients(needs, *found))
 
     return LayerNode
 
 
 @without_autocast
 def differentiable_backward(
-    dy: Tensor | None,
-    dh_n: Tensor | None,
-    dc_n: Tensor | None,
-    dcells: Tensor | None,
-    x: Tensor,
-    h0: Tensor | None,
-    c0: Tensor | None,
-    weights: list[Tensor],
-    lengths: Tensor | None,
-    reset_mask: Tensor | None,
-    needs: list[bool],
+    grads: OutputGradients,
+    inputs: LayerInputs,
+    needs: Sequence[bool],
     gates: Tensor | None = None,
     cells: Tensor | None = None,
 ) -> Gradients:
     """Backward if `needs_differentiable_backward`: the reference's gradients, themselves differentiable to any order.
 
-    With the activated gates [D, T, B, 4H] and cells of forward it needs the values of those arguments alone that the
+    With the activated gates [D, T, B, 4H] and cells of forward it needs the values of those inputs alone that the
     backward op reads, as nn.LSTM's per-step graph does; the others may have changed or be placeholders.
     """
-    inputs = [x, h0, c0, *weights]
     again = torch.is_grad_enabled()
     with torch.enable_grad():
         # Views, so that a tensor given in two roles gets its own gradient for each.
-        views = [None if t is None else t.view_as(t) for t in inputs]
+        views = [None if t is None else t.view_as(t) for t in inputs.differentiable]
         wanted = [t for t, need in zip(views, needs, strict=True) if need and t is not None]
         # Of half precision only stored values are rounded, as in the kernels: here the gates and cells, by forward.
-        compute = torch.promote_types(x.dtype, torch.float32)
-        x, h0, c0, *weights = [None if t is None else t.to(compute) for t in views]  # type: ignore[misc, assignment]
+        compute = torch.promote_types(inputs.x.dtype, torch.float32)
+        inputs = inputs.with_differentiable([None if t is None else t.to(compute) for t in views])
+        x, lengths = inputs.x, inputs.lengths
         if x.dim() == 3 or lengths is None:
-            known = _known(gates, cells, lengths)
-            outputs = reference.layer(x, h0, c0, weights, lengths, reset_mask, known)
+            outputs = reference.layer(*inputs, known=_known(gates, cells, lengths))
         else:  # packed rows
             layout = PackedLayout.of_lengths(lengths)
             if gates is not None and cells is not None:
                 gates, cells = torch.stack([layout.pad(part) for part in gates]), layout.pad(cells)
             known = _known(gates, cells, lengths)
-            y, h_n, c_n, cells = reference.layer(layout.pad(x), h0, c0, weights, lengths, None, known)
+            y, h_n, c_n, cells = reference.layer(*inputs._replace(x=layout.pad(x)), known=known)
             outputs = layout.pack(y), h_n, c_n, layout.pack(cells)
-    pairs = [
-        (out, grad)
-        for out, grad in zip(outputs, (dy, dh_n, dc_n, dcells), strict=True)
-        if grad is not None and out.requires_grad
-    ]
-    outs, grads = [p[0] for p in pairs], [p[1].to(compute) for p in pairs]
-    found = iter(torch.autograd.grad(outs, wanted, grads, create_graph=again, allow_unused=True))
+    pairs = [(out, grad) for out, grad in zip(outputs, grads, strict=True) if grad is not None and out.requires_grad]
+    outs, arriving = [p[0] for p in pairs], [p[1].to(compute) for p in pairs]
+    found = iter(torch.autograd.grad(outs, wanted, arriving, create_graph=again, allow_unused=True))
     flat = [next(found) if need else None for need in needs]
     return flat[0], flat[1], flat[2], flat[3:]
 
@@ -253,24 +250,19 @@ def _known(gates: Tensor | None, cells: Tensor | None, lengths: Tensor | None) -
     return torch.cat([i.logit(), f.logit(), g.atanh(), o.logit()], dim=-1), cells
 
 
-def _differentiable_backward_op(
-    dy, dh_n, dc_n, dcells, x, h0, c0, weights, lengths, reset_mask, gates, cells, needs
-):  # one argument for each of the schema's
+def _differentiable_backward_op(*args: Any) -> Any:
     """The same for the autograd node in C++, where every result is a tensor; zeros stand for None."""
-    inputs = [x, h0, c0, *weights]
-    given = (dy, dh_n, dc_n, dcells, x, h0, c0, weights, lengths, reset_mask)
-    dx, dh0, dc0, dw = differentiable_backward(*given, needs, gates, cells)
-    found = [dx, dh0, dc0, *dw]
+    grads, inputs, (gates, cells, needs) = bundled(args, 4)
+    dx, dh0, dc0, dw = differentiable_backward(grads, inputs, needs, gates, cells)
     flat = [
-        x.new_empty(0) if not need else torch.zeros_like(t) if grad is None else grad
-        for grad, need, t in zip(found, needs, inputs, strict=True)
+        inputs.x.new_empty(0) if not need else torch.zeros_like(t) if grad is None else grad
+        for grad, need, t in zip([dx, dh0, dc0, *dw], needs, inputs.differentiable, strict=True)
     ]
     return flat[0], flat[1], flat[2], flat[3:]
 
 
 LIBRARY.define(
-    "differentiable_backward(Tensor? dy, Tensor? dh_n, Tensor? dc_n, Tensor? dcells, Tensor x, Tensor? h0, "
-    "Tensor? c0, Tensor[] weights, Tensor? lengths, Tensor? reset_mask, Tensor? gates, Tensor? cells, bool[] needs) "
+    f"differentiable_backward({GRADIENTS}, {INPUTS}, Tensor? gates, Tensor? cells, bool[] needs) "
     "-> (Tensor, Tensor, Tensor, Tensor[])"
 )
 # The last two for gradients that arrive batched, by torch.autograd.grad's own vmap or by torch.func's.

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.compiler import is_compiling
 
-from .schema import LayerShape
+from .schema import LayerInputs, LayerShape
 
 
 def traced(x: Tensor) -> bool:
@@ -20,20 +20,20 @@ def traced(x: Tensor) -> bool:
     return torch._C._dispatch_keys(x).has(torch._C.DispatchKey.Python)
 
 
-def read_by_backward(x: Tensor, weights: Sequence[Tensor], needs: Sequence[bool]) -> list[bool]:
+def read_by_backward(inputs: LayerInputs, needs: Sequence[bool]) -> list[bool]:
     """Which of x, h0, c0, *weights the backward op reads, where `needs` of them are wanted.
 
     Biases never; x and h0 for the gradients of the weights that they are multiplied by, and those weights the other
     way round. h_{t-1}'s gradient takes weight_hh in every step but the first.
     """
-    shape = LayerShape.of(list(weights))
+    x, shape = inputs.x, LayerShape.of(inputs.weights)
     n = shape.per_direction
     ih, hh = any(needs[3::n]), any(needs[4::n])
     biases = range(2, 4) if shape.bias else ()
     hr = n - 1 if shape.proj else -1
     gates = needs[0] or needs[1] or any(need for k, need in enumerate(needs[3:]) if k % n != hr)
     read = [ih, hh, gates]
-    for k in range(len(weights)):
+    for k in range(len(inputs.weights)):
         role = k % n
         if role == 0:
             read.append(needs[0])
@@ -56,33 +56,38 @@ class _Connection(torch.autograd.Function):
         return grad
 
 
-def save(ctx: Any, inputs: Sequence[Tensor | None], read: Sequence[bool], *others: Tensor | None) -> None:
-    """Save `inputs` and `others` for backward, except the inputs that backward does not read.
+def save(ctx: Any, inputs: LayerInputs, read: Sequence[bool], *others: Tensor | None) -> None:
+    """Save `inputs` and `others` for backward, except the differentiable inputs that backward does not `read`.
 
     Of these only the sizes and the edge in the graph stay, as in nn.LSTM's nodes: their memory is freed, and in-place
     changes are no error. The formula does not need their values either, because it is given the gates.
     """
-    unread = [t if t is not None and not is_read else None for t, is_read in zip(inputs, read, strict=True)]
+    tensors = inputs.differentiable
+    unread = [t if t is not None and not is_read else None for t, is_read in zip(tensors, read, strict=True)]
     with torch.enable_grad():
         ctx.connections = [None if t is None or not t.requires_grad else _Connection.apply(t) for t in unread]
     ctx.unread_sizes = [None if t is None else t.shape for t in unread]
-    ctx.save_for_backward(*(t if is_read else None for t, is_read in zip(inputs, read, strict=True)), *others)
+    kept = inputs.with_differentiable([t if is_read else None for t, is_read in zip(tensors, read, strict=True)])
+    ctx.n_others = len(others)
+    ctx.save_for_backward(*others, *kept.flat())
 
 
-def restore(ctx: Any, n: int) -> tuple[list[Any], list[Any]]:
-    """The n inputs and the others of `save`, for the backward op: what it does not read has only its sizes."""
+def restore(ctx: Any) -> tuple[LayerInputs, list[Any]]:
+    """The inputs and the others of `save`, for the backward op: what it does not read has only its sizes."""
     saved = ctx.saved_tensors
-    inputs, others = list(saved[:n]), list(saved[n:])
+    others, inputs = list(saved[: ctx.n_others]), LayerInputs.from_flat(saved[ctx.n_others :])
     like = next(t for t in others if t is not None and t.is_floating_point())
+    tensors = inputs.differentiable
     for k, size in enumerate(ctx.unread_sizes):
         if size is not None:
-            inputs[k] = like.new_zeros(1).expand(size)
-    return inputs, others
+            tensors[k] = like.new_zeros(1).expand(size)
+    return inputs.with_differentiable(tensors), others
 
 
-def connected(ctx: Any, inputs: Sequence[Any]) -> list[Any]:
+def connected(ctx: Any, inputs: LayerInputs) -> LayerInputs:
     """The inputs of `restore` with their edges in the graph, for the differentiable formula."""
-    return [t if edge is None else edge for t, edge in zip(inputs, ctx.connections, strict=True)]
+    pairs = zip(inputs.differentiable, ctx.connections, strict=True)
+    return inputs.with_differentiable([t if edge is None else edge for t, edge in pairs])
 
 
 def output(ctx: Any, y: Tensor) -> Tensor:

@@ -50,20 +50,91 @@ Example:
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+INPUTS = "Tensor x, Tensor? h0, Tensor? c0, Tensor[] weights, Tensor? lengths, Tensor? reset_mask"  # LayerInputs
+GRADIENTS = "Tensor? dy, Tensor? dh_n, Tensor? dc_n, Tensor? dcells"  # OutputGradients
 FORWARD = (
-    "(Tensor x, Tensor? h0, Tensor? c0, Tensor[] weights, Tensor? lengths, Tensor? reset_mask, "
-    "bool keep_cells, bool keep_reserve) -> (Tensor y, Tensor h_n, Tensor c_n, Tensor cells, Tensor reserve)"
+    f"({INPUTS}, bool keep_cells, bool keep_reserve) "
+    "-> (Tensor y, Tensor h_n, Tensor c_n, Tensor cells, Tensor reserve)"
 )
 BACKWARD = (
-    "(Tensor? dy, Tensor? dh_n, Tensor? dc_n, Tensor? dcells, Tensor x, Tensor? h0, Tensor? c0, Tensor[] weights, "
-    "Tensor? lengths, Tensor? reset_mask, Tensor y, Tensor cells, Tensor reserve, bool[] needs) "
+    f"({GRADIENTS}, {INPUTS}, Tensor y, Tensor cells, Tensor reserve, bool[] needs) "
     "-> (Tensor dx, Tensor dh0, Tensor dc0, Tensor[] dweights)"
 )
+
+OutputGradients = Sequence[Tensor | None]  # of y, h_n, c_n and cells
+
+
+class LayerInputs(NamedTuple):
+    """The tensors that a layer is computed from, in the order of the schemas' and `reference.layer`'s arguments.
+
+    `op(*inputs, ...)` passes them on. May also hold one value per tensor: its gradient, or the dimension vmap maps.
+
+    Attributes:
+        x: [T, B, I].
+        h0: [D, B, P], or None.
+        c0: [D, B, H], or None.
+        weights: those of each direction.
+        lengths: [B], or None.
+        reset_mask: [T, B], or None.
+    """
+
+    x: Tensor
+    h0: Tensor | None
+    c0: Tensor | None
+    weights: list[Tensor]
+    # The options of a call: tensors without gradient.
+    lengths: Tensor | None = None
+    reset_mask: Tensor | None = None
+
+    @property
+    def B(self) -> int:
+        """Rows, of padded x or packed."""
+        return self.x.shape[1] if self.x.dim() == 3 or self.lengths is None else self.lengths.shape[0]
+
+    @property
+    def differentiable(self) -> list[Any]:
+        """x, h0, c0, *weights: those that `needs` has a flag for."""
+        return [self.x, self.h0, self.c0, *self.weights]
+
+    def with_differentiable(self, tensors: Sequence[Any]) -> LayerInputs:
+        """The same options with other x, h0, c0, *weights."""
+        x, h0, c0, *weights = tensors
+        return LayerInputs(x, h0, c0, weights, *self[4:])
+
+    def flat(self) -> list[Any]:
+        """All in one list, the weights last: autograd functions see no tensors in nested lists."""
+        x, h0, c0, weights, *options = self
+        return [x, h0, c0, *options, *weights]
+
+    @classmethod
+    def from_flat(cls, values: Sequence[Any]) -> LayerInputs:
+        """The inverse of `flat`."""
+        n = len(cls._fields) - 1
+        x, h0, c0, *options = values[:n]
+        return cls(x, h0, c0, list(values[n:]), *options)
+
+
+# The dimension of each that counts the B rows; a weight has none.
+BATCH_DIMS = LayerInputs(x=1, h0=1, c0=1, weights=[], lengths=0, reset_mask=1)  # type: ignore[arg-type]
+
+
+def bundled(args: Sequence[Any], at: int = 0) -> tuple[Sequence[Any], LayerInputs, Sequence[Any]]:
+    """(arguments before x, inputs, arguments after them) of a schema's flat arguments, x at index `at`."""
+    end = at + len(LayerInputs._fields)
+    return args[:at], LayerInputs(*args[at:end]), args[end:]
+
+
+def wanted_gradients(needs: Sequence[bool], dx: Any, dh0: Any, dc0: Any, dweights: Sequence[Any]) -> list[Any]:
+    """The gradients of `LayerInputs.flat()` from those of `differentiable`: None where `needs` has no flag."""
+    found: list[Any] = [g if need else None for g, need in zip([dx, dh0, dc0, *dweights], needs, strict=True)]
+    return LayerInputs(found[0], found[1], found[2], found[3:]).flat()
 
 
 @dataclass(frozen=True)
@@ -138,6 +209,11 @@ class LayerCall:
     lengths: bool
     reset_mask: bool
 
+    @classmethod
+    def of(cls, inputs: LayerInputs) -> LayerCall:
+        x, _, _, weights, *options = inputs
+        return cls(x.device, x.dtype, weights[0].shape[1], LayerShape.of(weights), *(t is not None for t in options))
+
 
 def split_weights(weights: list[Tensor]) -> list[DirectionWeights]:
     """Split the schema's flat list of weights by direction."""
@@ -151,16 +227,9 @@ def split_weights(weights: list[Tensor]) -> list[DirectionWeights]:
     return out
 
 
-def check(
-    x: Tensor,
-    h0: Tensor | None,
-    c0: Tensor | None,
-    weights: list[Tensor],
-    lengths: Tensor | None,
-    reset_mask: Tensor | None,
-    may_be_packed: bool = False,
-) -> None:
-    """Raise RuntimeError unless forward's arguments fit together. csrc/contract.h does the same for the native ops."""
+def check(inputs: LayerInputs, may_be_packed: bool = False) -> None:
+    """Raise RuntimeError unless forward's inputs fit together. csrc/contract.h does the same for the native ops."""
+    x, h0, c0, weights, lengths, reset_mask = inputs
     packed = may_be_packed and x.dim() == 2 and lengths is not None and lengths.dim() == 1 and reset_mask is None
     if x.dim() != 3 and not packed:
         raise RuntimeError(f"x must be [T, B, I], got {list(x.shape)}")
@@ -179,7 +248,7 @@ def check(
             )
         if w.dtype != x.dtype:
             raise RuntimeError(f"Input and parameter tensors must have the same dtype, got {x.dtype} and {w.dtype}")
-    H, P, D, B, features = shape.H, shape.P, shape.D, batch_size(x, lengths), x.shape[-1]
+    H, P, D, B, features = shape.H, shape.P, shape.D, inputs.B, x.shape[-1]
     for direction in split_weights(weights):
         check_tensor("weight_ih", "[4H, I]", direction.ih, (4 * H, features))
         check_tensor("weight_hh", "[4H, P]", direction.hh, (4 * H, P))
@@ -190,11 +259,6 @@ def check(
     check_tensor("c0", "[D, B, H]", c0, (D, B, H), x.dtype, x.device)
     check_tensor("lengths", "[B]", lengths, (B,), torch.int64, x.device)
     check_tensor("reset_mask", "[T, B]", reset_mask, x.shape[:-1], torch.bool, x.device)
-
-
-def batch_size(x: Tensor, lengths: Tensor | None) -> int:
-    """B, of padded x or packed."""
-    return x.shape[1] if x.dim() == 3 or lengths is None else lengths.shape[0]
 
 
 def check_range(lengths: Tensor | None, T: int) -> None:
@@ -208,16 +272,8 @@ def check_range(lengths: Tensor | None, T: int) -> None:
 
 
 def check_backward(
-    dy: Tensor | None,
-    dh_n: Tensor | None,
-    dc_n: Tensor | None,
-    dcells: Tensor | None,
-    x: Tensor,
-    h0: Tensor | None,
-    c0: Tensor | None,
-    weights: list[Tensor],
-    lengths: Tensor | None,
-    reset_mask: Tensor | None,
+    grads: OutputGradients,
+    inputs: LayerInputs,
     y: Tensor,
     cells: Tensor,
     reserve: Tensor,
@@ -225,14 +281,14 @@ def check_backward(
     may_be_packed: bool = False,
 ) -> None:
     """The same for backward's arguments."""
-    check(x, h0, c0, weights, lengths, reset_mask, may_be_packed)
-    s = LayerShape.of(weights)
+    check(inputs, may_be_packed)
+    x, s = inputs.x, LayerShape.of(inputs.weights)
     rows = x.shape[:-1]
     check_tensor("reserve", "[D, T, B, 4H]", reserve, (s.D, *rows, 4 * s.H), x.dtype, x.device)
     if not lacks_output(y):
         check_tensor("y", "[T, B, D*P]", y, (*rows, s.D * s.P), x.dtype, x.device)
     check_tensor("cells", "[T, B, D*H]", cells, (*rows, s.D * s.H), x.dtype, x.device)
-    check_gradients(dy, dh_n, dc_n, dcells, x, weights, lengths, needs)
+    check_gradients(grads, inputs, needs)
 
 
 def lacks_output(y: Tensor) -> bool:
@@ -254,25 +310,17 @@ def output_again(gates: Tensor, cells: Tensor, weights: list[Tensor], lengths: T
     return y.masked_fill((torch.arange(len(y), device=y.device)[:, None] >= lengths)[..., None], 0)
 
 
-def check_gradients(
-    dy: Tensor | None,
-    dh_n: Tensor | None,
-    dc_n: Tensor | None,
-    dcells: Tensor | None,
-    x: Tensor,
-    weights: list[Tensor],
-    lengths: Tensor | None,
-    needs: list[bool],
-) -> None:
-    """Raise RuntimeError unless the gradients that arrive, and `needs`, fit x and weights that `check` has passed."""
-    s = LayerShape.of(weights)
-    rows, B = x.shape[:-1], batch_size(x, lengths)
+def check_gradients(grads: OutputGradients, inputs: LayerInputs, needs: list[bool]) -> None:
+    """Raise RuntimeError unless the gradients that arrive, and `needs`, fit inputs that `check` has passed."""
+    x, s, B = inputs.x, LayerShape.of(inputs.weights), inputs.B
+    rows = x.shape[:-1]
+    dy, dh_n, dc_n, dcells = grads
     check_tensor("dy", "[T, B, D*P]", dy, (*rows, s.D * s.P), x.dtype, x.device)
     check_tensor("dh_n", "[D, B, P]", dh_n, (s.D, B, s.P), x.dtype, x.device)
     check_tensor("dc_n", "[D, B, H]", dc_n, (s.D, B, s.H), x.dtype, x.device)
     check_tensor("dcells", "[T, B, D*H]", dcells, (*rows, s.D * s.H), x.dtype, x.device)
-    if len(needs) != 3 + len(weights):
-        raise RuntimeError(f"needs must have {3 + len(weights)} flags, got {len(needs)}")
+    if len(needs) != 3 + len(inputs.weights):
+        raise RuntimeError(f"needs must have {3 + len(inputs.weights)} flags, got {len(needs)}")
 
 
 def check_tensor(
@@ -292,11 +340,11 @@ def check_tensor(
 
 
 def forward_outputs(
-    x: Tensor, weights: list[Tensor], lengths: Tensor | None, keep_cells: bool, keep_reserve: bool
+    inputs: LayerInputs, keep_cells: bool, keep_reserve: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Uninitialised y, h_n, c_n, cells and reserve of the contract's shapes: the fake kernel, and a backend's start."""
-    s = LayerShape.of(weights)
-    rows, B = x.shape[:-1], batch_size(x, lengths)
+    x, s, B = inputs.x, LayerShape.of(inputs.weights), inputs.B
+    rows = x.shape[:-1]
     return (
         x.new_empty(*rows, s.D * s.P),
         x.new_empty(s.D, B, s.P),
@@ -306,12 +354,9 @@ def forward_outputs(
     )
 
 
-def backward_outputs(
-    x: Tensor, weights: list[Tensor], lengths: Tensor | None, needs: list[bool]
-) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
+def backward_outputs(inputs: LayerInputs, needs: list[bool]) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
     """Uninitialised gradients of the contract's shapes, [0] where not needed: the fake kernel of backward."""
-    s = LayerShape.of(weights)
-    B = batch_size(x, lengths)
+    x, s, B = inputs.x, LayerShape.of(inputs.weights), inputs.B
 
     def wanted(i: int, shape: torch.Size | tuple[int, ...]) -> Tensor:
         return x.new_empty(shape if needs[i] else (0,))
@@ -320,5 +365,5 @@ def backward_outputs(
         wanted(0, x.shape),
         wanted(1, (s.D, B, s.P)),
         wanted(2, (s.D, B, s.H)),
-        [wanted(3 + k, w.shape) for k, w in enumerate(weights)],
+        [wanted(3 + k, w.shape) for k, w in enumerate(inputs.weights)],
     )

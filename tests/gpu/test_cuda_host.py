@@ -81,7 +81,12 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> None:
     library.define("occupancy_queries() -> int")
     torch.ops.load_library(str(built))
     torch.ops.fastlstm_cuda_host.persistent(False, "")
-    register.define(NAME, torch.ops.fastlstm_cuda_host.native_layer, torch.ops.fastlstm_cuda_host.native_layer_backward)
+    ops = torch.ops.fastlstm_cuda_host
+    register.define(
+        NAME,
+        lambda inputs, *keep: ops.native_layer(*inputs, *keep),
+        lambda grads, inputs, *others: ops.native_layer_backward(*grads, *inputs, *others),
+    )
     LIBRARIES.append(library)
 
 

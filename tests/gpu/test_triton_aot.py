@@ -19,7 +19,7 @@ import pytest
 import torch
 
 from fastlstm import backends
-from fastlstm.ops.schema import forward_outputs
+from fastlstm.ops.schema import LayerInputs, forward_outputs
 
 from .gpu_support import Arithmetic
 
@@ -48,7 +48,9 @@ OPTIONS = ("num_warps", "num_stages", "maxnreg", "enable_fp_fusion")
 DTYPES = {"half": torch.bfloat16, "tf32": torch.float32, "ieee": torch.float32}
 
 
-def arguments(T: int, B: int, H: int, dtype: torch.dtype, D: int = 2, everything: bool = True, offset: int = 0) -> list:
+def arguments(
+    T: int, B: int, H: int, dtype: torch.dtype, D: int = 2, everything: bool = True, offset: int = 0
+) -> LayerInputs:
     """Arguments of the forward op; the states have a storage offset of `offset` elements, as slices do."""
 
     def state() -> torch.Tensor:
@@ -58,17 +60,17 @@ def arguments(T: int, B: int, H: int, dtype: torch.dtype, D: int = 2, everything
     weights = [torch.zeros(size, dtype=dtype) for _ in range(D) for size in sizes]
     x = torch.zeros(T, B, 3, dtype=dtype)
     if not everything:
-        return [x, None, None, weights, None, None]
-    return [x, state(), state(), weights, torch.full((B,), T), torch.zeros(T, B, dtype=torch.bool)]
+        return LayerInputs(x, None, None, weights)
+    return LayerInputs(x, state(), state(), weights, torch.full((B,), T), torch.zeros(T, B, dtype=torch.bool))
 
 
-def run(inputs: list, everything: bool = True) -> None:
+def run(inputs: LayerInputs, everything: bool = True) -> None:
     """Forward and backward through the launch code; no kernel runs, so results are undefined."""
-    launch.forward(*inputs, everything, True)
-    y, h_n, c_n, cells, reserve = forward_outputs(inputs[0], inputs[3], None, everything, True)
-    needs = [True, inputs[1] is not None, inputs[2] is not None] + [True] * len(inputs[3])
+    launch.forward(inputs, everything, True)
+    y, h_n, c_n, cells, reserve = forward_outputs(inputs, everything, True)
+    needs = [True, inputs.h0 is not None, inputs.c0 is not None] + [True] * len(inputs.weights)
     grads = (y, h_n, c_n, cells) if everything else (y, None, None, None)
-    launch.backward(*grads, *inputs, y, cells, reserve, needs)
+    launch.backward(grads, inputs, y, cells, reserve, needs)
 
 
 @pytest.fixture
@@ -228,7 +230,7 @@ def test_each_step_of_the_tiled_kernels_is_one_launch(recorded, monkeypatch):
 
     monkeypatch.setattr(tiled, "step_tiled_fwd", Kernel())
     inputs = arguments(5, 70, 300, torch.bfloat16)
-    recorded("sm_90", "half", lambda: launch.forward(*inputs, True, True))
+    recorded("sm_90", "half", lambda: launch.forward(inputs, True, True))
     names = Kernel.arg_names
     assert [args[names.index("s")] for _, args in launched] == [0, 1, 2, 3, 4]
     assert {(grid, len(args)) for grid, args in launched} == {((38, 2, 1), len(names))}

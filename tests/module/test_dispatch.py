@@ -14,6 +14,7 @@ from torch.nn.utils.rnn import pack_padded_sequence
 
 import fastlstm
 from fastlstm import backends, dispatch
+from fastlstm.ops.schema import LayerInputs
 
 X = torch.zeros(5, 2, 3)
 
@@ -246,7 +247,7 @@ def test_cached_dispatch_separates_biases_from_directions(monkeypatch):
     monkeypatch.setattr(dispatch, "_chosen", {})
     for kwargs, name in (({}, "native"), ({"bias": False, "bidirectional": True}, "eager")):
         weights = list(fastlstm.LSTM(3, 4, **kwargs).parameters())
-        assert dispatch._choose(X, weights, None, None) == name
+        assert dispatch._choose(LayerInputs(X, None, None, weights)) == name
 
 
 def test_use_backend_returns_a_reusable_context():

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+import inspect
+from dataclasses import fields, replace
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from torch.library import opcheck
 
 from fastlstm import dispatch, reference
 from fastlstm.ops import register
-from fastlstm.ops.schema import LayerShape
+from fastlstm.ops.schema import BATCH_DIMS, LayerCall, LayerInputs, LayerShape
 
 from ..cases import Case, tensors
 from ..module_pairs import naming
@@ -58,6 +59,26 @@ def backward_arguments(op, arguments, needs=None, present=(True, True, True, Tru
     if needs is None:
         needs = [True, h0 is not None, c0 is not None] + [True] * len(weights)
     return [*grads, x, h0, c0, weights, lengths, mask, y, cells, reserve, needs]
+
+
+@pytest.mark.parametrize("name", ["{}_layer", "{}_layer_backward", "recomputed_layer", "recomputed_layer_backward"])
+def test_inputs_have_one_order(op_backend, name):
+    """`*inputs` is passed to ops and to the reference, and `LayerCall` names the options."""
+    names = list(LayerInputs._fields)
+    op = getattr(torch.ops.fastlstm, name.format(op_backend)).default
+    arguments = [argument.name for argument in op._schema.arguments]
+    at = arguments.index("x")
+    assert arguments[at : at + len(names)] == names
+    assert list(inspect.signature(reference.layer).parameters)[: len(names)] == names
+    assert [field.name for field in fields(LayerCall)][-len(names[4:]) :] == names[4:]
+
+
+def test_inputs_as_one_list():
+    inputs = LayerInputs(*LayerInputs._fields)._replace(weights=["w_ih", "w_hh"])
+    assert inputs.flat() == ["x", "h0", "c0", *LayerInputs._fields[4:], "w_ih", "w_hh"]
+    assert LayerInputs.from_flat(inputs.flat()) == inputs
+    assert inputs.with_differentiable(inputs.differentiable) == inputs
+    assert len(BATCH_DIMS.flat()) == len(inputs.flat()) - 2
 
 
 def ops(name):

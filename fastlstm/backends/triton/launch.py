@@ -10,16 +10,25 @@ import torch
 import triton
 from torch import Tensor
 
-from ...ops.schema import LayerShape, backward_outputs, forward_outputs, lacks_output, output_again, split_weights
+from ...ops.schema import (
+    LayerInputs,
+    LayerShape,
+    backward_outputs,
+    forward_outputs,
+    lacks_output,
+    output_again,
+    split_weights,
+)
 from . import resident, tiled
 from .plan import Row, Tiles, alignment, choose
 
 
-def forward(x, h0, c0, weights, lengths, reset_mask, keep_cells, keep_reserve):
+def forward(inputs: LayerInputs, keep_cells: bool, keep_reserve: bool) -> tuple[Tensor, ...]:
     """Kernel of fastlstm::triton_layer (fastlstm/ops/schema.py)."""
+    x, h0, c0, weights, *_ = inputs
     s = LayerShape.of(weights)
     T, B = x.shape[:2]
-    y, h_n, c_n, cells, reserve = forward_outputs(x, weights, lengths, keep_cells, keep_reserve)
+    y, h_n, c_n, cells, reserve = forward_outputs(inputs, keep_cells, keep_reserve)
     if B == 0:
         return y, h_n, c_n, cells, reserve
     gates = reserve if keep_reserve else x.new_empty(s.D, T, B, 4 * s.H)
@@ -27,7 +36,7 @@ def forward(x, h0, c0, weights, lengths, reset_mask, keep_cells, keep_reserve):
     for d, w in enumerate(split_weights(weights)):
         out = gates[d].view(T * B, 4 * s.H)
         _multiply(out, rows, w.ih.t(), None if w.bias_ih is None or w.bias_hh is None else w.bias_ih + w.bias_hh)
-    layer = _Layer(x, weights, lengths, reset_mask)
+    layer = _Layer(inputs)
     c_out = cells if keep_cells or keep_reserve else None
     with layer.device_guard():
         if layer.row.kernel == "resident":
@@ -53,16 +62,17 @@ def forward(x, h0, c0, weights, lengths, reset_mask, keep_cells, keep_reserve):
     return y, h_n, c_n, cells, reserve
 
 
-def backward(dy, dh_n, dc_n, dcells, x, h0, c0, weights, lengths, reset_mask, y, cells, reserve, needs):
+def backward(grads, inputs, y, cells, reserve, needs):
     """Kernel of fastlstm::triton_layer_backward."""
-    s = LayerShape.of(weights)
+    x, c0, (dy, dh_n, dc_n, dcells) = inputs.x, inputs.c0, grads
+    s = LayerShape.of(inputs.weights)
     T, B = x.shape[:2]
-    dx, dh0, dc0, dweights = backward_outputs(x, weights, lengths, needs)
+    dx, dh0, dc0, dweights = backward_outputs(inputs, needs)
     if lacks_output(y):
-        y = output_again(reserve, cells, weights, lengths)
+        y = output_again(reserve, cells, inputs.weights, inputs.lengths)
     dgates = torch.empty_like(reserve)
     if B > 0:
-        layer = _Layer(x, weights, lengths, reset_mask)
+        layer = _Layer(inputs)
         with layer.device_guard():
             if layer.row.kernel == "resident":
                 dh, dc = x.new_empty(s.D, B, s.H), x.new_empty(s.D, B, s.H)
@@ -90,16 +100,16 @@ def backward(dy, dh_n, dc_n, dcells, x, h0, c0, weights, lengths, reset_mask, y,
         for grad, state in ((dh0, dh), (dc0, dc)):
             if grad.numel():
                 grad.copy_(state)
-    _weight_gradients(dx, dweights, dgates, x, h0, weights, lengths, reset_mask, y, needs)
+    _weight_gradients(dx, dweights, dgates, inputs, y, needs)
     return dx, dh0, dc0, dweights
 
 
-def _weight_gradients(dx, dweights, dgates, x, h0, weights, lengths, reset_mask, y, needs) -> None:
+def _weight_gradients(dx, dweights, dgates, inputs, y, needs) -> None:
     """Compute dx and the weight gradients from dgates [D, T, B, 4H]: one GEMM or sum each, over all T*B rows."""
-    s = LayerShape.of(weights)
+    x, lengths, s = inputs.x, inputs.lengths, LayerShape.of(inputs.weights)
     T, B, n = *x.shape[:2], s.per_direction
     valid = None if lengths is None else torch.arange(T, device=x.device)[:, None] < lengths  # [T, B]
-    for d, w in enumerate(split_weights(weights)):
+    for d, w in enumerate(split_weights(inputs.weights)):
         rows = dgates[d].view(T * B, 4 * s.H)
         need, dw = needs[3 + d * n :], dweights[d * n : (d + 1) * n]
         if needs[0]:
@@ -107,10 +117,10 @@ def _weight_gradients(dx, dweights, dgates, x, h0, weights, lengths, reset_mask,
             _multiply(flat, rows, w.ih, flat if d else None)
         if need[0]:
             # Padding may hold NaN, and 0 * NaN is NaN.
-            inputs = x if valid is None else x.masked_fill(~valid[..., None], 0)
-            _multiply(dw[0], rows.t(), inputs.flatten(0, 1))
+            valid_x = x if valid is None else x.masked_fill(~valid[..., None], 0)
+            _multiply(dw[0], rows.t(), valid_x.flatten(0, 1))
         if need[1]:
-            h_prev = _previous_states(y[..., d * s.H : (d + 1) * s.H], h0, d, valid, reset_mask)
+            h_prev = _previous_states(y[..., d * s.H : (d + 1) * s.H], inputs.h0, d, valid, inputs.reset_mask)
             _multiply(dw[1], rows.t(), h_prev.flatten(0, 1))
         if s.bias and (need[2] or need[3]):
             db = _column_sums(rows)
@@ -158,14 +168,15 @@ def _previous_states(y: Tensor, h0: Tensor | None, d: int, valid: Tensor | None,
 class _Layer:
     """Arguments shared by the launches of one op."""
 
-    def __init__(self, x: Tensor, weights: list[Tensor], lengths: Tensor | None, reset_mask: Tensor | None) -> None:
-        self.shape = LayerShape.of(weights)
+    def __init__(self, inputs: LayerInputs) -> None:
+        x, mask = inputs.x, inputs.reset_mask
+        self.shape = LayerShape.of(inputs.weights)
         self.T, self.B = x.shape[:2]
         self.device = x.device
-        hidden = [w.hh for w in split_weights(weights)]
+        hidden = [w.hh for w in split_weights(inputs.weights)]
         self.w_hh = torch.stack(hidden) if len(hidden) > 1 else _aligned(hidden[0])  # [D, 4H, H]
-        self.lengths = _aligned(lengths)
-        self.reset_mask = None if reset_mask is None else _aligned(reset_mask.contiguous().view(torch.uint8))
+        self.lengths = _aligned(inputs.lengths)
+        self.reset_mask = None if mask is None else _aligned(mask.contiguous().view(torch.uint8))
         self.target, shared = _target(x.device)
         self.precision = "tf32" if x.dtype == torch.float32 and self.target == "cuda" and _tf32() else "ieee"
         kind = self.precision if x.dtype == torch.float32 else "half"
