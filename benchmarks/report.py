@@ -35,7 +35,9 @@ def geometric_mean(ratios: Iterable[float]) -> float:
 
 def markdown(rows: list[Row]) -> str:
     """The tables of one CSV, with the line that says where it was measured."""
-    body = {"grid": _summary, "random": _summary, "scaling": _scaling, "models": _models}.get(rows[0].suite, _tables)
+    body = {"grid": _summary, "random": _summary, "scaling": _scaling, "calls": _calls, "models": _models}.get(
+        rows[0].suite, _tables
+    )
     return "\n\n".join([_provenance(rows), *body(rows)])
 
 
@@ -185,6 +187,22 @@ def _models(rows: list[ModelRow]) -> list[str]:
     return parts + (["Not measured: " + "; ".join(absent) + "."] if absent else [])
 
 
+def _calls(rows: list[Row]) -> list[str]:
+    """One table per mode: microseconds of each implementation, and the ratio of the own costs, above the view's."""
+    parts = []
+    for mode in ("train", "forward"):
+        lines = []
+        for case in dict.fromkeys(row.case for row in rows if row.mode == mode):
+            us = {row.impl: 1e3 * row.p50_ms for row in rows if (row.case, row.mode) == (case, mode) and row.p50_ms}
+            if {"view", "linear", "nn", "fastlstm"} <= us.keys():
+                own = {impl: time - us["view"] for impl, time in us.items()}
+                ratio = f"{own['nn'] / own['fastlstm']:.1f}x" if own["fastlstm"] > 0 else ""
+                lines.append([case, *(_number(us[impl]) for impl in ("view", "linear", "nn", "fastlstm")), ratio])
+        headings = ["call", "view µs", "nn.Linear µs", "nn.LSTM µs", "fastlstm µs", "own cost, nn.LSTM / fastlstm"]
+        parts += [f"**{HEADINGS[mode]}**", _table(headings, lines)]
+    return parts
+
+
 def _relative(pairs: list[tuple[Row, Row]], unit: str, cost: Callable[[Row], float | None]) -> str:
     first = cost(pairs[0][1])
     lines = []
@@ -277,7 +295,7 @@ def main(arguments: list[str] | None = None) -> int:
             print(f"{file.name} has no rows", file=sys.stderr)
             continue
         print(markdown(rows) + "\n")
-        if not options.no_plots and rows[0].suite != "features":
+        if not options.no_plots and rows[0].suite not in ("features", "calls"):
             from benchmarks.plot import draw
 
             draw(rows, file.with_suffix(".png"))

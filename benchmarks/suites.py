@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Set
 from dataclasses import replace
 
-from benchmarks import features, gpu, sweeps
+from benchmarks import calls, features, gpu, sweeps
 from benchmarks.cases import CPU, QUICK, Case
 from benchmarks.implementations import Implementation
 from benchmarks.measure import Plan
@@ -18,12 +18,13 @@ from benchmarks.run import Suite, run_suite
 Report = Callable[[str, list[Row]], None]
 
 NAMES = (
-    "cpu", "gpu", "gpu_points", "quick", "grid", "random", "few_rows", "scaling", "tutorials", "features", "models",
+    "cpu", "gpu", "gpu_points", "quick", "grid", "random", "few_rows", "scaling", "tutorials", "features", "calls",
+    "models",
 )  # fmt: skip
 
 
 def suite_of(name: str) -> Suite:
-    """Build a suite of cases; "tutorials", "features" and "models" are not, and have their own functions."""
+    """Build a suite of cases; "tutorials", "features", "calls" and "models" are none and have their own functions."""
     if name == "cpu":
         return Suite("cpu", CPU, isolated=True)
     if name == "quick":
@@ -58,6 +59,8 @@ def size_of(name: str, matching: str = "", done: Set[str] = frozenset(), dtype: 
         return len(chosen(matching))
     if name == "features":
         return len(features.chosen(matching)) + len(features.compiled(matching))
+    if name == "calls":
+        return len(calls.chosen(matching))
     if name == "models":
         return len(models.chosen(matching, done))
     return len(_select(suite_of(name).cases, matching, done, dtype)) + len(_memory_cases(name, matching, done, dtype))
@@ -86,6 +89,8 @@ def rows_of(
         return tutorial_rows(matching, report)
     if name == "features":
         return features.feature_rows(matching, report, budget)
+    if name == "calls":
+        return calls.call_rows(matching, report, budget)
     until = float("inf") if seconds is None else time.monotonic() + seconds
     if name == "models":
         return list(models.model_rows(matching, report, budget, wait, done, until))
