@@ -100,11 +100,11 @@ class LayerInputs(NamedTuple):
 
     @property
     def differentiable(self) -> list[Any]:
-        """x, h0, c0, *weights: those that `needs` has a flag for."""
+        """x, h0, c0, `*weights`: those that `needs` has a flag for."""
         return [self.x, self.h0, self.c0, *self.weights]
 
     def with_differentiable(self, tensors: Sequence[Any]) -> LayerInputs:
-        """The same options with other x, h0, c0, *weights."""
+        """The same options with other x, h0, c0, `*weights`."""
         x, h0, c0, *weights = tensors
         return LayerInputs(x, h0, c0, weights, *self[4:])
 
