@@ -4,11 +4,12 @@
 # Stages, all by default: build, small, parity, gradients, execution, graphs, features, adversarial, persistent (the
 # suite), steps (the suite without the persistent kernels), first_call, memcheck, racecheck, initcheck, synccheck,
 # bfloat16, float16, tf32, float32 (the benchmark suite, a dtype at a time), triton (the same on Triton, T=512),
-# latency, launches_A and launches_B (10,000 random launches of a tier of the persistent kernels),
-# persistent_memcheck, _racecheck, _initcheck and _synccheck, and kernels_steps, kernels_A and kernels_B (the
-# benchmark with those kernels alone). Each ends within STAGE_SECONDS (580); a benchmark stage that ran out of time
-# goes on when started again with the same OUT. Logs, test results and CSVs go to OUT; the exit status is that of the
-# worst stage, and a failed stage does not stop the next one. A stage whose tool is missing is skipped, and says so.
+# latency, launches_A, _B, _D and _S (10,000 random launches of a tier of the persistent kernels),
+# persistent_memcheck, _racecheck, _initcheck and _synccheck, and kernels_steps, _A, _B, _D and _S (the benchmark with
+# those kernels alone; D and S fall back to another tier if they do not support a layer). Each ends within
+# STAGE_SECONDS (580); a benchmark stage that ran out of time goes on when started again with the same OUT. Logs, test
+# results and CSVs go to OUT; the exit status is that of the worst stage, and a failed stage does not stop the next
+# one. A stage whose tool is missing is skipped, and says so.
 # Needs torch with CUDA, nvcc, numpy, setuptools >= 77 and pytest; the last three and rich are installed if pip can.
 # PYTHON=python3 names the interpreter; TORCH_CUDA_ARCH_LIST is respected.
 set -uo pipefail
@@ -23,8 +24,9 @@ cd "$(dirname "$0")/.."
 python=${PYTHON:-python3}
 seconds=${STAGE_SECONDS:-580}
 all=(build small parity gradients execution graphs features adversarial persistent steps first_call memcheck racecheck
-  initcheck synccheck bfloat16 float16 tf32 float32 triton latency launches_A launches_B persistent_memcheck
-  persistent_racecheck persistent_initcheck persistent_synccheck kernels_steps kernels_A kernels_B)
+  initcheck synccheck bfloat16 float16 tf32 float32 triton latency launches_A launches_B launches_D launches_S
+  persistent_memcheck persistent_racecheck persistent_initcheck persistent_synccheck kernels_steps kernels_A kernels_B
+  kernels_D kernels_S)
 stages=("$@")
 [ $# -gt 0 ] || stages=("${all[@]}")
 skipped=75 # the exit status of a stage that cannot run here
@@ -167,6 +169,8 @@ launches() { # TIER
 }
 launches_A() { launches A; }
 launches_B() { launches B; }
+launches_D() { launches D; }
+launches_S() { launches S; }
 persistent_memcheck() { sanitize memcheck tests/gpu/test_gpu_persistent.py -k small; }
 persistent_racecheck() { sanitize racecheck tests/gpu/test_gpu_persistent.py -k small; }
 persistent_initcheck() { sanitize initcheck tests/gpu/test_gpu_persistent.py -k small; }
@@ -175,6 +179,8 @@ persistent_synccheck() { sanitize synccheck tests/gpu/test_gpu_persistent.py -k 
 kernels_steps() { measure kernels_steps --filter "B=64 " --impl native --kernels steps; }
 kernels_A() { measure kernels_A --filter "B=64 " --impl native --kernels A; }
 kernels_B() { measure kernels_B --filter "B=64 " --impl native --kernels B; }
+kernels_D() { measure kernels_D --filter "B=64 " --impl native --kernels D; }
+kernels_S() { measure kernels_S --filter "B=64 " --impl native --kernels S; }
 
 for stage in "${stages[@]}"; do
   if [[ " ${all[*]} " != *" $stage "* ]]; then

@@ -4,14 +4,13 @@
 // Prints CSV: how, CTAs per group, concurrent groups, bytes per CTA, stores per thread after sending, ns per
 // round.
 //
-//   data            a word is kEmpty until it is written; readers poll the words themselves: no fence before
-//                   the data, no flag, no second round trip
+//   data            csrc/cuda/exchange.h's data flags, as csrc/cuda/group_data_flag.h: no fence before the
+//                   data, no flag, no second round trip
 //   flags           as csrc/cuda/group_flags.h: two slots, st.release after a barrier, ld.acquire
 //   flags_relaxed   the same with relaxed polls and one fence
 //
-// "data" has four slots. After sending round r a CTA clears its part of the slot of r + 2, and a fence orders
-// that before its data of r + 1: a CTA that has read these, and so polls the slot of r + 2, cannot read words
-// of r - 2 there. With three slots, or without the fence, it could.
+// In each, a thread stores 32 bits at a time. In "data" all threads execute the fence, because all of them
+// poll.
 #include <algorithm>
 #include <cstdio>
 #include <cstdlib>
@@ -24,7 +23,6 @@ namespace {
 using namespace fastlstm::cuda;
 
 constexpr int kThreads = kWarps * 32, kRounds = 4000, kLaunches = 5, kMaxWords = 128;
-constexpr uint32_t kEmpty = 0xFFFFFFFFu;  // two bfloat16 NaNs that no rounding gives
 enum class How { data, flags, flags_relaxed };
 constexpr const char* kNames[] = {"data", "flags", "flags_relaxed"};
 
@@ -42,12 +40,10 @@ struct Exchange {
   int ctas, words, trailing;
 };
 
-__device__ bool is_complete(uint4 x) {
-  return x.x != kEmpty && x.y != kEmpty && x.z != kEmpty && x.w != kEmpty;
-}
-
-__device__ void store(uint4* p, uint32_t value) {
-  asm volatile("st.relaxed.gpu.global.v4.u32 [%0], {%1, %1, %1, %1};" ::"l"(p), "r"(value) : "memory");
+// Stores `value` in each 32 bits of the CTA's part of a slot.
+__device__ void store_part(const Exchange& s, uint4* slot, int rank, uint32_t value) {
+  uint32_t* const part = reinterpret_cast<uint32_t*>(slot + rank * s.words);
+  for (int i = threadIdx.x; i < 4 * s.words; i += kThreads) store_relaxed(part + i, value);
 }
 
 __device__ uint32_t load_relaxed(const uint32_t* p) {
@@ -63,14 +59,14 @@ __device__ uint32_t sum_words(const Exchange& s, const uint4* slot, int begin, i
     uint4 x[4];
 #pragma unroll
     for (int k = 0; k < 4; ++k) {
-      if (i + 32 * k < end) x[k] = load_l2(slot + i + 32 * k);
+      if (i + 32 * k < end) x[k] = fastlstm::cuda::load_relaxed(slot + i + 32 * k);
     }
 #pragma unroll
     for (int k = 0; k < 4; ++k) {
       if (i + 32 * k >= end) continue;
       for (uint32_t polls = 0; poll && !is_complete(x[k]); ++polls) {
         if (polls == kMaxPolls) trap_on_timeout(s.fault, 1);
-        x[k] = load_l2(slot + i + 32 * k);
+        x[k] = fastlstm::cuda::load_relaxed(slot + i + 32 * k);
       }
       sum += x[k].x;
     }
@@ -82,7 +78,7 @@ __device__ uint32_t sum_words(const Exchange& s, const uint4* slot, int begin, i
 template <How HOW>
 __global__ void __launch_bounds__(kThreads, 1) rounds(const __grid_constant__ Exchange s) {
   __shared__ uint32_t partial[kWarps];
-  constexpr int kSlots = HOW == How::data ? 4 : 2;
+  constexpr int kSlots = HOW == How::data ? kDataFlagSlots : 2;
   const int group = blockIdx.x / s.ctas, rank = blockIdx.x % s.ctas, all = s.ctas * s.words;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, thread = threadIdx.x;
   uint4* const base = s.slots + int64_t{group} * kSlots * all;
@@ -93,11 +89,11 @@ __global__ void __launch_bounds__(kThreads, 1) rounds(const __grid_constant__ Ex
 #pragma unroll 1
   for (int round = 0; round < kRounds; ++round) {
     uint4* const slot = base + round % kSlots * all;
-    for (int i = thread; i < s.words; i += kThreads) store(slot + rank * s.words + i, value);
+    store_part(s, slot, rank, value);
     if constexpr (HOW == How::data) {
-      uint4* const later = base + (round + 2) % kSlots * all;
-      for (int i = thread; i < s.words; i += kThreads) store(later + rank * s.words + i, kEmpty);
-      if (thread < s.words) __threadfence();  // off the critical path: the data have been sent
+      store_part(s, base + (round + 2) % kSlots * all, rank, kEmptyWord);
+      // Of every thread, since every thread polls. It also waits for the stores above.
+      fence();
     } else {
       __syncthreads();
       if (thread == 0) store_release(flags + rank, round + 1);
@@ -135,7 +131,7 @@ double nanoseconds(Exchange s, int groups, size_t bytes, size_t flag_bytes) {
   check(cudaEventCreate(&end), "event");
   std::vector<float> times;
   for (int i = 0; i < kLaunches; ++i) {
-    check(cudaMemset(s.slots, HOW == How::data ? 0xFF : 0, bytes), "memset");
+    check(cudaMemset(s.slots, HOW == How::data ? kEmptyWord & 0xFF : 0, bytes), "memset");
     check(cudaMemset(s.flags, 0, flag_bytes), "memset");
     void* arguments[] = {&s};
     check(cudaEventRecord(begin), "record");
@@ -167,7 +163,7 @@ int main() {
   check(cudaMemset(s.wrong, 0, sizeof(uint32_t)), "memset");
   check(cudaMalloc(&s.out, size_t{2} * sms * kThreads * sizeof(uint4)), "memory");
   s.fault = s.flags + sms + 1;
-  std::printf("how,members,groups,bytes,trailing,ns\n");
+  std::printf("how,ctas_per_group,groups,bytes,trailing,ns\n");
   bool right = true;
   for (const int ctas : {4, 8, 16, 24, 32, 64, 128}) {
     if (ctas > sms) continue;

@@ -7,6 +7,9 @@
 //   all         the whole kernel
 //   no product  waits for the state and does not multiply it: the exchange, the cell, the barriers
 //   no wait     multiplies the state without waiting (grid variant): no exchange
+//   no fence    data flags without the fences that follow the sending: how long they delay the next poll. Not
+//               sound: a poll may take a word of an earlier state, and a CTA may then wait forever for one
+//               that was cleared. That ends the program, so these rows come last
 //   an eighth   of the steps per launch: cost of a launch and of loading W_hh
 //
 // Results of the variants that leave something out are meaningless, and no number is checked: the tests do
@@ -77,6 +80,12 @@ struct NoProduct : Group {
       }
     }
   }
+};
+
+template <class Group>
+struct NoFence : Group {
+  using Group::Group;
+  FASTLSTM_DEVICE static void fence(const Warp&) {}
 };
 
 // A block with another group.
@@ -163,7 +172,7 @@ struct Problem {
     backward.dgates = constant<T>(4 * all);
   }
 
-  void run(Phase phase, char tier) {
+  void run(Phase phase, char tier, bool fences = true) {
     const PersistentPlan chosen = plan(phase, {H, H, B, 1, sizeof(T)}, limits, tier);
     const Layout& p = chosen.layout;
     if (!chosen.reason.empty() || p.cluster != (tier == 'A') || p.single != (tier == 'S') ||
@@ -182,10 +191,10 @@ struct Problem {
     check(cudaMemset(s.flags, 0, 4 * (flags + 1)), "memset");
     if (phase == Phase::forward) {
       with_forward_block<T, false>(
-          p, [&](auto block) { return measure(block, PersistentForward<T>{s, forward}); });
+          p, [&](auto block) { return measure(block, PersistentForward<T>{s, forward}, fences); });
     } else {
       with_backward_block<T, false>(
-          p, [&](auto block) { return measure(block, PersistentBackward<T>{s, backward, dh}); });
+          p, [&](auto block) { return measure(block, PersistentBackward<T>{s, backward, dh}, fences); });
     }
     check(cudaFree(pack.packed_weights), "free");
     check(cudaFree(const_cast<T*>(pack.w_hh[0])), "free");
@@ -194,7 +203,12 @@ struct Problem {
   }
 
   template <class Block, class Arguments>
-  int measure(Block, Arguments arguments) {
+  int measure(Block, Arguments arguments, bool fences) {
+    if (!fences) {
+      if constexpr (Block::kDataFlag)
+        one<typename Variant<Block, NoFence>::type>("no fence", arguments, static_cast<int>(steps));
+      return 0;
+    }
     one<Block>("all", arguments, static_cast<int>(steps));
     one<Block>("an eighth", arguments, static_cast<int>(steps / 8));
     if constexpr (!kMultipliesToSend<Block> && !kSingle<Block>) {
@@ -238,14 +252,18 @@ int main(int argc, char** argv) {
   const DeviceLimits limits = {gpu.multiProcessorCount, static_cast<int64_t>(gpu.sharedMemPerBlockOptin),
                                gpu.major >= 9 ? 16 : 0};
   const int64_t count = argc > 1 ? std::atoi(argv[1]) : 256;
-  std::printf("pass,kernels,H,B,members,blocks,variant,median_us,min_us\n");
+  std::printf("pass,kernels,H,B,ctas_per_group,ctas,variant,median_us,min_us\n");
   const int64_t sizes[][2] = {{128, 16}, {256, 16},  {256, 64},  {512, 16}, {512, 64},
                               {768, 16}, {1024, 16}, {1024, 64}, {2048, 64}};
+  std::vector<Problem> problems;
   for (const auto& [H, B] : sizes) {
-    Problem problem(count, B, H, limits);
+    Problem& problem = problems.emplace_back(count, B, H, limits);
     for (const Phase phase : {Phase::forward, Phase::backward}) {
       for (const char tier : {'A', 'B', 'D', 'S'}) problem.run(phase, tier);
     }
+  }
+  for (Problem& problem : problems) {
+    for (const Phase phase : {Phase::forward, Phase::backward}) problem.run(phase, 'D', false);
   }
   return 0;
 }

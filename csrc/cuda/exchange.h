@@ -39,14 +39,15 @@ FASTLSTM_DEVICE void raise_flag(const Warp& warp, uint32_t* flag, uint32_t epoch
 // Data flags: a word of 32 bits is kEmptyWord until it is written, and readers poll the words themselves.
 // State n is in slot n % 4 of four. After its words of state n a thread clears the same words in the slot of
 // state n + 2, and a fence orders that before its words of state n + 1:
-//   - The slot of state n + 2 held state n - 2, which no CTA reads any more: each sent its part of state n -
-//   1,
-//     for which this CTA has waited, after its own reads of state n - 2.
+//   - The slot of state n + 2 held state n - 2, which no CTA reads any more: each sent its part of state
+//     n - 1, for which this CTA has waited, after its own reads of state n - 2.
 //   - A thread that polls a word of state n + 2 has taken the same word of state n + 1, written by the same
 //     thread after the clearing and the fence, and has executed a fence itself since. So it sees the cleared
 //     word or state n + 2, never state n - 2.
 // The argument is about one writer and one reader of one word, so nothing else has to be ordered. It needs a
-// fence per step of every thread that polls, also of those that write nothing.
+// fence per step of every thread that polls, also of those that write nothing. The fence is between the
+// sending and the next poll, and waits until the thread's words and clears have reached L2: nothing waits for
+// it before a state is sent, but it delays the next poll if the other CTAs' words arrive sooner.
 // tests/gpu/test_exchange_model.py explores all interleavings; three slots, another distance, or a missing
 // fence fail there.
 //

@@ -36,9 +36,9 @@ class DataFlagGroup {
   static constexpr bool kCluster = false, kDataFlag = true;
   static constexpr int kUnits = UNITS, kBatchTileRows = 8;
   using Elements = ElementMap<UNITS, kBatchTileRows>;
-  // Of a word of 32 bits in the exchange buffer, which has fewer than 2^30: a register less than a pointer.
+  // Of a word of 32 bits in the exchange buffer: a register less than a pointer.
   using StateAddress = int;
-  static constexpr StateAddress kNoWord = -(1 << 30);  // negative in each slot
+  static constexpr StateAddress kNoWord = -kDataFlagMaxWords;  // negative in each slot
   static_assert(Elements::kElements == 1 && UNITS % 2 == 0, "neighbouring lanes share a word");
 
   FASTLSTM_DEVICE DataFlagGroup(const Persistent& s, const Warp& warp, const CtaCoord& cta)

@@ -26,9 +26,9 @@ struct PackWeights {
 template <class T>
 cudaError_t launch_pack_weights(const PackWeights<T>& pack, cudaStream_t stream);
 
-// The steps of a launch, and the buffers through which its CTAs exchange states. The buffers are zeroed, or
-// with data flags filled with kEmptyWord, before the first launch that uses them; later launches continue the
-// count of epochs.
+// The steps of a launch, and the buffers through which its CTAs exchange states. The buffers and
+// `fault` are zeroed, or with data flags filled with kEmptyWord, before the first launch that uses them;
+// later launches continue the count of epochs.
 struct Persistent {
   Layout layout;
   const uint4* packed_weights;  // PackWeights' output

@@ -39,6 +39,7 @@ struct Recurrence {
 constexpr int kWarps = 8;                     // per CTA
 constexpr int kDataFlagSlots = 4;             // exchange.h
 constexpr uint32_t kEmptyWord = 0xffffffffu;  // exchange.h
+constexpr int kDataFlagMaxWords = 1 << 30;    // of 32 bits in the exchange buffer, exclusive
 constexpr int kKSliceBytes = 64;              // of a row of K: 16 bytes of each of four lanes
 
 // A step's GEMM is A [M, K] times a state [K, 8 * n_tiles]; A stays in the CTA. A is divided into fragments
@@ -260,13 +261,15 @@ inline Layout best_grid_layout(Phase phase, const Recurrence& r, const DeviceLim
 }
 
 // Data flags for a layout of the grid variant, or why not.
-inline PersistentPlan with_data_flags(const Layout& grid) {
+inline PersistentPlan with_data_flags(const Layout& grid, int D) {
   if (grid.ctas_per_group == 0) return {"too few SMs"};
   if (grid.n_tiles > 1 || grid.batch_tiles > grid.groups) {
     return {"the SMs hold fewer groups than there are batch tiles of 8 rows"};
   }
   PersistentPlan plan = {"", grid};
   plan.layout.data_flag = true;
+  const int64_t words = int64_t{D} * grid.batch_tiles * plan.layout.exchange_slots() * grid.state_words * 4;
+  if (words >= kDataFlagMaxWords) return {"the exchange buffer would have 4 GiB or more"};
   return plan;
 }
 
@@ -282,7 +285,7 @@ inline PersistentPlan plan(Phase phase, const Recurrence& r, const DeviceLimits&
     return {"", single_block_layout(phase, r), "single-block variant: requested (tier=S)"};
   const Layout grid = best_grid_layout(phase, r, device);
   // Only if requested, for the same reason. The variant has never run on a GPU.
-  PersistentPlan data_flags = with_data_flags(grid);
+  PersistentPlan data_flags = with_data_flags(grid, r.D);
   if (requested == 'D' && data_flags.reason.empty()) {
     data_flags.description = "grid variant with data flags: requested (tier=D)";
     return data_flags;

@@ -258,7 +258,8 @@ class StateGemm {
     }
   }
 
-  // Polls the first iterations' words until all are complete: those that are not, in one round trip together.
+  // Polls the first iterations' words until all are complete. If a lane lacks one, it loads all of them
+  // again, in one round trip.
   template <class Loader>
   FASTLSTM_DEVICE void poll_first(const Warp& warp, const Loader& loader,
                                   const PerLane<const uint4*> (&from)[N_TILES],

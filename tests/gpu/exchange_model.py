@@ -7,9 +7,12 @@
 3. executes a fence,
 4. polls all words of all CTAs in slot r % slots, in any order; a word that is not empty is taken.
 
-Memory is weaker than a GPU's: a store waits in a buffer of its CTA and becomes visible to each other CTA separately, in
-any order, except that stores to one word keep their order. A fence waits until all earlier stores are visible to all. A
-load may be executed before earlier loads of its CTA, back to the CTA's last fence.
+A store waits in a buffer of its CTA and becomes visible to each other CTA separately, in any order, except that stores
+to one word keep their order. A load may be executed before earlier loads of its CTA, back to the CTA's last fence. In
+both, memory is weaker than a GPU's. In one respect it is stronger: a fence waits until all earlier stores of the CTA
+are visible to all, and orders all its loads, while a kernel's fence is one thread's. The protocol needs no more than
+that: a word and its clears are stored by one thread, and each thread that polls executes a fence. The barrier in
+receive() orders what the other threads of the CTA have read before what a thread stores next.
 """
 
 from __future__ import annotations

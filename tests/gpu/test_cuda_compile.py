@@ -19,16 +19,15 @@ KERNELS = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
 # Ampere, Hopper, Blackwell: the supported architectures.
 ARCHITECTURES = {"sm_80": "compute_80", "sm_90a": "compute_90a", "sm_100": "compute_100"}
 
-# ptxas takes a minute per architecture for the persistent kernels' unrolled products: pytest -m slow. Float16
-# differs from bfloat16 in conversions only, and TF32 has less code. Each is compiled with and without lengths and
-# resets.
+# ptxas takes a minute per file and architecture for the persistent kernels' unrolled products: pytest -m slow. By
+# default tests/gpu/test_cuda_sass.py looks for spills in one kernel of each kind.
 LARGE = [path for path in KERNELS if path.name.startswith("persistent_")]
 COMPILED = [
     pytest.param(
         source,
         architecture,
         id=f"{source.name}-{architecture}",
-        marks=[pytest.mark.slow] if source in LARGE and (architecture != "sm_90a" or "bf16" not in source.name) else [],
+        marks=[pytest.mark.slow] if source in LARGE else [],
     )
     for source in KERNELS
     for architecture in ARCHITECTURES

@@ -201,6 +201,23 @@ def test_nan_states_are_not_taken_for_empty_words(dtype, persistent):
     assert not y[:, ::2].isnan().any()
 
 
+@pytest.mark.parametrize("persistent", ["D"], indirect=True)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_nan_gradients_are_not_taken_for_empty_words(dtype, persistent):
+    """Data flags: dy whose bits are all ones makes all four gates' gradients NaN, in float32 with the same bits."""
+    weights = [torch.full(size, 0.01, dtype=dtype) for size in ((160, 2), (160, 40), (160,), (160,))]
+    x, ops = torch.ones(9, 3, 2, dtype=dtype), torch.ops.fastlstm_cuda_host
+    y, h_n, _, cells, reserve = ops.native_layer(x, None, None, weights, None, None, True, True)
+    dy = torch.zeros_like(y)
+    dy.view(torch.int32 if dtype.itemsize == 4 else torch.int16)[:, 1] = -1
+    needs, zeros = [True] * (3 + len(weights)), torch.zeros_like(h_n)
+    dx, *_ = ops.native_layer_backward(
+        dy, zeros, zeros, None, x, None, None, weights, None, None, y, cells, reserve, needs
+    )
+    assert dx[:, 1].isnan().all()
+    assert not dx[:, ::2].isnan().any()
+
+
 @pytest.mark.parametrize("launches", [0, 1, 2])
 @pytest.mark.parametrize(
     "case",

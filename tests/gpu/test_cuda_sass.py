@@ -84,6 +84,14 @@ ragged_or_dense = pytest.mark.parametrize(
 )
 
 
+@pytest.mark.parametrize(("phase", "block"), (*CEILINGS, *SINGLE), ids=lambda value: value.split("<")[0])
+def test_no_register_is_spilled(phase, block, instructions):
+    """No load or store of local memory; tests/gpu/test_cuda_compile.py asks ptxas for every kernel (-m slow)."""
+    code = [text for _, text in instructions(phase, block.format(ragged="false"))]
+    assert len(code) > 100
+    assert not [text for text in code if re.search(r"\b(?:STL|LDL)\b", text)]
+
+
 @kernels
 @ragged_or_dense
 def test_two_barriers_a_step(phase, block, ragged, step):

@@ -5,6 +5,9 @@ Four rounds fill the four slots; the fifth and sixth use two of them again.
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import pytest
 
 from .exchange_model import Protocol, Violation, explore
@@ -12,6 +15,20 @@ from .exchange_model import Protocol, Violation, explore
 pytestmark = pytest.mark.toolchain
 
 SIZES = {"2 CTAs": {"ctas": 2, "rounds": 8}, "2 words": {"ctas": 2, "words": 2}, "3 CTAs": {"ctas": 3, "rounds": 5}}
+
+
+def test_model_has_the_kernels_slots_and_distance():
+    """kDataFlagSlots, and the distance of clear(), in slots from the one stored: 2, or -2 in the last slots."""
+    cuda = Path(__file__).parents[2] / "csrc" / "cuda"
+    slots = re.search(r"constexpr int kDataFlagSlots = (\d+);", (cuda / "plan.h").read_text())
+    text = (cuda / "group_data_flag.h").read_text()
+    clear = re.search(r"% kDataFlagSlots < kDataFlagSlots / 2 \? (\d+) : -(\d+)\)", text)
+    assert slots is not None
+    assert clear is not None
+    protocol = Protocol(ctas=2)
+    assert int(slots[1]) == protocol.slots
+    assert int(clear[1]) == protocol.clear_ahead
+    assert protocol.slots - int(clear[2]) == protocol.clear_ahead
 
 
 @pytest.mark.parametrize("size", SIZES.values(), ids=SIZES)

@@ -50,6 +50,13 @@ def kernels(case: Case) -> str:
     return fastlstm.explain(fastlstm.LSTM(**case.arguments(), dtype=case.dtype, device="cuda"), x).kernels
 
 
+def require_data_flags(case: Case, precision: Arithmetic) -> None:
+    """In forward and backward; a layer that the variant does not support would run with flags."""
+    with precision.flags(), fastlstm.use_backend("native"):
+        text = kernels(case)
+    assert text.count(f"{VARIANTS['D']}: requested") == 2, text
+
+
 @pytest.mark.parametrize("precision", PRECISIONS, ids=str)
 @pytest.mark.parametrize("case", SMALL, ids=str)
 def test_small(case, precision):
@@ -67,8 +74,12 @@ def test_parity_with_cudnn(H, B, precision, persistent):
 
 
 @pytest.mark.parametrize("precision", PRECISIONS, ids=str)
-def test_results_are_bitwise_deterministic(precision):
-    case = Case(T=200, B=64, I=64, H=512, bidirectional=True, dtype=precision.dtype)
+def test_results_are_bitwise_deterministic(precision, persistent):
+    # Data flags: a group per batch tile and direction, of up to 32 CTAs.
+    B = 16 if persistent == "D" else 64
+    case = Case(T=200, B=B, I=64, H=512, bidirectional=True, dtype=precision.dtype)
+    if persistent == "D":
+        require_data_flags(case, precision)
     first = run(case, precision, "native")
     for _ in range(20):
         same(run(case, precision, "native"), first)
@@ -107,14 +118,16 @@ def test_random_launches():
 
 
 @pytest.mark.parametrize("sms", [8, 32])
-def test_green_context(sms):
+def test_green_context(sms, persistent):
     """The stream has fewer SMs than the device: the cooperative launch does not fit, and the layer runs step by step.
 
     Not run on a GPU yet. The expected status is cudaErrorCooperativeLaunchTooLarge, or for clusters
     cudaErrorInvalidClusterSize; csrc/cuda/layer_persistent.cpp uses the step-wise path for no other.
     """
     green_contexts = pytest.importorskip("torch.cuda.green_contexts")
-    case = Case(T=24, B=64, I=64, H=1024, hx="tuple", dtype=torch.bfloat16)
+    case = Case(T=24, B=16 if persistent == "D" else 64, I=64, H=1024, hx="tuple", dtype=torch.bfloat16)
+    if persistent == "D":
+        require_data_flags(case, BFLOAT16)
     expected = run(case, BFLOAT16, "native")
     torch.cuda.synchronize()
     try:
@@ -146,3 +159,28 @@ def test_launches_on_many_streams():
     torch.cuda.synchronize()
     for results in collected:
         same(results, expected)
+
+
+@pytest.mark.parametrize("persistent", ["D"], indirect=True)
+def test_graph_replays_begin_with_empty_words(persistent):
+    """Data flags: the fill of the exchange buffer is a node of the graph. Not run on a GPU yet."""
+    case = Case(T=24, B=16, I=64, H=256, dtype=torch.bfloat16)
+    require_data_flags(case, BFLOAT16)
+    lstm = fastlstm.LSTM(64, 256, device="cuda", dtype=torch.bfloat16)
+    x, parameters = torch.randn(24, 16, 64, device="cuda", dtype=torch.bfloat16), list(lstm.parameters())
+    with fastlstm.use_backend("native"):
+        expected = lstm(x)[0]
+        torch.autograd.grad(expected.sum(), parameters)
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            y = lstm(x)[0]
+            grads = torch.autograd.grad(y.sum(), parameters)
+    first = []
+    for _ in range(10):
+        y.detach().fill_(float("nan"))
+        graph.replay()
+        torch.cuda.synchronize()
+        assert torch.equal(y, expected)
+        first = first or [grad.clone() for grad in grads]
+        assert all(map(torch.equal, grads, first))

@@ -180,6 +180,11 @@ def test_data_flags():
         assert more_tiles["description"].endswith(
             "; no data flags: the SMs hold fewer groups than there are batch tiles of 8 rows"
         )
+        many_sms = (1 << 27, *H100[1:])
+        assert plan(phase, 1024, 40_000, element=element, device=many_sms, tier="D")[1]["data_flag"]
+        too_large = plan(phase, 1024, 600_000, element=element, device=many_sms, tier="D")[1]
+        assert not too_large["data_flag"]
+        assert too_large["description"].endswith("; no data flags: the exchange buffer would have 4 GiB or more")
         no_sms = plan(phase, 512, 8, D=2, element=element, device=(16, 227 << 10, 16), tier="D")[1]
         assert no_sms["description"].endswith("; not the grid variant: too few SMs; no data flags: too few SMs")
 
@@ -254,8 +259,18 @@ def test_exchange_has_no_races(simulation, first_seed, delay_us):
 
 
 @pytest.mark.toolchain
-@pytest.mark.parametrize("seed", [0, 3, 18, 9000], ids=["flags", "clusters", "clusters of 16 rows", "data flags"])
+@pytest.mark.parametrize("held", ["clears", "all"])
+def test_data_flags_have_no_races_if_stores_wait_for_a_fence(simulation, held):
+    """Three layers of several CTAs per group that use each slot again; tests/gpu/test_planted_faults.py has faults."""
+    ran = run_program(simulation, 12000, 3, 100, held)
+    assert ran.returncode == 0, ran.stderr[-4000:]
+
+
+@pytest.mark.toolchain
+@pytest.mark.parametrize("seed", [25, 3, 18, 9007], ids=["flags", "clusters", "clusters of 16 rows", "data flags"])
 def test_lost_flag_or_push_traps_instead_of_hanging(simulation, seed):
+    """CTA 1 sends nothing and reports nothing; the layers have two CTAs or more per group."""
     ran = run_program(simulation, seed, 1, 0, "silent")
     assert ran.returncode == 3, ran.stderr[-4000:]
     assert "timed out waiting for epoch" in ran.stderr
+    assert "CTA 1 timed out" not in ran.stderr

@@ -22,7 +22,6 @@ STAGES = {
         "launches_A",
         "launches_B",
         "launches_D",
-        "launches_S",
         "racecheck",
     ),
     "gpu_numbers": ("build", "compile_steps", "steps", "ragged", "data_flags", "points", "ncu_512", "ncu_1024"),

@@ -27,7 +27,10 @@ namespace fastlstm::cuda {
 
 inline uint32_t kMaxPolls = uint32_t{1} << 26;
 inline int max_delay_us = 0;   // random delays before barriers, flags and loads of the state; 0: none
-inline int silent_block = -1;  // never raises its flags and sends no remote store
+inline int silent_block = -1;  // never raises its flags, sends no remote store, and reports no timeout
+// Which relaxed stores become visible only at a fence: for certain none, those of kEmptyWord, or all.
+enum class HeldStores { none, clears, all };
+inline HeldStores held_stores = HeldStores::none;
 
 inline void random_delay() {
   if (max_delay_us == 0) return;
@@ -142,8 +145,9 @@ inline uint32_t load_acquire(const uint32_t* flag) {
 
 inline uint4 load_l2(const uint4* p) { return *p; }
 
-// Relaxed stores of a thread that other threads do not see yet: they become visible in any order, except that
-// stores to one word keep theirs, at its polls, all of them at a fence, or when the thread ends.
+// Relaxed stores of a thread that other threads do not see yet. They become visible in any order, except that
+// stores to one word keep theirs: at the thread's polls, all of them at a fence, or when the thread ends. A
+// held store becomes visible at a fence, after the others, or before a later store to the same word.
 struct RelaxedStore {
   uint32_t* to;
   uint32_t value;
@@ -151,16 +155,39 @@ struct RelaxedStore {
 inline thread_local std::vector<RelaxedStore> store_buffer;
 inline thread_local std::minstd_rand store_order(1);
 
+inline bool is_held(const RelaxedStore& store) {
+  return held_stores == HeldStores::all || (held_stores == HeldStores::clears && store.value == kEmptyWord);
+}
+
+// Makes one store visible: `chosen`, or the first one to the same word.
+inline void publish_store(size_t chosen) {
+  for (size_t k = 0; k < chosen; ++k) {
+    if (store_buffer[k].to == store_buffer[chosen].to) chosen = k;
+  }
+  const RelaxedStore store = store_buffer[chosen];
+  store_buffer.erase(store_buffer.begin() + static_cast<std::ptrdiff_t>(chosen));
+  std::atomic_ref<uint32_t>(*store.to).store(store.value, std::memory_order_relaxed);
+  random_delay();
+}
+
 inline void drain_stores(bool all) {
+  std::vector<size_t> free;
   while (!store_buffer.empty() && (all || store_order() % 4 != 0)) {
-    size_t chosen = store_order() % store_buffer.size();
-    for (size_t k = 0; k < chosen; ++k) {
-      if (store_buffer[k].to == store_buffer[chosen].to) chosen = k;
+    free.clear();
+    for (size_t k = 0; k < store_buffer.size(); ++k) {
+      if (!is_held(store_buffer[k])) free.push_back(k);
     }
-    const RelaxedStore store = store_buffer[chosen];
-    store_buffer.erase(store_buffer.begin() + static_cast<std::ptrdiff_t>(chosen));
-    std::atomic_ref<uint32_t>(*store.to).store(store.value, std::memory_order_relaxed);
-    random_delay();
+    if (!free.empty()) {
+      publish_store(free[store_order() % free.size()]);
+    } else if (all) {
+      // The others are visible; this thread is late with those that were held.
+      if (held_stores != HeldStores::none && store_order() % 4 == 0) {
+        std::this_thread::sleep_for(std::chrono::milliseconds(5));
+      }
+      while (!store_buffer.empty()) publish_store(store_order() % store_buffer.size());
+    } else {
+      return;
+    }
   }
 }
 
@@ -192,6 +219,8 @@ inline PerLane<uint32_t> swap_pairs(const PerLane<uint32_t>& x) {
 inline void prefetch(const void* p) { static_cast<void>(*static_cast<const volatile char*>(p)); }
 
 [[noreturn]] inline void trap_on_timeout(uint32_t*, uint32_t epoch) {
+  // It waits for its own words, too, which says nothing of the others.
+  while (this_block == silent_block) std::this_thread::sleep_for(std::chrono::seconds(1));
   std::fprintf(stderr, "CTA %d timed out waiting for epoch %u\n", this_block, epoch);
   std::_Exit(3);
 }
