@@ -84,7 +84,7 @@ ragged_or_dense = pytest.mark.parametrize(
 )
 
 
-@pytest.mark.parametrize(("phase", "block"), (*CEILINGS, *SINGLE), ids=lambda value: value.split("<")[0])
+@pytest.mark.parametrize(("phase", "block"), [*CEILINGS, *SINGLE], ids=lambda value: value.split("<")[0])
 def test_no_register_is_spilled(phase, block, instructions):
     """No load or store of local memory; tests/gpu/test_cuda_compile.py asks ptxas for every kernel (-m slow)."""
     code = [text for _, text in instructions(phase, block.format(ragged="false"))]
