@@ -15,15 +15,12 @@ import torch
 from torch import Tensor, nn
 
 import fastlstm
-from benchmarks.features import TOLERANCE
-from benchmarks.load import background_load
-from benchmarks.measure import Measurement, Plan, Spread, alternate, wall_timer
+from benchmarks.features import TOLERANCE, Step, error, time_steps
+from benchmarks.measure import Plan
 from benchmarks.results import Row
 
 PLAN = Plan(budget=6.0, min_rounds=31)
 IMPLEMENTATIONS = ("view", "linear", "nn", "fastlstm")
-
-Step = Callable[[], list[Tensor]]  # runs once and gives the outputs or gradients
 
 
 @dataclass(frozen=True)
@@ -114,20 +111,11 @@ def _step(module: nn.Module, x: Tensor, states: tuple[Tensor, ...] | None, mode:
 def _measure(call: Call, mode: str, plan: Plan) -> list[Row]:
     body = steps(call, mode)
     rows = {impl: _row(call, mode, impl) for impl in body}
-    pairs = zip(body["fastlstm"](), body["nn"](), strict=True)
     ours = rows["fastlstm"]
-    ours.error, ours.error_allowed = max(float((a - b).abs().max() / b.abs().max()) for a, b in pairs), TOLERANCE
+    ours.error, ours.error_allowed = error(body["fastlstm"](), body["nn"]()), TOLERANCE
     if not ours.error <= TOLERANCE:
         ours.status = f"WRONG: differs from nn.LSTM by {ours.error:.2e} of the largest element"
-    measurements = {impl: Measurement.of(step) for impl, step in body.items() if rows[impl].status == "ok"}
-    measured_load = background_load()
-    rounds = alternate(measurements, wall_timer, plan)
-    load = measured_load()
-    for impl, measurement in measurements.items():
-        row, spread = rows[impl], Spread.of(measurement.samples)
-        row.p20_ms, row.p50_ms, row.p80_ms = spread.p20 * 1e3, spread.p50 * 1e3, spread.p80 * 1e3
-        row.rounds, row.calls, row.others_cpu = rounds, measurement.calls, load
-        row.ratio = Spread.of(measurements["nn"].samples).p50 / spread.p50
+    time_steps(body, rows, "nn", plan)
     return list(rows.values())
 
 

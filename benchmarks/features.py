@@ -24,7 +24,7 @@ from benchmarks.results import Row
 TOLERANCE = 1e-4  # of the largest gradient; float32
 PLAN = Plan(budget=4.0, min_rounds=7, patience=20.0)
 
-Step = Callable[[], list[Tensor]]  # runs once and gives the gradients
+Step = Callable[[], list[Tensor]]  # runs once and gives the gradients, or the outputs
 
 
 @dataclass
@@ -201,23 +201,13 @@ def _measure(feature: Feature, plan: Plan) -> list[Row]:
     reference = steps[baseline]()
     for name, step in steps.items():
         row = rows[name]
-        row.error, row.error_allowed = _error(step(), reference), TOLERANCE
+        row.error, row.error_allowed = error(step(), reference), TOLERANCE
         if not row.error <= TOLERANCE:
             row.status = f"WRONG: gradients differ from those of {baseline!r} by {row.error:.2e} of the largest"
-    correct = {name: Measurement.of(step) for name, step in steps.items() if rows[name].status == "ok"}
-    measured_load = background_load()
-    rounds = alternate(correct, wall_timer, plan)
-    load = measured_load()
-    for name, measurement in correct.items():
-        row, spread = rows[name], Spread.of(measurement.samples)
-        row.p20_ms, row.p50_ms, row.p80_ms = spread.p20 * 1e3, spread.p50 * 1e3, spread.p80 * 1e3
-        row.rounds, row.calls, row.others_cpu = rounds, measurement.calls, load
-        row.ratio = Spread.of(correct[baseline].samples).p50 / spread.p50
-        pairs = zip(correct[baseline].samples, measurement.samples, strict=True)
-        row.ratio_rounds = statistics.median(a / b for a, b in pairs)
+    time_steps(steps, rows, baseline, plan)
     if not feature.reports_saved:
         return list(rows.values())
-    memory = {name: _row(feature, name, "memory") for name in correct}
+    memory = {name: _row(feature, name, "memory") for name, row in rows.items() if row.status == "ok"}
     for name, row in memory.items():
         row.peak_mib = saved_mib(steps[name])
         row.target = None if name == baseline else 3.0
@@ -233,7 +223,23 @@ def _row(feature: Feature, impl: str, mode: str = "") -> Row:
     return row
 
 
-def _error(results: list[Tensor], reference: list[Tensor]) -> float:
+def time_steps(steps: dict[str, Step], rows: dict[str, Row], baseline: str, plan: Plan) -> None:
+    """Time the steps whose row is "ok", interleaved, and fill in their rows."""
+    correct = {name: Measurement.of(step) for name, step in steps.items() if rows[name].status == "ok"}
+    measured_load = background_load()
+    rounds = alternate(correct, wall_timer, plan)
+    load = measured_load()
+    for name, measurement in correct.items():
+        row, spread = rows[name], Spread.of(measurement.samples)
+        row.p20_ms, row.p50_ms, row.p80_ms = spread.p20 * 1e3, spread.p50 * 1e3, spread.p80 * 1e3
+        row.rounds, row.calls, row.others_cpu = rounds, measurement.calls, load
+        row.ratio = Spread.of(correct[baseline].samples).p50 / spread.p50
+        pairs = zip(correct[baseline].samples, measurement.samples, strict=True)
+        row.ratio_rounds = statistics.median(a / b for a, b in pairs)
+
+
+def error(results: list[Tensor], reference: list[Tensor]) -> float:
+    """The largest difference, relative to the largest element of its tensor."""
     return max(float((a - b).abs().max() / b.abs().max()) for a, b in zip(results, reference, strict=True))
 
 
