@@ -1,4 +1,4 @@
-"""What a call costs apart from its arithmetic: layers so small that they compute for about a microsecond.
+"""What a tiny call costs: layers whose arithmetic takes a few microseconds.
 
 Four modules take turns in one loop: nn.LSTM, fastlstm.LSTM, nn.Linear, and a view of a parameter. The view's time is
 that of the loop itself: autograd engine, gradient accumulation, Python. A module's own cost is its time above the

@@ -1,6 +1,6 @@
 // What the two drivers (cpu/layer_forward.cpp, cpu/layer_backward.cpp) require of an Engine: how numbers are
 // stored, packed and multiplied. cpu/engine_float.h runs the kernels of cpu/forward.h and cpu/backward.h,
-// cpu/engine_bf16.h those of cpu/bf16.h. with_engine, below, has the one of a plan.
+// cpu/engine_bf16.h those of cpu/bf16.h; with_engine of cpu/engines.h has the one of a plan.
 //
 // An Engine E names
 //   Number           of x, weights and results: float, double or Bf16; sums and c are Real<Number>
