@@ -1,10 +1,15 @@
-// The autograd node of fastlstm::native_layer, for every device. The same formula as fastlstm/ops/register.py
-// gives the backends written in Python; in C++ it costs a third, and call overhead decides tiny sequences.
+// The autograd nodes: of fastlstm::native_layer, for every device, and of LSTMCell's call, for plain CPU
+// tensors. The layer's formula is that of fastlstm/ops/register.py, for the backends written in Python;
+// in C++ it costs a third, and call overhead decides tiny sequences. In one file, because torch's headers are
+// most of what is compiled.
+#include <ATen/ops/empty.h>
+#include <ATen/record_function.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 
 #include <algorithm>
 
+#include "cell_step.h"
 #include "contract.h"
 #include "saved.h"
 
@@ -140,8 +145,153 @@ LayerResults layer(const at::Tensor& x, const OptionalTensor& h0, const Optional
   return {out[0], out[1], out[2], keep_cells ? out[3] : cells, reserve};
 }
 
+// LSTMCell's call in one piece: its checks, its autograd node and cpu/one_step.h. Through the layer's op a
+// small cell would spend most of its time in views, their autograd nodes and dispatching.
+
+// Returns true if t has no dispatch of its own: subclasses, wrappers of transforms, lazy negation, other
+// layouts.
+bool is_plain_tensor(const at::Tensor& t) {
+  static const c10::DispatchKeySet keys = at::empty({0}).key_set();
+  const c10::DispatchKeySet autograd = c10::autograd_dispatch_keyset_with_ADInplaceOrView;
+  return (t.key_set() | autograd) == (keys | autograd);
+}
+
+// Whether cpu/one_step.h can read the tensors as they lie: plain, of one type and of the sizes of a cell.
+bool fits(const StepInputs& in) {
+  const at::ScalarType type = in.x.scalar_type();
+  const int64_t dim = in.x.dim();
+  if (!(type == at::kFloat || type == at::kDouble) || !(dim == 1 || dim == 2) || in.w_ih.dim() != 2 ||
+      in.w_hh.dim() != 2)
+    return false;
+  const int64_t B = in.B(), H = in.H(), I = in.I();
+  const auto state_fits = [&](const at::Tensor& t, int64_t n) {
+    return is_plain_tensor(t) && t.scalar_type() == type && t.dim() == dim && t.size(-1) == n &&
+           t.numel() == B * n;
+  };
+  const auto weight_fits = [&](const at::Tensor& w, int64_t n) {
+    return is_plain_tensor(w) && w.scalar_type() == type && w.size(0) == 4 * H && w.numel() == 4 * H * n;
+  };
+  const auto bias_fits = [&](const at::Tensor& w) { return w.dim() == 1 && weight_fits(w, 1); };
+  return B > 0 && H > 0 && I > 0 && state_fits(in.x, I) && weight_fits(in.w_ih, I) &&
+         weight_fits(in.w_hh, H) && (!in.h0.defined() || (state_fits(in.h0, H) && state_fits(in.c0, H))) &&
+         (!in.bias_ih.defined() || (bias_fits(in.bias_ih) && bias_fits(in.bias_hh)));
+}
+
+// The parts of a cell's reserve as a layer of one step has them.
+at::Tensor gates_of(const at::Tensor& reserve, const StepInputs& in) {
+  return reserve.narrow(0, 0, 4 * in.B() * in.H()).view({1, 1, in.B(), 4 * in.H()});
+}
+at::Tensor cells_of(const at::Tensor& reserve, const StepInputs& in) {
+  return reserve.narrow(0, 4 * in.B() * in.H(), in.B() * in.H()).view({1, in.B(), in.H()});
+}
+
+// The gradients as differentiable functions of everything, by the layer's formula.
+StepGradients differentiable(const at::Tensor& dh, const at::Tensor& dc, const StepInputs& in,
+                             const at::Tensor& reserve, const std::array<bool, 7>& needs) {
+  static const auto op = find<DifferentiableBackward>("fastlstm::differentiable_backward");
+  return through_layer(dh, dc, in, needs,
+                       [&](const OptionalTensor& dh_n, const OptionalTensor& dc_n, const at::Tensor& x,
+                           const OptionalTensor& h0, const OptionalTensor& c0, at::TensorList weights,
+                           const c10::List<bool>& flags) {
+                         const at::Tensor gates = saved_gates(gates_of(reserve, in), x, weights, {});
+                         return op.call({}, dh_n, dc_n, {}, x, h0, c0, weights, {}, {}, gates,
+                                        cells_of(reserve, in), flags);
+                       });
+}
+
+// The same as numbers, by the layer's op, for a mode that wants to see ops.
+StepGradients by_op(const at::Tensor& dh, const at::Tensor& dc, const StepInputs& in,
+                    const at::Tensor& reserve, const std::array<bool, 7>& needs) {
+  static const auto op = find<LayerBackward>("fastlstm::native_layer_backward");
+  const at::Tensor gates = gates_of(reserve, in), cells = cells_of(reserve, in);
+  at::AutoDispatchBelowADInplaceOrView guard;
+  return through_layer(dh, dc, in, needs,
+                       [&](const OptionalTensor& dh_n, const OptionalTensor& dc_n, const at::Tensor& x,
+                           const OptionalTensor& h0, const OptionalTensor& c0, at::TensorList weights,
+                           const c10::List<bool>& flags) {
+                         return op.call({}, dh_n, dc_n, {}, x, h0, c0, weights, {}, {},
+                                        at::empty({0}, x.options()), cells, gates, flags);
+                       });
+}
+
+class CellFunction : public torch::autograd::Function<CellFunction> {
+ public:
+  // The arguments that `in` holds, which the base class looks for, in StepInputs' order.
+  static variable_list forward(AutogradContext* ctx, const StepInputs* in, const at::Tensor&,
+                               const OptionalTensor&, const OptionalTensor&, const at::Tensor&,
+                               const at::Tensor&, const OptionalTensor&, const OptionalTensor&) {
+    const StepResults r = step_forward(*in, true);
+    variable_list saved = {in->x, in->h0, in->c0, in->w_ih, in->w_hh, in->bias_ih, in->bias_hh};
+    const Arguments needs = requiring_grad(saved);
+    set_unread_aside(ctx, saved, read_by_backward(needs, 7, 4, /*proj=*/false, /*steps=*/false));
+    saved.push_back(r.reserve);
+    ctx->save_for_backward(std::move(saved));
+    ctx->set_materialize_grads(false);  // else an unused h or c would arrive in backward as zeros
+    return {r.h, r.c};
+  }
+
+  static variable_list backward(AutogradContext* ctx, variable_list grads) {
+    variable_list saved = ctx->get_saved_variables();
+    const Arguments unread = restore_unread(ctx, saved);
+    const auto inputs = [&] {
+      return StepInputs{saved[0], saved[1], saved[2], saved[3], saved[4], saved[5], saved[6]};
+    };
+    StepInputs in = inputs();
+    std::array<bool, 7> needs;
+    size_t edge = 0;  // which exist for the tensors that were given only
+    for (size_t k = 0; k < 7; ++k) needs[k] = saved[k].defined() && ctx->needs_input_grad(edge++);
+    // Gradients may come as subclasses, with a negation to be done or with a tangent, and a saved-tensor hook
+    // may give back anything.
+    const auto readable = [](const at::Tensor& t) {
+      return !t.defined() || (is_plain_tensor(t) && !t._fw_grad(/*level=*/0).defined());
+    };
+    TORCH_CHECK(saved[7].numel() == 5 * in.B() * in.H(), "a saved-tensor hook must give back ",
+                5 * in.B() * in.H(), " numbers, got ", saved[7].numel());
+    const bool raw = !at::GradMode::is_enabled() && readable(grads[0]) && readable(grads[1]) && fits(in) &&
+                     is_plain_tensor(saved[7]);
+    const at::Tensor reserve = saved[7].contiguous();
+    StepGradients found;
+    if (!raw) {
+      connect_unread(saved, 7, unread);
+      in = inputs();
+      found = differentiable(grads[0], grads[1], in, reserve, needs);
+    } else if (dispatch_mode_active()) {
+      found = by_op(grads[0], grads[1], in, reserve, needs);
+    } else {
+      found = step_backward(grads[0], grads[1], in, reserve, needs);
+    }
+    variable_list out = {at::Tensor()};  // of `in`
+    out.insert(out.end(), std::make_move_iterator(found.begin()), std::make_move_iterator(found.end()));
+    return out;
+  }
+};
+
 }  // namespace
 
 TORCH_LIBRARY_IMPL(fastlstm, Autograd, m) { m.impl("native_layer", layer); }
+
+bool dispatch_mode_active() {
+  constexpr c10::DispatchKeySet keys{c10::DispatchKey::Python, c10::DispatchKey::Tracer};
+  return c10::impl::tls_local_dispatch_key_set().included_.has_any(keys);
+}
+
+bool cell_step(const StepInputs& in, at::Tensor& h, at::Tensor& c) {
+  if (dispatch_mode_active() || !fits(in)) return false;
+
+  RECORD_FUNCTION("fastlstm::cell", {});
+  const auto requires_grad = [](const at::Tensor& t) { return t.defined() && t.requires_grad(); };
+  if (at::GradMode::is_enabled() &&
+      (requires_grad(in.x) || requires_grad(in.h0) || requires_grad(in.c0) || requires_grad(in.w_ih) ||
+       requires_grad(in.w_hh) || requires_grad(in.bias_ih) || requires_grad(in.bias_hh))) {
+    const auto given = [](const at::Tensor& t) { return t.defined() ? OptionalTensor(t) : std::nullopt; };
+    const variable_list out = CellFunction::apply(&in, in.x, given(in.h0), given(in.c0), in.w_ih, in.w_hh,
+                                                  given(in.bias_ih), given(in.bias_hh));
+    h = out[0], c = out[1];
+  } else {
+    StepResults r = step_forward(in, false);
+    h = std::move(r.h), c = std::move(r.c);
+  }
+  return true;
+}
 
 }  // namespace fastlstm

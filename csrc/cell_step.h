@@ -1,4 +1,4 @@
-// LSTMCell's call for plain CPU tensors (cell_step.cpp).
+// LSTMCell's call for plain CPU tensors (autograd.cpp).
 #pragma once
 
 #include "cpu/one_step.h"

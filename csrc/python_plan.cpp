@@ -155,8 +155,9 @@ py::dict cost_figures() {
 CostFigures figures_of(const std::map<std::string, double>& given) {
   CostFigures figures;
   for (const auto& [name, value] : given) {
-    const auto* found =
-        std::find_if(std::begin(kFigures), std::end(kFigures), [&](const auto& f) { return name == f.name; });
+    // Clang 15 cannot capture a structured binding by [&].
+    const auto* found = std::find_if(std::begin(kFigures), std::end(kFigures),
+                                     [&name = name](const auto& f) { return name == f.name; });
     TORCH_CHECK(found != std::end(kFigures), "there is no figure ", name);
     TORCH_CHECK(value > 0, name, " must be positive, got ", value);
     figures.*found->at = value;

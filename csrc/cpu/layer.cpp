@@ -1,7 +1,12 @@
-// The native ops on CPU tensors, by dtype.
+// The native ops on CPU tensors: a layer and its backward by dtype, native_gates, grouped_products. In one
+// file, because torch's headers are most of what is compiled.
+#include <ATen/Parallel.h>
+#include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
-#include "cpu/layer.h"
+#include "cpu/engines.h"
+#include "cpu/memory.h"
+#include "cpu/product.h"
 
 namespace fastlstm {
 namespace {
@@ -62,11 +67,96 @@ LayerGradients layer_backward(const OptionalTensor& dy, const OptionalTensor& dh
   return {dx.to(at::kHalf), dh0.to(at::kHalf), dc0.to(at::kHalf), to(dweights, at::kHalf)};
 }
 
+// native_gates: the activated gates of a reserve in the order of nn.LSTM.
+
+// The units of a block of the reserve (cpu/sequence.h), by the Engine that wrote it.
+int64_t block_of(const LayerSizes& s, const Ragged& ragged, at::ScalarType dtype) {
+  if (dtype == at::kDouble) return kernels<double>().width;
+  if (dtype != at::kBFloat16) return kernels<float>().width;
+  const ForwardPlan plan = plan_forward(layer_shape<Bf16>(s, ragged, {}), this_machine());
+  return with_engine<Bf16>(plan.engine, [](auto engine) { return decltype(engine)::saved_block(); });
+}
+
+// T: any type of the size of a gate.
+template <class T>
+void unblock(const LayerSizes& s, const Ragged& ragged, const at::Tensor& reserve, int64_t block,
+             const at::Tensor& gates) {
+  const int64_t H = s.H;
+  for (int64_t d = 0; d < s.D; ++d) {
+    const T* from = static_cast<const T*>(reserve.const_data_ptr()) + d * s.rows() * 4 * H;
+    T* to = static_cast<T*>(gates.mutable_data_ptr()) + d * s.rows() * 4 * H;
+    ragged.for_each_row([&](int64_t packed_row, int64_t row, int64_t, int64_t) {
+      for (int64_t u = 0; u < H; u += block) {
+        const int64_t n = std::min(block, H - u);
+        for (int64_t gate = 0; gate < 4; ++gate)
+          std::copy_n(from + packed_row * 4 * H + 4 * u + gate * n, n, to + row * 4 * H + gate * H + u);
+      }
+    });
+  }
+}
+
+at::Tensor gates(const at::Tensor& reserve_in, const at::Tensor& x, at::TensorList weights,
+                 const OptionalTensor& lengths) {
+  const OptionalTensor none;
+  const LayerSizes s({x, none, none, weights, lengths, none});
+  const at::Tensor reserve = reserve_in.contiguous();
+  TORCH_CHECK(reserve.sizes() == s.reserve() && reserve.scalar_type() == x.scalar_type(), "reserve must be ",
+              x.scalar_type(), " ", s.reserve(), ", got ", reserve.scalar_type(), " ", reserve.sizes());
+  const Ragged ragged(s, lengths, none);
+  const at::Tensor out = at::zeros(s.reserve(), reserve.options());  // past a length as well
+  const int64_t block = block_of(s, ragged, x.scalar_type());
+  switch (reserve.element_size()) {
+    case 2:
+      unblock<uint16_t>(s, ragged, reserve, block, out);
+      break;
+    case 4:
+      unblock<float>(s, ragged, reserve, block, out);
+      break;
+    default:
+      unblock<double>(s, ragged, reserve, block, out);
+  }
+  return out;
+}
+
+// grouped_products: weight gradients of many groups of rows at once (fastlstm/ops/register.py).
+
+template <class T>
+at::Tensor products(const at::Tensor& a, const at::Tensor& b, int64_t groups) {
+  const int64_t steps = a.size(0), m = a.size(2), n = b.size(2), rows = a.size(1) / groups;
+  at::Tensor out = new_empty({groups, m, n}, a);
+  if (steps * rows == 0) return out.zero_();
+  T* to = out.mutable_data_ptr<T>();
+  const T *pa = a.const_data_ptr<T>(), *pb = b.const_data_ptr<T>();
+  at::parallel_for(
+      0, groups, 1 + kGroupedWgradTaskMinMacs / (steps * rows * m * n + 1), [&](int64_t begin, int64_t end) {
+        for (int64_t g = begin; g < end; ++g)
+          for (int64_t r = g * rows; r < (g + 1) * rows; ++r)
+            multiply<T>({m, n, steps, pa + r * a.stride(1), a.stride(0), true, pb + r * b.stride(1),
+                         b.stride(0), r > g * rows, to + g * m * n, n, nullptr});
+      });
+  return out;
+}
+
+at::Tensor grouped_products(const at::Tensor& a, const at::Tensor& b, int64_t groups) {
+  TORCH_CHECK(a.dim() == 3 && b.dim() == 3 && a.size(0) == b.size(0) && a.size(1) == b.size(1),
+              "a and b must be [T, B, m] and [T, B, n], got ", a.sizes(), " and ", b.sizes());
+  TORCH_CHECK(groups > 0 && a.size(1) % groups == 0, "groups must divide the ", a.size(1), " rows, got ",
+              groups);
+  TORCH_CHECK(
+      a.scalar_type() == b.scalar_type() && (a.scalar_type() == at::kFloat || a.scalar_type() == at::kDouble),
+      "a and b must both be float32 or float64, got ", a.scalar_type(), " and ", b.scalar_type());
+  const auto rows_of = [](const at::Tensor& t) { return t.stride(2) == 1 ? t : t.contiguous(); };
+  return a.scalar_type() == at::kFloat ? products<float>(rows_of(a), rows_of(b), groups)
+                                       : products<double>(rows_of(a), rows_of(b), groups);
+}
+
 }  // namespace
 
 TORCH_LIBRARY_IMPL(fastlstm, CPU, m) {
   m.impl("native_layer", layer);
   m.impl("native_layer_backward", layer_backward);
+  m.impl("native_gates", gates);
+  m.impl("grouped_products", grouped_products);
 }
 
 }  // namespace fastlstm

@@ -1,5 +1,5 @@
 // The CUDA kernels of fastlstm::native_layer and its backward; the schemas are in fastlstm/ops/schema.py.
-#include <ATen/ATen.h>
+#include <ATen/ops/clone.h>
 #include <torch/library.h>
 
 #include "cuda/layer.h"

@@ -278,7 +278,7 @@ def _grouped_products(a: Tensor, b: Tensor, groups: int) -> Tensor:
 
 
 # The sums, over steps and the rows of each of `groups` parts of the batch, of a's [T, B, m] outer products with b's
-# [T, B, n]: [groups, m, n]. csrc/cpu/grouped.cpp has a kernel for CPU tensors, of float32 and float64 alone: gradients
+# [T, B, n]: [groups, m, n]. csrc/cpu/layer.cpp has a kernel for CPU tensors, of float32 and float64 alone: gradients
 # are computed in no other type.
 LIBRARY.define("grouped_products(Tensor a, Tensor b, int groups) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
 LIBRARY.impl("grouped_products", _grouped_products, "CompositeExplicitAutograd")

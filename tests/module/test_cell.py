@@ -162,7 +162,7 @@ def test_gradients_and_saved_tensors_of_subclasses(lazy, backend):
 
 
 def test_traced():
-    """torch.jit.trace records ops, which the fused call (csrc/cell_step.cpp) must not hide."""
+    """torch.jit.trace records ops, which the fused call (csrc/autograd.cpp) must not hide."""
     cell, _ = module_pair(cell=True)
     x = data(2, 3, seed=5)
     with torch.no_grad():

@@ -1,6 +1,7 @@
 // A cuBLAS for the host, as plain loops, and the functions of ATen that csrc/cuda/products.cpp falls back to.
 #pragma once
 
+#include <ATen/ops/add.h>
 #include <ATen/ops/matmul.h>
 
 #include "cuda/step.h"
@@ -45,7 +46,7 @@ at::Tensor& aten(at::Tensor& out, const at::Tensor& a, const at::Tensor& b, bool
   TORCH_CHECK(out.is_contiguous() && a.dim() == out.dim() && b.dim() == out.dim());
   const at::Tensor product = at::matmul(a.to(sum), b.to(sum));
   TORCH_CHECK(product.sizes() == out.sizes());
-  return out.copy_(add ? out.to(sum) + product : product);
+  return out.copy_(add ? at::add(out.to(sum), product) : product);
 }
 
 }  // namespace fastlstm::cuda::host

@@ -1,24 +1,15 @@
 // What csrc/cuda asks of a device, given by the host, and its ops on CPU tensors as
 // fastlstm_cuda_host::native_layer.
-#include <ATen/ATen.h>
 #include <torch/library.h>
 
-// One translation unit, since the headers are most of what is compiled.
-#include "cuda/cell_backward.cu"
-#include "cuda/cell_forward.cu"
+// One translation unit, since torch's headers are most of what is compiled; kernels.cpp is the other.
 #include "cuda/device.h"
 #include "cuda/layer.cpp"
 #include "cuda/layer_backward.cpp"
 #include "cuda/layer_forward.cpp"
 #include "cuda/layer_persistent.cpp"
-#include "cuda/pack_weights.cu"
-#include "cuda/persistent_backward_bf16.cu"
-#include "cuda/persistent_backward_fp16.cu"
-#include "cuda/persistent_backward_tf32.cu"
-#include "cuda/persistent_forward_bf16.cu"
-#include "cuda/persistent_forward_fp16.cu"
-#include "cuda/persistent_forward_tf32.cu"
 #include "cuda/products.cpp"
+#include "cuda/warp.cuh"
 // after products.cpp, whose weak declarations it defines
 #include "blas.h"
 

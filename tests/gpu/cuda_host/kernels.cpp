@@ -1,0 +1,10 @@
+// The kernels of csrc/cuda for the host. They include no torch header.
+#include "cuda/cell_backward.cu"
+#include "cuda/cell_forward.cu"
+#include "cuda/pack_weights.cu"
+#include "cuda/persistent_backward_bf16.cu"
+#include "cuda/persistent_backward_fp16.cu"
+#include "cuda/persistent_backward_tf32.cu"
+#include "cuda/persistent_forward_bf16.cu"
+#include "cuda/persistent_forward_fp16.cu"
+#include "cuda/persistent_forward_tf32.cu"
