@@ -10,7 +10,6 @@ The exit status is 1 if a result of ours was wrong or failed, 2 if the suite can
 from __future__ import annotations
 
 import argparse
-import math
 import sys
 from pathlib import Path
 
@@ -19,9 +18,12 @@ import torch
 from benchmarks import gpu, implementations, machine, results, suites
 from benchmarks.cases import TORCH_DTYPES
 from benchmarks.console import escape, printer, progress
+from benchmarks.inference import engines
+from benchmarks.inference.report import speedup_summary
 from benchmarks.load import MAX_BACKGROUND_LOAD
-from benchmarks.results import ModelRow, Row
+from benchmarks.results import AccuracyRow, InferenceRow, ModelRow, Row
 from benchmarks.run import failures, silence
+from benchmarks.tables import geometric_mean
 from fastlstm.backends import native
 
 
@@ -35,7 +37,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         choices=suites.NAMES,
         default="cpu",
         help="cpu by default; models: public models before and after fastlstm.convert, whose packages "
-        "pip install 'fastlstm[models]' installs",
+        "pip install 'fastlstm[models]' installs; inference: fixed weights on a CPU, beside ONNX Runtime, OpenVINO and "
+        "torch.ao, which --impl does not select",
     )
     parser.add_argument(
         "--impl",
@@ -70,7 +73,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 def line(row: Row) -> str:
     """Format one measurement in the console's markup."""
-    text = f"    {row.mode:<8}{row.impl:<10}"
+    text = f"    {row.mode:<8}{row.impl:<12}"
     if row.status != "ok":
         return (
             f"{text}[bold red]{escape(row.status)}[/]"
@@ -88,6 +91,14 @@ def line(row: Row) -> str:
         text += f"  [{colour}]{row.ratio:.2f}x[/]"
     if isinstance(row, ModelRow) and row.lstm_share is not None:
         text += f"  LSTMs take {row.lstm_share:.0%}"
+    if isinstance(row, AccuracyRow) and row.value is not None:
+        text += f"  {row.weights:<10}{row.measure} {row.value:.5g}"
+    if isinstance(row, InferenceRow):
+        if row.p50_us is not None:
+            text += f"{row.p50_us:10.2f} us  (99 %: {row.p99_us:.1f}, 99.9 %: {row.p999_us:.1f})"
+            text += f"  {row.steps_per_s:.0f} per s"
+        if row.speedup is not None:
+            text += f"  {row.speedup:.2f}x {row.compared_with}"
     if row.fraction is not None:
         text += f"  {row.fraction:.0%} of peak"
     if row.others_cpu is not None and row.others_cpu > MAX_BACKGROUND_LOAD:
@@ -102,10 +113,11 @@ def summary(rows: list[Row]) -> list[str]:
         for mode in dict.fromkeys(row.mode for row in rows):
             ratios = [row.ratio for row in rows if (row.impl, row.mode) == (impl, mode) and row.ratio]
             if ratios:
-                mean = math.exp(sum(map(math.log, ratios)) / len(ratios))
+                mean = geometric_mean(ratios)
                 lines.append(
                     f"{impl}, {mode}: geometric mean {mean:.2f}x over {len(ratios)} cases, min {min(ratios):.2f}x"
                 )
+    lines += speedup_summary(row for row in rows if isinstance(row, InferenceRow))
     loaded = sum(row.others_cpu is not None and row.others_cpu > MAX_BACKGROUND_LOAD for row in rows)
     if loaded:
         lines.append(f"{loaded} rows have a background load above {MAX_BACKGROUND_LOAD:.0%}: measure again")
@@ -140,13 +152,15 @@ def main(arguments: list[str] | None = None) -> int:
         say(f"[red]{escape(str(error))}[/]")
         return 2
     silence()
-    description = machine.describe(device)
+    description, inference = machine.describe(device), options.suite == "inference"
     say(
         f"suite {options.suite} on {description['device']}, {description['threads']} threads, "
         f"torch {description['torch']}"
         + (f", cuDNN {description['cudnn']}" if description["cudnn"] else "")
-        + f", commit {description['commit']}: {', '.join(measured)}"
+        + f", commit {description['commit']}: {', '.join(engines.installed() if inference else measured)}"
     )
+    for absent in engines.missing() if inference else ():
+        say(escape(absent))
     if options.suite == "grid":
         say("grid: {} of {} combinations are within the flop budget".format(*suites.sweeps.grid_size()))
     path = None
@@ -180,7 +194,7 @@ def main(arguments: list[str] | None = None) -> int:
         say(f"wrote {path.name} for {machine.slug(description)}: python -m benchmarks.report shows it")
     if total:
         say(f"{total} cases are left, for lack of time: add --resume to continue")
-    refused = failures(rows[kept:], implementations.IMPLEMENTATIONS)
+    refused = failures(rows[kept:], engines.ENGINES if inference else implementations.IMPLEMENTATIONS)
     for row in refused:
         say(f"[bold red]{escape(f'{row.case}, {row.mode}, {row.impl}: {row.status}')}[/]")
     return 1 if refused else 0

@@ -57,8 +57,8 @@ def in_float64(inputs: Inputs) -> Inputs:
     )
 
 
-def reference_results(case: Case, inputs: Inputs) -> dict[str, Tensor]:
-    """Run fastlstm.reference layer by layer, with gradients by autograd; keys as in Program.results."""
+def reference_outputs(case: Case, inputs: Inputs) -> dict[str, Tensor]:
+    """Run fastlstm.reference layer by layer; keys as in OUTPUTS."""
     y, h_n, c_n = inputs.x, [], []
     for layer in range(case.L):
         layer_weights = [w for name, w in inputs.weights.items() if name.split("_l")[1].split("_")[0] == str(layer)]
@@ -67,11 +67,16 @@ def reference_results(case: Case, inputs: Inputs) -> dict[str, Tensor]:
         y, h, c, _ = reference.layer(y, h0, c0, layer_weights, inputs.lengths)
         h_n.append(h)
         c_n.append(c)
+    return dict(zip(OUTPUTS, (y, torch.cat(h_n), torch.cat(c_n)), strict=True))
+
+
+def reference_results(case: Case, inputs: Inputs) -> dict[str, Tensor]:
+    """`reference_outputs`, and the gradients by autograd; keys as in Program.results."""
+    outputs = reference_outputs(case, inputs)
     leaves = {"d_x": inputs.x, **{f"d_{name}": weight for name, weight in inputs.weights.items()}}
     if inputs.hx is not None:
         leaves |= {"d_h0": inputs.hx[0], "d_c0": inputs.hx[1]}
-    gradients = torch.autograd.grad(y, list(leaves.values()), inputs.grad_output)
-    outputs = dict(zip(OUTPUTS, (y, torch.cat(h_n), torch.cat(c_n)), strict=True))
+    gradients = torch.autograd.grad(outputs["output"], list(leaves.values()), inputs.grad_output)
     return {**outputs, **dict(zip(leaves, gradients, strict=True))}
 
 

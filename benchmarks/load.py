@@ -1,4 +1,4 @@
-"""The background load, other processes' share of CPU time, during a measurement; and waiting for an idle machine.
+"""The background load, other processes' share of CPU time, during a measurement; waiting for idle CPUs or threads.
 
 A process that occupies one core delays the barrier of every parallel region, most of all in the implementation with the
 most regions: times grow a hundredfold and ratios are meaningless. So every row records its background load.
@@ -13,6 +13,15 @@ from pathlib import Path
 
 # Above this share of all CPU time a measurement is repeated, and marked if the load remains.
 MAX_BACKGROUND_LOAD = 0.10
+
+# Thread pools spin for a while after a parallel region before they sleep, and would take a core from what is measured
+# next: libgomp's for up to 300,000 pause instructions. CPU time used while asleep after the last region, on two cores
+# of a Xeon with AVX-512, 2026-11-29: 5 ms after an ATen kernel, 1 ms after an MKL product, 0.05 ms under
+# OMP_WAIT_POLICY=passive, which is not what users run; 2026-11-30: 4 ms after ONNX Runtime's and OpenVINO's pools. A
+# process is at rest if it used less than REST_SHARE of a core over REST_S.
+REST_S = 0.002
+REST_SHARE = 0.1
+REST_LIMIT_S = 5.0
 
 
 def _used_cpu_seconds() -> float | None:
@@ -65,3 +74,20 @@ def wait_for_idle(seconds: float, interval: float = 0.5) -> None:
         load = measured_load()
         if load is None or load <= MAX_BACKGROUND_LOAD:
             return
+
+
+def wait_for_rest() -> float:
+    """Sleep until no thread of this process uses CPU time; return the seconds this took.
+
+    Raises RuntimeError after REST_LIMIT_S, as under OMP_WAIT_POLICY=active.
+    """
+    start = time.perf_counter()
+    while time.perf_counter() - start < REST_LIMIT_S:
+        used = time.process_time()
+        time.sleep(REST_S)
+        if time.process_time() - used < REST_SHARE * REST_S:
+            return time.perf_counter() - start
+    raise RuntimeError(
+        f"a thread of this process still spins {REST_LIMIT_S:g} s after its last call (OMP_WAIT_POLICY=active?), "
+        "and would slow down what is measured next"
+    )

@@ -11,10 +11,12 @@ import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
+from benchmarks.inference.report import speedups
 from benchmarks.results import BASELINES, Row
 
 COLOURS = {"train": "#1f5fa8", "forward": "#e08214"}
 LABELS = {"train": "training step", "forward": "forward, no_grad"}
+SERIES_COLOURS = ("#1f5fa8", "#4d9221", "#e08214")  # of series that are not modes
 # Up to this many cases are named; more are a scatter plot over their flops.
 NAMED_CASES = 45
 BANDS = ((1, 16), (17, 64), (65, 256), (257, 1024), (1025, 1 << 30))  # of H, one colour each
@@ -23,6 +25,13 @@ TICKS = (0.1, 0.2, 0.5, 1, 2, 3, 5, 8, 12, 20, 40, 80, 160)
 
 def draw(rows: list[Row], path: Path) -> Path | None:
     """Write the PNG; return None if no row has both a time and a ratio."""
+    if rows and rows[0].suite == "inference":
+        series, what = speedups(rows), "time of the fastest other runtime / time of fastlstm"
+        if not series:
+            return None
+        cases = list(dict.fromkeys(row.case for row in rows if row.mode == "forward"))
+        figure = _named(series, cases, "speedup (right of 1: faster than the fastest other runtime)")
+        return _save(figure, rows[0], what, path)
     timed = [row for row in rows if row.ratio and row.impl not in BASELINES and row.mode in COLOURS]
     if not timed:
         return None
@@ -30,31 +39,37 @@ def draw(rows: list[Row], path: Path) -> Path | None:
     impl = "fastlstm" if any(row.impl == "fastlstm" for row in timed) else timed[0].impl
     timed = [row for row in timed if row.impl == impl]
     cases = list(dict.fromkeys(row.case for row in timed))
-    figure = _named(timed, cases) if len(cases) <= NAMED_CASES else _scattered(timed)
-    one = rows[0]
-    figure.suptitle(
-        f"Speedup, time of nn.LSTM / time of {impl}: {one.device}, {one.threads} threads, torch {one.torch}",
-        fontsize=11,
-    )
+    if len(cases) <= NAMED_CASES:
+        series = {mode: {row.case: row.ratio for row in timed if row.mode == mode} for mode in COLOURS}
+        figure = _named({mode: ratios for mode, ratios in series.items() if ratios}, cases)
+    else:
+        figure = _scattered(timed)
+    return _save(figure, rows[0], f"time of nn.LSTM / time of {impl}", path)
+
+
+def _save(figure: plt.Figure, one: Row, what: str, path: Path) -> Path:
+    figure.suptitle(f"Speedup, {what}: {one.device}, {one.threads} threads, torch {one.torch}", fontsize=11)
     figure.savefig(path, dpi=130, metadata={"Software": None})
     plt.close(figure)
     return path
 
 
-def _named(rows: list[Row], cases: list[str]) -> plt.Figure:
-    """A line per case with a dot per mode."""
+def _named(series: dict[str, dict[str, float]], cases: list[str], label: str = "") -> plt.Figure:
+    """A line per case with a dot per series, which are ratios by case; `label` replaces that of the axis."""
     figure, axes = plt.subplots(figsize=(9.5, 1.6 + 0.36 * len(cases)), layout="constrained")
     height = {case: len(cases) - 1 - k for k, case in enumerate(cases)}
-    for mode, offset in (("train", 0.14), ("forward", -0.14)):
-        in_mode = [row for row in rows if row.mode == mode]
-        if not in_mode:
-            continue
-        at = [height[row.case] + offset for row in in_mode]
-        axes.hlines(at, 1, [row.ratio for row in in_mode], color=COLOURS[mode], alpha=0.35, linewidth=2)
-        axes.plot([row.ratio for row in in_mode], at, "o", color=COLOURS[mode], markersize=6, label=LABELS[mode])
+    for k, (name, ratios) in enumerate(series.items()):
+        colour = COLOURS.get(name) or SERIES_COLOURS[k]
+        offset = 0.14 * (len(series) - 1 - 2 * k) if len(series) > 1 else 0.14 if name == "train" else -0.14
+        at = [height[case] + offset for case in ratios]
+        values = list(ratios.values())
+        axes.hlines(at, 1, values, color=colour, alpha=0.35, linewidth=2)
+        axes.plot(values, at, "o", color=colour, markersize=6, label=LABELS.get(name, name))
     axes.set_yticks(list(height.values()), list(height), fontsize=9)
     axes.set_ylim(-0.7, len(cases) - 0.3)
-    ratio_axis(axes, [row.ratio for row in rows], vertical=False)
+    ratio_axis(axes, [ratio for ratios in series.values() for ratio in ratios.values()], vertical=False)
+    if label:
+        axes.set_xlabel(label)
     figure.legend(loc="outside lower center", ncols=4, fontsize=9, frameon=False)
     return figure
 

@@ -3,21 +3,22 @@
 Prints the Markdown tables of the CSVs (by default all under benchmarks/results) and draws a PNG next to each. With
 --readme it writes each table between FILE's markers <!-- benchmarks:NAME --> and <!-- /benchmarks:NAME -->. NAME is the
 CSV's path below benchmarks/results without ".csv" (elsewhere its file name), or a suite for all its CSVs. The
-marker `headline` gets the table and figure of benchmarks/headline.py. README.md and docs/benchmarks.md have markers.
+marker `headline` gets the table and figure of benchmarks/headline.py. README.md, docs/benchmarks.md and
+docs/deploying.md have markers.
 """
 
 from __future__ import annotations
 
 import argparse
-import math
 import os
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from benchmarks import headline, results
-from benchmarks.load import MAX_BACKGROUND_LOAD
-from benchmarks.results import BASELINES, ModelRow, Row
+from benchmarks.inference import report as inference
+from benchmarks.results import BASELINES, AccuracyRow, ModelRow, Row
+from benchmarks.tables import geometric_mean, is_busy, ms, number, table
 
 HEADINGS = {
     "train": "Training step (forward and backward)",
@@ -28,16 +29,17 @@ HEADINGS = {
 WORST = 10
 
 
-def geometric_mean(ratios: Iterable[float]) -> float:
-    logs = [math.log(ratio) for ratio in ratios]
-    return math.exp(sum(logs) / len(logs)) if logs else math.nan
-
-
 def markdown(rows: list[Row]) -> str:
     """The tables of one CSV, with the line that says where it was measured."""
-    body = {"grid": _summary, "random": _summary, "scaling": _scaling, "calls": _calls, "models": _models}.get(
-        rows[0].suite, _tables
-    )
+    body = {
+        "grid": _summary,
+        "random": _summary,
+        "scaling": _scaling,
+        "calls": _calls,
+        "models": _models,
+        "inference": inference.tables,
+        "frozen_accuracy": _frozen_accuracy,
+    }.get(rows[0].suite, _tables)
     return "\n\n".join([_provenance(rows), *body(rows)])
 
 
@@ -47,20 +49,13 @@ def _provenance(rows: list[Row]) -> str:
     words += [f"torch {one.torch}"] + ([f"cuDNN {one.cudnn}"] if one.cudnn else [])
     words += [f"driver {one.driver}"] if one.driver else []
     words += [f"commit {one.commit}", one.date[:10]]
-    text = f"{', '.join(words)}. Medians of interleaved runs in one process."
-    if any(_busy(row) for row in rows):
+    text = f"{', '.join(words)}."
+    if isinstance(one, AccuracyRow):
+        return text
+    text += " Medians of interleaved runs in one process."
+    if any(is_busy(row) for row in rows):
         text += " Rows marked busy were measured while other processes used more than a tenth of the CPUs."
     return text
-
-
-def _busy(row: Row) -> bool:
-    return row.others_cpu is not None and row.others_cpu > MAX_BACKGROUND_LOAD
-
-
-def _table(headings: list[str], lines: Iterable[list[str]]) -> str:
-    """A Markdown table; all columns but the first are aligned right."""
-    rule = ["---", *["---:"] * (len(headings) - 1)]
-    return "\n".join("| " + " | ".join(line) + " |" for line in [headings, rule, *lines])
 
 
 def _pairs(rows: list[Row], mode: str) -> list[tuple[Row, Row]]:
@@ -94,9 +89,9 @@ def _tables(rows: list[Row]) -> list[str]:
         for nn, row in pairs:
             name = f"{row.case} ({row.impl})" if several else row.case
             graph = graphs.get((row.case, mode))
-            in_graph = [_ms(graph) if graph else ""] if graphs else []
-            lines.append([name, _ms(nn), *in_graph, _ms(row), _ratio(row), _percent(row.fraction)])
-        parts += [f"**{HEADINGS[mode]}**", _table(headings, lines)]
+            in_graph = [ms(graph) if graph else ""] if graphs else []
+            lines.append([name, ms(nn), *in_graph, ms(row), _ratio(row), _percent(row.fraction)])
+        parts += [f"**{HEADINGS[mode]}**", table(headings, lines)]
         ratios = [row.ratio for _, row in pairs if row.impl == "fastlstm" and row.ratio]
         if ratios:
             parts.append(f"Geometric mean {geometric_mean(ratios):.2f}x; min {min(ratios):.2f}x.")
@@ -138,13 +133,19 @@ def _summary(rows: list[Row]) -> list[str]:
     ]
     nn_rows = {(row.case, row.mode): row for row in rows if row.impl == "nn"}
     shown = [
-        [f"{row.case}, {row.mode}", _ms(nn_rows[row.case, row.mode]), _ms(row), _ratio(row), _percent(row.fraction)]
+        [
+            f"{row.case}, {row.mode}",
+            ms(nn_rows[row.case, row.mode]),
+            ms(row),
+            _ratio(row),
+            _percent(row.fraction),
+        ]
         for row in worst
     ]
     return [
-        _table(headings, lines),
+        table(headings, lines),
         f"The {len(shown)} lowest speedups:",
-        _table(["case", "nn.LSTM ms", "fastlstm ms", "speedup", "% of peak"], shown),
+        table(["case", "nn.LSTM ms", "fastlstm ms", "speedup", "% of peak"], shown),
     ]
 
 
@@ -161,8 +162,8 @@ def _scaling(rows: list[Row]) -> list[str]:
                 parts += [f"**{HEADINGS[mode]}, {unit}**", _relative(pairs, unit, cost)]
     memory = [(nn, row) for nn, row in _pairs(rows, "memory") if row.impl == "fastlstm"]
     if memory:
-        lines = [[row.case, _number(nn.peak_mib), _number(row.peak_mib), _ratio(row)] for nn, row in memory]
-        parts += [f"**{HEADINGS['memory']}**", _table(["case", "nn.LSTM MiB", "fastlstm MiB", "ratio"], lines)]
+        lines = [[row.case, number(nn.peak_mib), number(row.peak_mib), _ratio(row)] for nn, row in memory]
+        parts += [f"**{HEADINGS['memory']}**", table(["case", "nn.LSTM MiB", "fastlstm MiB", "ratio"], lines)]
     return parts
 
 
@@ -176,12 +177,20 @@ def _models(rows: list[ModelRow]) -> list[str]:
             continue
         pairs.sort(key=lambda pair: -(pair[0].lstm_share or 0.0))
         lines = [
-            [row.case, row.package, _percent(nn.lstm_share), _ms(nn), _ms(row), _ratio(row), _percent(row.lstm_share)]
+            [
+                row.case,
+                row.package,
+                _percent(nn.lstm_share),
+                ms(nn),
+                ms(row),
+                _ratio(row),
+                _percent(row.lstm_share),
+            ]
             for nn, row in pairs
         ]
         headings = ["model", "package", "LSTM share", "nn.LSTM ms", "fastlstm ms", "speedup", "LSTM share after"]
         ratios = [row.ratio for _, row in pairs if row.ratio]
-        parts += [f"**{HEADINGS[mode]}**", _table(headings, lines)]
+        parts += [f"**{HEADINGS[mode]}**", table(headings, lines)]
         parts.append(f"Geomean {geometric_mean(ratios):.2f}x; min {min(ratios):.2f}x; max {max(ratios):.2f}x.")
     absent = dict.fromkeys(f"{row.case}: {row.status}" for row in rows if row.status != "ok")
     return parts + (["Not measured: " + "; ".join(absent) + "."] if absent else [])
@@ -197,10 +206,21 @@ def _calls(rows: list[Row]) -> list[str]:
             if {"view", "linear", "nn", "fastlstm"} <= us.keys():
                 own = {impl: time - us["view"] for impl, time in us.items()}
                 ratio = f"{own['nn'] / own['fastlstm']:.1f}x" if own["fastlstm"] > 0 else ""
-                lines.append([case, *(_number(us[impl]) for impl in ("view", "linear", "nn", "fastlstm")), ratio])
+                lines.append([case, *(number(us[impl]) for impl in ("view", "linear", "nn", "fastlstm")), ratio])
         headings = ["call", "view µs", "nn.Linear µs", "nn.LSTM µs", "fastlstm µs", "own cost, nn.LSTM / fastlstm"]
-        parts += [f"**{HEADINGS[mode]}**", _table(headings, lines)]
+        parts += [f"**{HEADINGS[mode]}**", table(headings, lines)]
     return parts
+
+
+def _frozen_accuracy(rows: list[AccuracyRow]) -> list[str]:
+    """One table: figures of the trained and the frozen models, and what freezing changed."""
+    from benchmarks import frozen_accuracy  # imports the tutorials
+
+    headings, lines = frozen_accuracy.lines(rows)
+    seeds = len({row.seed for row in rows})
+    text = f"Means over {seeds} seeds; in parentheses the smallest and the largest change."
+    failed = dict.fromkeys(f"{row.case}: {row.status}" for row in rows if row.status != "ok")
+    return [table(headings, lines), text + (f" Not measured: {'; '.join(failed)}." if failed else "")]
 
 
 def _relative(pairs: list[tuple[Row, Row]], unit: str, cost: Callable[[Row], float | None]) -> str:
@@ -209,25 +229,14 @@ def _relative(pairs: list[tuple[Row, Row]], unit: str, cost: Callable[[Row], flo
     for nn, row in pairs:
         value = cost(row)
         relative = f"{value / first:.2f}x" if value and first else ""
-        lines.append([row.case, _number(cost(nn)), _number(value), relative, _ratio(row)])
-    return _table(["case", f"nn.LSTM {unit}", f"fastlstm {unit}", "relative to the first", "speedup"], lines)
-
-
-def _number(value: float | None) -> str:
-    """Three significant digits, without an exponent."""
-    if value is None:
-        return ""
-    return f"{value:.0f}" if abs(value) >= 100 else f"{value:.3g}"
-
-
-def _ms(row: Row) -> str:
-    return _number(row.p50_ms) if row.status == "ok" else row.status.split(":")[0]
+        lines.append([row.case, number(cost(nn)), number(value), relative, _ratio(row)])
+    return table(["case", f"nn.LSTM {unit}", f"fastlstm {unit}", "relative to the first", "speedup"], lines)
 
 
 def _ratio(row: Row) -> str:
     if row.ratio is None:
         return ""
-    return f"{row.ratio:.2f}x" + (" (busy)" if _busy(row) else "")
+    return f"{row.ratio:.2f}x" + (" (busy)" if is_busy(row) else "")
 
 
 def _percent(fraction: float | None) -> str:
@@ -267,7 +276,8 @@ def sections(files: Iterable[Path], document: Path) -> dict[str, str]:
         rows = results.read(file)
         if rows:
             image, text = file.with_suffix(".png"), markdown(rows)
-            alt = f"Speedup of fastlstm over nn.LSTM, suite {rows[0].suite}, {rows[0].device}"
+            over = "the fastest other runtime" if rows[0].suite == "inference" else "nn.LSTM"
+            alt = f"Speedup of fastlstm over {over}, suite {rows[0].suite}, {rows[0].device}"
             by_marker[marker_of(file)] = f"{text}\n\n{link(document, image, alt)}" if image.exists() else text
             suites.setdefault(rows[0].suite, []).append(by_marker[marker_of(file)])
     return {suite: "\n\n".join(texts) for suite, texts in suites.items()} | by_marker
@@ -295,7 +305,7 @@ def main(arguments: list[str] | None = None) -> int:
             print(f"{file.name} has no rows", file=sys.stderr)
             continue
         print(markdown(rows) + "\n")
-        if not options.no_plots and rows[0].suite not in ("features", "calls"):
+        if not options.no_plots and rows[0].suite not in ("features", "calls", "frozen_accuracy"):
             from benchmarks.plot import draw
 
             draw(rows, file.with_suffix(".png"))

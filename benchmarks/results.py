@@ -78,8 +78,46 @@ class ModelRow(Row):
     lstm_share: float | None = None  # the LSTMs' part of the time, 0 to 1, timed by hooks in separate runs
 
 
+@dataclass
+class AccuracyRow(Row):
+    """A row of the suite frozen_accuracy: a figure of a tutorial's model, as trained or frozen."""
+
+    tutorial: str = ""
+    seed: int | None = None  # of the initial weights and the data
+    weights: str = ""  # "trained": not frozen; otherwise the dtype of the frozen weights
+    measure: str = ""
+    value: float | None = None
+    change: float | None = None  # value minus the trained model's, in `unit`
+    unit: str = ""  # points (of a share, in percent), % (of the trained model's value); empty: as the value
+
+
+@dataclass
+class InferenceRow(Row):
+    """A row of the suite inference: a layer with fixed weights in one engine; mode forward, or steps with its state.
+
+    `stream` rows have the latency of single steps, on one torch thread per Python thread, instead of p20_ms to p80_ms.
+    """
+
+    package: str = ""  # name and version of the engine's package
+    weights: str = ""  # dtype of the weights: float32, bfloat16 or int8
+    setting: str = ""  # of the engine: the fastest one of those tried
+    weight_bytes: int | None = None  # in memory: parameters and buffers of a module, constants of an ONNX model
+    max_error: float | None = None  # of the output against float64, with the weights as given
+    rms_error: float | None = None
+    rms_output: float | None = None  # of the float64 output
+    compared_with: str = ""  # the fastest of ONNX Runtime, OpenVINO and torch.ao; int8 with int8
+    speedup: float | None = None  # its p50 / this p50; stream rows: this steps_per_s / its steps_per_s
+    python_threads: int | None = None  # stream rows: threads that step, each with a state of its own
+    steps: int | None = None  # of all threads together
+    steps_per_s: float | None = None  # of all threads together
+    p50_us: float | None = None  # percentiles of the latency over these steps
+    p99_us: float | None = None
+    p999_us: float | None = None
+
+
 COLUMNS = [field.name for field in fields(Row)]
-SUITE_ROWS: dict[str, type[Row]] = {"models": ModelRow}  # suites whose rows have more columns
+# Suites whose rows have more columns.
+SUITE_ROWS: dict[str, type[Row]] = {"models": ModelRow, "inference": InferenceRow, "frozen_accuracy": AccuracyRow}
 
 
 def row_type(suite: str) -> type[Row]:

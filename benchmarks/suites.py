@@ -9,6 +9,7 @@ from dataclasses import replace
 from benchmarks import calls, features, gpu, sweeps
 from benchmarks.cases import CPU, QUICK, Case
 from benchmarks.implementations import Implementation
+from benchmarks.inference import suite as inference
 from benchmarks.measure import Plan
 from benchmarks.memory import peak_rows
 from benchmarks.models import suite as models
@@ -19,12 +20,12 @@ Report = Callable[[str, list[Row]], None]
 
 NAMES = (
     "cpu", "gpu", "gpu_points", "quick", "grid", "random", "few_rows", "scaling", "tutorials", "features", "calls",
-    "models",
+    "models", "inference", "frozen_accuracy",
 )  # fmt: skip
 
 
 def suite_of(name: str) -> Suite:
-    """Build a suite of cases; "tutorials", "features", "calls" and "models" are none and have their own functions."""
+    """Build a suite of cases; the rows of the others, "models" for example, have their own functions."""
     if name == "cpu":
         return Suite("cpu", CPU, isolated=True)
     if name == "quick":
@@ -63,6 +64,12 @@ def size_of(name: str, matching: str = "", done: Set[str] = frozenset(), dtype: 
         return len(calls.chosen(matching))
     if name == "models":
         return len(models.chosen(matching, done))
+    if name == "inference":
+        return len(inference.chosen(matching, done))
+    if name == "frozen_accuracy":
+        from benchmarks import frozen_accuracy
+
+        return len(frozen_accuracy.chosen(matching, done))
     return len(_select(suite_of(name).cases, matching, done, dtype)) + len(_memory_cases(name, matching, done, dtype))
 
 
@@ -94,6 +101,12 @@ def rows_of(
     until = float("inf") if seconds is None else time.monotonic() + seconds
     if name == "models":
         return list(models.model_rows(matching, report, budget, wait, done, until))
+    if name == "inference":
+        return list(inference.rows_of(matching, report, budget, wait, done, until))
+    if name == "frozen_accuracy":
+        from benchmarks import frozen_accuracy
+
+        return list(frozen_accuracy.accuracy_rows(matching, report, done, until))
     suite = suite_of(name)
     suite.cases, suite.wait = _select(suite.cases, matching, done, dtype), wait
     if budget is not None:

@@ -128,6 +128,22 @@ struct LayerSizes {
     s.read(in, check);
     return !check.failed();
   }
+  // Of a layer whose weights of these sizes and this dtype are packed elsewhere; in.weights is not read.
+  struct Known {
+    int64_t I, H, P, D;
+    at::ScalarType dtype;
+  };
+  LayerSizes(const LayerInputs& in, const Known& known) {
+    ArgumentCheck check(in.x);
+    read(in, known, check);
+    check.raise();
+  }
+  static bool fit(const LayerInputs& in, const Known& known) {
+    ArgumentCheck check(in.x);
+    LayerSizes s;
+    s.read(in, known, check);
+    return !check.failed();
+  }
   // Raises if backward's further arguments do not match forward's inputs.
   void check_backward(const at::Tensor& x, const ResultGradients& grads, const SavedResults& saved,
                       const c10::List<bool>& needs) const {
@@ -151,19 +167,13 @@ struct LayerSizes {
   LayerSizes() = default;
 
   void read(const LayerInputs& in, ArgumentCheck& check) {
-    const auto& [x, h0, c0, weights, lengths, reset_mask] = in;
-    packed = x.dim() == 2 && x.is_cpu() && lengths && lengths->defined() && lengths->is_cpu();
-    check.expect(packed || x.dim() == 3, "x must be [T, B, I], got ", x.sizes());
+    const auto& x = in.x;
+    const auto& weights = in.weights;
+    expect_dims(in, check);
     check.expect(weights.size() >= 2 && weights[0].dim() == 2 && weights[1].dim() == 2,
                  "weights must begin with weight_ih [4H, I] and weight_hh [4H, P]");
     if (check.failed()) return;
-    I = x.size(-1);
-    if (packed) {
-      read_lengths(x, *lengths, check);
-    } else {
-      T = x.size(0), B = x.size(1), rows_ = T * B;
-    }
-    check.expect(T > 0, "Expected sequence length to be larger than 0 in RNN");
+    read_rows(in, check);
     H = weights[0].size(0) / 4, P = weights[1].size(1);
     per_direction = weights_per_direction(weights, P != H);
     bias = per_direction > 3;
@@ -184,12 +194,38 @@ struct LayerSizes {
       check.expect(w.scalar_type() == x.scalar_type() && w.device() == x.device(), "weights must be ",
                    x.scalar_type(), " on ", x.device(), " as x is, got ", w.scalar_type(), " on ",
                    w.device());
+    if (!check.failed()) expect_rest(in, check);
+  }
+  void read(const LayerInputs& in, const Known& known, ArgumentCheck& check) {
+    expect_dims(in, check);
     if (check.failed()) return;
-    check.expect_like("h0", h0, {D, B, P}, x.scalar_type());
-    check.expect_like("c0", c0, {D, B, H}, x.scalar_type());
-    check.expect_like("lengths", lengths, {B}, at::kLong);
-    check.expect_like("reset_mask", reset_mask, {T, B}, at::kBool);
-    check.expect(!packed || !reset_mask, "reset_mask must be None with packed rows");
+    read_rows(in, check);
+    check.expect(I == known.I, "x must have input_size=", known.I, " features, got ", I);
+    check.expect(in.x.scalar_type() == known.dtype && in.x.is_cpu(), "x must be ", known.dtype,
+                 " on cpu as the frozen layer is, got ", in.x.scalar_type(), " on ", in.x.device());
+    H = known.H, P = known.P, D = known.D;
+    if (!check.failed()) expect_rest(in, check);
+  }
+  void expect_dims(const LayerInputs& in, ArgumentCheck& check) {
+    packed = in.x.dim() == 2 && in.x.is_cpu() && in.lengths && in.lengths->defined() && in.lengths->is_cpu();
+    check.expect(packed || in.x.dim() == 3, "x must be [T, B, I], got ", in.x.sizes());
+  }
+  void read_rows(const LayerInputs& in, ArgumentCheck& check) {
+    I = in.x.size(-1);
+    if (packed) {
+      read_lengths(in.x, *in.lengths, check);
+    } else {
+      T = in.x.size(0), B = in.x.size(1), rows_ = T * B;
+    }
+    check.expect(T > 0, "Expected sequence length to be larger than 0 in RNN");
+  }
+  // States and options, whose sizes follow from x and the weights.
+  void expect_rest(const LayerInputs& in, ArgumentCheck& check) {
+    check.expect_like("h0", in.h0, {D, B, P}, in.x.scalar_type());
+    check.expect_like("c0", in.c0, {D, B, H}, in.x.scalar_type());
+    check.expect_like("lengths", in.lengths, {B}, at::kLong);
+    check.expect_like("reset_mask", in.reset_mask, {T, B}, at::kBool);
+    check.expect(!packed || !in.reset_mask, "reset_mask must be None with packed rows");
   }
   // T, B and N of packed rows.
   void read_lengths(const at::Tensor& x, const at::Tensor& lengths, ArgumentCheck& check) {
@@ -215,6 +251,7 @@ struct LayerSizes {
 struct DirectionWeights {
   at::Tensor ih, hh, bias_ih, bias_hh, hr;  // undefined where absent
 
+  DirectionWeights() = default;
   DirectionWeights(const LayerSizes& s, at::TensorList weights, int64_t d) {
     const at::Tensor* w = weights.data() + d * s.per_direction;
     ih = w[0], hh = w[1];

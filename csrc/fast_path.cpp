@@ -2,8 +2,6 @@
 // three times as long as a tiny layer, and pybind11 converts a dozen arguments in each call. So these
 // functions are METH_FASTCALL and read the module's attributes themselves. They rely on the GIL, which the
 // module does not give up in free-threaded builds.
-#include <ATen/PythonTorchFunctionTLS.h>
-#include <ATen/autocast_mode.h>
 #include <ATen/ops/cat.h>
 #include <ATen/ops/dropout.h>
 #include <ATen/ops/empty.h>
@@ -15,145 +13,21 @@
 #include <algorithm>
 #include <array>
 #include <optional>
+#include <string>
 #include <tuple>
 #include <utility>
+#include <vector>
 
 #include "cell_step.h"
 #include "contract.h"
+#include "cpu/packed.h"
+#include "frozen.h"
+#include "python_call.h"
 
 namespace fastlstm {
 namespace {
 
 using Tensors = c10::SmallVector<at::Tensor, 8>;
-
-// Returns true if autocast, a transform of torch.func or a __torch_function__ mode is active.
-bool interposed() {
-  return at::autocast::is_autocast_enabled(at::kCPU) || at::impl::torch_function_mode_enabled() ||
-         c10::impl::tls_local_dispatch_key_set().included_.has(
-             c10::DispatchKey::FuncTorchDynamicLayerFrontMode);
-}
-
-// Tensors of a Python call, as long as each is a torch.Tensor or Parameter itself, no subclass, and has no
-// tangent of forward-mode AD; otherwise `plain` turns false, and the tensor is undefined.
-struct Plain {
-  bool plain = !interposed();
-
-  at::Tensor operator()(PyObject* object) {
-    if (!THPVariable_CheckTypeExact(Py_TYPE(object))) {
-      plain = false;
-      return {};
-    }
-    const at::Tensor& t = THPVariable_Unpack(object);
-    plain &= !t._fw_grad(/*level=*/0).defined();
-    return t;
-  }
-  // (h_0, c_0), both undefined for None.
-  std::pair<at::Tensor, at::Tensor> states(PyObject* hx) {
-    if (hx == Py_None) return {};
-    if (!PyTuple_Check(hx) || PyTuple_GET_SIZE(hx) != 2) {
-      plain = false;
-      return {};
-    }
-    return {(*this)(PyTuple_GET_ITEM(hx, 0)), (*this)(PyTuple_GET_ITEM(hx, 1))};
-  }
-};
-
-// Names of attributes, interned and never freed.
-struct Keys {
-  static PyObject* intern(const char* name) { return PyUnicode_InternFromString(name); }
-  PyObject *dict = intern("__dict__"), *parameters = intern("_parameters"),
-           *flat_weights_names = intern("_flat_weights_names"), *flat_weights = intern("_flat_weights"),
-           *flat_weight_refs = intern("_flat_weight_refs"), *num_layers = intern("num_layers"),
-           *bidirectional = intern("bidirectional"), *input_size = intern("input_size"),
-           *hidden_size = intern("hidden_size"), *proj_size = intern("proj_size"),
-           *batch_first = intern("batch_first"), *training = intern("training"), *dropout = intern("dropout"),
-           *weight_ih = intern("weight_ih"), *weight_hh = intern("weight_hh"), *bias_ih = intern("bias_ih"),
-           *bias_hh = intern("bias_hh");
-};
-const Keys& keys() {
-  static const Keys k;
-  return k;
-}
-
-bool refers_to(PyObject* reference, PyObject* object) {
-  if (!PyWeakref_Check(reference)) return false;
-#if PY_VERSION_HEX >= 0x030D0000
-  PyObject* referent = nullptr;
-  if (PyWeakref_GetRef(reference, &referent) < 0) PyErr_Clear();
-  Py_XDECREF(referent);
-  return referent == object;
-#else
-  return PyWeakref_GetObject(reference) == object;
-#endif
-}
-
-// A module's attributes, as Python reads them. `complete` turns false where one is missing or of another
-// kind.
-class Attributes {
- public:
-  explicit Attributes(PyObject* module) : module_(module) {}
-
-  bool complete() const { return complete_; }
-  py::object operator[](PyObject* name) {
-    PyObject* value = complete_ ? PyObject_GetAttr(module_, name) : nullptr;
-    check(value != nullptr);
-    return py::reinterpret_steal<py::object>(value);
-  }
-  bool flag(PyObject* name) {
-    const py::object value = (*this)[name];
-    const int is_true = complete_ ? PyObject_IsTrue(value.ptr()) : 0;
-    return check(is_true >= 0) && is_true == 1;
-  }
-  int64_t size(PyObject* name) {
-    const py::object value = (*this)[name];
-    const Py_ssize_t n = complete_ ? PyNumber_AsSsize_t(value.ptr(), PyExc_OverflowError) : 0;
-    return check(!PyErr_Occurred()) ? n : 0;
-  }
-  double number(PyObject* name) {
-    const py::object value = (*this)[name];
-    if (!check(complete_ && (PyFloat_Check(value.ptr()) || PyLong_Check(value.ptr())))) return 0;
-    const double x = PyFloat_AsDouble(value.ptr());
-    return check(!PyErr_Occurred()) ? x : 0;
-  }
-
- private:
-  // An exception that Python code would raise again stays for the general path to meet; KeyboardInterrupt and
-  // the like are passed on.
-  bool check(bool good) {
-    if (PyErr_Occurred()) {
-      if (!PyErr_ExceptionMatches(PyExc_Exception)) throw py::error_already_set();
-      PyErr_Clear();
-      good = false;
-    }
-    complete_ &= good;
-    return good;
-  }
-
-  PyObject* module_;
-  bool complete_ = true;
-};
-
-// The module's parameters by name, where no instance attribute hides one. With other kinds of dict, whose
-// __getitem__ may do more, there are none. Names are exact strings: looking them up runs no Python code, so
-// borrowed references stay valid.
-class Parameters {
- public:
-  explicit Parameters(Attributes& module)
-      : attributes_(module[keys().dict]), parameters_(module[keys().parameters]) {
-    readable_ = module.complete() && PyDict_CheckExact(attributes_.ptr()) &&
-                (PyDict_CheckExact(parameters_.ptr()) || PyODict_CheckExact(parameters_.ptr()));
-  }
-  // Borrowed, or nullptr.
-  PyObject* operator[](PyObject* name) const {
-    if (!readable_ || !PyUnicode_CheckExact(name) || PyDict_Contains(attributes_.ptr(), name) != 0)
-      return nullptr;
-    return PyDict_GetItemWithError(parameters_.ptr(), name);
-  }
-
- private:
-  py::object attributes_, parameters_;
-  bool readable_;
-};
 
 // LSTM's weights where its attributes are still the parameters that it recorded, the common case of
 // LSTM._current_weights. Returns false if that method must find them.
@@ -217,22 +91,76 @@ struct StackResults {
   at::Tensor output, h_n, c_n;
 };
 
+// y, h_n, c_n
+using OneLayer = std::tuple<at::Tensor, at::Tensor, at::Tensor>;
+
+// Weights of a stack's layers. run(): one layer, nothing where the arguments do not fit together; `known`
+// are the lengths as numbers, `lengths` as a trace has them.
+class StoredWeights {
+ public:
+  StoredWeights(const Stack& s, at::TensorList weights)
+      : weights_(weights), n_(s.layers > 0 ? static_cast<int64_t>(weights.size()) / s.layers : 0) {}
+
+  bool fit(const Stack& s, at::ScalarType type) const {
+    const auto fits = [&](const at::Tensor& t) {
+      return t.device().is_cpu() && t.scalar_type() == type && t.dim() == 2;
+    };
+    return n_ >= 2 && fits(weights_[0]) && fits(weights_[1]) && weights_[0].size(0) == 4 * s.H &&
+           weights_[0].size(1) == s.I && weights_[1].size(1) == s.P &&
+           n_ == s.D * LayerSizes::weights_per_direction(weights_, s.P != s.H);
+  }
+  std::optional<OneLayer> run(int64_t k, const at::Tensor& x, const OptionalTensor& h0,
+                              const OptionalTensor& c0, const OptionalTensor& known,
+                              const OptionalTensor& lengths) const {
+    static const auto op =
+        c10::Dispatcher::singleton().findSchemaOrThrow("fastlstm::native_layer", "").typed<LayerForward>();
+    const OptionalTensor no_resets;
+    const at::TensorList own = weights_.slice(k * n_, n_);
+    if (!LayerSizes::fit({x, h0, c0, own, known, no_resets})) return {};
+    auto [y, h_n, c_n, cells, reserve] =
+        op.call(x, h0, c0, own, lengths, no_resets, /*keep_cells=*/false, /*keep_reserve=*/false);
+    return OneLayer{std::move(y), std::move(h_n), std::move(c_n)};
+  }
+
+ private:
+  at::TensorList weights_;
+  int64_t n_;
+};
+
+class PackedWeights {
+ public:
+  PackedWeights(const Stack& s, at::TensorList packed) : packed_(packed), sizes_{s.H, s.P, s.D} {}
+
+  bool fit(const Stack& s, at::ScalarType) const { return static_cast<int64_t>(packed_.size()) == s.layers; }
+  std::optional<OneLayer> run(int64_t k, const at::Tensor& x, const OptionalTensor& h0,
+                              const OptionalTensor& c0, const OptionalTensor& known,
+                              const OptionalTensor& lengths) const {
+    const OptionalTensor no_resets;
+    if (!LayerSizes::fit({x, h0, c0, {}, known, no_resets}, PackedView(packed_[k]).header().known()))
+      return {};
+    auto [y, h_n, c_n, cells] =
+        frozen_op().call(x, h0, c0, packed_[k], sizes_, lengths, no_resets, /*keep_cells=*/false);
+    return OneLayer{std::move(y), std::move(h_n), std::move(c_n)};
+  }
+
+ private:
+  at::TensorList packed_;
+  std::array<int64_t, 3> sizes_;
+};
+
 // A stack of layers without resets, run layer by layer; nothing where the arguments do not fit together,
 // which is for the checks in Python to say. batch_sizes: of a PackedSequence, whose data `input` is then.
+template <class Weights>
 std::optional<StackResults> run_stack(const Stack& s, const at::Tensor& input, const at::Tensor& h0,
-                                      const at::Tensor& c0, at::TensorList weights,
+                                      const at::Tensor& c0, const Weights& weights,
                                       const at::Tensor& batch_sizes) {
   const bool packed = batch_sizes.defined();
-  const int64_t n = s.layers > 0 ? static_cast<int64_t>(weights.size()) / s.layers : 0;
-  if (n < 2) return {};
   const at::ScalarType type = input.scalar_type();
   const auto fits = [&](const at::Tensor& t, int64_t dim) {
     return t.device().is_cpu() && t.scalar_type() == type && t.dim() == dim;
   };
-  if (!fits(input, packed ? 2 : 3) || !fits(weights[0], 2) || !fits(weights[1], 2) || input.size(-1) != s.I ||
-      input.size(s.batch_first) == 0 || weights[0].size(0) != 4 * s.H || weights[0].size(1) != s.I ||
-      weights[1].size(1) != s.P || !(s.dropout >= 0 && s.dropout <= 1) ||
-      n != s.D * LayerSizes::weights_per_direction(weights, s.P != s.H) ||
+  if (s.layers < 1 || !fits(input, packed ? 2 : 3) || input.size(-1) != s.I ||
+      input.size(s.batch_first) == 0 || !(s.dropout >= 0 && s.dropout <= 1) || !weights.fit(s, type) ||
       !(type == at::kFloat || type == at::kDouble || type == at::kBFloat16 || type == at::kHalf))
     return {};
   OptionalTensor lengths;
@@ -244,27 +172,22 @@ std::optional<StackResults> run_stack(const Stack& s, const at::Tensor& input, c
   };
   if (h0.defined() && !(states_fit(h0, s.P) && states_fit(c0, s.H))) return {};
 
-  const OptionalTensor known = lengths, no_resets;
+  const OptionalTensor known = lengths;
   if (packed && dispatch_mode_active()) {  // by an op, so that a trace holds where the lengths come from
     static const auto op = c10::Dispatcher::singleton()
                                .findSchemaOrThrow("fastlstm::packed_lengths", "")
                                .typed<at::Tensor(const at::Tensor&)>();
     lengths = op.call(batch_sizes);
   }
-  static const auto op =
-      c10::Dispatcher::singleton().findSchemaOrThrow("fastlstm::native_layer", "").typed<LayerForward>();
-  StackResults results;
   at::Tensor x = s.batch_first ? input.transpose(0, 1) : input;
   Tensors h_n, c_n;
   for (int64_t k = 0; k < s.layers; ++k) {
-    const auto layer_weights = weights.slice(k * n, n);
     const auto part = [&](const at::Tensor& t) {
       return !t.defined() ? OptionalTensor() : s.layers == 1 ? t : t.narrow(0, k * s.D, s.D);
     };
-    const OptionalTensor h = part(h0), c = part(c0);
-    if (!LayerSizes::fit({x, h, c, layer_weights, known, no_resets})) return {};
-    auto [y, h_last, c_last, cells, reserve] =
-        op.call(x, h, c, layer_weights, lengths, {}, /*keep_cells=*/false, /*keep_reserve=*/false);
+    auto results = weights.run(k, x, part(h0), part(c0), known, lengths);
+    if (!results) return {};
+    auto& [y, h_last, c_last] = *results;
     x = s.dropout > 0 && k + 1 < s.layers ? at::dropout(y, s.dropout, /*train=*/true) : std::move(y);
     h_n.push_back(std::move(h_last));
     c_n.push_back(std::move(c_last));
@@ -274,11 +197,12 @@ std::optional<StackResults> run_stack(const Stack& s, const at::Tensor& input, c
                       s.layers == 1 ? std::move(c_n[0]) : at::cat(c_n)};
 }
 
-py::object wrap(at::Tensor t) { return py::reinterpret_steal<py::object>(THPVariable_Wrap(std::move(t))); }
-
-PyObject* none() { return py::none().release().ptr(); }  // the general path must run the call
-PyObject* not_recorded() {                               // asks the caller for the weights
-  return py::reinterpret_borrow<py::object>(Py_NotImplemented).release().ptr();
+PyObject* as_result(std::optional<StackResults>&& results) {
+  if (!results) return none();
+  return py::make_tuple(wrap(std::move(results->output)),
+                        py::make_tuple(wrap(std::move(results->h_n)), wrap(std::move(results->c_n))))
+      .release()
+      .ptr();
 }
 
 // (module, weights, input, hx, batch_sizes) -> (output, (h_n, c_n)), None or NotImplemented.
@@ -306,13 +230,76 @@ PyObject* lstm(PyObject*, PyObject* const* args, Py_ssize_t count) {
   std::optional<StackResults> results;
   {
     py::gil_scoped_release release;
-    results = run_stack(s, input, h0, c0, weights, batch_sizes);
+    results = run_stack(s, input, h0, c0, StoredWeights(s, weights), batch_sizes);
+  }
+  return as_result(std::move(results));
+  END_HANDLE_TH_ERRORS
+}
+
+// The packed layers of a frozen module, its buffers packed_l0, packed_l1, ...; none where one is missing or
+// not on CPU.
+Tensors packed_layers(Attributes& module, int64_t layers, Plain& tensor) {
+  static std::vector<PyObject*> names;  // interned and never freed, as Keys; guarded by the GIL
+  while (static_cast<int64_t>(names.size()) < layers)
+    names.push_back(Keys::intern(("packed_l" + std::to_string(names.size())).c_str()));
+  const py::object buffers = module[keys().buffers];
+  Tensors packed;
+  if (!module.complete() || !PyDict_CheckExact(buffers.ptr())) return packed;
+  for (int64_t k = 0; k < layers; ++k) {
+    PyObject* value = PyDict_GetItemWithError(buffers.ptr(), names[k]);
+    const at::Tensor layer = value ? tensor(value) : at::Tensor();
+    if (!layer.defined() || !layer.is_cpu()) return {};
+    packed.push_back(layer);
+  }
+  return packed;
+}
+
+// (module, input, hx, batch_sizes) of a FrozenLSTM -> (output, (h_n, c_n)) or None.
+PyObject* frozen_lstm(PyObject*, PyObject* const* args, Py_ssize_t count) {
+  HANDLE_TH_ERRORS
+  TORCH_CHECK(count == 4, "frozen_lstm takes 4 arguments, got ", count);
+  Plain tensor;
+  const at::Tensor input = tensor(args[1]);
+  if (!tensor.plain || !input.device().is_cpu()) return none();
+  const bool packed_rows = args[3] != Py_None;
+  const at::Tensor batch_sizes = packed_rows ? tensor(args[3]) : at::Tensor();
+  const auto [h0, c0] = tensor.states(args[2]);
+  Attributes module(args[0]);
+  Stack s = stack_of(module, packed_rows);
+  s.dropout = 0;
+  const Tensors packed = packed_layers(module, s.layers, tensor);
+  if (!module.complete() || !tensor.plain) return none();
+  std::optional<StackResults> results;
+  {
+    py::gil_scoped_release release;
+    results = run_stack(s, input, h0, c0, PackedWeights(s, packed), batch_sizes);
+  }
+  return as_result(std::move(results));
+  END_HANDLE_TH_ERRORS
+}
+
+// (module, input, hx) of a FrozenLSTMCell -> (h, c) or None.
+PyObject* frozen_cell(PyObject*, PyObject* const* args, Py_ssize_t count) {
+  HANDLE_TH_ERRORS
+  TORCH_CHECK(count == 3, "frozen_cell takes 3 arguments, got ", count);
+  Plain tensor;
+  const at::Tensor input = tensor(args[1]);
+  if (!tensor.plain || !input.device().is_cpu() || input.dim() != 2) return none();
+  const auto [h0, c0] = tensor.states(args[2]);
+  if (h0.defined() && (h0.dim() != 2 || c0.dim() != 2)) return none();
+  Attributes module(args[0]);
+  Stack s;
+  s.layers = 1, s.I = module.size(keys().input_size), s.H = s.P = module.size(keys().hidden_size);
+  const Tensors packed = packed_layers(module, s.layers, tensor);
+  if (!module.complete() || !tensor.plain) return none();
+  std::optional<StackResults> results;
+  {
+    py::gil_scoped_release release;
+    const auto with_step = [](const at::Tensor& t) { return t.defined() ? t.unsqueeze(0) : t; };
+    results = run_stack(s, with_step(input), with_step(h0), with_step(c0), PackedWeights(s, packed), {});
   }
   if (!results) return none();
-  return py::make_tuple(wrap(std::move(results->output)),
-                        py::make_tuple(wrap(std::move(results->h_n)), wrap(std::move(results->c_n))))
-      .release()
-      .ptr();
+  return py::make_tuple(wrap(results->h_n.squeeze(0)), wrap(results->c_n.squeeze(0))).release().ptr();
   END_HANDLE_TH_ERRORS
 }
 
@@ -356,7 +343,11 @@ PyMethodDef methods[] = {
      "Run a whole LSTM call: (module, weights, input, hx, batch_sizes) -> (output, (h_n, c_n)). None if the "
      "general path must run it; NotImplemented if weights is None and the recorded weights are stale."},
     {"lstm_cell", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(lstm_cell)), METH_FASTCALL,
-     "Run a whole LSTMCell call: (module, weights, input, hx) -> (h, c), None or NotImplemented as lstm()."}};
+     "Run a whole LSTMCell call: (module, weights, input, hx) -> (h, c), None or NotImplemented as lstm()."},
+    {"frozen_lstm", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(frozen_lstm)), METH_FASTCALL,
+     "The same of a FrozenLSTM: (module, input, hx, batch_sizes)."},
+    {"frozen_cell", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(frozen_cell)), METH_FASTCALL,
+     "The same of a FrozenLSTMCell: (module, input, hx)."}};
 
 }  // namespace
 

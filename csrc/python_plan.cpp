@@ -34,9 +34,10 @@ const char* name_of(WeightMode mode) {
                                         : "pack_on_use";
 }
 const char* name_of(EngineKind engine) {
-  return engine == EngineKind::float_panels  ? "float_panels"
-         : engine == EngineKind::bf16_panels ? "bf16_panels"
-                                             : "bf16_products";
+  return engine == EngineKind::float_panels    ? "float_panels"
+         : engine == EngineKind::bf16_panels   ? "bf16_panels"
+         : engine == EngineKind::bf16_products ? "bf16_products"
+                                               : "int8_products";
 }
 const char* name_of(Gemm gemm) {
   return gemm == Gemm::small ? "small" : gemm == Gemm::skinny ? "skinny" : "blas";
@@ -92,7 +93,7 @@ py::dict dict_of(const BackwardPlan& p, const LayerShape& s) {
 // packed: the rows of x past the lengths are absent.
 LayerShape shape_of(const std::string& dtype, int64_t T, int64_t B, int64_t I, int64_t H, int64_t P,
                     int64_t D, const std::optional<std::vector<int64_t>>& lengths, bool packed, bool resets,
-                    bool h0) {
+                    bool h0, const std::string& frozen) {
   TORCH_CHECK(T > 0 && B > 0, "T and B must be at least 1");
   Rows rows{T, B, T * B, nullptr, nullptr, nullptr, nullptr, packed};
   std::vector<int64_t> count;
@@ -114,7 +115,8 @@ LayerShape shape_of(const std::string& dtype, int64_t T, int64_t B, int64_t I, i
           H,
           P,
           D,
-          h0 && !rows.count && !resets};
+          h0 && !rows.count && !resets,
+          frozen_named(frozen)};
 }
 
 struct Figure {
@@ -143,6 +145,11 @@ constexpr Figure kFigures[] = {
     {"bf16_l2_read_rows", &CostFigures::bf16_l2_read_rows},
     {"bf16_l3_read_rows", &CostFigures::bf16_l3_read_rows},
     {"bf16_l3_hidden_min_rows", &CostFigures::bf16_l3_hidden_min_rows},
+    {"int8_vector_macs_per_us", &CostFigures::int8_vector_macs_per_us},
+    {"int8_gate_cost_macs", &CostFigures::int8_gate_cost_macs},
+    {"int8_l2_read_rows", &CostFigures::int8_l2_read_rows},
+    {"int8_l3_read_rows", &CostFigures::int8_l3_read_rows},
+    {"int8_l3_hidden_min_rows", &CostFigures::int8_l3_hidden_min_rows},
 };
 static_assert(sizeof(CostFigures) == std::size(kFigures) * sizeof(double));
 
@@ -173,24 +180,25 @@ Machine machine_of(int threads, int64_t l2_bytes, int64_t vector_bytes, bool bf1
 
 py::dict cpu_plan(const std::string& dtype, int64_t T, int64_t B, int64_t I, int64_t H, int64_t P, int64_t D,
                   const std::optional<std::vector<int64_t>>& lengths, bool packed, bool resets, bool h0,
-                  int threads, int64_t l2_bytes, int64_t vector_bytes, bool bf16_kernels,
-                  const std::map<std::string, double>& figures) {
-  const LayerShape s = shape_of(dtype, T, B, I, H, P, D, lengths, packed, resets, h0);
+                  const std::string& frozen, int threads, int64_t l2_bytes, int64_t vector_bytes,
+                  bool bf16_kernels, const std::map<std::string, double>& figures) {
+  const LayerShape s = shape_of(dtype, T, B, I, H, P, D, lengths, packed, resets, h0, frozen);
   const CostFigures of_machine = figures_of(figures);
   Machine machine = machine_of(threads, l2_bytes, vector_bytes, bf16_kernels);
   machine.figures = &of_machine;
-  const CpuPlan p = plan(s, machine);
   py::dict d;
-  d["forward"] = dict_of(p.forward, s), d["backward"] = dict_of(p.backward, s);
+  d["forward"] = dict_of(plan_forward(s, machine), s);
+  if (s.frozen == Frozen::no) d["backward"] = dict_of(plan_backward(s, machine), s);
   return d;
 }
 
 // The partitions that cpu_plan chooses from, as (members, row groups, split, concurrent, predicted us).
 py::dict cpu_plan_candidates(const std::string& dtype, int64_t T, int64_t B, int64_t I, int64_t H, int64_t P,
                              int64_t D, const std::optional<std::vector<int64_t>>& lengths, bool packed,
-                             bool resets, bool h0, int threads, int64_t l2_bytes, int64_t vector_bytes,
-                             bool bf16_kernels, const std::map<std::string, double>& figures) {
-  const LayerShape s = shape_of(dtype, T, B, I, H, P, D, lengths, packed, resets, h0);
+                             bool resets, bool h0, const std::string& frozen, int threads, int64_t l2_bytes,
+                             int64_t vector_bytes, bool bf16_kernels,
+                             const std::map<std::string, double>& figures) {
+  const LayerShape s = shape_of(dtype, T, B, I, H, P, D, lengths, packed, resets, h0, frozen);
   const CostFigures of_machine = figures_of(figures);
   Machine machine = machine_of(threads, l2_bytes, vector_bytes, bf16_kernels);
   machine.figures = &of_machine;
@@ -201,7 +209,8 @@ py::dict cpu_plan_candidates(const std::string& dtype, int64_t T, int64_t B, int
     return all;
   };
   py::dict d;
-  d["forward"] = list(forward_loop(s, machine)), d["backward"] = list(backward_loop(s, machine));
+  d["forward"] = list(forward_loop(s, machine));
+  if (s.frozen == Frozen::no) d["backward"] = list(backward_loop(s, machine));
   return d;
 }
 
@@ -262,7 +271,7 @@ void define_cpu_plan(py::module_& m) {
   const auto def = [&](const char* name, auto f, const char* doc) {
     m.def(name, f, arg("dtype"), arg("T"), arg("B"), arg("I"), arg("H"), arg("P"), arg("D"), py::kw_only(),
           arg("lengths") = py::none(), arg("packed") = false, arg("resets") = false, arg("h0") = false,
-          arg("threads"), arg("l2_bytes"), arg("vector_bytes"), arg("bf16_kernels"),
+          arg("frozen") = "no", arg("threads"), arg("l2_bytes"), arg("vector_bytes"), arg("bf16_kernels"),
           arg("figures") = std::map<std::string, double>(), doc);
   };
   def("cpu_plan", &cpu_plan, "What the CPU code decides about a layer's call, as cpu/plan.h has it.");

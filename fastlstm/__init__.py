@@ -4,6 +4,8 @@ from . import functional, reference
 from .convert import convert, patch_torch
 from .dispatch import use_backend
 from .explain import Explanation, explain
+from .freeze import freeze, thaw
+from .frozen import FrozenLSTM, FrozenLSTMCell
 from .modules import LSTM, LSTMCell
 
 __version__ = "0.1.0"
@@ -11,11 +13,15 @@ __version__ = "0.1.0"
 __all__ = [
     "LSTM",
     "Explanation",
+    "FrozenLSTM",
+    "FrozenLSTMCell",
     "LSTMCell",
     "convert",
     "explain",
+    "freeze",
     "functional",
     "patch_torch",
     "reference",
+    "thaw",
     "use_backend",
 ]

@@ -36,7 +36,7 @@ def convert(module: Module, to: str = "fastlstm") -> Module:
         `module`.
 
     Raises:
-        ValueError: for another value of `to`.
+        ValueError: for another value of `to`, or a frozen LSTM that is to become torch's.
 
     Example:
         >>> import torch, fastlstm
@@ -52,6 +52,10 @@ def convert(module: Module, to: str = "fastlstm") -> Module:
     skipped = []
     for name, child in module.named_modules():
         cls = type(child)
+        if getattr(cls, "_is_frozen", False):
+            if to == "torch":
+                raise ValueError(f"{name or 'the module itself'} is frozen: call fastlstm.thaw(model) before convert")
+            continue
         if cls in classes:
             child.__class__ = classes[cls]
         elif parametrize.is_parametrized(child) and cls.__bases__ and cls.__bases__[0] in classes:

@@ -17,6 +17,7 @@ from torch.overrides import has_torch_function
 from . import reference, transforms
 from .backends import BACKENDS, native
 from .ops import flops
+from .ops import frozen as _frozen  # noqa: F401 - defines its op
 from .ops import recompute as _recompute  # noqa: F401 - defines its ops
 from .ops.modes import forward_ad_active, recording, transform_active
 from .ops.schema import LayerCall, LayerInputs, check
@@ -81,6 +82,12 @@ def select(call: LayerCall) -> str:
     if reason is not None:
         raise RuntimeError(f"backend {_requested!r} cannot run this call: {reason}")
     return _requested
+
+
+def check_native(reason: str) -> None:
+    """Raise RuntimeError with the reason if a backend other than native was asked for."""
+    if _requested not in ("auto", "native"):
+        raise RuntimeError(f"backend {_requested!r} cannot run this call: {reason}")
 
 
 def choices(call: LayerCall) -> dict[str, str]:
@@ -190,7 +197,10 @@ def lstm_fast_path(
     result = weights = None
     if _extension_may_run():
         extension: Any = native.extension
-        result = extension.lstm(module, None, input, hx, batch_sizes)
+        if type(module)._is_frozen:
+            result = extension.frozen_lstm(module, input, hx, batch_sizes)
+        else:
+            result = extension.lstm(module, None, input, hx, batch_sizes)
         if result is NotImplemented:  # the recorded weights are stale
             weights = module._current_weights()
             result = extension.lstm(module, weights, input, hx, batch_sizes)
@@ -204,7 +214,10 @@ def cell_fast_path(module: Any, input: Tensor, hx: tuple[Tensor, Tensor] | None)
     result = weights = None
     if _extension_may_run():
         extension: Any = native.extension
-        result = extension.lstm_cell(module, None, input, hx)
+        if type(module)._is_frozen:
+            result = extension.frozen_cell(module, input, hx)
+        else:
+            result = extension.lstm_cell(module, None, input, hx)
         if result is NotImplemented:
             weights = module._current_weights()
             result = extension.lstm_cell(module, weights, input, hx)

@@ -12,6 +12,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from . import dispatch
 from .backends import native
+from .frozen import FrozenLSTM, FrozenLSTMCell
 from .functional import check_lengths
 from .modules import LSTM, LSTMCell
 
@@ -26,7 +27,7 @@ class Explanation:
         kernels: which CUDA kernels the native backend runs, and why; empty on other devices.
         forward: the CPU plan of the first layer: number of threads, how they divide the work, which weights are packed,
             how products are computed, and why. Empty on other devices, and with recompute, which runs segments.
-        backward: the same of the backward pass.
+        backward: the same of the backward pass; empty for a frozen layer.
     """
 
     backend: str
@@ -62,7 +63,7 @@ def explain(
     """Tell which backend would run `module(input, hx, ...)`, and why, without running it.
 
     Args:
-        module: a fastlstm.LSTM or fastlstm.LSTMCell.
+        module: a fastlstm.LSTM or fastlstm.LSTMCell, frozen or not.
         input: as in the call.
         hx: as in the call.
         lengths: as in the call.
@@ -83,7 +84,9 @@ def explain(
         >>> explanation.backend, explanation.reasons["eager"]
         ('eager', 'runs')
     """
-    if isinstance(module, LSTM):
+    if isinstance(module, (FrozenLSTM, FrozenLSTMCell)):
+        weights = module.first_layer()
+    elif isinstance(module, LSTM):
         weights = module._current_weights()[: len(module._all_weights[0]) * (2 if module.bidirectional else 1)]
     elif isinstance(module, LSTMCell):
         weights = [w for w in (module.weight_ih, module.weight_hh, module.bias_ih, module.bias_hh) if w is not None]
@@ -95,14 +98,19 @@ def explain(
     known = _lengths(input, lengths, T, B)
     call = dispatch.describe(data, weights, data if packed or lengths is not None else None, reset_mask)
     reasons = dispatch.choices(call)
+    form = module.form if isinstance(module, (FrozenLSTM, FrozenLSTMCell)) else "no"
+    if form != "no":
+        reasons = {
+            name: reason if name == "native" else "cannot run a frozen layer" for name, reason in reasons.items()
+        }
     backend = next((name for name, reason in reasons.items() if reason == "runs"), "")
     if backend != "native":
         return Explanation(backend, reasons)
     unknown = isinstance(known, FakeTensor) or getattr(module, "recompute", False) is not False
     steps = None if known is None or unknown else known.tolist()
     cell = isinstance(module, LSTMCell)
-    plan = None if unknown else native.cpu_plan(call, T, B, steps, packed, hx is not None, cell=cell)
-    forward, backward = (plan[phase]["text"] for phase in ("forward", "backward")) if plan else ("", "")
+    plan = {} if unknown else native.cpu_plan(call, T, B, steps, packed, hx is not None, cell=cell, frozen=form)
+    forward, backward = (plan[phase]["text"] if phase in plan else "" for phase in ("forward", "backward"))
     return Explanation(backend, reasons, native.kernels(call, B), forward, backward)
 
 

@@ -6,7 +6,7 @@ Their positional arguments are those of the functions behind torch.nn.LSTM and t
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -84,6 +84,36 @@ def lstm(
         torch.Size([5, 3, 16])
     """
     interval = check_recompute(recompute)
+    x, *options = check_inputs(input, batch_first, lengths, reset_mask, layout)
+    weights = list(weights)
+    _check_weights(weights, bias, num_layers, bidirectional)
+    autocast = autocast_active(x)
+    if autocast:
+        x, hx, weights = _cast_for_autocast(x, hx, weights, torch.get_autocast_dtype(x.device.type))
+    n = len(weights) // num_layers
+
+    def one(k: int, x: Tensor, h0: Tensor | None, c0: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        own = weights if num_layers == 1 else weights[k * n : (k + 1) * n]
+        keep_cells = return_cell_states and k == num_layers - 1
+        return layer(LayerInputs(x, h0, c0, own, *options), keep_cells, interval)
+
+    how = (one, num_layers, bidirectional, dropout if training else 0.0, layout)
+    if autocast:
+        with torch.autocast(x.device.type, enabled=False):
+            results = stacked(x, hx, *how)
+    else:
+        results = stacked(x, hx, *how)
+    return as_asked(results, batch_first, return_cell_states)
+
+
+def check_inputs(
+    input: Tensor,
+    batch_first: bool,
+    lengths: Tensor | Sequence[int] | None,
+    reset_mask: Tensor | None,
+    layout: PackedLayout | None,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """x [T, B, I], lengths [B] and reset_mask [T, B] of a call of `lstm`."""
     x = input.transpose(0, 1) if batch_first else input
     if x.shape[0] == 0:
         raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
@@ -97,20 +127,11 @@ def lstm(
         reset_mask = check_reset_mask(reset_mask, x, batch_first)
     if x.dim() != 3:
         raise RuntimeError(f"x must be [T, B, I], got {list(x.shape)}")
-    weights = list(weights)
-    _check_weights(weights, bias, num_layers, bidirectional)
-    autocast = _autocast_active(x)
-    if autocast:
-        x, hx, weights = _cast_for_autocast(x, hx, weights, torch.get_autocast_dtype(x.device.type))
-    how = (
-        (lengths, reset_mask), num_layers, bidirectional, dropout if training else 0.0, return_cell_states, interval,
-        layout,
-    )  # fmt: skip
-    if autocast:
-        with torch.autocast(x.device.type, enabled=False):
-            results = _layers(x, hx, weights, *how)
-    else:
-        results = _layers(x, hx, weights, *how)
+    return x, lengths, reset_mask
+
+
+def as_asked(results: tuple[Tensor, ...], batch_first: bool, return_cell_states: bool) -> tuple[Tensor, ...]:
+    """The results of `lstm`: output and cell states laid out as the input is."""
     y, h_n, c_n, cells = results
     if batch_first:
         y = y.transpose(0, 1)
@@ -119,32 +140,26 @@ def lstm(
     return y, h_n, c_n, cells.transpose(0, 1) if batch_first else cells
 
 
-def _layers(
+def stacked(
     x: Tensor,
     hx: States | None,
-    weights: list[Tensor],
-    options: tuple[Tensor | None, ...],
+    one: Callable[[int, Tensor, Tensor | None, Tensor | None], tuple[Tensor, Tensor, Tensor, Tensor]],
     num_layers: int,
     bidirectional: bool,
-    dropout: float,
-    return_cell_states: bool,
-    interval: int,
-    layout: PackedLayout | None,
+    dropout: float = 0.0,
+    layout: PackedLayout | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """`options` are those of LayerInputs, in its order."""
+    """y, h_n, c_n of all layers and cells of the last; `one(k, x, h0, c0)` runs layer k."""
     D = 2 if bidirectional else 1
-    n = len(weights) // num_layers
     if hx is not None:
-        _check_states(x, hx)
+        check_states(x, hx)
     h_n, c_n = [], []
     for k in range(num_layers):
         h0 = c0 = None
         if hx is not None:
             h0, c0 = hx if num_layers == 1 else (hx[0][k * D : (k + 1) * D], hx[1][k * D : (k + 1) * D])
-        last = k == num_layers - 1
-        own = weights if num_layers == 1 else weights[k * n : (k + 1) * n]
-        x, h, c, cells = layer(LayerInputs(x, h0, c0, own, *options), return_cell_states and last, interval)
-        if not last and dropout != 0:
+        x, h, c, cells = one(k, x, h0, c0)
+        if k < num_layers - 1 and dropout != 0:
             x = _drop(x, dropout, layout)
         h_n.append(h)
         c_n.append(c)
@@ -193,20 +208,20 @@ def lstm_cell(
     if bias_ih is not None or bias_hh is not None:
         none = weight_ih.new_zeros(weight_ih.shape[0])
         weights += [none if bias is None else bias for bias in (bias_ih, bias_hh)]
-    if _autocast_active(input):
+    if autocast_active(input):
         dtype = torch.get_autocast_dtype(input.device.type)
         if input.device.type == "cpu":  # no autocast rule for cells there: the state keeps its precision
             dtype = torch.promote_types(dtype, (input if hx is None else hx[1]).dtype)
         input, hx, weights = _cast_for_autocast(input, hx, weights, dtype)
         with torch.autocast(input.device.type, enabled=False):
             return lstm_cell(input, hx, *weights)
-    _check_cell(input, hx, weights)
+    check_cell(input, hx, weights[0].shape[1], weights[1].shape[1])
     h0, c0 = (None, None) if hx is None else (hx[0].unsqueeze(0), hx[1].unsqueeze(0))
     _, h, c, _ = layer(LayerInputs(input.unsqueeze(0), h0, c0, weights), False)
     return h.squeeze(0), c.squeeze(0)
 
 
-def _autocast_active(x: Tensor) -> bool:
+def autocast_active(x: Tensor) -> bool:
     """Return True under autocast for x's device; the first question is the cheaper one."""
     return torch._C._is_any_autocast_enabled() and torch.is_autocast_enabled(x.device.type)
 
@@ -243,7 +258,7 @@ def _check_weights(weights: list[Tensor], bias: bool, num_layers: int, bidirecti
             raise RuntimeError(f"weights must have {expected} as element {k} with bias={bias}, got {got}")
 
 
-def _check_states(x: Tensor, hx: States) -> None:
+def check_states(x: Tensor, hx: States) -> None:
     if len(hx) != 2:
         raise RuntimeError("lstm expects two hidden states")
     for state in hx:
@@ -256,8 +271,8 @@ def _check_states(x: Tensor, hx: States) -> None:
             raise RuntimeError(f"Input and hidden tensors must have the same dtype, got {x.dtype} and {state.dtype}")
 
 
-def _check_cell(x: Tensor, hx: States | None, weights: list[Tensor]) -> None:
-    features, H = weights[0].shape[1], weights[1].shape[1]
+def check_cell(x: Tensor, hx: States | None, features: int, H: int) -> None:
+    """Raise unless x [B, features] and hx fit an LSTMCell of H units, in torch.nn.LSTMCell's words."""
     if x.shape[1] != features:
         raise RuntimeError(f"input has inconsistent input_size: got {x.shape[1]} expected {features}")
     if hx is not None:
@@ -268,7 +283,7 @@ def _check_cell(x: Tensor, hx: States | None, weights: list[Tensor]) -> None:
                 raise RuntimeError(f"Input batch size {x.shape[0]} doesn't match hidden{k} batch size {state.shape[0]}")
             if state.shape[1] != H:
                 raise RuntimeError(f"hidden{k} has inconsistent hidden_size: got {state.shape[1]}, expected {H}")
-        _check_states(x, hx)
+        check_states(x, hx)
 
 
 def check_recompute(recompute: bool | int) -> int:

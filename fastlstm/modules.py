@@ -37,6 +37,23 @@ def mark_as_leaf(module: nn.Module) -> None:
     module.__dict__["__module__"] = "torch.nn"
 
 
+def _with_float_matrices(module: nn.Module, state_dict: dict[str, Any], prefix: str) -> dict[str, Any]:
+    """Return `state_dict` with int8 matrices of a frozen layer, those that have scales, as floats for `module`."""
+    found = [name for name in module._parameters if f"{prefix}{name}_scale" in state_dict]
+    floats, unused = {}, set()
+    for name in found:
+        weight, scale = state_dict.get(prefix + name), state_dict[f"{prefix}{name}_scale"]
+        parameter = module._parameters[name]
+        if not (isinstance(weight, Tensor) and isinstance(scale, Tensor) and isinstance(parameter, Tensor)):
+            continue
+        if weight.dtype == torch.int8 and weight.dim() == 2 and scale.shape == weight.shape[:1]:
+            floats[prefix + name] = (weight * scale[:, None]).to(parameter.dtype)
+            unused.add(f"{prefix}{name}_scale")
+    if not floats:
+        return state_dict
+    return {key: floats.get(key, value) for key, value in state_dict.items() if key not in unused}
+
+
 class LSTM(nn.RNNBase):
     """Drop-in replacement for torch.nn.LSTM.
 
@@ -76,6 +93,7 @@ class LSTM(nn.RNNBase):
 
     # Of the class, so that converted modules and those unpickled from earlier versions have it.
     recompute: bool | int = False
+    _is_frozen = False  # True for frozen.FrozenLSTM; read from the type, as instances are the user's
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__("LSTM", *args, **kwargs)
@@ -102,6 +120,9 @@ class LSTM(nn.RNNBase):
         super().__setstate__(state)
         if type(self) is LSTM:
             mark_as_leaf(self)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        super()._load_from_state_dict(_with_float_matrices(self, state_dict, prefix), prefix, *args)
 
     get_expected_cell_size: Any = TorchLSTM.get_expected_cell_size
     check_forward_args: Any = TorchLSTM.check_forward_args
@@ -213,15 +234,23 @@ class LSTM(nn.RNNBase):
         if hx is not None:
             hx = self._batched_states(hx, batched)
         self._check(input, hx, weights, input.size(batch_dim))
-        output, h_n, c_n, *cells = functional.lstm(
-            input, hx, weights, self.bias, self.num_layers, self.dropout, self.training, self.bidirectional,
-            self.batch_first, lengths=lengths, reset_mask=reset_mask, return_cell_states=return_cell_states,
-            recompute=self.recompute,
+        output, h_n, c_n, *cells = self._layers(
+            input, hx, weights, self.batch_first, lengths=lengths, reset_mask=reset_mask,
+            return_cell_states=return_cell_states,
         )  # fmt: skip
         if not batched:
             output, h_n, c_n = output.squeeze(batch_dim), h_n.squeeze(1), c_n.squeeze(1)
             cells = [c.squeeze(batch_dim) for c in cells]
         return (output, (h_n, c_n), *cells)
+
+    def _layers(
+        self, input: Tensor, hx: States | None, weights: list[Tensor], batch_first: bool, **options: Any
+    ) -> tuple[Tensor, ...]:
+        """functional.lstm with the module's attributes, on checked arguments."""
+        return functional.lstm(
+            input, hx, weights, self.bias, self.num_layers, self.dropout, self.training, self.bidirectional,
+            batch_first, recompute=self.recompute, **options,
+        )  # fmt: skip
 
     @staticmethod
     def _batched_states(hx: States, batched: bool) -> States:
@@ -282,11 +311,9 @@ class LSTM(nn.RNNBase):
                 except ValueError as error:  # of a dtype: nn.LSTM's packed input gets as far as a matrix product
                     raise RuntimeError(*error.args) from None
             layout = PackedLayout.of(batch_sizes, data)
-            output, h_n, c_n, *cells = functional.lstm(
-                layout.pad(data), hx, weights, self.bias, self.num_layers, self.dropout, self.training,
-                self.bidirectional, False, return_cell_states=return_cell_states, recompute=self.recompute,
-                layout=layout,
-            )  # fmt: skip
+            output, h_n, c_n, *cells = self._layers(
+                layout.pad(data), hx, weights, False, return_cell_states=return_cell_states, layout=layout
+            )
             rows, states = [layout.pack(padded) for padded in (output, *cells)], (h_n, c_n)
         packed = [PackedSequence(t, batch_sizes, sorted_indices, unsorted_indices) for t in rows]
         return (packed[0], self.permute_hidden(states, unsorted_indices), *packed[1:])
@@ -334,6 +361,8 @@ class LSTMCell(nn.RNNCellBase):
         torch.Size([3, 16])
     """
 
+    _is_frozen = False  # True for frozen.FrozenLSTMCell; read from the type
+
     def __init__(
         self,
         input_size: int,
@@ -355,6 +384,9 @@ class LSTMCell(nn.RNNCellBase):
         super().__setstate__(state)
         if type(self) is LSTMCell:
             mark_as_leaf(self)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        super()._load_from_state_dict(_with_float_matrices(self, state_dict, prefix), prefix, *args)
 
     def _current_weights(self) -> tuple[Any, ...]:
         """Return weight_ih, weight_hh, bias_ih and bias_hh as they are now, whatever has taken a parameter's place."""
@@ -401,5 +433,9 @@ class LSTMCell(nn.RNNCellBase):
         if not batched:
             input = input.unsqueeze(0)
             hx = None if hx is None else (hx[0].unsqueeze(0), hx[1].unsqueeze(0))
-        h, c = functional.lstm_cell(input, hx, *weights)
+        h, c = self._step(input, hx, weights)
         return (h, c) if batched else (h.squeeze(0), c.squeeze(0))
+
+    def _step(self, input: Tensor, hx: States | None, weights: tuple[Any, ...]) -> States:
+        """functional.lstm_cell with the module's weights."""
+        return functional.lstm_cell(input, hx, *weights)

@@ -23,15 +23,15 @@ flags+=" -fno-omit-frame-pointer"
 compiler=${CXX:-c++}
 isa=$("$python" -c "import torch; print(torch.backends.cpu.get_cpu_capability())")
 case $isa in
-AVX512) idle='*/isa_baseline.cpp*|*/isa_avx2.cpp*' ;;
-AVX2) idle='*/isa_baseline.cpp*|*/isa_avx512*.cpp*|*/bf16_*.cpp*' ;;
-*) idle='*/isa_avx*.cpp*|*/bf16_*.cpp*' ;;
+AVX512) idle='*/isa_baseline.cpp*|*/isa_avx2.cpp*|*/int8_avx2.cpp*|*/int8_avx_vnni.cpp*' ;;
+AVX2) idle='*/isa_baseline.cpp*|*/isa_avx512*.cpp*|*/bf16_*.cpp*|*/int8_avx512.cpp*' ;;
+*) idle='*/isa_avx*.cpp*|*/bf16_*.cpp*|*/int8_avx*.cpp*' ;;
 esac
 cat >"c++-$isa" <<END
 #!/bin/sh
 case "\$*" in
 $idle) exec $compiler "\$@" -O0 -fno-sanitize=all ;;
-*/isa_*.cpp*|*/bf16_*.cpp*) exec $compiler "\$@" -O1 ;;
+*/isa_*.cpp*|*/bf16_*.cpp*|*/int8*.cpp*) exec $compiler "\$@" -O1 ;;
 *) exec $compiler "\$@" -O0 ;;
 esac
 END
@@ -51,7 +51,7 @@ selection+=" and not T140 and not T160"
 # A report goes to the file descriptor, hence --capture=sys, and ends its process: the first one ends the run.
 "$python" -m pytest -p no:cacheprovider --capture=sys --max-worker-restart=0 \
     tests/ops/test_{ops,parity,ragged}.py tests/cpu/test_{activations,bfloat16,blocks,chunks,threads}.py \
-    tests/module/test_cell.py \
+    tests/module/test_cell.py tests/frozen/test_{int8,errors}.py \
     -k "$selection" "$@" 2>stderr.txt && exit
 # What was found and where, without the interpreter's own frames; last, where a log that is cut keeps it.
 grep -E -m 2 -A 30 "runtime error:|ERROR: AddressSanitizer" stderr.txt || cat stderr.txt

@@ -55,7 +55,7 @@ def run(case: Case) -> Results:
 
 def run_torch(case: Case, dtype: torch.dtype | None = None) -> Results:
     """torch's modules, in the case's dtype or in `dtype`."""
-    return _run(case, dtype or case.dtype, _call_torch)
+    return _run(case, dtype or case.dtype, call_torch)
 
 
 def precision(dtype: torch.dtype, backend: str) -> Precision:
@@ -68,7 +68,7 @@ def expected(case: Case, precision: Precision) -> tuple[Results, Mapping[str, fl
     """The float64 reference, and for each result the largest error that rounding explains."""
     case_tensors = tensors(case, torch.float64)
     terms = {f"d {name}": case.T * case.B for name in case_tensors.weights}
-    return accuracy.error_bounds(lambda: results_of(case, case_tensors, _call_torch), precision, terms)
+    return accuracy.error_bounds(lambda: results_of(case, case_tensors, call_torch), precision, terms)
 
 
 def check(case: Case, backend: str, rounding: Precision | None = None) -> None:
@@ -155,7 +155,11 @@ def _named(output: Tensor, states: tuple[Tensor, Tensor], *cells: Tensor) -> Res
 
 
 def call_fastlstm(case: Case, case_tensors: Tensors) -> Results:
-    module = case.module(fastlstm.LSTM, case_tensors.weights)
+    return call_module(case, case_tensors, case.module(fastlstm.LSTM, case_tensors.weights))
+
+
+def call_module(case: Case, case_tensors: Tensors, module: nn.Module) -> Results:
+    """Call `module`, which has fastlstm.LSTM's arguments, on the case's input."""
     options = {"return_cell_states": True} if case.cells else {}
     if not case.packed:
         return _named(
@@ -175,7 +179,7 @@ def call_fastlstm(case: Case, case_tensors: Tensors) -> Results:
     return _named(padded[0], states, *padded[1:])
 
 
-def _call_torch(case: Case, case_tensors: Tensors) -> Results:
+def call_torch(case: Case, case_tensors: Tensors) -> Results:
     if not (case.ragged or case.cells):
         return _named(*case.module(nn.LSTM, case_tensors.weights)(case_tensors.input, case_tensors.hx))
     x, hx = case_tensors.input, case_tensors.hx

@@ -10,11 +10,12 @@ import gc
 import importlib
 import pickle
 import sys
-import time
 import warnings
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from benchmarks.load import wait_for_rest
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -24,32 +25,6 @@ if TYPE_CHECKING:
     from benchmarks.programs import Program
 
 COMMANDS = ("hello", "load", "results", "calibrate", "sample")
-
-# OpenMP's threads spin for a while after a parallel region before they sleep, and would take a core from the other
-# worker's block: libgomp's do so for up to 300,000 pause instructions. CPU time used while asleep after the last
-# region, on two cores of a Xeon with AVX-512, 2026-11-29: 5 ms after an ATen kernel, 1 ms after an MKL product, 0.05 ms
-# under OMP_WAIT_POLICY=passive, which is not what users run. So a worker answers only when its process is at rest: when
-# it used less than REST_SHARE of a core over REST_S.
-REST_S = 0.002
-REST_SHARE = 0.1
-REST_LIMIT_S = 5.0
-
-
-def wait_for_rest() -> float:
-    """Sleep until no thread of this process uses CPU time; return the seconds this took.
-
-    Raises RuntimeError after REST_LIMIT_S, as under OMP_WAIT_POLICY=active.
-    """
-    start = time.perf_counter()
-    while time.perf_counter() - start < REST_LIMIT_S:
-        used = time.process_time()
-        time.sleep(REST_S)
-        if time.process_time() - used < REST_SHARE * REST_S:
-            return time.perf_counter() - start
-    raise RuntimeError(
-        f"a thread of this process still spins {REST_LIMIT_S:g} s after its last call (OMP_WAIT_POLICY=active?), "
-        "and would slow the other revision down"
-    )
 
 
 class Worker:
@@ -136,7 +111,7 @@ def serve(connection: Connection) -> None:
             if name not in COMMANDS:
                 raise ValueError(f"the command must be one of {', '.join(COMMANDS)}, got {name!r}")
             value = getattr(worker, name)(*arguments)
-            rest = wait_for_rest()
+            rest = wait_for_rest()  # the other worker's block comes next
             answer = "ok", value
         except Exception as error:
             # The parent reports it with the case; this process remains usable.

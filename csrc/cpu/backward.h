@@ -36,14 +36,14 @@ int64_t backward_scratch(int64_t H, int64_t P) {
 }
 
 // c[rows, columns n_begin..n_end) = a[rows, K] times packed panels, from the last to the first if
-// `to_the_left`; c has room for whole panels.
+// `reverse_blocks`; c has room for whole panels.
 template <class T, class S>
 void product_packed(int64_t rows, int64_t K, const T* a, int64_t lda, const S* packed, int64_t n_begin,
-                    int64_t n_end, T* c, int64_t ldc, bool to_the_left = false) {
+                    int64_t n_end, T* c, int64_t ldc, bool reverse_blocks = false) {
   constexpr int64_t W2 = kPanel<T>;
   const int64_t step = rows <= kWideRows ? 2 * W2 : W2, parts = (n_end - n_begin + step - 1) / step;
   for (int64_t k = 0; k < parts; ++k) {
-    int64_t n = n_begin + (to_the_left ? parts - 1 - k : k) * step;
+    int64_t n = n_begin + (reverse_blocks ? parts - 1 - k : k) * step;
     const int64_t end = std::min(n_end, n + step);
     if (end - n == 2 * W2) {
       wide_product(rows, K, a, lda, packed + n * K, c + n, ldc, false);
@@ -54,7 +54,7 @@ void product_packed(int64_t rows, int64_t K, const T* a, int64_t lda, const S* p
         half_panel_product(rows, K, a, lda, packed + n * K, c + n, ldc);
       else
         panel_product(rows, K, a, lda, packed + n * K, c + n, ldc, false,
-                      to_the_left && n > n_begin ? packed + (n - W2) * K : nullptr);
+                      reverse_blocks && n > n_begin ? packed + (n - W2) * K : nullptr);
     }
   }
 }
@@ -177,12 +177,12 @@ void backward(const BackwardArgs<T, S>& a, const Member& me) {
       }
     });
     if (me.barrier) me.barrier->wait();
-    const bool to_the_left = s % 2 == 1 && alternate_block_order(4.0 * H * (n_end - n_begin) * sizeof(S));
+    const bool reverse_blocks = s % 2 == 1 && alternate_block_order(4.0 * H * (n_end - n_begin) * sizeof(S));
     for_row_tiles(own, kRowBlockRows, [&](int64_t first, int64_t rows) {
       const int64_t r0 = me.row_begin + first;
       const Real<T>* dg = a.dgates + (offset + r0) * 4 * H;
       if (a.packed)
-        product_packed(rows, 4 * H, dg, 4 * H, a.packed, n_begin, n_end, a.dh + r0 * ld, ld, to_the_left);
+        product_packed(rows, 4 * H, dg, 4 * H, a.packed, n_begin, n_end, a.dh + r0 * ld, ld, reverse_blocks);
       else
         product_direct(rows, 4 * H, dg, 4 * H, a.w_hh, P, n_begin, n_end, a.dh + r0 * ld, ld);
       for (int64_t r = r0; r < r0 + rows; ++r)

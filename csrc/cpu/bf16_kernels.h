@@ -72,14 +72,14 @@ inline void forward(const ForwardArgs& a, const Member& me) {
     const Bf16* h_in = a.h + (s % 2) * (B + kTileRows) * ldh;
     Bf16* h_out = a.h + ((s + 1) % 2) * (B + kTileRows) * ldh;
     PendingCells pending{a, t, next_t, h_out};
-    const bool to_the_left =
+    const bool reverse_blocks =
         s % 2 == 1 && alternate_block_order(8.0 * (I + H) * (me.unit_end - me.unit_begin));
     for (int64_t g0 = me.row_begin; g0 < end; g0 += kBf16RowBlockRows) {
       const int64_t g1 = std::min(end, g0 + kBf16RowBlockRows);
       for (int64_t r = g0; r < g1; ++r)
         std::memcpy(x + (r - g0) * ldx, a.x + a.rows.row_at(t, r) * I, I * sizeof(Bf16));
       for (int64_t k = 0; k < blocks; ++k) {
-        const int64_t u0 = me.unit_begin + (to_the_left ? blocks - 1 - k : k) * kBlock;
+        const int64_t u0 = me.unit_begin + (reverse_blocks ? blocks - 1 - k : k) * kBlock;
         for (int64_t r0 = g0; r0 < g1; r0 += 2 * kTileRows) {
           const int64_t r1 = std::min(g1, r0 + 2 * kTileRows);
           float* pre = buffers[buffer ^= 1];
@@ -193,9 +193,9 @@ inline void backward(const BackwardArgs& a, const Member& me) {
     const Bf16* dgates = a.dgates + (a.rows.offset_at(t) - a.base) * ldg;
     const int64_t step = (wide_columns(rows) ? 2 : 1) * kUnits, units = me.unit_end - me.unit_begin;
     const int64_t parts = (units + step - 1) / step;
-    const bool to_the_left = s % 2 == 1 && alternate_block_order(8.0 * H * units);
+    const bool reverse_blocks = s % 2 == 1 && alternate_block_order(8.0 * H * units);
     for (int64_t k = 0; k < parts; ++k) {
-      const int64_t n0 = me.unit_begin + (to_the_left ? parts - 1 - k : k) * step;
+      const int64_t n0 = me.unit_begin + (reverse_blocks ? parts - 1 - k : k) * step;
       const bool wide = step > kUnits && n0 + kUnits < me.unit_end;
       const int64_t n1 = std::min(me.unit_end, n0 + step);
       const Bf16* w = a.w_hh + n0 / kUnits * next;

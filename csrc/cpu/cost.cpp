@@ -37,8 +37,9 @@ class LoopCost {
   // otherwise.
   bool single_step() const { return loop_.shape.T == 1 && !loop_.even; }
   bool rows_allowed(int members) const {
-    return !single_step() || (!loop_.bf16_products && weight_bytes_ <= kSingleStepRowSplitMaxBytes &&
-                              loop_.shape.B >= kSingleStepRowSplitMinRows * members);
+    return !single_step() ||
+           (loop_.products == Products::real && weight_bytes_ <= kSingleStepRowSplitMaxBytes &&
+            loop_.shape.B >= kSingleStepRowSplitMinRows * members);
   }
   // Returns true if a member fewer would have the same largest share and pack as fast, and so take less time.
   bool is_dominated(Split split, int members, int row_groups) const {
@@ -49,7 +50,7 @@ class LoopCost {
     return shares > 2 && units_of_member(shares) == units_of_member(shares - 1);
   }
   bool private_copies() const {
-    return loop_.packed > 0 && !loop_.bf16_products && weight_bytes_ <= private_max_bytes_;
+    return loop_.packed > 0 && loop_.products == Products::real && weight_bytes_ <= private_max_bytes_;
   }
 
  private:
@@ -59,7 +60,7 @@ class LoopCost {
   // Of the weights of all gates, per element of depth: bfloat16 stays so where an L2 does not hold float
   // panels.
   double panel_bytes(double units) const {
-    const bool narrow = loop_.shape.dtype == Dtype::bfloat16 && !loop_.bf16_products &&
+    const bool narrow = loop_.shape.dtype == Dtype::bfloat16 && loop_.products == Products::real &&
                         depth_bytes_ * loop_.depth * units > l2_resident_bytes_ * vector_units_;
     return narrow ? depth_bytes_ / 2 : depth_bytes_;
   }
@@ -98,14 +99,22 @@ LoopCost::LoopCost(const Loop& loop, const Machine& machine) : loop_(loop), figu
       s.H * s.real_bytes() % kCacheLineBytes == 0 && s.P * s.real_bytes() % kCacheLineBytes == 0;
   row_boundary_us_ = whole_lines ? f.whole_line_row_boundary_us : f.row_boundary_us;
   full_steps_ = s.N / std::max(1.0, s.active_rows);
-  depth_bytes_ = 4.0 * s.H * (loop.bf16_products ? 2 : s.real_bytes());
+  const bool narrow = loop.products == Products::bf16 || s.frozen == Frozen::bfloat16;
+  depth_bytes_ = 4.0 * s.H * (loop.products == Products::int8 ? 1 : narrow ? 2 : s.real_bytes());
   weight_bytes_ = depth_bytes_ * (loop.depth + loop.input);
-  if (loop.bf16_products) {
+  if (loop.products == Products::bf16) {
     us_per_mac_ = 1 / f.bf16_macs_per_us, gate_macs_ = f.bf16_gate_cost_macs;
     l2_read_rows_ = f.bf16_l2_read_rows, l3_read_rows_ = f.bf16_l3_read_rows,
     l3_hidden_rows_ = f.bf16_l3_hidden_min_rows;
     l2_resident_bytes_ = kBf16L2ResidentMaxFraction * machine.l2_bytes;
     unit_block_ = bf16::kUnits, vector_units_ = s.H;
+  } else if (loop.products == Products::int8) {
+    const double lanes = int8_width(s, machine);
+    us_per_mac_ = 1 / (f.int8_vector_macs_per_us * lanes), gate_macs_ = f.int8_gate_cost_macs;
+    l2_read_rows_ = f.int8_l2_read_rows, l3_read_rows_ = f.int8_l3_read_rows,
+    l3_hidden_rows_ = f.int8_l3_hidden_min_rows;
+    l2_resident_bytes_ = kL2ResidentMaxFraction * machine.l2_bytes;
+    unit_block_ = lanes, vector_units_ = ceil_div(s.H, lanes) * lanes;
   } else {
     us_per_mac_ = 1 / (f.vector_fmas_per_us * width), gate_macs_ = f.gate_cost_macs;
     l2_read_rows_ = f.l2_read_rows, l3_read_rows_ = f.l3_read_rows, l3_hidden_rows_ = f.l3_hidden_min_rows;
@@ -121,24 +130,25 @@ LoopCost::LoopCost(const Loop& loop, const Machine& machine) : loop_(loop), figu
   pack_tasks_ = std::min(f.l3_full_speed_max_threads,
                          std::max(1.0, ceil_div(4.0 * s.H * loop.packed, double(kPackTaskMinElements))));
   barriers_ = double(s.T) * loop.barriers;
-  exchanged_us_ = loop.exchanged * (loop.bf16_products ? 2 : s.real_bytes()) / f.core_to_core_bytes_per_us;
+  exchanged_us_ =
+      loop.exchanged * (loop.products == Products::bf16 ? 2 : s.real_bytes()) / f.core_to_core_bytes_per_us;
   handed_over_us_ = s.N * loop.handed_over * s.real_bytes() / f.core_to_core_bytes_per_us;
 }
 
 // A step of a thread. Prefetching hides a part of the reading, the larger the more rows there are to
 // multiply.
 inline double LoopCost::step_us(double rows, double units, int threads, bool concurrent) const {
-  const bool hoisted = !loop_.bf16_products && loop_.input > 0 &&
+  const bool hoisted = loop_.products != Products::bf16 && loop_.input > 0 &&
                        hoists_input_projection(loop_.shape.T, loop_.ih_prepacked, rows);
   const double depth = loop_.depth + loop_.projection + (hoisted ? 0 : loop_.input);
   double read_rows = l2_read_rows_, hidden_rows = l2_read_rows_;
   if (panel_bytes(units) * depth * units > l2_resident_bytes_ * vector_units_) {
     const double share =
         std::max(1.0, threads / figures_.l3_full_speed_max_threads) *  // of the L3's bandwidth
-        (concurrent && !loop_.bf16_products ? figures_.l3_two_directions : 1);
+        (concurrent && loop_.products != Products::bf16 ? figures_.l3_two_directions : 1);
     read_rows = l3_read_rows_ * share, hidden_rows = l3_hidden_rows_ * share;
   }
-  if (loop_.bf16_products) rows = std::ceil(rows / kBf16TileCostRows) * kBf16TileCostRows;
+  if (loop_.products == Products::bf16) rows = std::ceil(rows / kBf16TileCostRows) * kBf16TileCostRows;
   const double product_rows = rows < hidden_rows ? rows + read_rows * (1 - rows / hidden_rows) : rows;
   return 4 * units *
          (depth * product_rows + (hoisted ? loop_.input * rows : 0) +
@@ -154,8 +164,8 @@ inline double LoopCost::pack_us(Split split, int members, int row_groups, bool c
   const double share = split_units ? units_of_member(members / row_groups) / vector_units_ : 1;
   const double turns = concurrent ? 1 : D_;
   const double on_use = turns * use_us_ * share;
-  const bool own = !loop_.bf16_products && (split == Split::units || split == Split::directions ||
-                                            (split == Split::rows && private_copies()));
+  const bool own = loop_.products == Products::real && (split == Split::units || split == Split::directions ||
+                                                        (split == Split::rows && private_copies()));
   if (own || split == Split::none) return turns * pack_us_ * share + on_use;
   const double tasks = std::min<double>(concurrent ? 2 * members : members, pack_tasks_);
   const double read = tasks > 1 ? 1 - 1 / tasks : 1;
@@ -301,14 +311,23 @@ Loop float_backward_loop(const LayerShape& s, bool pack_hh, int64_t chunk_steps)
 
 Loop bf16_forward_loop(const LayerShape& s) {
   Loop loop{s, s.P, s.I};
-  loop.packed = s.I + s.P, loop.exchanged = s.H, loop.bf16_products = true;
+  loop.packed = s.I + s.P, loop.exchanged = s.H, loop.products = Products::bf16;
   return loop;
 }
 
 Loop bf16_backward_loop(const LayerShape& s, int64_t chunk_steps) {
   Loop loop{s, s.P};
   loop.regions = static_cast<int>(ceil_div(s.T, chunk_steps));
-  loop.packed = s.P, loop.exchanged = 4 * s.H, loop.bf16_products = true;
+  loop.packed = s.P, loop.exchanged = 4 * s.H, loop.products = Products::bf16;
+  return loop;
+}
+
+// Weights are packed when a layer is frozen.
+Loop int8_forward_loop(const LayerShape& s) {
+  Loop loop{s, s.P, s.I};
+  loop.ih_prepacked = true, loop.products = Products::int8;
+  loop.exchanged = s.proj() ? s.H + s.P : s.H, loop.barriers = s.proj() ? 2 : 1;
+  if (s.proj()) loop.projection = s.P / 4.0;
   return loop;
 }
 

@@ -9,6 +9,9 @@
 
 namespace fastlstm {
 
+// Of the float kernels, of cpu/bf16.h, or of cpu/int8.h.
+enum class Products { real, bf16, int8 };
+
 // The time loop of a pass, which shape.D directions run.
 struct Loop {
   LayerShape shape;
@@ -22,7 +25,7 @@ struct Loop {
   int64_t packed = 0;      // depth of the weights that are packed before the steps
   int64_t used_once = 0;   // of those that each thread packs on use, for its units and all steps
   bool ih_prepacked = false;
-  bool bf16_products = false;
+  Products products = Products::real;
   // Only rows may be split, and the work is divided evenly whatever the rows: LSTMCell's backward, whose
   // threads divide the weight gradients too.
   bool even = false;
@@ -31,11 +34,12 @@ struct Loop {
 // The loops of a layer's passes (plan.cpp).
 Loop forward_loop(const LayerShape& s, const Machine& machine);
 Loop backward_loop(const LayerShape& s, const Machine& machine);
-// Those of the float kernels, those of cpu/bf16.h, and that of LSTMCell's backward.
+// Those of the float kernels, those of cpu/bf16.h and cpu/int8.h, and that of LSTMCell's backward.
 Loop float_forward_loop(const LayerShape& s, WeightMode w_ih, WeightMode w_hh);
 Loop float_backward_loop(const LayerShape& s, bool pack_hh, int64_t chunk_steps);
 Loop bf16_forward_loop(const LayerShape& s);
 Loop bf16_backward_loop(const LayerShape& s, int64_t chunk_steps);
+Loop int8_forward_loop(const LayerShape& s);
 Loop cell_backward_loop(const LayerShape& s);
 
 // The candidate of the least predicted time. They are compared by rising number of threads; one that adds

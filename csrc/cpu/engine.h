@@ -15,7 +15,8 @@
 //   reserve(space)               takes the panels and scratch of all directions from the workspace
 //   prepare(space, d, w, args)   packs the weights w of direction d; args: the driver's buffers
 //   run(d, member)               the time loop of one thread
-// Forward(in, sizes, ragged, plan) also has
+// Forward(in, sizes, ragged, plan, packed) also has; packed: weights packed before the call (cpu/packed.h),
+// of which w is then empty, or null
 //   state_stride(P), state_rows(B)   of a slot of h: stride of a row and number of rows
 // Backward(in, sizes, plan, need_dx, need_hr) also has
 //   gradient_stride(P)               of a row of dh
@@ -32,6 +33,7 @@
 
 #include "cpu/chunks.h"
 #include "cpu/layer.h"
+#include "cpu/packed.h"
 #include "cpu/product.h"
 
 namespace fastlstm {

@@ -8,14 +8,15 @@ namespace fastlstm {
 
 class Bf16Forward {
  public:
-  Bf16Forward(const LayerInputs& in, const LayerSizes& s, const Ragged&, const ForwardPlan& plan)
-      : s_(s), plan_(plan), x_(in.x.contiguous()) {}
+  Bf16Forward(const LayerInputs& in, const LayerSizes& s, const Ragged&, const ForwardPlan& plan,
+              const PackedView* packed)
+      : s_(s), plan_(plan), packed_(packed), x_(in.x.contiguous()) {}
 
   static int64_t state_stride(int64_t H) { return bf16::row_stride(H); }
   static int64_t state_rows(int64_t B) { return B + bf16::kTileRows; }
 
   void reserve(Workspace& space) {
-    for (int64_t d = 0; d < s_.D; ++d) {
+    for (int64_t d = 0; !packed_ && d < s_.D; ++d) {
       ih_offset_[d] = space.take<Bf16>(bf16::packed_gates_size(s_.H, s_.I));
       hh_offset_[d] = space.take<Bf16>(bf16::packed_gates_size(s_.H, s_.H));
     }
@@ -24,9 +25,14 @@ class Bf16Forward {
 
   void prepare(const Workspace& space, int64_t d, const DirectionWeights& w,
                const ForwardBuffers<Bf16, Bf16>& b) {
-    Bf16 *ih = space.at<Bf16>(ih_offset_[d]), *hh = space.at<Bf16>(hh_offset_[d]);
-    pack_gates(w.ih.contiguous(), ih);
-    pack_gates(w.hh.contiguous(), hh);
+    Bf16 *ih, *hh;
+    if (packed_) {
+      ih = packed_->weight<Bf16>(PackedWeight::ih, d), hh = packed_->weight<Bf16>(PackedWeight::hh, d);
+    } else {
+      ih = space.at<Bf16>(ih_offset_[d]), hh = space.at<Bf16>(hh_offset_[d]);
+      pack_gates(w.ih.contiguous(), ih);
+      pack_gates(w.hh.contiguous(), hh);
+    }
     args_[d] = {b.rows,
                 s_.I,
                 s_.H,
@@ -59,6 +65,7 @@ class Bf16Forward {
   const bf16::Kernels& kernel_ = *bf16::kernels();
   const LayerSizes& s_;
   const ForwardPlan& plan_;
+  const PackedView* packed_;
   const at::Tensor x_;  // the caller's rows
   PerDirection ih_offset_, hh_offset_;
   int64_t scratch_offset_ = 0;

@@ -13,9 +13,11 @@ class FloatForward {
   using R = Real<T>;
 
  public:
-  FloatForward(const LayerInputs& in, const LayerSizes& s, const Ragged& ragged, const ForwardPlan& plan)
+  FloatForward(const LayerInputs& in, const LayerSizes& s, const Ragged& ragged, const ForwardPlan& plan,
+               const PackedView* packed)
       : s_(s),
         plan_(plan),
+        packed_(packed),
         N_(ragged.N()),
         x_(to_real<T>(packed_input<Stored<T>>(in.x, s, ragged))),
         ih_size_(pack_ih() ? kernel_.forward_packed_size(s.H, s.I) : 0),
@@ -37,30 +39,44 @@ class FloatForward {
 
   void prepare(const Workspace& space, int64_t d, const DirectionWeights& w, const ForwardBuffers<T, R>& b) {
     const ThreadPartition& threads = plan_.partition;
-    weights_[d] = {w.ih.contiguous(), w.hh.contiguous(), s_.proj() ? w.hr.contiguous() : at::Tensor()};
-    const auto& [ih, hh, hr] = weights_[d];
-    if (pack_hr()) pack_columns<T>(threads.threads(), w.hr.t(), space.at<S>(hr_offset_[d]));
-    args_[d] = {
-        b.rows,
-        s_.I,
-        s_.H,
-        s_.P,
-        b.reverse,
-        x_.template const_data_ptr<R>(),
-        b.gates,
-        b.bias,
-        {data_of<T>(ih), pack_ih() ? space.at<S>(ih_offset_[d]) : nullptr, plan_.w_ih},
-        {data_of<T>(hh), pack_hh() ? space.at<S>(hh_offset_[d]) : nullptr, plan_.w_hh},
-        {s_.proj() ? data_of<T>(hr) : nullptr, pack_hr() ? space.at<S>(hr_offset_[d]) : nullptr, plan_.w_hr},
-        s_.proj() ? space.at<R>(hidden_offset_[d]) : nullptr,
-        {b.h, b.h + s_.B * s_.P},
-        b.c,
-        b.c,
-        b.y,
-        b.cells,
-        b.y_stride,
-        b.cells_stride,
-        space.at<R>(scratch_offset_)};
+    GateWeight<T, S> of_x{nullptr, nullptr, plan_.w_ih}, of_h{nullptr, nullptr, plan_.w_hh},
+        of_hidden{nullptr, nullptr, plan_.w_hr};
+    if (packed_) {
+      of_x.packed = packed_->weight<S>(PackedWeight::ih, d);
+      of_h.packed = packed_->weight<S>(PackedWeight::hh, d);
+      if (s_.proj()) of_hidden.packed = packed_->weight<S>(PackedWeight::hr, d);
+    } else {
+      weights_[d] = {w.ih.contiguous(), w.hh.contiguous(), s_.proj() ? w.hr.contiguous() : at::Tensor()};
+      const auto& [ih, hh, hr] = weights_[d];
+      of_x.stored = data_of<T>(ih), of_h.stored = data_of<T>(hh);
+      if (s_.proj()) of_hidden.stored = data_of<T>(hr);
+    }
+    if (pack_ih()) of_x.packed = space.at<S>(ih_offset_[d]);
+    if (pack_hh()) of_h.packed = space.at<S>(hh_offset_[d]);
+    if (pack_hr()) {
+      of_hidden.packed = space.at<S>(hr_offset_[d]);
+      pack_columns<T>(threads.threads(), w.hr.t(), of_hidden.packed);
+    }
+    args_[d] = {b.rows,
+                s_.I,
+                s_.H,
+                s_.P,
+                b.reverse,
+                x_.template const_data_ptr<R>(),
+                b.gates,
+                b.bias,
+                of_x,
+                of_h,
+                of_hidden,
+                s_.proj() ? space.at<R>(hidden_offset_[d]) : nullptr,
+                {b.h, b.h + s_.B * s_.P},
+                b.c,
+                b.c,
+                b.y,
+                b.cells,
+                b.y_stride,
+                b.cells_stride,
+                space.at<R>(scratch_offset_)};
     if ((pack_ih() || pack_hh()) && !threads.private_weights())
       for_blocks(threads.threads(), s_.H, kernel_.width,
                  (pack_ih() * s_.I + pack_hh() * s_.P) * 4 * kernel_.width,
@@ -72,14 +88,14 @@ class FloatForward {
     ForwardArgs<T, S> mine = args_[d];
     if (pack_ih()) mine.ih.packed += threads.copy(me.index) * ih_size_;
     if (pack_hh()) mine.hh.packed += threads.copy(me.index) * hh_size_;
-    if (threads.private_weights()) pack(mine, me.unit_begin, me.unit_end);
+    if (!packed_ && threads.private_weights()) pack(mine, me.unit_begin, me.unit_end);
     kernel_.forward(mine, me);
   }
 
  private:
-  bool pack_ih() const { return plan_.w_ih == WeightMode::prepacked; }
-  bool pack_hh() const { return plan_.w_hh == WeightMode::prepacked; }
-  bool pack_hr() const { return s_.proj() && plan_.w_hr == WeightMode::prepacked; }
+  bool pack_ih() const { return !packed_ && plan_.w_ih == WeightMode::prepacked; }
+  bool pack_hh() const { return !packed_ && plan_.w_hh == WeightMode::prepacked; }
+  bool pack_hr() const { return !packed_ && s_.proj() && plan_.w_hr == WeightMode::prepacked; }
   // Units [begin, end) of the weights that are packed before the steps.
   void pack(const ForwardArgs<T, S>& a, int64_t begin, int64_t end) const {
     if (pack_ih()) kernel_.pack_forward(a.ih.stored, a.H, a.I, begin, end, a.ih.packed);
@@ -89,6 +105,7 @@ class FloatForward {
   const Kernels<T, S>& kernel_ = kernels<T, S>();
   const LayerSizes& s_;
   const ForwardPlan& plan_;
+  const PackedView* packed_;
   const int64_t N_;
   const at::Tensor x_;  // [N, I]
   const int64_t ih_size_, hh_size_;

@@ -92,6 +92,7 @@ struct ForwardStep {
   }
 
   // Units [u0, u0 + n), n <= W, of row r, whose activated gates are at `gate` as [4][W]: the new c and h.
+  template <class A = Activation<T>>
   FASTLSTM_INLINE void cell(int64_t r, int64_t u0, int n, const R* gate) const {
     constexpr int W = kWidth<T>;
     const int64_t H = a.H;
@@ -102,7 +103,7 @@ struct ForwardStep {
     const Gates<Vec<T>> g = {load(gate), load(gate + W), load(gate + 2 * W), load(gate + 3 * W)};
     const Vec<T> c_prev = a.rows.fresh_at(t, r) ? Vec<T>{} : get(c_in + at);
     const Vec<T> c_next = next_c(g, c_prev);
-    const Vec<T> h = g.o * Activation<T>::tanh(c_next);
+    const Vec<T> h = g.o * A::tanh(c_next);
     if (gates) {
       T* saved = gates + r * 4 * H + 4 * u0;
       put(saved, g.i);
@@ -331,16 +332,16 @@ void forward(const ForwardArgs<T, S>& a, const Member& me) {
     // A unit block at a time for all rows, where its weights are packed for this step alone; else all blocks
     // for a row group.
     const bool by_block = steps == 1 && a.hh.mode != WeightMode::prepacked;
-    const bool to_the_left =
+    const bool reverse_blocks =
         s % 2 == 1 && alternate_block_order(4.0 * a.P * (me.unit_end - me.unit_begin) * sizeof(S));
     for_row_tiles(rows, by_block ? std::max(rows, kRowBlockRows) : kRowBlockRows,
                   [&](int64_t first, int64_t count) {
                     const int64_t r0 = r_begin + first;
                     R* first_block = product.used ? pre + first * kGateBlock<T> : pre;
                     for (int64_t k = 0; k < blocks; ++k) {
-                      const int64_t j = to_the_left ? blocks - 1 - k : k, u = me.unit_begin + j * W;
+                      const int64_t j = reverse_blocks ? blocks - 1 - k : k, u = me.unit_begin + j * W;
                       R* block = first_block + j * next_block;
-                      const auto weights = step.weights(u, product.used, to_the_left && j > 0);
+                      const auto weights = step.weights(u, product.used, reverse_blocks && j > 0);
                       for_row_tiles(count, kRowBlockRows, [&](int64_t part, int64_t n) {
                         R* own = product.used ? block + part * kGateBlock<T> : block;
                         step.units(r0 + part, r0 + part + n, u, weights, own, product.used);

@@ -65,24 +65,35 @@ Vec<T> tanh_of(Vec<T> x) {
 template <class T, class S>
 const Kernels<T, S>& table() {
   using R = Real<T>;
-  static const Kernels<T, S> kernels = {kWidth<T>,
-                                        kPanel<T>,
-                                        forward_packed_size<T>,
-                                        pack_forward<T, S>,
-                                        columns_packed_size<T>,
-                                        pack_columns<T, S>,
-                                        padded_columns<T>,
-                                        forward_scratch<T>,
-                                        backward_scratch<T>,
-                                        forward<T, S>,
-                                        backward<T, S>,
-                                        small_product<T>,
-                                        small_product_scratch<R>,
-                                        column_sums<R>,
-                                        round_numbers<T>,
-                                        map<T, sigmoid_of<T>>,
-                                        map<T, tanh_of<T>>};
-  return kernels;
+  if constexpr (std::is_same_v<T, float> && std::is_same_v<S, PanelBf16>) {  // of frozen layers
+    static const Kernels<T, S> kernels = [] {
+      Kernels<T, S> k{};
+      k.width = kWidth<T>, k.unit_block = kPanel<T>;
+      k.forward_scratch = forward_scratch<T>;
+      k.forward = forward<T, S>;
+      return k;
+    }();
+    return kernels;
+  } else {
+    static const Kernels<T, S> kernels = {kWidth<T>,
+                                          kPanel<T>,
+                                          forward_packed_size<T>,
+                                          pack_forward<T, S>,
+                                          columns_packed_size<T>,
+                                          pack_columns<T, S>,
+                                          padded_columns<T>,
+                                          forward_scratch<T>,
+                                          backward_scratch<T>,
+                                          forward<T, S>,
+                                          backward<T, S>,
+                                          small_product<T>,
+                                          small_product_scratch<R>,
+                                          column_sums<R>,
+                                          round_numbers<T>,
+                                          map<T, sigmoid_of<T>>,
+                                          map<T, tanh_of<T>>};
+    return kernels;
+  }
 }
 #define FASTLSTM_INSTANTIATE(...) template const Kernels<__VA_ARGS__>& table<__VA_ARGS__>();
 FASTLSTM_TABLES(FASTLSTM_INSTANTIATE)

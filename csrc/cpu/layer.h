@@ -10,6 +10,7 @@
 
 #include "contract.h"
 #include "cpu/memory.h"
+#include "cpu/packed.h"
 #include "cpu/ragged.h"
 #include "cpu/run_partition.h"
 #include "cpu/sequence.h"
@@ -20,6 +21,9 @@ namespace fastlstm {
 // cpu/layer_backward.cpp).
 template <class T>
 LayerResults forward(const LayerInputs& in, bool keep_cells, bool keep_reserve);
+// The same with weights packed before the call; without a reserve.
+template <class T>
+LayerResults forward_frozen(const LayerInputs& in, const PackedView& packed, bool keep_cells);
 template <class T>
 LayerGradients backward(const ResultGradients& grads, const LayerInputs& in, const SavedResults& saved,
                         const c10::List<bool>& needs);
@@ -99,9 +103,15 @@ class Workspace {
     bytes_ += (n * static_cast<int64_t>(sizeof(T)) + kLine - 1) / kLine * kLine;
     return offset;
   }
+  Workspace() = default;
+  Workspace(const Workspace&) = delete;
+  ~Workspace() {
+    if (thread_block_) thread_block_->in_use = false;
+  }
   void allocate() {
-    buffer_ = new_workspace(bytes_);
-    data_ = buffer_.mutable_data_ptr<uint8_t>();
+    thread_block_ = bytes_ <= kThreadWorkspaceMaxBytes ? take_thread_block() : nullptr;
+    if (!thread_block_) buffer_ = new_workspace(bytes_);
+    data_ = thread_block_ ? thread_block_->data() : buffer_.mutable_data_ptr<uint8_t>();
   }
   template <class T>
   T* at(int64_t offset) const {
@@ -110,6 +120,7 @@ class Workspace {
 
  private:
   int64_t bytes_ = 0;
+  ThreadBlock* thread_block_ = nullptr;
   at::Tensor buffer_;
   uint8_t* data_ = nullptr;
 };

@@ -6,7 +6,8 @@ namespace {
 
 template <class E>
 LayerResults forward_with(const LayerInputs& in, const LayerSizes& s, const Ragged& ragged,
-                          const ForwardPlan& plan, bool keep_cells, bool keep_reserve) {
+                          const ForwardPlan& plan, const PackedView* packed, bool keep_cells,
+                          bool keep_reserve) {
   using T = typename E::Number;
   using R = Real<T>;
   using State = typename E::State;
@@ -20,7 +21,7 @@ LayerResults forward_with(const LayerInputs& in, const LayerSizes& s, const Ragg
   };
   const at::Tensor y = per_step(P), h_n = empty({D, B, P}), c_n = empty({D, B, H});
   const at::Tensor cells = keep_cells ? per_step(H) : empty({0});
-  const at::Tensor reserve = keep_reserve ? empty(s.reserve()) : empty({0});
+  const at::Tensor reserve = keep_reserve ? empty(s.reserve()) : packed ? at::Tensor() : empty({0});
   if (s.rows() == 0) return {y, h_n, c_n, cells, reserve};
   // A padded batch fills its first N rows only; the rest must not differ from run to run.
   for (int64_t d = 0; keep_reserve && N < s.rows() && d < D; ++d)
@@ -28,7 +29,7 @@ LayerResults forward_with(const LayerInputs& in, const LayerSizes& s, const Ragg
 
   std::vector<Rows> rows;
   for (int64_t d = 0; d < D; ++d) rows.push_back(ragged.rows(d));
-  typename E::Forward engine(in, s, ragged, plan);
+  typename E::Forward engine(in, s, ragged, plan, packed);
   // h is kept in two slots: a step reads one and writes the other.
   const int64_t ld = E::Forward::state_stride(P), slot = E::Forward::state_rows(B) * ld;
   Workspace space;
@@ -36,17 +37,17 @@ LayerResults forward_with(const LayerInputs& in, const LayerSizes& s, const Ragg
   for (int64_t d = 0; d < D; ++d) {
     h_offset[d] = space.take<State>(2 * slot);
     c_offset[d] = space.take<R>(B * H);
-    bias_offset[d] = space.take<R>(4 * H);
+    bias_offset[d] = space.take<R>(packed ? 0 : 4 * H);
   }
   engine.reserve(space);
   space.allocate();
 
   const OptionalTensor h0 = contiguous(in.h0), c0 = contiguous(in.c0);
   for (int64_t d = 0; d < D; ++d) {
-    const DirectionWeights w(s, in.weights, d);
-    R *bias = space.at<R>(bias_offset[d]), *c = space.at<R>(c_offset[d]);
+    const DirectionWeights w = packed ? DirectionWeights() : DirectionWeights(s, in.weights, d);
+    R *bias = packed ? packed->bias_sum<R>(d) : space.at<R>(bias_offset[d]), *c = space.at<R>(c_offset[d]);
     State* h = space.at<State>(h_offset[d]);
-    sum_biases<T>(w.bias_ih, w.bias_hh, H, bias);
+    if (!packed) sum_biases<T>(w.bias_ih, w.bias_hh, H, bias);
     if (slot > B * P) std::fill_n(h, slot, State(0));  // padding
     gather_state<T>(h0, d, rows[d], P, h, ld);
     if (rows[d].fresh) {  // steps clear the state for the next; the first has none before it
@@ -85,12 +86,27 @@ LayerResults forward(const LayerInputs& in, bool keep_cells, bool keep_reserve) 
   const Ragged ragged(s, in.lengths, in.reset_mask);
   const ForwardPlan plan = plan_forward(layer_shape<T>(s, ragged, in.h0), this_machine());
   return with_engine<T>(plan.engine, [&](auto engine) {
-    return forward_with<decltype(engine)>(in, s, ragged, plan, keep_cells, keep_reserve);
+    return forward_with<decltype(engine)>(in, s, ragged, plan, nullptr, keep_cells, keep_reserve);
+  });
+}
+
+template <class T>
+LayerResults forward_frozen(const LayerInputs& in, const PackedView& packed, bool keep_cells) {
+  const LayerSizes s(in, packed.header().known());
+  const Ragged ragged(s, in.lengths, in.reset_mask);
+  LayerShape shape = layer_shape<T>(s, ragged, in.h0);
+  shape.frozen = static_cast<Frozen>(packed.header().frozen);
+  const ForwardPlan plan = plan_forward(shape, this_machine());
+  return with_forward_engine<T>(plan.engine, [&](auto engine) {
+    return forward_with<decltype(engine)>(in, s, ragged, plan, &packed, keep_cells, /*keep_reserve=*/false);
   });
 }
 
 template LayerResults forward<float>(const LayerInputs&, bool, bool);
 template LayerResults forward<double>(const LayerInputs&, bool, bool);
 template LayerResults forward<Bf16>(const LayerInputs&, bool, bool);
+template LayerResults forward_frozen<float>(const LayerInputs&, const PackedView&, bool);
+template LayerResults forward_frozen<double>(const LayerInputs&, const PackedView&, bool);
+template LayerResults forward_frozen<Bf16>(const LayerInputs&, const PackedView&, bool);
 
 }  // namespace fastlstm

@@ -169,4 +169,22 @@ at::Tensor new_workspace(int64_t bytes) {
   return allocate({bytes}, at::kByte);
 }
 
+uint8_t* ThreadBlock::data() {
+  constexpr size_t kLine = 64;
+  if (!memory_) memory_ = std::make_unique<uint8_t[]>(kThreadWorkspaceMaxBytes + kLine);
+  const auto address = reinterpret_cast<uintptr_t>(memory_.get());
+  return memory_.get() + (kLine - address % kLine) % kLine;
+}
+
+ThreadBlock* take_thread_block() {
+#if defined(__SANITIZE_ADDRESS__)
+  return nullptr;
+#else
+  thread_local ThreadBlock block;
+  if (block.in_use) return nullptr;
+  block.in_use = true;
+  return &block;
+#endif
+}
+
 }  // namespace fastlstm

@@ -6,6 +6,8 @@
 #include <ATen/EmptyTensor.h>
 #include <ATen/core/Tensor.h>
 
+#include <memory>
+
 namespace fastlstm {
 
 // torch.empty of like's dtype below the dispatcher, which tiny layers would wait for.
@@ -16,5 +18,18 @@ at::Tensor new_zeros(at::IntArrayRef sizes, const at::Tensor& like);
 // who asks. A core knows some 2,000 pages, of 4 KiB fewer than a large weight has, and each
 // page that it must look up takes as long as the products of a few rows with what stands there.
 at::Tensor new_workspace(int64_t bytes);
+
+// Memory of kThreadWorkspaceMaxBytes that a thread keeps for its small workspaces.
+class ThreadBlock {
+ public:
+  uint8_t* data();
+  bool in_use = false;
+
+ private:
+  std::unique_ptr<uint8_t[]> memory_;
+};
+// This thread's, now in use; null where it is in use already, or AddressSanitizer watches the bounds of each
+// workspace.
+ThreadBlock* take_thread_block();
 
 }  // namespace fastlstm

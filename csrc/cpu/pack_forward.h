@@ -14,8 +14,7 @@ template <class T>
 constexpr int64_t kGateBlock = 4 * kWidth<T>;
 template <class T>
 FASTLSTM_INLINE int64_t gate_gap(int64_t H, int64_t u0) {
-  constexpr int64_t W = kWidth<T>;
-  return H - u0 <= 3 * W / 4 ? H - u0 : W;
+  return fastlstm::gate_gap(H, u0, kWidth<T>);
 }
 
 template <class T>

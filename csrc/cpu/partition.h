@@ -3,7 +3,7 @@
 #pragma once
 
 #include <algorithm>
-#include <deque>
+#include <memory>
 #include <vector>
 
 #include "cpu/plan.h"
@@ -59,7 +59,8 @@ class Members {
     // Both directions have the same number of rows in each step.
     if (groups > 1) row_begin_ = split_rows(rows[0], groups);
     if (partition.split_units)
-      for (int64_t k = 0; k < partition.D * groups; ++k) barriers_.emplace_back(partition.shares());
+      for (int64_t k = 0; k < partition.D * groups; ++k)
+        barriers_.push_back(std::make_unique<Barrier>(partition.shares()));
   }
 
   // Calls body(direction, member) for what a thread, of partition.threads(), runs.
@@ -100,7 +101,7 @@ class Members {
       };
       split(H_, me.unit_begin, me.unit_end);
       split(P_, me.feature_begin, me.feature_end);
-      me.barrier = &barriers_[(partition_.concurrent ? d * groups : 0) + group];
+      me.barrier = barriers_[(partition_.concurrent ? d * groups : 0) + group].get();
     }
     return me;
   }
@@ -108,8 +109,8 @@ class Members {
   const ThreadPartition& partition_;
   const std::vector<Rows>& rows_;
   const int64_t H_, P_, unit_block_;
-  std::vector<int64_t> row_begin_;  // of each group of members of the same rows, and B
-  std::deque<Barrier> barriers_;    // of each group; directions in turn share them
+  std::vector<int64_t> row_begin_;                  // of each group of members of the same rows, and B
+  std::vector<std::unique_ptr<Barrier>> barriers_;  // of each group; directions in turn share them
 };
 
 }  // namespace fastlstm

@@ -7,13 +7,12 @@
 namespace fastlstm {
 namespace {
 
-int64_t up(int64_t n, int64_t by) { return (n + by - 1) / by * by; }
 int64_t width(const LayerShape& s, const Machine& machine) { return machine.vector_bytes / s.real_bytes(); }
 // Units and features are split among threads in multiples of a panel, two vectors (Kernels::unit_block).
 int64_t unit_block(const LayerShape& s, const Machine& machine) { return 2 * width(s, machine); }
 // The largest share of n units or features.
 int64_t largest_share(int64_t n, int64_t block, int shares) {
-  return std::min(n, (up(n, block) / block + shares - 1) / shares * block);
+  return std::min(n, (round_up(n, block) / block + shares - 1) / shares * block);
 }
 
 // ---- Weights.
@@ -21,6 +20,7 @@ int64_t largest_share(int64_t n, int64_t block, int shares) {
 // Panels of bfloat16 where the L2 of a thread does not hold its part of W_hh as float: where it does, float
 // panels are as fast as the FMAs and need no widening.
 EngineKind engine_kind(const LayerShape& s, const ThreadPartition& threads, const Machine& machine) {
+  if (s.frozen != Frozen::no) return frozen_engine(s, machine);
   const int64_t elements = 4 * s.H * s.P / threads.shares();
   return s.dtype == Dtype::bfloat16 && !stays_in_l2(elements * 4.0, machine.l2_bytes)
              ? EngineKind::bf16_panels
@@ -42,14 +42,16 @@ bool reads_hh_unpacked(const LayerShape& s) {
 // Packing takes what the products of a few rows save by it. Packing whole weights pays where they are read
 // again and again.
 WeightMode w_ih_mode(const LayerShape& s) {
-  return s.N <= kUnpackedMaxRows                   ? WeightMode::unpacked
+  return s.frozen != Frozen::no                    ? WeightMode::prepacked
+         : s.N <= kUnpackedMaxRows                 ? WeightMode::unpacked
          : used_once(s) || s.N <= kHoistAllMaxRows ? WeightMode::pack_on_use
                                                    : WeightMode::prepacked;
 }
 WeightMode w_hh_mode(const LayerShape& s) {
-  return s.N <= kUnpackedMaxRows || reads_hh_unpacked(s) ? WeightMode::unpacked
-         : used_once(s)                                  ? WeightMode::pack_on_use
-                                                         : WeightMode::prepacked;
+  return s.frozen != Frozen::no                            ? WeightMode::prepacked
+         : s.N <= kUnpackedMaxRows || reads_hh_unpacked(s) ? WeightMode::unpacked
+         : used_once(s)                                    ? WeightMode::pack_on_use
+                                                           : WeightMode::prepacked;
 }
 
 // shares: of W_hh, of which a thread reads one in each step.
@@ -95,13 +97,25 @@ int64_t chunk_steps_bf16(const LayerShape& s) {
 
 // Packing the weights takes what the products of a few rows save by it.
 bool uses_bf16_products(const LayerShape& s, const Machine& machine) {
+  if (s.frozen != Frozen::no) return frozen_engine(s, machine) == EngineKind::bf16_products;
   return s.dtype == Dtype::bfloat16 && machine.bf16_kernels && s.given_rows > kUnpackedMaxRows && !s.proj() &&
          s.H > 0 && s.I > 0;
 }
 
+EngineKind frozen_engine(const LayerShape& s, const Machine& machine) {
+  if (s.frozen == Frozen::int8) return EngineKind::int8_products;
+  if (s.frozen == Frozen::bfloat16) return EngineKind::bf16_panels;
+  if (s.dtype != Dtype::bfloat16) return EngineKind::float_panels;
+  return machine.bf16_kernels && !s.proj() && s.H > 0 && s.I > 0 ? EngineKind::bf16_products
+                                                                 : EngineKind::bf16_panels;
+}
+
 Loop forward_loop(const LayerShape& s, const Machine& machine) {
-  return uses_bf16_products(s, machine) ? bf16_forward_loop(s)
-                                        : float_forward_loop(s, w_ih_mode(s), w_hh_mode(s));
+  if (s.frozen == Frozen::int8) return int8_forward_loop(s);
+  Loop loop = uses_bf16_products(s, machine) ? bf16_forward_loop(s)
+                                             : float_forward_loop(s, w_ih_mode(s), w_hh_mode(s));
+  if (s.frozen != Frozen::no) loop.packed = 0;
+  return loop;
 }
 
 Loop backward_loop(const LayerShape& s, const Machine& machine) {
@@ -121,8 +135,19 @@ ForwardPlan plan_forward(const LayerShape& s, const Machine& machine) {
     return p;
   }
   p.w_ih = w_ih_mode(s), p.w_hh = w_hh_mode(s);
-  p.w_hr =
-      s.N <= kUnpackedMaxRows && s.dtype != Dtype::bfloat16 ? WeightMode::unpacked : WeightMode::prepacked;
+  if (s.frozen == Frozen::int8) {
+    const int64_t block = int8_width(s, machine);
+    p.engine = EngineKind::int8_products;
+    const int64_t rows =
+        std::max<int64_t>(1, (s.B + p.partition.row_shares() - 1) / p.partition.row_shares());
+    if (rows <= kInt8HoistRows) p.hoisted_steps = std::clamp<int64_t>(kInt8HoistRows / rows, 1, s.T);
+    const int64_t units = largest_share(s.H, block, p.partition.shares());
+    p.alternate_block_order = alternates(4.0 * s.P * round_up(units, block));
+    return p;
+  }
+  p.w_hr = s.N <= kUnpackedMaxRows && s.dtype != Dtype::bfloat16 && s.frozen == Frozen::no
+               ? WeightMode::unpacked
+               : WeightMode::prepacked;
   p.engine = engine_kind(s, p.partition, machine);
   const int64_t row_shares = p.partition.row_shares();
   const int64_t rows = std::max<int64_t>(1, (s.B + row_shares - 1) / row_shares);
@@ -170,7 +195,7 @@ CellPlan plan_cell(Dtype dtype, int64_t B, int64_t I, int64_t H, const Machine& 
   p.backward = choose_partition(cell_backward_loop(s), machine);
   p.pack_hh = packs_hh_for_backward(s, 1, machine);
   p.private_pack =
-      p.pack_hh && up(H, unit_block(s, machine)) * 4 * H * s.real_bytes() <= kCellPrivatePackMaxBytes;
+      p.pack_hh && round_up(H, unit_block(s, machine)) * 4 * H * s.real_bytes() <= kCellPrivatePackMaxBytes;
   return p;
 }
 

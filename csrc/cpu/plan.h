@@ -13,8 +13,14 @@
 
 namespace fastlstm {
 
+inline int64_t round_up(int64_t n, int64_t by) { return (n + by - 1) / by * by; }
+
 // Of x, weights and results; float16 runs as float32.
 enum class Dtype { float32, float64, bfloat16 };
+
+// The weights of a frozen layer, packed before the call (cpu/packed.h): as stored, or rounded from float32.
+enum class Frozen { no, stored, bfloat16, int8 };
+Frozen frozen_named(const std::string& name);  // raises std::invalid_argument for another name
 
 // A way to divide a direction among threads: members split the rows, or the units, or in row_groups both.
 struct PartitionChoice {
@@ -30,6 +36,8 @@ struct Machine {
   const CostFigures* figures = &kCostFigures;
   std::optional<PartitionChoice> forced =
       {};  // the only candidate; `python -m benchmarks calibrate` times each
+  int64_t int8_width =
+      0;  // of a vector of the kernels of cpu/int8.h, in elements; 0: that of the float kernels
 };
 
 // A layer's call. Sizes as in cpu/sequence.h.
@@ -42,10 +50,15 @@ struct LayerShape {
   int64_t I, H, P, D;
   bool dense_with_h0 =
       false;  // neither lengths nor resets, and an initial state: dW_hh is the sum of two products
+  Frozen frozen = Frozen::no;
 
   bool proj() const { return P != H; }
   int64_t real_bytes() const { return dtype == Dtype::float64 ? 8 : 4; }  // of sums and states
 };
+
+inline int64_t int8_width(const LayerShape& s, const Machine& machine) {
+  return machine.int8_width ? machine.int8_width : machine.vector_bytes / s.real_bytes();
+}
 
 // The threads of a layer: per direction a number of members that split either the rows (and never meet), or
 // the units (and meet at a barrier in every step), or both: groups of members split the rows, and the members
@@ -79,6 +92,7 @@ enum class EngineKind {
   float_panels,   // engine_float.h; bfloat16 is widened where it is packed
   bf16_panels,    // engine_float.h with panels of bfloat16, widened as they are read
   bf16_products,  // engine_bf16.h
+  int8_products,  // engine_int8.h
 };
 
 enum class WeightMode { prepacked, pack_on_use, unpacked };
@@ -132,6 +146,8 @@ CellPlan plan_cell(Dtype dtype, int64_t B, int64_t I, int64_t H, const Machine& 
 
 // Returns true if the kernels of cpu/bf16.h run a layer.
 bool uses_bf16_products(const LayerShape& s, const Machine& machine);
+// Of a frozen layer, whatever the sizes of a call: the packed weights must fit all.
+EngineKind frozen_engine(const LayerShape& s, const Machine& machine);
 
 // In words, for fastlstm.explain.
 std::string reason(const ThreadPartition& partition);

@@ -1,6 +1,7 @@
 // The plans of cpu/plan.h in words.
 #include <cmath>
 #include <cstdio>
+#include <stdexcept>
 #include <vector>
 
 #include "cpu/plan.h"
@@ -45,6 +46,7 @@ std::string in_words(const char* product, const WgradPlan& p) {
 void add_engine(EngineKind engine, std::vector<std::string>& parts) {
   if (engine == EngineKind::bf16_panels) parts.push_back("panels of bfloat16");
   if (engine == EngineKind::bf16_products) parts.push_back("products of bfloat16");
+  if (engine == EngineKind::int8_products) parts.push_back("products of int8");
 }
 
 std::string us(double time) {
@@ -56,6 +58,14 @@ std::string us(double time) {
 std::string because(const ThreadPartition& p) { return ", because " + reason(p); }
 
 }  // namespace
+
+Frozen frozen_named(const std::string& name) {
+  if (name == "no") return Frozen::no;
+  if (name == "stored") return Frozen::stored;
+  if (name == "bfloat16") return Frozen::bfloat16;
+  if (name == "int8") return Frozen::int8;
+  throw std::invalid_argument("frozen must be no, stored, bfloat16 or int8, got " + name);
+}
 
 std::string reason(const ThreadPartition& p) {
   if (p.one_available) return "one thread is available";
@@ -80,9 +90,13 @@ std::string reason(const ThreadPartition& p) {
 std::string describe(const ForwardPlan& plan, const LayerShape& s) {
   std::vector<std::string> parts = {in_words(plan.partition)};
   add_engine(plan.engine, parts);
-  parts.push_back(in_words("W_ih", plan.w_ih));
-  parts.push_back(in_words("W_hh", plan.w_hh));
-  if (s.proj()) parts.push_back(in_words("W_hr", plan.w_hr));
+  if (s.frozen != Frozen::no) {
+    parts.push_back("weights packed when frozen");
+  } else {
+    parts.push_back(in_words("W_ih", plan.w_ih));
+    parts.push_back(in_words("W_hh", plan.w_hh));
+    if (s.proj()) parts.push_back(in_words("W_hr", plan.w_hr));
+  }
   if (plan.hoisted_steps > 0)
     parts.push_back("input projection hoisted " + counted(plan.hoisted_steps, "step"));
   if (plan.alternate_block_order) parts.push_back("alternating block order");

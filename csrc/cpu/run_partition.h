@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "cpu/bf16.h"
+#include "cpu/int8.h"
 #include "cpu/partition.h"
 
 namespace fastlstm {
@@ -24,7 +25,8 @@ inline Machine this_machine() {
           kernels<float>().width * static_cast<int64_t>(sizeof(float)),
           bf16::kernels() != nullptr,
           &kCostFigures,
-          forced_partition};
+          forced_partition,
+          int8::kernels().layout.width};
 }
 
 // Runs body(direction, member) for every member of a partition, each on a thread of its own.

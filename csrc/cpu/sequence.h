@@ -203,7 +203,12 @@ struct Kernels {
 
 // The types T, S that the kernels are compiled for.
 #define FASTLSTM_FOR_EACH_BF16_KERNELS(f) f(Bf16, float) f(Bf16, PanelBf16)
-#define FASTLSTM_FOR_EACH_KERNELS(f) f(float, float) f(double, double) FASTLSTM_FOR_EACH_BF16_KERNELS(f)
+#define FASTLSTM_FOR_EACH_KERNELS(f) \
+  f(float, float) f(double, double) f(float, PanelBf16) FASTLSTM_FOR_EACH_BF16_KERNELS(f)
+
+// Columns from gate to gate of the packed unit block at u0, of vectors of W: those of the last block lie side
+// by side where they fit fewer than four vectors (cpu/pack_forward.h).
+inline int64_t gate_gap(int64_t H, int64_t u0, int64_t W) { return H - u0 <= 3 * W / 4 ? H - u0 : W; }
 
 // Of one core's L2 cache; 1 MiB where the system does not tell.
 int64_t l2_bytes();

@@ -74,6 +74,14 @@ struct CostFigures {
   double bf16_l2_read_rows = 16;
   // 2 bytes per multiply-add at 32 GB/s; the second in the proportion of l3_hidden_min_rows. Not measured.
   double bf16_l3_read_rows = 52, bf16_l3_hidden_min_rows = 120;
+
+  // The figures of the int8 kernels (cpu/int8.h); the rate is that of a lane of 32 bits. Fitted to one thread
+  // of an Intel Xeon with AVX512_VNNI at 2.3 GHz: T = 100, B = 16, I = H = 512 takes 14.6 ms; B = 32, I = H =
+  // 128 2.5 ms; T = 50, B = 1, I = H = 512 0.68 ms; I = 80, H = 1024 5.2 ms. 2026-11-30, no CSV.
+  double int8_vector_macs_per_us = 16500;
+  double int8_gate_cost_macs = 150;
+  double int8_l2_read_rows = 1.6;
+  double int8_l3_read_rows = 5.5, int8_l3_hidden_min_rows = 12;
 };
 inline constexpr CostFigures kCostFigures;
 
@@ -145,6 +153,10 @@ inline constexpr int64_t kHoistAllMaxRows = 192;
 // 2026-11-22.
 inline constexpr int64_t kHoistBelowRows = 48;
 inline constexpr int64_t kHoistTileRows = 96;
+// The int8 kernels compute x W_ih^T for this many rows of several steps at once, where a step has fewer.
+// Measured, 2026-11-30, one thread, no CSV: T = 50, B = 1, I = H = 512 takes 0.74 ms at 8 rows, 0.68 at 48,
+// 0.65 at 96; T = 200, B = 1, I = H = 64 0.085, 0.086 and 0.089.
+inline constexpr int64_t kInt8HoistRows = 48;
 // Up to this length of its rows, packing a weight prefetches the next rows: too short for the hardware's
 // prefetching. Fitted.
 inline constexpr int64_t kPackPrefetchMaxBytes = 512;
@@ -225,6 +237,9 @@ inline constexpr int64_t kInlineConvertMaxElements = 1 << 15;
 // Blocks from this size on are kept for the next call, smaller ones malloc itself keeps; at most this many
 // bytes idle (docs/cpu-kernels.md).
 inline constexpr size_t kCachedBlockMinBytes = size_t{1} << 18;
+// A workspace of up to this size is a block that the thread keeps: a tiny call allocates its results alone.
+// Measured, 2026-11-30, no CSV: a step of H = 64 calls malloc 12 times, for its results, in place of 16.
+inline constexpr int64_t kThreadWorkspaceMaxBytes = int64_t{1} << 16;
 inline constexpr size_t kCachedIdleMaxBytes = size_t{1} << 29;
 // From this size on a workspace is in pages of 2 MiB. Recorded: a loop of microkernels of 12 rows, 178
 // GFLOP/s on two cores and 282 (docs/cpu-kernels.md). 2026-11-28.

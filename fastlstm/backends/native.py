@@ -114,6 +114,7 @@ def cpu_plan(
     packed: bool = False,
     h0: bool = False,
     cell: bool = False,
+    frozen: str = "no",
     **machine: Any,
 ) -> dict[str, dict[str, Any]]:
     """How the CPU kernels run `call`: what they decide about "forward" and "backward", by name, and in words as "text".
@@ -125,6 +126,7 @@ def cpu_plan(
         packed: rows of x past the lengths are absent.
         h0: an initial state is given.
         cell: LSTMCell makes the call.
+        frozen: the form of weights packed before the call, "stored", "bfloat16" or "int8"; there is no backward then.
         machine: threads, l2_bytes, vector_bytes or bf16_kernels that differ from what a call would find here.
     """
     if extension is None or call.device.type != "cpu" or T < 1 or B < 1:
@@ -132,12 +134,13 @@ def cpu_plan(
     found = {"threads": torch.get_num_threads(), **extension.cpu_machine(), **machine}
     dtype = str(torch.float32 if call.dtype == torch.float16 else call.dtype).removeprefix("torch.")
     H, P, D = call.shape.H, call.shape.P, call.shape.D
-    if cell and call.dtype in (torch.float32, torch.float64):
+    if cell and frozen == "no" and call.dtype in (torch.float32, torch.float64):
         found.pop("bf16_kernels")
         return extension.cpu_cell_plan(dtype, B, call.I, H, **found)
     return extension.cpu_plan(
         dtype, T, B, call.I, H, P, D,
-        lengths=None if lengths is None else list(lengths), packed=packed, resets=call.reset_mask, h0=h0, **found,
+        lengths=None if lengths is None else list(lengths), packed=packed, resets=call.reset_mask, h0=h0,
+        frozen=frozen, **found,
     )  # fmt: skip
 
 

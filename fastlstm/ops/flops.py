@@ -83,6 +83,16 @@ def recomputed_layer_backward(*args: Any, out_val: Any = None) -> int:
     return _forward(inputs) + _backward(inputs, args[-1])
 
 
+def frozen_layer(
+    x: Tensor, h0: Any, c0: Any, packed: Tensor, sizes: Sequence[int], lengths: Tensor | None, *_: Any,
+    out_val: Any = None,
+) -> int:  # fmt: skip
+    """Of fastlstm/ops/frozen.py's op: as many products as the unfrozen layer has, of whatever numbers."""
+    H, P, D = sizes
+    N = _rows(LayerInputs(x, None, None, [], lengths))[0]
+    return D * 2 * N * (4 * H * (x.shape[-1] + P) + H * P * (P != H))
+
+
 def grouped_products(a: Tensor, b: Tensor, groups: int, *, out_val: Any = None) -> int:
     """Of fastlstm::grouped_products."""
     return 2 * a.shape[:2].numel() * a.shape[2] * b.shape[2]
@@ -97,6 +107,7 @@ def formulas(backends: Sequence[str]) -> dict[Any, Callable[..., int]]:
         found[getattr(ops, f"{name}_layer_backward")] = layer_backward
     found[ops.recomputed_layer] = recomputed_layer
     found[ops.recomputed_layer_backward] = recomputed_layer_backward
+    found[ops.frozen_layer] = frozen_layer
     found[ops.grouped_products] = grouped_products
     return found
 

@@ -24,23 +24,28 @@ from ..cases import Case
 Plan = dict[str, dict[str, Any]]
 
 
-def plan_of(case: Case, threads: int | None = None, **machine: Any) -> Plan:
-    """The plan of a case's first layer, "forward" and "backward"; `machine` overrides this machine's properties."""
+def plan_of(case: Case, threads: int | None = None, frozen: str = "no", **machine: Any) -> Plan:
+    """The plan of a case's first layer, "forward" and "backward", of which a frozen layer has none.
+
+    frozen: the form of weights packed before the call. `machine` overrides this machine's properties.
+    """
     shape = LayerShape(case.H, case.proj or case.H, case.directions, case.bias)
     call = LayerCall(torch.device("cpu"), case.dtype, case.I, shape, case.lengths is not None, case.resets is not None)
     if threads is not None:
         machine["threads"] = threads
     h0 = case.hx != "none"
-    return native.cpu_plan(call, case.T, case.B, case.lengths, case.packed, h0, **machine)
+    return native.cpu_plan(call, case.T, case.B, case.lengths, case.packed, h0, frozen=frozen, **machine)
 
 
-def candidates_of(case: Case, threads: int, **machine: Any) -> dict[str, list[tuple[int, int, str, bool, float]]]:
+def candidates_of(
+    case: Case, threads: int, frozen: str = "no", **machine: Any
+) -> dict[str, list[tuple[int, int, str, bool, float]]]:
     """Candidate partitions of plan_of, by pass: threads per direction, row groups, split, concurrent, predicted us."""
     assert native.extension is not None
     return native.extension.cpu_plan_candidates(
         str(case.dtype).removeprefix("torch."), case.T, case.B, case.I, case.H, case.proj or case.H, case.directions,
         lengths=None if case.lengths is None else list(case.lengths), packed=case.packed,
-        resets=case.resets is not None, h0=case.hx != "none", threads=threads, **machine,
+        resets=case.resets is not None, h0=case.hx != "none", frozen=frozen, threads=threads, **machine,
     )  # fmt: skip
 
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -16,6 +15,7 @@ import fastlstm
 from fastlstm import backends
 
 from ..cases import Case
+from ..machine import cpuinfo
 from ..runners import check, require
 from .plans import MACHINES, assert_path
 
@@ -59,19 +59,10 @@ def native():
     require("native", Case())
 
 
-def cpuinfo(key: str) -> set[str]:
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    return next((set(line.split()) for line in lines if line.startswith(key)), set())
-
-
-def flags() -> set[str]:
-    return cpuinfo("flags")
-
-
 def test_bfloat16_support_depends_on_the_cpu():
     expected = backends.native.extension.isa()
-    if "avx512_bf16" in flags() and expected == "avx512":
-        if "ATEN_CPU_CAPABILITY" not in os.environ and {"amx_bf16", "amx_tile"} <= flags():
+    if "avx512_bf16" in cpuinfo("flags") and expected == "avx512":
+        if "ATEN_CPU_CAPABILITY" not in os.environ and {"amx_bf16", "amx_tile"} <= cpuinfo("flags"):
             expected = "amx"
         elif "ATEN_CPU_CAPABILITY" in os.environ or "GenuineIntel" not in cpuinfo("vendor_id"):
             expected = "avx512_bf16"

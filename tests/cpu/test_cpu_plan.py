@@ -20,6 +20,9 @@ pytestmark = pytest.mark.skipif(native.extension is None, reason=native.load_err
 
 AVX512, AVX2 = MACHINES.values()
 DTYPES = (torch.float32, torch.float64, torch.bfloat16)
+FORMS = ("stored", "bfloat16", "int8")
+# What weights a frozen layer has; stored ones of bfloat16 are multiplied where there are kernels.
+ENGINES = {"bfloat16": ("bf16_panels",), "int8": ("int8_products",)}
 
 
 def test_plans_of_the_benchmark_suites():
@@ -53,6 +56,11 @@ def random_case(rng: random.Random) -> Case:
     )
 
 
+def random_form(rng: random.Random, case: Case) -> str:
+    """Half of the layers are not frozen; bfloat16 and int8 are forms of float32."""
+    return "no" if rng.random() < 0.5 else rng.choice(FORMS if case.dtype == torch.float32 else FORMS[:1])
+
+
 def random_shape(rng: random.Random) -> Case:
     """A random case, without lengths if it is large, because counting its rows takes long."""
     case = random_case(rng)
@@ -63,10 +71,11 @@ def test_every_plan_is_valid():
     rng = random.Random(20240229)
     for _ in range(1000):
         case, threads = random_case(rng), rng.randint(1, 64)
-        machine = rng.choice((AVX512, AVX2))
-        plan = plan_of(case, threads, **machine)
+        machine, form = rng.choice((AVX512, AVX2)), random_form(rng, case)
+        plan = plan_of(case, threads, form, **machine)
+        assert set(plan) == ({"forward", "backward"} if form == "no" else {"forward"}), form
         for phase, p in plan.items():
-            message = f"{phase} of {case} at {threads} threads: {p}"
+            message = f"{phase} of {case}, frozen {form}, at {threads} threads: {p}"
             assert 1 <= p["threads"] <= threads, message
             assert p["threads"] == p["members"] * (case.directions if p["concurrent"] else 1), message
             assert p["concurrent"] <= (case.directions == 2), message
@@ -81,10 +90,18 @@ def test_every_plan_is_valid():
             if p["split"] in ("units", "grid"):
                 assert p["members"] // p["row_groups"] <= case.H // 2, message
                 assert p["row_groups"] <= case.B, message
-            if case.dtype != torch.bfloat16:
+            if form in ENGINES:
+                assert p["engine"] in ENGINES[form], message
+            elif case.dtype != torch.bfloat16:
                 assert p["engine"] == "float_panels", message
+            elif form != "no":
+                assert p["engine"] in ("bf16_panels", "bf16_products"), message
+            if form != "no":
+                assert (p["w_ih"], p["w_hh"], p.get("w_hr", "prepacked")) == ("prepacked",) * 3, message
+                assert "weights packed when frozen" in p["text"], message
+                assert ("products of int8" in p["text"]) == (form == "int8"), message
         assert 0 <= plan["forward"]["hoisted_steps"] <= case.T
-        assert 1 <= plan["backward"]["chunk_steps"] <= case.T
+        assert form != "no" or 1 <= plan["backward"]["chunk_steps"] <= case.T
 
 
 def test_more_work_gets_more_threads():
@@ -103,9 +120,10 @@ def test_more_threads_are_never_predicted_slower():
     for _ in range(10_000):
         case, machine = random_shape(rng), rng.choice((AVX512, AVX2))
         fewer, more = sorted(rng.sample(range(1, 65), 2))
-        before, after = plan_of(case, fewer, **machine), plan_of(case, more, **machine)
-        for phase in ("forward", "backward"):
-            details = f"{phase} of {case} at {fewer} and {more} threads: {before[phase]}, {after[phase]}"
+        form = random_form(rng, case)
+        before, after = plan_of(case, fewer, form, **machine), plan_of(case, more, form, **machine)
+        for phase in before:
+            details = f"{phase} of {case}, frozen {form}, {fewer} and {more} threads: {before[phase]}, {after[phase]}"
             assert after[phase]["predicted_us"] <= before[phase]["predicted_us"], details
             assert after[phase]["threads"] >= before[phase]["threads"], details
 
@@ -115,9 +133,10 @@ def test_chosen_partition_has_the_lowest_predicted_time():
     rng = random.Random(20261201)
     for _ in range(10_000):
         case, machine, threads = random_shape(rng), rng.choice((AVX512, AVX2)), rng.randint(1, 64)
-        plan, candidates = plan_of(case, threads, **machine), candidates_of(case, threads, **machine)
+        form = random_form(rng, case)
+        plan, candidates = plan_of(case, threads, form, **machine), candidates_of(case, threads, form, **machine)
         for phase, p in plan.items():
-            details = f"{phase} of {case} at {threads} threads: {p}, {candidates[phase]}"
+            details = f"{phase} of {case}, frozen {form}, at {threads} threads: {p}, {candidates[phase]}"
             times = {candidate[:4]: candidate[4] for candidate in candidates[phase]}
             assert len(times) == len(candidates[phase]), details
             assert times[p["members"], p["row_groups"], p["split"], p["concurrent"]] == p["predicted_us"], details
@@ -219,6 +238,42 @@ def test_explain_of_every_form_of_input(four_threads):
     assert cell.backward
     half = fastlstm.explain(nn.Module.to(fastlstm.LSTMCell(64, 64), torch.bfloat16), torch.zeros(1, 64).bfloat16())
     assert "W_hh unpacked" in half.forward
+
+
+@pytest.mark.parametrize("weights", [None, torch.bfloat16, torch.int8], ids=str)
+def test_explain_of_frozen_layers(weights, four_threads):
+    lstm = fastlstm.freeze(fastlstm.LSTM(128, 128, batch_first=True), weights)
+    cell = fastlstm.freeze(fastlstm.LSTMCell(128, 128), weights)
+    x = torch.zeros(64, 100, 128)
+    products = {torch.bfloat16: "panels of bfloat16", torch.int8: "products of int8"}.get(weights)
+    inputs = {
+        "padded": fastlstm.explain(lstm, x),
+        "lengths": fastlstm.explain(lstm, x, lengths=[100] * 64),
+        "packed": fastlstm.explain(lstm, pack_padded_sequence(x, torch.arange(64, 0, -1), batch_first=True)),
+        "unbatched": fastlstm.explain(lstm, x[0]),
+        "cell": fastlstm.explain(cell, x[:, 0]),
+    }
+    for name, explained in inputs.items():
+        assert (explained.backend, explained.backward) == ("native", ""), name
+        assert "weights packed when frozen" in explained.forward, name
+        assert ", because " in explained.forward, name
+        assert [text for text in ("of bfloat16", "of int8") if text in explained.forward] == (
+            [products.removeprefix("panels ").removeprefix("products ")] if products else []
+        ), name
+        lines = str(explained).splitlines()
+        assert lines[0] == f"native     runs: {explained.forward}", name
+        assert not any("training" in line for line in lines), name
+        assert explained.reasons["eager"] == "cannot run a frozen layer", name
+    assert inputs["padded"].forward.startswith("4 threads by ")
+    with fastlstm.use_backend("eager"):
+        explained = fastlstm.explain(lstm, x)
+    assert (explained.backend, explained.forward) == ("", "")
+    assert explained.reasons["native"] == "can run it, but backend 'eager' was asked for"
+
+
+def test_plan_refuses_an_unknown_form():
+    with pytest.raises(ValueError, match="frozen must be no, stored, bfloat16 or int8, got int4"):
+        plan_of(Case(), 1, "int4")
 
 
 def test_explain_of_other_backends_has_no_plan():

@@ -10,11 +10,11 @@ import torch
 from fastlstm import backends
 
 from ..cases import Case
+from ..machine import cpuinfo
 from ..ops.test_parity import DTYPES, OPTIONS
 from ..runners import check_elsewhere
 from .plans import assert_path
 from .test_bfloat16 import CASES as BFLOAT16_CASES
-from .test_bfloat16 import flags
 from .test_blocks import HOISTED, ON_USE, UNPACKED
 
 NAMES = {"DEFAULT": "baseline", "AVX2": "avx2", "AVX512": "avx512"}
@@ -70,7 +70,7 @@ def test_parity_at_each_level(level, backend):
     if torch.backends.cpu.get_cpu_capability() == "DEFAULT" and level != "DEFAULT":
         pytest.skip("this CPU has no AVX2")
     # No level of ATEN_CPU_CAPABILITY includes AMX, so each of them disables it.
-    bfloat16 = "avx512_bf16" if level == "AVX512" and "avx512_bf16" in flags() else NAMES[level]
+    bfloat16 = "avx512_bf16" if level == "AVX512" and "avx512_bf16" in cpuinfo("flags") else NAMES[level]
     check_elsewhere(CASES, "native", PROGRAM, level, NAMES[level], bfloat16, ATEN_CPU_CAPABILITY=level.lower())
 
 

@@ -21,7 +21,7 @@ LAYERS = (
     ("transforms",),
     ("dispatch",),
     ("functional",),
-    ("modules", "convert", "explain"),
+    ("modules", "convert", "explain", "frozen", "freeze"),
     ("__init__", "__main__"),
     ("tutorials",),
 )
