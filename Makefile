@@ -28,6 +28,9 @@ demo: $(READY)
 # Two workers, a file of tests to each: what a small machine has cores for.
 WORKERS := -n 2 --dist loadfile
 
+# The workers share the cores, so a thread that spins while it waits delays the others.
+test test-gpu-code fuzz: export OMP_WAIT_POLICY = passive
+
 test: $(READY)
 	$(BIN)/python -m pytest $(WORKERS) --durations=15
 
