@@ -7,6 +7,7 @@ most regions: times grow a hundredfold and ratios are meaningless. So every row 
 from __future__ import annotations
 
 import os
+import sys
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -17,8 +18,8 @@ MAX_BACKGROUND_LOAD = 0.10
 # Thread pools spin for a while after a parallel region before they sleep, and would take a core from what is measured
 # next: libgomp's for up to 300,000 pause instructions. CPU time used while asleep after the last region, on two cores
 # of a Xeon with AVX-512, 2026-11-29: 5 ms after an ATen kernel, 1 ms after an MKL product, 0.05 ms under
-# OMP_WAIT_POLICY=passive, which is not what users run; 2026-11-30: 4 ms after ONNX Runtime's and OpenVINO's pools. A
-# process is at rest if it used less than REST_SHARE of a core over REST_S.
+# OMP_WAIT_POLICY=passive, which is not what users run. A process is at rest if it used less than REST_SHARE of a core
+# over REST_S.
 REST_S = 0.002
 REST_SHARE = 0.1
 REST_LIMIT_S = 5.0
@@ -76,6 +77,24 @@ def wait_for_idle(seconds: float, interval: float = 0.5) -> None:
             return
 
 
+def process_seconds() -> float:
+    """CPU seconds of all threads of this process, also of those that are running.
+
+    Linux adds the time of a thread on another CPU to time.process_time only at a timer tick, every 4 ms at 250 Hz, so
+    that a thread which spins goes unnoticed for longer than REST_S. The clock of a thread is exact; its id is the one
+    that pthread_getcpuclockid computes from the thread's.
+    """
+    if not sys.platform.startswith("linux"):
+        return time.process_time()
+    total = 0.0
+    for thread in os.listdir("/proc/self/task"):
+        try:
+            total += time.clock_gettime((~int(thread) << 3) | 6)
+        except OSError:
+            continue  # it has ended
+    return total
+
+
 def wait_for_rest() -> float:
     """Sleep until no thread of this process uses CPU time; return the seconds this took.
 
@@ -83,9 +102,9 @@ def wait_for_rest() -> float:
     """
     start = time.perf_counter()
     while time.perf_counter() - start < REST_LIMIT_S:
-        used = time.process_time()
+        used = process_seconds()
         time.sleep(REST_S)
-        if time.process_time() - used < REST_SHARE * REST_S:
+        if process_seconds() - used < REST_SHARE * REST_S:
             return time.perf_counter() - start
     raise RuntimeError(
         f"a thread of this process still spins {REST_LIMIT_S:g} s after its last call (OMP_WAIT_POLICY=active?), "

@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -140,6 +141,15 @@ def test_peak_has_a_rate_and_a_name():
 def test_background_load_is_a_fraction():
     fraction = load.background_load()()
     assert fraction is None or 0 <= fraction <= 1
+
+
+def test_process_seconds_are_those_of_the_cpu_clock():
+    """Up to the timer ticks of time.process_time."""
+    before, exact = time.process_time(), load.process_seconds()
+    while time.process_time() - before < 0.05:
+        pass
+    assert load.process_seconds() - exact == pytest.approx(time.process_time() - before, abs=0.02)
+    assert load.wait_for_rest() >= load.REST_S
 
 
 @pytest.mark.parametrize("path", sorted(results.RESULTS.glob("*/*.csv")), ids=lambda p: f"{p.parent.name}/{p.name}")

@@ -12,7 +12,6 @@ import torch
 for package in ("matplotlib", "numpy"):
     pytest.importorskip(package)
 
-import fastlstm
 from benchmarks import plot, report, results, suites
 from benchmarks.cases import Case
 from benchmarks.data import Inputs, make_inputs
@@ -38,8 +37,6 @@ def name(request) -> str:
     """An engine whose packages are installed."""
     if reason := ENGINES[request.param].missing():
         pytest.skip(reason)
-    if request.param.startswith("frozen") and not hasattr(fastlstm, "freeze"):
-        pytest.skip("needs fastlstm.freeze")
     return request.param
 
 
