@@ -46,8 +46,8 @@ int64_t index_of(PackedWeight w, const PackedHeader& h) {
 }
 int64_t per_direction(const PackedHeader& h) { return 2 + 2 * h.bias + h.proj(); }
 
-// Whether the form, the dtype and the layout go together, so that every position lies within its part, and
-// sizes whose products do not overflow.
+// Returns true if form, dtype and layout fit together, so that every position is within its part, and if no
+// product of the sizes overflows.
 bool is_valid(const PackedHeader& h) {
   constexpr int64_t kMaxSize = int64_t{1} << 24;
   const auto size = [](int64_t n) { return n >= 0 && n <= kMaxSize; };

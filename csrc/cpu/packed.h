@@ -12,10 +12,10 @@
 
 namespace fastlstm {
 
-// How a weight [rows, K] lies in its part.
+// The order of the elements of a weight [rows, K] in its part.
 enum class PackedLayout : int64_t {
   panels,       // cpu/pack_forward.h, of Real<T>; weight_hr as columns (Kernels::pack_columns)
-  bf16_panels,  // likewise of PanelBf16
+  bf16_panels,  // the same with panels of PanelBf16
   bf16_tiles,   // cpu/bf16.h, pack_gates
   int8_blocks,  // cpu/int8.h
 };
