@@ -181,7 +181,7 @@ ThreadBlock* take_thread_block() {
   return nullptr;
 #else
   thread_local ThreadBlock block;
-  if (block.in_use) return nullptr;
+  if (block.in_use || filled_by_torch()) return nullptr;
   block.in_use = true;
   return &block;
 #endif

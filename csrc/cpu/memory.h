@@ -28,8 +28,8 @@ class ThreadBlock {
  private:
   std::unique_ptr<uint8_t[]> memory_;
 };
-// This thread's, now in use; null where it is in use already, or AddressSanitizer watches the bounds of each
-// workspace.
+// This thread's, now in use; null where it is in use already, AddressSanitizer watches the bounds of each
+// workspace, or torch fills what is allocated, to show what is read before it is written.
 ThreadBlock* take_thread_block();
 
 }  // namespace fastlstm

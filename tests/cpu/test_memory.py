@@ -141,3 +141,25 @@ train(512)
 with torch.no_grad(), at_most(4 << 20):
     lstm(x)  # y takes 44 MiB, and no cached block has about that size
 """)
+
+
+@pytest.mark.parametrize("kwargs", [{}, {"proj_size": 3}, {"bidirectional": True}], ids=str)
+@pytest.mark.parametrize("form", ["trainable", None, torch.bfloat16, torch.int8], ids=str)
+def test_small_workspaces_show_nothing_of_earlier_calls(form, kwargs):
+    """A thread keeps one block for them: a call that fills it with NaN changes no later result."""
+    lstm, other, x = fastlstm.LSTM(5, 9, **kwargs), fastlstm.LSTM(33, 31, proj_size=17), X[:3, :2, :5]
+    if form != "trainable":
+        fastlstm.freeze(lstm, form)
+
+    def results() -> list[torch.Tensor]:
+        output, (h_n, c_n) = lstm(x)
+        if form != "trainable":
+            return [output, h_n, c_n]
+        lstm.zero_grad()
+        output.sum().backward()
+        return [output.detach(), h_n.detach(), c_n.detach(), *(w.grad.clone() for w in lstm.parameters())]
+
+    expected = results()
+    assert other(torch.full((3, 4, 33), float("nan")))[0].isnan().all()
+    for found, before in zip(results(), expected, strict=True):
+        assert torch.equal(found, before), (form, kwargs)
