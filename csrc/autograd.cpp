@@ -26,10 +26,13 @@ const c10::TypedOperatorHandle<F> find(const char* name) {
 
 LayerResults below_autograd(const at::Tensor& x, const OptionalTensor& h0, const OptionalTensor& c0,
                             at::TensorList weights, const OptionalTensor& lengths,
-                            const OptionalTensor& reset_mask, bool keep_cells, bool keep_reserve) {
+                            const OptionalTensor& reset_mask, bool keep_cells, bool keep_reserve,
+                            const OptionalTensor& recurrent_mask, const OptionalTensor& zoneout_h,
+                            const OptionalTensor& zoneout_c) {
   static const auto op = find<LayerForward>("fastlstm::native_layer");
   at::AutoDispatchBelowADInplaceOrView guard;
-  return op.call(x, h0, c0, weights, lengths, reset_mask, keep_cells, keep_reserve);
+  return op.call(x, h0, c0, weights, lengths, reset_mask, keep_cells, keep_reserve, recurrent_mask, zoneout_h,
+                 zoneout_c);
 }
 
 OptionalTensor optional(const at::Tensor& t) { return t.defined() ? OptionalTensor(t) : std::nullopt; }
@@ -48,17 +51,19 @@ class LayerFunction : public torch::autograd::Function<LayerFunction> {
   static variable_list forward(AutogradContext* ctx, const at::Tensor& x, const OptionalTensor& h0,
                                const OptionalTensor& c0, at::TensorList weights,
                                const OptionalTensor& lengths, const OptionalTensor& reset_mask,
-                               bool keep_cells, LayerResults* results) {
-    *results = below_autograd(x, h0, c0, weights, lengths, reset_mask, keep_cells, /*keep_reserve=*/true);
+                               const OptionalTensor& recurrent_mask, const OptionalTensor& zoneout_h,
+                               const OptionalTensor& zoneout_c, bool keep_cells, LayerResults* results) {
+    *results = below_autograd(x, h0, c0, weights, lengths, reset_mask, keep_cells, /*keep_reserve=*/true,
+                              recurrent_mask, zoneout_h, zoneout_c);
     const auto& [y, h_n, c_n, cells, reserve] = *results;
     variable_list saved = {x, h0.value_or(at::Tensor()), c0.value_or(at::Tensor())};
-    saved.reserve(8 + weights.size());
+    saved.reserve(11 + weights.size());
     saved.insert(saved.end(), weights.begin(), weights.end());
     // A graph that holds this node's ops cannot ask for versions when it runs: its backward finds h again.
     const bool traced = x.key_set().has(c10::DispatchKey::Python);
-    if (!traced) set_unread_aside(ctx, saved, read(saved));
-    saved.push_back(lengths.value_or(at::Tensor()));
-    saved.push_back(reset_mask.value_or(at::Tensor()));
+    if (!traced) set_unread_aside(ctx, saved, read(saved, zoneout_c.has_value()));
+    for (const OptionalTensor* option : {&lengths, &reset_mask, &recurrent_mask, &zoneout_h, &zoneout_c})
+      saved.push_back(option->value_or(at::Tensor()));
     saved.push_back(traced ? at::Tensor() : save_output(ctx, y));
     saved.push_back(cells);
     saved.push_back(reserve);
@@ -76,13 +81,16 @@ class LayerFunction : public torch::autograd::Function<LayerFunction> {
     const OptionalTensor dy = optional(grads[0]), dh_n = optional(grads[1]), dc_n = optional(grads[2]),
                          dcells = grads.size() > 3 ? optional(grads[3]) : std::nullopt;
     const Arguments unread = restore_unread(ctx, saved);
-    const size_t n = saved.size() - 5;
+    const size_t n = saved.size() - 8;
     const bool by_formula = needs_differentiable_backward(grads);
     if (by_formula) connect_unread(saved, n, unread);
     const at::Tensor x = saved[0];
     const OptionalTensor h0 = optional(saved[1]), c0 = optional(saved[2]);
     const at::TensorList weights = at::TensorList(saved).slice(3, n - 3);
-    const OptionalTensor lengths = optional(saved[n]), reset_mask = optional(saved[n + 1]);
+    const OptionalTensor lengths = optional(saved[n]), reset_mask = optional(saved[n + 1]),
+                         recurrent_mask = optional(saved[n + 2]), zoneout_h = optional(saved[n + 3]),
+                         zoneout_c = optional(saved[n + 4]);
+    const at::Tensor &y_kept = saved[n + 5], &cells = saved[n + 6], &reserve = saved[n + 7];
     // Edges exist for the tensors that were given only.
     size_t edge = 0;
     c10::List<bool> needs;
@@ -97,16 +105,17 @@ class LayerFunction : public torch::autograd::Function<LayerFunction> {
     LayerGradients found;
     if (by_formula) {
       static const auto op = find<DifferentiableBackward>("fastlstm::differentiable_backward");
-      const at::Tensor gates = saved_gates(saved[n + 4], x, weights, lengths);
-      found = op.call(dy, dh_n, dc_n, dcells, x, h0, c0, weights, lengths, reset_mask, gates, saved[n + 3],
-                      needs);
+      const at::Tensor gates =
+          saved_gates(reserve, x, weights, lengths, recurrent_mask || zoneout_h || zoneout_c);
+      found = op.call(dy, dh_n, dc_n, dcells, x, h0, c0, weights, lengths, reset_mask, gates, cells, needs,
+                      recurrent_mask, zoneout_h, zoneout_c);
     } else {
       static const auto op = find<LayerBackward>("fastlstm::native_layer_backward");
       at::AutoDispatchBelowADInplaceOrView guard;
-      const bool lacks_y = !saved[n + 2].defined() || output_changed(ctx);
-      const at::Tensor y = lacks_y ? at::empty({0}, x.options()) : saved[n + 2];
-      found = op.call(dy, dh_n, dc_n, dcells, x, h0, c0, weights, lengths, reset_mask, y, saved[n + 3],
-                      saved[n + 4], needs);
+      const bool lacks_y = !y_kept.defined() || output_changed(ctx);
+      const at::Tensor y = lacks_y ? at::empty({0}, x.options()) : y_kept;
+      found = op.call(dy, dh_n, dc_n, dcells, x, h0, c0, weights, lengths, reset_mask, y, cells, reserve,
+                      needs, recurrent_mask, zoneout_h, zoneout_c);
     }
     auto& [dx, dh0, dc0, dweights] = found;
     // One gradient for each tensor of forward's arguments, an absent optional included, and each other
@@ -114,33 +123,36 @@ class LayerFunction : public torch::autograd::Function<LayerFunction> {
     variable_list out = {needs[0] ? dx : at::Tensor(), needs[1] ? dh0 : at::Tensor(),
                          needs[2] ? dc0 : at::Tensor()};
     for (size_t k = 0; k < weights.size(); ++k) out.push_back(needs[3 + k] ? dweights[k] : at::Tensor());
-    out.resize(out.size() + 4);  // lengths, reset_mask, keep_cells, results
+    out.resize(out.size() + 7);  // lengths, reset_mask and the masks, keep_cells, results
     return out;
   }
 
  private:
   // read_by_backward of a layer's arguments, of which those that require a gradient may be asked for one.
-  static Arguments read(const variable_list& inputs) {
+  static Arguments read(const variable_list& inputs, bool zoneout_c) {
     const at::TensorList weights = at::TensorList(inputs).slice(3);
     const bool proj = weights[1].size(1) * 4 != weights[1].size(0);
     const int64_t per_direction = LayerSizes::weights_per_direction(weights, proj);
     return read_by_backward(requiring_grad(inputs), inputs.size(), per_direction, proj,
-                            inputs[0].dim() == 2 || inputs[0].size(0) > 1);
+                            inputs[0].dim() == 2 || inputs[0].size(0) > 1, zoneout_c);
   }
 };
 
 LayerResults layer(const at::Tensor& x, const OptionalTensor& h0, const OptionalTensor& c0,
                    at::TensorList weights, const OptionalTensor& lengths, const OptionalTensor& reset_mask,
-                   bool keep_cells, bool keep_reserve) {
+                   bool keep_cells, bool keep_reserve, const OptionalTensor& recurrent_mask,
+                   const OptionalTensor& zoneout_h, const OptionalTensor& zoneout_c) {
   // What is recorded of a call must not depend on the grad mode of the moment: keep_reserve is the caller's
   // own wish, and a call that is differentiated keeps one whatever it says.
   const auto requires_grad = [](const OptionalTensor& t) { return t && t->requires_grad(); };
   bool differentiable = x.requires_grad() || requires_grad(h0) || requires_grad(c0);
   for (const at::Tensor& w : weights) differentiable |= w.requires_grad();
   if (!differentiable || !at::GradMode::is_enabled())
-    return below_autograd(x, h0, c0, weights, lengths, reset_mask, keep_cells, keep_reserve);
+    return below_autograd(x, h0, c0, weights, lengths, reset_mask, keep_cells, keep_reserve, recurrent_mask,
+                          zoneout_h, zoneout_c);
   LayerResults results;
-  variable_list out = LayerFunction::apply(x, h0, c0, weights, lengths, reset_mask, keep_cells, &results);
+  variable_list out = LayerFunction::apply(x, h0, c0, weights, lengths, reset_mask, recurrent_mask, zoneout_h,
+                                           zoneout_c, keep_cells, &results);
   auto& [y, h_n, c_n, cells, reserve] = results;
   return {out[0], out[1], out[2], keep_cells ? out[3] : cells, reserve};
 }
@@ -193,9 +205,9 @@ StepGradients differentiable(const at::Tensor& dh, const at::Tensor& dc, const S
                        [&](const OptionalTensor& dh_n, const OptionalTensor& dc_n, const at::Tensor& x,
                            const OptionalTensor& h0, const OptionalTensor& c0, at::TensorList weights,
                            const c10::List<bool>& flags) {
-                         const at::Tensor gates = saved_gates(gates_of(reserve, in), x, weights, {});
+                         const at::Tensor gates = saved_gates(gates_of(reserve, in), x, weights, {}, false);
                          return op.call({}, dh_n, dc_n, {}, x, h0, c0, weights, {}, {}, gates,
-                                        cells_of(reserve, in), flags);
+                                        cells_of(reserve, in), flags, {}, {}, {});
                        });
 }
 
@@ -210,7 +222,7 @@ StepGradients by_op(const at::Tensor& dh, const at::Tensor& dc, const StepInputs
                            const OptionalTensor& h0, const OptionalTensor& c0, at::TensorList weights,
                            const c10::List<bool>& flags) {
                          return op.call({}, dh_n, dc_n, {}, x, h0, c0, weights, {}, {},
-                                        at::empty({0}, x.options()), cells, gates, flags);
+                                        at::empty({0}, x.options()), cells, gates, flags, {}, {}, {});
                        });
 }
 

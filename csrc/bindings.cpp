@@ -58,14 +58,18 @@ bool symbolic(const OptionalTensor& t) {
 // the arguments do not fit together, which is for the checks in Python to say, or are the fake kernel's.
 std::optional<LayerResults> layer(const at::Tensor& x, const OptionalTensor& h0, const OptionalTensor& c0,
                                   const std::vector<at::Tensor>& weights, const OptionalTensor& lengths,
-                                  const OptionalTensor& reset_mask, bool keep_cells) {
+                                  const OptionalTensor& reset_mask, const OptionalTensor& recurrent_mask,
+                                  const OptionalTensor& zoneout_h, const OptionalTensor& zoneout_c,
+                                  bool keep_cells) {
   if (x.dim() != 3 || symbolic(x) || symbolic(h0) || symbolic(c0) || symbolic(lengths) ||
-      symbolic(reset_mask) || std::any_of(weights.begin(), weights.end(), symbolic) ||
-      !LayerSizes::fit({x, h0, c0, weights, lengths, reset_mask}))
+      symbolic(reset_mask) || symbolic(recurrent_mask) || symbolic(zoneout_h) || symbolic(zoneout_c) ||
+      std::any_of(weights.begin(), weights.end(), symbolic) ||
+      !LayerSizes::fit({x, h0, c0, weights, lengths, reset_mask, recurrent_mask, zoneout_h, zoneout_c}))
     return {};
   const auto& op = forward_op();
   py::gil_scoped_release release;
-  return op.call(x, h0, c0, weights, lengths, reset_mask, keep_cells, /*keep_reserve=*/false);
+  return op.call(x, h0, c0, weights, lengths, reset_mask, keep_cells, /*keep_reserve=*/false, recurrent_mask,
+                 zoneout_h, zoneout_c);
 }
 
 // The plan of csrc/cuda/plan.h: (reason there is none or "", the layout's numbers by name, the variant and

@@ -19,7 +19,9 @@ using OptionalTensor = std::optional<at::Tensor>;
 using LayerResults = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
 using LayerForward = LayerResults(const at::Tensor& x, const OptionalTensor& h0, const OptionalTensor& c0,
                                   at::TensorList weights, const OptionalTensor& lengths,
-                                  const OptionalTensor& reset_mask, bool keep_cells, bool keep_reserve);
+                                  const OptionalTensor& reset_mask, bool keep_cells, bool keep_reserve,
+                                  const OptionalTensor& recurrent_mask, const OptionalTensor& zoneout_h,
+                                  const OptionalTensor& zoneout_c);
 
 // Whether a y that backward was given is none: [0], where its caller has changed it since forward. h is then
 // found again from o and c.
@@ -33,20 +35,23 @@ using LayerBackward = LayerGradients(const OptionalTensor& dy, const OptionalTen
                                      at::TensorList weights, const OptionalTensor& lengths,
                                      const OptionalTensor& reset_mask, const at::Tensor& y,
                                      const at::Tensor& cells, const at::Tensor& reserve,
-                                     c10::List<bool> needs);
+                                     c10::List<bool> needs, const OptionalTensor& recurrent_mask,
+                                     const OptionalTensor& zoneout_h, const OptionalTensor& zoneout_c);
 
 // dx, dh0, dc0, dweights as differentiable functions (fastlstm/ops/register.py); gates: of saved_gates
-using DifferentiableBackward = LayerGradients(const OptionalTensor& dy, const OptionalTensor& dh_n,
-                                              const OptionalTensor& dc_n, const OptionalTensor& dcells,
-                                              const at::Tensor& x, const OptionalTensor& h0,
-                                              const OptionalTensor& c0, at::TensorList weights,
-                                              const OptionalTensor& lengths, const OptionalTensor& reset_mask,
-                                              const OptionalTensor& gates, const OptionalTensor& cells,
-                                              c10::List<bool> needs);
+using DifferentiableBackward = LayerGradients(
+    const OptionalTensor& dy, const OptionalTensor& dh_n, const OptionalTensor& dc_n,
+    const OptionalTensor& dcells, const at::Tensor& x, const OptionalTensor& h0, const OptionalTensor& c0,
+    at::TensorList weights, const OptionalTensor& lengths, const OptionalTensor& reset_mask,
+    const OptionalTensor& gates, const OptionalTensor& cells, c10::List<bool> needs,
+    const OptionalTensor& recurrent_mask, const OptionalTensor& zoneout_h, const OptionalTensor& zoneout_c);
 
 // The activated gates [D, T, B, 4H] (packed rows: [D, N, 4H]) in the order i, f, g, o, from a reserve.
+// masked: the layer had masks.
 using SavedGates = at::Tensor(const at::Tensor& reserve, const at::Tensor& x, at::TensorList weights,
-                              const OptionalTensor& lengths);
+                              const OptionalTensor& lengths, bool masked);
+
+inline const OptionalTensor kNoTensor;
 
 // Arguments of a layer's op, by reference: valid for the call only, never stored. LayerSizes checks them.
 struct LayerInputs {
@@ -54,6 +59,9 @@ struct LayerInputs {
   const OptionalTensor &h0, &c0;
   at::TensorList weights;
   const OptionalTensor &lengths, &reset_mask;
+  const OptionalTensor &recurrent_mask = kNoTensor, &zoneout_h = kNoTensor, &zoneout_c = kNoTensor;
+
+  bool masked() const { return recurrent_mask || zoneout_h || zoneout_c; }
 };
 // Gradients of a layer's results, each absent where it is zero.
 struct ResultGradients {
@@ -226,6 +234,16 @@ struct LayerSizes {
     check.expect_like("lengths", in.lengths, {B}, at::kLong);
     check.expect_like("reset_mask", in.reset_mask, {T, B}, at::kBool);
     check.expect(!packed || !in.reset_mask, "reset_mask must be None with packed rows");
+    check.expect(!packed || !in.masked(), "masks must be None with packed rows");
+    if (!in.masked()) return;
+    check.expect_like("recurrent_mask", in.recurrent_mask, {D, T, B, P}, in.x.scalar_type());
+    expect_share("zoneout_h", in.zoneout_h, P, in, check);
+    expect_share("zoneout_c", in.zoneout_c, H, in, check);
+  }
+  void expect_share(const char* name, const OptionalTensor& share, int64_t n, const LayerInputs& in,
+                    ArgumentCheck& check) const {
+    const bool flags = share && share->scalar_type() == at::kBool;
+    check.expect_like(name, share, {D, T, B, n}, flags ? at::kBool : in.x.scalar_type());
   }
   // T, B and N of packed rows.
   void read_lengths(const at::Tensor& x, const at::Tensor& lengths, ArgumentCheck& check) {

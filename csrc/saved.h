@@ -28,9 +28,10 @@ inline Arguments requiring_grad(const torch::autograd::variable_list& inputs) {
 
 // The arguments, of `count`, that the backward op reads, where `needs` are wanted. Biases never; x and h0 for
 // the gradients of the weights that they are multiplied by, and those weights the other way round. h_{t-1}'s
-// gradient takes weight_hh in every step but the first. `steps`: there are others.
-inline Arguments read_by_backward(Arguments needs, size_t count, size_t per_direction, bool proj,
-                                  bool steps) {
+// gradient takes weight_hh in every step but the first. `steps`: there are others. zoneout_c: c before its
+// zoneout is found again, from c0.
+inline Arguments read_by_backward(Arguments needs, size_t count, size_t per_direction, bool proj, bool steps,
+                                  bool zoneout_c = false) {
   Arguments ih = 0, hh = 0, biases = 0, hr = 0;
   for (size_t k = 3; k < count; k += per_direction) {
     ih |= bit(k), hh |= bit(k + 1);
@@ -41,7 +42,7 @@ inline Arguments read_by_backward(Arguments needs, size_t count, size_t per_dire
   Arguments read = hr;
   if (needs & ih) read |= x;
   if (needs & hh) read |= h0;
-  if (needs & ~(c0 | hr)) read |= c0;
+  if (zoneout_c || (needs & ~(c0 | hr))) read |= c0;
   if (needs & x) read |= ih;
   if (steps || (needs & h0)) read |= hh;
   return read;
@@ -111,11 +112,11 @@ inline void connect_unread(torch::autograd::variable_list& inputs, size_t n, Arg
 
 // The gates for the formula; by an op, which a trace can record.
 inline at::Tensor saved_gates(const at::Tensor& reserve, const at::Tensor& x, at::TensorList weights,
-                              const OptionalTensor& lengths) {
+                              const OptionalTensor& lengths, bool masked) {
   static const auto op =
       c10::Dispatcher::singleton().findSchemaOrThrow("fastlstm::native_gates", "").typed<SavedGates>();
   at::AutoDispatchBelowADInplaceOrView guard;
-  return op.call(reserve, x, weights, lengths);
+  return op.call(reserve, x, weights, lengths, masked);
 }
 
 // What save_for_backward is given of y, an output: an alias, so that changing y in place is no error. A

@@ -20,7 +20,7 @@ from .ops import flops
 from .ops import frozen as _frozen  # noqa: F401 - defines its op
 from .ops import recompute as _recompute  # noqa: F401 - defines its ops
 from .ops.modes import forward_ad_active, recording, transform_active
-from .ops.schema import LayerCall, LayerInputs, check
+from .ops.schema import LayerCall, LayerInputs, arguments, check
 
 NAMES = ("auto", *BACKENDS, "reference")
 flops.register(tuple(BACKENDS))
@@ -133,9 +133,10 @@ def _choose(inputs: LayerInputs) -> str:
     if recording():  # sizes are tensors
         return select(LayerCall.of(inputs))
     x, weights = inputs.x, inputs.weights
-    # The last weight's dim tells four weights with biases from four of two directions.
+    # The dimensions tell four weights with biases from four of two directions, and both from layer normalization.
+    n = len(weights)
     key = (
-        _requested, x.device, x.dtype, weights[0].shape, weights[1].shape, len(weights), weights[-1].dim(),
+        _requested, x.device, x.dtype, weights[0].shape, weights[1].shape, n, weights[n // 2].dim(), weights[-1].dim(),
         *map(type, inputs[4:]),  # which options are given
     )  # fmt: skip
     try:
@@ -162,7 +163,7 @@ def layer(inputs: LayerInputs, keep_cells: bool, recompute: int = 0) -> tuple[Te
     # Whether to keep what backward reads each op decides for itself: a trace may be called in another grad mode.
     if recompute and (_any_length(inputs.x) or (torch.is_grad_enabled() and inputs.x.shape[0] > recompute)):
         op = torch.ops.fastlstm.recomputed_layer.default
-        y, h_n, c_n, cells, _, _ = op(name, recompute, *inputs, keep_cells, False)
+        y, h_n, c_n, cells, _, _ = op(name, recompute, *arguments(inputs, keep_cells, False))
         return y, h_n, c_n, cells
     found = None
     # The shortcut around the boxed call sees no __torch_function__, of a subclass or a mode.
@@ -174,7 +175,7 @@ def layer(inputs: LayerInputs, keep_cells: bool, recompute: int = 0) -> tuple[Te
             check(inputs)
     if found is None:
         op = getattr(torch.ops.fastlstm, f"{name}_layer").default
-        found = op(*inputs, keep_cells, False)
+        found = op(*arguments(inputs, keep_cells, False))
     y, h_n, c_n, cells, _ = found
     return y, h_n, c_n, cells
 

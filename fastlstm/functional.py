@@ -14,8 +14,9 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
 
 from .dispatch import layer
+from .masks import Masks
 from .ops.recompute import INTERVAL
-from .ops.schema import LayerInputs, check_range
+from .ops.schema import NORM_WEIGHTS, LayerInputs, check_range
 from .ragged import PackedLayout
 
 States = tuple[Tensor, Tensor]
@@ -37,6 +38,9 @@ def lstm(
     return_cell_states: bool = False,
     recompute: bool | int = False,
     layout: PackedLayout | None = None,
+    recurrent_dropout: float = 0.0,
+    zoneout: float | Sequence[float] = 0.0,
+    layer_norm: bool = False,
 ) -> tuple[Tensor, ...]:
     """Run a stack of LSTM layers over a padded batch. Source of the equations: the documentation of torch.nn.LSTM.
 
@@ -47,12 +51,13 @@ def lstm(
         input: [T, B, I], or [B, T, I] with batch_first.
         hx: h_0 [L*D, B, P] and c_0 [L*D, B, H], never batch-first; None for zeros.
         weights: for each layer and direction weight_ih [4H, I], weight_hh [4H, P], then bias_ih and bias_hh [4H] if
-            `bias`, then weight_hr [P, H] with projection; gates in the order i, f, g, o.
+            `bias`, then with layer_norm weight_ln_ih, bias_ln_ih, weight_ln_hh and bias_ln_hh [4H], weight_ln_c and
+            bias_ln_c [H], then weight_hr [P, H] with projection; gates in the order i, f, g, o.
         bias: whether `weights` contains biases.
         num_layers: L.
         dropout: probability in [0, 1] that an element between layers is zeroed, in training, one mask per element and
             step.
-        training: whether dropout is applied.
+        training: whether dropout is applied, between layers and recurrent, and whether zoneout is random.
         bidirectional: whether each layer has a reverse direction, its weights after the forward direction's.
         batch_first: whether input, output, reset_mask and cell states have B before T.
         lengths: B integers in [0, T], any order: row b has lengths[b] steps. Outputs past them are zero, the final
@@ -65,6 +70,15 @@ def lstm(
             The reference backend and torch.func's transforms ignore it.
         layout: where input [T, B, I] is the padded form of packed rows, in place of lengths: dropout then draws its
             masks for the packed rows, as torch.nn.LSTM does.
+        recurrent_dropout: probability p in [0, 1] that an element of h_{t-1} is zeroed, in training, where it enters
+            the recurrent product; the others are multiplied by 1/(1-p). One mask [P] for each sequence and direction,
+            the same in all of its steps (Gal and Ghahramani 2016): a reset begins a sequence.
+        zoneout: probability z in [0, 1], or a pair (z_h, z_c), that an element of h (c) keeps its value of the step
+            before, in training, one mask per element and step. In evaluation h_t = z h_{t-1} + (1-z) h'_t, likewise c
+            (Krueger et al. 2017). h'_t is computed from c before its zoneout.
+        layer_norm: whether W_ih x, W_hh h and, where h is computed from it, c are normalized (Ba et al. 2016), each row
+            over its 4H (H) elements: the pre-activations are LN(W_ih x) + LN(W_hh h) + bias_ih + bias_hh, and
+            h_t = o * tanh(LN(c_t)), with LN(v) = (v - mean) / sqrt(variance + 1e-5) * weight_ln + bias_ln.
 
     Returns:
         output [T, B, D*P] ([B, T, D*P] with batch_first), h_n [L*D, B, P], c_n [L*D, B, H], and with
@@ -72,8 +86,8 @@ def lstm(
 
     Raises:
         RuntimeError: T = 0, or sizes, dtypes, devices or numbers of weights that do not fit together.
-        ValueError, TypeError: lengths or reset_mask of a wrong shape, range or type, a weight that is no tensor, or
-            recompute < 0.
+        ValueError, TypeError: lengths or reset_mask of a wrong shape, range or type, a weight that is no tensor,
+            recompute < 0, or a probability outside [0, 1].
 
     Example:
         >>> import torch, fastlstm
@@ -84,9 +98,10 @@ def lstm(
         torch.Size([5, 3, 16])
     """
     interval = check_recompute(recompute)
+    masks = Masks.of(recurrent_dropout, zoneout, training)
     x, *options = check_inputs(input, batch_first, lengths, reset_mask, layout)
     weights = list(weights)
-    _check_weights(weights, bias, num_layers, bidirectional)
+    _check_weights(weights, bias, num_layers, bidirectional, layer_norm)
     autocast = autocast_active(x)
     if autocast:
         x, hx, weights = _cast_for_autocast(x, hx, weights, torch.get_autocast_dtype(x.device.type))
@@ -95,7 +110,8 @@ def lstm(
     def one(k: int, x: Tensor, h0: Tensor | None, c0: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         own = weights if num_layers == 1 else weights[k * n : (k + 1) * n]
         keep_cells = return_cell_states and k == num_layers - 1
-        return layer(LayerInputs(x, h0, c0, own, *options), keep_cells, interval)
+        inputs = LayerInputs(x, h0, c0, own, *options)
+        return layer(inputs if masks is None else masks.drawn(inputs), keep_cells, interval)
 
     how = (one, num_layers, bidirectional, dropout if training else 0.0, layout)
     if autocast:
@@ -237,23 +253,25 @@ def _cast_for_autocast(
     return cast(x), None if hx is None else (cast(hx[0]), cast(hx[1])), [cast(w) for w in weights]
 
 
-def _check_weights(weights: list[Tensor], bias: bool, num_layers: int, bidirectional: bool) -> None:
+def _check_weights(weights: list[Tensor], bias: bool, num_layers: int, bidirectional: bool, layer_norm: bool) -> None:
     """Their number and order; whether their sizes fit together each layer sees for itself."""
     for k, w in enumerate(weights):
         if not isinstance(w, Tensor):
             raise TypeError(f"expected Tensor as element {k} in weights, but got {type(w).__name__}")
     if num_layers < 1:
         raise RuntimeError(f"num_layers must be at least 1, got {num_layers}")
-    D, one, projected = (2 if bidirectional else 1), (4 if bias else 2), (5 if bias else 3)
+    D, vectors = (2 if bidirectional else 1), (2 if bias else 0) + (NORM_WEIGHTS if layer_norm else 0)
+    one = 2 + vectors
     n = len(weights) // num_layers
-    if n * num_layers != len(weights) or n not in (D * one, D * projected):
+    if n * num_layers != len(weights) or n not in (D * one, D * (one + 1)):
+        kind = f"bias={bias} and layer_norm=True" if layer_norm else f"bias={bias}"
         raise RuntimeError(
-            f"{num_layers} layer(s) of {D} direction(s) with bias={bias} take {D * one} weights each, "
-            f"or {D * projected} with projection, got {len(weights)} in all"
+            f"{num_layers} layer(s) of {D} direction(s) with {kind} take {D * one} weights each, "
+            f"or {D * (one + 1)} with projection, got {len(weights)} in all"
         )
     for k in range(2, len(weights), n) if n > 2 else ():
-        if (weights[k].dim() == 1) != bool(bias):
-            expected = "bias_ih [4H]" if bias else "no bias"
+        if (weights[k].dim() == 1) != bool(vectors):
+            expected = "bias_ih [4H]" if bias else "weight_ln_ih [4H]" if layer_norm else "no bias"
             got = list(weights[k].shape)
             raise RuntimeError(f"weights must have {expected} as element {k} with bias={bias}, got {got}")
 

@@ -18,6 +18,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from . import dispatch, functional
 from .functional import States
+from .masks import check_probability, zoneout_pair
 from .ragged import PackedLayout
 
 # patch_torch() may put fastlstm's classes in their place later.
@@ -58,7 +59,7 @@ class LSTM(nn.RNNBase):
     """Drop-in replacement for torch.nn.LSTM.
 
     Constructor, attributes, parameters, state_dict, results and errors are those of torch.nn.LSTM (the source of
-    the equations); `forward` takes three more keyword arguments.
+    the equations); the constructor and `forward` take three more keyword arguments each.
 
     Args:
         input_size: I, features of a step of the input.
@@ -71,10 +72,18 @@ class LSTM(nn.RNNBase):
         proj_size: P, features of h after a projection; 0 for none (P = H).
         device: of the parameters.
         dtype: of the parameters: float64, float32, bfloat16 or float16.
+        recurrent_dropout: probability that an element of h is zeroed, in training, where it enters the recurrent
+            product: one mask for each sequence, layer and direction (Gal and Ghahramani 2016).
+        zoneout: probability that an element of h and of c keeps its value of the step before, in training; their
+            expectation in evaluation (Krueger et al. 2017). A pair (z_h, z_c) sets them apart.
+        layer_norm: whether W_ih x, W_hh h and c are normalized (Ba et al. 2016). functional.lstm has the equations of
+            all three.
 
     Parameters of layer k: `weight_ih_l{k}` [4H, I] (k > 0: [4H, D*P]), `weight_hh_l{k}` [4H, P]; with `bias`
     `bias_ih_l{k}` and `bias_hh_l{k}` [4H]; with `proj_size` `weight_hr_l{k}` [P, H]. Gates in the order i, f, g, o.
-    Parameters of the reverse direction end in `_reverse`.
+    With `layer_norm` gains, 1 at first, and biases, 0 at first: `weight_ln_ih_l{k}`, `bias_ln_ih_l{k}`,
+    `weight_ln_hh_l{k}` and `bias_ln_hh_l{k}` [4H], `weight_ln_c_l{k}` and `bias_ln_c_l{k}` [H]. Parameters of the
+    reverse direction end in `_reverse`.
 
     Attributes:
         recompute: False; True, or a number of steps, to save for backward only h and c at intervals
@@ -93,12 +102,58 @@ class LSTM(nn.RNNBase):
 
     # Of the class, so that converted modules and those unpickled from earlier versions have it.
     recompute: bool | int = False
+    recurrent_dropout: float = 0.0
+    zoneout: float | tuple[float, float] = 0.0
+    layer_norm: bool = False
     _is_frozen = False  # True for frozen.FrozenLSTM; read from the type, as instances are the user's
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        *args: Any,
+        recurrent_dropout: float = 0.0,
+        zoneout: float | tuple[float, float] = 0.0,
+        layer_norm: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        check_probability("recurrent_dropout", recurrent_dropout)
+        zoneout_pair(zoneout)
         super().__init__("LSTM", *args, **kwargs)
+        if recurrent_dropout:
+            self.recurrent_dropout = recurrent_dropout
+        if zoneout:
+            self.zoneout = tuple(zoneout) if isinstance(zoneout, list) else zoneout
+        if layer_norm:
+            self.layer_norm = True
+            self._add_layer_norm()
         if type(self) is LSTM:
             mark_as_leaf(self)
+
+    def _add_layer_norm(self) -> None:
+        """Register layer normalization's parameters, in the places that functional.lstm gives them."""
+        for names in self._all_weights:
+            place = names[0].removeprefix("weight_ih")
+            like, after = self._parameters[names[0]], 4 if self.bias else 2
+            added = []
+            for of in ("ih", "hh", "c"):
+                n = self.hidden_size * (1 if of == "c" else 4)
+                for kind in ("weight", "bias"):
+                    added.append(f"{kind}_ln_{of}{place}")
+                    empty = torch.empty(n, device=like.device, dtype=like.dtype)  # type: ignore[union-attr]
+                    self.register_parameter(added[-1], nn.Parameter(empty))
+            names[after:after] = added
+        self._flat_weights_names = [name for names in self._all_weights for name in names]
+        self._init_flat_weights()
+        self._reset_layer_norm()
+
+    def _reset_layer_norm(self) -> None:
+        for name, parameter in self._parameters.items():
+            if "_ln_" in name and parameter is not None:
+                nn.init.constant_(parameter, 1.0 if name.startswith("weight") else 0.0)
+
+    def reset_parameters(self) -> None:
+        """Draw the initial values of torch.nn.LSTM; those of layer normalization are 1 and 0."""
+        super().reset_parameters()
+        self._reset_layer_norm()
 
     def __getstate__(self) -> dict[str, Any]:
         state = super().__getstate__()
@@ -129,7 +184,8 @@ class LSTM(nn.RNNBase):
     permute_hidden: Any = TorchLSTM.permute_hidden
 
     def extra_repr(self) -> str:
-        return super().extra_repr() + (f", recompute={self.recompute}" if self.recompute else "")
+        own = ("recompute", "recurrent_dropout", "zoneout", "layer_norm")
+        return super().extra_repr() + "".join(f", {name}={value}" for name in own if (value := getattr(self, name)))
 
     def flatten_parameters(self) -> None:
         """Do nothing: weights are read in place at every call. nn.LSTM compacts them for cuDNN here."""
@@ -215,7 +271,7 @@ class LSTM(nn.RNNBase):
         """
         if isinstance(input, PackedSequence):
             return self._forward_packed(input, hx, return_cell_states, lengths=lengths, reset_mask=reset_mask)
-        if lengths is None and reset_mask is None and not (return_cell_states or self.recompute is not False):
+        if lengths is None and reset_mask is None and not (return_cell_states or self._needs_options):
             result, weights = dispatch.lstm_fast_path(self, input, hx)
             if result is not None:
                 return result
@@ -243,13 +299,19 @@ class LSTM(nn.RNNBase):
             cells = [c.squeeze(batch_dim) for c in cells]
         return (output, (h_n, c_n), *cells)
 
+    @property
+    def _needs_options(self) -> bool:
+        """Whether attributes ask for what the fast path does not do."""
+        return not (self.recompute is False and not (self.recurrent_dropout or self.zoneout or self.layer_norm))
+
     def _layers(
         self, input: Tensor, hx: States | None, weights: list[Tensor], batch_first: bool, **options: Any
     ) -> tuple[Tensor, ...]:
         """functional.lstm with the module's attributes, on checked arguments."""
         return functional.lstm(
             input, hx, weights, self.bias, self.num_layers, self.dropout, self.training, self.bidirectional,
-            batch_first, recompute=self.recompute, **options,
+            batch_first, recompute=self.recompute, recurrent_dropout=self.recurrent_dropout, zoneout=self.zoneout,
+            layer_norm=self.layer_norm, **options,
         )  # fmt: skip
 
     @staticmethod
@@ -297,7 +359,7 @@ class LSTM(nn.RNNBase):
         if hx is not None:
             hx = self._packed_states(hx, data, batch_sizes, sorted_indices)
         result = None
-        if return_cell_states or self.recompute is not False:
+        if return_cell_states or self._needs_options:
             weights = self._current_weights()
         else:
             result, weights = dispatch.lstm_fast_path(self, data, hx, batch_sizes)

@@ -11,18 +11,40 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
+# torch.nn.LayerNorm's
+NORM_EPSILON = 1e-5
 
-def cell(gates: Tensor, c: Tensor, known_c: Tensor | None = None) -> tuple[Tensor, Tensor]:
+
+def cell(
+    gates: Tensor, c: Tensor, known_c: Tensor | None = None, norm: list[Tensor] | None = None
+) -> tuple[Tensor, Tensor]:
     """Return (h, c) after one step from the pre-activations [B, 4H] and c [B, H]; for known_c see `layer`.
 
     Hochreiter & Schmidhuber 1997 with the forget gate of Gers et al. 2000, in torch.nn.LSTM's conventions:
     c_t = f * c_{t-1} + i * g and h_t = o * tanh(c_t), where i, f, o = sigmoid and g = tanh of their pre-activations.
+    With `norm`, gain and bias [H], c_t enters that tanh normalized.
     """
     i, f, g, o = gates.chunk(4, dim=-1)
     c = f.sigmoid() * c + i.sigmoid() * g.tanh()
     if known_c is not None:
         c = _with_value(c, known_c)
-    return o.sigmoid() * c.tanh(), c
+    return o.sigmoid() * (c if norm is None else normalized(c, *norm)).tanh(), c
+
+
+def normalized(v: Tensor, gain: Tensor, bias: Tensor) -> Tensor:
+    """Layer normalization of each row of v [B, n] (Ba et al. 2016), with gain and bias [n]."""
+    centred = v - v.sum(-1, keepdim=True) / v.shape[-1]
+    variance = (centred * centred).sum(-1, keepdim=True) / v.shape[-1]
+    return centred / (variance + NORM_EPSILON).sqrt() * gain + bias
+
+
+def zoned(share: Tensor | None, before: Tensor, after: Tensor) -> Tensor:
+    """The state [B, n] of which `share` [B, n] is kept as it was before the step (Krueger et al. 2017, "Zoneout")."""
+    if share is None:
+        return after
+    if share.dtype == torch.bool:
+        return torch.where(share, before, after)
+    return share * before + (1 - share) * after
 
 
 def _with_value(t: Tensor, value: Tensor) -> Tensor:
@@ -39,11 +61,15 @@ def direction(
     reset_mask: Tensor | None,
     reverse: bool,
     known: tuple[Tensor, Tensor] | None = None,
+    recurrent_mask: Tensor | None = None,
+    zoneout_h: Tensor | None = None,
+    zoneout_c: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Run one direction: y [T, B, P], h_n [B, P], c_n [B, H], cells [T, B, H] of x [T, B, I], h0 [B, P], c0 [B, H]."""
     w_ih, w_hh, *rest = weights
-    b_ih, b_hh = rest[:2] if len(rest) >= 2 else (None, None)
-    w_hr = rest[-1] if len(rest) in (1, 3) else None
+    w_hr = rest.pop() if rest and rest[-1].dim() == 2 else None
+    norm, rest = (rest[-6:], rest[:-6]) if len(rest) >= 6 else (None, rest)
+    b_ih, b_hh = rest or (None, None)
     T = x.shape[0]
     steps = x.unbind(0)  # one node of autograd; x[t] would give T, each with a gradient of x's size
     h, c = h0, c0
@@ -57,13 +83,23 @@ def direction(
             if lengths is not None:
                 new = new & (begins < lengths)
             h, c = h.masked_fill(new[:, None], 0), c.masked_fill(new[:, None], 0)
-        gates = linear(steps[t], w_ih, b_ih) + linear(h, w_hh, b_hh)
-        if known is None:
-            h_next, c_next = cell(gates, c)
+        entering = h if recurrent_mask is None else h * recurrent_mask[t]
+        if norm is None:
+            gates = linear(steps[t], w_ih, b_ih) + linear(entering, w_hh, b_hh)
         else:
-            h_next, c_next = cell(_with_value(gates, known[0][t]), c, known[1][t])
+            gates = normalized(linear(steps[t], w_ih), *norm[:2]) + normalized(linear(entering, w_hh), *norm[2:4])
+            gates = gates if b_ih is None or b_hh is None else gates + (b_ih + b_hh)
+        known_c = None
+        if known is not None:
+            gates = _with_value(gates, known[0][t])
+            known_c = known[1][t] if zoneout_c is None else None  # otherwise c after the zoneout
+        h_next, c_next = cell(gates, c, known_c, None if norm is None else norm[4:])
         if w_hr is not None:
             h_next = linear(h_next, w_hr)
+        h_next = zoned(None if zoneout_h is None else zoneout_h[t], h, h_next)
+        c_next = zoned(None if zoneout_c is None else zoneout_c[t], c, c_next)
+        if known is not None and zoneout_c is not None:
+            c_next = _with_value(c_next, known[1][t])
         if lengths is None:
             h, c = h_next, c_next
             ys[t], cells[t] = h, c
@@ -81,6 +117,9 @@ def layer(
     weights: list[Tensor],
     lengths: Tensor | None = None,
     reset_mask: Tensor | None = None,
+    recurrent_mask: Tensor | None = None,
+    zoneout_h: Tensor | None = None,
+    zoneout_c: Tensor | None = None,
     known: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Run all directions of one layer, as fastlstm/ops/schema.py defines it, for any floating-point dtype and device.
@@ -92,6 +131,9 @@ def layer(
         weights: those of each direction.
         lengths: [B] int64, or None.
         reset_mask: [T, B] bool, or None.
+        recurrent_mask: [D, T, B, P], or None.
+        zoneout_h: [D, T, B, P], bool or numbers, or None.
+        zoneout_c: [D, T, B, H], likewise.
         known: the pre-activations [D, T, B, 4H] and cells of an earlier run on the same arguments. The results then
             follow from these, so that an argument whose value no required gradient reads may have any value.
 
@@ -109,14 +151,17 @@ def layer(
     if lengths is not None:  # padding may hold NaN, and 0 * NaN would enter the weights' gradients
         x = x.masked_fill((torch.arange(x.shape[0], device=x.device)[:, None] >= lengths)[..., None], 0)
     H, P = weights[0].shape[0] // 4, weights[1].shape[1]
-    has_bias = len(weights) > 2 and weights[2].dim() == 1
-    n = 2 + 2 * has_bias + (P != H)
+    # Of a direction: two matrices, then biases and layer normalization, then weight_hr if there is a projection.
+    vectors = next((k for k, w in enumerate(weights[2:]) if w.dim() != 1), len(weights) - 2)
+    n = 2 + vectors + (P != H)
+    masks = recurrent_mask, zoneout_h, zoneout_c
     results = []
     for d in range(len(weights) // n):
         h = x.new_zeros(x.shape[1], P) if h0 is None else h0[d]
         c = x.new_zeros(x.shape[1], H) if c0 is None else c0[d]
         of_d = None if known is None else (known[0][d], known[1][..., d * H : (d + 1) * H])
         own = weights[d * n : (d + 1) * n]
-        results.append(direction(x, h, c, own, lengths, reset_mask, d == 1, of_d))
+        own_masks = (None if mask is None else mask[d] for mask in masks)
+        results.append(direction(x, h, c, own, lengths, reset_mask, d == 1, of_d, *own_masks))
     y, h_n, c_n, cells = zip(*results, strict=True)
     return torch.cat(y, dim=-1), torch.stack(h_n), torch.stack(c_n), torch.cat(cells, dim=-1)

@@ -24,7 +24,7 @@ from . import reference
 from .backends import eager
 from .ops.modes import forward_ad_active, transform_active
 from .ops.register import differentiable_backward, has_batched_or_dual_grads
-from .ops.schema import BATCH_DIMS, LayerInputs, LayerShape, OutputGradients, wanted_gradients
+from .ops.schema import BATCH_DIMS, LayerInputs, LayerShape, OutputGradients, arguments, wanted_gradients
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ def _below(call: _Call, inputs: LayerInputs) -> tuple[Tensor, ...]:
     if transform_active():
         return _Layer.apply(*replace(call, keep_cells=True).of(inputs.flat()))
     keep_reserve = call.keep_reserve or _differentiated(*inputs.differentiable)
-    return call.forward(*inputs, True, keep_reserve)
+    return call.forward(*arguments(inputs, True, keep_reserve))
 
 
 def _backward_below(call: _Call, tensors: Sequence[Tensor | None]) -> tuple[Tensor, ...]:
@@ -130,7 +130,7 @@ class _Layer(torch.autograd.Function):
 
     @staticmethod
     def forward(call, *given):
-        return call.forward(*LayerInputs.from_flat(call.spread(given)), True, True)
+        return call.forward(*arguments(LayerInputs.from_flat(call.spread(given)), True, True))
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -179,8 +179,8 @@ class _Backward(torch.autograd.Function):
         x, w = inputs.x, inputs.weights
         shape = LayerShape.of(w)
         if not groups:
-            dx, dh0, dc0, dw = op(*grads, *inputs, y, cells, reserve, list(needs))
-        elif call.backend == "eager" or shape.proj:
+            dx, dh0, dc0, dw = op(*grads, *arguments(inputs, y, cells, reserve, list(needs)))
+        elif call.backend == "eager" or shape.proj or shape.norm:
             none = reserve if call.backend == "eager" else reserve.new_empty(0)
             dx, dh0, dc0, dw = eager.backward(grads, inputs, y, cells, none, list(needs), groups)
         else:
@@ -190,7 +190,7 @@ class _Backward(torch.autograd.Function):
             like_x = x.new_empty(1, 1, 1).expand(*x.shape[:2], width)
             only_rows = [True, *needs[1:3], *[False] * len(w)]
             with_identity = inputs._replace(x=like_x, weights=swapped)
-            dgates, dh0, dc0, _ = op(*grads, *with_identity, y, cells, reserve, only_rows)
+            dgates, dh0, dc0, _ = op(*grads, *arguments(with_identity, y, cells, reserve, only_rows))
             dx = dgates @ torch.cat(w[::n]) if needs[0] else x.new_empty(0)
             dw = eager.weight_gradients_of_groups(dgates, inputs, y, needs, groups)
         return (dx, dh0, dc0, *dw)

@@ -96,6 +96,15 @@ struct EnteringCell {
   const Real<T>* c0;
 };
 
+// The part of dh, the gradient of h_t's features [p, p + n), that a zoneout passes to h_{t-1}; kept for it.
+template <class T, class S>
+FASTLSTM_INLINE Vec<T> keep_gradient(const BackwardArgs<T, S>& a, int64_t t, int64_t r, int64_t p, int n,
+                                     Vec<T> dh) {
+  const Vec<T> kept = dh * load_mask<T>(a.masks.zoneout_h, t, a.rows.batch_row_at(r), p, n);
+  store_part(a.kept_h + r * padded_columns<T>(a.P) + p, kept, n);
+  return kept;
+}
+
 // The cell's gradients for units [u0, u0 + n) of sorted row r at step t; dh points at the gradient of h_t
 // before any projection, without dy unless `dy` is null.
 template <class T, class S>
@@ -112,14 +121,24 @@ FASTLSTM_INLINE void cell_gradients(const BackwardArgs<T, S>& a, int64_t t, int6
   Real<T>* dc_state = a.dc + r * H + u0;
   Vec<T> dh_t = get(dh + u0);
   if (dy) dh_t += get(dy + u0);
+  if (a.masks.zoneout_h && !a.w_hr) dh_t -= keep_gradient(a, t, r, u0, n, dh_t);
   Vec<T> dc = get(dc_state);
   if (a.dcells) dc += get(a.dcells + row * a.dcells_stride + u0);
   const Vec<T> c_prev = c_enter.cells ? get(c_enter.cells + u0)
                         : c_enter.c0  ? get(c_enter.c0 + u0)
                                       : Vec<T>{};
-  const Vec<T> tanh_c = Activation<T>::tanh(get(a.cells + row * a.cells_stride + u0));
   const Gates<Vec<T>> gate = {get(g), get(g + n), get(g + 2 * n), get(g + 3 * n)};
+  Vec<T> kept_c = {}, c;
+  if (a.masks.zoneout_c) {  // h was computed from c before its zoneout
+    kept_c = dc * load_mask<T>(a.masks.zoneout_c, t, a.rows.batch_row_at(r), u0, n);
+    dc -= kept_c;
+    c = next_c(gate, c_prev);
+  } else {
+    c = get(a.cells + row * a.cells_stride + u0);
+  }
+  const Vec<T> tanh_c = Activation<T>::tanh(c);
   const Gates<Vec<T>> d = cell_backward(gate, c_prev, tanh_c, dh_t, dc);
+  dc += kept_c;
   put(dg, d.i);
   put(dg + H, d.f);
   put(dg + 2 * H, d.g);
@@ -153,6 +172,11 @@ void backward(const BackwardArgs<T, S>& a, const Member& me) {
           const T* dy = a.dy + a.rows.row_at(t, r) * a.dy_stride;
           for (int64_t p = n_begin; p < n_end; ++p) dr[p] += real(dy[p]);
         }
+        for (int64_t p = n_begin; a.masks.zoneout_h && p < n_end; p += W) {
+          const int n = static_cast<int>(std::min<int64_t>(W, n_end - p));
+          const Vec<T> dh = load_part(dr + p, n);
+          store_part(dr + p, dh - keep_gradient(a, t, r, p, n, dh), n);
+        }
       }
       if (me.barrier) me.barrier->wait();
     }
@@ -185,6 +209,15 @@ void backward(const BackwardArgs<T, S>& a, const Member& me) {
         product_packed(rows, 4 * H, dg, 4 * H, a.packed, n_begin, n_end, a.dh + r0 * ld, ld, reverse_blocks);
       else
         product_direct(rows, 4 * H, dg, 4 * H, a.w_hh, P, n_begin, n_end, a.dh + r0 * ld, ld);
+      if (a.masks.recurrent || a.masks.zoneout_h)
+        for (int64_t r = r0; r < r0 + rows; ++r)
+          for (int64_t p = n_begin; p < n_end; p += W) {
+            const int n = static_cast<int>(std::min<int64_t>(W, n_end - p));
+            Vec<T> dh = load_part(a.dh + r * ld + p, n);
+            if (a.masks.recurrent) dh *= load_mask<T>(a.masks.recurrent, t, a.rows.batch_row_at(r), p, n);
+            if (a.masks.zoneout_h) dh += load_part(a.kept_h + r * ld + p, n);
+            store_part(a.dh + r * ld + p, dh, n);
+          }
       for (int64_t r = r0; r < r0 + rows; ++r)
         if (a.rows.fresh_at(t, r)) std::fill(a.dh + r * ld + n_begin, a.dh + r * ld + n_end, Real<T>(0));
     });

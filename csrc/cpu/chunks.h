@@ -20,10 +20,10 @@ struct Span {
   int64_t rows() const { return end - begin; }
 };
 
-// The state [N, P] that enters each step, from y: what dW_hh multiplies.
-template <class T>
+// The state [N, P] that enters the product of each step, from y: what dW_hh multiplies.
+template <class T, class R>
 at::Tensor entering_states(const at::Tensor& y, const OptionalTensor& h0, const LayerSizes& s,
-                           const Ragged& ragged, int64_t d) {
+                           const Ragged& ragged, int64_t d, const RowMask<R>& mask) {
   at::Tensor states = new_empty({ragged.N(), s.P}, y);
   T* out = states.mutable_data_ptr<T>();
   const T* from = y.const_data_ptr<T>() + d * s.P;
@@ -39,6 +39,7 @@ at::Tensor entering_states(const at::Tensor& y, const OptionalTensor& h0, const 
       std::copy_n(from + rows.row_at(before, r) * s.D * s.P, s.P, to);
     else
       std::copy_n(initial + rows.batch_row_at(r) * s.P, s.P, to);
+    if (mask) mask_state(mask, t, rows.batch_row_at(r), s.P, to);
   });
   return states;
 }

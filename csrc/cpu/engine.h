@@ -49,6 +49,8 @@ struct ForwardBuffers {
   Real<T>* c;           // [B, H]
   T *y, *cells;         // the caller's rows, with these strides; cells may be null
   int64_t y_stride, cells_stride;
+  RowMasks<Real<T>> masks;  // of the float kernels only: a plan with masks has no other
+  const Real<T>* h0;        // [B, P], with a zoneout of h
 };
 
 template <class T>
@@ -61,6 +63,8 @@ struct BackwardBuffers {
   int64_t cells_stride, dy_stride, dcells_stride;
   Real<T>* dh;  // [B, gradient_stride(P)]
   Real<T>* dc;  // [B, H]
+  RowMasks<Real<T>> masks;
+  Real<T>* kept_h;  // [B, gradient_stride(P)], with a zoneout of h
 };
 
 // Rows of a row-major matrix.

@@ -76,7 +76,9 @@ class FloatForward {
                 b.cells,
                 b.y_stride,
                 b.cells_stride,
-                space.at<R>(scratch_offset_)};
+                space.at<R>(scratch_offset_),
+                b.masks,
+                b.h0};
     if ((pack_ih() || pack_hh()) && !threads.private_weights())
       for_blocks(threads.threads(), s_.H, kernel_.width,
                  (pack_ih() * s_.I + pack_hh() * s_.P) * 4 * kernel_.width,
@@ -175,7 +177,9 @@ class FloatBackward {
                 need_hr_[d] ? space.at<R>(hidden_offset_[d]) : nullptr,
                 b.dh,
                 b.dc,
-                space.at<R>(scratch_offset_)};
+                space.at<R>(scratch_offset_),
+                b.masks,
+                b.kept_h};
     if (plan_.pack_hh && !threads.private_weights())
       for_blocks(threads.threads(), s_.P, kernel_.unit_block, 4 * s_.H * kernel_.unit_block,
                  [&](int64_t begin, int64_t end) { pack(args_[d], begin, end); });

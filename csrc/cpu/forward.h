@@ -38,6 +38,19 @@ FASTLSTM_INLINE const Real<T>* factor_rows(const Real<T>* v, int64_t rows, int64
   return to;
 }
 
+// Elements [k, k + n), n <= W, of a mask in the row that is step t of the caller's row b.
+template <class T>
+FASTLSTM_INLINE Vec<T> load_mask(const RowMask<Real<T>>& m, int64_t t, int64_t b, int64_t k, int n) {
+  const int64_t at = t * m.step_stride + b * m.row_stride + k;
+  return m.flags ? load_flags<T>(m.flags + at, n) : load_part(m.numbers + at, n);
+}
+// The state of which a zoneout's share is kept as it was before the step.
+template <class T>
+FASTLSTM_INLINE Vec<T> zoned(const RowMask<Real<T>>& m, Vec<T> share, Vec<T> before, Vec<T> after) {
+  // Flags choose, so that what they leave out may be NaN.
+  return m.flags ? (share != 0 ? before : after) : share * before + (1 - share) * after;
+}
+
 template <class T>
 int64_t forward_scratch(int64_t N, int64_t I, int64_t H, int64_t P) {
   return ForwardScratch<T>(N, I, H, P).size;
@@ -91,6 +104,26 @@ struct ForwardStep {
     return a.rows.fresh && next_t >= 0 && r < a.rows.count_at(next_t) && a.rows.fresh_at(next_t, r);
   }
 
+  // h, features [p, p + n) of sorted row r, as it enters the product of the next step.
+  FASTLSTM_INLINE Vec<T> entering_next(Vec<T> h, int64_t r, int64_t p, int n) const {
+    if (cleared_next(r)) return Vec<T>{};
+    const Vec<T> state = rounded<T>(h);
+    if (!a.masks.recurrent || next_t < 0) return state;
+    return state * load_mask<T>(a.masks.recurrent, next_t, a.rows.batch_row_at(r), p, n);
+  }
+
+  // h after the zoneout of these features; the state before the step is y's of the step before, or h0.
+  FASTLSTM_INLINE Vec<T> zoned_h(Vec<T> h, int64_t r, int64_t p, int n) const {
+    if (!a.masks.zoneout_h) return h;
+    const int64_t before = a.reverse ? t + 1 : t - 1;
+    const bool held = before >= 0 && before < a.rows.T && r < a.rows.count_at(before);
+    const Vec<T> h_prev = a.rows.fresh_at(t, r) ? Vec<T>{}
+                          : held ? load_part(a.y + a.rows.row_at(before, r) * a.y_stride + p, n)
+                                 : load_part(a.h0 + r * a.P + p, n);
+    const Vec<T> share = load_mask<T>(a.masks.zoneout_h, t, a.rows.batch_row_at(r), p, n);
+    return zoned<T>(a.masks.zoneout_h, share, h_prev, h);
+  }
+
   // Units [u0, u0 + n), n <= W, of row r, whose activated gates are at `gate` as [4][W]: the new c and h.
   template <class A = Activation<T>>
   FASTLSTM_INLINE void cell(int64_t r, int64_t u0, int n, const R* gate) const {
@@ -102,8 +135,11 @@ struct ForwardStep {
     auto put = [&](auto* p, Vec<T> v) { full ? store(p, v) : store_part(p, v, n); };
     const Gates<Vec<T>> g = {load(gate), load(gate + W), load(gate + 2 * W), load(gate + 3 * W)};
     const Vec<T> c_prev = a.rows.fresh_at(t, r) ? Vec<T>{} : get(c_in + at);
-    const Vec<T> c_next = next_c(g, c_prev);
+    Vec<T> c_next = next_c(g, c_prev);
     const Vec<T> h = g.o * A::tanh(c_next);
+    if (a.masks.zoneout_c)
+      c_next = zoned<T>(a.masks.zoneout_c, load_mask<T>(a.masks.zoneout_c, t, a.rows.batch_row_at(r), u0, n),
+                        c_prev, c_next);
     if (gates) {
       T* saved = gates + r * 4 * H + 4 * u0;
       put(saved, g.i);
@@ -117,8 +153,9 @@ struct ForwardStep {
     if (a.hidden) {
       put(a.hidden + at, h);
     } else {
-      put(a.y + row * a.y_stride + u0, h);
-      put(h_out + r * a.P + u0, cleared_next(r) ? Vec<T>{} : rounded<T>(h));
+      const Vec<T> y = zoned_h(h, r, u0, n);
+      put(a.y + row * a.y_stride + u0, y);
+      put(h_out + r * a.P + u0, entering_next(y, r, u0, n));
     }
   }
 
@@ -140,12 +177,11 @@ struct ForwardStep {
       const R* h = out + (r - r0) * ld + begin;
       T* y = a.y + a.rows.row_at(t, r) * a.y_stride + begin;
       R* state = h_out + r * P + begin;
-      const bool cleared = cleared_next(r);
       for (int64_t p = 0; p < end - begin; p += kWidth<T>) {
         const int n = static_cast<int>(std::min<int64_t>(kWidth<T>, end - begin - p));
-        const Vec<T> v = load_part(h + p, n);
+        const Vec<T> v = zoned_h(load_part(h + p, n), r, begin + p, n);
         store_part(y + p, v, n);
-        store_part(state + p, cleared ? Vec<T>{} : rounded<T>(v), n);
+        store_part(state + p, entering_next(v, r, begin + p, n), n);
       }
     }
   }

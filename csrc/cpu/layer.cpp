@@ -14,6 +14,11 @@ namespace {
 // float16 runs in float32, c and h included, and is rounded once, on the way out.
 OptionalTensor to_float(const OptionalTensor& t) { return t ? OptionalTensor(t->to(at::kFloat)) : t; }
 
+// The share of a zoneout, flags or numbers.
+OptionalTensor share_to_float(const OptionalTensor& t) {
+  return t && t->scalar_type() != at::kBool ? to_float(t) : t;
+}
+
 std::vector<at::Tensor> to(at::TensorList tensors, at::ScalarType dtype) {
   std::vector<at::Tensor> out;
   for (const at::Tensor& t : tensors) out.push_back(t.to(dtype));
@@ -37,14 +42,15 @@ auto for_dtype(const at::Tensor& x, F&& f) {
 
 LayerResults layer(const at::Tensor& x, const OptionalTensor& h0, const OptionalTensor& c0,
                    at::TensorList weights, const OptionalTensor& lengths, const OptionalTensor& reset_mask,
-                   bool keep_cells, bool keep_reserve) {
-  const LayerInputs in{x, h0, c0, weights, lengths, reset_mask};
+                   bool keep_cells, bool keep_reserve, const OptionalTensor& recurrent_mask,
+                   const OptionalTensor& zoneout_h, const OptionalTensor& zoneout_c) {
+  const LayerInputs in{x, h0, c0, weights, lengths, reset_mask, recurrent_mask, zoneout_h, zoneout_c};
   if (x.scalar_type() != at::kHalf)
     return for_dtype(x, [&](auto t) { return forward<decltype(t)>(in, keep_cells, keep_reserve); });
   const LayerSizes checked(in);  // before all become float32
-  auto [y, h_n, c_n, cells, reserve] =
-      layer(x.to(at::kFloat), to_float(h0), to_float(c0), to(weights, at::kFloat), lengths, reset_mask,
-            keep_cells, keep_reserve);
+  auto [y, h_n, c_n, cells, reserve] = layer(
+      x.to(at::kFloat), to_float(h0), to_float(c0), to(weights, at::kFloat), lengths, reset_mask, keep_cells,
+      keep_reserve, to_float(recurrent_mask), share_to_float(zoneout_h), share_to_float(zoneout_c));
   return {y.to(at::kHalf), h_n.to(at::kHalf), c_n.to(at::kHalf), cells.to(at::kHalf), reserve.to(at::kHalf)};
 }
 
@@ -53,9 +59,10 @@ LayerGradients layer_backward(const OptionalTensor& dy, const OptionalTensor& dh
                               const OptionalTensor& h0, const OptionalTensor& c0, at::TensorList weights,
                               const OptionalTensor& lengths, const OptionalTensor& reset_mask,
                               const at::Tensor& y, const at::Tensor& cells, const at::Tensor& reserve,
-                              c10::List<bool> needs) {
+                              c10::List<bool> needs, const OptionalTensor& recurrent_mask,
+                              const OptionalTensor& zoneout_h, const OptionalTensor& zoneout_c) {
   const ResultGradients grads{dy, dh_n, dc_n, dcells};
-  const LayerInputs in{x, h0, c0, weights, lengths, reset_mask};
+  const LayerInputs in{x, h0, c0, weights, lengths, reset_mask, recurrent_mask, zoneout_h, zoneout_c};
   const SavedResults saved{y, cells, reserve};
   if (x.scalar_type() != at::kHalf)
     return for_dtype(x, [&](auto t) { return backward<decltype(t)>(grads, in, saved, needs); });
@@ -63,17 +70,18 @@ LayerGradients layer_backward(const OptionalTensor& dy, const OptionalTensor& dh
   auto [dx, dh0, dc0, dweights] =
       layer_backward(to_float(dy), to_float(dh_n), to_float(dc_n), to_float(dcells), x.to(at::kFloat),
                      to_float(h0), to_float(c0), to(weights, at::kFloat), lengths, reset_mask,
-                     y.to(at::kFloat), cells.to(at::kFloat), reserve.to(at::kFloat), needs);
+                     y.to(at::kFloat), cells.to(at::kFloat), reserve.to(at::kFloat), needs,
+                     to_float(recurrent_mask), share_to_float(zoneout_h), share_to_float(zoneout_c));
   return {dx.to(at::kHalf), dh0.to(at::kHalf), dc0.to(at::kHalf), to(dweights, at::kHalf)};
 }
 
 // native_gates: the activated gates of a reserve in the order of nn.LSTM.
 
 // The units of a block of the reserve (cpu/sequence.h), by the Engine that wrote it.
-int64_t block_of(const LayerSizes& s, const Ragged& ragged, at::ScalarType dtype) {
+int64_t block_of(const LayerSizes& s, const Ragged& ragged, at::ScalarType dtype, bool masked) {
   if (dtype == at::kDouble) return kernels<double>().width;
   if (dtype != at::kBFloat16) return kernels<float>().width;
-  const ForwardPlan plan = plan_forward(layer_shape<Bf16>(s, ragged, {}), this_machine());
+  const ForwardPlan plan = plan_forward(layer_shape<Bf16>(s, ragged, {}, masked), this_machine());
   return with_engine<Bf16>(plan.engine, [](auto engine) { return decltype(engine)::saved_block(); });
 }
 
@@ -96,7 +104,7 @@ void unblock(const LayerSizes& s, const Ragged& ragged, const at::Tensor& reserv
 }
 
 at::Tensor gates(const at::Tensor& reserve_in, const at::Tensor& x, at::TensorList weights,
-                 const OptionalTensor& lengths) {
+                 const OptionalTensor& lengths, bool masked) {
   const OptionalTensor none;
   const LayerSizes s({x, none, none, weights, lengths, none});
   const at::Tensor reserve = reserve_in.contiguous();
@@ -104,7 +112,7 @@ at::Tensor gates(const at::Tensor& reserve_in, const at::Tensor& x, at::TensorLi
               x.scalar_type(), " ", s.reserve(), ", got ", reserve.scalar_type(), " ", reserve.sizes());
   const Ragged ragged(s, lengths, none);
   const at::Tensor out = at::zeros(s.reserve(), reserve.options());  // past a length as well
-  const int64_t block = block_of(s, ragged, x.scalar_type());
+  const int64_t block = block_of(s, ragged, x.scalar_type(), masked);
   switch (reserve.element_size()) {
     case 2:
       unblock<uint16_t>(s, ragged, reserve, block, out);

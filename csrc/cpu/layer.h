@@ -30,12 +30,24 @@ LayerGradients backward(const ResultGradients& grads, const LayerInputs& in, con
 
 // What plans are made from, for a layer of numbers stored as T.
 template <class T>
-LayerShape layer_shape(const LayerSizes& s, const Ragged& ragged, const OptionalTensor& h0) {
+LayerShape layer_shape(const LayerSizes& s, const Ragged& ragged, const OptionalTensor& h0,
+                       bool masked = false) {
   const Dtype dtype = std::is_same_v<T, double> ? Dtype::float64
                       : std::is_same_v<T, Bf16> ? Dtype::bfloat16
                                                 : Dtype::float32;
-  return {dtype, s.T, s.B, ragged.N(),          s.rows(), mean_active_rows(ragged.rows(0)), s.I,
-          s.H,   s.P, s.D, h0 && ragged.plain()};
+  return {dtype,
+          s.T,
+          s.B,
+          ragged.N(),
+          s.rows(),
+          mean_active_rows(ragged.rows(0)),
+          s.I,
+          s.H,
+          s.P,
+          s.D,
+          h0 && ragged.plain(),
+          Frozen::no,
+          masked};
 }
 
 template <class T>
@@ -157,7 +169,13 @@ void gather_state(const OptionalTensor& state, int64_t d, const Rows& rows, int6
       std::fill_n(out + r * ld, n, Out(0));
   }
 }
-// The reverse: sorted rows of stride ld into direction d of state [D, B, n].
+// Masks h [n] as it enters step t of the caller's row b. mask: of numbers.
+template <class R, class H>
+void mask_state(const RowMask<R>& mask, int64_t t, int64_t b, int64_t n, H* h) {
+  const R* factors = mask.numbers + t * mask.step_stride + b * mask.row_stride;
+  for (int64_t k = 0; k < n; ++k) h[k] = H(h[k] * factors[k]);
+}
+// The reverse of gather_state: sorted rows of stride ld into direction d of state [D, B, n].
 template <class T, class In>
 void scatter_state(const In* in, int64_t ld, int64_t d, const Rows& rows, int64_t n,
                    const at::Tensor& state) {

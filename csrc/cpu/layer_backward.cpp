@@ -3,6 +3,7 @@
 #include <ATen/ops/zeros.h>
 
 #include "cpu/engines.h"
+#include "cpu/masks.h"
 
 namespace fastlstm {
 namespace {
@@ -40,10 +41,13 @@ LayerGradients backward_with(const ResultGradients& grads, const LayerInputs& in
   const bool need_ih = need(0, 0) || (D == 2 && need(1, 0));
   const auto none = [&] { return new_empty({0}, in.x); };
 
+  const LayerMasks<T> masks(in);
+  const bool needs_y = lacks_output(saved.y);
   const at::Tensor y =
-      E::operands(lacks_output(saved.y) ? output_again<Stored<T>, R>(s, ragged, weights, saved.cells,
-                                                                     saved.reserve, E::saved_block())
-                                        : saved.y.contiguous());
+      E::operands(!needs_y      ? saved.y.contiguous()
+                  : in.masked() ? zoned_output_again<T>(s, ragged, in, masks, saved, E::saved_block())
+                                : output_again<Stored<T>, R>(s, ragged, weights, saved.cells, saved.reserve,
+                                                             E::saved_block()));
   const OptionalTensor dy = contiguous(grads.dy), dcells = contiguous(grads.dcells),
                        dh_n = contiguous(grads.dh_n), dc_n = contiguous(grads.dc_n), c0 = contiguous(in.c0),
                        h0 = in.h0 ? OptionalTensor(E::operands(in.h0->contiguous())) : std::nullopt;
@@ -52,11 +56,12 @@ LayerGradients backward_with(const ResultGradients& grads, const LayerInputs& in
   typename E::Backward engine(in, s, plan, need_dx, need_hr);
   const int64_t ld = E::Backward::gradient_stride(P);
   Workspace space;
-  PerDirection dh_offset, dc_offset, c0_offset;
+  PerDirection dh_offset, dc_offset, c0_offset, kept_offset;
   for (int64_t d = 0; d < D; ++d) {
     dh_offset[d] = space.take<R>(B * ld);
     dc_offset[d] = space.take<R>(B * H);
     c0_offset[d] = space.take<R>(B * H);
+    kept_offset[d] = space.take<R>(in.zoneout_h ? B * ld : 0);
   }
   engine.reserve(space);
   space.allocate();
@@ -65,15 +70,17 @@ LayerGradients backward_with(const ResultGradients& grads, const LayerInputs& in
     gather_state<T>(dh_n, d, rows[d], P, dh, ld);
     gather_state<T>(dc_n, d, rows[d], H, dc, H);
     gather_state<T>(c0, d, rows[d], H, first_c, H);
-    engine.prepare(space, d, DirectionWeights(s, weights, d),
-                   {rows[d], d == 1, data_of<T>(saved.reserve) + d * s.rows() * 4 * H,
-                    data_of<T>(saved.cells) + d * H, first_c, dy ? data_of<T>(*dy) + d * P : nullptr,
-                    dcells ? data_of<T>(*dcells) + d * H : nullptr, D * H, D * P, D * H, dh, dc});
+    engine.prepare(
+        space, d, DirectionWeights(s, weights, d),
+        {rows[d], d == 1, data_of<T>(saved.reserve) + d * s.rows() * 4 * H, data_of<T>(saved.cells) + d * H,
+         first_c, dy ? data_of<T>(*dy) + d * P : nullptr, dcells ? data_of<T>(*dcells) + d * H : nullptr,
+         D * H, D * P, D * H, dh, dc, masks.of(d), space.at<R>(kept_offset[d])});
   }
 
   std::vector<at::Tensor> dweights;
   for (size_t k = 0; k < weights.size(); ++k)
     dweights.push_back(needs[3 + k] ? new_empty(weights[k].sizes(), in.x) : none());
+  const bool y_enters = ragged.plain() && !in.recurrent_mask;  // h enters the steps as y and h0 hold it
   using WeightGradient = std::optional<typename E::WeightGradient>;
   WeightGradient dw_ih[2], dw_hh[2], dw_hr[2];
   at::Tensor db[2], states[2];  // of both biases in R; h that enters each step [N, P], if not read from y
@@ -84,7 +91,8 @@ LayerGradients backward_with(const ResultGradients& grads, const LayerInputs& in
     if (need_hr[d]) dw_hr[d].emplace(dw[hr], plan.dw_hr);
     if (s.bias && (need(d, 2) || need(d, 3)))
       db[d] = std::is_same_v<T, R> ? dw[need(d, 2) ? 2 : 3] : new_empty({4 * H}, real_like<T>(in.x));
-    if (need(d, 1) && !ragged.plain()) states[d] = entering_states<Stored<Operand>>(y, h0, s, ragged, d);
+    if (need(d, 1) && !y_enters)
+      states[d] = entering_states<Stored<Operand>>(y, h0, s, ragged, d, masks.of(d).recurrent);
   }
   const at::Tensor x = need_ih ? E::operands(packed_input<Stored<T>>(in.x, s, ragged)) : at::Tensor();
   // Both directions add to dx, each from its own end.
@@ -111,7 +119,7 @@ LayerGradients backward_with(const ResultGradients& grads, const LayerInputs& in
       const MatrixView<Operand> dgates = engine.dgates(d);
       if (need_dx && n > 0) engine.input_gradient(d, n, dx_of(span));
       if (dw_ih[d]) dw_ih[d]->add(n, dgates, {data_of<Operand>(x) + span.begin * s.I, s.I}, add);
-      if (dw_hh[d] && ragged.plain())
+      if (dw_hh[d] && y_enters)
         recurrent_gradient<Operand>(span, dgates, data_of<Operand>(y), h0 ? data_of<Operand>(*h0) : nullptr,
                                     s, d, add, *dw_hh[d]);
       else if (dw_hh[d])
@@ -170,7 +178,7 @@ LayerGradients backward(const ResultGradients& grads, const LayerInputs& in, con
     return {zeros(0, in.x.sizes()), zeros(1, {s.D, s.B, s.P}), zeros(2, {s.D, s.B, s.H}), dweights};
   }
   const Ragged ragged(s, in.lengths, in.reset_mask);
-  const BackwardPlan plan = plan_backward(layer_shape<T>(s, ragged, in.h0), this_machine());
+  const BackwardPlan plan = plan_backward(layer_shape<T>(s, ragged, in.h0, in.masked()), this_machine());
   return with_engine<T>(plan.engine, [&](auto engine) {
     return backward_with<decltype(engine)>(grads, in, s, ragged, saved, needs, plan);
   });

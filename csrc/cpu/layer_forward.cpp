@@ -1,5 +1,6 @@
 // Forward of a layer on CPU tensors: the time loop of an Engine's kernels on the plan's threads.
 #include "cpu/engines.h"
+#include "cpu/masks.h"
 
 namespace fastlstm {
 namespace {
@@ -27,17 +28,19 @@ LayerResults forward_with(const LayerInputs& in, const LayerSizes& s, const Ragg
   for (int64_t d = 0; keep_reserve && N < s.rows() && d < D; ++d)
     std::fill_n(writable<T>(reserve) + (d * s.rows() + N) * 4 * H, (s.rows() - N) * 4 * H, T(0));
 
+  const LayerMasks<T> all_masks(in);
   std::vector<Rows> rows;
   for (int64_t d = 0; d < D; ++d) rows.push_back(ragged.rows(d));
   typename E::Forward engine(in, s, ragged, plan, packed);
   // h is kept in two slots: a step reads one and writes the other.
   const int64_t ld = E::Forward::state_stride(P), slot = E::Forward::state_rows(B) * ld;
   Workspace space;
-  PerDirection h_offset, c_offset, bias_offset;
+  PerDirection h_offset, c_offset, bias_offset, h0_offset;
   for (int64_t d = 0; d < D; ++d) {
     h_offset[d] = space.take<State>(2 * slot);
     c_offset[d] = space.take<R>(B * H);
     bias_offset[d] = space.take<R>(packed ? 0 : 4 * H);
+    h0_offset[d] = space.take<R>(in.zoneout_h ? B * P : 0);
   }
   engine.reserve(space);
   space.allocate();
@@ -50,6 +53,15 @@ LayerResults forward_with(const LayerInputs& in, const LayerSizes& s, const Ragg
     if (!packed) sum_biases<T>(w.bias_ih, w.bias_hh, H, bias);
     if (slot > B * P) std::fill_n(h, slot, State(0));  // padding
     gather_state<T>(h0, d, rows[d], P, h, ld);
+    const RowMasks<R> masks = all_masks.of(d);
+    R* first_h = space.at<R>(h0_offset[d]);
+    if (masks.zoneout_h) gather_state<T>(h0, d, rows[d], P, first_h, P);
+    if constexpr (std::is_same_v<State, R>)
+      if (masks.recurrent)
+        for (int64_t r = 0; r < B; ++r)  // for the row's first step
+          if (ragged.length(r) > 0)
+            mask_state(masks.recurrent, d == 1 ? ragged.length(r) - 1 : 0, rows[d].batch_row_at(r), P,
+                       h + r * ld);
     if (rows[d].fresh) {  // steps clear the state for the next; the first has none before it
       const int64_t t = d == 1 ? s.T - 1 : 0;
       for (int64_t r = 0; r < rows[d].count_at(t); ++r)
@@ -57,10 +69,10 @@ LayerResults forward_with(const LayerInputs& in, const LayerSizes& s, const Ragg
     }
     std::copy_n(h, slot, h + slot);  // a reverse row may begin at an odd step
     gather_state<T>(c0, d, rows[d], H, c, H);
-    engine.prepare(
-        space, d, w,
-        {rows[d], d == 1, keep_reserve ? writable<T>(reserve) + d * s.rows() * 4 * H : nullptr, bias, h, c,
-         writable<T>(y) + d * P, keep_cells ? writable<T>(cells) + d * H : nullptr, D * P, D * H});
+    engine.prepare(space, d, w,
+                   {rows[d], d == 1, keep_reserve ? writable<T>(reserve) + d * s.rows() * 4 * H : nullptr,
+                    bias, h, c, writable<T>(y) + d * P, keep_cells ? writable<T>(cells) + d * H : nullptr,
+                    D * P, D * H, masks, first_h});
   }
   run_partition(plan.partition, rows, H, P, E::unit_block(),
                 [&](int64_t d, const Member& me) { engine.run(d, me); });
@@ -70,8 +82,14 @@ LayerResults forward_with(const LayerInputs& in, const LayerSizes& s, const Ragg
       // The state a forward row ends with is in the slot that its last step wrote; reverse rows all end with
       // the last step.
       const int64_t parity = (d == 1 ? s.T : ragged.length(r)) % 2;
-      copy_numbers(space.at<State>(h_offset[d]) + parity * slot + r * ld, P,
-                   writable<T>(h_n) + (d * B + rows[d].batch_row_at(r)) * P);
+      T* last = writable<T>(h_n) + (d * B + rows[d].batch_row_at(r)) * P;
+      if (in.recurrent_mask && ragged.length(r) > 0)  // the slot may hold it masked
+        std::copy_n(data_of<T>(y) + rows[d].row_at(d == 1 ? 0 : ragged.length(r) - 1, r) * D * P + d * P, P,
+                    last);
+      else if (in.recurrent_mask && h0)
+        std::copy_n(data_of<T>(*h0) + (d * B + rows[d].batch_row_at(r)) * P, P, last);
+      else
+        copy_numbers(space.at<State>(h_offset[d]) + parity * slot + r * ld, P, last);
     }
     scatter_state<T>(space.at<R>(c_offset[d]), H, d, rows[d], H, c_n);
   }
@@ -84,7 +102,7 @@ template <class T>
 LayerResults forward(const LayerInputs& in, bool keep_cells, bool keep_reserve) {
   const LayerSizes s(in);
   const Ragged ragged(s, in.lengths, in.reset_mask);
-  const ForwardPlan plan = plan_forward(layer_shape<T>(s, ragged, in.h0), this_machine());
+  const ForwardPlan plan = plan_forward(layer_shape<T>(s, ragged, in.h0, in.masked()), this_machine());
   return with_engine<T>(plan.engine, [&](auto engine) {
     return forward_with<decltype(engine)>(in, s, ragged, plan, nullptr, keep_cells, keep_reserve);
   });

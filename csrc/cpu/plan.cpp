@@ -99,7 +99,7 @@ int64_t chunk_steps_bf16(const LayerShape& s) {
 bool uses_bf16_products(const LayerShape& s, const Machine& machine) {
   if (s.frozen != Frozen::no) return frozen_engine(s, machine) == EngineKind::bf16_products;
   return s.dtype == Dtype::bfloat16 && machine.bf16_kernels && s.given_rows > kUnpackedMaxRows && !s.proj() &&
-         s.H > 0 && s.I > 0;
+         s.H > 0 && s.I > 0 && !s.masked;
 }
 
 EngineKind frozen_engine(const LayerShape& s, const Machine& machine) {

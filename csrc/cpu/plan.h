@@ -51,6 +51,7 @@ struct LayerShape {
   bool dense_with_h0 =
       false;  // neither lengths nor resets, and an initial state: dW_hh is the sum of two products
   Frozen frozen = Frozen::no;
+  bool masked = false;  // by recurrent dropout or zoneout
 
   bool proj() const { return P != H; }
   int64_t real_bytes() const { return dtype == Dtype::float64 ? 8 : 4; }  // of sums and states

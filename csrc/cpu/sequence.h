@@ -64,6 +64,23 @@ inline double mean_active_rows(const Rows& rows) {
   return sum / std::max<int64_t>(1, rows.N);
 }
 
+// A mask [T, B, n] of one direction by the caller's steps and rows, of flags or numbers with strides of 0
+// where it repeats; or none.
+template <class R>
+struct RowMask {
+  const uint8_t* flags = nullptr;
+  const R* numbers = nullptr;
+  int64_t step_stride = 0, row_stride = 0;
+
+  explicit operator bool() const { return flags || numbers; }
+};
+template <class R>
+struct RowMasks {
+  RowMask<R> recurrent;             // n = P: what h is multiplied by where it enters the step's product
+  RowMask<R> zoneout_h, zoneout_c;  // n = P, H: the share of the state before the step in that after it
+  explicit operator bool() const { return recurrent || zoneout_h || zoneout_c; }
+};
+
 // A weight of forward, [4H, K] but for weight_hr, and how its kernel reads it. S is the type of panels.
 template <class T, class S = Real<T>>
 struct GateWeight {
@@ -83,7 +100,8 @@ struct ForwardArgs {
   GateWeight<T, S> ih, hh;  // K = I, K = P
   GateWeight<T, S> hr;      // weight_hr [P, H], packed by pack_columns as [H, P]; without projection none
   Real<T>* hidden;          // [B, H]  with projection, h before it; sorted rows
-  // [B, P]  state as rounded to T, sorted rows; step s of the order reads h[s % 2], writes h[(s + 1) % 2]
+  // [B, P]  state as rounded to T and masked for the step that reads it, sorted rows; step s of the order
+  // reads h[s % 2], writes h[(s + 1) % 2]
   Real<T>* h[2];
   const Real<T>* c0;  // [B, H]  c that enters the first step, sorted; rows that begin later find it in `c`
   Real<T>* c;         // [B, H]     state
@@ -91,6 +109,8 @@ struct ForwardArgs {
   T* cells;           // likewise with cells_stride, or null
   int64_t y_stride, cells_stride;
   Real<T>* scratch;  // per member, forward_scratch(N, I, H, P) elements
+  RowMasks<Real<T>> masks = {};
+  const Real<T>* h0 = nullptr;  // [B, P]  h that enters the first step, sorted; with a zoneout of h only
 };
 
 template <class T, class S = Real<T>>
@@ -115,6 +135,8 @@ struct BackwardArgs {
   Real<T>* dh;       // [B, padded P]  in: of h_n, out: of h0; sorted rows
   Real<T>* dc;       // [B, H]         in: of c_n, out: of c0
   Real<T>* scratch;  // per member, backward_scratch(H, P) elements
+  RowMasks<Real<T>> masks = {};
+  Real<T>* kept_h = nullptr;  // [B, padded P]  what a zoneout of h adds to the gradient of the state before
 };
 
 // A barrier for threads that all run: spins briefly, since a step lasts microseconds, then yields.

@@ -103,6 +103,37 @@ FASTLSTM_INLINE Real<T> real(T x) {
   else
     return x;
 }
+// One number, 0 or 1, for each of n flags, n <= width; the rest are 0.
+template <class T>
+FASTLSTM_INLINE Vec<T> load_flags(const uint8_t* p, int n) {
+  constexpr int W = kWidth<T>;
+  uint8_t part[W] = {};
+  if (n < W) {
+    std::memcpy(part, p, n);
+    p = part;
+  }
+#if defined(__x86_64__) && FASTLSTM_VECTOR_BYTES == 64
+  if constexpr (W == 16)
+    return (Vec<T>)_mm512_cvtepi32_ps(
+        _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+  else
+    return (Vec<T>)_mm512_cvtepi32_pd(
+        _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
+#elif defined(__x86_64__) && FASTLSTM_VECTOR_BYTES == 32
+  if constexpr (W == 8) {
+    return (Vec<T>)_mm256_cvtepi32_ps(
+        _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
+  } else {
+    int four;
+    std::memcpy(&four, p, sizeof(four));
+    return (Vec<T>)_mm256_cvtepi32_pd(_mm_cvtepu8_epi32(_mm_cvtsi32_si128(four)));
+  }
+#else
+  Vec<T> v;
+  for (int k = 0; k < W; ++k) v[k] = p[k];
+  return v;
+#endif
+}
 // What reading back a number stored as T gives.
 template <class T>
 FASTLSTM_INLINE Vec<T> rounded(Vec<T> v) {

@@ -252,10 +252,13 @@ LayerGradients layer_backward(const OptionalTensor& dy, const OptionalTensor& dh
                               const OptionalTensor& h0, const OptionalTensor& c0, at::TensorList weights,
                               const OptionalTensor& lengths, const OptionalTensor& reset_mask,
                               const at::Tensor& y, const at::Tensor& cells, const at::Tensor& reserve,
-                              c10::List<bool> needs) {
+                              c10::List<bool> needs, const OptionalTensor& recurrent_mask,
+                              const OptionalTensor& zoneout_h, const OptionalTensor& zoneout_c) {
   const at::AutoDispatchBelowADInplaceOrView below_autograd;
   const DeviceGuard device(x);
-  const Layer l({x, h0, c0, weights, lengths, reset_mask});
+  const LayerInputs in{x, h0, c0, weights, lengths, reset_mask, recurrent_mask, zoneout_h, zoneout_c};
+  TORCH_CHECK(!in.masked(), "recurrent_dropout and zoneout are not implemented in CUDA");
+  const Layer l(in);
   const int64_t T = l.T, B = l.B, H = l.H, P = l.P;
   l.check_backward(x, {dy, dh_n, dc_n, dcells}, {y, cells, reserve}, needs);
   const auto dense = [](const at::Tensor& t) { return t.defined() ? t.contiguous() : t; };

@@ -122,10 +122,14 @@ void run(const Layer& l, const at::Tensor& x, const at::Tensor& y, const at::Ten
 
 LayerResults layer_forward(const at::Tensor& x, const OptionalTensor& h0, const OptionalTensor& c0,
                            at::TensorList weights, const OptionalTensor& lengths,
-                           const OptionalTensor& reset_mask, bool keep_cells, bool keep_reserve) {
+                           const OptionalTensor& reset_mask, bool keep_cells, bool keep_reserve,
+                           const OptionalTensor& recurrent_mask, const OptionalTensor& zoneout_h,
+                           const OptionalTensor& zoneout_c) {
   const at::AutoDispatchBelowADInplaceOrView below_autograd;
   const DeviceGuard device(x);
-  const Layer l({x, h0, c0, weights, lengths, reset_mask});
+  const LayerInputs in{x, h0, c0, weights, lengths, reset_mask, recurrent_mask, zoneout_h, zoneout_c};
+  TORCH_CHECK(!in.masked(), "recurrent_dropout and zoneout are not implemented in CUDA");
+  const Layer l(in);
   const at::Tensor y = at::empty({l.T, l.B, l.D * l.P}, l.options);
   const at::Tensor h_n = at::empty({l.D, l.B, l.P}, l.options), c_n = at::empty({l.D, l.B, l.H}, l.options);
   at::Tensor cells, reserve;

@@ -8,7 +8,7 @@ namespace {
 
 // A reserve of the CUDA kernels has the gates in nn.LSTM's order; past a length it is uninitialized.
 at::Tensor gates(const at::Tensor& reserve, const at::Tensor&, at::TensorList,
-                 const fastlstm::OptionalTensor&) {
+                 const fastlstm::OptionalTensor&, bool) {
   return reserve.clone();
 }
 

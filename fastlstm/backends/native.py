@@ -163,4 +163,6 @@ def supports(call: LayerCall) -> str | None:
         return f"fastlstm._C was built for {', '.join(devices)} tensors, got {call.device.type}"
     if call.dtype not in DTYPES:
         return f"dtype must be one of {', '.join(map(str, DTYPES))}, got {call.dtype}"
+    if call.shape.norm or (call.variant and call.device.type != "cpu"):
+        return f"{call.variant} is not implemented in C++ for {call.device.type}"
     return None

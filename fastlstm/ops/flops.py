@@ -34,7 +34,7 @@ def _rows(inputs: LayerInputs) -> tuple[int, int]:
 
 def layer(*args: Any, out_val: Any = None) -> int:
     """Of fastlstm/ops/schema.py's forward op."""
-    return _forward(bundled(args)[1])
+    return _forward(bundled(args, 2)[1])
 
 
 def _forward(inputs: LayerInputs) -> int:
@@ -44,7 +44,8 @@ def _forward(inputs: LayerInputs) -> int:
 
 def layer_backward(*args: Any, out_val: Any = None) -> int:
     """Of the backward op. The gradient of h passes W_hh in every step but the first, there for dh0 alone."""
-    return _backward(bundled(args, 4)[1], args[-1])
+    _, inputs, others = bundled(args, 4, 4)
+    return _backward(inputs, others[-1])
 
 
 def _backward(inputs: LayerInputs, needs: Sequence[bool]) -> int:
@@ -74,13 +75,13 @@ def _is_identity(w_ih: Tensor, shape: LayerShape, d: int) -> bool:
 
 def recomputed_layer(*args: Any, out_val: Any = None) -> int:
     """Of fastlstm/ops/recompute.py's forward op, after the backend and the interval."""
-    return _forward(bundled(args, 2)[1])
+    return _forward(bundled(args, 2, 2)[1])
 
 
 def recomputed_layer_backward(*args: Any, out_val: Any = None) -> int:
     """Of its backward op, which runs forward again."""
-    inputs = bundled(args, 6)[1]
-    return _forward(inputs) + _backward(inputs, args[-1])
+    _, inputs, others = bundled(args, 3, 6)
+    return _forward(inputs) + _backward(inputs, others[-1])
 
 
 def frozen_layer(

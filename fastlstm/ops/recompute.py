@@ -21,9 +21,11 @@ from .register import LIBRARY, differentiable, differentiable_backward, needs_di
 from .schema import (
     GRADIENTS,
     INPUTS,
+    MASKS,
     LayerInputs,
     LayerShape,
     OutputGradients,
+    arguments,
     backward_outputs,
     bundled,
     check,
@@ -38,11 +40,11 @@ from .schema import (
 INTERVAL = 256
 
 _FORWARD = (
-    f"(str backend, SymInt interval, {INPUTS}, bool keep_cells, bool keep_states) "
+    f"(str backend, SymInt interval, {INPUTS}, bool keep_cells, bool keep_states, {MASKS}) "
     "-> (Tensor y, Tensor h_n, Tensor c_n, Tensor cells, Tensor h_at, Tensor c_at)"
 )
 _BACKWARD = (
-    f"(str backend, SymInt interval, {GRADIENTS}, {INPUTS}, Tensor h_at, Tensor c_at, bool[] needs) "
+    f"(str backend, SymInt interval, {GRADIENTS}, {INPUTS}, Tensor h_at, Tensor c_at, bool[] needs, {MASKS}) "
     "-> (Tensor dx, Tensor dh0, Tensor dc0, Tensor[] dweights)"
 )
 
@@ -73,7 +75,8 @@ class _Segment:
     def inputs(self, own: LayerInputs, h: Tensor, c: Tensor) -> LayerInputs:
         """This segment of `_of_direction`, from the states h and c."""
         x, reset_mask = self.turned(own.x[self.start : self.end]), self.of(own.reset_mask)
-        return own._replace(x=x, h0=h, c0=c, lengths=self.lengths, reset_mask=reset_mask)
+        masks = [None if mask is None else self.turned(mask[0, self.start : self.end])[None] for mask in own.masks]
+        return LayerInputs(x, h, c, own.weights, self.lengths, reset_mask, *masks)
 
 
 def _segments(T: int, interval: int, lengths: Tensor | None, reverse: bool) -> Iterator[_Segment]:
@@ -108,7 +111,8 @@ def _of_direction(inputs: LayerInputs, d: int) -> LayerInputs:
     """What direction d computes from, its steps in the order of time; `_Segment.inputs` replaces the states."""
     n = LayerShape.of(inputs.weights).per_direction
     begins = _begins(inputs.lengths, inputs.reset_mask, reverse=d == 1)
-    return inputs._replace(weights=inputs.weights[d * n : (d + 1) * n], reset_mask=begins)
+    masks = [None if mask is None else mask[d : d + 1] for mask in inputs.masks]
+    return LayerInputs(inputs.x, None, None, inputs.weights[d * n : (d + 1) * n], inputs.lengths, begins, *masks)
 
 
 def _initial(states: Tensor) -> Tensor:
@@ -138,13 +142,13 @@ def _check_backward(
 
 
 def _forward(*args):
-    (backend, interval), inputs, (keep_cells, keep_states) = bundled(args, 2)
+    (backend, interval), inputs, (keep_cells, keep_states) = bundled(args, 2, 2)
     _check_forward(interval, inputs)
     x, T = inputs.x, inputs.x.shape[0]
     check_range(inputs.lengths, T)
     op = getattr(torch.ops.fastlstm, f"{backend}_layer").default
     if not keep_states:
-        y, h_n, c_n, cells, _ = op(*inputs, keep_cells, False)
+        y, h_n, c_n, cells, _ = op(*arguments(inputs, keep_cells, False))
         return y, h_n, c_n, cells, x.new_empty(0), x.new_empty(0)
     s = LayerShape.of(inputs.weights)
     y, h_n, c_n, cells, h_at, c_at = _outputs(inputs, interval, keep_cells, keep_states)
@@ -153,7 +157,7 @@ def _forward(*args):
         h, c = _state(x, inputs.h0, d, s.P), _state(x, inputs.c0, d, s.H)
         for part in _segments(T, interval, inputs.lengths, reverse=d == 1):
             h_at[d, part.k], c_at[d, part.k] = h[0], c[0]
-            y_part, h, c, cells_part, _ = op(*part.inputs(own, h, c), keep_cells, False)
+            y_part, h, c, cells_part, _ = op(*arguments(part.inputs(own, h, c), keep_cells, False))
             y[part.start : part.end, :, d * s.P : (d + 1) * s.P] = part.turned(y_part)
             if keep_cells:
                 cells[part.start : part.end, :, d * s.H : (d + 1) * s.H] = part.turned(cells_part)
@@ -176,7 +180,7 @@ def _outputs(inputs: LayerInputs, interval: int, keep_cells: bool, keep_states: 
 
 
 def _backward(*args):
-    (backend, interval, *grads), inputs, (h_at, c_at, needs) = bundled(args, 6)
+    (backend, interval, *grads), inputs, (h_at, c_at, needs) = bundled(args, 3, 6)
     _check_backward(interval, grads, inputs, h_at, c_at, needs)
     x, T, (dy, dh_n, dc_n, dcells) = inputs.x, inputs.x.shape[0], grads
     check_range(inputs.lengths, T)
@@ -196,10 +200,11 @@ def _backward(*args):
         dcells_d = None if dcells is None else dcells[..., d * s.H : (d + 1) * s.H]
         for part in reversed(list(_segments(T, interval, inputs.lengths, reverse=d == 1))):
             given = part.inputs(own, h_at[d, part.k][None], c_at[d, part.k][None])
-            y, _, _, cells, reserve = forward(*given, False, True)
+            y, _, _, cells, reserve = forward(*arguments(given, False, True))
             dx_part, dh, dc, dw = backward(
-                part.of(dy_d), dh, dc, part.of(dcells_d), *given, y, cells, reserve, [needs[0], True, True, *wanted]
-            )
+                part.of(dy_d), dh, dc, part.of(dcells_d),
+                *arguments(given, y, cells, reserve, [needs[0], True, True, *wanted]),
+            )  # fmt: skip
             if needs[0]:
                 dx[part.start : part.end] += part.turned(dx_part)
             for found, grad, want in zip(sums, dw, wanted, strict=True):
@@ -217,13 +222,13 @@ def _backward(*args):
 
 
 def _fake_forward(*args):
-    (_, interval), inputs, (keep_cells, keep_states) = bundled(args, 2)
+    (_, interval), inputs, (keep_cells, keep_states) = bundled(args, 2, 2)
     _check_forward(interval, inputs)
     return _outputs(inputs, interval, keep_cells, keep_states)
 
 
 def _fake_backward(*args):
-    (_, interval, *grads), inputs, (h_at, c_at, needs) = bundled(args, 6)
+    (_, interval, *grads), inputs, (h_at, c_at, needs) = bundled(args, 3, 6)
     _check_backward(interval, grads, inputs, h_at, c_at, needs)
     return backward_outputs(inputs, needs)
 
@@ -232,7 +237,7 @@ class _Node(torch.autograd.Function):
     @staticmethod
     def forward(ctx, call, backend, interval, keep_cells, keep_states, *flat):
         inputs = LayerInputs.from_flat(flat)
-        results = call(backend, interval, *inputs, keep_cells, keep_states)
+        results = call(backend, interval, *arguments(inputs, keep_cells, keep_states))
         *_, cells, h_at, c_at = results
         ctx.backend, ctx.interval = backend, interval
         # Backward runs forward again, from copies of h0 and c0.
@@ -255,7 +260,7 @@ class _Node(torch.autograd.Function):
             found = differentiable_backward(grads, inputs.with_differentiable(tensors), needs)
         else:
             op = torch.ops.fastlstm.recomputed_layer_backward.default
-            found = op(ctx.backend, ctx.interval, *grads, *inputs, h_at, c_at, needs)
+            found = op(ctx.backend, ctx.interval, *grads, *arguments(inputs, h_at, c_at, needs))
         return (*[None] * 5, *wanted_gradients(needs, *found))
 
 

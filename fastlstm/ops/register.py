@@ -23,8 +23,11 @@ from .schema import (
     FORWARD,
     GRADIENTS,
     INPUTS,
+    MASKS,
     LayerInputs,
+    LayerShape,
     OutputGradients,
+    arguments,
     backward_outputs,
     bundled,
     check,
@@ -38,11 +41,11 @@ LIBRARY = torch.library.Library("fastlstm", "DEF")
 
 # The native backend's activated gates [D, T, B, 4H], i f g o, from its reserve, for `differentiable_backward`.
 LIBRARY.define(
-    "native_gates(Tensor reserve, Tensor x, Tensor[] weights, Tensor? lengths) -> Tensor",
+    "native_gates(Tensor reserve, Tensor x, Tensor[] weights, Tensor? lengths, bool masked=False) -> Tensor",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 torch.library.register_fake(
-    "fastlstm::native_gates", lambda reserve, x, weights, lengths: torch.empty_like(reserve), lib=LIBRARY
+    "fastlstm::native_gates", lambda reserve, x, weights, lengths, masked=False: torch.empty_like(reserve), lib=LIBRARY
 )
 
 Gradients = tuple["Tensor | None", "Tensor | None", "Tensor | None", "list[Tensor | None]"]
@@ -91,21 +94,21 @@ def differentiable(name: str, node: type[torch.autograd.Function]) -> None:
 
         if not (torch.is_grad_enabled() and torch._C._any_requires_grad(*args)):
             return call(*args)
-        before, inputs, after = bundled(args, x_at)
+        before, inputs, after = bundled(args, 2, x_at)
         return node.apply(call, *before, *after[:-1], True, *inputs.flat())
 
     LIBRARY.impl(name, run, "Autograd", with_keyset=True)
 
 
 def _forward(kernel: Callable[..., Any], *args: Any) -> Any:
-    _, inputs, keep = bundled(args)
+    _, inputs, keep = bundled(args, 2)
     check(inputs)
     check_range(inputs.lengths, inputs.x.shape[0])
     return kernel(inputs, *keep)
 
 
 def _backward(kernel: Callable[..., Any], *args: Any) -> Any:
-    grads, inputs, others = bundled(args, 4)
+    grads, inputs, others = bundled(args, 4, 4)
     check_backward(grads, inputs, *others)
     check_range(inputs.lengths, inputs.x.shape[0])
     return kernel(grads, inputs, *others)
@@ -127,13 +130,13 @@ def without_autocast(kernel: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _fake_forward(may_be_packed: bool, *args: Any) -> Any:
-    _, inputs, keep = bundled(args)
+    _, inputs, keep = bundled(args, 2)
     check(inputs, may_be_packed)
     return forward_outputs(inputs, *keep)
 
 
 def _fake_backward(may_be_packed: bool, *args: Any) -> Any:
-    grads, inputs, (y, cells, reserve, needs) = bundled(args, 4)
+    grads, inputs, (y, cells, reserve, needs) = bundled(args, 4, 4)
     check_backward(grads, inputs, y, cells, reserve, needs, may_be_packed)
     return backward_outputs(inputs, needs)
 
@@ -168,7 +171,7 @@ def _layer_node(backward_op: Any) -> type[torch.autograd.Function]:
         @staticmethod
         def forward(ctx, call, keep_cells, keep_reserve, *flat):
             inputs = LayerInputs.from_flat(flat)
-            results = call(*inputs, keep_cells, keep_reserve)
+            results = call(*arguments(inputs, keep_cells, keep_reserve))
             y, _, _, cells, reserve = results
             traced = saved.traced(inputs.x)
             needs = LayerInputs.from_flat(ctx.needs_input_grad[3:]).differentiable
@@ -189,7 +192,7 @@ def _layer_node(backward_op: Any) -> type[torch.autograd.Function]:
                 found = differentiable_backward(grads, saved.connected(ctx, inputs), needs, reserve, cells)
             else:
                 y = saved.output_as_kept(ctx, y, inputs.x)
-                found = backward_op(*grads, *inputs, y, cells, reserve, needs)
+                found = backward_op(*grads, *arguments(inputs, y, cells, reserve, needs))
             return (None, None, None, *wanted_gradients(needs, *found))
 
     return LayerNode
@@ -209,6 +212,8 @@ def differentiable_backward(
     backward op reads, as nn.LSTM's per-step graph does; the others may have changed or be placeholders.
     """
     again = torch.is_grad_enabled()
+    if LayerShape.of(inputs.weights).norm:  # the gradient of a normalization reads all that it is computed from
+        gates = cells = None
     with torch.enable_grad():
         # Views, so that a tensor given in two roles gets its own gradient for each.
         views = [None if t is None else t.view_as(t) for t in inputs.differentiable]
@@ -252,7 +257,7 @@ def _known(gates: Tensor | None, cells: Tensor | None, lengths: Tensor | None) -
 
 def _differentiable_backward_op(*args: Any) -> Any:
     """The same for the autograd node in C++, where every result is a tensor; zeros stand for None."""
-    grads, inputs, (gates, cells, needs) = bundled(args, 4)
+    grads, inputs, (gates, cells, needs) = bundled(args, 3, 4)
     dx, dh0, dc0, dw = differentiable_backward(grads, inputs, needs, gates, cells)
     flat = [
         inputs.x.new_empty(0) if not need else torch.zeros_like(t) if grad is None else grad
@@ -262,7 +267,7 @@ def _differentiable_backward_op(*args: Any) -> Any:
 
 
 LIBRARY.define(
-    f"differentiable_backward({GRADIENTS}, {INPUTS}, Tensor? gates, Tensor? cells, bool[] needs) "
+    f"differentiable_backward({GRADIENTS}, {INPUTS}, Tensor? gates, Tensor? cells, bool[] needs, {MASKS}) "
     "-> (Tensor, Tensor, Tensor, Tensor[])"
 )
 # The last two for gradients that arrive batched, by torch.autograd.grad's own vmap or by torch.func's.

@@ -24,14 +24,18 @@ def read_by_backward(inputs: LayerInputs, needs: Sequence[bool]) -> list[bool]:
     """Which of x, h0, c0, *weights the backward op reads, where `needs` of them are wanted.
 
     Biases never; x and h0 for the gradients of the weights that they are multiplied by, and those weights the other
-    way round. h_{t-1}'s gradient takes weight_hh in every step but the first.
+    way round. h_{t-1}'s gradient takes weight_hh in every step but the first. With layer normalization all are read,
+    by the formula of `differentiable_backward` at least.
     """
     x, shape = inputs.x, LayerShape.of(inputs.weights)
+    if shape.norm:
+        return [True] * len(needs)
     n = shape.per_direction
     ih, hh = any(needs[3::n]), any(needs[4::n])
     biases = range(2, 4) if shape.bias else ()
     hr = n - 1 if shape.proj else -1
     gates = needs[0] or needs[1] or any(need for k, need in enumerate(needs[3:]) if k % n != hr)
+    gates = gates or inputs.zoneout_c is not None  # c before the zoneout is found again from c0
     read = [ih, hh, gates]
     for k in range(len(inputs.weights)):
         role = k % n

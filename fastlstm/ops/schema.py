@@ -10,12 +10,19 @@ Forward takes::
   x            [T, B, I]
   h0, c0       [D, B, P], [D, B, H], or None for zeros
   weights      per direction weight_ih [4H, I], weight_hh [4H, P]; bias_ih [4H]
-               and bias_hh [4H] unless bias-free; weight_hr [P, H] with projection
-               only; the reverse direction's after the forward one's
+               and bias_hh [4H] unless bias-free; with layer normalization gain and
+               bias of W_ih x [4H], of W_hh h [4H] and of c [H]; weight_hr [P, H]
+               with projection only; the reverse direction's after the forward one's
   lengths      [B] int64 on x's device, or None. Row b has lengths[b] valid steps,
                0 allowed. Past them x may hold anything, NaN included
   reset_mask   [T, B] bool on x's device, or None. True at t: step t begins a new
                sequence in that row
+  recurrent_mask  [D, T, B, P] of x's dtype, or None: h_{t-1} is multiplied by it
+               where it enters W_hh in step t, and nowhere else
+  zoneout_h, zoneout_c  [D, T, B, P] and [D, T, B, H], or None: the share of h_{t-1}
+               and c_{t-1} in h_t and c_t. bool, or numbers in [0, 1] of x's dtype.
+               h_t's other share is that of the cell's own result, which is
+               computed from c before its zoneout
   keep_cells   whether `cells` is wanted
   keep_reserve whether what backward reads (reserve and cells) is wanted. A call
                that autograd records keeps it whatever this says: what a trace
@@ -29,11 +36,16 @@ and returns::
   cells        [T, B, D*H], c of every step, zero past the length; [0] unless wanted
   reserve      [D, T, B, 4H], [0] unless wanted: the activated gates i, f, g, o,
                anything past the length. The native backend's has a layout of its
-               own, which `fastlstm::native_gates` undoes
+               own, which `fastlstm::native_gates` undoes. With layer normalization
+               [D, T, B, 12H]: then W_ih x and W_hh h before it
 
 The native op takes packed rows of CPU tensors as well: x [N, I], the data of a PackedSequence, with lengths that do not
-rise from row to row and have the sum N, and no reset_mask. y and cells are then [N, features], the reserve is
+rise from row to row and have the sum N, and no mask. y and cells are then [N, features], the reserve is
 [D, N, 4H].
+
+Layer normalization is that of Ba et al. 2016, "Layer Normalization", as in haste's LayerNormLSTM: the pre-activations
+are LN(W_ih x) + LN(W_hh h) + the biases, and h_t = o * tanh(LN(c_t)). LN(v) = (v - mean) / sqrt(variance + 1e-5) * gain
++ bias over the elements of a row.
 
 Backward takes the gradients of y, h_n, c_n and cells (None is zero), forward's arguments and results, and `needs`,
 one flag for each of x, h0, c0 and the weights. It returns their gradients, [0] where not needed. y may be [0] if its
@@ -57,14 +69,17 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-INPUTS = "Tensor x, Tensor? h0, Tensor? c0, Tensor[] weights, Tensor? lengths, Tensor? reset_mask"  # LayerInputs
+# LayerInputs. The masks stand after an op's other arguments, where they may have defaults: traces and exported programs
+# saved before there were masks still load.
+INPUTS = "Tensor x, Tensor? h0, Tensor? c0, Tensor[] weights, Tensor? lengths, Tensor? reset_mask"
+MASKS = "Tensor? recurrent_mask=None, Tensor? zoneout_h=None, Tensor? zoneout_c=None"
 GRADIENTS = "Tensor? dy, Tensor? dh_n, Tensor? dc_n, Tensor? dcells"  # OutputGradients
 FORWARD = (
-    f"({INPUTS}, bool keep_cells, bool keep_reserve) "
+    f"({INPUTS}, bool keep_cells, bool keep_reserve, {MASKS}) "
     "-> (Tensor y, Tensor h_n, Tensor c_n, Tensor cells, Tensor reserve)"
 )
 BACKWARD = (
-    f"({GRADIENTS}, {INPUTS}, Tensor y, Tensor cells, Tensor reserve, bool[] needs) "
+    f"({GRADIENTS}, {INPUTS}, Tensor y, Tensor cells, Tensor reserve, bool[] needs, {MASKS}) "
     "-> (Tensor dx, Tensor dh0, Tensor dc0, Tensor[] dweights)"
 )
 
@@ -72,9 +87,10 @@ OutputGradients = Sequence[Tensor | None]  # of y, h_n, c_n and cells
 
 
 class LayerInputs(NamedTuple):
-    """The tensors that a layer is computed from, in the order of the schemas' and `reference.layer`'s arguments.
+    """The tensors that a layer is computed from, in the order of `reference.layer`'s arguments.
 
-    `op(*inputs, ...)` passes them on. May also hold one value per tensor: its gradient, or the dimension vmap maps.
+    `op(*arguments(inputs, ...))` passes them on. May also hold one value per tensor: its gradient, or the dimension
+    vmap maps.
 
     Attributes:
         x: [T, B, I].
@@ -83,6 +99,9 @@ class LayerInputs(NamedTuple):
         weights: those of each direction.
         lengths: [B], or None.
         reset_mask: [T, B], or None.
+        recurrent_mask: [D, T, B, P], or None.
+        zoneout_h: [D, T, B, P], or None.
+        zoneout_c: [D, T, B, H], or None.
     """
 
     x: Tensor
@@ -92,11 +111,19 @@ class LayerInputs(NamedTuple):
     # The options of a call: tensors without gradient.
     lengths: Tensor | None = None
     reset_mask: Tensor | None = None
+    recurrent_mask: Tensor | None = None
+    zoneout_h: Tensor | None = None
+    zoneout_c: Tensor | None = None
 
     @property
     def B(self) -> int:
         """Rows, of padded x or packed."""
         return self.x.shape[1] if self.x.dim() == 3 or self.lengths is None else self.lengths.shape[0]
+
+    @property
+    def masks(self) -> tuple[Any, ...]:
+        """recurrent_mask, zoneout_h and zoneout_c: those with a dimension of directions."""
+        return self[_BEFORE_MASKS:]
 
     @property
     def differentiable(self) -> list[Any]:
@@ -122,19 +149,28 @@ class LayerInputs(NamedTuple):
 
 
 # The dimension of each that counts the B rows; a weight has none.
-BATCH_DIMS = LayerInputs(x=1, h0=1, c0=1, weights=[], lengths=0, reset_mask=1)  # type: ignore[arg-type]
+BATCH_DIMS: Any = LayerInputs._make([1, 1, 1, [], 0, 1, 2, 2, 2])
+_BEFORE_MASKS = INPUTS.count(",") + 1
 
 
-def bundled(args: Sequence[Any], at: int = 0) -> tuple[Sequence[Any], LayerInputs, Sequence[Any]]:
-    """(arguments before x, inputs, arguments after them) of a schema's flat arguments, x at index `at`."""
-    end = at + len(LayerInputs._fields)
-    return args[:at], LayerInputs(*args[at:end]), args[end:]
+def arguments(inputs: LayerInputs, *others: Any) -> tuple[Any, ...]:
+    """An op's arguments from x on, `others` in their place before the masks."""
+    return (*inputs[:_BEFORE_MASKS], *others, *inputs[_BEFORE_MASKS:])
+
+
+def bundled(args: Sequence[Any], others: int, at: int = 0) -> tuple[Sequence[Any], LayerInputs, Sequence[Any]]:
+    """(arguments before x, inputs, the `others` between INPUTS and MASKS) of an op's arguments, x at index `at`."""
+    end = at + _BEFORE_MASKS
+    return args[:at], LayerInputs(*args[at:end], *args[end + others :]), args[end : end + others]
 
 
 def wanted_gradients(needs: Sequence[bool], dx: Any, dh0: Any, dc0: Any, dweights: Sequence[Any]) -> list[Any]:
     """The gradients of `LayerInputs.flat()` from those of `differentiable`: None where `needs` has no flag."""
     found: list[Any] = [g if need else None for g, need in zip([dx, dh0, dc0, *dweights], needs, strict=True)]
     return LayerInputs(found[0], found[1], found[2], found[3:]).flat()
+
+
+NORM_WEIGHTS = 6  # of a direction's layer normalization
 
 
 @dataclass(frozen=True)
@@ -146,6 +182,7 @@ class DirectionWeights:
         hh: [4H, P].
         bias_ih: [4H], or None.
         bias_hh: [4H], or None.
+        norm: gain and bias of the layer normalization of W_ih x [4H], W_hh h [4H] and c [H], or None.
         hr: [P, H], or None without projection.
     """
 
@@ -153,6 +190,7 @@ class DirectionWeights:
     hh: Tensor  # [4H, P]
     bias_ih: Tensor | None  # [4H]
     bias_hh: Tensor | None  # [4H]
+    norm: list[Tensor] | None
     hr: Tensor | None  # [P, H]
 
 
@@ -165,12 +203,14 @@ class LayerShape:
         P: features of h.
         D: directions, 1 or 2.
         bias: whether there are biases.
+        norm: whether there is layer normalization.
     """
 
     H: int
     P: int
     D: int
     bias: bool
+    norm: bool = False
 
     @property
     def proj(self) -> bool:
@@ -178,15 +218,22 @@ class LayerShape:
 
     @property
     def per_direction(self) -> int:
-        return 2 + 2 * self.bias + self.proj
+        return 2 + 2 * self.bias + NORM_WEIGHTS * self.norm + self.proj
+
+    @property
+    def reserved(self) -> int:
+        """Features of a row of the reserve."""
+        return (12 if self.norm else 4) * self.H
 
     @classmethod
     def of(cls, weights: list[Tensor]) -> LayerShape:
         if len(weights) < 2 or weights[0].dim() != 2 or weights[1].dim() != 2:
             raise RuntimeError("weights must begin with weight_ih [4H, I] and weight_hh [4H, P]")
         H, P = weights[0].shape[0] // 4, weights[1].shape[1]
-        bias = len(weights) > 2 and weights[2].dim() == 1
-        return cls(H, P, len(weights) // (2 + 2 * bias + (P != H)), bias)
+        vectors = next((k for k, w in enumerate(weights[2:]) if w.dim() == 2), len(weights) - 2)
+        norm = vectors >= NORM_WEIGHTS
+        bias = vectors > NORM_WEIGHTS * norm
+        return cls(H, P, len(weights) // (2 + 2 * bias + NORM_WEIGHTS * norm + (P != H)), bias, norm)
 
 
 @dataclass(frozen=True)
@@ -200,14 +247,25 @@ class LayerCall:
         shape: the other sizes, from the weights.
         lengths: whether lengths are given.
         reset_mask: whether a reset_mask is given.
+        recurrent_mask, zoneout_h, zoneout_c: likewise.
     """
 
     device: torch.device
     dtype: torch.dtype
     I: int  # noqa: E741
     shape: LayerShape
-    lengths: bool
-    reset_mask: bool
+    lengths: bool = False
+    reset_mask: bool = False
+    recurrent_mask: bool = False
+    zoneout_h: bool = False
+    zoneout_c: bool = False
+
+    @property
+    def variant(self) -> str:
+        """What the layer computes beyond nn.LSTM's equations, by the names of LSTM's arguments; "" if nothing."""
+        used = (self.recurrent_mask, self.zoneout_h or self.zoneout_c, self.shape.norm)
+        names = ("recurrent_dropout", "zoneout", "layer_norm")
+        return ", ".join(name for name, is_used in zip(names, used, strict=True) if is_used)
 
     @classmethod
     def of(cls, inputs: LayerInputs) -> LayerCall:
@@ -223,14 +281,17 @@ def split_weights(weights: list[Tensor]) -> list[DirectionWeights]:
     for d in range(shape.D):
         group = weights[d * n : (d + 1) * n]
         bias_ih, bias_hh = group[2:4] if shape.bias else (None, None)
-        out.append(DirectionWeights(group[0], group[1], bias_ih, bias_hh, group[-1] if shape.proj else None))
+        at = 2 + 2 * shape.bias
+        norm = group[at : at + NORM_WEIGHTS] if shape.norm else None
+        out.append(DirectionWeights(group[0], group[1], bias_ih, bias_hh, norm, group[-1] if shape.proj else None))
     return out
 
 
 def check(inputs: LayerInputs, may_be_packed: bool = False) -> None:
     """Raise RuntimeError unless forward's inputs fit together. csrc/contract.h does the same for the native ops."""
-    x, h0, c0, weights, lengths, reset_mask = inputs
-    packed = may_be_packed and x.dim() == 2 and lengths is not None and lengths.dim() == 1 and reset_mask is None
+    x, h0, c0, weights, lengths, *masks = inputs
+    packed = may_be_packed and x.dim() == 2 and lengths is not None and lengths.dim() == 1
+    packed = packed and all(mask is None for mask in masks)
     if x.dim() != 3 and not packed:
         raise RuntimeError(f"x must be [T, B, I], got {list(x.shape)}")
     shape = LayerShape.of(weights)
@@ -254,11 +315,29 @@ def check(inputs: LayerInputs, may_be_packed: bool = False) -> None:
         check_tensor("weight_hh", "[4H, P]", direction.hh, (4 * H, P))
         check_tensor("bias_ih", "[4H]", direction.bias_ih, (4 * H,))
         check_tensor("bias_hh", "[4H]", direction.bias_hh, (4 * H,))
+        for k, vector in enumerate(direction.norm or ()):
+            name, sizes, n = (*_NORM_NAMES[k], H if k >= 4 else 4 * H)
+            check_tensor(name, sizes, vector, (n,))
         check_tensor("weight_hr", "[P, H]", direction.hr, (P, H))
     check_tensor("h0", "[D, B, P]", h0, (D, B, P), x.dtype, x.device)
     check_tensor("c0", "[D, B, H]", c0, (D, B, H), x.dtype, x.device)
     check_tensor("lengths", "[B]", lengths, (B,), torch.int64, x.device)
-    check_tensor("reset_mask", "[T, B]", reset_mask, x.shape[:-1], torch.bool, x.device)
+    check_tensor("reset_mask", "[T, B]", inputs.reset_mask, x.shape[:-1], torch.bool, x.device)
+    steps = (D, *x.shape[:-1])
+    check_tensor("recurrent_mask", "[D, T, B, P]", inputs.recurrent_mask, (*steps, P), x.dtype, x.device)
+    for name, sizes, share, n in (
+        ("zoneout_h", "[D, T, B, P]", inputs.zoneout_h, P),
+        ("zoneout_c", "[D, T, B, H]", inputs.zoneout_c, H),
+    ):
+        dtype = torch.bool if share is not None and share.dtype == torch.bool else x.dtype
+        check_tensor(name, sizes, share, (*steps, n), dtype, x.device)
+
+
+# Of a direction's layer normalization, in the order of the weights.
+_NORM_NAMES = [
+    ("weight_ln_ih", "[4H]"), ("bias_ln_ih", "[4H]"), ("weight_ln_hh", "[4H]"), ("bias_ln_hh", "[4H]"),
+    ("weight_ln_c", "[H]"), ("bias_ln_c", "[H]"),
+]  # fmt: skip
 
 
 def check_range(lengths: Tensor | None, T: int) -> None:
@@ -284,7 +363,8 @@ def check_backward(
     check(inputs, may_be_packed)
     x, s = inputs.x, LayerShape.of(inputs.weights)
     rows = x.shape[:-1]
-    check_tensor("reserve", "[D, T, B, 4H]", reserve, (s.D, *rows, 4 * s.H), x.dtype, x.device)
+    saved = "[D, T, B, 12H]" if s.norm else "[D, T, B, 4H]"
+    check_tensor("reserve", saved, reserve, (s.D, *rows, s.reserved), x.dtype, x.device)
     if not lacks_output(y):
         check_tensor("y", "[T, B, D*P]", y, (*rows, s.D * s.P), x.dtype, x.device)
     check_tensor("cells", "[T, B, D*H]", cells, (*rows, s.D * s.H), x.dtype, x.device)
@@ -294,20 +374,6 @@ def check_backward(
 def lacks_output(y: Tensor) -> bool:
     """Return True if backward was given no y."""
     return y.dim() == 1 and y.shape[0] == 0
-
-
-def output_again(gates: Tensor, cells: Tensor, weights: list[Tensor], lengths: Tensor | None) -> Tensor:
-    """y [T, B, D*P] from the activated gates [D, T, B, 4H] and c [T, B, D*H]: h = o * tanh(c), and its projection."""
-    shape, dtype, directions = LayerShape.of(weights), gates.dtype, []
-    compute = torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
-    for d, w in enumerate(split_weights(weights)):
-        c = cells[..., d * shape.H : (d + 1) * shape.H].to(compute)
-        h = gates[d, ..., 3 * shape.H :].to(compute) * c.tanh()
-        directions.append(h if w.hr is None else torch.nn.functional.linear(h, w.hr.to(compute)))
-    y = torch.cat(directions, -1).to(dtype)
-    if lengths is None:
-        return y
-    return y.masked_fill((torch.arange(len(y), device=y.device)[:, None] >= lengths)[..., None], 0)
 
 
 def check_gradients(grads: OutputGradients, inputs: LayerInputs, needs: list[bool]) -> None:
@@ -350,7 +416,7 @@ def forward_outputs(
         x.new_empty(s.D, B, s.P),
         x.new_empty(s.D, B, s.H),
         x.new_empty((*rows, s.D * s.H) if keep_cells or keep_reserve else (0,)),
-        x.new_empty((s.D, *rows, 4 * s.H) if keep_reserve else (0,)),
+        x.new_empty((s.D, *rows, s.reserved) if keep_reserve else (0,)),
     )
 
 

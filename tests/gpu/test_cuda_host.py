@@ -87,8 +87,8 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> None:
     ops = torch.ops.fastlstm_cuda_host
     register.define(
         NAME,
-        lambda inputs, *keep: ops.native_layer(*inputs, *keep),
-        lambda grads, inputs, *others: ops.native_layer_backward(*grads, *inputs, *others),
+        lambda inputs, *keep: ops.native_layer(*schema.arguments(inputs, *keep)),
+        lambda grads, inputs, *others: ops.native_layer_backward(*grads, *schema.arguments(inputs, *others)),
     )
     LIBRARIES.append(library)
 

@@ -12,7 +12,7 @@ from torch.library import opcheck
 
 from fastlstm import dispatch, reference
 from fastlstm.ops import register
-from fastlstm.ops.schema import BATCH_DIMS, LayerCall, LayerInputs, LayerShape
+from fastlstm.ops.schema import BATCH_DIMS, LayerCall, LayerInputs, LayerShape, arguments, bundled
 
 from ..cases import Case, tensors
 from ..module_pairs import naming
@@ -63,12 +63,15 @@ def backward_arguments(op, arguments, needs=None, present=(True, True, True, Tru
 
 @pytest.mark.parametrize("name", ["{}_layer", "{}_layer_backward", "recomputed_layer", "recomputed_layer_backward"])
 def test_inputs_have_one_order(op_backend, name):
-    """`*inputs` is passed to ops and to the reference, and `LayerCall` names the options."""
+    """Ops take `arguments(inputs, ...)`, the reference `*inputs`, and `LayerCall` names the options."""
     names = list(LayerInputs._fields)
     op = getattr(torch.ops.fastlstm, name.format(op_backend)).default
-    arguments = [argument.name for argument in op._schema.arguments]
-    at = arguments.index("x")
-    assert arguments[at : at + len(names)] == names
+    found = [argument.name for argument in op._schema.arguments]
+    at = found.index("x")
+    others = [name for name in found[at:] if name not in names]
+    assert found[at:] == list(arguments(LayerInputs(*names), *others))
+    assert bundled(found, len(others), at) == (found[:at], LayerInputs(*names), others)
+    assert all(argument.default_value is None for argument in op._schema.arguments[-3:])
     assert list(inspect.signature(reference.layer).parameters)[: len(names)] == names
     assert [field.name for field in fields(LayerCall)][-len(names[4:]) :] == names[4:]
 
@@ -355,6 +358,6 @@ def test_grouped_products(T, rows, groups, m, n, dtype):
 def test_grouped_products_refuse_invalid_shapes():
     op = torch.ops.fastlstm.grouped_products.default
     a, b = torch.randn(3, 4, 5), torch.randn(3, 4, 2)
-    for arguments in ((a, b, 3), (a, b, 0), (a, b[1:], 2), (a, b[:, 1:], 2), (a[0], b, 2), (a, b.double(), 2)):
+    for given in ((a, b, 3), (a, b, 0), (a, b[1:], 2), (a, b[:, 1:], 2), (a[0], b, 2), (a, b.double(), 2)):
         with pytest.raises(RuntimeError):
-            op(*arguments)
+            op(*given)

@@ -20,7 +20,7 @@ LAYERS = (
     ("backends",),
     ("transforms",),
     ("dispatch",),
-    ("functional",),
+    ("masks", "functional"),
     ("modules", "convert", "explain", "frozen", "freeze"),
     ("__init__", "__main__"),
     ("tutorials",),

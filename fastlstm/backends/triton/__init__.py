@@ -35,6 +35,8 @@ def supports(call: LayerCall) -> str | None:
         return "Triton needs compute capability 8.0 or later"
     if call.dtype not in DTYPES:
         return f"dtype must be one of {', '.join(map(str, DTYPES))}, got {call.dtype}"
+    if call.variant:
+        return f"{call.variant} is not implemented in Triton"
     if call.shape.proj:
         return "proj_size > 0 is not implemented in Triton"
     if call.shape.H > MAX_H:

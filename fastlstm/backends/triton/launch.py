@@ -16,9 +16,9 @@ from ...ops.schema import (
     backward_outputs,
     forward_outputs,
     lacks_output,
-    output_again,
     split_weights,
 )
+from ...ops.steps import output_again
 from . import resident, tiled
 from .plan import Row, Tiles, alignment, choose
 
@@ -69,7 +69,7 @@ def backward(grads, inputs, y, cells, reserve, needs):
     T, B = x.shape[:2]
     dx, dh0, dc0, dweights = backward_outputs(inputs, needs)
     if lacks_output(y):
-        y = output_again(reserve, cells, inputs.weights, inputs.lengths)
+        y = output_again(inputs, reserve, cells)
     dgates = torch.empty_like(reserve)
     if B > 0:
         layer = _Layer(inputs)

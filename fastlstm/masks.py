@@ -1,0 +1,85 @@
+"""The random masks of recurrent dropout and zoneout, drawn from torch's generator for each layer of a call."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .ops.schema import LayerInputs, LayerShape
+
+
+def check_probability(name: str, p: float) -> float:
+    """p as a float; raises ValueError or TypeError, in the words of torch.nn.LSTM about its dropout."""
+    if isinstance(p, bool) or not isinstance(p, (int, float)):
+        raise TypeError(f"{name} should be a number in range [0, 1], got {type(p).__name__}")
+    if not 0 <= p <= 1:
+        raise ValueError(f"{name} should be a number in range [0, 1] representing a probability, got {p}")
+    return float(p)
+
+
+def zoneout_pair(zoneout: float | Sequence[float]) -> tuple[float, float]:
+    """(z_h, z_c) of a number that is both, or of a pair."""
+    if not isinstance(zoneout, (tuple, list)):
+        both = check_probability("zoneout", zoneout)  # type: ignore[arg-type]
+        return both, both
+    if len(zoneout) != 2:
+        raise ValueError(f"zoneout should be a number or a pair (z_h, z_c), got {len(zoneout)} numbers")
+    return check_probability("zoneout[0]", zoneout[0]), check_probability("zoneout[1]", zoneout[1])
+
+
+@dataclass(frozen=True)
+class Masks:
+    """The probabilities of one call.
+
+    Attributes:
+        recurrent_dropout: of an element of h to be dropped where it enters the recurrent product.
+        zoneout: of an element of h, and of c, to keep its value.
+        training: whether masks are random; else zoneout's shares are its probabilities.
+    """
+
+    recurrent_dropout: float
+    zoneout: tuple[float, float]
+    training: bool
+
+    @classmethod
+    def of(cls, recurrent_dropout: float, zoneout: float | Sequence[float], training: bool) -> Masks | None:
+        """None if they change nothing."""
+        dropped = check_probability("recurrent_dropout", recurrent_dropout) if training else 0.0
+        pair = zoneout_pair(zoneout)
+        return cls(dropped, pair, training) if dropped or any(pair) else None
+
+    def drawn(self, inputs: LayerInputs) -> LayerInputs:
+        """`inputs` with the masks of one layer."""
+        shape, (T, B) = LayerShape.of(inputs.weights), inputs.x.shape[:2]
+        sizes_h, sizes_c = (shape.D, T, B, shape.P), (shape.D, T, B, shape.H)
+        z_h, z_c = self.zoneout
+        return inputs._replace(
+            recurrent_mask=self._recurrent(inputs, sizes_h) if self.recurrent_dropout else None,
+            zoneout_h=self._zoneout(inputs.x, z_h, sizes_h) if z_h else None,
+            zoneout_c=self._zoneout(inputs.x, z_c, sizes_c) if z_c else None,
+        )
+
+    def _recurrent(self, inputs: LayerInputs, sizes: tuple[int, int, int, int]) -> Tensor:
+        """[D, T, B, P], 0 or 1/(1-p): equal in all steps of a sequence, for which it takes no memory without resets."""
+        x, (D, T, B, P) = inputs.x, sizes
+        kept = 1 - self.recurrent_dropout
+        scale = 1 / kept if kept else math.inf
+        begins = inputs.reset_mask
+        mask = x.new_empty(D, 1 if begins is None else T, B, P)
+        mask = mask.bernoulli_(kept).mul_(scale) if kept else mask.zero_()
+        if begins is None:
+            return mask.expand(D, T, B, P)
+        # The mask of the step at which a sequence began is that of all its steps.
+        steps = torch.arange(T, device=x.device)[:, None]
+        first = torch.where(begins, steps, 0).cummax(0).values
+        return mask.gather(1, first[None, :, :, None].expand(D, T, B, P))
+
+    def _zoneout(self, x: Tensor, z: float, sizes: tuple[int, int, int, int]) -> Tensor:
+        """[D, T, B, n]: bool in training; in evaluation z, in one place of memory."""
+        if self.training:
+            return torch.empty(sizes, dtype=torch.bool, device=x.device).bernoulli_(z)
+        return x.new_full((1, 1, 1, 1), z).expand(sizes)
