@@ -13,7 +13,9 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
-from .modules import LSTM, LSTMCell, TorchLSTM, TorchLSTMCell, mark_as_leaf
+from .cell import LSTMCell, TorchLSTMCell
+from .module_state import mark_as_leaf, variant
+from .modules import LSTM, TorchLSTM
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -36,7 +38,8 @@ def convert(module: Module, to: str = "fastlstm") -> Module:
         `module`.
 
     Raises:
-        ValueError: for another value of `to`, or a frozen LSTM that is to become torch's.
+        ValueError: for another value of `to`, or a module that is to become torch's and computes what torch's class
+            does not: a frozen one, or one with recurrent_dropout, zoneout or layer_norm. Nothing is converted then.
 
     Example:
         >>> import torch, fastlstm
@@ -50,11 +53,11 @@ def convert(module: Module, to: str = "fastlstm") -> Module:
         raise ValueError(f'to must be "fastlstm" or "torch", got {to!r}')
     classes = _TO_FASTLSTM if to == "fastlstm" else _TO_TORCH
     skipped = []
+    if to == "torch":
+        _check_may_be_torch(module)
     for name, child in module.named_modules():
         cls = type(child)
         if getattr(cls, "_is_frozen", False):
-            if to == "torch":
-                raise ValueError(f"{name or 'the module itself'} is frozen: call fastlstm.thaw(model) before convert")
             continue
         if cls in classes:
             child.__class__ = classes[cls]
@@ -79,6 +82,17 @@ def convert(module: Module, to: str = "fastlstm") -> Module:
             stacklevel=2,
         )
     return module
+
+
+def _check_may_be_torch(module: nn.Module) -> None:
+    for name, child in module.named_modules():
+        if not isinstance(child, (LSTM, LSTMCell)):
+            continue
+        where = name or "the module itself"
+        if type(child)._is_frozen:
+            raise ValueError(f"{where} is frozen: call fastlstm.thaw(model) before convert")
+        if variant(child):
+            raise ValueError(f"{where} has {variant(child)}, which torch.nn.{type(child).__name__} cannot compute")
 
 
 class _ClassByName:

@@ -12,9 +12,11 @@ from torch.nn.utils.rnn import PackedSequence
 
 from . import dispatch
 from .backends import native
+from .cell import LSTMCell
 from .frozen import FrozenLSTM, FrozenLSTMCell
 from .functional import check_lengths
-from .modules import LSTM, LSTMCell
+from .masks import Masks
+from .modules import LSTM
 
 
 @dataclass(frozen=True)
@@ -89,14 +91,20 @@ def explain(
     elif isinstance(module, LSTM):
         weights = module._current_weights()[: len(module._all_weights[0]) * (2 if module.bidirectional else 1)]
     elif isinstance(module, LSTMCell):
-        weights = [w for w in (module.weight_ih, module.weight_hh, module.bias_ih, module.bias_hh) if w is not None]
+        weights = [weight for weight in module._current_weights() if weight is not None] + module._norm_weights()
     else:
         raise TypeError(f"module must be a fastlstm.LSTM or fastlstm.LSTMCell, got {type(module).__name__}")
     packed = isinstance(input, PackedSequence)
     data = input.data if isinstance(input, PackedSequence) else input
     T, B = _sizes(module, input)
     known = _lengths(input, lengths, T, B)
-    call = dispatch.describe(data, weights, data if packed or lengths is not None else None, reset_mask)
+    masks = None
+    if not type(module)._is_frozen:
+        masks = Masks.of(getattr(module, "recurrent_dropout", 0.0), module.zoneout, module.training)
+    call = dispatch.describe(
+        data, weights, data if packed or lengths is not None else None, reset_mask,
+        *(data if used else None for used in (masks.used if masks else ())),
+    )  # fmt: skip
     reasons = dispatch.choices(call)
     form = module.form if isinstance(module, (FrozenLSTM, FrozenLSTMCell)) else "no"
     if form != "no":

@@ -11,8 +11,10 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from .backends import native
+from .cell import LSTMCell, TorchLSTMCell
 from .frozen import Frozen, FrozenLSTM, FrozenLSTMCell, as_float, in_form, pack
-from .modules import LSTM, LSTMCell, TorchLSTM, TorchLSTMCell, mark_as_leaf
+from .module_state import mark_as_leaf, variant
+from .modules import LSTM, TorchLSTM
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -36,8 +38,8 @@ def freeze(model: Module, weights: torch.dtype | None = None) -> Module:
         `model`.
 
     Raises:
-        ValueError: another value of `weights`, a layer of another dtype, or a layer frozen in another form: call
-            `thaw` first.
+        ValueError: another value of `weights`, a layer of another dtype, with zoneout or layer_norm, or a layer frozen
+            in another form: call `thaw` first.
         RuntimeError: a layer that is not on CPU, whose weights are not parameters, or there is no extension.
 
     Example:
@@ -116,6 +118,9 @@ def _names(layer: Any) -> list[list[str]]:
 
 
 def _check_may_freeze(name: str, layer: nn.Module, form: str) -> None:
+    beyond = [own for own in ("zoneout", "layer_norm") if own in variant(layer)]
+    if beyond:
+        raise ValueError(f"{name} has {', '.join(beyond)}, which a frozen layer does not compute")
     computed = set(layer.parametrizations) if parametrize.is_parametrized(layer) else set()  # type: ignore[arg-type]
     weights = [own for names in _names(layer) for own in names]
     others = computed - set(weights)

@@ -18,8 +18,10 @@ from torch._C._functorch import get_unwrapped, is_functorch_wrapped_tensor, is_g
 
 from . import dispatch, functional
 from .backends import native
+from .cell import LSTMCell
 from .functional import States
-from .modules import LSTM, LSTMCell, mark_as_leaf
+from .module_state import mark_as_leaf
+from .modules import LSTM
 
 
 class Portable(NamedTuple):

@@ -197,6 +197,10 @@ def lstm_cell(
     weight_hh: Tensor,
     bias_ih: Tensor | None = None,
     bias_hh: Tensor | None = None,
+    *,
+    layer_norm: Sequence[Tensor] | None = None,
+    zoneout: float | Sequence[float] = 0.0,
+    training: bool = True,
 ) -> States:
     """Run one step. Source of the equations: the documentation of torch.nn.LSTMCell.
 
@@ -207,6 +211,10 @@ def lstm_cell(
         weight_hh: [4H, H].
         bias_ih: [4H], or None.
         bias_hh: [4H], or None.
+        layer_norm: weight_ln_ih, bias_ln_ih, weight_ln_hh and bias_ln_hh [4H], weight_ln_c and bias_ln_c [H], as in
+            `lstm`; or None.
+        zoneout: as in `lstm`.
+        training: whether zoneout is random.
 
     Returns:
         (h, c), each [B, H].
@@ -224,16 +232,25 @@ def lstm_cell(
     if bias_ih is not None or bias_hh is not None:
         none = weight_ih.new_zeros(weight_ih.shape[0])
         weights += [none if bias is None else bias for bias in (bias_ih, bias_hh)]
+    if layer_norm is not None:
+        if len(layer_norm) != NORM_WEIGHTS:
+            raise RuntimeError(f"layer_norm must be {NORM_WEIGHTS} tensors, got {len(layer_norm)}")
+        weights += layer_norm
+    return _cell(input, hx, weights, Masks.of(0.0, zoneout, training))
+
+
+def _cell(input: Tensor, hx: States | None, weights: list[Tensor], masks: Masks | None) -> States:
     if autocast_active(input):
         dtype = torch.get_autocast_dtype(input.device.type)
         if input.device.type == "cpu":  # no autocast rule for cells there: the state keeps its precision
             dtype = torch.promote_types(dtype, (input if hx is None else hx[1]).dtype)
         input, hx, weights = _cast_for_autocast(input, hx, weights, dtype)
         with torch.autocast(input.device.type, enabled=False):
-            return lstm_cell(input, hx, *weights)
+            return _cell(input, hx, weights, masks)
     check_cell(input, hx, weights[0].shape[1], weights[1].shape[1])
     h0, c0 = (None, None) if hx is None else (hx[0].unsqueeze(0), hx[1].unsqueeze(0))
-    _, h, c, _ = layer(LayerInputs(input.unsqueeze(0), h0, c0, weights), False)
+    inputs = LayerInputs(input.unsqueeze(0), h0, c0, weights)
+    _, h, c, _ = layer(inputs if masks is None else masks.drawn(inputs), False)
     return h.squeeze(0), c.squeeze(0)
 
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from .backends import native
+from .ops.modes import transform_active
 from .ops.schema import LayerInputs, LayerShape
 
 
@@ -29,6 +30,14 @@ def zoneout_pair(zoneout: float | Sequence[float]) -> tuple[float, float]:
     if len(zoneout) != 2:
         raise ValueError(f"zoneout should be a number or a pair (z_h, z_c), got {len(zoneout)} numbers")
     return check_probability("zoneout[0]", zoneout[0]), check_probability("zoneout[1]", zoneout[1])
+
+
+def flags(sizes: Sequence[int], p: float, device: torch.device) -> Tensor:
+    """A tensor of bool, each True with probability p, from torch's generator of the device."""
+    if device.type == "cpu" and native.extension is not None and not transform_active():
+        seed = torch.randint(-(2**63), 2**63 - 1, (1,))
+        return torch.ops.fastlstm.random_flags.default(seed, list(sizes), p)
+    return torch.rand(sizes, device=device) < p
 
 
 @dataclass(frozen=True)
@@ -52,6 +61,11 @@ class Masks:
         pair = zoneout_pair(zoneout)
         return cls(dropped, pair, training) if dropped or any(pair) else None
 
+    @property
+    def used(self) -> tuple[bool, bool, bool]:
+        """Which of recurrent_mask, zoneout_h and zoneout_c are given to a layer."""
+        return self.recurrent_dropout > 0, self.zoneout[0] > 0, self.zoneout[1] > 0
+
     def drawn(self, inputs: LayerInputs) -> LayerInputs:
         """`inputs` with the masks of one layer."""
         shape, (T, B) = LayerShape.of(inputs.weights), inputs.x.shape[:2]
@@ -67,10 +81,10 @@ class Masks:
         """[D, T, B, P], 0 or 1/(1-p): equal in all steps of a sequence, for which it takes no memory without resets."""
         x, (D, T, B, P) = inputs.x, sizes
         kept = 1 - self.recurrent_dropout
-        scale = 1 / kept if kept else math.inf
+        scale = 1 / kept if kept else 0.0
         begins = inputs.reset_mask
-        mask = x.new_empty(D, 1 if begins is None else T, B, P)
-        mask = mask.bernoulli_(kept).mul_(scale) if kept else mask.zero_()
+        mask = flags((D, 1 if begins is None else T, B, P), kept, x.device).to(x.dtype)
+        mask = mask * scale
         if begins is None:
             return mask.expand(D, T, B, P)
         # The mask of the step at which a sequence began is that of all its steps.
@@ -80,6 +94,4 @@ class Masks:
 
     def _zoneout(self, x: Tensor, z: float, sizes: tuple[int, int, int, int]) -> Tensor:
         """[D, T, B, n]: bool in training; in evaluation z, in one place of memory."""
-        if self.training:
-            return torch.empty(sizes, dtype=torch.bool, device=x.device).bernoulli_(z)
-        return x.new_full((1, 1, 1, 1), z).expand(sizes)
+        return flags(sizes, z, x.device) if self.training else x.new_full((1, 1, 1, 1), z).expand(sizes)

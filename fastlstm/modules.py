@@ -1,7 +1,7 @@
-"""fastlstm.LSTM and fastlstm.LSTMCell: torch.nn.LSTM's and torch.nn.LSTMCell's surface on fastlstm's kernels.
+"""fastlstm.LSTM: torch.nn.LSTM's surface on fastlstm's kernels.
 
 Parameters, initial values, state_dict, pickling and argument checks are torch's own code, inherited or called, so that
-they are equal by construction. Both classes derive from torch's base classes and not from nn.LSTM itself, because
+they are equal by construction. The class derives from torch's base class and not from nn.LSTM itself, because
 torch.compile refuses every instance of nn.LSTM.
 """
 
@@ -17,42 +17,17 @@ from torch.compiler import is_compiling
 from torch.nn.utils.rnn import PackedSequence
 
 from . import dispatch, functional
+from .cell import LSTMCell as LSTMCell  # pickles of earlier versions name it here
 from .functional import States
 from .masks import check_probability, zoneout_pair
+from .module_state import add_layer_norm, mark_as_leaf, reset_layer_norm, with_float_matrices
 from .ragged import PackedLayout
 
-# patch_torch() may put fastlstm's classes in their place later.
+# patch_torch() may put fastlstm's class in its place later.
 TorchLSTM = nn.LSTM
-TorchLSTMCell = nn.LSTMCell
 
 # What early versions of torch kept in an LSTM, and no code reads any more.
 _OBSOLETE = frozenset({"all_weights", "_data_ptrs", "dropout_state"})
-
-
-def mark_as_leaf(module: nn.Module) -> None:
-    """Let torch.fx record a call of `module` as one node, as it does for nn.LSTM.
-
-    Its tracers know the modules that they do not look into by a `__module__` that begins with torch.nn, read from the
-    instance. The class keeps its own.
-    """
-    module.__dict__["__module__"] = "torch.nn"
-
-
-def _with_float_matrices(module: nn.Module, state_dict: dict[str, Any], prefix: str) -> dict[str, Any]:
-    """Return `state_dict` with int8 matrices of a frozen layer, those that have scales, as floats for `module`."""
-    found = [name for name in module._parameters if f"{prefix}{name}_scale" in state_dict]
-    floats, unused = {}, set()
-    for name in found:
-        weight, scale = state_dict.get(prefix + name), state_dict[f"{prefix}{name}_scale"]
-        parameter = module._parameters[name]
-        if not (isinstance(weight, Tensor) and isinstance(scale, Tensor) and isinstance(parameter, Tensor)):
-            continue
-        if weight.dtype == torch.int8 and weight.dim() == 2 and scale.shape == weight.shape[:1]:
-            floats[prefix + name] = (weight * scale[:, None]).to(parameter.dtype)
-            unused.add(f"{prefix}{name}_scale")
-    if not floats:
-        return state_dict
-    return {key: floats.get(key, value) for key, value in state_dict.items() if key not in unused}
 
 
 class LSTM(nn.RNNBase):
@@ -100,10 +75,11 @@ class LSTM(nn.RNNBase):
         (torch.Size([5, 3, 16]), torch.Size([2, 3, 16]))
     """
 
-    # Of the class, so that converted modules and those unpickled from earlier versions have it.
+    # Of the class, so that converted modules and those unpickled from earlier versions have them. Integers, since
+    # torch.compile(dynamic=True) makes floats inputs of the graph, and then compiles again.
     recompute: bool | int = False
-    recurrent_dropout: float = 0.0
-    zoneout: float | tuple[float, float] = 0.0
+    recurrent_dropout: float = 0
+    zoneout: float | tuple[float, float] = 0
     layer_norm: bool = False
     _is_frozen = False  # True for frozen.FrozenLSTM; read from the type, as instances are the user's
 
@@ -130,30 +106,17 @@ class LSTM(nn.RNNBase):
 
     def _add_layer_norm(self) -> None:
         """Register layer normalization's parameters, in the places that functional.lstm gives them."""
+        after = 4 if self.bias else 2
         for names in self._all_weights:
-            place = names[0].removeprefix("weight_ih")
-            like, after = self._parameters[names[0]], 4 if self.bias else 2
-            added = []
-            for of in ("ih", "hh", "c"):
-                n = self.hidden_size * (1 if of == "c" else 4)
-                for kind in ("weight", "bias"):
-                    added.append(f"{kind}_ln_{of}{place}")
-                    empty = torch.empty(n, device=like.device, dtype=like.dtype)  # type: ignore[union-attr]
-                    self.register_parameter(added[-1], nn.Parameter(empty))
-            names[after:after] = added
+            names[after:after] = add_layer_norm(self, self.hidden_size, names[0].removeprefix("weight_ih"))
         self._flat_weights_names = [name for names in self._all_weights for name in names]
         self._init_flat_weights()
-        self._reset_layer_norm()
-
-    def _reset_layer_norm(self) -> None:
-        for name, parameter in self._parameters.items():
-            if "_ln_" in name and parameter is not None:
-                nn.init.constant_(parameter, 1.0 if name.startswith("weight") else 0.0)
+        reset_layer_norm(self)
 
     def reset_parameters(self) -> None:
         """Draw the initial values of torch.nn.LSTM; those of layer normalization are 1 and 0."""
         super().reset_parameters()
-        self._reset_layer_norm()
+        reset_layer_norm(self)
 
     def __getstate__(self) -> dict[str, Any]:
         state = super().__getstate__()
@@ -177,7 +140,7 @@ class LSTM(nn.RNNBase):
             mark_as_leaf(self)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        super()._load_from_state_dict(_with_float_matrices(self, state_dict, prefix), prefix, *args)
+        super()._load_from_state_dict(with_float_matrices(self, state_dict, prefix), prefix, *args)
 
     get_expected_cell_size: Any = TorchLSTM.get_expected_cell_size
     check_forward_args: Any = TorchLSTM.check_forward_args
@@ -399,105 +362,3 @@ class LSTM(nn.RNNBase):
         self.check_hidden_size(h, h_size, "Expected hidden[0] size {}, got {}")
         self.check_hidden_size(c, c_size, "Expected hidden[1] size {}, got {}")
         return h, c
-
-
-class LSTMCell(nn.RNNCellBase):
-    """Drop-in replacement for torch.nn.LSTMCell: one step of an LSTM layer, without projection.
-
-    Args:
-        input_size: I, features of the input.
-        hidden_size: H, hidden units.
-        bias: whether there are `bias_ih` and `bias_hh`.
-        device: of the parameters.
-        dtype: of the parameters.
-
-    Parameters: `weight_ih` [4H, I], `weight_hh` [4H, H], `bias_ih` and `bias_hh` [4H] (None without bias); gates in the
-    order i, f, g, o.
-
-    Example:
-        >>> import torch, fastlstm
-        >>> cell = fastlstm.LSTMCell(8, 16)
-        >>> h, c = cell(torch.randn(3, 8))
-        >>> h, c = cell(torch.randn(3, 8), (h, c))
-        >>> h.shape
-        torch.Size([3, 16])
-    """
-
-    _is_frozen = False  # True for frozen.FrozenLSTMCell; read from the type
-
-    def __init__(
-        self,
-        input_size: int,
-        hidden_size: int,
-        bias: bool = True,
-        device: Any = None,
-        dtype: Any = None,
-    ) -> None:
-        super().__init__(input_size, hidden_size, bias, num_chunks=4, device=device, dtype=dtype)
-        if type(self) is LSTMCell:
-            mark_as_leaf(self)
-
-    def __getstate__(self) -> dict[str, Any]:
-        state = self.__dict__.copy()
-        state.pop("__module__", None)
-        return state
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        if type(self) is LSTMCell:
-            mark_as_leaf(self)
-
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        super()._load_from_state_dict(_with_float_matrices(self, state_dict, prefix), prefix, *args)
-
-    def _current_weights(self) -> tuple[Any, ...]:
-        """Return weight_ih, weight_hh, bias_ih and bias_hh as they are now, whatever has taken a parameter's place."""
-        attributes = self.__dict__
-        parameters = attributes["_parameters"]
-        return tuple(
-            parameters[name] if name in parameters and name not in attributes else getattr(self, name)
-            for name in ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
-        )
-
-    def forward(self, input: Tensor, hx: States | None = None) -> States:
-        """Run one step.
-
-        Args:
-            input: [B, I], or [I] unbatched; of the parameters' dtype and device.
-            hx: (h, c), each [B, H] or [H], or None for zeros.
-
-        Returns:
-            (h, c), each [B, H] or [H].
-
-        Raises:
-            RuntimeError, ValueError, TypeError: what torch.nn.LSTMCell raises.
-
-        Example:
-            >>> h, c = fastlstm.LSTMCell(8, 16)(torch.randn(8))
-            >>> c.shape
-            torch.Size([16])
-        """
-        result, weights = dispatch.cell_fast_path(self, input, hx)
-        if result is not None:
-            return result
-        if input.dim() not in (1, 2):
-            raise ValueError(f"LSTMCell: Expected input to be 1D or 2D, got {input.dim()}D instead")
-        if hx is not None:
-            for k, state in enumerate(hx):
-                if state.dim() not in (1, 2):
-                    raise ValueError(f"LSTMCell: Expected hx[{k}] to be 1D or 2D, got {state.dim()}D instead")
-            # Without a batch dimension nn.LSTMCell takes whatever has two elements apart.
-            if input.dim() == 2 and not isinstance(hx, (tuple, list)):
-                raise TypeError(
-                    f"lstm_cell(): argument 'hx' (position 2) must be tuple of Tensors, not {type(hx).__name__}"
-                )
-        batched = input.dim() == 2
-        if not batched:
-            input = input.unsqueeze(0)
-            hx = None if hx is None else (hx[0].unsqueeze(0), hx[1].unsqueeze(0))
-        h, c = self._step(input, hx, weights)
-        return (h, c) if batched else (h.squeeze(0), c.squeeze(0))
-
-    def _step(self, input: Tensor, hx: States | None, weights: tuple[Any, ...]) -> States:
-        """functional.lstm_cell with the module's weights."""
-        return functional.lstm_cell(input, hx, *weights)

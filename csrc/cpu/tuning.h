@@ -232,6 +232,7 @@ inline constexpr int64_t kPackTaskMinElements = 1 << 16;
 inline constexpr int64_t kBiasGradTaskMinElements = 4096, kBiasGradTaskColumns = 64;
 inline constexpr int64_t kRowCopyTaskMinRows = 4096;
 inline constexpr int64_t kGroupedWgradTaskMinMacs = 1 << 16;
+inline constexpr int64_t kRandomFlagsTaskMinPairs = 1 << 13;
 // Up to this many elements, bfloat16 is widened and rounded on the calling thread, without the dispatcher.
 inline constexpr int64_t kInlineConvertMaxElements = 1 << 15;
 // Blocks from this size on are kept for the next call, smaller ones malloc itself keeps; at most this many

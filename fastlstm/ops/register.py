@@ -292,6 +292,14 @@ torch.library.register_fake(
 )
 
 
+# Flags of which each is True with probability p, by the bits of seed [1] int64. For CPU tensors, by csrc/cpu/layer.cpp:
+# seed comes from torch's generator, which would take longer for all flags than a small layer takes.
+LIBRARY.define("random_flags(Tensor seed, SymInt[] size, float p) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
+torch.library.register_fake(
+    "fastlstm::random_flags", lambda seed, size, p: seed.new_empty(size, dtype=torch.bool), lib=LIBRARY
+)
+
+
 def _packed_lengths(batch_sizes: Tensor) -> Tensor:
     rises = batch_sizes[1:] > batch_sizes[:-1]
     if rises.any():  # a RuntimeError in nn.LSTM, too, whose states have too few rows then

@@ -21,7 +21,8 @@ LAYERS = (
     ("transforms",),
     ("dispatch",),
     ("masks", "functional"),
-    ("modules", "convert", "explain", "frozen", "freeze"),
+    ("module_state",),
+    ("cell", "modules", "convert", "explain", "frozen", "freeze"),
     ("__init__", "__main__"),
     ("tutorials",),
 )
