@@ -136,7 +136,7 @@ def main(arguments: list[str] | None = None) -> int:
         return calibrate(words[1:])
     options = parse(arguments)
     say = printer()
-    on_gpu = options.suite in ("gpu", "gpu_points")
+    on_gpu = options.suite in ("gpu", "gpu_points", "gpu_variants")
     device = "cuda" if on_gpu else "cpu"
     if on_gpu and gpu.unavailable_reason():
         say(f"[red]{gpu.unavailable_reason()}[/]")

@@ -39,6 +39,8 @@ def markdown(rows: list[Row]) -> str:
         "models": _models,
         "inference": inference.tables,
         "frozen_accuracy": _frozen_accuracy,
+        "variants": _variants,
+        "gpu_variants": _variants,
     }.get(rows[0].suite, _tables)
     return "\n\n".join([_provenance(rows), *body(rows)])
 
@@ -212,6 +214,27 @@ def _calls(rows: list[Row]) -> list[str]:
     return parts
 
 
+def _variants(rows: list[Row]) -> list[str]:
+    """One table: the loop of steps, the plain layer, the layer with the option, and its ratios to both."""
+    impls = [impl for impl in dict.fromkeys(row.impl for row in rows) if impl not in ("plain", "fastlstm")]
+    lines = []
+    for case in dict.fromkeys(row.case for row in rows):
+        of_case = {row.impl: row for row in rows if row.case == case and row.p50_ms}
+        ours, plain = of_case.get("fastlstm"), of_case.get("plain")
+        if ours is None or plain is None or not ours.p50_ms or not plain.p50_ms:
+            continue
+        loops = [ms(of_case[impl]) if impl in of_case else "" for impl in impls]
+        cost = f"{ours.p50_ms / plain.p50_ms:.2f}x"
+        lines.append([case, *loops, ms(plain), ms(ours), cost, _ratio(ours)])
+    headings = ["case", *(f"{impl} ms" for impl in impls), "plain ms", "with the option ms", "its cost", "speedup"]
+    ratios = [row.ratio for row in rows if row.impl == "fastlstm" and row.ratio]
+    failed = dict.fromkeys(f"{row.case}, {row.impl}: {row.status}" for row in rows if row.status != "ok")
+    parts = [f"**{HEADINGS['train']}**", table(headings, lines)]
+    if ratios:
+        parts.append(f"Speedup over the fastest loop: geomean {geometric_mean(ratios):.2f}x; min {min(ratios):.2f}x.")
+    return parts + (["Not measured: " + "; ".join(failed) + "."] if failed else [])
+
+
 def _frozen_accuracy(rows: list[AccuracyRow]) -> list[str]:
     """One table: figures of the trained and the frozen models, and what freezing changed."""
     from benchmarks import frozen_accuracy  # imports the tutorials
@@ -305,7 +328,7 @@ def main(arguments: list[str] | None = None) -> int:
             print(f"{file.name} has no rows", file=sys.stderr)
             continue
         print(markdown(rows) + "\n")
-        if not options.no_plots and rows[0].suite not in ("features", "calls", "frozen_accuracy"):
+        if not options.no_plots and rows[0].suite not in ("features", "calls", "frozen_accuracy", "variants"):
             from benchmarks.plot import draw
 
             draw(rows, file.with_suffix(".png"))

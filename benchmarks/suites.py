@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Set
 from dataclasses import replace
 
-from benchmarks import calls, features, gpu, sweeps
+from benchmarks import calls, features, gpu, sweeps, variants
 from benchmarks.cases import CPU, QUICK, Case
 from benchmarks.implementations import Implementation
 from benchmarks.inference import suite as inference
@@ -20,7 +20,7 @@ Report = Callable[[str, list[Row]], None]
 
 NAMES = (
     "cpu", "gpu", "gpu_points", "quick", "grid", "random", "few_rows", "scaling", "tutorials", "features", "calls",
-    "models", "inference", "frozen_accuracy",
+    "models", "inference", "frozen_accuracy", "variants", "gpu_variants",
 )  # fmt: skip
 
 
@@ -66,6 +66,8 @@ def size_of(name: str, matching: str = "", done: Set[str] = frozenset(), dtype: 
         return len(models.chosen(matching, done))
     if name == "inference":
         return len(inference.chosen(matching, done))
+    if name in ("variants", "gpu_variants"):
+        return len(variants.chosen(matching, done))
     if name == "frozen_accuracy":
         from benchmarks import frozen_accuracy
 
@@ -103,6 +105,8 @@ def rows_of(
         return list(models.model_rows(matching, report, budget, wait, done, until))
     if name == "inference":
         return list(inference.rows_of(matching, report, budget, wait, done, until))
+    if name in ("variants", "gpu_variants"):
+        return list(variants.variant_rows(name, matching, report, budget, wait, done, until))
     if name == "frozen_accuracy":
         from benchmarks import frozen_accuracy
 

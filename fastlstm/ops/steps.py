@@ -70,9 +70,8 @@ class Norm:
     @staticmethod
     def standard(v: Tensor) -> tuple[Tensor, Tensor]:
         """v with mean 0 and variance 1, and what its distance from the mean was multiplied by."""
-        variance, mean = torch.var_mean(v, -1, correction=0, keepdim=True)
-        scale = (variance + NORM_EPSILON).rsqrt()
-        return (v - mean) * scale, scale
+        standard, _, scale = torch.native_layer_norm(v, v.shape[-1:], None, None, NORM_EPSILON)
+        return standard, scale
 
     def backward(self, grad: Tensor, standard: Tensor, scale: Tensor) -> Tensor:
         """The gradient of v from that of the result."""
