@@ -2,8 +2,8 @@
 
 The loop is what a user writes without these options: one input projection for all steps, masks drawn for all steps at
 once, then one cell per step, as plain PyTorch and with the step compiled. Ratios are to the faster of the two, on a GPU
-also to haste, if it is installed. All gradients must be right by the rule of fastlstm/accuracy.py, with equal masks, before
-anything is timed.
+also to haste, if it is installed. Before anything is timed, all gradients must be right by the rule of
+fastlstm/accuracy.py, with equal masks.
 """
 
 from __future__ import annotations
