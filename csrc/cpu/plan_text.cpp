@@ -56,9 +56,7 @@ std::string us(double time) {
 }
 
 void add_norm(const LayerShape& s, std::vector<std::string>& parts) {
-  if (s.norm)
-    parts.push_back(
-        "layer normalization in the time loop, units undivided because a row's statistics need all of them");
+  if (s.norm) parts.push_back("layer normalization by whole rows, since a row's statistics need all units");
 }
 
 std::string because(const ThreadPartition& p) { return ", because " + reason(p); }
