@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from . import dispatch, functional
 from .functional import States
 from .masks import zoneout_pair
-from .module_state import add_layer_norm, mark_as_leaf, reset_layer_norm, with_float_matrices
+from .module_state import OPTIONS, add_layer_norm, is_plain, mark_as_leaf, reset_layer_norm, with_float_matrices
 
 # patch_torch() may put fastlstm's class in its place later.
 TorchLSTMCell = nn.LSTMCell
@@ -44,6 +44,12 @@ class LSTMCell(nn.RNNCellBase):
     zoneout: float | tuple[float, float] = 0  # an integer, as in modules.py
     layer_norm: bool = False
     _is_frozen = False  # True for frozen.FrozenLSTMCell; read from the type
+    _is_plain = True  # as in modules.py
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if any(name in cls.__dict__ for name in OPTIONS):
+            cls._is_plain = is_plain(cls)
 
     def __init__(
         self,
@@ -58,7 +64,7 @@ class LSTMCell(nn.RNNCellBase):
     ) -> None:
         zoneout_pair(zoneout)
         super().__init__(input_size, hidden_size, bias, num_chunks=4, device=device, dtype=dtype)
-        if zoneout:
+        if zoneout_pair(zoneout) != (0, 0):
             self.zoneout = tuple(zoneout) if isinstance(zoneout, list) else zoneout
         if layer_norm:
             self.layer_norm = True
@@ -75,6 +81,11 @@ class LSTMCell(nn.RNNCellBase):
         """Draw the initial values of torch.nn.LSTMCell; those of layer normalization are 1 and 0."""
         super().reset_parameters()
         reset_layer_norm(self)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        if name in OPTIONS:
+            self.__dict__["_is_plain"] = is_plain(self)
 
     def __getstate__(self) -> dict[str, Any]:
         state = self.__dict__.copy()
@@ -121,7 +132,7 @@ class LSTMCell(nn.RNNCellBase):
             >>> c.shape
             torch.Size([16])
         """
-        if self.zoneout or self.layer_norm:
+        if not self._is_plain:
             weights = self._current_weights()
         else:
             result, weights = dispatch.cell_fast_path(self, input, hx)
@@ -147,7 +158,7 @@ class LSTMCell(nn.RNNCellBase):
 
     def _step(self, input: Tensor, hx: States | None, weights: tuple[Any, ...]) -> States:
         """functional.lstm_cell with the module's weights and options."""
-        if not (self.zoneout or self.layer_norm):
+        if self._is_plain:
             return functional.lstm_cell(input, hx, *weights)
         norm = self._norm_weights() or None
         return functional.lstm_cell(input, hx, *weights, layer_norm=norm, zoneout=self.zoneout, training=self.training)

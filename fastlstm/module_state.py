@@ -57,7 +57,14 @@ def reset_layer_norm(module: nn.Module) -> None:
             nn.init.constant_(parameter, 1.0 if name.startswith("weight") else 0.0)
 
 
+OPTIONS = ("recompute", "recurrent_dropout", "zoneout", "layer_norm")
+
+
+def is_plain(module: Any) -> bool:
+    """Whether `module`, or a class, uses none of `OPTIONS`, which the extension's whole calls do not compute."""
+    return getattr(module, "recompute", False) is False and not variant(module)
+
+
 def variant(module: Any) -> str:
-    """The constructor arguments beyond torch's that change what `module` computes in evaluation, or in training."""
-    names = ("recurrent_dropout", "zoneout", "layer_norm")
-    return ", ".join(name for name in names if getattr(module, name, False) not in (0, (0, 0)))
+    """The constructor arguments beyond torch's that change what `module` computes; "" if none does."""
+    return ", ".join(name for name in OPTIONS[1:] if getattr(module, name, False) not in (0, (0, 0)))

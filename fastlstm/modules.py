@@ -20,7 +20,7 @@ from . import dispatch, functional
 from .cell import LSTMCell as LSTMCell  # pickles of earlier versions name it here
 from .functional import States
 from .masks import check_probability, zoneout_pair
-from .module_state import add_layer_norm, mark_as_leaf, reset_layer_norm, with_float_matrices
+from .module_state import OPTIONS, add_layer_norm, is_plain, mark_as_leaf, reset_layer_norm, with_float_matrices
 from .ragged import PackedLayout
 
 # patch_torch() may put fastlstm's class in its place later.
@@ -82,6 +82,12 @@ class LSTM(nn.RNNBase):
     zoneout: float | tuple[float, float] = 0
     layer_norm: bool = False
     _is_frozen = False  # True for frozen.FrozenLSTM; read from the type, as instances are the user's
+    _is_plain = True  # False where one of the four above is used: one question in a tiny call in place of four
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if any(name in cls.__dict__ for name in OPTIONS):  # defaults of a subclass
+            cls._is_plain = is_plain(cls)
 
     def __init__(
         self,
@@ -96,7 +102,7 @@ class LSTM(nn.RNNBase):
         super().__init__("LSTM", *args, **kwargs)
         if recurrent_dropout:
             self.recurrent_dropout = recurrent_dropout
-        if zoneout:
+        if zoneout_pair(zoneout) != (0, 0):
             self.zoneout = tuple(zoneout) if isinstance(zoneout, list) else zoneout
         if layer_norm:
             self.layer_norm = True
@@ -117,6 +123,11 @@ class LSTM(nn.RNNBase):
         """Draw the initial values of torch.nn.LSTM; those of layer normalization are 1 and 0."""
         super().reset_parameters()
         reset_layer_norm(self)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        if name in OPTIONS:
+            self.__dict__["_is_plain"] = is_plain(self)
 
     def __getstate__(self) -> dict[str, Any]:
         state = super().__getstate__()
@@ -234,7 +245,7 @@ class LSTM(nn.RNNBase):
         """
         if isinstance(input, PackedSequence):
             return self._forward_packed(input, hx, return_cell_states, lengths=lengths, reset_mask=reset_mask)
-        if lengths is None and reset_mask is None and not (return_cell_states or self._needs_options):
+        if lengths is None and reset_mask is None and not return_cell_states and self._is_plain:
             result, weights = dispatch.lstm_fast_path(self, input, hx)
             if result is not None:
                 return result
@@ -261,11 +272,6 @@ class LSTM(nn.RNNBase):
             output, h_n, c_n = output.squeeze(batch_dim), h_n.squeeze(1), c_n.squeeze(1)
             cells = [c.squeeze(batch_dim) for c in cells]
         return (output, (h_n, c_n), *cells)
-
-    @property
-    def _needs_options(self) -> bool:
-        """Whether attributes ask for what the fast path does not do."""
-        return not (self.recompute is False and not (self.recurrent_dropout or self.zoneout or self.layer_norm))
 
     def _layers(
         self, input: Tensor, hx: States | None, weights: list[Tensor], batch_first: bool, **options: Any
@@ -322,7 +328,7 @@ class LSTM(nn.RNNBase):
         if hx is not None:
             hx = self._packed_states(hx, data, batch_sizes, sorted_indices)
         result = None
-        if return_cell_states or self._needs_options:
+        if return_cell_states or not self._is_plain:
             weights = self._current_weights()
         else:
             result, weights = dispatch.lstm_fast_path(self, data, hx, batch_sizes)

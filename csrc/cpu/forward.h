@@ -99,6 +99,7 @@ struct ForwardStep {
   R* block;                      // both weights of a unit block, where they are packed for one use
   const R *x_factor, *h_factor;  // x and h_in from row first_row on, where the weights are read as stored
   int64_t first_row;
+  const bool masked = bool(a.masks);  // asked once, not for each vector
 
   // Whether sorted row r enters the next step with zero state.
   bool cleared_next(int64_t r) const {
@@ -109,13 +110,13 @@ struct ForwardStep {
   FASTLSTM_INLINE Vec<T> entering_next(Vec<T> h, int64_t r, int64_t p, int n) const {
     if (cleared_next(r)) return Vec<T>{};
     const Vec<T> state = rounded<T>(h);
-    if (!a.masks.recurrent || next_t < 0) return state;
+    if (!masked || !a.masks.recurrent || next_t < 0) return state;
     return state * load_mask<T>(a.masks.recurrent, next_t, a.rows.batch_row_at(r), p, n);
   }
 
   // h after the zoneout of these features; the state before the step is y's of the step before, or h0.
   FASTLSTM_INLINE Vec<T> zoned_h(Vec<T> h, int64_t r, int64_t p, int n) const {
-    if (!a.masks.zoneout_h) return h;
+    if (!masked || !a.masks.zoneout_h) return h;
     const int64_t before = a.reverse ? t + 1 : t - 1;
     const bool held = before >= 0 && before < a.rows.T && r < a.rows.count_at(before);
     const Vec<T> h_prev = a.rows.fresh_at(t, r) ? Vec<T>{}
@@ -143,7 +144,7 @@ struct ForwardStep {
     const Vec<T> c_prev = a.rows.fresh_at(t, r) ? Vec<T>{} : get(c_in + at);
     const Vec<T> c = next_c(g, c_prev);
     Vec<T> state = c;
-    if (a.masks.zoneout_c)
+    if (masked && a.masks.zoneout_c)
       state = zoned<T>(a.masks.zoneout_c, load_mask<T>(a.masks.zoneout_c, t, a.rows.batch_row_at(r), u0, n),
                        c_prev, c);
     if (gates) {
