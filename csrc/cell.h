@@ -31,6 +31,12 @@ FASTLSTM_HD V next_c(const Gates<V>& a, V c_prev) {
   return a.f * c_prev + a.i * a.g;
 }
 
+// The state after a step, of which zoneout keeps `share` as it was before (Krueger et al. 2017).
+template <class V>
+FASTLSTM_HD V zoned(V share, V before, V after) {
+  return share * before + (1 - share) * after;
+}
+
 // All of a step's backward that does not depend on dh and dc.
 template <class V>
 struct CellDerivatives {

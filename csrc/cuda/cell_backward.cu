@@ -42,7 +42,8 @@ struct Ragged {
 template <int V, class T>
 bool can_vectorize_gradient(const HiddenGradient<T>& s) {
   return can_vectorize<V>(s.P, s.dh_n, s.dh, s.carry) &&
-         (!s.dy || (can_vectorize<V>(s.dy_t, s.dy) && s.dy_b % V == 0));
+         (!s.dy || (can_vectorize<V>(s.dy_t, s.dy) && s.dy_b % V == 0)) &&
+         can_vectorize<V, T>(s.recurrent_mask) && can_vectorize<V, T>(s.zoneout);
 }
 
 }  // namespace
@@ -53,7 +54,7 @@ cudaError_t launch_cell_step_bwd(const BackwardStep<T>& s, cudaStream_t stream) 
   const bool vectorized =
       can_vectorize<V>(s.H, s.dhidden, s.gates, s.cells, s.c0, s.dc_n, s.dc, s.dgates, s.hidden) &&
       (!s.dcells || (can_vectorize<V>(s.dcells_t, s.dcells) && s.dcells_b % V == 0)) &&
-      (s.dhidden || can_vectorize_gradient<V>(s.gradient));
+      can_vectorize<V, T>(s.zoneout) && (s.dhidden || can_vectorize_gradient<V>(s.gradient));
   const Extent extent = {s.H, s.steps.B, s.D};
   return vectorized ? launch<Backward<T>, V>(s, extent, stream) : launch<Backward<T>, 1>(s, extent, stream);
 }
@@ -80,7 +81,7 @@ template <class T>
 cudaError_t launch_ragged_rows(const RaggedRows<T>& s, cudaStream_t stream) {
   constexpr int V = kVecFeatures<T>;
   const bool vectorized = can_vectorize<V>(s.n, s.initial, s.out) && can_vectorize<V>(s.source_t, s.source) &&
-                          s.source_b % V == 0;
+                          s.source_b % V == 0 && can_vectorize<V, T>(s.mask);
   const Extent extent = {s.n, s.steps.B,
                          static_cast<int>(s.count < kRaggedGridMaxSteps ? s.count : kRaggedGridMaxSteps)};
   return vectorized ? launch<Ragged<T>, V>(s, extent, stream) : launch<Ragged<T>, 1>(s, extent, stream);

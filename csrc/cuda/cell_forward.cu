@@ -23,7 +23,8 @@ struct ProjectedForward {
 
 template <int V, class T>
 bool can_vectorize_state(const HiddenState<T>& s) {
-  return can_vectorize<V>(s.P, s.h0, s.h, s.y, s.h_n);
+  return can_vectorize<V>(s.P, s.h0, s.h, s.y, s.h_n, s.unmasked) && can_vectorize<V, T>(s.recurrent_mask) &&
+         can_vectorize<V, T>(s.zoneout);
 }
 
 }  // namespace
@@ -33,7 +34,7 @@ cudaError_t launch_cell_step_fwd(const ForwardStep<T>& s, cudaStream_t stream) {
   constexpr int V = kVecFeatures<T>;
   const bool vectorized =
       can_vectorize<V>(s.H, s.gates_x, s.gates_h, s.bias_ih[0], s.bias_ih[1], s.bias_hh[0], s.bias_hh[1]) &&
-      can_vectorize<V>(s.H, s.c0, s.c, s.c_n, s.cells, s.gates, s.hidden) &&
+      can_vectorize<V>(s.H, s.c0, s.c, s.c_n, s.cells, s.gates, s.hidden) && can_vectorize<V, T>(s.zoneout) &&
       (s.hidden || can_vectorize_state<V>(s.state));
   const Extent extent = {s.H, s.steps.B, s.D};
   return vectorized ? launch<Forward<T>, V>(s, extent, stream) : launch<Forward<T>, 1>(s, extent, stream);

@@ -35,14 +35,25 @@ struct Steps {
   const bool* reset_mask;  // [T, B]  or null
 };
 
+// A mask [D, T, B, n]. The last stride is 1; the others are 0 where the mask repeats.
+struct Mask {
+  const void* values;  // T, or bool if `flags`; null: no mask
+  bool flags;
+  int64_t strides[3];  // of D, T and B
+};
+
 // Outputs of h_t, and the h that a row carries past steps it lacks.
 template <class T>
 struct HiddenState {
   int64_t P;
-  const T* h0;  // [D, B, P]     read at the first step; null: zeros
-  T* h;         // [D, B, P]     h_prev of the next step, updated in place; not written at the last step
-  T* y;         // [T, B, D*P]   out
-  T* h_n;       // [D, B, P]     out at the last step, null before
+  const T* h0;  // [D, B, P]    read at the first step; null: zeros
+  T* h;         // [D, B, P]    h_prev as the next step's GEMM reads it; not written at the last step
+  T* y;         // [T, B, D*P]  out
+  T* h_n;       // [D, B, P]    out at the last step, null before
+  // [D, B, P]  with masks: h_prev of the next step before the recurrent mask, updated in place; null: `h`
+  Acc<T>* unmasked;
+  Mask recurrent_mask;  // n = P  what h_prev is multiplied by in `h`
+  Mask zoneout;         // n = P  the share of h_prev in h_t
 };
 
 // One step forward: from the pre-activations to c_t and h_t.
@@ -65,6 +76,7 @@ struct ForwardStep {
   T* gates;               // [D, T, B, 4H]  out, activated; null if no gradient is needed
   T* hidden;              // [D, B, H]      out with projection: o * tanh(c), to be projected; else null
   HiddenState<T> state;   // read and written here without projection only
+  Mask zoneout;           // n = H          the share of c_prev in c_t
 };
 template <class T>
 cudaError_t launch_cell_step_fwd(const ForwardStep<T>& step, cudaStream_t stream);
@@ -90,7 +102,10 @@ struct HiddenGradient {
   int64_t dy_t, dy_b;  // dy's strides of T and B
   const T* dh_n;       // [D, B, P]    read at the first step; null: zeros
   const Acc<T>* dh;    // [D, B, P]    dgates W_hh of the step done before
-  Acc<T>* carry;       // [D, B, P]    carried by rows past steps they lack; null without lengths
+  // [D, B, P]  what passes a step to its h_prev: all of it in a row that lacks the step, otherwise zoneout's
+  // share; null without lengths and zoneout
+  Acc<T>* carry;
+  Mask recurrent_mask, zoneout;  // as in HiddenState
 };
 
 // One step backward, in reverse scan order. first: the first one computed.
@@ -113,6 +128,7 @@ struct BackwardStep {
   T* dgates;                   // [D, slots, B, 4H]  out at slot[d]: gradients of the pre-activations
   T* hidden;                   // [D, slots, B, H]   out with projection: o * tanh(c); or null
   int64_t slots, slot[2];
+  Mask zoneout;  // as in ForwardStep; c before it follows from the gates and c_prev
 };
 template <class T>
 cudaError_t launch_cell_step_bwd(const BackwardStep<T>& step, cudaStream_t stream);
@@ -142,8 +158,8 @@ struct InitialGradient {
 template <class T>
 cudaError_t launch_initial_state_bwd(const InitialGradient<T>& step, cudaStream_t stream);
 
-// Rows for the weight gradients of ragged batches: zero where a row lacks the step, whatever the padding
-// contains.
+// Rows for the weight gradients of ragged batches and of layers with a recurrent mask: zero where a row lacks
+// the step, whatever the padding contains.
 template <class T>
 struct RaggedRows {
   Steps steps;
@@ -154,6 +170,7 @@ struct RaggedRows {
   int64_t source_t, source_b;
   const T* initial;  // [B, n]     h0 of direction d, or null: zeros
   T* out;            // [count, B, n]
+  Mask mask;         // what previous states are multiplied by
 };
 template <class T>
 cudaError_t launch_ragged_rows(const RaggedRows<T>& rows, cudaStream_t stream);

@@ -4,6 +4,7 @@
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/ops/cat.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
 #include <ATen/ops/sum.h>
 #include <ATen/ops/zeros.h>
 
@@ -65,17 +66,17 @@ struct Chunk {
   at::Tensor hidden;      // [count * B, H]  with projection, if dW_hr is needed: o * tanh(c)
 };
 
-// [count * B, n]: a chunk's rows of `source` [T, B, n], or the previous states of its steps; zero where a row
-// lacks the step, since padding may hold NaN and 0 * NaN is NaN.
+// [count * B, n]: a chunk's rows of `source` [T, B, n], or the previous states of its steps times `mask`;
+// zero where a row lacks the step, since padding may hold NaN and 0 * NaN is NaN.
 template <class T>
 at::Tensor ragged_rows(const Layer& l, const Chunk& chunk, const at::Tensor& source, bool previous,
-                       const at::Tensor& initial, cudaStream_t stream) {
+                       const at::Tensor& initial, const at::Tensor& mask, cudaStream_t stream) {
   const int64_t n = source.size(2);
   const at::Tensor rows = at::empty({chunk.count * l.B, n}, l.options);
-  check(
-      launch_ragged_rows<T>({l.steps, chunk.begin, chunk.count, n, static_cast<int>(chunk.d), previous,
-                             in<T>(source), source.stride(0), source.stride(1), in<T>(initial), out<T>(rows)},
-                            stream));
+  check(launch_ragged_rows<T>(
+      {l.steps, chunk.begin, chunk.count, n, static_cast<int>(chunk.d), previous, in<T>(source),
+       source.stride(0), source.stride(1), in<T>(initial), out<T>(rows), mask_view(mask)},
+      stream));
   return rows;
 }
 
@@ -117,14 +118,14 @@ void add_chunk(const Layer& l, const Gemm& gemm, const BackwardInputs& inputs, c
   const at::Tensor dgates_t = chunk.dgates.t();
   if (sums.ih.needed()) {
     sums.ih.add(gemm, dgates_t,
-                l.lengths.defined() ? ragged_rows<T>(l, chunk, inputs.x, false, {}, stream)
+                l.lengths.defined() ? ragged_rows<T>(l, chunk, inputs.x, false, {}, {}, stream)
                                     : inputs.x.narrow(0, chunk.begin, chunk.count).reshape({rows, l.I}));
   }
   if (sums.hh.needed()) {
     const at::Tensor y = inputs.y.narrow(2, chunk.d * l.P, l.P);  // [T, B, P]
     const at::Tensor h0 = l.h0.defined() ? l.h0.select(0, chunk.d) : at::Tensor();
-    if (l.ragged()) {
-      sums.hh.add(gemm, dgates_t, ragged_rows<T>(l, chunk, y, true, h0, stream));
+    if (l.ragged() || l.recurrent_mask.defined()) {
+      sums.hh.add(gemm, dgates_t, ragged_rows<T>(l, chunk, y, true, h0, l.recurrent_mask, stream));
     } else {
       add_recurrent(l, gemm, chunk, y, h0, sums.hh);
     }
@@ -158,7 +159,7 @@ std::pair<at::Tensor, at::Tensor> Pass<T>::run(const at::Tensor& dx, std::vector
   if (l.T > 1 || need_dh0) {
     dh = at::empty({D, B, P}, l.sum_options), dh_all = l.batched_operand(dh);
   }
-  if (l.lengths.defined()) carry = at::empty({D, B, P}, l.sum_options);
+  if (l.lengths.defined() || l.zoneout_h.defined()) carry = at::empty({D, B, P}, l.sum_options);
   if (l.proj()) {
     dhidden = at::empty({D, B, H}, l.sum_options), dhidden_all = l.batched_operand(dhidden);
     dprojected = at::empty({D, slots, B, P}, l.options);
@@ -168,8 +169,15 @@ std::pair<at::Tensor, at::Tensor> Pass<T>::run(const at::Tensor& dx, std::vector
   }
   SlotView dgates_view(dgates), dprojected_view(l.proj() ? dprojected : dgates);
 
-  HiddenGradient<T> gradient = {
-      P, in<T>(inputs.dy), 0, 0, in<T>(inputs.dh_n), in<Acc<T>>(dh), out<Acc<T>>(carry)};
+  HiddenGradient<T> gradient = {P,
+                                in<T>(inputs.dy),
+                                0,
+                                0,
+                                in<T>(inputs.dh_n),
+                                in<Acc<T>>(dh),
+                                out<Acc<T>>(carry),
+                                mask_view(l.recurrent_mask),
+                                mask_view(l.zoneout_h)};
   if (inputs.dy.defined()) gradient.dy_t = inputs.dy.stride(0), gradient.dy_b = inputs.dy.stride(1);
   BackwardStep<T> step = {};
   step.steps = l.steps, step.H = H, step.D = D, step.gradient = gradient;
@@ -180,6 +188,7 @@ std::pair<at::Tensor, at::Tensor> Pass<T>::run(const at::Tensor& dx, std::vector
     step.dcells_t = inputs.dcells.stride(0), step.dcells_b = inputs.dcells.stride(1);
   step.dc_n = in<T>(inputs.dc_n), step.dc = out<Acc<T>>(dc);
   step.dgates = out<T>(dgates), step.hidden = out<T>(hidden), step.slots = slots;
+  step.zoneout = mask_view(l.zoneout_c);
   ProjectedGradient<T> project = {l.steps, D, true, {}, gradient, out<T>(dprojected), slots, {}};
 
   // The second direction adds to the first's dx. With chunks they reach its rows at different times, so both
@@ -232,17 +241,45 @@ at::Tensor unit_stride(const OptionalTensor& gradient) {
   return gradient->stride(-1) == 1 ? *gradient : gradient->contiguous();
 }
 
-// Recomputes y from the saved gates and cells: h = o * tanh(c), and its projection. Rows past a length are
-// not read.
-at::Tensor recompute_output(const Layer& l, const at::Tensor& cells, const at::Tensor& reserve) {
+// y [T, B, D*P] from each direction's h before the zoneout [T, B, P], step by step.
+template <class T>
+at::Tensor zoned_output(const Layer& l, const std::vector<at::Tensor>& directions, cudaStream_t stream) {
+  const at::Tensor y = at::empty({l.T, l.B, l.D * l.P}, l.options);
+  const at::Tensor h = at::empty({l.D, l.B, l.P}, l.options), h_n = at::empty_like(h);
+  const at::Tensor unmasked_h = at::empty({l.D, l.B, l.P}, l.sum_options), now = at::empty_like(unmasked_h);
+  const HiddenState<T> state = {
+      l.P, in<T>(l.h0), out<T>(h), out<T>(y), nullptr, out<Acc<T>>(unmasked_h), {}, mask_view(l.zoneout_h)};
+  ProjectedStep<T> step = {l.steps, static_cast<int>(l.D), true, {}, in<Acc<T>>(now), state};
+  for (int64_t s = 0; s < l.T; ++s) {
+    step.first = s == 0;
+    for (int64_t d = 0; d < l.D; ++d) {
+      step.t[d] = d == 0 ? s : l.T - 1 - s;
+      now.select(0, d).copy_(directions[d].select(0, step.t[d]));
+    }
+    if (s == l.T - 1) step.state.h_n = out<T>(h_n);
+    check(launch_projection_step_fwd(step, stream));
+  }
+  return y;
+}
+
+// Recomputes y from the saved gates and cells: h = o * tanh(c), with c before its zoneout, its projection,
+// and the zoneout of h. The results of rows past a length are undefined.
+template <class T>
+at::Tensor recompute_output(const Layer& l, const at::Tensor& cells, const at::Tensor& reserve,
+                            cudaStream_t stream) {
   std::vector<at::Tensor> directions;
   for (int64_t d = 0; d < l.D; ++d) {
-    const at::Tensor o = reserve.select(0, d).narrow(2, 3 * l.H, l.H).to(l.sum_dtype);
-    const at::Tensor tanh_c = cells.narrow(2, d * l.H, l.H).to(l.sum_dtype).tanh();
-    const at::Tensor h = o.mul(tanh_c).to(l.dtype);
+    const auto gate = [&](int64_t g) { return reserve.select(0, d).narrow(2, g * l.H, l.H).to(l.sum_dtype); };
+    at::Tensor c = cells.narrow(2, d * l.H, l.H);
+    if (l.zoneout_c.defined()) {
+      const at::Tensor c0 = l.c0.defined() ? l.c0.select(0, d) : at::Tensor();
+      const at::Tensor c_prev = ragged_rows<T>(l, {d, 0, l.T}, c, true, c0, {}, stream);
+      c = gate(1).mul(c_prev.view({l.T, l.B, l.H})).add_(gate(0).mul(gate(2)));
+    }
+    const at::Tensor h = gate(3).mul(c.to(l.sum_dtype).tanh()).to(l.dtype);
     directions.push_back(l.proj() ? h.matmul(l.weights[d].hr.t()) : h);
   }
-  return at::cat(directions, -1);
+  return l.zoneout_h.defined() ? zoned_output<T>(l, directions, stream) : at::cat(directions, -1);
 }
 
 }  // namespace
@@ -257,21 +294,20 @@ LayerGradients layer_backward(const OptionalTensor& dy, const OptionalTensor& dh
   const at::AutoDispatchBelowADInplaceOrView below_autograd;
   const DeviceGuard device(x);
   const LayerInputs in{x, h0, c0, weights, lengths, reset_mask, recurrent_mask, zoneout_h, zoneout_c};
-  TORCH_CHECK(!in.masked(), "recurrent_dropout and zoneout are not implemented in CUDA");
   const Layer l(in);
   const int64_t T = l.T, B = l.B, H = l.H, P = l.P;
   l.check_backward(x, {dy, dh_n, dc_n, dcells}, {y, cells, reserve}, needs);
   const auto dense = [](const at::Tensor& t) { return t.defined() ? t.contiguous() : t; };
   bool reads_x = false;  // if false, x may be an expanded tensor of stride 0
   for (size_t k = 3; k < needs.size(); k += l.per_direction) reads_x |= needs[k];
-  const BackwardInputs inputs = {unit_stride(dy),
-                                 dense(unit_stride(dh_n)),
-                                 dense(unit_stride(dc_n)),
-                                 unit_stride(dcells),
-                                 reads_x && l.lengths.defined() && x.stride(2) != 1 ? x.contiguous() : x,
-                                 lacks_output(y) ? recompute_output(l, cells, reserve) : dense(y),
-                                 dense(cells),
-                                 dense(reserve)};
+  BackwardInputs inputs = {unit_stride(dy),
+                           dense(unit_stride(dh_n)),
+                           dense(unit_stride(dc_n)),
+                           unit_stride(dcells),
+                           reads_x && l.lengths.defined() && x.stride(2) != 1 ? x.contiguous() : x,
+                           dense(y),
+                           dense(cells),
+                           dense(reserve)};
 
   const int64_t step_bytes = std::max<int64_t>(1, l.D * B * 4 * H * static_cast<int64_t>(x.element_size()));
   const int64_t slots = std::clamp<int64_t>(
@@ -290,8 +326,10 @@ LayerGradients layer_backward(const OptionalTensor& dy, const OptionalTensor& dh
   if (needs[0]) dx = at::empty(x.sizes(), l.options);
   if (B > 0) {
     for_dtype(l.dtype, [&](auto* type) {
-      const Pass<std::remove_pointer_t<decltype(type)>> pass = {l, inputs, slots, needs[1], device.stream()};
-      std::tie(dh0, dc0) = pass.run(dx, sums);
+      using Type = std::remove_pointer_t<decltype(type)>;
+      if (lacks_output(y))
+        inputs.y = recompute_output<Type>(l, inputs.cells, inputs.reserve, device.stream());
+      std::tie(dh0, dc0) = Pass<Type>{l, inputs, slots, needs[1], device.stream()}.run(dx, sums);
     });
   } else {
     dh0 = at::empty({l.D, B, P}, l.options), dc0 = at::empty({l.D, B, H}, l.options);

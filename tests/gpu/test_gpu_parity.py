@@ -19,6 +19,7 @@ from .gpu_support import (
     Arithmetic,
     backends,
     check,
+    check_masked,
     expected,
     gpu,
     nan_outside,
@@ -29,6 +30,7 @@ from .gpu_support import (
     same,
     with_gradients,
 )
+from .masked_layers import LAYERS, MaskedLayer
 
 pytestmark = gpu
 
@@ -67,6 +69,22 @@ def test_hidden_sizes(H, bidirectional, precision, backend):
 @pytest.mark.parametrize("case", FEATURES, ids=str)
 def test_features(case, precision, backend):
     check(case, precision, backend)
+
+
+# Several blocks of features and of rows, at and off the vector width, next to the layers that the simulation runs.
+MASKED = (
+    *LAYERS,
+    MaskedLayer(Case(T=9, B=37, I=12, H=192, bidirectional=True, hx="tuple", cells=True), "sequence", "flags", "flags"),
+    MaskedLayer(Case(T=9, B=37, I=12, H=131, proj=65, hx="tuple", cells=True), "steps", "numbers", "number"),
+    MaskedLayer(Case(T=9, B=7, I=12, H=40, bidirectional=True, hx="tuple", **RAGGED), "steps", "flags", "numbers"),
+)
+
+
+@backends
+@pytest.mark.parametrize("precision", PRECISIONS, ids=str)
+@pytest.mark.parametrize("layer", MASKED, ids=str)
+def test_recurrent_dropout_and_zoneout(layer, precision, backend):
+    check_masked(layer, precision, backend)
 
 
 @backends

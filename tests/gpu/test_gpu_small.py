@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from ..cases import Case
-from .gpu_support import BFLOAT16, DOUBLE, HALF, IEEE, TF32, backends, check, gpu
+from .gpu_support import BFLOAT16, DOUBLE, HALF, IEEE, TF32, backends, check, check_masked, gpu
+from .masked_layers import MaskedLayer
 
 pytestmark = gpu
 
@@ -19,6 +20,12 @@ CASES = (
     Case(T=1, B=1, I=1, H=1, bias=False),
     Case(T=2, B=130, I=5, H=33),  # more rows and units than one block has threads
 )
+MASKED = (
+    MaskedLayer(Case(T=3, B=5, I=4, H=8, hx="tuple", bidirectional=True), "sequence", "flags", "number"),
+    MaskedLayer(
+        Case(T=5, B=5, I=3, H=7, hx="tuple", bidirectional=True, proj=3, **RAGGED), "steps", "numbers", "flags"
+    ),
+)
 
 
 @backends
@@ -26,3 +33,10 @@ CASES = (
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_small(case, precision, backend):
     check(case, precision, backend)
+
+
+@backends
+@pytest.mark.parametrize("precision", [IEEE, HALF], ids=str)
+@pytest.mark.parametrize("layer", MASKED, ids=str)
+def test_small_with_masks(layer, precision, backend):
+    check_masked(layer, precision, backend)
