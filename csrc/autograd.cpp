@@ -105,8 +105,11 @@ class LayerFunction : public torch::autograd::Function<LayerFunction> {
     LayerGradients found;
     if (by_formula) {
       static const auto op = find<DifferentiableBackward>("fastlstm::differentiable_backward");
-      const at::Tensor gates =
-          saved_gates(reserve, x, weights, lengths, recurrent_mask || zoneout_h || zoneout_c);
+      // With layer normalization it computes all again, from the inputs alone.
+      const OptionalTensor gates =
+          LayerSizes::has_norm(weights)
+              ? OptionalTensor()
+              : saved_gates(reserve, x, weights, lengths, recurrent_mask || zoneout_h || zoneout_c);
       found = op.call(dy, dh_n, dc_n, dcells, x, h0, c0, weights, lengths, reset_mask, gates, cells, needs,
                       recurrent_mask, zoneout_h, zoneout_c);
     } else {
@@ -134,7 +137,8 @@ class LayerFunction : public torch::autograd::Function<LayerFunction> {
     const bool proj = weights[1].size(1) * 4 != weights[1].size(0);
     const int64_t per_direction = LayerSizes::weights_per_direction(weights, proj);
     return read_by_backward(requiring_grad(inputs), inputs.size(), per_direction, proj,
-                            inputs[0].dim() == 2 || inputs[0].size(0) > 1, zoneout_c);
+                            inputs[0].dim() == 2 || inputs[0].size(0) > 1, zoneout_c,
+                            LayerSizes::has_norm(weights));
   }
 };
 

@@ -52,14 +52,19 @@ FASTLSTM_HD CellDerivatives<V> cell_derivatives(const Gates<V>& a, V c_prev, V t
           a.f};
 }
 
-// From dh, the gradient of h_t (before any projection), and dc, that of c_t by every other way: the gradients
-// of the pre-activations. dc becomes the gradient of c_{t-1}.
+// From dh, the gradient of h_t (before any projection), and dc, that of c_t: the gradients of the
+// pre-activations. dc becomes the gradient of c_{t-1}.
 template <class V>
-FASTLSTM_HD Gates<V> cell_backward(const CellDerivatives<V>& d, V dh, V& dc) {
-  dc = dc + dh * d.c;
+FASTLSTM_HD Gates<V> gate_gradients(const CellDerivatives<V>& d, V dh, V& dc) {
   const Gates<V> pre = {dc * d.pre.i, dc * d.pre.f, dc * d.pre.g, dh * d.pre.o};
   dc = dc * d.c_prev;
   return pre;
+}
+// The same where dc is the gradient of c_t by every way but h_t.
+template <class V>
+FASTLSTM_HD Gates<V> cell_backward(const CellDerivatives<V>& d, V dh, V& dc) {
+  dc = dc + dh * d.c;
+  return gate_gradients(d, dh, dc);
 }
 template <class V>
 FASTLSTM_HD Gates<V> cell_backward(const Gates<V>& a, V c_prev, V tanh_c, V dh, V& dc) {

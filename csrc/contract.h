@@ -6,6 +6,7 @@
 #include <ATen/core/List.h>
 #include <ATen/core/Tensor.h>
 
+#include <array>
 #include <optional>
 #include <string>
 #include <tuple>
@@ -103,11 +104,17 @@ class ArgumentCheck {
   std::optional<std::string> error_;
 };
 
+// A direction's weights of layer normalization: gain and bias of W_ih x [4H], of W_hh h [4H] and of c [H].
+inline constexpr int64_t kNormWeights = 6;
+inline constexpr const char* kNormNames[kNormWeights] = {"weight_ln_ih", "bias_ln_ih",  "weight_ln_hh",
+                                                         "bias_ln_hh",   "weight_ln_c", "bias_ln_c"};
+
 // The sizes of a layer, read off x and its weights, and off `lengths` where x may be packed.
 struct LayerSizes {
   int64_t T = 0, B = 0, I = 0, H = 0, P = 0, D = 0;
   int64_t per_direction = 0;  // weights of one direction
   bool bias = false;
+  bool norm = false;    // layer normalization
   bool packed = false;  // x is [N, I]: no rows beyond the lengths
 
   bool proj() const { return P != H; }
@@ -115,9 +122,13 @@ struct LayerSizes {
   int64_t rows() const { return rows_; }
   // Of a tensor that has n features in each of these rows.
   at::DimVector per_row(int64_t n) const { return packed ? at::DimVector{rows_, n} : at::DimVector{T, B, n}; }
+  // Features of a row of the reserve.
+  int64_t reserved() const { return (norm ? 12 : 4) * H; }
   at::DimVector reserve() const {
-    return packed ? at::DimVector{D, rows_, 4 * H} : at::DimVector{D, T, B, 4 * H};
+    return packed ? at::DimVector{D, rows_, reserved()} : at::DimVector{D, T, B, reserved()};
   }
+  // Index of the first weight of layer normalization among a direction's.
+  int64_t first_norm() const { return bias ? 4 : 2; }
 
   // Raises if the inputs do not fit together.
   explicit LayerSizes(const LayerInputs& in) {
@@ -125,9 +136,16 @@ struct LayerSizes {
     read(in, check);
     check.raise();
   }
-  // A bias differs by its dimension from the weights of the other direction.
+  // Biases, gains among them, differ by their dimension from the weights that follow.
+  static int64_t vectors_per_direction(at::TensorList weights) {
+    size_t k = 2;
+    while (k < weights.size() && weights[k].dim() == 1) ++k;
+    return static_cast<int64_t>(k) - 2;
+  }
+  static bool has_norm(at::TensorList weights) { return vectors_per_direction(weights) >= kNormWeights; }
   static int64_t weights_per_direction(at::TensorList weights, bool proj) {
-    return 2 + 2 * (weights.size() > 2 && weights[2].dim() == 1) + proj;
+    const int64_t n = vectors_per_direction(weights), norm = n >= kNormWeights ? kNormWeights : 0;
+    return 2 + 2 * (n > norm) + norm + proj;
   }
   // Returns true if the constructor raises nothing.
   static bool fit(const LayerInputs& in) {
@@ -158,7 +176,7 @@ struct LayerSizes {
     const at::ScalarType dtype = x.scalar_type();
     const size_t flags = 3 + D * per_direction;
     ArgumentCheck check(x);
-    check.expect(saved.reserve.numel() == D * rows() * 4 * H,
+    check.expect(saved.reserve.numel() == D * rows() * reserved(),
                  "reserve must be kept by forward for a backward");
     check.expect_like("reserve", saved.reserve, reserve(), dtype);
     if (!lacks_output(saved.y)) check.expect_like("y", saved.y, per_row(D * P), dtype);
@@ -184,7 +202,8 @@ struct LayerSizes {
     read_rows(in, check);
     H = weights[0].size(0) / 4, P = weights[1].size(1);
     per_direction = weights_per_direction(weights, P != H);
-    bias = per_direction > 3;
+    norm = has_norm(weights);
+    bias = per_direction > 3 + norm * kNormWeights;
     D = static_cast<int64_t>(weights.size()) / per_direction;
     check.expect(D * per_direction == static_cast<int64_t>(weights.size()) && (D == 1 || D == 2),
                  "weights must be ", per_direction, " tensors for each of 1 or 2 directions, got ",
@@ -196,6 +215,8 @@ struct LayerSizes {
       check.expect_sizes("weight_hh", w[1], {4 * H, P});
       if (bias) check.expect_sizes("bias_ih", w[2], {4 * H});
       if (bias) check.expect_sizes("bias_hh", w[3], {4 * H});
+      for (int64_t k = 0; norm && k < kNormWeights; ++k)
+        check.expect_sizes(kNormNames[k], w[first_norm() + k], {k < 4 ? 4 * H : H});
       if (proj()) check.expect_sizes("weight_hr", w[per_direction - 1], {P, H});
     }
     for (const at::Tensor& w : weights)
@@ -267,13 +288,15 @@ struct LayerSizes {
 
 // The weights of direction d.
 struct DirectionWeights {
-  at::Tensor ih, hh, bias_ih, bias_hh, hr;  // undefined where absent
+  at::Tensor ih, hh, bias_ih, bias_hh, hr;    // undefined where absent
+  std::array<at::Tensor, kNormWeights> norm;  // likewise
 
   DirectionWeights() = default;
   DirectionWeights(const LayerSizes& s, at::TensorList weights, int64_t d) {
     const at::Tensor* w = weights.data() + d * s.per_direction;
     ih = w[0], hh = w[1];
     if (s.bias) bias_ih = w[2], bias_hh = w[3];
+    for (int64_t k = 0; s.norm && k < kNormWeights; ++k) norm[k] = w[s.first_norm() + k];
     if (s.proj()) hr = w[s.per_direction - 1];
   }
 };

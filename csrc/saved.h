@@ -29,9 +29,11 @@ inline Arguments requiring_grad(const torch::autograd::variable_list& inputs) {
 // The arguments, of `count`, that the backward op reads, where `needs` are wanted. Biases never; x and h0 for
 // the gradients of the weights that they are multiplied by, and those weights the other way round. h_{t-1}'s
 // gradient takes weight_hh in every step but the first. `steps`: there are others. zoneout_c: c before its
-// zoneout is found again, from c0.
+// zoneout is found again, from c0. With layer normalization (norm) all are read, by the formula of
+// differentiable_backward at least.
 inline Arguments read_by_backward(Arguments needs, size_t count, size_t per_direction, bool proj, bool steps,
-                                  bool zoneout_c = false) {
+                                  bool zoneout_c = false, bool norm = false) {
+  if (norm) return ~Arguments{0};
   Arguments ih = 0, hh = 0, biases = 0, hr = 0;
   for (size_t k = 3; k < count; k += per_direction) {
     ih |= bit(k), hh |= bit(k + 1);

@@ -30,14 +30,18 @@ class LoopCost {
   [[gnu::always_inline]] double predicted_us(Split split, int members, int row_groups, bool concurrent) const;
 
   int64_t max_row_members() const { return std::max<int64_t>(1, loop_.shape.B); }
-  int64_t max_unit_members() const {  // of two whole blocks at least; the last block may be narrower
-    return loop_.even || loop_.shape.H < 2 * unit_block_ ? 1 : static_cast<int64_t>(unit_blocks_);
+  // Of two whole blocks at least; the last block may be narrower. A row's layer normalization needs all
+  // units.
+  int64_t max_unit_members() const {
+    return loop_.even || loop_.shape.norm || loop_.shape.H < 2 * unit_block_
+               ? 1
+               : static_cast<int64_t>(unit_blocks_);
   }
   // A single step splits rows where each thread has enough of them to pack the weights for itself, and units
-  // otherwise.
+  // otherwise. With layer normalization all threads pack the weights before it.
   bool single_step() const { return loop_.shape.T == 1 && !loop_.even; }
   bool rows_allowed(int members) const {
-    return !single_step() ||
+    return !single_step() || loop_.shape.norm ||
            (loop_.products == Products::real && weight_bytes_ <= kSingleStepRowSplitMaxBytes &&
             loop_.shape.B >= kSingleStepRowSplitMinRows * members);
   }

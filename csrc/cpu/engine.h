@@ -21,10 +21,13 @@
 // Backward(in, sizes, plan, need_dx, need_hr) also has
 //   gradient_stride(P)               of a row of dh
 //   select_steps(d, span, dx)        the chunk of steps that run() takes
-//   dgates(d), dr(d), hidden(d)      of the chunk's rows: gradients of the pre-activations; with projection
-//                                    those of h, and h before the projection
+//   dgates(d), dhh(d)                of the chunk's rows: gradients of W_ih x and of W_hh h, which differ
+//   with
+//                                    layer normalization only
+//   dr(d), hidden(d)                 with projection those of h, and h before the projection
 //   input_gradient(d, n, dx)         dx (+)= dgates W_ih
 //   bias_gradient(d, n, accumulate, db), finish_bias(d, db)   after each chunk, and after the last
+//   norm_gradient(d, k, dw)          after the last: of the k-th weight of layer normalization
 //
 // WeightGradient(dw, plan) has
 //   add(rows, dgates, states, accumulate)   dw (+)= dgates^T states; once if plan.at_once

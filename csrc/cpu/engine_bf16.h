@@ -125,7 +125,9 @@ class Bf16Backward {
   void run(int64_t d, const Member& me) { kernel_.backward(args_[d], me); }
 
   MatrixView<Bf16> dgates(int64_t d) const { return {args_[d].dgates, stride_}; }
-  const Bf16* dr(int64_t) const { return nullptr; }  // no projection
+  MatrixView<Bf16> dhh(int64_t d) const { return dgates(d); }
+  void norm_gradient(int64_t, int64_t, float*) const {}  // the float kernels run layer normalization
+  const Bf16* dr(int64_t) const { return nullptr; }      // no projection
   const Bf16* hidden(int64_t) const { return nullptr; }
 
   void input_gradient(int64_t d, int64_t n, Bf16* dx) const {

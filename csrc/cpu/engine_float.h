@@ -20,8 +20,8 @@ class FloatForward {
         packed_(packed),
         N_(ragged.N()),
         x_(to_real<T>(packed_input<Stored<T>>(in.x, s, ragged))),
-        ih_size_(pack_ih() ? kernel_.forward_packed_size(s.H, s.I) : 0),
-        hh_size_(pack_hh() ? kernel_.forward_packed_size(s.H, s.P) : 0) {}
+        ih_size_(pack_ih() ? packed_size(s.I) : 0),
+        hh_size_(pack_hh() ? packed_size(s.P) : 0) {}
 
   static int64_t state_stride(int64_t P) { return P; }
   static int64_t state_rows(int64_t B) { return B; }
@@ -33,8 +33,8 @@ class FloatForward {
       hr_offset_[d] = space.take<S>(pack_hr() ? kernel_.columns_packed_size(s_.H, s_.P) : 0);
       hidden_offset_[d] = space.take<R>(s_.proj() ? s_.B * s_.H : 0);
     }
-    scratch_offset_ =
-        space.take<R>(plan_.partition.threads() * kernel_.forward_scratch(N_, s_.I, s_.H, s_.P));
+    const auto scratch = s_.norm ? kernel_.norm_forward_scratch : kernel_.forward_scratch;
+    scratch_offset_ = space.take<R>(plan_.partition.threads() * scratch(N_, s_.I, s_.H, s_.P));
   }
 
   void prepare(const Workspace& space, int64_t d, const DirectionWeights& w, const ForwardBuffers<T, R>& b) {
@@ -79,6 +79,14 @@ class FloatForward {
                 space.at<R>(scratch_offset_),
                 b.masks,
                 b.h0};
+    if (s_.norm) {
+      norm_[d] = LayerNorm<T>(w);
+      args_[d].norm = norm_[d].weights();
+      if (b.gates) {
+        args_[d].saved_ih = b.gates + s_.rows() * 4 * s_.H;
+        args_[d].saved_hh = b.gates + s_.rows() * 8 * s_.H;
+      }
+    }
     if ((pack_ih() || pack_hh()) && !threads.private_weights())
       for_blocks(threads.threads(), s_.H, kernel_.width,
                  (pack_ih() * s_.I + pack_hh() * s_.P) * 4 * kernel_.width,
@@ -91,17 +99,28 @@ class FloatForward {
     if (pack_ih()) mine.ih.packed += threads.copy(me.index) * ih_size_;
     if (pack_hh()) mine.hh.packed += threads.copy(me.index) * hh_size_;
     if (!packed_ && threads.private_weights()) pack(mine, me.unit_begin, me.unit_end);
-    kernel_.forward(mine, me);
+    (s_.norm ? kernel_.norm_forward : kernel_.forward)(mine, me);
   }
 
  private:
   bool pack_ih() const { return !packed_ && plan_.w_ih == WeightMode::prepacked; }
   bool pack_hh() const { return !packed_ && plan_.w_hh == WeightMode::prepacked; }
   bool pack_hr() const { return !packed_ && s_.proj() && plan_.w_hr == WeightMode::prepacked; }
-  // Units [begin, end) of the weights that are packed before the steps.
+  // Of a weight [4H, K].
+  int64_t packed_size(int64_t K) const {
+    return s_.norm ? kernel_.columns_packed_size(K, 4 * s_.H) : kernel_.forward_packed_size(s_.H, K);
+  }
+  // Units [begin, end) of the weights that are packed before the steps; with layer normalization as many rows
+  // of 4H, which are columns of the product.
   void pack(const ForwardArgs<T, S>& a, int64_t begin, int64_t end) const {
-    if (pack_ih()) kernel_.pack_forward(a.ih.stored, a.H, a.I, begin, end, a.ih.packed);
-    if (pack_hh()) kernel_.pack_forward(a.hh.stored, a.H, a.P, begin, end, a.hh.packed);
+    const auto pack_weight = [&](const GateWeight<T, S>& w, int64_t K) {
+      if (s_.norm)
+        kernel_.pack_columns(w.stored, K, 1, K, 4 * begin, 4 * end, w.packed);
+      else
+        kernel_.pack_forward(w.stored, a.H, K, begin, end, w.packed);
+    };
+    if (pack_ih()) pack_weight(a.ih, a.I);
+    if (pack_hh()) pack_weight(a.hh, a.P);
   }
 
   const Kernels<T, S>& kernel_ = kernels<T, S>();
@@ -114,6 +133,7 @@ class FloatForward {
   PerDirection ih_offset_, hh_offset_, hr_offset_, hidden_offset_;
   int64_t scratch_offset_ = 0;
   std::array<at::Tensor, 3> weights_[2];
+  LayerNorm<T> norm_[2];
   ForwardArgs<T, S> args_[2];
 };
 
@@ -146,8 +166,11 @@ class FloatBackward {
       dgates_offset_[d] = space.take<R>(rows * 4 * s_.H);
       dr_offset_[d] = space.take<R>(s_.proj() ? rows * s_.P : 0);
       hidden_offset_[d] = space.take<R>(need_hr_[d] ? rows * s_.H : 0);
+      dhh_offset_[d] = space.take<R>(s_.norm ? rows * 4 * s_.H : 0);
+      sums_offset_[d] = space.take<R>(s_.norm ? plan_.partition.threads() * kernel_.norm_sums(s_.H) : 0);
     }
-    scratch_offset_ = space.take<R>(plan_.partition.threads() * kernel_.backward_scratch(s_.H, s_.P));
+    const auto scratch = s_.norm ? kernel_.norm_backward_scratch : kernel_.backward_scratch;
+    scratch_offset_ = space.take<R>(plan_.partition.threads() * scratch(s_.H, s_.P));
   }
 
   void prepare(const Workspace& space, int64_t d, const DirectionWeights& w, const BackwardBuffers<T>& b) {
@@ -180,6 +203,13 @@ class FloatBackward {
                 space.at<R>(scratch_offset_),
                 b.masks,
                 b.kept_h};
+    if (s_.norm) {
+      norm_[d] = LayerNorm<T>(w);
+      args_[d].norm = norm_[d].weights();
+      args_[d].saved_ih = b.gates + s_.rows() * 4 * s_.H, args_[d].saved_hh = b.gates + s_.rows() * 8 * s_.H;
+      args_[d].dhh = space.at<R>(dhh_offset_[d]), args_[d].norm_sums = space.at<R>(sums_offset_[d]);
+      std::fill_n(args_[d].norm_sums, threads.threads() * kernel_.norm_sums(s_.H), R(0));
+    }
     if (plan_.pack_hh && !threads.private_weights())
       for_blocks(threads.threads(), s_.P, kernel_.unit_block, 4 * s_.H * kernel_.unit_block,
                  [&](int64_t begin, int64_t end) { pack(args_[d], begin, end); });
@@ -204,10 +234,11 @@ class FloatBackward {
     }
     if (plan_.pack_hh && threads.private_weights() && !hh_is_packed)
       pack(mine, me.feature_begin, me.feature_end);
-    kernel_.backward(mine, me);
+    (s_.norm ? kernel_.norm_backward : kernel_.backward)(mine, me);
   }
 
   MatrixView<R> dgates(int64_t d) const { return {args_[d].dgates, 4 * s_.H}; }
+  MatrixView<R> dhh(int64_t d) const { return s_.norm ? MatrixView<R>{args_[d].dhh, 4 * s_.H} : dgates(d); }
   const R* dr(int64_t d) const { return args_[d].dr; }
   const R* hidden(int64_t d) const { return args_[d].hidden; }
 
@@ -223,6 +254,7 @@ class FloatBackward {
   }
 
   void bias_gradient(int64_t d, int64_t n, bool accumulate, R* db) const {
+    if (s_.norm) return;  // the loop has summed them
     const int64_t G = 4 * s_.H;
     const R* dgates = args_[d].dgates;
     constexpr int64_t kColumns = kBiasGradTaskColumns;
@@ -236,7 +268,19 @@ class FloatBackward {
       }
     });
   }
-  void finish_bias(int64_t, R*) const {}
+  void finish_bias(int64_t d, R* db) const {
+    if (s_.norm) norm_gradient(d, 1, db);
+  }
+  // Of the k-th weight of layer normalization, in the order of the contract.
+  void norm_gradient(int64_t d, int64_t k, R* dw) const {
+    const int64_t H = s_.H, offset[kNormWeights] = {4 * H, 0, 8 * H, 0, 12 * H, 13 * H};
+    const int64_t n = k < 4 ? 4 * H : H, members = plan_.partition.threads();
+    std::fill_n(dw, n, R(0));
+    for (int64_t m = 0; m < members; ++m) {
+      const R* sums = args_[d].norm_sums + m * kernel_.norm_sums(H) + offset[k];
+      for (int64_t j = 0; j < n; ++j) dw[j] += sums[j];
+    }
+  }
 
  private:
   // Returns true if w [4H, D * 4H] is direction d's part of an identity. fastlstm/transforms.py passes one to
@@ -261,9 +305,11 @@ class FloatBackward {
   const int64_t packed_hh_size_;
   std::vector<char> copy_is_packed_;  // per direction and copy
   bool identity_[2] = {false, false};
-  PerDirection packed_hh_offset_, hr_offset_, dgates_offset_, dr_offset_, hidden_offset_;
+  PerDirection packed_hh_offset_, hr_offset_, dgates_offset_, dr_offset_, hidden_offset_, dhh_offset_,
+      sums_offset_;
   int64_t scratch_offset_ = 0;
   at::Tensor w_ih_[2], w_hh_[2];
+  LayerNorm<T> norm_[2];
   BackwardArgs<T, S> args_[2];
 };
 

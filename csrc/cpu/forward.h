@@ -4,6 +4,7 @@
 
 #include "cpu/direct.h"
 #include "cpu/gemm.h"
+#include "cpu/hoist.h"
 #include "cpu/pack_forward.h"
 #include "cpu/sequence.h"
 
@@ -128,18 +129,23 @@ struct ForwardStep {
   template <class A = Activation<T>>
   FASTLSTM_INLINE void cell(int64_t r, int64_t u0, int n, const R* gate) const {
     constexpr int W = kWidth<T>;
-    const int64_t H = a.H;
-    const int64_t at = r * H + u0;
-    const bool full = n == W;
+    const Gates<Vec<T>> g = {load(gate), load(gate + W), load(gate + 2 * W), load(gate + 3 * W)};
+    const Vec<T> c = new_c(r, u0, n, g);
+    new_h(r, u0, n, g.o * A::tanh(c));
+  }
+
+  // The c that h is computed from, by the gates g of these units; stores the gates, and c after its zoneout.
+  FASTLSTM_INLINE Vec<T> new_c(int64_t r, int64_t u0, int n, const Gates<Vec<T>>& g) const {
+    const int64_t H = a.H, at = r * H + u0;
+    const bool full = n == kWidth<T>;
     auto get = [&](const R* p) { return full ? load(p) : load_part(p, n); };
     auto put = [&](auto* p, Vec<T> v) { full ? store(p, v) : store_part(p, v, n); };
-    const Gates<Vec<T>> g = {load(gate), load(gate + W), load(gate + 2 * W), load(gate + 3 * W)};
     const Vec<T> c_prev = a.rows.fresh_at(t, r) ? Vec<T>{} : get(c_in + at);
-    Vec<T> c_next = next_c(g, c_prev);
-    const Vec<T> h = g.o * A::tanh(c_next);
+    const Vec<T> c = next_c(g, c_prev);
+    Vec<T> state = c;
     if (a.masks.zoneout_c)
-      c_next = zoned<T>(a.masks.zoneout_c, load_mask<T>(a.masks.zoneout_c, t, a.rows.batch_row_at(r), u0, n),
-                        c_prev, c_next);
+      state = zoned<T>(a.masks.zoneout_c, load_mask<T>(a.masks.zoneout_c, t, a.rows.batch_row_at(r), u0, n),
+                       c_prev, c);
     if (gates) {
       T* saved = gates + r * 4 * H + 4 * u0;
       put(saved, g.i);
@@ -147,16 +153,18 @@ struct ForwardStep {
       put(saved + 2 * n, g.g);
       put(saved + 3 * n, g.o);
     }
-    put(a.c + at, c_next);
-    const int64_t row = a.rows.row_at(t, r);
-    if (a.cells) put(a.cells + row * a.cells_stride + u0, c_next);
-    if (a.hidden) {
-      put(a.hidden + at, h);
-    } else {
-      const Vec<T> y = zoned_h(h, r, u0, n);
-      put(a.y + row * a.y_stride + u0, y);
-      put(h_out + r * a.P + u0, entering_next(y, r, u0, n));
-    }
+    put(a.c + at, state);
+    if (a.cells) put(a.cells + a.rows.row_at(t, r) * a.cells_stride + u0, state);
+    return c;
+  }
+
+  // Stores h, before its projection, of these units.
+  FASTLSTM_INLINE void new_h(int64_t r, int64_t u0, int n, Vec<T> h) const {
+    auto put = [&](auto* p, Vec<T> v) { n == kWidth<T> ? store(p, v) : store_part(p, v, n); };
+    if (a.hidden) return put(a.hidden + r * a.H + u0, h);
+    const Vec<T> y = zoned_h(h, r, u0, n);
+    put(a.y + a.rows.row_at(t, r) * a.y_stride + u0, y);
+    put(h_out + r * a.P + u0, entering_next(y, r, u0, n));
   }
 
   // Features [begin, end) of h = hidden W_hr^T for rows [r0, r1), at most kRowBlockRows, to the state and to
@@ -270,58 +278,34 @@ struct ForwardStep {
 
 // x W_ih^T of a member's rows and units for some steps at once, in pre [unit blocks][hoist_rows][4][gap].
 template <class T, class S>
-struct AheadProduct {
+struct AheadProduct : HoistedSteps<Real<T>> {
   using R = Real<T>;
   const ForwardArgs<T, S>& a;
-  const Member& me;
   R* pre;
-  R* x;                                 // [hoist_rows, I]  the member's own rows, one after the other
-  R* block;                             // a unit block's weights, where they are packed for one use
-  R* split;                             // rows of x by split_rows
-  bool used = false;                    // or the steps have rows enough for a product each
-  int64_t t0 = 0, end_s = 0;            // it holds the steps of the order before end_s, from time t0 on
-  int64_t first_row[kHoistAllMaxRows];  // of each step, in order of time: where its rows begin in pre
+  R* x;      // [hoist_rows, I]  the member's own rows, one after the other
+  R* block;  // a unit block's weights, where they are packed for one use
+  R* split;  // rows of x by split_rows
 
-  int64_t rows_at(int64_t t) const {
-    return std::max<int64_t>(0, std::min(me.row_end, a.rows.count_at(t)) - me.row_begin);
-  }
-  int64_t time(int64_t s) const { return a.reverse ? a.rows.T - 1 - s : s; }
+  AheadProduct(const ForwardArgs<T, S>& a, const Member& me, R* pre, R* x, R* block, R* split)
+      : HoistedSteps<R>{a.rows, me, a.reverse, a.ih.mode == WeightMode::prepacked},
+        a(a),
+        pre(pre),
+        x(x),
+        block(block),
+        split(split) {}
 
   // The pre-activations of step s from its first row and unit on; makes those of the next steps where needed.
   R* at(int64_t s) {
-    if (s == end_s) make(s);
-    return used ? pre + first_row[time(s) - t0] * kGateBlock<T> : pre;
+    if (s == this->end_s)
+      if (const int64_t total = this->select(s)) make(total, this->gather(s, a.x, a.I, x));
+    return this->used ? pre + this->first_row_of(s) * kGateBlock<T> : pre;
   }
 
-  void make(int64_t s) {
-    end_s = s + 1;
-    used = hoists_input_projection(a.rows.T, a.ih.mode == WeightMode::prepacked, rows_at(time(s)));
-    if (!used) return;
-    const int64_t most = hoist_rows(a.rows.N);
-    int64_t total = rows_at(time(s));
-    for (; end_s < a.rows.T && end_s - s < most; ++end_s) {
-      const int64_t rows = rows_at(time(end_s));
-      if (total + rows > most) break;
-      total += rows;
-    }
-    const int64_t steps = end_s - s;
-    t0 = std::min(time(s), time(end_s - 1));
-    total = 0;
-    for (int64_t k = 0; k < steps; ++k) {
-      first_row[k] = total;
-      total += rows_at(t0 + k);
-    }
-    if (total == 0) return;
-    const R* from = a.x + (a.rows.offset_at(t0) + me.row_begin) * a.I;
-    if (me.row_end - me.row_begin < a.rows.B && steps > 1) {  // a tile of few rows makes half the products
-      for (int64_t k = 0; k < steps; ++k)
-        std::copy_n(a.x + (a.rows.offset_at(t0 + k) + me.row_begin) * a.I, rows_at(t0 + k) * a.I,
-                    x + first_row[k] * a.I);
-      from = x;
-    }
+  void make(int64_t total, const R* from) {
     R* out = pre;
     if (a.ih.mode == WeightMode::unpacked) from = factor_rows<T>(from, total, a.I, split);
-    for (int64_t u = me.unit_begin; u < me.unit_end; u += kWidth<T>, out += most * kGateBlock<T>) {
+    for (int64_t u = this->me.unit_begin; u < this->me.unit_end;
+         u += kWidth<T>, out += hoist_rows(a.rows.N) * kGateBlock<T>) {
       const int64_t gap = gate_gap<T>(a.H, u);
       if (a.ih.mode == WeightMode::unpacked)
         direct_product<T, 1>(total, {{from, a.ih.stored, a.I}}, a.H, u, gap, out, false);
@@ -340,7 +324,7 @@ void forward(const ForwardArgs<T, S>& a, const Member& me) {
   const ForwardScratch<T> parts(a.rows.N, a.I, a.H, a.P);
   R* scratch = a.scratch + me.index * parts.size;
   R* projected = scratch + parts.projected;
-  AheadProduct<T, S> product{a, me, scratch, scratch + parts.x, scratch + parts.block, scratch + parts.split};
+  AheadProduct<T, S> product(a, me, scratch, scratch + parts.x, scratch + parts.block, scratch + parts.split);
   for (int64_t s = 0; s < steps; ++s) {
     const int64_t t = product.time(s), offset = a.rows.offset_at(t);
     const int64_t next_t = s + 1 < steps ? product.time(s + 1) : -1;

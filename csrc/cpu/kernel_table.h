@@ -2,7 +2,8 @@
 // says which if not all.
 #pragma once
 
-#include "cpu/backward.h"
+#include "cpu/norm_backward.h"
+#include "cpu/norm_forward.h"
 
 #if !defined(FASTLSTM_TABLES)
 #define FASTLSTM_TABLES FASTLSTM_FOR_EACH_KERNELS
@@ -86,6 +87,12 @@ const Kernels<T, S>& table() {
                                           backward_scratch<T>,
                                           forward<T, S>,
                                           backward<T, S>,
+                                          norm_forward_scratch<T>,
+                                          norm_backward_scratch<T>,
+                                          norm_sums<T>,
+                                          norm_forward<T, S>,
+                                          norm_backward<T, S>,
+                                          normalize<T>,
                                           small_product<T>,
                                           small_product_scratch<R>,
                                           column_sums<R>,

@@ -47,7 +47,8 @@ LayerShape layer_shape(const LayerSizes& s, const Ragged& ragged, const Optional
           s.D,
           h0 && ragged.plain(),
           Frozen::no,
-          masked};
+          masked,
+          s.norm};
 }
 
 template <class T>
@@ -183,6 +184,13 @@ void scatter_state(const In* in, int64_t ld, int64_t d, const Rows& rows, int64_
   for (int64_t r = 0; r < rows.B; ++r) copy_numbers(in + r * ld, n, out + rows.batch_row_at(r) * n);
 }
 
+// out[k] += t[k]
+template <class T>
+void add_numbers(const at::Tensor& t, Real<T>* out) {
+  const at::Tensor numbers = t.contiguous();
+  const Stored<T>* from = numbers.const_data_ptr<Stored<T>>();
+  for (int64_t k = 0; k < numbers.numel(); ++k) out[k] += Real<T>(from[k]);
+}
 // bias_ih + bias_hh [4H], zeros without.
 template <class T>
 void sum_biases(const at::Tensor& bias_ih, const at::Tensor& bias_hh, int64_t H, Real<T>* out) {
@@ -190,11 +198,25 @@ void sum_biases(const at::Tensor& bias_ih, const at::Tensor& bias_hh, int64_t H,
     std::fill_n(out, 4 * H, Real<T>(0));
     return;
   }
-  const at::Tensor ih = bias_ih.contiguous(), hh = bias_hh.contiguous();
+  const at::Tensor ih = bias_ih.contiguous();
   copy_numbers(data_of<T>(ih), 4 * H, out);
-  const Stored<T>* second = hh.const_data_ptr<Stored<T>>();
-  for (int64_t k = 0; k < 4 * H; ++k) out[k] += Real<T>(second[k]);
+  add_numbers<T>(bias_hh, out);
 }
+
+// A direction's weights of layer normalization as numbers.
+template <class T>
+class LayerNorm {
+ public:
+  LayerNorm() = default;
+  explicit LayerNorm(const DirectionWeights& w) {
+    for (int64_t k = 0; k < kNormWeights; ++k) values_[k] = to_real<T>(w.norm[k].contiguous());
+  }
+  NormWeights<Real<T>> weights() const { return {data(0), data(2), data(4), data(5)}; }
+
+ private:
+  const Real<T>* data(int64_t k) const { return values_[k].template const_data_ptr<Real<T>>(); }
+  std::array<at::Tensor, kNormWeights> values_;
+};
 
 inline OptionalTensor contiguous(const OptionalTensor& t) { return t ? OptionalTensor(t->contiguous()) : t; }
 

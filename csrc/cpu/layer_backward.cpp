@@ -43,11 +43,11 @@ LayerGradients backward_with(const ResultGradients& grads, const LayerInputs& in
 
   const LayerMasks<T> masks(in);
   const bool needs_y = lacks_output(saved.y);
-  const at::Tensor y =
-      E::operands(!needs_y      ? saved.y.contiguous()
-                  : in.masked() ? zoned_output_again<T>(s, ragged, in, masks, saved, E::saved_block())
-                                : output_again<Stored<T>, R>(s, ragged, weights, saved.cells, saved.reserve,
-                                                             E::saved_block()));
+  const at::Tensor y = E::operands(
+      !needs_y ? saved.y.contiguous()
+      : in.masked() || s.norm
+          ? zoned_output_again<T>(s, ragged, in, masks, saved, E::saved_block())
+          : output_again<Stored<T>, R>(s, ragged, weights, saved.cells, saved.reserve, E::saved_block()));
   const OptionalTensor dy = contiguous(grads.dy), dcells = contiguous(grads.dcells),
                        dh_n = contiguous(grads.dh_n), dc_n = contiguous(grads.dc_n), c0 = contiguous(in.c0),
                        h0 = in.h0 ? OptionalTensor(E::operands(in.h0->contiguous())) : std::nullopt;
@@ -70,11 +70,11 @@ LayerGradients backward_with(const ResultGradients& grads, const LayerInputs& in
     gather_state<T>(dh_n, d, rows[d], P, dh, ld);
     gather_state<T>(dc_n, d, rows[d], H, dc, H);
     gather_state<T>(c0, d, rows[d], H, first_c, H);
-    engine.prepare(
-        space, d, DirectionWeights(s, weights, d),
-        {rows[d], d == 1, data_of<T>(saved.reserve) + d * s.rows() * 4 * H, data_of<T>(saved.cells) + d * H,
-         first_c, dy ? data_of<T>(*dy) + d * P : nullptr, dcells ? data_of<T>(*dcells) + d * H : nullptr,
-         D * H, D * P, D * H, dh, dc, masks.of(d), space.at<R>(kept_offset[d])});
+    engine.prepare(space, d, DirectionWeights(s, weights, d),
+                   {rows[d], d == 1, data_of<T>(saved.reserve) + d * s.rows() * s.reserved(),
+                    data_of<T>(saved.cells) + d * H, first_c, dy ? data_of<T>(*dy) + d * P : nullptr,
+                    dcells ? data_of<T>(*dcells) + d * H : nullptr, D * H, D * P, D * H, dh, dc, masks.of(d),
+                    space.at<R>(kept_offset[d])});
   }
 
   std::vector<at::Tensor> dweights;
@@ -116,14 +116,14 @@ LayerGradients backward_with(const ResultGradients& grads, const LayerInputs& in
     for (int64_t d = 0; d < D; ++d) {
       const Span span(s, ragged, d, first, end - first);
       const int64_t n = span.rows();
-      const MatrixView<Operand> dgates = engine.dgates(d);
+      const MatrixView<Operand> dgates = engine.dgates(d), dhh = engine.dhh(d);
       if (need_dx && n > 0) engine.input_gradient(d, n, dx_of(span));
       if (dw_ih[d]) dw_ih[d]->add(n, dgates, {data_of<Operand>(x) + span.begin * s.I, s.I}, add);
       if (dw_hh[d] && y_enters)
-        recurrent_gradient<Operand>(span, dgates, data_of<Operand>(y), h0 ? data_of<Operand>(*h0) : nullptr,
-                                    s, d, add, *dw_hh[d]);
+        recurrent_gradient<Operand>(span, dhh, data_of<Operand>(y), h0 ? data_of<Operand>(*h0) : nullptr, s,
+                                    d, add, *dw_hh[d]);
       else if (dw_hh[d])
-        dw_hh[d]->add(n, dgates, {data_of<Operand>(states[d]) + span.begin * P, P}, add);
+        dw_hh[d]->add(n, dhh, {data_of<Operand>(states[d]) + span.begin * P, P}, add);
       if (db[d].defined()) engine.bias_gradient(d, n, add, db[d].template mutable_data_ptr<R>());
       if (dw_hr[d]) dw_hr[d]->add(n, {engine.dr(d), P}, {engine.hidden(d), H}, add);
     }
@@ -137,6 +137,13 @@ LayerGradients backward_with(const ResultGradients& grads, const LayerInputs& in
       if (need(d, k) && !out.is_same(db[d]))
         copy_numbers(db[d].template const_data_ptr<R>(), 4 * H, writable<T>(out));
     }
+    for (int64_t k = 0; s.norm && k < kNormWeights; ++k)
+      if (need(d, s.first_norm() + k)) {
+        const at::Tensor& out = dweights[d * s.per_direction + s.first_norm() + k];
+        std::vector<R> sums(out.numel());
+        engine.norm_gradient(d, k, sums.data());
+        copy_numbers(sums.data(), out.numel(), writable<T>(out));
+      }
   }
 
   at::Tensor dx = dx_rows;

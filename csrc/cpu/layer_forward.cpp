@@ -25,8 +25,8 @@ LayerResults forward_with(const LayerInputs& in, const LayerSizes& s, const Ragg
   const at::Tensor reserve = keep_reserve ? empty(s.reserve()) : packed ? at::Tensor() : empty({0});
   if (s.rows() == 0) return {y, h_n, c_n, cells, reserve};
   // A padded batch fills its first N rows only; the rest must not differ from run to run.
-  for (int64_t d = 0; keep_reserve && N < s.rows() && d < D; ++d)
-    std::fill_n(writable<T>(reserve) + (d * s.rows() + N) * 4 * H, (s.rows() - N) * 4 * H, T(0));
+  for (int64_t k = 0; keep_reserve && N < s.rows() && k < D * s.reserved() / (4 * H); ++k)
+    std::fill_n(writable<T>(reserve) + (k * s.rows() + N) * 4 * H, (s.rows() - N) * 4 * H, T(0));
 
   const LayerMasks<T> all_masks(in);
   std::vector<Rows> rows;
@@ -51,6 +51,7 @@ LayerResults forward_with(const LayerInputs& in, const LayerSizes& s, const Ragg
     R *bias = packed ? packed->bias_sum<R>(d) : space.at<R>(bias_offset[d]), *c = space.at<R>(c_offset[d]);
     State* h = space.at<State>(h_offset[d]);
     if (!packed) sum_biases<T>(w.bias_ih, w.bias_hh, H, bias);
+    for (int64_t k = 1; s.norm && k < 4; k += 2) add_numbers<T>(w.norm[k], bias);
     if (slot > B * P) std::fill_n(h, slot, State(0));  // padding
     gather_state<T>(h0, d, rows[d], P, h, ld);
     const RowMasks<R> masks = all_masks.of(d);
@@ -69,10 +70,11 @@ LayerResults forward_with(const LayerInputs& in, const LayerSizes& s, const Ragg
     }
     std::copy_n(h, slot, h + slot);  // a reverse row may begin at an odd step
     gather_state<T>(c0, d, rows[d], H, c, H);
-    engine.prepare(space, d, w,
-                   {rows[d], d == 1, keep_reserve ? writable<T>(reserve) + d * s.rows() * 4 * H : nullptr,
-                    bias, h, c, writable<T>(y) + d * P, keep_cells ? writable<T>(cells) + d * H : nullptr,
-                    D * P, D * H, masks, first_h});
+    engine.prepare(
+        space, d, w,
+        {rows[d], d == 1, keep_reserve ? writable<T>(reserve) + d * s.rows() * s.reserved() : nullptr, bias,
+         h, c, writable<T>(y) + d * P, keep_cells ? writable<T>(cells) + d * H : nullptr, D * P, D * H, masks,
+         first_h});
   }
   run_partition(plan.partition, rows, H, P, E::unit_block(),
                 [&](int64_t d, const Member& me) { engine.run(d, me); });

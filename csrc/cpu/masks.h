@@ -61,8 +61,8 @@ void zone(const RowMask<R>& mask, int64_t t, int64_t b, int64_t n, const R* befo
   }
 }
 
-// output_again (cpu/chunks.h) of a layer with zoneout: h = o * tanh(c), c before its zoneout, and its
-// projection; then the zoneout of h, step by step.
+// output_again (cpu/chunks.h) of a layer with zoneout or layer normalization: h = o * tanh(c), c before its
+// zoneout and normalized, and its projection; then the zoneout of h, step by step.
 template <class T>
 at::Tensor zoned_output_again(const LayerSizes& s, const Ragged& ragged, const LayerInputs& in,
                               const LayerMasks<T>& all_masks, const SavedResults& saved, int64_t block) {
@@ -88,7 +88,9 @@ at::Tensor zoned_output_again(const LayerSizes& s, const Ragged& ragged, const L
     };
     at::Tensor h = new_empty({std::max<int64_t>(1, ragged.N()), H}, real_like<T>(in.x));  // packed rows
     R* hidden = h.mutable_data_ptr<R>();
-    const T* reserve = data_of<T>(saved.reserve) + d * s.rows() * 4 * H;
+    const T* reserve = data_of<T>(saved.reserve) + d * s.rows() * s.reserved();
+    const LayerNorm<T> layer_norm =
+        s.norm ? LayerNorm<T>(DirectionWeights(s, in.weights, d)) : LayerNorm<T>();
     ragged.for_each_row([&](int64_t packed_row, int64_t row, int64_t t, int64_t r) {
       std::vector<R> gates(4 * H), c(H);
       copy_numbers(reserve + packed_row * 4 * H, 4 * H, gates.data());
@@ -100,6 +102,10 @@ at::Tensor zoned_output_again(const LayerSizes& s, const Ragged& ragged, const L
         const R* i = gates.data() + 4 * u;
         for (int64_t k = 0; masks.zoneout_c && k < n; ++k)
           c[u + k] = i[n + k] * c[u + k] + i[k] * i[2 * n + k];
+      }
+      if (s.norm) {
+        const NormWeights<R> norm = layer_norm.weights();
+        kernels<R>().normalize(c.data(), H, norm.gain_c, norm.bias_c);
       }
       kernels<R>().tanh(c.data(), to, H);
       for (int64_t u = 0; u < H; u += block)

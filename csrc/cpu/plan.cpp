@@ -40,17 +40,19 @@ bool reads_hh_unpacked(const LayerShape& s) {
 }
 
 // Packing takes what the products of a few rows save by it. Packing whole weights pays where they are read
-// again and again.
+// again and again. With layer normalization a row needs the products of all units before its cell, so that no
+// weight is packed block by block for one use.
 WeightMode w_ih_mode(const LayerShape& s) {
   return s.frozen != Frozen::no                    ? WeightMode::prepacked
          : s.N <= kUnpackedMaxRows                 ? WeightMode::unpacked
+         : s.norm                                  ? WeightMode::prepacked
          : used_once(s) || s.N <= kHoistAllMaxRows ? WeightMode::pack_on_use
                                                    : WeightMode::prepacked;
 }
 WeightMode w_hh_mode(const LayerShape& s) {
   return s.frozen != Frozen::no                            ? WeightMode::prepacked
          : s.N <= kUnpackedMaxRows || reads_hh_unpacked(s) ? WeightMode::unpacked
-         : used_once(s)                                    ? WeightMode::pack_on_use
+         : used_once(s) && !s.norm                         ? WeightMode::pack_on_use
                                                            : WeightMode::prepacked;
 }
 
@@ -99,7 +101,7 @@ int64_t chunk_steps_bf16(const LayerShape& s) {
 bool uses_bf16_products(const LayerShape& s, const Machine& machine) {
   if (s.frozen != Frozen::no) return frozen_engine(s, machine) == EngineKind::bf16_products;
   return s.dtype == Dtype::bfloat16 && machine.bf16_kernels && s.given_rows > kUnpackedMaxRows && !s.proj() &&
-         s.H > 0 && s.I > 0 && !s.masked;
+         s.H > 0 && s.I > 0 && !s.masked && !s.norm;
 }
 
 EngineKind frozen_engine(const LayerShape& s, const Machine& machine) {

@@ -52,6 +52,7 @@ struct LayerShape {
       false;  // neither lengths nor resets, and an initial state: dW_hh is the sum of two products
   Frozen frozen = Frozen::no;
   bool masked = false;  // by recurrent dropout or zoneout
+  bool norm = false;    // layer normalization
 
   bool proj() const { return P != H; }
   int64_t real_bytes() const { return dtype == Dtype::float64 ? 8 : 4; }  // of sums and states

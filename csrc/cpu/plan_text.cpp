@@ -55,6 +55,12 @@ std::string us(double time) {
   return text;
 }
 
+void add_norm(const LayerShape& s, std::vector<std::string>& parts) {
+  if (s.norm)
+    parts.push_back(
+        "layer normalization in the time loop, units undivided because a row's statistics need all of them");
+}
+
 std::string because(const ThreadPartition& p) { return ", because " + reason(p); }
 
 }  // namespace
@@ -100,6 +106,7 @@ std::string describe(const ForwardPlan& plan, const LayerShape& s) {
   if (plan.hoisted_steps > 0)
     parts.push_back("input projection hoisted " + counted(plan.hoisted_steps, "step"));
   if (plan.alternate_block_order) parts.push_back("alternating block order");
+  add_norm(s, parts);
   return joined(parts) + because(plan.partition);
 }
 
@@ -108,6 +115,7 @@ std::string describe(const BackwardPlan& plan, const LayerShape& s) {
   add_engine(plan.engine, parts);
   parts.push_back(plan.pack_hh ? "W_hh packed" : "W_hh unpacked");
   if (plan.alternate_block_order) parts.push_back("alternating block order");
+  add_norm(s, parts);
   parts.push_back(plan.chunk_steps >= s.T ? "all steps in one chunk"
                                           : "chunks of " + counted(plan.chunk_steps, "step"));
   parts.push_back(plan.dx == Gemm::blas ? "dx by BLAS" : "dx by microkernels");

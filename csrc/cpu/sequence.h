@@ -81,11 +81,20 @@ struct RowMasks {
   explicit operator bool() const { return recurrent || zoneout_h || zoneout_c; }
 };
 
+// Layer normalization of a direction (cpu/norm.h); null without. The biases of W_ih x and W_hh h are added
+// with those of the gates: ForwardArgs::bias.
+template <class R>
+struct NormWeights {
+  const R* gain_ih = nullptr;                    // [4H]
+  const R* gain_hh = nullptr;                    // [4H]
+  const R *gain_c = nullptr, *bias_c = nullptr;  // [H]
+};
+
 // A weight of forward, [4H, K] but for weight_hr, and how its kernel reads it. S is the type of panels.
 template <class T, class S = Real<T>>
 struct GateWeight {
   const T* stored = nullptr;  // as torch.nn.LSTM stores it
-  S* packed = nullptr;        // by pack_forward, if prepacked
+  S* packed = nullptr;        // by pack_forward, with layer normalization by pack_columns, if prepacked
   WeightMode mode = WeightMode::prepacked;
 };
 
@@ -111,6 +120,9 @@ struct ForwardArgs {
   Real<T>* scratch;  // per member, forward_scratch(N, I, H, P) elements
   RowMasks<Real<T>> masks = {};
   const Real<T>* h0 = nullptr;  // [B, P]  h that enters the first step, sorted; with a zoneout of h only
+  NormWeights<Real<T>> norm = {};
+  T *saved_ih = nullptr,
+    *saved_hh = nullptr;  // [N, 4H]  out: W_ih x and W_hh h before normalization, or null
 };
 
 template <class T, class S = Real<T>>
@@ -129,7 +141,8 @@ struct BackwardArgs {
   const T* w_hh;     // [4H, P]
   S* packed;         // pack_columns of w_hh, or null: run from w_hh itself
   const S* w_hr;     // pack_columns of weight_hr [P, H], or null without projection
-  Real<T>* dgates;   // [., 4H]  out for these steps, gradients of the pre-activations
+  Real<T>* dgates;   // [., 4H]  out for these steps, gradients of the pre-activations; with layer
+                     // normalization of W_ih x
   Real<T>* dr;       // [., P]   likewise with projection, gradients of h in full
   Real<T>* hidden;   // [., H]   likewise, h before the projection, or null
   Real<T>* dh;       // [B, padded P]  in: of h_n, out: of h0; sorted rows
@@ -137,6 +150,13 @@ struct BackwardArgs {
   Real<T>* scratch;  // per member, backward_scratch(H, P) elements
   RowMasks<Real<T>> masks = {};
   Real<T>* kept_h = nullptr;  // [B, padded P]  what a zoneout of h adds to the gradient of the state before
+  NormWeights<Real<T>> norm = {};
+  const T *saved_ih = nullptr, *saved_hh = nullptr;  // [N, 4H]  as forward saved them
+  Real<T>* dhh = nullptr;                            // [., 4H]  out, gradients of W_hh h, as dgates
+  // Per member, norm_sums(H) elements: sums over its rows, that this call adds to. First those of the
+  // gradients of the biases of W_ih x and W_hh h, one for both, [4H], of the gains of W_ih x and of W_hh h
+  // [4H], of gain and bias of c [H].
+  Real<T>* norm_sums = nullptr;
 };
 
 // A barrier for threads that all run: spins briefly, since a step lasts microseconds, then yields.
@@ -211,6 +231,14 @@ struct Kernels {
   int64_t (*backward_scratch)(int64_t H, int64_t P);
   void (*forward)(const ForwardArgs<T, S>&, const Member&);
   void (*backward)(const BackwardArgs<T, S>&, const Member&);
+  // The same with layer normalization, of members that own whole rows.
+  int64_t (*norm_forward_scratch)(int64_t N, int64_t I, int64_t H, int64_t P);
+  int64_t (*norm_backward_scratch)(int64_t H, int64_t P);
+  int64_t (*norm_sums)(int64_t H);
+  void (*norm_forward)(const ForwardArgs<T, S>&, const Member&);
+  void (*norm_backward)(const BackwardArgs<T, S>&, const Member&);
+  // A row v [n] normalized, in place.
+  void (*normalize)(Real<T>* v, int64_t n, const Real<T>* gain, const Real<T>* bias);
   // On this thread, for products too small to be worth a BLAS call. scratch holds small_product_scratch(k)
   // elements.
   void (*small_product)(const Product<Real<T>, T>&);

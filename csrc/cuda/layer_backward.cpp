@@ -295,6 +295,7 @@ LayerGradients layer_backward(const OptionalTensor& dy, const OptionalTensor& dh
   const DeviceGuard device(x);
   const LayerInputs in{x, h0, c0, weights, lengths, reset_mask, recurrent_mask, zoneout_h, zoneout_c};
   const Layer l(in);
+  TORCH_CHECK(!l.norm, "layer_norm is not implemented in CUDA");
   const int64_t T = l.T, B = l.B, H = l.H, P = l.P;
   l.check_backward(x, {dy, dh_n, dc_n, dcells}, {y, cells, reserve}, needs);
   const auto dense = [](const at::Tensor& t) { return t.defined() ? t.contiguous() : t; };

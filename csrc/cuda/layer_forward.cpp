@@ -143,6 +143,7 @@ LayerResults layer_forward(const at::Tensor& x, const OptionalTensor& h0, const 
   const DeviceGuard device(x);
   const LayerInputs in{x, h0, c0, weights, lengths, reset_mask, recurrent_mask, zoneout_h, zoneout_c};
   const Layer l(in);
+  TORCH_CHECK(!l.norm, "layer_norm is not implemented in CUDA");
   const at::Tensor y = at::empty({l.T, l.B, l.D * l.P}, l.options);
   const at::Tensor h_n = at::empty({l.D, l.B, l.P}, l.options), c_n = at::empty({l.D, l.B, l.H}, l.options);
   at::Tensor cells, reserve;

@@ -142,7 +142,7 @@ def cpu_plan(
     return extension.cpu_plan(
         dtype, T, B, call.I, H, P, D,
         lengths=None if lengths is None else list(lengths), packed=packed, resets=call.reset_mask, h0=h0,
-        frozen=frozen, **found,
+        frozen=frozen, norm=call.shape.norm, **found,
     )  # fmt: skip
 
 
@@ -165,6 +165,6 @@ def supports(call: LayerCall) -> str | None:
         return f"fastlstm._C was built for {', '.join(devices)} tensors, got {call.device.type}"
     if call.dtype not in DTYPES:
         return f"dtype must be one of {', '.join(map(str, DTYPES))}, got {call.dtype}"
-    if call.shape.norm:
+    if call.shape.norm and call.device.type != "cpu":
         return f"layer_norm is not implemented in C++ for {call.device.type}"
     return None

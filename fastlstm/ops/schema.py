@@ -41,7 +41,7 @@ and returns::
 
 The native op takes packed rows of CPU tensors as well: x [N, I], the data of a PackedSequence, with lengths that do not
 rise from row to row and have the sum N, and no mask. y and cells are then [N, features], the reserve is
-[D, N, 4H].
+[D, N, 4H], with layer normalization [D, N, 12H].
 
 Layer normalization is that of Ba et al. 2016, "Layer Normalization", as in haste's LayerNormLSTM: the pre-activations
 are LN(W_ih x) + LN(W_hh h) + the biases, and h_t = o * tanh(LN(c_t)). LN(v) = (v - mean) / sqrt(variance + 1e-5) * gain
