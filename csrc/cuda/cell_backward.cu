@@ -15,6 +15,15 @@ struct Backward {
 };
 
 template <class T>
+struct NormBackward {
+  template <int V>
+  static __device__ __forceinline__ void run(const BackwardStep<T>& s, int d, int64_t b,
+                                             const RowThread& thread) {
+    norm_backward_row<T, V>(s, d, b, thread);
+  }
+};
+
+template <class T>
 struct ProjectedBackward {
   template <int V>
   static __device__ __forceinline__ void run(const ProjectedGradient<T>& s, int d, int64_t b, int64_t k) {
@@ -56,6 +65,12 @@ cudaError_t launch_cell_step_bwd(const BackwardStep<T>& s, cudaStream_t stream) 
       (!s.dcells || (can_vectorize<V>(s.dcells_t, s.dcells) && s.dcells_b % V == 0)) &&
       can_vectorize<V, T>(s.zoneout) && (s.dhidden || can_vectorize_gradient<V>(s.gradient));
   const Extent extent = {s.H, s.steps.B, s.D};
+  if (s.norm[0].gain_x) {
+    return vectorized && can_vectorize<V>(s.H, s.dgates_x, s.norm_terms) &&
+                   can_vectorize<V>(s.H, s.norm[0]) && can_vectorize<V>(s.H, s.norm[1])
+               ? launch_rows<NormBackward<T>, V>(s, extent, stream)
+               : launch_rows<NormBackward<T>, 1>(s, extent, stream);
+  }
   return vectorized ? launch<Backward<T>, V>(s, extent, stream) : launch<Backward<T>, 1>(s, extent, stream);
 }
 

@@ -42,6 +42,14 @@ struct Mask {
   int64_t strides[3];  // of D, T and B
 };
 
+// Gains and biases of a direction's layer normalization; null without.
+template <class T>
+struct NormWeights {
+  const T *gain_x, *bias_x;  // [4H]  of W_ih x
+  const T *gain_h, *bias_h;  // [4H]  of W_hh h
+  const T *gain_c, *bias_c;  // [H]   of c
+};
+
 // Outputs of h_t, and the h that a row carries past steps it lacks.
 template <class T>
 struct HiddenState {
@@ -66,17 +74,19 @@ struct ForwardStep {
   int64_t t[2];           // the step each direction takes
   const Acc<T>* gates_x;  // [D, slots, B, 4H]  x W_ih^T for some steps; slot[d] is that of t[d]
   int64_t slots, slot[2];
-  const Acc<T>* gates_h;  // [D, B, 4H]     h W_hh^T, or null: h is zero
-  const T* bias_ih[2];    // [4H]           or null, as bias_hh
-  const T* bias_hh[2];    // [4H]
-  const T* c0;            // [D, B, H]      read at the first step; null: zeros
-  Acc<T>* c;              // [D, B, H]      state, updated in place
-  T* c_n;                 // [D, B, H]      out at the last step, null before
-  T* cells;               // [T, B, D*H]    out, or null
-  T* gates;               // [D, T, B, 4H]  out, activated; null if no gradient is needed
-  T* hidden;              // [D, B, H]      out with projection: o * tanh(c), to be projected; else null
-  HiddenState<T> state;   // read and written here without projection only
-  Mask zoneout;           // n = H          the share of c_prev in c_t
+  Acc<T>* gates_h;       // [D, B, 4H]     h W_hh^T, or null: h is zero; overwritten with layer normalization
+  const T* bias_ih[2];   // [4H]           or null, as bias_hh
+  const T* bias_hh[2];   // [4H]
+  const T* c0;           // [D, B, H]      read at the first step; null: zeros
+  Acc<T>* c;             // [D, B, H]      state, updated in place
+  T* c_n;                // [D, B, H]      out at the last step, null before
+  T* cells;              // [T, B, D*H]    out, or null
+  T* gates;              // [D, T, B, 4H]  out, activated; null if no gradient is needed. With layer
+                         // normalization [D, T, B, 12H]: then x W_ih^T and h W_hh^T before it
+  T* hidden;             // [D, B, H]      out with projection: o * tanh(c), to be projected; else null
+  HiddenState<T> state;  // read and written here without projection only
+  Mask zoneout;          // n = H          the share of c_prev in c_t
+  NormWeights<T> norm[2];
 };
 template <class T>
 cudaError_t launch_cell_step_fwd(const ForwardStep<T>& step, cudaStream_t stream);
@@ -118,17 +128,23 @@ struct BackwardStep {
   int64_t t[2];
   HiddenGradient<T> gradient;  // read without projection only
   const Acc<T>* dhidden;       // [D, B, H]      with projection: the gradient of o * tanh(c); else null
-  const T* gates;              // [D, T, B, 4H]  activated
+  const T* gates;              // [D, T, B, 4H]  activated; as in ForwardStep
   const T* cells;              // [T, B, D*H]    c of every step
   const T* c0;                 // [D, B, H]      null: zeros
   const T* dcells;             // [T, B, D*H]    or null; the last stride is 1
   int64_t dcells_t, dcells_b;  // dcells' strides of T and B
   const T* dc_n;               // [D, B, H]      read at the first step; null: zeros
   Acc<T>* dc;                  // [D, B, H]      gradient of c_prev, updated in place
-  T* dgates;                   // [D, slots, B, 4H]  out at slot[d]: gradients of the pre-activations
-  T* hidden;                   // [D, slots, B, H]   out with projection: o * tanh(c); or null
+  T* dgates;  // [D, slots, B, 4H]  out at slot[d]: gradients of the pre-activations, with layer
+              // normalization those of h W_hh^T
+  T* hidden;  // [D, slots, B, H]   out with projection: o * tanh(c); or null
   int64_t slots, slot[2];
   Mask zoneout;  // as in ForwardStep; c before it follows from the gates and c_prev
+  // With layer normalization:
+  NormWeights<T> norm[2];
+  T* dgates_x;         // [D, slots, B, 4H]   out: gradients of x W_ih^T
+  Acc<T>* norm_terms;  // [D, slots, B, 14H]  out: terms of the gradients of biases, gain_x, gain_h, bias_c,
+                       // gain_c
 };
 template <class T>
 cudaError_t launch_cell_step_bwd(const BackwardStep<T>& step, cudaStream_t stream);

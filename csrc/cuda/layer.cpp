@@ -34,6 +34,8 @@ Layer::Layer(const LayerInputs& inputs) : LayerSizes(inputs) {
     DirectionWeights& w = weights.emplace_back(*this, inputs.weights, d);
     w.ih = gemm_operand(w.ih), w.hh = gemm_operand(w.hh);
     if (bias) w.bias_ih = w.bias_ih.contiguous(), w.bias_hh = w.bias_hh.contiguous();
+    for (at::Tensor& vector : w.norm)
+      if (norm) vector = vector.contiguous();
     if (proj()) w.hr = gemm_operand(w.hr);
   }
   h0 = contiguous_or_undefined(inputs.h0), c0 = contiguous_or_undefined(inputs.c0);

@@ -13,7 +13,7 @@ struct Layer : LayerSizes {
 
   at::ScalarType dtype, sum_dtype;  // of the tensors; of sums and carried state (Acc in cell_kernels.h)
   at::TensorOptions options, sum_options;
-  std::vector<DirectionWeights> weights;  // [D]; biases contiguous, matrices as operands of cuBLAS
+  std::vector<DirectionWeights> weights;  // [D]; vectors contiguous, matrices as operands of cuBLAS
   at::Tensor h0, c0;                      // contiguous, or undefined for zeros
   at::Tensor lengths, reset_mask;         // contiguous, or undefined
   // [D, T, B, n], or undefined; the last stride is 1, and what repeats over D, T or B is stored once.
@@ -50,6 +50,12 @@ const T* in(const at::Tensor& t) {
 template <class T>
 T* out(const at::Tensor& t) {
   return t.defined() ? static_cast<T*>(t.mutable_data_ptr()) : nullptr;
+}
+
+template <class T>
+NormWeights<T> norm_weights(const DirectionWeights& w) {
+  const auto& n = w.norm;
+  return {in<T>(n[0]), in<T>(n[1]), in<T>(n[2]), in<T>(n[3]), in<T>(n[4]), in<T>(n[5])};
 }
 
 // One of Layer's masks, or an undefined tensor, for the kernels.

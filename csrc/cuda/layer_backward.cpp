@@ -5,11 +5,13 @@
 #include <ATen/ops/cat.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
+#include <ATen/ops/layer_norm.h>
 #include <ATen/ops/sum.h>
 #include <ATen/ops/zeros.h>
 
 #include <algorithm>
 
+#include "cell.h"
 #include "cuda/device.h"
 #include "cuda/layer_persistent.h"
 #include "cuda/products.h"
@@ -50,7 +52,9 @@ class GradientSum {
 };
 
 struct DirectionSums {
-  GradientSum ih, hh, bias, hr;  // those needed
+  // Those needed. vectors: of a bias [4H]; with layer normalization [14H], the sums of
+  // BackwardStep::norm_terms
+  GradientSum ih, hh, vectors, hr;
 };
 
 struct BackwardInputs {
@@ -62,6 +66,8 @@ struct BackwardInputs {
 struct Chunk {
   int64_t d, begin, count;
   at::Tensor dgates;      // [count * B, 4H]
+  at::Tensor dgates_x;    // [count * B, 4H]   of x W_ih^T: dgates without layer normalization
+  at::Tensor norm_terms;  // [count * B, 14H]  with layer normalization
   at::Tensor dprojected;  // [count * B, P]  with projection: the gradient of h
   at::Tensor hidden;      // [count * B, H]  with projection, if dW_hr is needed: o * tanh(c)
 };
@@ -113,11 +119,11 @@ void add_chunk(const Layer& l, const Gemm& gemm, const BackwardInputs& inputs, c
   const int64_t rows = chunk.count * l.B;
   if (dx.defined()) {
     at::Tensor part = dx.narrow(0, chunk.begin, chunk.count).view({rows, l.I});
-    gemm(part, chunk.dgates, l.weights[chunk.d].ih, add_dx);
+    gemm(part, chunk.dgates_x, l.weights[chunk.d].ih, add_dx);
   }
   const at::Tensor dgates_t = chunk.dgates.t();
   if (sums.ih.needed()) {
-    sums.ih.add(gemm, dgates_t,
+    sums.ih.add(gemm, chunk.dgates_x.t(),
                 l.lengths.defined() ? ragged_rows<T>(l, chunk, inputs.x, false, {}, {}, stream)
                                     : inputs.x.narrow(0, chunk.begin, chunk.count).reshape({rows, l.I}));
   }
@@ -130,7 +136,8 @@ void add_chunk(const Layer& l, const Gemm& gemm, const BackwardInputs& inputs, c
       add_recurrent(l, gemm, chunk, y, h0, sums.hh);
     }
   }
-  if (sums.bias.needed()) sums.bias.add(column_sums(chunk.dgates, l.sum_dtype));
+  if (sums.vectors.needed())
+    sums.vectors.add(column_sums(l.norm ? chunk.norm_terms : chunk.dgates, l.sum_dtype));
   if (sums.hr.needed()) sums.hr.add(gemm, chunk.dprojected.t(), chunk.hidden);
 }
 
@@ -154,6 +161,8 @@ std::pair<at::Tensor, at::Tensor> Pass<T>::run(const at::Tensor& dx, std::vector
   const int D = static_cast<int>(l.D);
   PersistentPass<T> persistent(l, Phase::backward, gemm.tf32(), stream);
   const at::Tensor dgates = at::empty({D, slots, B, 4 * H}, l.options);
+  const at::Tensor dgates_x = l.norm ? at::empty_like(dgates) : dgates;
+  const at::Tensor norm_terms = l.norm ? at::empty({D, slots, B, 14 * H}, l.sum_options) : at::Tensor();
   const at::Tensor dc = at::empty({D, B, H}, l.sum_options);
   at::Tensor dh, dh_all, dhidden, dhidden_all, dprojected, hidden, carry, w_hh, w_hr;
   if (l.T > 1 || need_dh0) {
@@ -189,6 +198,8 @@ std::pair<at::Tensor, at::Tensor> Pass<T>::run(const at::Tensor& dx, std::vector
   step.dc_n = in<T>(inputs.dc_n), step.dc = out<Acc<T>>(dc);
   step.dgates = out<T>(dgates), step.hidden = out<T>(hidden), step.slots = slots;
   step.zoneout = mask_view(l.zoneout_c);
+  for (int d = 0; d < D; ++d) step.norm[d] = norm_weights<T>(l.weights[d]);
+  step.dgates_x = out<T>(dgates_x), step.norm_terms = out<Acc<T>>(norm_terms);
   ProjectedGradient<T> project = {l.steps, D, true, {}, gradient, out<T>(dprojected), slots, {}};
 
   // The second direction adds to the first's dx. With chunks they reach its rows at different times, so both
@@ -223,7 +234,14 @@ std::pair<at::Tensor, at::Tensor> Pass<T>::run(const at::Tensor& dx, std::vector
       return all.defined() ? all.select(0, d).narrow(0, 0, count).flatten(0, 1) : at::Tensor();
     };
     for (int64_t d = 0; d < D; ++d) {
-      const Chunk chunk = {d, begin[d], count, rows(dgates, d), rows(dprojected, d), rows(hidden, d)};
+      const Chunk chunk = {d,
+                           begin[d],
+                           count,
+                           rows(dgates, d),
+                           rows(dgates_x, d),
+                           rows(norm_terms, d),
+                           rows(dprojected, d),
+                           rows(hidden, d)};
       add_chunk<T>(l, gemm, inputs, chunk, dx, both_add || d == 1, sums[d], stream);
     }
   }
@@ -276,7 +294,12 @@ at::Tensor recompute_output(const Layer& l, const at::Tensor& cells, const at::T
       const at::Tensor c_prev = ragged_rows<T>(l, {d, 0, l.T}, c, true, c0, {}, stream);
       c = gate(1).mul(c_prev.view({l.T, l.B, l.H})).add_(gate(0).mul(gate(2)));
     }
-    const at::Tensor h = gate(3).mul(c.to(l.sum_dtype).tanh()).to(l.dtype);
+    c = c.to(l.sum_dtype);
+    if (l.norm) {
+      const auto& w = l.weights[d].norm;
+      c = at::layer_norm(c, {l.H}, w[4].to(l.sum_dtype), w[5].to(l.sum_dtype), kNormEpsilon);
+    }
+    const at::Tensor h = gate(3).mul(c.tanh()).to(l.dtype);
     directions.push_back(l.proj() ? h.matmul(l.weights[d].hr.t()) : h);
   }
   return l.zoneout_h.defined() ? zoned_output<T>(l, directions, stream) : at::cat(directions, -1);
@@ -295,7 +318,6 @@ LayerGradients layer_backward(const OptionalTensor& dy, const OptionalTensor& dh
   const DeviceGuard device(x);
   const LayerInputs in{x, h0, c0, weights, lengths, reset_mask, recurrent_mask, zoneout_h, zoneout_c};
   const Layer l(in);
-  TORCH_CHECK(!l.norm, "layer_norm is not implemented in CUDA");
   const int64_t T = l.T, B = l.B, H = l.H, P = l.P;
   l.check_backward(x, {dy, dh_n, dc_n, dcells}, {y, cells, reserve}, needs);
   const auto dense = [](const at::Tensor& t) { return t.defined() ? t.contiguous() : t; };
@@ -320,7 +342,9 @@ LayerGradients layer_backward(const OptionalTensor& dy, const OptionalTensor& dh
     const bool several = slots < T;
     if (need(d, 0)) sums[d].ih = GradientSum(l, {4 * H, l.I}, several);
     if (need(d, 1)) sums[d].hh = GradientSum(l, {4 * H, P}, several || l.h0.defined());
-    if (l.bias && (need(d, 2) || need(d, 3))) sums[d].bias = GradientSum(l, {4 * H}, true);
+    bool vectors = false;
+    for (int64_t k = 2; k < l.per_direction - l.proj(); ++k) vectors |= need(d, k);
+    if (vectors) sums[d].vectors = GradientSum(l, {(l.norm ? 14 : 4) * H}, true);
     if (l.proj() && need(d, hr)) sums[d].hr = GradientSum(l, {P, H}, several);
   }
   at::Tensor dx, dh0, dc0;
@@ -341,10 +365,21 @@ LayerGradients layer_backward(const OptionalTensor& dy, const OptionalTensor& dh
     at::Tensor* const dw = &dweights[d * l.per_direction];
     if (sums[d].ih.needed()) dw[0] = sums[d].ih.result();
     if (sums[d].hh.needed()) dw[1] = sums[d].hh.result();
-    if (sums[d].bias.needed()) {
-      const at::Tensor bias = sums[d].bias.result();
-      if (need(d, 2)) dw[2] = bias;
-      if (need(d, 3)) dw[3] = need(d, 2) ? bias.clone() : bias;  // equal, but they must not alias
+    if (sums[d].vectors.needed()) {
+      const at::Tensor found = sums[d].vectors.result();
+      // Equal gradients must not alias.
+      const auto give = [&](int64_t k, int64_t begin, int64_t n) {
+        if (need(d, k)) dw[k] = found.narrow(0, begin * H, n * H).clone();
+      };
+      if (l.norm) {
+        const int64_t k = l.first_norm();
+        for (const int64_t bias : {k + 1, k + 3}) give(bias, 0, 4);
+        for (int64_t bias = 2; bias < k; ++bias) give(bias, 0, 4);
+        give(k, 4, 4), give(k + 2, 8, 4), give(k + 4, 13, 1), give(k + 5, 12, 1);
+      } else {
+        if (need(d, 2)) dw[2] = found;
+        if (need(d, 3)) dw[3] = need(d, 2) ? found.clone() : found;
+      }
     }
     if (sums[d].hr.needed()) dw[hr] = sums[d].hr.result();
   }

@@ -4,6 +4,7 @@
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/stack.h>
+#include <ATen/ops/zeros.h>
 
 #include <algorithm>
 
@@ -78,6 +79,7 @@ void run(const Layer& l, const at::Tensor& x, const at::Tensor& y, const at::Ten
   step.gates_x = in<Acc<T>>(gates_x), step.slots = slots;
   for (int d = 0; d < D; ++d) {
     step.bias_ih[d] = in<T>(l.weights[d].bias_ih), step.bias_hh[d] = in<T>(l.weights[d].bias_hh);
+    step.norm[d] = norm_weights<T>(l.weights[d]);
   }
   step.c0 = in<T>(l.c0), step.c = out<Acc<T>>(c);
   step.cells = out<T>(cells), step.gates = out<T>(reserve), step.hidden = out<T>(hidden);
@@ -86,8 +88,13 @@ void run(const Layer& l, const at::Tensor& x, const at::Tensor& y, const at::Ten
 
   // Prepares what only the step-wise kernels need, before step s.
   const auto begin_steps = [&](int64_t s) {
-    if (l.T > 1 || l.h0.defined()) {
+    if (l.norm) {  // normalizes a W_hh h of zeros, too
+      gates_h = at::zeros({D, l.B, 4 * l.H}, l.sum_options), gates_h_all = l.batched_operand(gates_h);
+      step.gates_h = out<Acc<T>>(gates_h);
+    } else if (l.T > 1 || l.h0.defined()) {
       gates_h = at::empty({D, l.B, 4 * l.H}, l.sum_options), gates_h_all = l.batched_operand(gates_h);
+    }
+    if (gates_h.defined()) {
       w_hh_t = l.stacked(&DirectionWeights::hh).transpose(-2, -1);
     }
     if (s == 0 && l.h0.defined()) h_all = l.batched_operand(first_h_prev(l));
@@ -113,7 +120,7 @@ void run(const Layer& l, const at::Tensor& x, const at::Tensor& y, const at::Ten
     if (s == 1) h_all = l.batched_operand(h);
     if (h_all.defined()) {
       gemm(gates_h_all, h_all, w_hh_t);
-      step.gates_h = in<Acc<T>>(gates_h);
+      step.gates_h = out<Acc<T>>(gates_h);
     }
     step.first = project.first = s == 0;
     for (int d = 0; d < 2; ++d) {
@@ -143,12 +150,11 @@ LayerResults layer_forward(const at::Tensor& x, const OptionalTensor& h0, const 
   const DeviceGuard device(x);
   const LayerInputs in{x, h0, c0, weights, lengths, reset_mask, recurrent_mask, zoneout_h, zoneout_c};
   const Layer l(in);
-  TORCH_CHECK(!l.norm, "layer_norm is not implemented in CUDA");
   const at::Tensor y = at::empty({l.T, l.B, l.D * l.P}, l.options);
   const at::Tensor h_n = at::empty({l.D, l.B, l.P}, l.options), c_n = at::empty({l.D, l.B, l.H}, l.options);
   at::Tensor cells, reserve;
   if (keep_cells || keep_reserve) cells = at::empty({l.T, l.B, l.D * l.H}, l.options);
-  if (keep_reserve) reserve = at::empty({l.D, l.T, l.B, 4 * l.H}, l.options);
+  if (keep_reserve) reserve = at::empty(l.reserve(), l.options);
   if (l.B > 0) {
     for_dtype(l.dtype, [&](auto* type) {
       run<std::remove_pointer_t<decltype(type)>>(l, x, y, h_n, c_n, cells, reserve, device.stream());

@@ -44,6 +44,12 @@ bool can_vectorize(const Mask& m) {
   return fits;
 }
 
+// The same for the weights of layer normalization of n units.
+template <int V, class T>
+bool can_vectorize(int64_t n, const NormWeights<T>& w) {
+  return can_vectorize<V>(n, w.gain_x, w.bias_x, w.gain_h, w.bias_h, w.gain_c, w.bias_c);
+}
+
 // The index space of a launch.
 struct Extent {
   int64_t features, rows;

@@ -106,6 +106,57 @@ FASTLSTM_HD void store_h(const Steps& steps, const HiddenState<T>& s, int D, con
   store<V>(s.h + at, h);
 }
 
+// Offset of a row of the reserve, s.gates.
+template <class Step>
+FASTLSTM_HD int64_t reserve_row(const Step& s, int d, int64_t t, int64_t b) {
+  return ((d * s.steps.T + t) * s.steps.B + b) * (s.norm[0].gain_x ? 12 : 4) * s.H;
+}
+
+// One unit's gates in a[4].
+template <class A, int V>
+FASTLSTM_HD Gates<A> gates_of(const VecN<A, V> (&a)[4], int k) {
+  return {a[0].v[k], a[1].v[k], a[2].v[k], a[3].v[k]};
+}
+template <class A, int V>
+FASTLSTM_HD void set_gates(VecN<A, V> (&a)[4], int k, const Gates<A>& gates) {
+  a[0].v[k] = gates.i, a[1].v[k] = gates.f, a[2].v[k] = gates.g, a[3].v[k] = gates.o;
+}
+
+// The pre-activations a become activated gates.
+template <class A, int V>
+FASTLSTM_HD void activate_gates(VecN<A, V> (&a)[4]) {
+#pragma unroll
+  for (int k = 0; k < V; ++k) set_gates(a, k, activate<Exact<A>>(gates_of(a, k)));
+}
+template <class A, int V>
+FASTLSTM_HD VecN<A, V> next_c_of(const VecN<A, V> (&a)[4], VecN<A, V> c_prev) {
+#pragma unroll
+  for (int k = 0; k < V; ++k) c_prev.v[k] = next_c(gates_of(a, k), c_prev.v[k]);
+  return c_prev;
+}
+// h before any projection and zoneout; c: as it enters tanh.
+template <class A, int V>
+FASTLSTM_HD VecN<A, V> hidden_of(const VecN<A, V> (&a)[4], VecN<A, V> c) {
+#pragma unroll
+  for (int k = 0; k < V; ++k) c.v[k] = a[3].v[k] * Exact<A>::tanh(c.v[k]);
+  return c;
+}
+
+template <class T, int V>
+FASTLSTM_HD void add_biases(const ForwardStep<T>& s, int d, int g, int64_t j, VecN<Acc<T>, V>& a) {
+  if (s.bias_ih[d]) add(a, load<V>(s.bias_ih[d] + g * s.H + j));
+  if (s.bias_hh[d]) add(a, load<V>(s.bias_hh[d] + g * s.H + j));
+}
+
+// c_prev; zero after a reset.
+template <class T, int V>
+FASTLSTM_HD VecN<Acc<T>, V> previous_c(const ForwardStep<T>& s, const StepCoord& m, int d, int64_t b,
+                                       int64_t j) {
+  const int64_t at = (d * s.steps.B + b) * s.H + j;
+  if (starts_from_zero_state(s.steps, d, m.t, b)) return zeros<Acc<T>, V>();
+  return m.first ? load_or_zeros<V>(s.c0, at) : load<V>(s.c + at);
+}
+
 // Forward's input other than h W_hh^T; gates are without it. For a row that lacks the step all is zero but c.
 template <class A, int V>
 struct ForwardInput {
@@ -117,55 +168,38 @@ template <class T, int V>
 FASTLSTM_HD ForwardInput<Acc<T>, V> forward_input(const ForwardStep<T>& s, const StepCoord& m, int d,
                                                   int64_t b, int64_t j) {
   using A = Acc<T>;
-  const int64_t B = s.steps.B, H = s.H, at = (d * B + b) * H + j;
+  const int64_t H = s.H;
   ForwardInput<A, V> in = {has_step(s.steps, m.t, b)};
-  in.c = m.first ? load_or_zeros<V>(s.c0, at) : load<V>(s.c + at);
+  in.c = previous_c<T, V>(s, m, d, b, j);
 #pragma unroll
   for (int g = 0; g < 4; ++g) in.gates[g] = zeros<A, V>();
   if (!in.valid) return in;
-  if (starts_from_zero_state(s.steps, d, m.t, b)) in.c = zeros<A, V>();
-  const A* gates_x = s.gates_x + ((d * s.slots + m.slot) * B + b) * 4 * H + j;
+  const A* gates_x = s.gates_x + ((d * s.slots + m.slot) * s.steps.B + b) * 4 * H + j;
 #pragma unroll
   for (int g = 0; g < 4; ++g) {
     in.gates[g] = load<V>(gates_x + g * H);
-    if (s.bias_ih[d]) add(in.gates[g], load<V>(s.bias_ih[d] + g * H + j));
-    if (s.bias_hh[d]) add(in.gates[g], load<V>(s.bias_hh[d] + g * H + j));
+    add_biases<T, V>(s, d, g, j, in.gates[g]);
   }
   return in;
 }
 
-// Computes and stores the results of a step; c: c_prev, a: the gates' pre-activations.
+// Stores the results of a step: activated gates a, c before its zoneout, h before any projection and zoneout.
+// For a row that lacks the step a and h are zero.
 template <class T, int V>
-FASTLSTM_HD void forward_output(const ForwardStep<T>& s, const StepCoord& m, int d, int64_t b, int64_t j,
-                                bool valid, VecN<Acc<T>, V> c, VecN<Acc<T>, V> (&a)[4]) {
-  using A = Acc<T>;
+FASTLSTM_HD void store_forward(const ForwardStep<T>& s, const StepCoord& m, int d, int64_t b, int64_t j,
+                               bool valid, const VecN<Acc<T>, V>& c_prev, VecN<Acc<T>, V> c,
+                               const VecN<Acc<T>, V>& h, const VecN<Acc<T>, V> (&a)[4]) {
   const int64_t B = s.steps.B, H = s.H;
-  const int64_t at = (d * B + b) * H + j;                           // in [D, B, H]
-  const int64_t row = ((d * s.steps.T + m.t) * B + b) * 4 * H + j;  // in [D, T, B, 4H]
-  T* const cells = s.cells ? s.cells + ((m.t * B + b) * s.D + d) * H + j : nullptr;
-  VecN<A, V> h = zeros<A, V>();
-
+  const int64_t at = (d * B + b) * H + j;  // in [D, B, H]
   if (!valid) {
-    if (cells) store<V>(cells, h);
-    if (s.gates) {
+    c = c_prev;
+  } else if (s.zoneout.values) {
+    zone<T, V>(s.zoneout, d, m.t, b, j, c_prev, c);
+  }
+  if (s.cells) store<V>(s.cells + ((m.t * B + b) * s.D + d) * H + j, valid ? c : zeros<Acc<T>, V>());
+  if (s.gates) {
 #pragma unroll
-      for (int g = 0; g < 4; ++g) store<V>(s.gates + row + g * H, h);
-    }
-  } else {
-    const VecN<A, V> c_prev = c;
-#pragma unroll
-    for (int k = 0; k < V; ++k) {
-      const Gates<A> gates = activate<Exact<A>>(Gates<A>{a[0].v[k], a[1].v[k], a[2].v[k], a[3].v[k]});
-      c.v[k] = next_c(gates, c.v[k]);
-      h.v[k] = gates.o * Exact<A>::tanh(c.v[k]);
-      a[0].v[k] = gates.i, a[1].v[k] = gates.f, a[2].v[k] = gates.g, a[3].v[k] = gates.o;
-    }
-    if (s.zoneout.values) zone<T, V>(s.zoneout, d, m.t, b, j, c_prev, c);
-    if (cells) store<V>(cells, c);
-    if (s.gates) {
-#pragma unroll
-      for (int g = 0; g < 4; ++g) store<V>(s.gates + row + g * H, a[g]);
-    }
+    for (int g = 0; g < 4; ++g) store<V>(s.gates + reserve_row(s, d, m.t, b) + g * H + j, a[g]);
   }
   if (m.last) {
     store<V>(s.c_n + at, c);
@@ -181,15 +215,19 @@ FASTLSTM_HD void forward_output(const ForwardStep<T>& s, const StepCoord& m, int
 
 template <class T, int V>
 FASTLSTM_HD void forward_element(const ForwardStep<T>& s, int d, int64_t b, int64_t j) {
+  using A = Acc<T>;
   const StepCoord m = {s.t[d], s.slot[d], s.first, s.c_n != nullptr};
-  ForwardInput<Acc<T>, V> in = forward_input<T, V>(s, m, d, b, j);
-  if (s.gates_h && in.valid) {
+  ForwardInput<A, V> in = forward_input<T, V>(s, m, d, b, j);
+  VecN<A, V> c = in.c, h = zeros<A, V>();
+  if (in.valid) {
 #pragma unroll
-    for (int g = 0; g < 4; ++g) {
+    for (int g = 0; s.gates_h && g < 4; ++g)
       add(in.gates[g], load<V>(s.gates_h + (d * s.steps.B + b) * 4 * s.H + g * s.H + j));
-    }
+    activate_gates(in.gates);
+    c = next_c_of(in.gates, in.c);
+    h = hidden_of(in.gates, c);
   }
-  forward_output<T, V>(s, m, d, b, j, in.valid, in.c, in.gates);
+  store_forward<T, V>(s, m, d, b, j, in.valid, in.c, c, h, in.gates);
 }
 
 template <class T, int V>
@@ -265,9 +303,8 @@ FASTLSTM_HD BackwardInput<Acc<T>, V> backward_input(const BackwardStep<T>& s, co
   if (!in.valid) return in;
   if (!s.dhidden) in.dy = load_dy<T, V>(s.steps, s.gradient, d, t, b, j);
   if (s.dcells) add(in.dc, load<V>(s.dcells + t * s.dcells_t + b * s.dcells_b + d * H + j));
-  const T* gates = s.gates + ((d * s.steps.T + t) * B + b) * 4 * H + j;
 #pragma unroll
-  for (int g = 0; g < 4; ++g) in.a[g] = load<V>(gates + g * H);
+  for (int g = 0; g < 4; ++g) in.a[g] = load<V>(s.gates + reserve_row(s, d, t, b) + g * H + j);
   in.c = load<V>(s.cells + ((t * B + b) * s.D + d) * H + j);
   if (!starts_from_zero_state(s.steps, d, t, b)) {
     in.c_prev = starts_from_initial_state(s.steps, d, t, b)
@@ -276,54 +313,57 @@ FASTLSTM_HD BackwardInput<Acc<T>, V> backward_input(const BackwardStep<T>& s, co
   }
   if (s.zoneout.values) {
     in.kept_dc = take_share<T, V>(s.zoneout, d, t, b, j, in.dc);
-#pragma unroll
-    for (int k = 0; k < V; ++k)
-      in.c.v[k] = next_c(Gates<A>{in.a[0].v[k], in.a[1].v[k], in.a[2].v[k], in.a[3].v[k]}, in.c_prev.v[k]);
+    in.c = next_c_of(in.a, in.c_prev);
   }
   return in;
 }
 
-// dh: that of total_dh. in.a becomes the gradients of the pre-activations, zero for a row that lacks
-// the step; in.dc the gradient of c_prev; in.c the pre-projection hidden state.
-template <class Activation, class A, int V>
-FASTLSTM_HD void backward_cell(const Steps& steps, int d, int64_t t, int64_t b, BackwardInput<A, V>& in,
-                               const VecN<A, V>& dh) {
-  if (!in.valid) return;
-#pragma unroll
-  for (int k = 0; k < V; ++k) {
-    const Gates<A> gate = {in.a[0].v[k], in.a[1].v[k], in.a[2].v[k], in.a[3].v[k]};
-    const A tanh_c = Activation::tanh(in.c.v[k]);
-    const Gates<A> pre = cell_backward(gate, in.c_prev.v[k], tanh_c, dh.v[k], in.dc.v[k]);
-    in.a[0].v[k] = pre.i, in.a[1].v[k] = pre.f, in.a[2].v[k] = pre.g, in.a[3].v[k] = pre.o;
-    in.c.v[k] = gate.o * tanh_c;
-  }
+// in.dc, of c_prev through the step, becomes its whole gradient.
+template <class A, int V>
+FASTLSTM_HD void finish_dc(const Steps& steps, int d, int64_t t, int64_t b, BackwardInput<A, V>& in) {
   add(in.dc, in.kept_dc);
   if (starts_from_zero_state(steps, d, t, b)) in.dc = zeros<A, V>();
 }
 
-// Stores the results of backward_cell; dc only if `store_dc`.
+// The gradient of h_t before any projection and zoneout. Called once per element: it may change `carry`.
 template <class T, int V>
-FASTLSTM_HD void store_backward(const BackwardStep<T>& s, const StepCoord& m, int d, int64_t b, int64_t j,
-                                const BackwardInput<Acc<T>, V>& in, bool store_dc) {
+FASTLSTM_HD VecN<Acc<T>, V> backward_dh(const BackwardStep<T>& s, const StepCoord& m, int d, int64_t b,
+                                        int64_t j, const VecN<Acc<T>, V>& dy) {
+  if (s.dhidden) return load<V>(s.dhidden + (d * s.steps.B + b) * s.H + j);
+  return total_dh<T, V>(s.steps, s.gradient, m.first, d, m.t, b, j,
+                        load_product_dh<T, V>(s.steps, s.gradient, m.first, d, b, j), dy);
+}
+
+// Stores in.dc, and in.c as the pre-projection hidden state.
+template <class T, int V>
+FASTLSTM_HD void store_state_gradient(const BackwardStep<T>& s, const StepCoord& m, int d, int64_t b,
+                                      int64_t j, const BackwardInput<Acc<T>, V>& in) {
   const int64_t B = s.steps.B, H = s.H;
-  const int64_t slot = (d * s.slots + m.slot) * B + b;
-  T* const dgates = s.dgates + slot * 4 * H + j;
-#pragma unroll
-  for (int g = 0; g < 4; ++g) store<V>(dgates + g * H, in.a[g]);
-  if (s.hidden) store<V>(s.hidden + slot * H + j, in.c);
-  if (store_dc) store<V>(s.dc + (d * B + b) * H + j, in.dc);
+  if (s.hidden) store<V>(s.hidden + ((d * s.slots + m.slot) * B + b) * H + j, in.c);
+  store<V>(s.dc + (d * B + b) * H + j, in.dc);
 }
 
 template <class T, int V>
 FASTLSTM_HD void backward_element(const BackwardStep<T>& s, int d, int64_t b, int64_t j) {
+  using A = Acc<T>;
   const StepCoord m = {s.t[d], s.slot[d], s.first, false};
-  BackwardInput<Acc<T>, V> in = backward_input<T, V>(s, m, d, b, j);
-  const VecN<Acc<T>, V> dh =
-      s.dhidden ? load<V>(s.dhidden + (d * s.steps.B + b) * s.H + j)
-                : total_dh<T, V>(s.steps, s.gradient, m.first, d, m.t, b, j,
-                                 load_product_dh<T, V>(s.steps, s.gradient, m.first, d, b, j), in.dy);
-  backward_cell<Exact<Acc<T>>>(s.steps, d, m.t, b, in, dh);
-  store_backward<T, V>(s, m, d, b, j, in, true);
+  BackwardInput<A, V> in = backward_input<T, V>(s, m, d, b, j);
+  const VecN<A, V> dh = backward_dh<T, V>(s, m, d, b, j, in.dy);
+  if (in.valid) {
+#pragma unroll
+    for (int k = 0; k < V; ++k) {
+      const Gates<A> gate = gates_of(in.a, k);
+      const A tanh_c = Exact<A>::tanh(in.c.v[k]);
+      set_gates(in.a, k, cell_backward(gate, in.c_prev.v[k], tanh_c, dh.v[k], in.dc.v[k]));
+      in.c.v[k] = gate.o * tanh_c;
+    }
+    finish_dc(s.steps, d, m.t, b, in);
+  }
+  // The gradients of the pre-activations, zero for a row that lacks the step.
+  T* const dgates = s.dgates + ((d * s.slots + m.slot) * s.steps.B + b) * 4 * s.H + j;
+#pragma unroll
+  for (int g = 0; g < 4; ++g) store<V>(dgates + g * s.H, in.a[g]);
+  store_state_gradient<T, V>(s, m, d, b, j, in);
 }
 
 template <class T, int V>

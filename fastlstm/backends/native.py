@@ -165,6 +165,4 @@ def supports(call: LayerCall) -> str | None:
         return f"fastlstm._C was built for {', '.join(devices)} tensors, got {call.device.type}"
     if call.dtype not in DTYPES:
         return f"dtype must be one of {', '.join(map(str, DTYPES))}, got {call.dtype}"
-    if call.shape.norm and call.device.type != "cpu":
-        return f"layer_norm is not implemented in C++ for {call.device.type}"
     return None

@@ -19,7 +19,7 @@ from .gpu_support import (
     Arithmetic,
     backends,
     check,
-    check_masked,
+    check_variant,
     expected,
     gpu,
     nan_outside,
@@ -30,7 +30,7 @@ from .gpu_support import (
     same,
     with_gradients,
 )
-from .masked_layers import LAYERS, MaskedLayer
+from .variant_layers import LAYERS, NORMALIZED, VariantLayer
 
 pytestmark = gpu
 
@@ -72,19 +72,25 @@ def test_features(case, precision, backend):
 
 
 # Several blocks of features and of rows, at and off the vector width, next to the layers that the simulation runs.
-MASKED = (
+VARIANTS = (
     *LAYERS,
-    MaskedLayer(Case(T=9, B=37, I=12, H=192, bidirectional=True, hx="tuple", cells=True), "sequence", "flags", "flags"),
-    MaskedLayer(Case(T=9, B=37, I=12, H=131, proj=65, hx="tuple", cells=True), "steps", "numbers", "number"),
-    MaskedLayer(Case(T=9, B=7, I=12, H=40, bidirectional=True, hx="tuple", **RAGGED), "steps", "flags", "numbers"),
+    *NORMALIZED,
+    VariantLayer(
+        Case(T=9, B=37, I=12, H=192, bidirectional=True, hx="tuple", cells=True), "sequence", "flags", "flags"
+    ),
+    VariantLayer(Case(T=9, B=37, I=12, H=131, proj=65, hx="tuple", cells=True), "steps", "numbers", "number"),
+    VariantLayer(Case(T=9, B=7, I=12, H=40, bidirectional=True, hx="tuple", **RAGGED), "steps", "flags", "numbers"),
+    # more rows and features than a CTA of layer normalization has threads
+    VariantLayer(Case(T=4, B=137, I=12, H=192, bidirectional=True, hx="tuple", cells=True), norm=True),
+    VariantLayer(Case(T=9, B=37, I=12, H=131, proj=65, hx="tuple", cells=True), norm=True),
 )
 
 
 @backends
 @pytest.mark.parametrize("precision", PRECISIONS, ids=str)
-@pytest.mark.parametrize("layer", MASKED, ids=str)
-def test_recurrent_dropout_and_zoneout(layer, precision, backend):
-    check_masked(layer, precision, backend)
+@pytest.mark.parametrize("layer", VARIANTS, ids=str)
+def test_variants(layer, precision, backend):
+    check_variant(layer, precision, backend)
 
 
 @backends

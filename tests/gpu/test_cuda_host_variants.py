@@ -1,4 +1,4 @@
-"""Recurrent masks and zoneout in the CUDA backend, compiled for the CPU as in tests/gpu/test_cuda_host.py."""
+"""Recurrent masks, zoneout and layer normalization in the CUDA backend, compiled as in tests/gpu/test_cuda_host.py."""
 
 from __future__ import annotations
 
@@ -13,22 +13,23 @@ from fastlstm.accuracy import Precision
 from fastlstm.ops.schema import LayerInputs
 
 from ..cases import Case
-from .masked_layers import BOTH, LAYERS, RAGGED, MaskedLayer, check, run
 from .test_cuda_host import DTYPES, backend, compiled  # noqa: F401
+from .variant_layers import BOTH, LAYERS, NORMALIZED, RAGGED, VariantLayer, check, run
 
 pytestmark = pytest.mark.toolchain
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("layer", LAYERS, ids=str)
+@pytest.mark.parametrize("layer", [*LAYERS, *NORMALIZED], ids=str)
 def test_parity(layer, dtype, backend, poisoned_empty):  # noqa: F811
     check(layer.to(dtype), backend, Precision.of(dtype))
 
 
-@pytest.mark.parametrize("masks", [("sequence", "", ""), ("", "flags", ""), ("", "", "number")], ids=str)
-def test_persistent_kernels_are_not_used(masks, backend):  # noqa: F811
-    """They know no mask."""
-    layer = MaskedLayer(Case(T=9, B=5, I=3, H=40, hx="tuple", dtype=torch.bfloat16), *masks)
+@pytest.mark.parametrize(
+    "variant", [("sequence", "", ""), ("", "flags", ""), ("", "", "number"), ("", "", "", True)], ids=str
+)
+def test_persistent_kernels_are_not_used(variant, backend):  # noqa: F811
+    layer = VariantLayer(Case(T=9, B=5, I=3, H=40, hx="tuple", dtype=torch.bfloat16), *variant)
     expected = run(layer, backend, torch.bfloat16)
     torch.ops.fastlstm_cuda_host.persistent(True, "B")
     try:
@@ -40,9 +41,13 @@ def test_persistent_kernels_are_not_used(masks, backend):  # noqa: F811
 
 @pytest.mark.parametrize("proj", [0, 3])
 @pytest.mark.parametrize("options", [{}, RAGGED, {"hx": "none"}], ids=["whole", "ragged", "zeros"])
-@pytest.mark.parametrize("masks", [("steps", "flags", "flags"), ("steps", "numbers", ""), ("", "", "numbers")], ids=str)
-def test_h_is_recomputed_if_the_output_was_changed(masks, options, proj, backend, poisoned_empty):  # noqa: F811
-    layer, results = MaskedLayer(replace(BOTH, proj=proj, **options), *masks), []
+@pytest.mark.parametrize(
+    "variant",
+    [("steps", "flags", "flags"), ("steps", "numbers", ""), ("", "", "numbers"), ("", "flags", "flags", True)],
+    ids=str,
+)
+def test_h_is_recomputed_if_the_output_was_changed(variant, options, proj, backend, poisoned_empty):  # noqa: F811
+    layer, results = VariantLayer(replace(BOTH, proj=proj, **options), *variant), []
     for in_place in (True, False):
         inputs, leaves = layer.inputs(torch.float64, "cpu")
         y = dispatch.layer(inputs, keep_cells=False)[0]
@@ -55,7 +60,7 @@ def test_h_is_recomputed_if_the_output_was_changed(masks, options, proj, backend
 @pytest.mark.parametrize("form", ["flags", "numbers"])
 def test_masks_that_do_not_fit_the_vector_width(form, name, backend):  # noqa: F811
     """A mask misaligned by one element, or with rows that are: the kernels must fall back to scalar loads."""
-    layer = MaskedLayer(replace(BOTH, dtype=torch.float16), "steps", form, form)
+    layer = VariantLayer(replace(BOTH, dtype=torch.float16), "steps", form, form)
     inputs, leaves = layer.inputs(torch.float16, "cpu")
     given = getattr(inputs, name)
     shifted = given.new_empty(given.numel() + 1)[1:].view(given.shape).copy_(given)
