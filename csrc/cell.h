@@ -31,6 +31,24 @@ FASTLSTM_HD V next_c(const Gates<V>& a, V c_prev) {
   return a.f * c_prev + a.i * a.g;
 }
 
+// The state after a step, of which zoneout keeps `share` as it was before (Krueger et al. 2017).
+template <class V>
+FASTLSTM_HD V zoned(V share, V before, V after) {
+  return share * before + (1 - share) * after;
+}
+
+constexpr double kNormEpsilon = 1e-5;  // torch.nn.LayerNorm's
+
+// Layer normalization of a row v (Ba et al. 2016, "Layer Normalization"): LN(v) = standard(v) * gain + bias.
+template <class V>
+struct Moments {
+  V mean, scale;  // scale: 1 / sqrt(variance + kNormEpsilon)
+
+  FASTLSTM_HD V standard(V v) const { return (v - mean) * scale; }
+  // dv, from g = dLN * gain, s = standard(v), and the row's means of g and g * s.
+  FASTLSTM_HD V gradient(V g, V s, V mean_g, V mean_gs) const { return scale * (g - mean_g - s * mean_gs); }
+};
+
 // All of a step's backward that does not depend on dh and dc.
 template <class V>
 struct CellDerivatives {

@@ -49,7 +49,7 @@ FASTLSTM_INLINE Vec<T> load_mask(const RowMask<Real<T>>& m, int64_t t, int64_t b
 template <class T>
 FASTLSTM_INLINE Vec<T> zoned(const RowMask<Real<T>>& m, Vec<T> share, Vec<T> before, Vec<T> after) {
   // Flags choose, so that what they leave out may be NaN.
-  return m.flags ? (share != 0 ? before : after) : share * before + (1 - share) * after;
+  return m.flags ? (share != 0 ? before : after) : fastlstm::zoned(share, before, after);
 }
 
 template <class T>

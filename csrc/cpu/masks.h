@@ -4,6 +4,7 @@
 
 #include <ATen/ops/mm.h>
 
+#include "cell.h"
 #include "cpu/layer.h"
 
 namespace fastlstm {
@@ -56,7 +57,7 @@ void zone(const RowMask<R>& mask, int64_t t, int64_t b, int64_t n, const R* befo
     if (mask.flags)
       after[k] = mask.flags[at + k] ? before[k] : after[k];
     else
-      after[k] = mask.numbers[at + k] * before[k] + (1 - mask.numbers[at + k]) * after[k];
+      after[k] = zoned(mask.numbers[at + k], before[k], after[k]);
   }
 }
 

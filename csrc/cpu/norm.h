@@ -1,14 +1,9 @@
-// Layer normalization of a row v [n] (Ba et al. 2016, "Layer Normalization"), and its gradient:
-//   LN(v) = (v - mean) / sqrt(variance + epsilon) * gain + bias
-//   dv = (g - mean(g) - s * mean(g * s)) / sqrt(variance + epsilon),  g = dLN * gain,
-//   s = (v - mean) / sqrt(variance + epsilon)
+// Layer normalization of a row v [n]; the equations are in cell.h.
 #pragma once
 
 #include "cpu/vec.h"
 
 namespace fastlstm::FASTLSTM_ISA {
-
-constexpr double kNormEpsilon = 1e-5;  // torch.nn.LayerNorm's
 
 // Calls f(k, n) for the vectors of n elements from k on that make up `count` elements: n is kWidth<T> but in
 // the last.
@@ -60,17 +55,9 @@ FASTLSTM_INLINE Vec<T> sum_vectors_of(int64_t count, F&& f) {
   return sum_elements<T>((part[0] + part[1]) + (part[2] + part[3]));
 }
 
-// Of a row: its mean, and 1 / sqrt(variance + epsilon), in each element.
+// Of a row, in each element.
 template <class T>
-struct Moments {
-  Vec<T> mean, scale;
-
-  FASTLSTM_INLINE Vec<T> standard(Vec<T> v) const { return (v - mean) * scale; }
-  // dv, from g = dLN * gain, s = standard(v) and the means of g and g * s.
-  FASTLSTM_INLINE Vec<T> gradient(Vec<T> g, Vec<T> s, Vec<T> mean_g, Vec<T> mean_gs) const {
-    return scale * (g - mean_g - s * mean_gs);
-  }
-};
+using Moments = fastlstm::Moments<Vec<T>>;
 
 FASTLSTM_INLINE float square_root(float x) { return __builtin_sqrtf(x); }
 FASTLSTM_INLINE double square_root(double x) { return __builtin_sqrt(x); }

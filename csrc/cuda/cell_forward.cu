@@ -14,6 +14,15 @@ struct Forward {
 };
 
 template <class T>
+struct NormForward {
+  template <int V>
+  static __device__ __forceinline__ void run(const ForwardStep<T>& s, int d, int64_t b,
+                                             const RowThread& thread) {
+    norm_forward_row<T, V>(s, d, b, thread);
+  }
+};
+
+template <class T>
 struct ProjectedForward {
   template <int V>
   static __device__ __forceinline__ void run(const ProjectedStep<T>& s, int d, int64_t b, int64_t k) {
@@ -23,7 +32,8 @@ struct ProjectedForward {
 
 template <int V, class T>
 bool can_vectorize_state(const HiddenState<T>& s) {
-  return can_vectorize<V>(s.P, s.h0, s.h, s.y, s.h_n);
+  return can_vectorize<V>(s.P, s.h0, s.h, s.y, s.h_n, s.unmasked) && can_vectorize<V, T>(s.recurrent_mask) &&
+         can_vectorize<V, T>(s.zoneout);
 }
 
 }  // namespace
@@ -33,9 +43,14 @@ cudaError_t launch_cell_step_fwd(const ForwardStep<T>& s, cudaStream_t stream) {
   constexpr int V = kVecFeatures<T>;
   const bool vectorized =
       can_vectorize<V>(s.H, s.gates_x, s.gates_h, s.bias_ih[0], s.bias_ih[1], s.bias_hh[0], s.bias_hh[1]) &&
-      can_vectorize<V>(s.H, s.c0, s.c, s.c_n, s.cells, s.gates, s.hidden) &&
+      can_vectorize<V>(s.H, s.c0, s.c, s.c_n, s.cells, s.gates, s.hidden) && can_vectorize<V, T>(s.zoneout) &&
       (s.hidden || can_vectorize_state<V>(s.state));
   const Extent extent = {s.H, s.steps.B, s.D};
+  if (s.norm[0].gain_x) {
+    return vectorized && can_vectorize<V>(s.H, s.norm[0]) && can_vectorize<V>(s.H, s.norm[1])
+               ? launch_rows<NormForward<T>, V>(s, extent, stream)
+               : launch_rows<NormForward<T>, 1>(s, extent, stream);
+  }
   return vectorized ? launch<Forward<T>, V>(s, extent, stream) : launch<Forward<T>, 1>(s, extent, stream);
 }
 

@@ -35,14 +35,33 @@ struct Steps {
   const bool* reset_mask;  // [T, B]  or null
 };
 
+// A mask [D, T, B, n]. The last stride is 1; the others are 0 where the mask repeats.
+struct Mask {
+  const void* values;  // T, or bool if `flags`; null: no mask
+  bool flags;
+  int64_t strides[3];  // of D, T and B
+};
+
+// Gains and biases of a direction's layer normalization; null without.
+template <class T>
+struct NormWeights {
+  const T *gain_x, *bias_x;  // [4H]  of W_ih x
+  const T *gain_h, *bias_h;  // [4H]  of W_hh h
+  const T *gain_c, *bias_c;  // [H]   of c
+};
+
 // Outputs of h_t, and the h that a row carries past steps it lacks.
 template <class T>
 struct HiddenState {
   int64_t P;
-  const T* h0;  // [D, B, P]     read at the first step; null: zeros
-  T* h;         // [D, B, P]     h_prev of the next step, updated in place; not written at the last step
-  T* y;         // [T, B, D*P]   out
-  T* h_n;       // [D, B, P]     out at the last step, null before
+  const T* h0;  // [D, B, P]    read at the first step; null: zeros
+  T* h;         // [D, B, P]    h_prev as the next step's GEMM reads it; not written at the last step
+  T* y;         // [T, B, D*P]  out
+  T* h_n;       // [D, B, P]    out at the last step, null before
+  // [D, B, P]  with masks: h_prev of the next step before the recurrent mask, updated in place; null: `h`
+  Acc<T>* unmasked;
+  Mask recurrent_mask;  // n = P  what h_prev is multiplied by in `h`
+  Mask zoneout;         // n = P  the share of h_prev in h_t
 };
 
 // One step forward: from the pre-activations to c_t and h_t.
@@ -55,16 +74,19 @@ struct ForwardStep {
   int64_t t[2];           // the step each direction takes
   const Acc<T>* gates_x;  // [D, slots, B, 4H]  x W_ih^T for some steps; slot[d] is that of t[d]
   int64_t slots, slot[2];
-  const Acc<T>* gates_h;  // [D, B, 4H]     h W_hh^T, or null: h is zero
-  const T* bias_ih[2];    // [4H]           or null, as bias_hh
-  const T* bias_hh[2];    // [4H]
-  const T* c0;            // [D, B, H]      read at the first step; null: zeros
-  Acc<T>* c;              // [D, B, H]      state, updated in place
-  T* c_n;                 // [D, B, H]      out at the last step, null before
-  T* cells;               // [T, B, D*H]    out, or null
-  T* gates;               // [D, T, B, 4H]  out, activated; null if no gradient is needed
-  T* hidden;              // [D, B, H]      out with projection: o * tanh(c), to be projected; else null
-  HiddenState<T> state;   // read and written here without projection only
+  Acc<T>* gates_h;       // [D, B, 4H]     h W_hh^T, or null: h is zero; overwritten with layer normalization
+  const T* bias_ih[2];   // [4H]           or null, as bias_hh
+  const T* bias_hh[2];   // [4H]
+  const T* c0;           // [D, B, H]      read at the first step; null: zeros
+  Acc<T>* c;             // [D, B, H]      state, updated in place
+  T* c_n;                // [D, B, H]      out at the last step, null before
+  T* cells;              // [T, B, D*H]    out, or null
+  T* gates;              // [D, T, B, 4H]  out, activated; null if no gradient is needed. With layer
+                         // normalization [D, T, B, 12H]: then x W_ih^T and h W_hh^T before it
+  T* hidden;             // [D, B, H]      out with projection: o * tanh(c), to be projected; else null
+  HiddenState<T> state;  // read and written here without projection only
+  Mask zoneout;          // n = H          the share of c_prev in c_t
+  NormWeights<T> norm[2];
 };
 template <class T>
 cudaError_t launch_cell_step_fwd(const ForwardStep<T>& step, cudaStream_t stream);
@@ -90,7 +112,10 @@ struct HiddenGradient {
   int64_t dy_t, dy_b;  // dy's strides of T and B
   const T* dh_n;       // [D, B, P]    read at the first step; null: zeros
   const Acc<T>* dh;    // [D, B, P]    dgates W_hh of the step done before
-  Acc<T>* carry;       // [D, B, P]    carried by rows past steps they lack; null without lengths
+  // [D, B, P]  what passes a step to its h_prev: all of it in a row that lacks the step, otherwise zoneout's
+  // share; null without lengths and zoneout
+  Acc<T>* carry;
+  Mask recurrent_mask, zoneout;  // as in HiddenState
 };
 
 // One step backward, in reverse scan order. first: the first one computed.
@@ -103,16 +128,23 @@ struct BackwardStep {
   int64_t t[2];
   HiddenGradient<T> gradient;  // read without projection only
   const Acc<T>* dhidden;       // [D, B, H]      with projection: the gradient of o * tanh(c); else null
-  const T* gates;              // [D, T, B, 4H]  activated
+  const T* gates;              // [D, T, B, 4H]  activated; as in ForwardStep
   const T* cells;              // [T, B, D*H]    c of every step
   const T* c0;                 // [D, B, H]      null: zeros
   const T* dcells;             // [T, B, D*H]    or null; the last stride is 1
   int64_t dcells_t, dcells_b;  // dcells' strides of T and B
   const T* dc_n;               // [D, B, H]      read at the first step; null: zeros
   Acc<T>* dc;                  // [D, B, H]      gradient of c_prev, updated in place
-  T* dgates;                   // [D, slots, B, 4H]  out at slot[d]: gradients of the pre-activations
-  T* hidden;                   // [D, slots, B, H]   out with projection: o * tanh(c); or null
+  T* dgates;  // [D, slots, B, 4H]  out at slot[d]: gradients of the pre-activations, with layer
+              // normalization those of h W_hh^T
+  T* hidden;  // [D, slots, B, H]   out with projection: o * tanh(c); or null
   int64_t slots, slot[2];
+  Mask zoneout;  // as in ForwardStep; c before it follows from the gates and c_prev
+  // With layer normalization:
+  NormWeights<T> norm[2];
+  T* dgates_x;         // [D, slots, B, 4H]   out: gradients of x W_ih^T
+  Acc<T>* norm_terms;  // [D, slots, B, 14H]  out: terms of the gradients of biases, gain_x, gain_h, bias_c,
+                       // gain_c
 };
 template <class T>
 cudaError_t launch_cell_step_bwd(const BackwardStep<T>& step, cudaStream_t stream);
@@ -142,8 +174,8 @@ struct InitialGradient {
 template <class T>
 cudaError_t launch_initial_state_bwd(const InitialGradient<T>& step, cudaStream_t stream);
 
-// Rows for the weight gradients of ragged batches: zero where a row lacks the step, whatever the padding
-// contains.
+// Rows for the weight gradients of ragged batches and of layers with a recurrent mask: zero where a row lacks
+// the step, whatever the padding contains.
 template <class T>
 struct RaggedRows {
   Steps steps;
@@ -154,6 +186,7 @@ struct RaggedRows {
   int64_t source_t, source_b;
   const T* initial;  // [B, n]     h0 of direction d, or null: zeros
   T* out;            // [count, B, n]
+  Mask mask;         // what previous states are multiplied by
 };
 template <class T>
 cudaError_t launch_ragged_rows(const RaggedRows<T>& rows, cudaStream_t stream);

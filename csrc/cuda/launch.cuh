@@ -1,7 +1,7 @@
-// Launch of the step-wise kernels: a grid of (features, rows, layers).
+// Launch of the step-wise kernels: a grid of (features, rows, layers), or a CTA per row.
 #pragma once
 
-#include "cuda/step.h"
+#include "cuda/norm_step.h"
 
 namespace fastlstm::cuda {
 
@@ -34,6 +34,25 @@ cudaError_t launch(const S& s, const Extent& n, cudaStream_t stream) {
   const dim3 grid(static_cast<unsigned>((vectors + threads_x - 1) / threads_x),
                   static_cast<unsigned>(grid_y < 65535 ? grid_y : 65535), static_cast<unsigned>(n.layers));
   for_each<F, V><<<grid, dim3(threads_x, threads_y), 0, stream>>>(s, n);
+  return cudaGetLastError();
+}
+
+// Runs F::run<V>(s, layer, row, thread) with kRowThreads threads for each row. Two CTAs per SM leave 255
+// registers per thread; with 128 some kernels spill.
+template <class F, int V, class S>
+__global__ void __launch_bounds__(kRowThreads, 2)
+    for_each_row(const __grid_constant__ S s, const __grid_constant__ Extent n) {
+  const RowThread thread = {static_cast<int>(threadIdx.x), kRowThreads};
+#pragma unroll 1
+  for (int64_t row = blockIdx.x; row < n.rows; row += gridDim.x)
+    F::template run<V>(s, static_cast<int>(blockIdx.y), row, thread);
+}
+
+template <class F, int V, class S>
+cudaError_t launch_rows(const S& s, const Extent& n, cudaStream_t stream) {
+  if (n.features == 0 || n.rows == 0) return cudaSuccess;
+  const dim3 grid(static_cast<unsigned>(n.rows < 65535 ? n.rows : 65535), static_cast<unsigned>(n.layers));
+  for_each_row<F, V><<<grid, kRowThreads, 0, stream>>>(s, n);
   return cudaGetLastError();
 }
 

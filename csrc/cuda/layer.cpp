@@ -14,6 +14,17 @@ at::Tensor contiguous_or_undefined(const OptionalTensor& tensor) {
   return tensor && tensor->defined() ? tensor->contiguous() : at::Tensor();
 }
 
+// A mask [D, T, B, n] as Layer has it. Evaluation with zoneout gives one number that repeats over all
+// dimensions.
+at::Tensor stored_once(const OptionalTensor& mask) {
+  if (!mask || !mask->defined()) return {};
+  at::Tensor once = *mask;
+  for (int64_t dim = 0; dim < 3; ++dim)
+    if (once.stride(dim) == 0 && once.size(dim) > 1) once = once.narrow(dim, 0, 1);
+  if (once.stride(3) != 1) once = once.contiguous();
+  return once.expand(mask->sizes());
+}
+
 }  // namespace
 
 Layer::Layer(const LayerInputs& inputs) : LayerSizes(inputs) {
@@ -23,15 +34,26 @@ Layer::Layer(const LayerInputs& inputs) : LayerSizes(inputs) {
     DirectionWeights& w = weights.emplace_back(*this, inputs.weights, d);
     w.ih = gemm_operand(w.ih), w.hh = gemm_operand(w.hh);
     if (bias) w.bias_ih = w.bias_ih.contiguous(), w.bias_hh = w.bias_hh.contiguous();
+    for (at::Tensor& vector : w.norm)
+      if (norm) vector = vector.contiguous();
     if (proj()) w.hr = gemm_operand(w.hr);
   }
   h0 = contiguous_or_undefined(inputs.h0), c0 = contiguous_or_undefined(inputs.c0);
   lengths = contiguous_or_undefined(inputs.lengths), reset_mask = contiguous_or_undefined(inputs.reset_mask);
+  recurrent_mask = stored_once(inputs.recurrent_mask);
+  zoneout_h = stored_once(inputs.zoneout_h), zoneout_c = stored_once(inputs.zoneout_c);
   steps = {T, B, in<int64_t>(lengths), in<bool>(reset_mask)};
 }
 
 at::Tensor Layer::stacked(at::Tensor DirectionWeights::* weight) const {
   return D == 1 ? weights[0].*weight : at::stack({weights[0].*weight, weights[1].*weight});
+}
+
+Mask mask_view(const at::Tensor& mask) {
+  if (!mask.defined()) return {};
+  return {mask.const_data_ptr(),
+          mask.scalar_type() == at::kBool,
+          {mask.stride(0), mask.stride(1), mask.stride(2)}};
 }
 
 SlotView::SlotView(const at::Tensor& slots)

@@ -13,12 +13,15 @@ struct Layer : LayerSizes {
 
   at::ScalarType dtype, sum_dtype;  // of the tensors; of sums and carried state (Acc in cell_kernels.h)
   at::TensorOptions options, sum_options;
-  std::vector<DirectionWeights> weights;  // [D]; biases contiguous, matrices as operands of cuBLAS
+  std::vector<DirectionWeights> weights;  // [D]; vectors contiguous, matrices as operands of cuBLAS
   at::Tensor h0, c0;                      // contiguous, or undefined for zeros
   at::Tensor lengths, reset_mask;         // contiguous, or undefined
+  // [D, T, B, n], or undefined; the last stride is 1, and what repeats over D, T or B is stored once.
+  at::Tensor recurrent_mask, zoneout_h, zoneout_c;
   Steps steps;
 
   bool ragged() const { return lengths.defined() || reset_mask.defined(); }
+  bool masked() const { return recurrent_mask.defined() || zoneout_h.defined() || zoneout_c.defined(); }
 
   // [D, B, n] as the operand of one GEMM for all directions: [B, n] for one direction.
   at::Tensor batched_operand(const at::Tensor& state) const { return D == 1 ? state.select(0, 0) : state; }
@@ -48,6 +51,15 @@ template <class T>
 T* out(const at::Tensor& t) {
   return t.defined() ? static_cast<T*>(t.mutable_data_ptr()) : nullptr;
 }
+
+template <class T>
+NormWeights<T> norm_weights(const DirectionWeights& w) {
+  const auto& n = w.norm;
+  return {in<T>(n[0]), in<T>(n[1]), in<T>(n[2]), in<T>(n[3]), in<T>(n[4]), in<T>(n[5])};
+}
+
+// One of Layer's masks, or an undefined tensor, for the kernels.
+Mask mask_view(const at::Tensor& mask);
 
 // Calls f with a null pointer to the kernels' type T of the dtype.
 template <class F>

@@ -4,11 +4,14 @@
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/ops/cat.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
+#include <ATen/ops/layer_norm.h>
 #include <ATen/ops/sum.h>
 #include <ATen/ops/zeros.h>
 
 #include <algorithm>
 
+#include "cell.h"
 #include "cuda/device.h"
 #include "cuda/layer_persistent.h"
 #include "cuda/products.h"
@@ -49,7 +52,9 @@ class GradientSum {
 };
 
 struct DirectionSums {
-  GradientSum ih, hh, bias, hr;  // those needed
+  // Those needed. vectors: of a bias [4H]; with layer normalization [14H], the sums of
+  // BackwardStep::norm_terms
+  GradientSum ih, hh, vectors, hr;
 };
 
 struct BackwardInputs {
@@ -61,21 +66,23 @@ struct BackwardInputs {
 struct Chunk {
   int64_t d, begin, count;
   at::Tensor dgates;      // [count * B, 4H]
+  at::Tensor dgates_x;    // [count * B, 4H]   of x W_ih^T: dgates without layer normalization
+  at::Tensor norm_terms;  // [count * B, 14H]  with layer normalization
   at::Tensor dprojected;  // [count * B, P]  with projection: the gradient of h
   at::Tensor hidden;      // [count * B, H]  with projection, if dW_hr is needed: o * tanh(c)
 };
 
-// [count * B, n]: a chunk's rows of `source` [T, B, n], or the previous states of its steps; zero where a row
-// lacks the step, since padding may hold NaN and 0 * NaN is NaN.
+// [count * B, n]: a chunk's rows of `source` [T, B, n], or the previous states of its steps times `mask`;
+// zero where a row lacks the step, since padding may hold NaN and 0 * NaN is NaN.
 template <class T>
 at::Tensor ragged_rows(const Layer& l, const Chunk& chunk, const at::Tensor& source, bool previous,
-                       const at::Tensor& initial, cudaStream_t stream) {
+                       const at::Tensor& initial, const at::Tensor& mask, cudaStream_t stream) {
   const int64_t n = source.size(2);
   const at::Tensor rows = at::empty({chunk.count * l.B, n}, l.options);
-  check(
-      launch_ragged_rows<T>({l.steps, chunk.begin, chunk.count, n, static_cast<int>(chunk.d), previous,
-                             in<T>(source), source.stride(0), source.stride(1), in<T>(initial), out<T>(rows)},
-                            stream));
+  check(launch_ragged_rows<T>(
+      {l.steps, chunk.begin, chunk.count, n, static_cast<int>(chunk.d), previous, in<T>(source),
+       source.stride(0), source.stride(1), in<T>(initial), out<T>(rows), mask_view(mask)},
+      stream));
   return rows;
 }
 
@@ -112,24 +119,25 @@ void add_chunk(const Layer& l, const Gemm& gemm, const BackwardInputs& inputs, c
   const int64_t rows = chunk.count * l.B;
   if (dx.defined()) {
     at::Tensor part = dx.narrow(0, chunk.begin, chunk.count).view({rows, l.I});
-    gemm(part, chunk.dgates, l.weights[chunk.d].ih, add_dx);
+    gemm(part, chunk.dgates_x, l.weights[chunk.d].ih, add_dx);
   }
   const at::Tensor dgates_t = chunk.dgates.t();
   if (sums.ih.needed()) {
-    sums.ih.add(gemm, dgates_t,
-                l.lengths.defined() ? ragged_rows<T>(l, chunk, inputs.x, false, {}, stream)
+    sums.ih.add(gemm, chunk.dgates_x.t(),
+                l.lengths.defined() ? ragged_rows<T>(l, chunk, inputs.x, false, {}, {}, stream)
                                     : inputs.x.narrow(0, chunk.begin, chunk.count).reshape({rows, l.I}));
   }
   if (sums.hh.needed()) {
     const at::Tensor y = inputs.y.narrow(2, chunk.d * l.P, l.P);  // [T, B, P]
     const at::Tensor h0 = l.h0.defined() ? l.h0.select(0, chunk.d) : at::Tensor();
-    if (l.ragged()) {
-      sums.hh.add(gemm, dgates_t, ragged_rows<T>(l, chunk, y, true, h0, stream));
+    if (l.ragged() || l.recurrent_mask.defined()) {
+      sums.hh.add(gemm, dgates_t, ragged_rows<T>(l, chunk, y, true, h0, l.recurrent_mask, stream));
     } else {
       add_recurrent(l, gemm, chunk, y, h0, sums.hh);
     }
   }
-  if (sums.bias.needed()) sums.bias.add(column_sums(chunk.dgates, l.sum_dtype));
+  if (sums.vectors.needed())
+    sums.vectors.add(column_sums(l.norm ? chunk.norm_terms : chunk.dgates, l.sum_dtype));
   if (sums.hr.needed()) sums.hr.add(gemm, chunk.dprojected.t(), chunk.hidden);
 }
 
@@ -153,12 +161,14 @@ std::pair<at::Tensor, at::Tensor> Pass<T>::run(const at::Tensor& dx, std::vector
   const int D = static_cast<int>(l.D);
   PersistentPass<T> persistent(l, Phase::backward, gemm.tf32(), stream);
   const at::Tensor dgates = at::empty({D, slots, B, 4 * H}, l.options);
+  const at::Tensor dgates_x = l.norm ? at::empty_like(dgates) : dgates;
+  const at::Tensor norm_terms = l.norm ? at::empty({D, slots, B, 14 * H}, l.sum_options) : at::Tensor();
   const at::Tensor dc = at::empty({D, B, H}, l.sum_options);
   at::Tensor dh, dh_all, dhidden, dhidden_all, dprojected, hidden, carry, w_hh, w_hr;
   if (l.T > 1 || need_dh0) {
     dh = at::empty({D, B, P}, l.sum_options), dh_all = l.batched_operand(dh);
   }
-  if (l.lengths.defined()) carry = at::empty({D, B, P}, l.sum_options);
+  if (l.lengths.defined() || l.zoneout_h.defined()) carry = at::empty({D, B, P}, l.sum_options);
   if (l.proj()) {
     dhidden = at::empty({D, B, H}, l.sum_options), dhidden_all = l.batched_operand(dhidden);
     dprojected = at::empty({D, slots, B, P}, l.options);
@@ -168,8 +178,15 @@ std::pair<at::Tensor, at::Tensor> Pass<T>::run(const at::Tensor& dx, std::vector
   }
   SlotView dgates_view(dgates), dprojected_view(l.proj() ? dprojected : dgates);
 
-  HiddenGradient<T> gradient = {
-      P, in<T>(inputs.dy), 0, 0, in<T>(inputs.dh_n), in<Acc<T>>(dh), out<Acc<T>>(carry)};
+  HiddenGradient<T> gradient = {P,
+                                in<T>(inputs.dy),
+                                0,
+                                0,
+                                in<T>(inputs.dh_n),
+                                in<Acc<T>>(dh),
+                                out<Acc<T>>(carry),
+                                mask_view(l.recurrent_mask),
+                                mask_view(l.zoneout_h)};
   if (inputs.dy.defined()) gradient.dy_t = inputs.dy.stride(0), gradient.dy_b = inputs.dy.stride(1);
   BackwardStep<T> step = {};
   step.steps = l.steps, step.H = H, step.D = D, step.gradient = gradient;
@@ -180,6 +197,9 @@ std::pair<at::Tensor, at::Tensor> Pass<T>::run(const at::Tensor& dx, std::vector
     step.dcells_t = inputs.dcells.stride(0), step.dcells_b = inputs.dcells.stride(1);
   step.dc_n = in<T>(inputs.dc_n), step.dc = out<Acc<T>>(dc);
   step.dgates = out<T>(dgates), step.hidden = out<T>(hidden), step.slots = slots;
+  step.zoneout = mask_view(l.zoneout_c);
+  for (int d = 0; d < D; ++d) step.norm[d] = norm_weights<T>(l.weights[d]);
+  step.dgates_x = out<T>(dgates_x), step.norm_terms = out<Acc<T>>(norm_terms);
   ProjectedGradient<T> project = {l.steps, D, true, {}, gradient, out<T>(dprojected), slots, {}};
 
   // The second direction adds to the first's dx. With chunks they reach its rows at different times, so both
@@ -214,7 +234,14 @@ std::pair<at::Tensor, at::Tensor> Pass<T>::run(const at::Tensor& dx, std::vector
       return all.defined() ? all.select(0, d).narrow(0, 0, count).flatten(0, 1) : at::Tensor();
     };
     for (int64_t d = 0; d < D; ++d) {
-      const Chunk chunk = {d, begin[d], count, rows(dgates, d), rows(dprojected, d), rows(hidden, d)};
+      const Chunk chunk = {d,
+                           begin[d],
+                           count,
+                           rows(dgates, d),
+                           rows(dgates_x, d),
+                           rows(norm_terms, d),
+                           rows(dprojected, d),
+                           rows(hidden, d)};
       add_chunk<T>(l, gemm, inputs, chunk, dx, both_add || d == 1, sums[d], stream);
     }
   }
@@ -232,17 +259,50 @@ at::Tensor unit_stride(const OptionalTensor& gradient) {
   return gradient->stride(-1) == 1 ? *gradient : gradient->contiguous();
 }
 
-// Recomputes y from the saved gates and cells: h = o * tanh(c), and its projection. Rows past a length are
-// not read.
-at::Tensor recompute_output(const Layer& l, const at::Tensor& cells, const at::Tensor& reserve) {
+// y [T, B, D*P] from each direction's h before the zoneout [T, B, P], step by step.
+template <class T>
+at::Tensor zoned_output(const Layer& l, const std::vector<at::Tensor>& directions, cudaStream_t stream) {
+  const at::Tensor y = at::empty({l.T, l.B, l.D * l.P}, l.options);
+  const at::Tensor h = at::empty({l.D, l.B, l.P}, l.options), h_n = at::empty_like(h);
+  const at::Tensor unmasked_h = at::empty({l.D, l.B, l.P}, l.sum_options), now = at::empty_like(unmasked_h);
+  const HiddenState<T> state = {
+      l.P, in<T>(l.h0), out<T>(h), out<T>(y), nullptr, out<Acc<T>>(unmasked_h), {}, mask_view(l.zoneout_h)};
+  ProjectedStep<T> step = {l.steps, static_cast<int>(l.D), true, {}, in<Acc<T>>(now), state};
+  for (int64_t s = 0; s < l.T; ++s) {
+    step.first = s == 0;
+    for (int64_t d = 0; d < l.D; ++d) {
+      step.t[d] = d == 0 ? s : l.T - 1 - s;
+      now.select(0, d).copy_(directions[d].select(0, step.t[d]));
+    }
+    if (s == l.T - 1) step.state.h_n = out<T>(h_n);
+    check(launch_projection_step_fwd(step, stream));
+  }
+  return y;
+}
+
+// Recomputes y from the saved gates and cells: h = o * tanh(c), with c before its zoneout, its projection,
+// and the zoneout of h. The results of rows past a length are undefined.
+template <class T>
+at::Tensor recompute_output(const Layer& l, const at::Tensor& cells, const at::Tensor& reserve,
+                            cudaStream_t stream) {
   std::vector<at::Tensor> directions;
   for (int64_t d = 0; d < l.D; ++d) {
-    const at::Tensor o = reserve.select(0, d).narrow(2, 3 * l.H, l.H).to(l.sum_dtype);
-    const at::Tensor tanh_c = cells.narrow(2, d * l.H, l.H).to(l.sum_dtype).tanh();
-    const at::Tensor h = o.mul(tanh_c).to(l.dtype);
+    const auto gate = [&](int64_t g) { return reserve.select(0, d).narrow(2, g * l.H, l.H).to(l.sum_dtype); };
+    at::Tensor c = cells.narrow(2, d * l.H, l.H);
+    if (l.zoneout_c.defined()) {
+      const at::Tensor c0 = l.c0.defined() ? l.c0.select(0, d) : at::Tensor();
+      const at::Tensor c_prev = ragged_rows<T>(l, {d, 0, l.T}, c, true, c0, {}, stream);
+      c = gate(1).mul(c_prev.view({l.T, l.B, l.H})).add_(gate(0).mul(gate(2)));
+    }
+    c = c.to(l.sum_dtype);
+    if (l.norm) {
+      const auto& w = l.weights[d].norm;
+      c = at::layer_norm(c, {l.H}, w[4].to(l.sum_dtype), w[5].to(l.sum_dtype), kNormEpsilon);
+    }
+    const at::Tensor h = gate(3).mul(c.tanh()).to(l.dtype);
     directions.push_back(l.proj() ? h.matmul(l.weights[d].hr.t()) : h);
   }
-  return at::cat(directions, -1);
+  return l.zoneout_h.defined() ? zoned_output<T>(l, directions, stream) : at::cat(directions, -1);
 }
 
 }  // namespace
@@ -257,22 +317,20 @@ LayerGradients layer_backward(const OptionalTensor& dy, const OptionalTensor& dh
   const at::AutoDispatchBelowADInplaceOrView below_autograd;
   const DeviceGuard device(x);
   const LayerInputs in{x, h0, c0, weights, lengths, reset_mask, recurrent_mask, zoneout_h, zoneout_c};
-  TORCH_CHECK(!in.masked(), "recurrent_dropout and zoneout are not implemented in CUDA");
   const Layer l(in);
-  TORCH_CHECK(!l.norm, "layer_norm is not implemented in CUDA");
   const int64_t T = l.T, B = l.B, H = l.H, P = l.P;
   l.check_backward(x, {dy, dh_n, dc_n, dcells}, {y, cells, reserve}, needs);
   const auto dense = [](const at::Tensor& t) { return t.defined() ? t.contiguous() : t; };
   bool reads_x = false;  // if false, x may be an expanded tensor of stride 0
   for (size_t k = 3; k < needs.size(); k += l.per_direction) reads_x |= needs[k];
-  const BackwardInputs inputs = {unit_stride(dy),
-                                 dense(unit_stride(dh_n)),
-                                 dense(unit_stride(dc_n)),
-                                 unit_stride(dcells),
-                                 reads_x && l.lengths.defined() && x.stride(2) != 1 ? x.contiguous() : x,
-                                 lacks_output(y) ? recompute_output(l, cells, reserve) : dense(y),
-                                 dense(cells),
-                                 dense(reserve)};
+  BackwardInputs inputs = {unit_stride(dy),
+                           dense(unit_stride(dh_n)),
+                           dense(unit_stride(dc_n)),
+                           unit_stride(dcells),
+                           reads_x && l.lengths.defined() && x.stride(2) != 1 ? x.contiguous() : x,
+                           dense(y),
+                           dense(cells),
+                           dense(reserve)};
 
   const int64_t step_bytes = std::max<int64_t>(1, l.D * B * 4 * H * static_cast<int64_t>(x.element_size()));
   const int64_t slots = std::clamp<int64_t>(
@@ -284,15 +342,19 @@ LayerGradients layer_backward(const OptionalTensor& dy, const OptionalTensor& dh
     const bool several = slots < T;
     if (need(d, 0)) sums[d].ih = GradientSum(l, {4 * H, l.I}, several);
     if (need(d, 1)) sums[d].hh = GradientSum(l, {4 * H, P}, several || l.h0.defined());
-    if (l.bias && (need(d, 2) || need(d, 3))) sums[d].bias = GradientSum(l, {4 * H}, true);
+    bool vectors = false;
+    for (int64_t k = 2; k < l.per_direction - l.proj(); ++k) vectors |= need(d, k);
+    if (vectors) sums[d].vectors = GradientSum(l, {(l.norm ? 14 : 4) * H}, true);
     if (l.proj() && need(d, hr)) sums[d].hr = GradientSum(l, {P, H}, several);
   }
   at::Tensor dx, dh0, dc0;
   if (needs[0]) dx = at::empty(x.sizes(), l.options);
   if (B > 0) {
     for_dtype(l.dtype, [&](auto* type) {
-      const Pass<std::remove_pointer_t<decltype(type)>> pass = {l, inputs, slots, needs[1], device.stream()};
-      std::tie(dh0, dc0) = pass.run(dx, sums);
+      using Type = std::remove_pointer_t<decltype(type)>;
+      if (lacks_output(y))
+        inputs.y = recompute_output<Type>(l, inputs.cells, inputs.reserve, device.stream());
+      std::tie(dh0, dc0) = Pass<Type>{l, inputs, slots, needs[1], device.stream()}.run(dx, sums);
     });
   } else {
     dh0 = at::empty({l.D, B, P}, l.options), dc0 = at::empty({l.D, B, H}, l.options);
@@ -303,10 +365,21 @@ LayerGradients layer_backward(const OptionalTensor& dy, const OptionalTensor& dh
     at::Tensor* const dw = &dweights[d * l.per_direction];
     if (sums[d].ih.needed()) dw[0] = sums[d].ih.result();
     if (sums[d].hh.needed()) dw[1] = sums[d].hh.result();
-    if (sums[d].bias.needed()) {
-      const at::Tensor bias = sums[d].bias.result();
-      if (need(d, 2)) dw[2] = bias;
-      if (need(d, 3)) dw[3] = need(d, 2) ? bias.clone() : bias;  // equal, but they must not alias
+    if (sums[d].vectors.needed()) {
+      const at::Tensor found = sums[d].vectors.result();
+      // Equal gradients must not alias.
+      const auto give = [&](int64_t k, int64_t begin, int64_t n) {
+        if (need(d, k)) dw[k] = found.narrow(0, begin * H, n * H).clone();
+      };
+      if (l.norm) {
+        const int64_t k = l.first_norm();
+        for (const int64_t bias : {k + 1, k + 3}) give(bias, 0, 4);
+        for (int64_t bias = 2; bias < k; ++bias) give(bias, 0, 4);
+        give(k, 4, 4), give(k + 2, 8, 4), give(k + 4, 13, 1), give(k + 5, 12, 1);
+      } else {
+        if (need(d, 2)) dw[2] = found;
+        if (need(d, 3)) dw[3] = need(d, 2) ? found.clone() : found;
+      }
     }
     if (sums[d].hr.needed()) dw[hr] = sums[d].hr.result();
   }

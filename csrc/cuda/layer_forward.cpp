@@ -4,6 +4,7 @@
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/stack.h>
+#include <ATen/ops/zeros.h>
 
 #include <algorithm>
 
@@ -14,12 +15,17 @@
 namespace fastlstm::cuda {
 namespace {
 
-// h_prev of the first step, for the GEMM with W_hh: zero in rows that are reset there. In reverse no sequence
-// starts at step T - 1.
+// [D, B, P]: h0, as the GEMM with W_hh reads it in the first step: zero in rows that are reset there, then
+// masked. In reverse no sequence starts at step T - 1.
 at::Tensor first_h_prev(const Layer& l) {
-  if (!l.h0.defined() || !l.reset_mask.defined()) return l.h0;
-  const at::Tensor forward = l.h0.select(0, 0).masked_fill(l.reset_mask.select(0, 0).unsqueeze(1), 0);
-  return l.D == 1 ? forward.unsqueeze(0) : at::stack({forward, l.h0.select(0, 1)});
+  if (!l.reset_mask.defined() && !l.recurrent_mask.defined()) return l.h0;
+  std::vector<at::Tensor> directions;
+  for (int64_t d = 0; d < l.D; ++d) {
+    at::Tensor& h = directions.emplace_back(l.h0.select(0, d));
+    if (d == 0 && l.reset_mask.defined()) h = h.masked_fill(l.reset_mask.select(0, 0).unsqueeze(1), 0);
+    if (l.recurrent_mask.defined()) h = h.mul(l.recurrent_mask.select(0, d).select(0, d == 0 ? 0 : l.T - 1));
+  }
+  return at::stack(directions);
 }
 
 // gates_x [D, slots, B, 4H] = x W_ih^T for `count` steps of each direction d, from step begin[d] on.
@@ -45,11 +51,13 @@ void run(const Layer& l, const at::Tensor& x, const at::Tensor& y, const at::Ten
   const int64_t chunk_bytes = persistent ? kPersistentStepChunkBytes : kStepChunkBytes;
   const int64_t slots = std::clamp<int64_t>(chunk_bytes / step_bytes, 1, l.T);
   const at::Tensor gates_x = at::empty({D, slots, l.B, 4 * l.H}, l.sum_options);
-  at::Tensor gates_h, h, c, hidden, projected, w_hh_t, w_hr_t;
+  at::Tensor gates_h, h, unmasked_h, c, hidden, projected, w_hh_t, w_hr_t;
   // The same buffers as operands of the steps' GEMMs.
   at::Tensor gates_h_all, h_all, hidden_all, projected_all;
   if (l.T > 1) {
     h = at::empty({D, l.B, l.P}, l.options);
+    if (l.recurrent_mask.defined() || l.zoneout_h.defined())
+      unmasked_h = at::empty({D, l.B, l.P}, l.sum_options);
     c = at::empty({D, l.B, l.H}, l.sum_options);
   }
   if (l.proj()) {
@@ -58,22 +66,35 @@ void run(const Layer& l, const at::Tensor& x, const at::Tensor& y, const at::Ten
     w_hr_t = l.stacked(&DirectionWeights::hr).transpose(-2, -1);
   }
 
-  const HiddenState<T> state = {l.P, in<T>(l.h0), out<T>(h), out<T>(y), nullptr};
+  const HiddenState<T> state = {l.P,
+                                in<T>(l.h0),
+                                out<T>(h),
+                                out<T>(y),
+                                nullptr,
+                                out<Acc<T>>(unmasked_h),
+                                mask_view(l.recurrent_mask),
+                                mask_view(l.zoneout_h)};
   ForwardStep<T> step = {};
   step.steps = l.steps, step.H = l.H, step.D = D;
   step.gates_x = in<Acc<T>>(gates_x), step.slots = slots;
   for (int d = 0; d < D; ++d) {
     step.bias_ih[d] = in<T>(l.weights[d].bias_ih), step.bias_hh[d] = in<T>(l.weights[d].bias_hh);
+    step.norm[d] = norm_weights<T>(l.weights[d]);
   }
   step.c0 = in<T>(l.c0), step.c = out<Acc<T>>(c);
   step.cells = out<T>(cells), step.gates = out<T>(reserve), step.hidden = out<T>(hidden);
-  step.state = state;
+  step.state = state, step.zoneout = mask_view(l.zoneout_c);
   ProjectedStep<T> project = {l.steps, D, true, {}, in<Acc<T>>(projected), state};
 
   // Prepares what only the step-wise kernels need, before step s.
   const auto begin_steps = [&](int64_t s) {
-    if (l.T > 1 || l.h0.defined()) {
+    if (l.norm) {  // normalizes a W_hh h of zeros, too
+      gates_h = at::zeros({D, l.B, 4 * l.H}, l.sum_options), gates_h_all = l.batched_operand(gates_h);
+      step.gates_h = out<Acc<T>>(gates_h);
+    } else if (l.T > 1 || l.h0.defined()) {
       gates_h = at::empty({D, l.B, 4 * l.H}, l.sum_options), gates_h_all = l.batched_operand(gates_h);
+    }
+    if (gates_h.defined()) {
       w_hh_t = l.stacked(&DirectionWeights::hh).transpose(-2, -1);
     }
     if (s == 0 && l.h0.defined()) h_all = l.batched_operand(first_h_prev(l));
@@ -99,7 +120,7 @@ void run(const Layer& l, const at::Tensor& x, const at::Tensor& y, const at::Ten
     if (s == 1) h_all = l.batched_operand(h);
     if (h_all.defined()) {
       gemm(gates_h_all, h_all, w_hh_t);
-      step.gates_h = in<Acc<T>>(gates_h);
+      step.gates_h = out<Acc<T>>(gates_h);
     }
     step.first = project.first = s == 0;
     for (int d = 0; d < 2; ++d) {
@@ -128,14 +149,12 @@ LayerResults layer_forward(const at::Tensor& x, const OptionalTensor& h0, const 
   const at::AutoDispatchBelowADInplaceOrView below_autograd;
   const DeviceGuard device(x);
   const LayerInputs in{x, h0, c0, weights, lengths, reset_mask, recurrent_mask, zoneout_h, zoneout_c};
-  TORCH_CHECK(!in.masked(), "recurrent_dropout and zoneout are not implemented in CUDA");
   const Layer l(in);
-  TORCH_CHECK(!l.norm, "layer_norm is not implemented in CUDA");
   const at::Tensor y = at::empty({l.T, l.B, l.D * l.P}, l.options);
   const at::Tensor h_n = at::empty({l.D, l.B, l.P}, l.options), c_n = at::empty({l.D, l.B, l.H}, l.options);
   at::Tensor cells, reserve;
   if (keep_cells || keep_reserve) cells = at::empty({l.T, l.B, l.D * l.H}, l.options);
-  if (keep_reserve) reserve = at::empty({l.D, l.T, l.B, 4 * l.H}, l.options);
+  if (keep_reserve) reserve = at::empty(l.reserve(), l.options);
   if (l.B > 0) {
     for_dtype(l.dtype, [&](auto* type) {
       run<std::remove_pointer_t<decltype(type)>>(l, x, y, h_n, c_n, cells, reserve, device.stream());

@@ -34,7 +34,7 @@ template <class T>
 PersistentPass<T>::PersistentPass(const Layer& l, Phase phase, bool tf32, cudaStream_t stream)
     : stream_(stream) {
   if constexpr (!std::is_same_v<T, double>) {
-    if (!persistent_enabled || !supports_steps(l.T)) return;
+    if (!persistent_enabled || !supports_steps(l.T) || l.masked() || l.norm) return;
     const int element_bytes =
         std::is_same_v<T, float> && !tf32 ? 0 : static_cast<int>(c10::elementSize(l.dtype));
     const int D = static_cast<int>(l.D);

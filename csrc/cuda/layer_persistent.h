@@ -10,7 +10,8 @@ namespace fastlstm::cuda {
 template <class T>
 class PersistentPass {
  public:
-  // Converts to false if the step-wise kernels must run. tf32: float32 GEMMs use TF32.
+  // Converts to false if the step-wise kernels must run, as they must with masks and layer normalization.
+  // tf32: float32 GEMMs use TF32.
   PersistentPass(const Layer& l, Phase phase, bool tf32, cudaStream_t stream);
 
   explicit operator bool() const { return packed_weights_.defined(); }

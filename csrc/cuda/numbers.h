@@ -35,6 +35,21 @@ bool can_vectorize(int64_t n, const T* p, const Rest*... rest) {
   return can_vectorize<V>(n, p) && can_vectorize<V>(n, rest...);
 }
 
+// The same for a mask's rows.
+template <int V, class T>
+bool can_vectorize(const Mask& m) {
+  const size_t bytes = m.flags ? sizeof(bool) : sizeof(T);
+  bool fits = reinterpret_cast<uintptr_t>(m.values) % (bytes * V) == 0;
+  for (const int64_t stride : m.strides) fits = fits && stride % V == 0;
+  return fits;
+}
+
+// The same for the weights of layer normalization of n units.
+template <int V, class T>
+bool can_vectorize(int64_t n, const NormWeights<T>& w) {
+  return can_vectorize<V>(n, w.gain_x, w.bias_x, w.gain_h, w.bias_h, w.gain_c, w.bias_c);
+}
+
 // The index space of a launch.
 struct Extent {
   int64_t features, rows;
@@ -87,6 +102,18 @@ template <class A, int V>
 FASTLSTM_HD void add(VecN<A, V>& x, const VecN<A, V>& y) {
 #pragma unroll
   for (int k = 0; k < V; ++k) x.v[k] += y.v[k];
+}
+
+// x becomes x * y, and x - y.
+template <class A, int V>
+FASTLSTM_HD void scale(VecN<A, V>& x, const VecN<A, V>& y) {
+#pragma unroll
+  for (int k = 0; k < V; ++k) x.v[k] *= y.v[k];
+}
+template <class A, int V>
+FASTLSTM_HD void subtract(VecN<A, V>& x, const VecN<A, V>& y) {
+#pragma unroll
+  for (int k = 0; k < V; ++k) x.v[k] -= y.v[k];
 }
 
 // expf, tanhf, exp and tanh of CUDA: at most 2 ulp for every argument (CUDA C++ Programming Guide,

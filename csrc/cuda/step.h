@@ -37,28 +37,124 @@ struct StepCoord {
   bool first, last;  // in scan order
 };
 
-// Storage of h_prev of the next step: [D, B, P], updated in place.
+// Features k ... k + V - 1 of a mask in step t of row b; flags are 0 and 1.
 template <class T, int V>
-struct PreviousH {
-  T* h;
-  FASTLSTM_HD VecN<Acc<T>, V> load() const { return cuda::load<V>(h); }
-  FASTLSTM_HD void store(const VecN<Acc<T>, V>& x) const { cuda::store<V>(h, x); }
-};
+FASTLSTM_HD VecN<Acc<T>, V> load_mask(const Mask& m, int d, int64_t t, int64_t b, int64_t k) {
+  const int64_t at = d * m.strides[0] + t * m.strides[1] + b * m.strides[2] + k;
+  if (!m.flags) return load<V>(static_cast<const T*>(m.values) + at);
+  const auto flags = *reinterpret_cast<const AlignedVecN<bool, V>*>(static_cast<const bool*>(m.values) + at);
+  VecN<Acc<T>, V> x;
+#pragma unroll
+  for (int i = 0; i < V; ++i) x.v[i] = flags.v[i] ? 1 : 0;
+  return x;
+}
 
-// Stores h_t, features k ... k + V - 1; a row that lacks the step keeps its h.
-template <class T, int V, class Storage>
+// `after` becomes the state after the zoneout m.
+template <class T, int V>
+FASTLSTM_HD void zone(const Mask& m, int d, int64_t t, int64_t b, int64_t k, const VecN<Acc<T>, V>& before,
+                      VecN<Acc<T>, V>& after) {
+  const VecN<Acc<T>, V> share = load_mask<T, V>(m, d, t, b, k);
+#pragma unroll
+  for (int i = 0; i < V; ++i) {
+    if (!m.flags) {
+      after.v[i] = zoned(share.v[i], before.v[i], after.v[i]);
+    } else if (share.v[i] != 0) {  // flags select, so that what they drop may be NaN
+      after.v[i] = before.v[i];
+    }
+  }
+}
+
+// Takes from `gradient`, that of a state after the zoneout m, the share of the state before it; returns that.
+template <class T, int V>
+FASTLSTM_HD VecN<Acc<T>, V> take_share(const Mask& m, int d, int64_t t, int64_t b, int64_t k,
+                                       VecN<Acc<T>, V>& gradient) {
+  VecN<Acc<T>, V> share = load_mask<T, V>(m, d, t, b, k);
+  scale(share, gradient);
+  subtract(gradient, share);
+  return share;
+}
+
+// h_prev of step m; zero after a reset.
+template <class T, int V>
+FASTLSTM_HD VecN<Acc<T>, V> previous_h(const Steps& steps, const HiddenState<T>& s, const StepCoord& m, int d,
+                                       int64_t b, int64_t at) {
+  if (!m.first) return s.unmasked ? load<V>(s.unmasked + at) : load<V>(s.h + at);
+  return starts_from_zero_state(steps, d, m.t, b) ? zeros<Acc<T>, V>() : load_or_zeros<V>(s.h0, at);
+}
+
+// Stores h_t, features k ... k + V - 1, after its zoneout; a row that lacks the step keeps its h.
+template <class T, int V>
 FASTLSTM_HD void store_h(const Steps& steps, const HiddenState<T>& s, int D, const StepCoord& m, int d,
-                         int64_t b, int64_t k, VecN<Acc<T>, V> h, const Storage& h_storage) {
+                         int64_t b, int64_t k, VecN<Acc<T>, V> h) {
   const int64_t at = (d * steps.B + b) * s.P + k;
   const bool valid = has_step(steps, m.t, b);
-  if (!valid) h = m.first ? load_or_zeros<V>(s.h0, at) : h_storage.load();
+  if (!valid) {
+    h = previous_h<T, V>(steps, s, m, d, b, at);
+  } else if (s.zoneout.values) {
+    zone<T, V>(s.zoneout, d, m.t, b, k, previous_h<T, V>(steps, s, m, d, b, at), h);
+  }
   store<V>(s.y + ((m.t * steps.B + b) * D + d) * s.P + k, valid ? h : zeros<Acc<T>, V>());
   if (m.last) {
     store<V>(s.h_n + at, h);
-  } else {
-    // The next GEMM does not mask its input, so a reset is applied here.
-    h_storage.store(starts_from_zero_state(steps, d, step_after(d, m.t), b) ? zeros<Acc<T>, V>() : h);
+    return;
   }
+  // The next GEMM does not mask its input, so a reset and the recurrent mask are applied here.
+  const int64_t next = step_after(d, m.t);
+  if (starts_from_zero_state(steps, d, next, b)) h = zeros<Acc<T>, V>();
+  if (s.unmasked) store<V>(s.unmasked + at, h);
+  if (s.recurrent_mask.values) scale(h, load_mask<T, V>(s.recurrent_mask, d, next, b, k));
+  store<V>(s.h + at, h);
+}
+
+// Offset of a row of the reserve, s.gates.
+template <class Step>
+FASTLSTM_HD int64_t reserve_row(const Step& s, int d, int64_t t, int64_t b) {
+  return ((d * s.steps.T + t) * s.steps.B + b) * (s.norm[0].gain_x ? 12 : 4) * s.H;
+}
+
+// One unit's gates in a[4].
+template <class A, int V>
+FASTLSTM_HD Gates<A> gates_of(const VecN<A, V> (&a)[4], int k) {
+  return {a[0].v[k], a[1].v[k], a[2].v[k], a[3].v[k]};
+}
+template <class A, int V>
+FASTLSTM_HD void set_gates(VecN<A, V> (&a)[4], int k, const Gates<A>& gates) {
+  a[0].v[k] = gates.i, a[1].v[k] = gates.f, a[2].v[k] = gates.g, a[3].v[k] = gates.o;
+}
+
+// The pre-activations a become activated gates.
+template <class A, int V>
+FASTLSTM_HD void activate_gates(VecN<A, V> (&a)[4]) {
+#pragma unroll
+  for (int k = 0; k < V; ++k) set_gates(a, k, activate<Exact<A>>(gates_of(a, k)));
+}
+template <class A, int V>
+FASTLSTM_HD VecN<A, V> next_c_of(const VecN<A, V> (&a)[4], VecN<A, V> c_prev) {
+#pragma unroll
+  for (int k = 0; k < V; ++k) c_prev.v[k] = next_c(gates_of(a, k), c_prev.v[k]);
+  return c_prev;
+}
+// h before any projection and zoneout; c: as it enters tanh.
+template <class A, int V>
+FASTLSTM_HD VecN<A, V> hidden_of(const VecN<A, V> (&a)[4], VecN<A, V> c) {
+#pragma unroll
+  for (int k = 0; k < V; ++k) c.v[k] = a[3].v[k] * Exact<A>::tanh(c.v[k]);
+  return c;
+}
+
+template <class T, int V>
+FASTLSTM_HD void add_biases(const ForwardStep<T>& s, int d, int g, int64_t j, VecN<Acc<T>, V>& a) {
+  if (s.bias_ih[d]) add(a, load<V>(s.bias_ih[d] + g * s.H + j));
+  if (s.bias_hh[d]) add(a, load<V>(s.bias_hh[d] + g * s.H + j));
+}
+
+// c_prev; zero after a reset.
+template <class T, int V>
+FASTLSTM_HD VecN<Acc<T>, V> previous_c(const ForwardStep<T>& s, const StepCoord& m, int d, int64_t b,
+                                       int64_t j) {
+  const int64_t at = (d * s.steps.B + b) * s.H + j;
+  if (starts_from_zero_state(s.steps, d, m.t, b)) return zeros<Acc<T>, V>();
+  return m.first ? load_or_zeros<V>(s.c0, at) : load<V>(s.c + at);
 }
 
 // Forward's input other than h W_hh^T; gates are without it. For a row that lacks the step all is zero but c.
@@ -72,54 +168,38 @@ template <class T, int V>
 FASTLSTM_HD ForwardInput<Acc<T>, V> forward_input(const ForwardStep<T>& s, const StepCoord& m, int d,
                                                   int64_t b, int64_t j) {
   using A = Acc<T>;
-  const int64_t B = s.steps.B, H = s.H, at = (d * B + b) * H + j;
+  const int64_t H = s.H;
   ForwardInput<A, V> in = {has_step(s.steps, m.t, b)};
-  in.c = m.first ? load_or_zeros<V>(s.c0, at) : load<V>(s.c + at);
+  in.c = previous_c<T, V>(s, m, d, b, j);
 #pragma unroll
   for (int g = 0; g < 4; ++g) in.gates[g] = zeros<A, V>();
   if (!in.valid) return in;
-  if (starts_from_zero_state(s.steps, d, m.t, b)) in.c = zeros<A, V>();
-  const A* gates_x = s.gates_x + ((d * s.slots + m.slot) * B + b) * 4 * H + j;
+  const A* gates_x = s.gates_x + ((d * s.slots + m.slot) * s.steps.B + b) * 4 * H + j;
 #pragma unroll
   for (int g = 0; g < 4; ++g) {
     in.gates[g] = load<V>(gates_x + g * H);
-    if (s.bias_ih[d]) add(in.gates[g], load<V>(s.bias_ih[d] + g * H + j));
-    if (s.bias_hh[d]) add(in.gates[g], load<V>(s.bias_hh[d] + g * H + j));
+    add_biases<T, V>(s, d, g, j, in.gates[g]);
   }
   return in;
 }
 
-// Computes and stores the results of a step; a: the gates' pre-activations.
-template <class T, int V, class Storage>
-FASTLSTM_HD void forward_output(const ForwardStep<T>& s, const StepCoord& m, int d, int64_t b, int64_t j,
-                                bool valid, VecN<Acc<T>, V> c, VecN<Acc<T>, V> (&a)[4],
-                                const Storage& h_storage) {
-  using A = Acc<T>;
+// Stores the results of a step: activated gates a, c before its zoneout, h before any projection and zoneout.
+// For a row that lacks the step a and h are zero.
+template <class T, int V>
+FASTLSTM_HD void store_forward(const ForwardStep<T>& s, const StepCoord& m, int d, int64_t b, int64_t j,
+                               bool valid, const VecN<Acc<T>, V>& c_prev, VecN<Acc<T>, V> c,
+                               const VecN<Acc<T>, V>& h, const VecN<Acc<T>, V> (&a)[4]) {
   const int64_t B = s.steps.B, H = s.H;
-  const int64_t at = (d * B + b) * H + j;                           // in [D, B, H]
-  const int64_t row = ((d * s.steps.T + m.t) * B + b) * 4 * H + j;  // in [D, T, B, 4H]
-  T* const cells = s.cells ? s.cells + ((m.t * B + b) * s.D + d) * H + j : nullptr;
-  VecN<A, V> h = zeros<A, V>();
-
+  const int64_t at = (d * B + b) * H + j;  // in [D, B, H]
   if (!valid) {
-    if (cells) store<V>(cells, h);
-    if (s.gates) {
+    c = c_prev;
+  } else if (s.zoneout.values) {
+    zone<T, V>(s.zoneout, d, m.t, b, j, c_prev, c);
+  }
+  if (s.cells) store<V>(s.cells + ((m.t * B + b) * s.D + d) * H + j, valid ? c : zeros<Acc<T>, V>());
+  if (s.gates) {
 #pragma unroll
-      for (int g = 0; g < 4; ++g) store<V>(s.gates + row + g * H, h);
-    }
-  } else {
-#pragma unroll
-    for (int k = 0; k < V; ++k) {
-      const Gates<A> gates = activate<Exact<A>>(Gates<A>{a[0].v[k], a[1].v[k], a[2].v[k], a[3].v[k]});
-      c.v[k] = next_c(gates, c.v[k]);
-      h.v[k] = gates.o * Exact<A>::tanh(c.v[k]);
-      a[0].v[k] = gates.i, a[1].v[k] = gates.f, a[2].v[k] = gates.g, a[3].v[k] = gates.o;
-    }
-    if (cells) store<V>(cells, c);
-    if (s.gates) {
-#pragma unroll
-      for (int g = 0; g < 4; ++g) store<V>(s.gates + row + g * H, a[g]);
-    }
+    for (int g = 0; g < 4; ++g) store<V>(s.gates + reserve_row(s, d, m.t, b) + g * H + j, a[g]);
   }
   if (m.last) {
     store<V>(s.c_n + at, c);
@@ -129,40 +209,45 @@ FASTLSTM_HD void forward_output(const ForwardStep<T>& s, const StepCoord& m, int
   if (s.hidden) {
     store<V>(s.hidden + at, h);
   } else {
-    store_h<T, V>(s.steps, s.state, s.D, m, d, b, j, h, h_storage);
+    store_h<T, V>(s.steps, s.state, s.D, m, d, b, j, h);
   }
 }
 
 template <class T, int V>
 FASTLSTM_HD void forward_element(const ForwardStep<T>& s, int d, int64_t b, int64_t j) {
+  using A = Acc<T>;
   const StepCoord m = {s.t[d], s.slot[d], s.first, s.c_n != nullptr};
-  ForwardInput<Acc<T>, V> in = forward_input<T, V>(s, m, d, b, j);
-  if (s.gates_h && in.valid) {
+  ForwardInput<A, V> in = forward_input<T, V>(s, m, d, b, j);
+  VecN<A, V> c = in.c, h = zeros<A, V>();
+  if (in.valid) {
 #pragma unroll
-    for (int g = 0; g < 4; ++g) {
+    for (int g = 0; s.gates_h && g < 4; ++g)
       add(in.gates[g], load<V>(s.gates_h + (d * s.steps.B + b) * 4 * s.H + g * s.H + j));
-    }
+    activate_gates(in.gates);
+    c = next_c_of(in.gates, in.c);
+    h = hidden_of(in.gates, c);
   }
-  const PreviousH<T, V> h_storage = {s.state.h + (d * s.steps.B + b) * s.H + j};
-  forward_output<T, V>(s, m, d, b, j, in.valid, in.c, in.gates, h_storage);
+  store_forward<T, V>(s, m, d, b, j, in.valid, in.c, c, h, in.gates);
 }
 
 template <class T, int V>
 FASTLSTM_HD void projected_element(const ProjectedStep<T>& s, int d, int64_t b, int64_t k) {
   const int64_t at = (d * s.steps.B + b) * s.state.P + k;
   const StepCoord m = {s.t[d], 0, s.first, s.state.h_n != nullptr};
-  store_h<T, V>(s.steps, s.state, s.D, m, d, b, k, load<V>(s.projected + at),
-                PreviousH<T, V>{s.state.h + at});
+  store_h<T, V>(s.steps, s.state, s.D, m, d, b, k, load<V>(s.projected + at));
 }
 
-// The gradient of h_t from the next step in scan order, `dh`, and from h_n, without that of y.
+// The gradient of h_t from the next step in scan order, whose product is `dh`, and from h_n, without that of
+// y.
 template <class T, int V>
 FASTLSTM_HD VecN<Acc<T>, V> carried_dh(const Steps& steps, const HiddenGradient<T>& s, bool first, int d,
-                                       int64_t t, int64_t b, int64_t k, const VecN<Acc<T>, V>& dh) {
+                                       int64_t t, int64_t b, int64_t k, VecN<Acc<T>, V> dh) {
   const int64_t at = (d * steps.B + b) * s.P + k, done = step_after(d, t);
   if (first) return load_or_zeros<V>(s.dh_n, at);
   if (!has_step(steps, done, b)) return load<V>(s.carry + at);
   if (starts_from_zero_state(steps, d, done, b)) return zeros<Acc<T>, V>();
+  if (s.recurrent_mask.values) scale(dh, load_mask<T, V>(s.recurrent_mask, d, done, b, k));
+  if (s.zoneout.values) add(dh, load<V>(s.carry + at));
   return dh;
 }
 
@@ -173,8 +258,8 @@ FASTLSTM_HD VecN<Acc<T>, V> load_product_dh(const Steps& steps, const HiddenGrad
   return first ? zeros<Acc<T>, V>() : load<V>(s.dh + (d * steps.B + b) * s.P + k);
 }
 
-// The whole gradient of h_t; zero for a row that lacks the step, whose gradient goes to `carry`. dy: that of
-// y at t.
+// The whole gradient of h_t before its zoneout; zero for a row that lacks the step. `carry` takes the part
+// that passes the step. dy: that of y at t.
 template <class T, int V>
 FASTLSTM_HD VecN<Acc<T>, V> total_dh(const Steps& steps, const HiddenGradient<T>& s, bool first, int d,
                                      int64_t t, int64_t b, int64_t k, const VecN<Acc<T>, V>& product,
@@ -185,6 +270,8 @@ FASTLSTM_HD VecN<Acc<T>, V> total_dh(const Steps& steps, const HiddenGradient<T>
     return zeros<Acc<T>, V>();
   }
   add(dh, dy);
+  if (s.zoneout.values)
+    store<V>(s.carry + (d * steps.B + b) * s.P + k, take_share<T, V>(s.zoneout, d, t, b, k, dh));
   return dh;
 }
 
@@ -198,9 +285,9 @@ FASTLSTM_HD VecN<Acc<T>, V> load_dy(const Steps& steps, const HiddenGradient<T>&
 // Backward's input other than dh. For a row that lacks the step all is zero but dc.
 template <class A, int V>
 struct BackwardInput {
-  bool valid;         // the row has the step
-  VecN<A, V> dc, dy;  // dc: with dcells
-  VecN<A, V> a[4], c, c_prev;
+  bool valid;                  // the row has the step
+  VecN<A, V> dc, kept_dc, dy;  // dc: with dcells; kept_dc: the share of c_prev by zoneout, which dc lacks
+  VecN<A, V> a[4], c, c_prev;  // c: before its zoneout
 };
 
 template <class T, int V>
@@ -210,64 +297,73 @@ FASTLSTM_HD BackwardInput<Acc<T>, V> backward_input(const BackwardStep<T>& s, co
   const int64_t B = s.steps.B, H = s.H, t = m.t, at = (d * B + b) * H + j;
   BackwardInput<A, V> in = {has_step(s.steps, t, b)};
   in.dc = m.first ? load_or_zeros<V>(s.dc_n, at) : load<V>(s.dc + at);
-  in.c = in.c_prev = in.dy = zeros<A, V>();
+  in.c = in.c_prev = in.dy = in.kept_dc = zeros<A, V>();
 #pragma unroll
   for (int g = 0; g < 4; ++g) in.a[g] = zeros<A, V>();
   if (!in.valid) return in;
   if (!s.dhidden) in.dy = load_dy<T, V>(s.steps, s.gradient, d, t, b, j);
   if (s.dcells) add(in.dc, load<V>(s.dcells + t * s.dcells_t + b * s.dcells_b + d * H + j));
-  const T* gates = s.gates + ((d * s.steps.T + t) * B + b) * 4 * H + j;
 #pragma unroll
-  for (int g = 0; g < 4; ++g) in.a[g] = load<V>(gates + g * H);
+  for (int g = 0; g < 4; ++g) in.a[g] = load<V>(s.gates + reserve_row(s, d, t, b) + g * H + j);
   in.c = load<V>(s.cells + ((t * B + b) * s.D + d) * H + j);
   if (!starts_from_zero_state(s.steps, d, t, b)) {
     in.c_prev = starts_from_initial_state(s.steps, d, t, b)
                     ? load_or_zeros<V>(s.c0, at)
                     : load<V>(s.cells + ((step_before(d, t) * B + b) * s.D + d) * H + j);
   }
+  if (s.zoneout.values) {
+    in.kept_dc = take_share<T, V>(s.zoneout, d, t, b, j, in.dc);
+    in.c = next_c_of(in.a, in.c_prev);
+  }
   return in;
 }
 
-// dh: the whole gradient of h_t. in.a becomes the gradients of the pre-activations, zero for a row that lacks
-// the step; in.dc the gradient of c_prev; in.c the pre-projection hidden state.
-template <class Activation, class A, int V>
-FASTLSTM_HD void backward_cell(const Steps& steps, int d, int64_t t, int64_t b, BackwardInput<A, V>& in,
-                               const VecN<A, V>& dh) {
-  if (!in.valid) return;
-#pragma unroll
-  for (int k = 0; k < V; ++k) {
-    const Gates<A> gate = {in.a[0].v[k], in.a[1].v[k], in.a[2].v[k], in.a[3].v[k]};
-    const A tanh_c = Activation::tanh(in.c.v[k]);
-    const Gates<A> pre = cell_backward(gate, in.c_prev.v[k], tanh_c, dh.v[k], in.dc.v[k]);
-    in.a[0].v[k] = pre.i, in.a[1].v[k] = pre.f, in.a[2].v[k] = pre.g, in.a[3].v[k] = pre.o;
-    in.c.v[k] = gate.o * tanh_c;
-  }
+// in.dc, of c_prev through the step, becomes its whole gradient.
+template <class A, int V>
+FASTLSTM_HD void finish_dc(const Steps& steps, int d, int64_t t, int64_t b, BackwardInput<A, V>& in) {
+  add(in.dc, in.kept_dc);
   if (starts_from_zero_state(steps, d, t, b)) in.dc = zeros<A, V>();
 }
 
-// Stores the results of backward_cell; dc only if `store_dc`.
+// The gradient of h_t before any projection and zoneout. Called once per element: it may change `carry`.
 template <class T, int V>
-FASTLSTM_HD void store_backward(const BackwardStep<T>& s, const StepCoord& m, int d, int64_t b, int64_t j,
-                                const BackwardInput<Acc<T>, V>& in, bool store_dc) {
+FASTLSTM_HD VecN<Acc<T>, V> backward_dh(const BackwardStep<T>& s, const StepCoord& m, int d, int64_t b,
+                                        int64_t j, const VecN<Acc<T>, V>& dy) {
+  if (s.dhidden) return load<V>(s.dhidden + (d * s.steps.B + b) * s.H + j);
+  return total_dh<T, V>(s.steps, s.gradient, m.first, d, m.t, b, j,
+                        load_product_dh<T, V>(s.steps, s.gradient, m.first, d, b, j), dy);
+}
+
+// Stores in.dc, and in.c as the pre-projection hidden state.
+template <class T, int V>
+FASTLSTM_HD void store_state_gradient(const BackwardStep<T>& s, const StepCoord& m, int d, int64_t b,
+                                      int64_t j, const BackwardInput<Acc<T>, V>& in) {
   const int64_t B = s.steps.B, H = s.H;
-  const int64_t slot = (d * s.slots + m.slot) * B + b;
-  T* const dgates = s.dgates + slot * 4 * H + j;
-#pragma unroll
-  for (int g = 0; g < 4; ++g) store<V>(dgates + g * H, in.a[g]);
-  if (s.hidden) store<V>(s.hidden + slot * H + j, in.c);
-  if (store_dc) store<V>(s.dc + (d * B + b) * H + j, in.dc);
+  if (s.hidden) store<V>(s.hidden + ((d * s.slots + m.slot) * B + b) * H + j, in.c);
+  store<V>(s.dc + (d * B + b) * H + j, in.dc);
 }
 
 template <class T, int V>
 FASTLSTM_HD void backward_element(const BackwardStep<T>& s, int d, int64_t b, int64_t j) {
+  using A = Acc<T>;
   const StepCoord m = {s.t[d], s.slot[d], s.first, false};
-  BackwardInput<Acc<T>, V> in = backward_input<T, V>(s, m, d, b, j);
-  const VecN<Acc<T>, V> dh =
-      s.dhidden ? load<V>(s.dhidden + (d * s.steps.B + b) * s.H + j)
-                : total_dh<T, V>(s.steps, s.gradient, m.first, d, m.t, b, j,
-                                 load_product_dh<T, V>(s.steps, s.gradient, m.first, d, b, j), in.dy);
-  backward_cell<Exact<Acc<T>>>(s.steps, d, m.t, b, in, dh);
-  store_backward<T, V>(s, m, d, b, j, in, true);
+  BackwardInput<A, V> in = backward_input<T, V>(s, m, d, b, j);
+  const VecN<A, V> dh = backward_dh<T, V>(s, m, d, b, j, in.dy);
+  if (in.valid) {
+#pragma unroll
+    for (int k = 0; k < V; ++k) {
+      const Gates<A> gate = gates_of(in.a, k);
+      const A tanh_c = Exact<A>::tanh(in.c.v[k]);
+      set_gates(in.a, k, cell_backward(gate, in.c_prev.v[k], tanh_c, dh.v[k], in.dc.v[k]));
+      in.c.v[k] = gate.o * tanh_c;
+    }
+    finish_dc(s.steps, d, m.t, b, in);
+  }
+  // The gradients of the pre-activations, zero for a row that lacks the step.
+  T* const dgates = s.dgates + ((d * s.slots + m.slot) * s.steps.B + b) * 4 * s.H + j;
+#pragma unroll
+  for (int g = 0; g < 4; ++g) store<V>(dgates + g * s.H, in.a[g]);
+  store_state_gradient<T, V>(s, m, d, b, j, in);
 }
 
 template <class T, int V>
@@ -301,6 +397,7 @@ FASTLSTM_HD void ragged_row_element(const RaggedRows<T>& s, int64_t r, int64_t b
     } else {
       x = load<V>(s.source + step_before(s.d, t) * s.source_t + b * s.source_b + k);
     }
+    if (s.mask.values) scale(x, load_mask<T, V>(s.mask, s.d, t, b, k));
   }
   store<V>(s.out + (r * s.steps.B + b) * s.n + k, x);
 }

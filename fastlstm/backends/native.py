@@ -88,6 +88,8 @@ def kernels(call: LayerCall, B: int) -> str:
     """
     if extension is None or call.device.type != "cuda":
         return ""
+    if call.variant:
+        return f"step by step: {call.variant} is not implemented in the persistent kernels"
     if not extension.persistent_enabled():
         return "step by step: persistent kernels were turned off (fastlstm.backends.native.set_persistent)"
     gpu = torch.cuda.get_device_properties(call.device)
@@ -163,6 +165,4 @@ def supports(call: LayerCall) -> str | None:
         return f"fastlstm._C was built for {', '.join(devices)} tensors, got {call.device.type}"
     if call.dtype not in DTYPES:
         return f"dtype must be one of {', '.join(map(str, DTYPES))}, got {call.dtype}"
-    if call.variant and call.device.type != "cpu":
-        return f"{call.variant} is not implemented in C++ for {call.device.type}"
     return None

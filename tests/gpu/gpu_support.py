@@ -14,9 +14,11 @@ from torch import Tensor, nn
 
 import fastlstm
 from fastlstm import accuracy, dispatch
+from fastlstm.ops.schema import LayerCall
 
 from ..cases import Case, Tensors, tensors
 from ..runners import Results, assert_accurate, gradients
+from . import variant_layers
 
 # FASTLSTM_TEST_DEVICE=cpu runs tests of the GPU suite on CPU tensors if they do not require CUDA.
 DEVICE = os.environ.get("FASTLSTM_TEST_DEVICE", "cuda")
@@ -156,6 +158,19 @@ def check(case: Case, precision: Arithmetic, backend: str, device: str = "cuda")
     results = run(case, precision, backend, device)
     assert results.keys() == reference.keys()
     assert_accurate(results, reference, bounds, f"{backend}, {precision}, {case!r}")
+
+
+def check_variant(
+    layer: variant_layers.VariantLayer, precision: Arithmetic, backend: str, device: str = DEVICE
+) -> None:
+    """`check` for a layer with recurrent dropout, zoneout or layer normalization."""
+    layer = layer.to(precision.dtype)
+    require(backend, layer.case, device)
+    call = LayerCall.of(layer.inputs(precision.dtype, device)[0])
+    if (reason := dispatch.BACKENDS[backend].supports(call)) is not None:
+        pytest.skip(f"{backend}: {reason}")
+    with precision.flags():
+        variant_layers.check(layer, backend, precision.rounding(backend), device)
 
 
 @lru_cache(maxsize=2)  # a case runs on all backends in turn, and its reference takes minutes for T = 70,000

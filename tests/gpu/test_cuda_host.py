@@ -58,7 +58,9 @@ def cuda_headers() -> str:
 
 @pytest.fixture(scope="module")
 def compiled(tmp_path_factory: pytest.TempPathFactory) -> None:
-    """The op fastlstm::cuda_host_layer."""
+    """The op fastlstm::cuda_host_layer, compiled once for all modules that import this fixture."""
+    if LIBRARIES:
+        return
     if reason := unavailable_reason():
         pytest.skip(reason)
     built, sources = tmp_path_factory.mktemp(NAME), ROOT / "tests" / "gpu" / "cuda_host"

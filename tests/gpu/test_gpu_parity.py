@@ -19,6 +19,7 @@ from .gpu_support import (
     Arithmetic,
     backends,
     check,
+    check_variant,
     expected,
     gpu,
     nan_outside,
@@ -29,6 +30,7 @@ from .gpu_support import (
     same,
     with_gradients,
 )
+from .variant_layers import LAYERS, NORMALIZED, VariantLayer
 
 pytestmark = gpu
 
@@ -67,6 +69,28 @@ def test_hidden_sizes(H, bidirectional, precision, backend):
 @pytest.mark.parametrize("case", FEATURES, ids=str)
 def test_features(case, precision, backend):
     check(case, precision, backend)
+
+
+# Several blocks of features and of rows, at and off the vector width, next to the layers that the simulation runs.
+VARIANTS = (
+    *LAYERS,
+    *NORMALIZED,
+    VariantLayer(
+        Case(T=9, B=37, I=12, H=192, bidirectional=True, hx="tuple", cells=True), "sequence", "flags", "flags"
+    ),
+    VariantLayer(Case(T=9, B=37, I=12, H=131, proj=65, hx="tuple", cells=True), "steps", "numbers", "number"),
+    VariantLayer(Case(T=9, B=7, I=12, H=40, bidirectional=True, hx="tuple", **RAGGED), "steps", "flags", "numbers"),
+    # more rows and features than a CTA of layer normalization has threads
+    VariantLayer(Case(T=4, B=137, I=12, H=192, bidirectional=True, hx="tuple", cells=True), norm=True),
+    VariantLayer(Case(T=9, B=37, I=12, H=131, proj=65, hx="tuple", cells=True), norm=True),
+)
+
+
+@backends
+@pytest.mark.parametrize("precision", PRECISIONS, ids=str)
+@pytest.mark.parametrize("layer", VARIANTS, ids=str)
+def test_variants(layer, precision, backend):
+    check_variant(layer, precision, backend)
 
 
 @backends

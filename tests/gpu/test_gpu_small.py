@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from ..cases import Case
-from .gpu_support import BFLOAT16, DOUBLE, HALF, IEEE, TF32, backends, check, gpu
+from .gpu_support import BFLOAT16, DOUBLE, HALF, IEEE, TF32, backends, check, check_variant, gpu
+from .variant_layers import VariantLayer
 
 pytestmark = gpu
 
@@ -19,6 +20,13 @@ CASES = (
     Case(T=1, B=1, I=1, H=1, bias=False),
     Case(T=2, B=130, I=5, H=33),  # more rows and units than one block has threads
 )
+VARIANTS = (
+    VariantLayer(Case(T=3, B=5, I=4, H=8, hx="tuple", bidirectional=True), "sequence", "flags", "number"),
+    VariantLayer(
+        Case(T=5, B=5, I=3, H=7, hx="tuple", bidirectional=True, proj=3, **RAGGED), "steps", "numbers", "flags"
+    ),
+    VariantLayer(Case(T=5, B=5, I=3, H=40, hx="tuple", bidirectional=True, proj=3, **RAGGED), norm=True),
+)
 
 
 @backends
@@ -26,3 +34,10 @@ CASES = (
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_small(case, precision, backend):
     check(case, precision, backend)
+
+
+@backends
+@pytest.mark.parametrize("precision", [IEEE, HALF], ids=str)
+@pytest.mark.parametrize("layer", VARIANTS, ids=str)
+def test_small_variants(layer, precision, backend):
+    check_variant(layer, precision, backend)

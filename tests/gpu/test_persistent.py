@@ -230,6 +230,11 @@ def test_explain_names_the_kernels(monkeypatch):
     assert "forward step by step: predicted 20" in explained(2048, torch.bfloat16, B=128)
     assert "have persistent kernels" in explained(512, torch.float64)
     assert "does not fit" in explained(4096, torch.float16)
+    masked = LayerCall(
+        torch.device("cuda"), torch.bfloat16, 64, LayerShape(64, 64, 1, True), recurrent_mask=True, zoneout_c=True
+    )
+    expected = "step by step: recurrent_dropout, zoneout is not implemented in the persistent kernels"
+    assert native.kernels(masked, 64) == expected
     Gpu.major = 8
     assert "this GPU has no thread-block clusters" in explained(512, torch.float16)
     Gpu.major = 7

@@ -4,7 +4,7 @@
 
 #include <algorithm>
 
-#include "cuda/step.h"
+#include "cuda/norm_step.h"
 
 namespace fastlstm::cuda {
 
@@ -18,6 +18,13 @@ cudaError_t launch(const S& s, const Extent& n, cudaStream_t) {
     for (int64_t row = 0; row < n.rows; ++row)
       for (int64_t feature = 0; feature < n.features; feature += V)
         F::template run<V>(s, layer, row, feature);
+  return cudaSuccess;
+}
+
+template <class F, int V, class S>
+cudaError_t launch_rows(const S& s, const Extent& n, cudaStream_t) {
+  for (int layer = 0; layer < n.layers; ++layer)
+    for (int64_t row = 0; row < n.rows; ++row) F::template run<V>(s, layer, row, RowThread{0, 1});
   return cudaSuccess;
 }
 
