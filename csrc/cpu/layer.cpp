@@ -20,6 +20,15 @@ std::vector<at::Tensor> to(at::TensorList tensors, at::ScalarType dtype) {
   return out;
 }
 
+// Returns true if products of float32 may round their factors to bfloat16: where nn.LSTM's may, which runs on
+// oneDNN (docs/numerics.md). Read at every call, of backward too.
+bool bf16_requested(const at::Tensor& x) {
+  const at::Context& context = at::globalContext();
+  return x.scalar_type() == at::kFloat && context.userEnabledMkldnn() &&
+         context.float32Precision(at::Float32Backend::MKLDNN, at::Float32Op::RNN) ==
+             at::Float32Precision::BF16;
+}
+
 // f(T{}) for the type that x's kernels store.
 template <class F>
 auto for_dtype(const at::Tensor& x, F&& f) {
@@ -40,11 +49,13 @@ LayerResults layer(const at::Tensor& x, const OptionalTensor& h0, const Optional
                    bool keep_cells, bool keep_reserve) {
   const LayerInputs in{x, h0, c0, weights, lengths, reset_mask};
   if (x.scalar_type() != at::kHalf)
-    return for_dtype(x, [&](auto t) { return forward<decltype(t)>(in, keep_cells, keep_reserve); });
+    return for_dtype(
+        x, [&](auto t) { return forward<decltype(t)>(in, keep_cells, keep_reserve, bf16_requested(x)); });
   const LayerSizes checked(in);  // before all become float32
+  const std::vector<at::Tensor> wide = to(weights, at::kFloat);
   auto [y, h_n, c_n, cells, reserve] =
-      layer(x.to(at::kFloat), to_float(h0), to_float(c0), to(weights, at::kFloat), lengths, reset_mask,
-            keep_cells, keep_reserve);
+      forward<float>({x.to(at::kFloat), to_float(h0), to_float(c0), wide, lengths, reset_mask}, keep_cells,
+                     keep_reserve, /*bf16_requested=*/false);
   return {y.to(at::kHalf), h_n.to(at::kHalf), c_n.to(at::kHalf), cells.to(at::kHalf), reserve.to(at::kHalf)};
 }
 
@@ -58,12 +69,14 @@ LayerGradients layer_backward(const OptionalTensor& dy, const OptionalTensor& dh
   const LayerInputs in{x, h0, c0, weights, lengths, reset_mask};
   const SavedResults saved{y, cells, reserve};
   if (x.scalar_type() != at::kHalf)
-    return for_dtype(x, [&](auto t) { return backward<decltype(t)>(grads, in, saved, needs); });
+    return for_dtype(
+        x, [&](auto t) { return backward<decltype(t)>(grads, in, saved, needs, bf16_requested(x)); });
   LayerSizes(in).check_backward(x, grads, saved, needs);
-  auto [dx, dh0, dc0, dweights] =
-      layer_backward(to_float(dy), to_float(dh_n), to_float(dc_n), to_float(dcells), x.to(at::kFloat),
-                     to_float(h0), to_float(c0), to(weights, at::kFloat), lengths, reset_mask,
-                     y.to(at::kFloat), cells.to(at::kFloat), reserve.to(at::kFloat), needs);
+  const std::vector<at::Tensor> wide = to(weights, at::kFloat);
+  auto [dx, dh0, dc0, dweights] = backward<float>(
+      {to_float(dy), to_float(dh_n), to_float(dc_n), to_float(dcells)},
+      {x.to(at::kFloat), to_float(h0), to_float(c0), wide, lengths, reset_mask},
+      {y.to(at::kFloat), cells.to(at::kFloat), reserve.to(at::kFloat)}, needs, /*bf16_requested=*/false);
   return {dx.to(at::kHalf), dh0.to(at::kHalf), dc0.to(at::kHalf), to(dweights, at::kHalf)};
 }
 
