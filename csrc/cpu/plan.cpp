@@ -105,7 +105,8 @@ bool uses_bf16_products(const LayerShape& s, const Machine& machine) {
 
 Bf16Refusal bf16_refusal(const LayerShape& s, const Machine& machine) {
   if (s.dtype != Dtype::float32 || !s.bf16_requested) return Bf16Refusal::none;
-  if (s.frozen != Frozen::no) return Bf16Refusal::frozen;
+  if (s.frozen != Frozen::no)
+    return frozen_engine(s, machine) == EngineKind::bf16_products ? Bf16Refusal::none : Bf16Refusal::frozen;
   if (!machine.bf16_kernels) return Bf16Refusal::no_kernels;
   if (s.proj()) return Bf16Refusal::projection;
   if (s.N < kFloat32ToBf16MinRows) return Bf16Refusal::few_rows;
@@ -114,10 +115,10 @@ Bf16Refusal bf16_refusal(const LayerShape& s, const Machine& machine) {
 
 EngineKind frozen_engine(const LayerShape& s, const Machine& machine) {
   if (s.frozen == Frozen::int8) return EngineKind::int8_products;
-  if (s.frozen == Frozen::bfloat16) return EngineKind::bf16_panels;
-  if (s.dtype != Dtype::bfloat16) return EngineKind::float_panels;
-  return machine.bf16_kernels && !s.proj() && s.H > 0 && s.I > 0 ? EngineKind::bf16_products
-                                                                 : EngineKind::bf16_panels;
+  if (s.frozen == Frozen::stored && s.dtype != Dtype::bfloat16) return EngineKind::float_panels;
+  const int64_t min_units = s.dtype == Dtype::bfloat16 ? 1 : kFloat32ToBf16MinUnits;
+  return machine.bf16_kernels && !s.proj() && s.H >= min_units && s.I > 0 ? EngineKind::bf16_products
+                                                                          : EngineKind::bf16_panels;
 }
 
 Loop forward_loop(const LayerShape& s, const Machine& machine) {

@@ -300,6 +300,22 @@ def test_plan_of_bf16_products():
     assert "requested" not in plan["forward"]["text"]
 
 
+@pytest.mark.parametrize("rnn", ["none", "bf16"])
+def test_plan_of_frozen_bfloat16_weights(rnn):
+    """Their products are bfloat16 where these are faster, whatever the flag says and however few rows there are."""
+    engines = [
+        (Case(T=1, B=1, H=32), WITH_KERNELS, "bf16_products"),
+        (Case(T=20, B=12, H=31), WITH_KERNELS, "bf16_panels"),
+        (Case(T=20, B=12, H=64, proj=8), WITH_KERNELS, "bf16_panels"),
+        (Case(T=20, B=12, H=64), WITHOUT, "bf16_panels"),
+    ]
+    for case, machine, engine in engines:
+        with flags(rnn):
+            plan = plan_of(case, 1, frozen="bfloat16", **machine)["forward"]
+        assert plan["engine"] == engine, case
+        assert ("requested" in plan["text"]) == (rnn == "bf16" and engine != "bf16_products")
+
+
 def test_explain_reads_the_flag():
     lstm, x = fastlstm.LSTM(8, 64), torch.zeros(12, 3, 8)
     with flags():
