@@ -51,8 +51,7 @@ inline void gemm(const GemmArgs& g) {
           // Up to 16 rows AMX multiplies 64 columns at once, otherwise 32.
           const int64_t step = (wide_columns(count) ? 2 : 1) * kUnits;
           for (int64_t j0 = 0; j0 < columns; j0 += step) {
-            column_products(count, depth, a + r * lda, lda, b + j0 / kUnits * next, next,
-                            wide && step > kUnits, sums, [] {});
+            column_products(count, depth, a + r * lda, lda, b + j0 / kUnits * next, next, wide, sums, [] {});
             const int64_t width = std::min(step, columns - j0);
             for (int64_t i = 0; i < count; ++i) {
               float* c = g.c + (r0 + r + i) * g.ldc + n0 + j0;

@@ -92,8 +92,8 @@ def native():
     require("native", Case())
 
 
-def run_on_avx512_bf16(program: str) -> None:
-    """Run a program on the AVX512_BF16 kernels, whether they are the fastest here or not."""
+def run_on_avx512_bf16(program: str) -> str:
+    """Run a program on the AVX512_BF16 kernels, whether they are the fastest here or not; return its output."""
     require_avx512_bf16()
     ran = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", BEGIN + program],
@@ -103,7 +103,8 @@ def run_on_avx512_bf16(program: str) -> None:
         text=True,
         timeout=300,
     )
-    assert ran.returncode == 0, ran.stderr
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+    return ran.stdout
 
 
 def require_avx512_bf16() -> None:
