@@ -117,18 +117,19 @@ class Bf16Backward {
     // A block of its own, which is cached between calls up to a limit per block.
     dgates_[d] = new_workspace(dgates_rows() * stride_ * static_cast<int64_t>(sizeof(Bf16)));
     Bf16* dgates = reinterpret_cast<Bf16*>(dgates_[d].mutable_data_ptr<uint8_t>());
-    pack_bf16_columns(data_of<T>(w_hh), G_, s_.H, s_.H, packed);
+    const int threads = plan_.partition.threads();
+    pack_bf16_columns(threads, data_of<T>(w_hh), G_, s_.H, s_.H, packed);
     if (packs_ih(d)) {
       packed_ih_[d] = space.at<Bf16>(packed_ih_offset_[d]);
-      pack_bf16_columns(data_of<T>(w_ih_[d]), G_, s_.I, s_.I, packed_ih_[d]);
+      pack_bf16_columns(threads, data_of<T>(w_ih_[d]), G_, s_.I, s_.I, packed_ih_[d]);
     }
     const int64_t padding = bf16::padded(G_) - G_;  // which tiles read
     if (padding > 0)
-      for_blocks(plan_.partition.threads(), dgates_rows(), 1, padding, [&](int64_t begin, int64_t end) {
+      for_blocks(threads, dgates_rows(), 1, padding, [&](int64_t begin, int64_t end) {
         for (int64_t r = begin; r < end; ++r) std::fill_n(dgates + r * stride_ + G_, padding, Bf16(0));
       });
     float* db = space.at<float>(db_offset_[d]);
-    std::fill_n(db, plan_.partition.threads() * G_, 0.0f);
+    std::fill_n(db, threads * G_, 0.0f);
     args_[d] = {b.rows,      s_.H,
                 b.reverse,   0,
                 0,           0,
@@ -226,7 +227,7 @@ class Bf16WeightGradient<float> {
     const int64_t m = dw_.size(0), n = dw_.size(1);
     const at::Tensor buffer = new_workspace(bf16::packed_columns_size(rows, n) * sizeof(Bf16));
     Bf16* packed = reinterpret_cast<Bf16*>(buffer.mutable_data_ptr<uint8_t>());
-    pack_bf16_columns(states.data, rows, n, states.stride, packed);
+    pack_bf16_columns(at::get_num_threads(), states.data, rows, n, states.stride, packed);
     multiply_bf16({m, n, rows, dgates.data, dgates.stride, /*transposed_a=*/true, packed, accumulate,
                    dw_.mutable_data_ptr<float>(), n, nullptr});
   }

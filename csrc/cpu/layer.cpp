@@ -21,10 +21,10 @@ std::vector<at::Tensor> to(at::TensorList tensors, at::ScalarType dtype) {
 }
 
 // Returns true if products of float32 may round their factors to bfloat16: where nn.LSTM's may, which runs on
-// oneDNN (docs/numerics.md). Read at every call, of backward too.
+// oneDNN (docs/numerics.md). Read at every call, of backward too, where there are kernels for it.
 bool bf16_requested(const at::Tensor& x) {
   const at::Context& context = at::globalContext();
-  return x.scalar_type() == at::kFloat && context.userEnabledMkldnn() &&
+  return x.scalar_type() == at::kFloat && bf16::kernels<float>() && context.userEnabledMkldnn() &&
          context.float32Precision(at::Float32Backend::MKLDNN, at::Float32Op::RNN) ==
              at::Float32Precision::BF16;
 }
