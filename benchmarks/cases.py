@@ -17,6 +17,7 @@ TORCH_DTYPES = {
     "float64": torch.float64,
     "float32": torch.float32,
     "tf32": torch.float32,  # float32 tensors, TF32 products
+    "bf16_products": torch.float32,  # float32 tensors, on a CPU with torch's flag for bfloat16 products
     "bfloat16": torch.bfloat16,
     "float16": torch.float16,
 }

@@ -30,8 +30,9 @@ class Expected:
 
 def precision(case: Case, ours: bool) -> Precision:
     """The rounding of an implementation: ours keeps sums and states in float32, others may round every op's result."""
-    if case.dtype == "tf32":
-        return Precision.of(torch.float32, tf32=True)
+    products = {"tf32": "tf32", "bf16_products": "bf16"}
+    if case.dtype in products:
+        return Precision.of(torch.float32, products[case.dtype])
     return Precision.of(case.torch_dtype) if ours else Precision.per_op(case.torch_dtype)
 
 

@@ -102,6 +102,8 @@ class Peak:
     """
 
     def __init__(self, dtype: str, device: str) -> None:
+        if dtype == "bf16_products":  # the flag of a GEMM is another
+            dtype = "float32"
         reduced = dtype in ("bfloat16", "float16")
         self.dtype = "float32" if reduced and device == "cpu" and not has_fast_bf16() else dtype
         n = GEMM_SIZE[device]

@@ -19,8 +19,8 @@ from benchmarks.run import Suite, run_suite
 Report = Callable[[str, list[Row]], None]
 
 NAMES = (
-    "cpu", "gpu", "gpu_points", "quick", "grid", "random", "few_rows", "scaling", "tutorials", "features", "calls",
-    "models", "inference", "frozen_accuracy", "variants", "gpu_variants",
+    "cpu", "gpu", "gpu_points", "quick", "grid", "random", "bf16_products", "few_rows", "scaling", "tutorials",
+    "features", "calls", "models", "inference", "frozen_accuracy", "variants", "gpu_variants",
 )  # fmt: skip
 
 
@@ -35,6 +35,16 @@ def suite_of(name: str) -> Suite:
         plan = Plan(budget=0.5, min_rounds=5, patience=3.0)
         cases = {"grid": sweeps.grid, "random": sweeps.random_cases, "few_rows": lambda: sweeps.FEW_ROWS}[name]()
         return Suite(name, cases, plan=plan, gate_flops=2e9, attempts=2, isolated=True)
+    if name == "bf16_products":
+        return Suite(
+            name,
+            sweeps.bf16_products(),
+            plan=Plan(budget=0.5, min_rounds=5, patience=3.0),
+            gate_flops=2e9,
+            attempts=2,
+            precision=sweeps.products,
+            isolated=True,
+        )
     if name == "scaling":
         return Suite("scaling", sweeps.SCALING_T + sweeps.SCALING_PACKED, gate_flops=2e10, isolated=True)
     if name in ("gpu", "gpu_points"):

@@ -1,9 +1,14 @@
-"""Families of cases: a grid, random cases, few rows, and scaling over T and raggedness."""
+"""Families of cases: a grid, random cases, bfloat16 products, few rows, and scaling over T and raggedness."""
 
 from __future__ import annotations
 
 import math
 import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+
+import torch
 
 from benchmarks.cases import CPU, RAGGED, SEED, Case
 
@@ -23,6 +28,25 @@ def grid() -> list[Case]:
 def grid_size() -> tuple[int, int]:
     """(cases within the budget, all cases)."""
     return len(grid()), len(GRID_T) * len(GRID_B) * len(GRID_H)
+
+
+def bf16_products() -> list[Case]:
+    """The float32 layers of the suites cpu and grid from 64 units on, each beside itself with torch's flag."""
+    layers = {case.name: case for case in (*CPU, *grid()) if case.H >= 64 and case.dtype == "float32"}
+    plain = [replace(case, target_train=None, target_forward=None) for case in layers.values()]
+    return [case for layer in plain for case in (layer, replace(layer, dtype="bf16_products"))]
+
+
+@contextmanager
+def products(case: Case) -> Iterator[None]:
+    """Set torch's flag for a case of bfloat16 products, for nn.LSTM and fastlstm, and float32 for others."""
+    rnn = torch.backends.mkldnn.rnn  # type: ignore[attr-defined]
+    before = rnn.fp32_precision
+    rnn.fp32_precision = "bf16" if case.dtype == "bf16_products" else "ieee"
+    try:
+        yield
+    finally:
+        rnn.fp32_precision = before
 
 
 RANDOM_CASES = 100

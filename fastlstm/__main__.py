@@ -51,7 +51,8 @@ def _check(device: torch.device, T: int, B: int, I: int, H: int) -> bool:  # noq
     # The flag that decides for float32 on a GPU: docs/numerics.md.
     cuda = torch.backends.cudnn.rnn if torch.backends.cudnn.enabled else torch.backends.cuda.matmul
     tf32 = device.type == "cuda" and cuda.fp32_precision == "tf32"  # type: ignore[attr-defined]
-    truth, bounds = error_bounds(lambda: _in_float64(ours, x, dy), Precision.of(x.dtype, tf32), terms)
+    precision = Precision.of(x.dtype, "tf32" if tf32 else "ieee")
+    truth, bounds = error_bounds(lambda: _in_float64(ours, x, dy), precision, terms)
     found = compare(_step(ours, x, dy), truth, bounds)
     wrong = [str(accuracy) for accuracy in found if not accuracy.ok]
     ratio = _ratio(lambda: _step(theirs, x, dy), lambda: _step(ours, x, dy), device)

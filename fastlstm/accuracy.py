@@ -25,6 +25,8 @@ aten = torch.ops.aten
 DEVIATIONS = 6.0
 # Relative error of a sigmoid or tanh, in ulp; tests/cpu/test_activations.py holds the kernels to it.
 ACTIVATION_ULP = 2.5
+# Unit roundoffs of factors of float32 by torch's names: TF32 has 10 bits of mantissa, bfloat16 7.
+FACTOR_UNITS = {"ieee": 0.0, "tf32": 2.0**-11, "bf16": 2.0**-8}
 # Unit roundoff of the truth: float64.
 TRUTH_UNIT = 2.0**-53
 # Evaluations per bound: enough that together they hold this many values of the smallest result ...
@@ -49,10 +51,10 @@ class Precision:
     max_running_sum: int = 2**62  # terms that are added one after the other; longer sums are made in blocks of as many
 
     @classmethod
-    def of(cls, dtype: torch.dtype, tf32: bool = False) -> Precision:
+    def of(cls, dtype: torch.dtype, products: str = "ieee") -> Precision:
         """That of a torch dtype. bfloat16 and float16 are stored; sums, states and pointwise arithmetic are float32.
 
-        tf32: float32 with the factors of products rounded to TF32 (10 bits of mantissa).
+        products: of float32, as torch's fp32_precision names them: "tf32" and "bf16" round their factors.
         """
         finfo = torch.finfo(dtype)
         unit = finfo.eps / 2
@@ -60,7 +62,7 @@ class Precision:
         if dtype in (torch.float16, torch.bfloat16):
             # float16's subnormal numbers are 2^-24 apart; bfloat16 has the range of float32.
             return cls(single.eps / 2, single.eps / 2, unit, unit, max(finfo.tiny * unit, single.tiny))
-        return cls(unit, unit, unit, 2.0**-11 if tf32 else 0.0, 4 * finfo.tiny if dtype == torch.float32 else 0.0)
+        return cls(unit, unit, unit, FACTOR_UNITS[products], 4 * finfo.tiny if dtype == torch.float32 else 0.0)
 
     @classmethod
     def per_op(cls, dtype: torch.dtype) -> Precision:
@@ -290,7 +292,7 @@ def error_bounds(
         >>> import torch
         >>> from fastlstm.accuracy import Precision, compare, error_bounds
         >>> a, b = torch.randn(4, 8), torch.randn(8, 3)
-        >>> truth, bounds = error_bounds(lambda: {"c": a.double() @ b.double()}, Precision.of(torch.float32, False))
+        >>> truth, bounds = error_bounds(lambda: {"c": a.double() @ b.double()}, Precision.of(torch.float32))
         >>> compare({"c": a @ b}, truth, bounds)[0].ok
         True
     """

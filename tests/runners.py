@@ -88,7 +88,14 @@ def compare(case: Case, ours: Results, rounding: Precision, what: str) -> None:
     assert_accurate(ours, reference, bounds, f"{what} on {case!r}")
 
 
-def check_elsewhere(cases: Sequence[Case], backend: str, program: str, *arguments: str, **environment: str) -> str:
+def check_elsewhere(
+    cases: Sequence[Case],
+    backend: str,
+    program: str,
+    *arguments: str,
+    rounding: Precision | None = None,
+    **environment: str,
+) -> str:
     """Run `program` in a new process, `check` its results for each case, and return its output.
 
     The program has `cases`, and must call `save(results)` with a list of results for every case.
@@ -111,7 +118,7 @@ def check_elsewhere(cases: Sequence[Case], backend: str, program: str, *argument
         results = torch.load(f"{folder}/results", weights_only=False)
     for case, of_case in zip(cases, results, strict=True):
         for one in of_case:
-            compare(case, one, precision(case.dtype, backend), backend)
+            compare(case, one, rounding or precision(case.dtype, backend), backend)
     return ran.stdout
 
 

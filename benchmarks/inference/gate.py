@@ -48,7 +48,7 @@ class References:
         if weights not in self.expected:
             precision, inputs = Precision.of(torch.float32), _in_float64(self.inputs)
             if weights == "bfloat16":
-                precision = replace(precision, factors=torch.finfo(torch.bfloat16).eps / 2)
+                precision = Precision.of(torch.float32, "bf16")
                 rounded = {n: w.bfloat16().double() if w.dim() == 2 else w for n, w in inputs.weights.items()}
                 inputs = replace(inputs, weights=rounded)
             run = error_bounds(lambda: reference_outputs(self.case, inputs), precision)

@@ -14,10 +14,14 @@
 
 namespace fastlstm::bf16 {
 
-const Kernels& amx_kernels();
-const Kernels& avx512_kernels();
+template <class T>
+const Kernels<T>& amx_kernels();
+template <class T>
+const Kernels<T>& avx512_kernels();
 
 namespace {
+
+enum class Isa { none, avx512_bf16, amx };
 
 #if defined(FASTLSTM_BF16_KERNELS)
 // Whether the CPU has AMX for bfloat16 and the system gives this process its registers.
@@ -49,15 +53,14 @@ bool look_for_instructions() {
   return std::strcmp(isa_name(), "avx512") == 0 && __get_cpuid_count(7, 1, &a, &b, &c, &d) && a >> 5 & 1;
 }
 
-const Kernels* choose() {
-  if (!has_instructions()) return nullptr;
-  if (std::getenv("ATEN_CPU_CAPABILITY")) return &avx512_kernels();
-  if (amx_granted()) return &amx_kernels();
-  return dot_products_are_slow() ? nullptr : &avx512_kernels();
+Isa choose() {
+  if (!has_instructions()) return Isa::none;
+  if (std::getenv("ATEN_CPU_CAPABILITY")) return Isa::avx512_bf16;
+  if (amx_granted()) return Isa::amx;
+  return dot_products_are_slow() ? Isa::none : Isa::avx512_bf16;
 }
 #else
 bool look_for_instructions() { return false; }
-const Kernels* choose() { return nullptr; }
 #endif
 
 }  // namespace
@@ -67,9 +70,17 @@ bool has_instructions() {
   return found;
 }
 
-const Kernels* kernels() {
-  static const Kernels* const chosen = choose();
-  return chosen;
+template <class T>
+const Kernels<T>* kernels() {
+#if defined(FASTLSTM_BF16_KERNELS)
+  static const Isa chosen = choose();
+  if (chosen == Isa::amx) return &amx_kernels<T>();
+  if (chosen == Isa::avx512_bf16) return &avx512_kernels<T>();
+#endif
+  return nullptr;
 }
+
+template const Kernels<float>* kernels<float>();
+template const Kernels<Bf16>* kernels<Bf16>();
 
 }  // namespace fastlstm::bf16

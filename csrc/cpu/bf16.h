@@ -1,7 +1,8 @@
 // bfloat16 kernels for CPUs that multiply bfloat16: products of bfloat16 summed in float32, in AMX tiles or
-// by AVX512_BF16. c, dc, dh and pre-activations are float32; h is rounded to bfloat16, as torch.nn.LSTM's own
-// kernels do. One direction of one layer without projection over the whole sequence; no torch here. Names and
-// the order of rows as in cpu/sequence.h; `padded` is a multiple of kTileDepth.
+// by AVX512_BF16. c, dc, dh and pre-activations are float32. T is the type of x, weights and results: Bf16,
+// or float, of which only the factors of products are rounded. One direction of one layer without projection
+// over the whole sequence; no torch here. Names and the order of rows as in cpu/sequence.h; `padded` is a
+// multiple of kTileDepth.
 #pragma once
 
 #include "cpu/sequence.h"
@@ -31,36 +32,43 @@ inline int64_t packed_gates_size(int64_t H, int64_t K) {
 inline int64_t packed_columns_size(int64_t K, int64_t N) { return padded(K) * padded(N); }
 inline int64_t forward_scratch(int64_t I) { return kBf16RowBlockRows * row_stride(I); }
 
+// Rows of h as a factor, of which tiles read more than there are.
+inline int64_t factor_rows(int64_t B) { return B + kTileRows; }
+
+template <class T>
 struct ForwardArgs {
   Rows rows;
   int64_t I, H;
   bool reverse;
-  const Bf16* x;      // the caller's rows, likewise y, cells and their gradients
+  const T* x;         // the caller's rows, likewise y, cells and their gradients
   const float* bias;  // [4H]  bias_ih + bias_hh
   const Bf16* w_ih;   // pack_gates of weight_ih
   const Bf16* w_hh;   // pack_gates of weight_hh
-  Bf16* gates;        // [N, 4H]  out: the activated gates as they are saved, or null
-  // [2, B + 16, row_stride(H)]  state, sorted rows, zeros in the padding; see cpu/sequence.h. Tiles read rows
-  // behind a member's last, which others may be writing, and drop what they make of them.
+  T* gates;           // [N, 4H]  out: the activated gates as they are saved, or null
+  // [2, factor_rows(B), row_stride(H)]  h as a factor, and the state where T is Bf16; sorted rows, zeros in
+  // the padding; see cpu/sequence.h. Tiles read rows behind a member's last, which others may be writing, and
+  // drop what they make of them.
   Bf16* h;
-  float* c;     // [B, H]  state
-  Bf16* y;      // out
-  Bf16* cells;  // out, or null
+  T* h_state;  // [2, B, H]  state where T is float, likewise in two slots; otherwise null
+  float* c;    // [B, H]  state
+  T* y;        // out
+  T* cells;    // out, or null
   int64_t y_stride, cells_stride;
   Bf16* scratch;  // per member, forward_scratch(I) elements
 };
 
+template <class T>
 struct BackwardArgs {
   Rows rows;
   int64_t H;
   bool reverse;
   int64_t first, steps;  // which steps of the direction's own order this call runs, last to first
   int64_t base;          // packed row that row 0 of dgates is
-  const Bf16* gates;     // [N, 4H]
-  const Bf16* cells;
-  const float* c0;     // [B, H] sorted rows
-  const Bf16* dy;      // or null
-  const Bf16* dcells;  // or null
+  const T* gates;        // [N, 4H]
+  const T* cells;
+  const float* c0;  // [B, H] sorted rows
+  const T* dy;      // or null
+  const T* dcells;  // or null
   int64_t cells_stride, dy_stride, dcells_stride;
   const Bf16* w_hh;  // pack_columns of weight_hh
   Bf16* dgates;      // [. + 16, row_stride(4H)]  out for these steps; zeros in columns [4H, padded(4H))
@@ -69,22 +77,43 @@ struct BackwardArgs {
   float* db;         // [members, 4H]  sums of dgates over the rows of each member, added to
 };
 
+// C [m, n] (+)= A [m, k] B [k, n] on one thread, summed in float32, kGemmDepth terms at a time.
+struct GemmArgs {
+  int64_t m, n, k;
+  // [m, k] of any row stride, zeros in columns [k, padded(k)), kTileRows rows more than m; or, if
+  // transposed_a, [k, m] without padding.
+  const Bf16* a;
+  int64_t lda;
+  bool transposed_a;
+  const Bf16* b;  // pack_columns of B
+  bool add;
+  float* c;
+  int64_t ldc;
+  Bf16* scratch;  // kGemmScratch elements if transposed_a
+};
+constexpr int64_t kGemmRows = 128, kGemmDepth = 1024;  // of a block of A
+constexpr int64_t kGemmScratch = kGemmRows * (kGemmDepth | kTileDepth);
+
+template <class T>
 struct Kernels {
   const char* name;
   // Units [begin, end) of a weight [4H, K]; begin is a multiple of kBlock.
-  void (*pack_gates)(const Bf16* weight, int64_t H, int64_t K, int64_t begin, int64_t end, Bf16* packed);
-  // Columns [begin, end) of a row-major B [K, N]; begin is a multiple of kUnits.
-  void (*pack_columns)(const Bf16* b, int64_t K, int64_t N, int64_t begin, int64_t end, Bf16* packed);
-  void (*forward)(const ForwardArgs&, const Member&);
-  void (*backward)(const BackwardArgs&, const Member&);
+  void (*pack_gates)(const T* weight, int64_t H, int64_t K, int64_t begin, int64_t end, Bf16* packed);
+  // Columns [begin, end) of a row-major B [K, N] with row stride ldb; begin is a multiple of kUnits.
+  void (*pack_columns)(const T* b, int64_t K, int64_t N, int64_t ldb, int64_t begin, int64_t end,
+                       Bf16* packed);
+  void (*forward)(const ForwardArgs<T>&, const Member&);
+  void (*backward)(const BackwardArgs<T>&, const Member&);
+  void (*gemm)(const GemmArgs&);
 };
 
 // Whether the CPU has AVX512_BF16 and ATEN_CPU_CAPABILITY allows AVX-512.
 bool has_instructions();
 
-// The best that CPU and system have, or null where the kernels of cpu/forward.h, which widen bfloat16, are
-// faster. Where ATEN_CPU_CAPABILITY is set: AVX512_BF16 at "avx512", whether faster or not, and never AMX,
-// since no level names it.
-const Kernels* kernels();
+// The best that CPU and system have for T = float or Bf16, or null where the kernels of cpu/forward.h, which
+// multiply float32, are faster. Where ATEN_CPU_CAPABILITY is set: AVX512_BF16 at "avx512", whether faster or
+// not, and never AMX, since no level names it.
+template <class T>
+const Kernels<T>* kernels();
 
 }  // namespace fastlstm::bf16

@@ -21,6 +21,7 @@
 #endif
 #include "cpu/bf16_tiles_amx.h"
 // after the products
+#include "cpu/bf16_gemm.h"
 #include "cpu/bf16_kernels.h"
 #if defined(__clang__)
 #pragma clang attribute pop
@@ -29,6 +30,11 @@
 #endif
 
 namespace fastlstm::bf16 {
-const Kernels& amx_kernels() { return amx::kTable; }
+template <class T>
+const Kernels<T>& amx_kernels() {
+  return amx::kTable<T>;
+}
+template const Kernels<float>& amx_kernels<float>();
+template const Kernels<Bf16>& amx_kernels<Bf16>();
 }  // namespace fastlstm::bf16
 #endif

@@ -20,6 +20,7 @@
 #endif
 #include "cpu/bf16_tiles_avx512.h"
 // after the products
+#include "cpu/bf16_gemm.h"
 #include "cpu/bf16_kernels.h"
 #if defined(__clang__)
 #pragma clang attribute pop
@@ -28,6 +29,11 @@
 #endif
 
 namespace fastlstm::bf16 {
-const Kernels& avx512_kernels() { return avx512_bf16::kTable; }
+template <class T>
+const Kernels<T>& avx512_kernels() {
+  return avx512_bf16::kTable<T>;
+}
+template const Kernels<float>& avx512_kernels<float>();
+template const Kernels<Bf16>& avx512_kernels<Bf16>();
 }  // namespace fastlstm::bf16
 #endif

@@ -7,8 +7,9 @@
 namespace fastlstm::FASTLSTM_ISA {
 
 // The cell for units [u0, u0 + n) of sorted row r at step t, from the products pre [4][16].
-FASTLSTM_INLINE void forward_cell(const ForwardArgs& a, int64_t t, int64_t next_t, int64_t r, int64_t u0,
-                                  int n, const V* bias, const float* pre, Bf16* h_out) {
+template <class T>
+FASTLSTM_INLINE void forward_cell(const ForwardArgs<T>& a, int64_t t, int64_t next_t, int64_t r, int64_t u0,
+                                  int n, const V* bias, const float* pre, int64_t slot) {
   const int64_t H = a.H, row = a.rows.row_at(t, r);
   const Gates<V> gate = activate<FastActivation>(Gates<V>{
       load(pre) + bias[0], load(pre + 16) + bias[1], load(pre + 32) + bias[2], load(pre + 48) + bias[3]});
@@ -17,7 +18,7 @@ FASTLSTM_INLINE void forward_cell(const ForwardArgs& a, int64_t t, int64_t next_
   const V c_next = next_c(gate, c_prev);
   const V h = gate.o * FastActivation::tanh(c_next);
   if (a.gates) {
-    Bf16* saved = a.gates + (a.rows.offset_at(t) + r) * 4 * H + 4 * u0;
+    T* saved = a.gates + (a.rows.offset_at(t) + r) * 4 * H + 4 * u0;
     put(saved, gate.i, n);
     put(saved + n, gate.f, n);
     put(saved + 2 * n, gate.g, n);
@@ -28,14 +29,17 @@ FASTLSTM_INLINE void forward_cell(const ForwardArgs& a, int64_t t, int64_t next_
   put(a.y + row * a.y_stride + u0, h, n);
   const bool cleared =
       a.rows.fresh && next_t >= 0 && r < a.rows.count_at(next_t) && a.rows.fresh_at(next_t, r);
-  put(h_out + r * row_stride(H) + u0, cleared ? V{} : h, n);
+  const V h_next = cleared ? V{} : h;
+  put(a.h + (slot * bf16::factor_rows(a.rows.B) + r) * row_stride(H) + u0, h_next, n);
+  if constexpr (!std::is_same_v<T, Bf16>) put(a.h_state + (slot * a.rows.B + r) * H + u0, h_next, n);
 }
 
 // Rows [r, end) of units [u0, u0 + n) whose products are made and whose cells are not.
+template <class T>
 struct PendingCells {
-  const ForwardArgs& a;
+  const ForwardArgs<T>& a;
   int64_t t, next_t;
-  Bf16* h_out;
+  int64_t slot;  // of h that they write
   int64_t r = 0, end = 0, u0 = 0;
   int n = 0;
   V bias[4] = {};
@@ -43,9 +47,9 @@ struct PendingCells {
 
   __attribute__((noinline)) void one() {
     if (n == kBlock)
-      forward_cell(a, t, next_t, r, u0, kBlock, bias, pre, h_out);
+      forward_cell(a, t, next_t, r, u0, kBlock, bias, pre, slot);
     else
-      forward_cell(a, t, next_t, r, u0, n, bias, pre, h_out);
+      forward_cell(a, t, next_t, r, u0, n, bias, pre, slot);
     ++r;
     pre += 64;
   }
@@ -57,7 +61,8 @@ struct PendingCells {
   }
 };
 
-inline void forward(const ForwardArgs& a, const Member& me) {
+template <class T>
+void forward(const ForwardArgs<T>& a, const Member& me) {
   const ProductScope scope;
   const int64_t steps = a.rows.T, B = a.rows.B, H = a.H, I = a.I, ldx = row_stride(I), ldh = row_stride(H);
   Bf16* x = a.scratch + me.index * bf16::forward_scratch(I);
@@ -69,15 +74,13 @@ inline void forward(const ForwardArgs& a, const Member& me) {
     const int64_t t = a.reverse ? steps - 1 - s : s;
     const int64_t next_t = s + 1 == steps ? -1 : (a.reverse ? t - 1 : t + 1);
     const int64_t end = std::min(me.row_end, a.rows.count_at(t));
-    const Bf16* h_in = a.h + (s % 2) * (B + kTileRows) * ldh;
-    Bf16* h_out = a.h + ((s + 1) % 2) * (B + kTileRows) * ldh;
-    PendingCells pending{a, t, next_t, h_out};
+    const Bf16* h_in = a.h + (s % 2) * bf16::factor_rows(B) * ldh;
+    PendingCells<T> pending{a, t, next_t, (s + 1) % 2};
     const bool reverse_blocks =
         s % 2 == 1 && alternate_block_order(8.0 * (I + H) * (me.unit_end - me.unit_begin));
     for (int64_t g0 = me.row_begin; g0 < end; g0 += kBf16RowBlockRows) {
       const int64_t g1 = std::min(end, g0 + kBf16RowBlockRows);
-      for (int64_t r = g0; r < g1; ++r)
-        std::memcpy(x + (r - g0) * ldx, a.x + a.rows.row_at(t, r) * I, I * sizeof(Bf16));
+      for (int64_t r = g0; r < g1; ++r) round_row(a.x + a.rows.row_at(t, r) * I, I, x + (r - g0) * ldx);
       for (int64_t k = 0; k < blocks; ++k) {
         const int64_t u0 = me.unit_begin + (reverse_blocks ? blocks - 1 - k : k) * kBlock;
         for (int64_t r0 = g0; r0 < g1; r0 += 2 * kTileRows) {
@@ -103,15 +106,16 @@ inline void forward(const ForwardArgs& a, const Member& me) {
 }
 
 // The cell's gradients for units [u0, u0 + n) of sorted row r at step t.
-FASTLSTM_INLINE void backward_cell(const BackwardArgs& a, int64_t t, int64_t r, int64_t before, int64_t held,
-                                   int64_t u0, int n, float* db) {
+template <class T>
+FASTLSTM_INLINE void backward_cell(const BackwardArgs<T>& a, int64_t t, int64_t r, int64_t before,
+                                   int64_t held, int64_t u0, int n, float* db) {
   const int64_t H = a.H, row = a.rows.row_at(t, r);
   const int64_t packed_row = a.rows.offset_at(t) + r;
-  const Bf16* g = a.gates + packed_row * 4 * H + 4 * u0;
+  const T* g = a.gates + packed_row * 4 * H + 4 * u0;
   if (r < held) {  // what the next step reads: too little at a time for the hardware to foresee
-    const Bf16* next = a.gates + (a.rows.offset_at(before) + r) * 4 * H + 4 * u0;
-    __builtin_prefetch(next);
-    __builtin_prefetch(next + 32);
+    const T* next = a.gates + (a.rows.offset_at(before) + r) * 4 * H + 4 * u0;
+    constexpr int64_t kLine = 64 / sizeof(T);
+    for (int64_t k = 0; k < 4 * kBlock; k += kLine) __builtin_prefetch(next + k);
   }
   V dh = load_part(a.dh + r * padded(H) + u0, n);
   if (a.dy) dh += get(a.dy + row * a.dy_stride + u0, n);
@@ -138,8 +142,9 @@ FASTLSTM_INLINE void backward_cell(const BackwardArgs& a, int64_t t, int64_t r, 
 }
 
 // The rows of some units of one step whose dh is made and whose cells are not.
+template <class T>
 struct PendingGradients {
-  const BackwardArgs& a;
+  const BackwardArgs<T>& a;
   float* db;
   int64_t t = 0, before = -1, held = 0;  // the step, the one before it, rows that has
   int64_t unit_begin = 0, unit_end = 0;
@@ -174,14 +179,15 @@ struct PendingGradients {
   }
 };
 
-inline void backward(const BackwardArgs& a, const Member& me) {
+template <class T>
+void backward(const BackwardArgs<T>& a, const Member& me) {
   const ProductScope scope;
   const int64_t H = a.H, ld = padded(H), ldg = row_stride(4 * H);
   const int64_t next = padded(4 * H) * kUnits;  // from the weights of 32 columns to the next
   alignas(64) float dh[2 * kTileRows * 64];
   const auto rows_at = [&](int64_t t) { return std::min(me.row_end, a.rows.count_at(t)); };
   // The cells of a step run between the products of the one after it, as soon as those have made their dh.
-  PendingGradients pending{a, a.db + me.index * 4 * H};
+  PendingGradients<T> pending{a, a.db + me.index * 4 * H};
   pending.at_step(a.first + a.steps - 1);
   pending.set(me.unit_begin, me.unit_end, me.row_begin, rows_at(pending.t));
   pending.finish();
@@ -201,7 +207,7 @@ inline void backward(const BackwardArgs& a, const Member& me) {
       const Bf16* w = a.w_hh + n0 / kUnits * next;
       for (int64_t r0 = me.row_begin; r0 < end; r0 += 2 * kTileRows) {
         const int64_t r1 = std::min(end, r0 + 2 * kTileRows);
-        column_products(r1 - r0, 4 * H, dgates + r0 * ldg, ldg, w, wide, dh, [&] { pending.next(); });
+        column_products(r1 - r0, 4 * H, dgates + r0 * ldg, ldg, w, next, wide, dh, [&] { pending.next(); });
         for (int64_t r = r0; r < r1; ++r) {
           const bool fresh = a.rows.fresh_at(t, r);
           const float* from = dh + (r - r0) * 64;
@@ -216,6 +222,8 @@ inline void backward(const BackwardArgs& a, const Member& me) {
   }
 }
 
-inline constexpr bf16::Kernels kTable = {FASTLSTM_BF16_NAME, pack_gates, pack_columns, forward, backward};
+template <class T>
+inline constexpr bf16::Kernels<T> kTable = {FASTLSTM_BF16_NAME, pack_gates<T>, pack_columns<T>,
+                                            forward<T>,         backward<T>,   gemm};
 
 }  // namespace fastlstm::FASTLSTM_ISA

@@ -1,4 +1,4 @@
-// What the kernels of cpu/bf16.h share: numbers in and out, activations, packed weights. Included by
+// What the kernels of cpu/bf16.h share: numbers in and out, rounding of factors, packed weights. Included by
 // cpu/bf16_tiles_*.h, inside their target regions.
 //
 // A tile of the left operand is 16 rows of 32 numbers where they lie. Tiles of the right one are packed as
@@ -13,6 +13,7 @@ namespace fastlstm::FASTLSTM_ISA {
 using bf16::BackwardArgs;
 using bf16::Bf16;
 using bf16::ForwardArgs;
+using bf16::GemmArgs;
 using bf16::kBlock;
 using bf16::kTileDepth;
 using bf16::kTileRows;
@@ -24,26 +25,53 @@ using V = Vec<float>;
 constexpr int64_t kTile = kTileRows * kTileDepth;  // elements of a packed tile
 
 FASTLSTM_INLINE V widen(__m256i x) { return (V)_mm512_slli_epi32(_mm512_cvtepu16_epi32(x), 16); }
+FASTLSTM_INLINE __mmask16 first(int64_t n) { return static_cast<__mmask16>((1u << n) - 1); }
 // The first n <= 16 numbers, the rest zero.
-FASTLSTM_INLINE V get(const Bf16* p, int n) {
-  return widen(_mm256_maskz_loadu_epi16(static_cast<__mmask16>((1u << n) - 1), p));
-}
+FASTLSTM_INLINE V get(const Bf16* p, int n) { return widen(_mm256_maskz_loadu_epi16(first(n), p)); }
+FASTLSTM_INLINE V get(const float* p, int n) { return load_part(p, n); }
 FASTLSTM_INLINE void put(Bf16* p, V v, int n) {
-  _mm256_mask_storeu_epi16(p, static_cast<__mmask16>((1u << n) - 1), (__m256i)_mm512_cvtneps_pbh((__m512)v));
+  _mm256_mask_storeu_epi16(p, first(n), (__m256i)_mm512_cvtneps_pbh((__m512)v));
+}
+FASTLSTM_INLINE void put(float* p, V v, int n) { store_part(p, v, n); }
+
+// The first n <= 16 numbers as factors, the rest zero.
+FASTLSTM_INLINE __m256i factors16(const Bf16* p, int64_t n) { return _mm256_maskz_loadu_epi16(first(n), p); }
+FASTLSTM_INLINE __m256i factors16(const float* p, int64_t n) {
+  return (__m256i)_mm512_cvtneps_pbh(_mm512_maskz_loadu_ps(first(n), p));
+}
+// The same of 1 <= n <= 32.
+FASTLSTM_INLINE __m512i factors32(const Bf16* p, int64_t n) {
+  return _mm512_maskz_loadu_epi16(0xffffffffu >> (32 - n), p);
+}
+FASTLSTM_INLINE __m512i factors32(const float* p, int64_t n) {
+  const __m512 low = _mm512_maskz_loadu_ps(first(std::min<int64_t>(n, 16)), p),
+               high = _mm512_maskz_loadu_ps(n > 16 ? first(n - 16) : 0, p + 16);
+  return (__m512i)_mm512_cvtne2ps_pbh(high, low);
+}
+// A row of n numbers as factors.
+FASTLSTM_INLINE void round_row(const Bf16* from, int64_t n, Bf16* to) {
+  std::memcpy(to, from, n * sizeof(Bf16));
+}
+FASTLSTM_INLINE void round_row(const float* from, int64_t n, Bf16* to) {
+  for (int64_t k = 0; k < n; k += 32) {
+    const int64_t count = std::min<int64_t>(32, n - k);
+    _mm512_mask_storeu_epi16(to + k, 0xffffffffu >> (32 - count), factors32(from + k, count));
+  }
 }
 
 // A block of 16 units: [gates i, f | g, o][depth][2] tiles.
-inline void pack_gates(const Bf16* weight, int64_t H, int64_t K, int64_t begin, int64_t end, Bf16* packed) {
+template <class T>
+void pack_gates(const T* weight, int64_t H, int64_t K, int64_t begin, int64_t end, Bf16* packed) {
   const int64_t depth = padded(K) / kTileDepth;
   for (int64_t u0 = begin; u0 < end; u0 += kBlock)
     for (int64_t gate = 0; gate < 4; ++gate) {
       Bf16* to = packed + (u0 / kBlock * 4 + gate / 2 * 2) * depth * kTile + gate % 2 * kTile;
       for (int64_t k = 0; k < depth; ++k, to += 2 * kTile) {
-        const int n = static_cast<int>(std::min(kTileDepth, K - k * kTileDepth));
+        const int64_t n = std::min(kTileDepth, K - k * kTileDepth);
         V rows[16];  // of 16 pairs each
         for (int64_t j = 0; j < 16; ++j) {
-          const Bf16* from = weight + (gate * H + u0 + j) * K + k * kTileDepth;
-          rows[j] = u0 + j < H ? (V)_mm512_maskz_loadu_epi16(0xffffffffu >> (32 - n), from) : V{};
+          const T* from = weight + (gate * H + u0 + j) * K + k * kTileDepth;
+          rows[j] = u0 + j < H ? (V)factors32(from, n) : V{};
         }
         transpose<float>(rows);
         for (int64_t j = 0; j < 16; ++j) _mm512_storeu_si512(to + j * 32, (__m512i)rows[j]);
@@ -52,15 +80,15 @@ inline void pack_gates(const Bf16* weight, int64_t H, int64_t K, int64_t begin, 
 }
 
 // 32 columns: [depth][2] tiles.
-inline void pack_columns(const Bf16* b, int64_t K, int64_t N, int64_t begin, int64_t end, Bf16* packed) {
+template <class T>
+void pack_columns(const T* b, int64_t K, int64_t N, int64_t ldb, int64_t begin, int64_t end, Bf16* packed) {
   for (int64_t n0 = begin; n0 < end; n0 += kUnits) {
     Bf16* to = packed + n0 * padded(K);
     for (int64_t k0 = 0; k0 < padded(K); k0 += kTileDepth, to += 2 * kTile)
       for (int64_t half = 0; half < 2; ++half) {
         const int64_t n = std::clamp<int64_t>(N - n0 - half * 16, 0, 16);
         const auto row = [&](int64_t k) {
-          const __mmask16 mask = k < K ? (1u << n) - 1 : 0;
-          return _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, b + k * N + n0 + half * 16));
+          return k < K ? _mm512_cvtepu16_epi32(factors16(b + k * ldb + n0 + half * 16, n)) : __m512i{};
         };
         for (int64_t p = 0; p < 16; ++p) {
           const __m512i low = row(k0 + 2 * p), high = row(k0 + 2 * p + 1);

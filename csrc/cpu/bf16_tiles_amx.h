@@ -87,8 +87,8 @@ FASTLSTM_INLINE void store_one(float* out) {
 }
 
 // pre [rows][4][16] of one block of units and one or two row tiles.
-template <class F>
-FASTLSTM_INLINE void gate_products(const ForwardArgs& a, int64_t rows, const Bf16* x, const Bf16* h,
+template <class T, class F>
+FASTLSTM_INLINE void gate_products(const ForwardArgs<T>& a, int64_t rows, const Bf16* x, const Bf16* h,
                                    int64_t u0, float* pre, F&& between) {
   const int64_t ldx = row_stride(a.I), ldh = row_stride(a.H);
   const int64_t dx = padded(a.I) / kTileDepth, dh = padded(a.H) / kTileDepth;
@@ -113,17 +113,18 @@ FASTLSTM_INLINE void gate_products(const ForwardArgs& a, int64_t rows, const Bf1
 // Whether column_products takes 64 columns of `rows` rows at once, and not 32.
 FASTLSTM_INLINE bool wide_columns(int64_t rows) { return rows <= kTileRows; }
 
-// out [rows <= 32][64] = a [rows, K] times packed columns: 64 of them if `wide`, else 32.
+// out [rows <= 32][64] = a [rows, K] times packed columns: 64 of them if `wide`, else 32. next: elements from
+// the first 32 packed columns to the next.
 template <class F>
 FASTLSTM_INLINE void column_products(int64_t rows, int64_t K, const Bf16* a, int64_t lda, const Bf16* w,
-                                     bool wide, float* out, F&& between) {
+                                     int64_t next, bool wide, float* out, F&& between) {
   const int64_t depth = padded(K) / kTileDepth;
   clear_tiles();
   if (rows > kTileRows) {
     multiply_two(depth, a, lda, w, between);
     store_two(out);
   } else {
-    multiply_one(depth, a, lda, w, wide ? depth * 2 * kTile : 0, between);
+    multiply_one(depth, a, lda, w, wide ? next : 0, between);
     store_one(out);
   }
 }

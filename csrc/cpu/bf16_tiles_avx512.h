@@ -97,8 +97,8 @@ inline void sum_of_products(int64_t rows, const Operands& first, const Operands&
 
 // pre [rows <= 32][4][16] of one block of units. The cells that wait, `between`, could not run beside these
 // products.
-template <class F>
-FASTLSTM_INLINE void gate_products(const ForwardArgs& a, int64_t rows, const Bf16* x, const Bf16* h,
+template <class T, class F>
+FASTLSTM_INLINE void gate_products(const ForwardArgs<T>& a, int64_t rows, const Bf16* x, const Bf16* h,
                                    int64_t u0, float* pre, F&&) {
   const int64_t dx = padded(a.I) / kTileDepth, dh = padded(a.H) / kTileDepth;
   const int64_t next_ih = dx * 2 * kTile, next_hh = dh * 2 * kTile;
@@ -109,12 +109,12 @@ FASTLSTM_INLINE void gate_products(const ForwardArgs& a, int64_t rows, const Bf1
 // Whether column_products takes 64 columns of `rows` rows at once, and not 32.
 FASTLSTM_INLINE bool wide_columns(int64_t) { return true; }
 
-// out [rows <= 32][64] = a [rows, K] times packed columns: 64 of them if `wide`, else 32.
+// out [rows <= 32][64] = a [rows, K] times packed columns: 64 of them if `wide`, else 32. next: elements from
+// the first 32 packed columns to the next.
 template <class F>
 FASTLSTM_INLINE void column_products(int64_t rows, int64_t K, const Bf16* a, int64_t lda, const Bf16* w,
-                                     bool wide, float* out, F&&) {
-  const int64_t depth = padded(K) / kTileDepth;
-  sum_of_products(rows, {depth, a, lda, w, depth * 2 * kTile}, {0, a, lda, w, 0}, wide, out);
+                                     int64_t next, bool wide, float* out, F&&) {
+  sum_of_products(rows, {padded(K) / kTileDepth, a, lda, w, next}, {0, a, lda, w, 0}, wide, out);
 }
 
 }  // namespace fastlstm::FASTLSTM_ISA

@@ -5,10 +5,12 @@
 // An Engine E names
 //   Number           of x, weights and results: float, double or Bf16; sums and c are Real<Number>
 //   State            of h between the steps of forward
-//   Operand          element type of the GEMM operands after backward's loop (y, x, dgates), and of dx
+//   Operand          element type of the GEMM operands after backward's loop (y, x, dgates)
+//   InputGradient    of dx, as the products add it up
 //   unit_block()     units are split among threads in multiples of this
 //   saved_block()    units of a block of the saved gates (cpu/sequence.h)
-//   operands(t)      t, stored as Number, as a tensor of Operand; operand_like(x): a tensor of that dtype
+//   operands(t)      t, stored as Number, as a tensor of Operand
+//   input_gradient_like(x)   a tensor of the dtype of InputGradient
 //   Forward, Backward, WeightGradient; Forward is all that inference requires.
 //
 // Forward and Backward live for one call. Both have

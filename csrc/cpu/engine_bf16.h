@@ -1,30 +1,35 @@
-// The Engine of the kernels of cpu/bf16.h: bfloat16 layers without projection on AMX or AVX512_BF16.
+// The Engine of the kernels of cpu/bf16.h, on AMX or AVX512_BF16: layers without projection of T = Bf16, or
+// of float, of which only the factors of products are rounded.
 #pragma once
 
-#include "cpu/bf16.h"
+#include "cpu/bf16_product.h"
 #include "cpu/engine.h"
 
 namespace fastlstm {
 
+template <class T>
 class Bf16Forward {
+  static constexpr bool kIsFloat = std::is_same_v<T, float>;
+
  public:
   Bf16Forward(const LayerInputs& in, const LayerSizes& s, const Ragged&, const ForwardPlan& plan,
               const PackedView* packed)
       : s_(s), plan_(plan), packed_(packed), x_(in.x.contiguous()) {}
 
-  static int64_t state_stride(int64_t H) { return bf16::row_stride(H); }
-  static int64_t state_rows(int64_t B) { return B + bf16::kTileRows; }
+  // Where T is Bf16, the state is the factor that tiles read.
+  static int64_t state_stride(int64_t H) { return kIsFloat ? H : bf16::row_stride(H); }
+  static int64_t state_rows(int64_t B) { return kIsFloat ? B : bf16::factor_rows(B); }
 
   void reserve(Workspace& space) {
     for (int64_t d = 0; !packed_ && d < s_.D; ++d) {
       ih_offset_[d] = space.take<Bf16>(bf16::packed_gates_size(s_.H, s_.I));
       hh_offset_[d] = space.take<Bf16>(bf16::packed_gates_size(s_.H, s_.H));
     }
+    for (int64_t d = 0; kIsFloat && d < s_.D; ++d) factor_offset_[d] = space.take<Bf16>(2 * factor_slot());
     scratch_offset_ = space.take<Bf16>(plan_.partition.threads() * bf16::forward_scratch(s_.I));
   }
 
-  void prepare(const Workspace& space, int64_t d, const DirectionWeights& w,
-               const ForwardBuffers<Bf16, Bf16>& b) {
+  void prepare(const Workspace& space, int64_t d, const DirectionWeights& w, const ForwardBuffers<T, T>& b) {
     Bf16 *ih, *hh;
     if (packed_) {
       ih = packed_->weight<Bf16>(PackedWeight::ih, d), hh = packed_->weight<Bf16>(PackedWeight::hh, d);
@@ -33,16 +38,22 @@ class Bf16Forward {
       pack_gates(w.ih.contiguous(), ih);
       pack_gates(w.hh.contiguous(), hh);
     }
+    Bf16* factors;
+    if constexpr (kIsFloat)
+      round_state(b.h, factors = space.at<Bf16>(factor_offset_[d]));
+    else
+      factors = b.h;
     args_[d] = {b.rows,
                 s_.I,
                 s_.H,
                 b.reverse,
-                data_of<Bf16>(x_),
+                data_of<T>(x_),
                 b.bias,
                 ih,
                 hh,
                 b.gates,
-                b.h,
+                factors,
+                kIsFloat ? b.h : nullptr,
                 b.c,
                 b.y,
                 b.cells,
@@ -58,26 +69,36 @@ class Bf16Forward {
     const int64_t K = weight.size(1);
     for_blocks(plan_.partition.threads(), s_.H, bf16::kBlock, K * bf16::kBlock,
                [&](int64_t begin, int64_t end) {
-                 kernel_.pack_gates(data_of<Bf16>(weight), s_.H, K, begin, end, packed);
+                 kernel_.pack_gates(data_of<T>(weight), s_.H, K, begin, end, packed);
                });
   }
+  int64_t factor_slot() const { return bf16::factor_rows(s_.B) * bf16::row_stride(s_.H); }
+  // The state [B, H] that enters the first step into both slots of factors, whose padding is zero.
+  void round_state(const float* h, Bf16* factors) const {
+    std::fill_n(factors, factor_slot(), Bf16(0));
+    for (int64_t r = 0; r < s_.B; ++r) copy_numbers(h + r * s_.H, s_.H, factors + r * bf16::row_stride(s_.H));
+    std::copy_n(factors, factor_slot(), factors + factor_slot());
+  }
 
-  const bf16::Kernels& kernel_ = *bf16::kernels();
+  const bf16::Kernels<T>& kernel_ = *bf16::kernels<T>();
   const LayerSizes& s_;
   const ForwardPlan& plan_;
   const PackedView* packed_;
   const at::Tensor x_;  // the caller's rows
-  PerDirection ih_offset_, hh_offset_;
+  PerDirection ih_offset_, hh_offset_, factor_offset_;
   int64_t scratch_offset_ = 0;
-  bf16::ForwardArgs args_[2];
+  bf16::ForwardArgs<T> args_[2];
 };
 
+template <class T>
 class Bf16Backward {
+  static constexpr bool kIsFloat = std::is_same_v<T, float>;
+
  public:
   Bf16Backward(const LayerInputs& in, const LayerSizes& s, const BackwardPlan& plan, bool need_dx,
                const bool (&)[2])
       : s_(s), plan_(plan) {
-    for (int64_t d = 0; need_dx && d < s.D; ++d) w_ih_[d] = in.weights[d * s.per_direction];
+    for (int64_t d = 0; need_dx && d < s.D; ++d) w_ih_[d] = in.weights[d * s.per_direction].contiguous();
   }
 
   static int64_t gradient_stride(int64_t H) { return bf16::padded(H); }
@@ -85,27 +106,30 @@ class Bf16Backward {
   void reserve(Workspace& space) {
     for (int64_t d = 0; d < s_.D; ++d) {
       packed_offset_[d] = space.take<Bf16>(bf16::packed_columns_size(G_, s_.H));
+      if (packs_ih(d)) packed_ih_offset_[d] = space.take<Bf16>(bf16::packed_columns_size(G_, s_.I));
       db_offset_[d] = space.take<float>(plan_.partition.threads() * G_);
     }
   }
 
-  void prepare(const Workspace& space, int64_t d, const DirectionWeights& w, const BackwardBuffers<Bf16>& b) {
+  void prepare(const Workspace& space, int64_t d, const DirectionWeights& w, const BackwardBuffers<T>& b) {
     const at::Tensor w_hh = w.hh.contiguous();
     Bf16* packed = space.at<Bf16>(packed_offset_[d]);
     // A block of its own, which is cached between calls up to a limit per block.
     dgates_[d] = new_workspace(dgates_rows() * stride_ * static_cast<int64_t>(sizeof(Bf16)));
     Bf16* dgates = reinterpret_cast<Bf16*>(dgates_[d].mutable_data_ptr<uint8_t>());
-    for_blocks(plan_.partition.threads(), s_.H, bf16::kUnits, G_ * bf16::kUnits,
-               [&](int64_t begin, int64_t end) {
-                 kernel_.pack_columns(data_of<Bf16>(w_hh), G_, s_.H, begin, end, packed);
-               });
+    const int threads = plan_.partition.threads();
+    pack_bf16_columns(threads, data_of<T>(w_hh), G_, s_.H, s_.H, packed);
+    if (packs_ih(d)) {
+      packed_ih_[d] = space.at<Bf16>(packed_ih_offset_[d]);
+      pack_bf16_columns(threads, data_of<T>(w_ih_[d]), G_, s_.I, s_.I, packed_ih_[d]);
+    }
     const int64_t padding = bf16::padded(G_) - G_;  // which tiles read
     if (padding > 0)
-      for_blocks(plan_.partition.threads(), dgates_rows(), 1, padding, [&](int64_t begin, int64_t end) {
+      for_blocks(threads, dgates_rows(), 1, padding, [&](int64_t begin, int64_t end) {
         for (int64_t r = begin; r < end; ++r) std::fill_n(dgates + r * stride_ + G_, padding, Bf16(0));
       });
     float* db = space.at<float>(db_offset_[d]);
-    std::fill_n(db, plan_.partition.threads() * G_, 0.0f);
+    std::fill_n(db, threads * G_, 0.0f);
     args_[d] = {b.rows,      s_.H,
                 b.reverse,   0,
                 0,           0,
@@ -118,7 +142,7 @@ class Bf16Backward {
                 db};
   }
 
-  void select_steps(int64_t d, const Span& span, Bf16*) {
+  void select_steps(int64_t d, const Span& span, T*) {
     args_[d].first = span.first, args_[d].steps = span.steps, args_[d].base = span.begin;
   }
 
@@ -130,13 +154,18 @@ class Bf16Backward {
   const Bf16* dr(int64_t) const { return nullptr; }      // no projection
   const Bf16* hidden(int64_t) const { return nullptr; }
 
-  void input_gradient(int64_t d, int64_t n, Bf16* dx) const {
-    at::Tensor out = matrix_tensor(dx, n, s_.I, s_.I, 1);
-    const at::Tensor dgates = matrix_tensor(args_[d].dgates, n, G_, stride_, 1);
-    if (s_.D == 2)
-      at::addmm_out(out, out, dgates, w_ih_[d]);
-    else
-      at::mm_out(out, dgates, w_ih_[d]);
+  void input_gradient(int64_t d, int64_t n, T* dx) const {
+    if constexpr (kIsFloat) {
+      multiply_bf16({n, s_.I, G_, args_[d].dgates, stride_, /*transposed_a=*/false, packed_ih_[d], s_.D == 2,
+                     dx, s_.I, nullptr});
+    } else {
+      at::Tensor out = matrix_tensor(dx, n, s_.I, s_.I, 1);
+      const at::Tensor dgates = matrix_tensor(args_[d].dgates, n, G_, stride_, 1);
+      if (s_.D == 2)
+        at::addmm_out(out, out, dgates, w_ih_[d]);
+      else
+        at::mm_out(out, dgates, w_ih_[d]);
+    }
   }
 
   void bias_gradient(int64_t, int64_t, bool, float*) const {}  // the kernels sum over each thread's rows
@@ -148,19 +177,25 @@ class Bf16Backward {
   }
 
  private:
-  int64_t dgates_rows() const { return plan_.chunk_steps * s_.B + bf16::kTileRows; }
+  int64_t dgates_rows() const { return bf16::factor_rows(plan_.chunk_steps * s_.B); }
+  bool packs_ih(int64_t d) const { return kIsFloat && w_ih_[d].defined(); }
 
-  const bf16::Kernels& kernel_ = *bf16::kernels();
+  const bf16::Kernels<T>& kernel_ = *bf16::kernels<T>();
   const LayerSizes& s_;
   const BackwardPlan& plan_;
   const int64_t G_ = 4 * s_.H, stride_ = bf16::row_stride(G_);
-  PerDirection packed_offset_, db_offset_;
+  PerDirection packed_offset_, packed_ih_offset_, db_offset_;
+  Bf16* packed_ih_[2] = {nullptr, nullptr};  // pack_columns of weight_ih, where T is float and dx is needed
   at::Tensor w_ih_[2], dgates_[2];
-  bf16::BackwardArgs args_[2];
+  bf16::BackwardArgs<T> args_[2];
 };
 
 // A weight's gradient: a product for each chunk and, with h0, for its rows, summed in float32.
-class Bf16WeightGradient {
+template <class T>
+class Bf16WeightGradient;
+
+template <>
+class Bf16WeightGradient<Bf16> {
  public:
   Bf16WeightGradient(const at::Tensor& dw, const WgradPlan& plan) : dw_(dw), at_once_(plan.at_once) {}
 
@@ -185,18 +220,44 @@ class Bf16WeightGradient {
   bool at_once_;
 };
 
+template <>
+class Bf16WeightGradient<float> {
+ public:
+  Bf16WeightGradient(const at::Tensor& dw, const WgradPlan&) : dw_(dw) {}
+
+  void add(int64_t rows, MatrixView<Bf16> dgates, MatrixView<Bf16> states, bool accumulate) {
+    const int64_t m = dw_.size(0), n = dw_.size(1);
+    const at::Tensor buffer = new_workspace(bf16::packed_columns_size(rows, n) * sizeof(Bf16));
+    Bf16* packed = reinterpret_cast<Bf16*>(buffer.mutable_data_ptr<uint8_t>());
+    pack_bf16_columns(at::get_num_threads(), states.data, rows, n, states.stride, packed);
+    multiply_bf16({m, n, rows, dgates.data, dgates.stride, /*transposed_a=*/true, packed, accumulate,
+                   dw_.mutable_data_ptr<float>(), n, nullptr});
+  }
+  void finish() {}
+
+ private:
+  at::Tensor dw_;
+};
+
+template <class T>
 struct Bf16Engine {
-  using Number = Bf16;
-  using State = Bf16;
+  using Number = T;
+  using State = T;
   using Operand = Bf16;
-  using Forward = Bf16Forward;
-  using Backward = Bf16Backward;
-  using WeightGradient = Bf16WeightGradient;
+  using InputGradient = T;
+  using Forward = Bf16Forward<T>;
+  using Backward = Bf16Backward<T>;
+  using WeightGradient = Bf16WeightGradient<T>;
 
   static int64_t unit_block() { return bf16::kUnits; }
+  // With AVX-512, which the kernels require, also that of the float kernels: the flag may change between
+  // forward and backward of a float32 layer.
   static int64_t saved_block() { return bf16::kBlock; }
-  static at::Tensor operands(const at::Tensor& t) { return t; }
-  static at::Tensor operand_like(const at::Tensor& x) { return x; }
+  static at::Tensor operands(const at::Tensor& t) {
+    if constexpr (std::is_same_v<T, Bf16>) return t;
+    return from_real<Bf16>(t);
+  }
+  static at::Tensor input_gradient_like(const at::Tensor& x) { return x; }
 };
 
 }  // namespace fastlstm

@@ -387,6 +387,7 @@ struct FloatEngine {
   using Number = T;
   using State = Real<T>;
   using Operand = Real<T>;
+  using InputGradient = Real<T>;
   using Forward = FloatForward<T, S>;
   using Backward = FloatBackward<T, S>;
   using WeightGradient = FloatWeightGradient<T>;
@@ -394,7 +395,7 @@ struct FloatEngine {
   static int64_t unit_block() { return kernels<T, S>().unit_block; }
   static int64_t saved_block() { return kernels<T, S>().width; }
   static at::Tensor operands(const at::Tensor& t) { return to_real<T>(t); }
-  static at::Tensor operand_like(const at::Tensor& x) { return real_like<T>(x); }
+  static at::Tensor input_gradient_like(const at::Tensor& x) { return real_like<T>(x); }
 };
 
 }  // namespace fastlstm

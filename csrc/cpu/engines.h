@@ -10,10 +10,10 @@ namespace fastlstm {
 // f(E{}) for numbers stored as T, of the Engines that have a backward pass.
 template <class T, class F>
 auto with_engine(EngineKind kind, F&& f) {
-  if constexpr (std::is_same_v<T, Bf16>) {
-    if (kind == EngineKind::bf16_products) return f(Bf16Engine{});
+  if constexpr (!std::is_same_v<T, double>)
+    if (kind == EngineKind::bf16_products) return f(Bf16Engine<T>{});
+  if constexpr (std::is_same_v<T, Bf16>)
     if (kind == EngineKind::bf16_panels) return f(FloatEngine<T, PanelBf16>{});
-  }
   return f(FloatEngine<T, Real<T>>{});
 }
 

@@ -72,7 +72,7 @@ const char* isa_name() {
   }
 }
 
-const char* bfloat16_isa_name() { return bf16::kernels() ? bf16::kernels()->name : isa_name(); }
+const char* bfloat16_isa_name() { return bf16::kernels<Bf16>() ? bf16::kernels<Bf16>()->name : isa_name(); }
 
 template <class T, class S>
 const Kernels<T, S>& kernels() {

@@ -28,6 +28,15 @@ std::vector<at::Tensor> to(at::TensorList tensors, at::ScalarType dtype) {
   return out;
 }
 
+// Returns true if products of float32 may round their factors to bfloat16: where nn.LSTM's may, which runs on
+// oneDNN (docs/numerics.md). Read at every call, of backward too, where there are kernels for it.
+bool bf16_requested(const at::Tensor& x) {
+  const at::Context& context = at::globalContext();
+  return x.scalar_type() == at::kFloat && bf16::kernels<float>() && context.userEnabledMkldnn() &&
+         context.float32Precision(at::Float32Backend::MKLDNN, at::Float32Op::RNN) ==
+             at::Float32Precision::BF16;
+}
+
 // f(T{}) for the type that x's kernels store.
 template <class F>
 auto for_dtype(const at::Tensor& x, F&& f) {
@@ -49,11 +58,15 @@ LayerResults layer(const at::Tensor& x, const OptionalTensor& h0, const Optional
                    const OptionalTensor& zoneout_h, const OptionalTensor& zoneout_c) {
   const LayerInputs in{x, h0, c0, weights, lengths, reset_mask, recurrent_mask, zoneout_h, zoneout_c};
   if (x.scalar_type() != at::kHalf)
-    return for_dtype(x, [&](auto t) { return forward<decltype(t)>(in, keep_cells, keep_reserve); });
+    return for_dtype(
+        x, [&](auto t) { return forward<decltype(t)>(in, keep_cells, keep_reserve, bf16_requested(x)); });
   const LayerSizes checked(in);  // before all become float32
-  auto [y, h_n, c_n, cells, reserve] = layer(
-      x.to(at::kFloat), to_float(h0), to_float(c0), to(weights, at::kFloat), lengths, reset_mask, keep_cells,
-      keep_reserve, to_float(recurrent_mask), share_to_float(zoneout_h), share_to_float(zoneout_c));
+  const std::vector<at::Tensor> wide = to(weights, at::kFloat);
+  const OptionalTensor masks[] = {to_float(recurrent_mask), share_to_float(zoneout_h),
+                                  share_to_float(zoneout_c)};
+  auto [y, h_n, c_n, cells, reserve] = forward<float>(
+      {x.to(at::kFloat), to_float(h0), to_float(c0), wide, lengths, reset_mask, masks[0], masks[1], masks[2]},
+      keep_cells, keep_reserve, /*bf16_requested=*/false);
   return {y.to(at::kHalf), h_n.to(at::kHalf), c_n.to(at::kHalf), cells.to(at::kHalf), reserve.to(at::kHalf)};
 }
 
@@ -68,13 +81,16 @@ LayerGradients layer_backward(const OptionalTensor& dy, const OptionalTensor& dh
   const LayerInputs in{x, h0, c0, weights, lengths, reset_mask, recurrent_mask, zoneout_h, zoneout_c};
   const SavedResults saved{y, cells, reserve};
   if (x.scalar_type() != at::kHalf)
-    return for_dtype(x, [&](auto t) { return backward<decltype(t)>(grads, in, saved, needs); });
+    return for_dtype(
+        x, [&](auto t) { return backward<decltype(t)>(grads, in, saved, needs, bf16_requested(x)); });
   LayerSizes(in).check_backward(x, grads, saved, needs);
-  auto [dx, dh0, dc0, dweights] =
-      layer_backward(to_float(dy), to_float(dh_n), to_float(dc_n), to_float(dcells), x.to(at::kFloat),
-                     to_float(h0), to_float(c0), to(weights, at::kFloat), lengths, reset_mask,
-                     y.to(at::kFloat), cells.to(at::kFloat), reserve.to(at::kFloat), needs,
-                     to_float(recurrent_mask), share_to_float(zoneout_h), share_to_float(zoneout_c));
+  const std::vector<at::Tensor> wide = to(weights, at::kFloat);
+  const OptionalTensor masks[] = {to_float(recurrent_mask), share_to_float(zoneout_h),
+                                  share_to_float(zoneout_c)};
+  auto [dx, dh0, dc0, dweights] = backward<float>(
+      {to_float(dy), to_float(dh_n), to_float(dc_n), to_float(dcells)},
+      {x.to(at::kFloat), to_float(h0), to_float(c0), wide, lengths, reset_mask, masks[0], masks[1], masks[2]},
+      {y.to(at::kFloat), cells.to(at::kFloat), reserve.to(at::kFloat)}, needs, /*bf16_requested=*/false);
   return {dx.to(at::kHalf), dh0.to(at::kHalf), dc0.to(at::kHalf), to(dweights, at::kHalf)};
 }
 

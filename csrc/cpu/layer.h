@@ -19,19 +19,20 @@ namespace fastlstm {
 
 // The contract's ops for tensors of T = float, double or Bf16 (cpu/layer_forward.cpp,
 // cpu/layer_backward.cpp).
+// bf16_requested: LayerShape's.
 template <class T>
-LayerResults forward(const LayerInputs& in, bool keep_cells, bool keep_reserve);
+LayerResults forward(const LayerInputs& in, bool keep_cells, bool keep_reserve, bool bf16_requested);
 // The same with weights packed before the call; without a reserve.
 template <class T>
 LayerResults forward_frozen(const LayerInputs& in, const PackedView& packed, bool keep_cells);
 template <class T>
 LayerGradients backward(const ResultGradients& grads, const LayerInputs& in, const SavedResults& saved,
-                        const c10::List<bool>& needs);
+                        const c10::List<bool>& needs, bool bf16_requested);
 
 // What plans are made from, for a layer of numbers stored as T.
 template <class T>
 LayerShape layer_shape(const LayerSizes& s, const Ragged& ragged, const OptionalTensor& h0,
-                       bool masked = false) {
+                       bool masked = false, bool bf16_requested = false) {
   const Dtype dtype = std::is_same_v<T, double> ? Dtype::float64
                       : std::is_same_v<T, Bf16> ? Dtype::bfloat16
                                                 : Dtype::float32;
@@ -48,7 +49,8 @@ LayerShape layer_shape(const LayerSizes& s, const Ragged& ragged, const Optional
           h0 && ragged.plain(),
           Frozen::no,
           masked,
-          s.norm};
+          s.norm,
+          bf16_requested};
 }
 
 template <class T>

@@ -32,6 +32,7 @@ LayerGradients backward_with(const ResultGradients& grads, const LayerInputs& in
   using T = typename E::Number;
   using R = Real<T>;
   using Operand = typename E::Operand;
+  using InputGradient = typename E::InputGradient;
   const int64_t N = ragged.N(), H = s.H, P = s.P, B = s.B, D = s.D, chunk = plan.chunk_steps;
   const at::TensorList weights = in.weights;
   const auto need = [&](int64_t d, int64_t k) { return needs[3 + d * s.per_direction + k]; };
@@ -97,15 +98,15 @@ LayerGradients backward_with(const ResultGradients& grads, const LayerInputs& in
   const at::Tensor x = need_ih ? E::operands(packed_input<Stored<T>>(in.x, s, ragged)) : at::Tensor();
   // Both directions add to dx, each from its own end.
   const at::DimVector dx_sizes = ragged.padded() ? at::DimVector{N, s.I} : at::DimVector(in.x.sizes());
-  const at::Tensor like = E::operand_like(in.x), dx_rows = !need_dx ? none()
-                                                           : D == 1 ? new_empty(dx_sizes, like)
-                                                                    : new_zeros(dx_sizes, like);
+  const at::Tensor like = E::input_gradient_like(in.x), dx_rows = !need_dx ? none()
+                                                                  : D == 1 ? new_empty(dx_sizes, like)
+                                                                           : new_zeros(dx_sizes, like);
 
   for (int64_t end = s.T; end > 0; end -= std::min(end, chunk)) {
     const int64_t first = std::max<int64_t>(0, end - chunk);
     const bool add = end < s.T;
     const auto dx_of = [&](const Span& span) {
-      return need_dx ? writable<Operand>(dx_rows) + span.begin * s.I : nullptr;
+      return need_dx ? writable<InputGradient>(dx_rows) + span.begin * s.I : nullptr;
     };
     for (int64_t d = 0; d < D; ++d) {
       const Span span(s, ragged, d, first, end - first);
@@ -149,12 +150,12 @@ LayerGradients backward_with(const ResultGradients& grads, const LayerInputs& in
   at::Tensor dx = dx_rows;
   if (need_dx && ragged.padded()) {
     dx = new_zeros(in.x.sizes(), in.x);
-    const Operand* from = data_of<Operand>(dx_rows);
+    const InputGradient* from = data_of<InputGradient>(dx_rows);
     T* to = writable<T>(dx);
     ragged.for_each_row([&](int64_t packed_row, int64_t row, int64_t, int64_t) {
       copy_numbers(from + packed_row * s.I, s.I, to + row * s.I);
     });
-  } else if (need_dx && !std::is_same_v<T, Operand>) {
+  } else if (need_dx && !std::is_same_v<T, InputGradient>) {
     dx = from_real<T>(dx_rows);
   }
   const auto state_gradient = [&](int64_t k, const PerDirection& at, int64_t n, int64_t stride) {
@@ -170,7 +171,7 @@ LayerGradients backward_with(const ResultGradients& grads, const LayerInputs& in
 
 template <class T>
 LayerGradients backward(const ResultGradients& grads, const LayerInputs& in, const SavedResults& given,
-                        const c10::List<bool>& needs) {
+                        const c10::List<bool>& needs, bool bf16_requested) {
   const LayerSizes s(in);
   // A saved-tensor hook may give back other strides.
   const at::Tensor cells = given.cells.contiguous(), reserve = given.reserve.contiguous();
@@ -185,17 +186,18 @@ LayerGradients backward(const ResultGradients& grads, const LayerInputs& in, con
     return {zeros(0, in.x.sizes()), zeros(1, {s.D, s.B, s.P}), zeros(2, {s.D, s.B, s.H}), dweights};
   }
   const Ragged ragged(s, in.lengths, in.reset_mask);
-  const BackwardPlan plan = plan_backward(layer_shape<T>(s, ragged, in.h0, in.masked()), this_machine());
+  const BackwardPlan plan =
+      plan_backward(layer_shape<T>(s, ragged, in.h0, in.masked(), bf16_requested), this_machine());
   return with_engine<T>(plan.engine, [&](auto engine) {
     return backward_with<decltype(engine)>(grads, in, s, ragged, saved, needs, plan);
   });
 }
 
 template LayerGradients backward<float>(const ResultGradients&, const LayerInputs&, const SavedResults&,
-                                        const c10::List<bool>&);
+                                        const c10::List<bool>&, bool);
 template LayerGradients backward<double>(const ResultGradients&, const LayerInputs&, const SavedResults&,
-                                         const c10::List<bool>&);
+                                         const c10::List<bool>&, bool);
 template LayerGradients backward<Bf16>(const ResultGradients&, const LayerInputs&, const SavedResults&,
-                                       const c10::List<bool>&);
+                                       const c10::List<bool>&, bool);
 
 }  // namespace fastlstm

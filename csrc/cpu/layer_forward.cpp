@@ -101,10 +101,11 @@ LayerResults forward_with(const LayerInputs& in, const LayerSizes& s, const Ragg
 }  // namespace
 
 template <class T>
-LayerResults forward(const LayerInputs& in, bool keep_cells, bool keep_reserve) {
+LayerResults forward(const LayerInputs& in, bool keep_cells, bool keep_reserve, bool bf16_requested) {
   const LayerSizes s(in);
   const Ragged ragged(s, in.lengths, in.reset_mask);
-  const ForwardPlan plan = plan_forward(layer_shape<T>(s, ragged, in.h0, in.masked()), this_machine());
+  const ForwardPlan plan =
+      plan_forward(layer_shape<T>(s, ragged, in.h0, in.masked(), bf16_requested), this_machine());
   return with_engine<T>(plan.engine, [&](auto engine) {
     return forward_with<decltype(engine)>(in, s, ragged, plan, nullptr, keep_cells, keep_reserve);
   });
@@ -122,9 +123,9 @@ LayerResults forward_frozen(const LayerInputs& in, const PackedView& packed, boo
   });
 }
 
-template LayerResults forward<float>(const LayerInputs&, bool, bool);
-template LayerResults forward<double>(const LayerInputs&, bool, bool);
-template LayerResults forward<Bf16>(const LayerInputs&, bool, bool);
+template LayerResults forward<float>(const LayerInputs&, bool, bool, bool);
+template LayerResults forward<double>(const LayerInputs&, bool, bool, bool);
+template LayerResults forward<Bf16>(const LayerInputs&, bool, bool, bool);
 template LayerResults forward_frozen<float>(const LayerInputs&, const PackedView&, bool);
 template LayerResults forward_frozen<double>(const LayerInputs&, const PackedView&, bool);
 template LayerResults forward_frozen<Bf16>(const LayerInputs&, const PackedView&, bool);

@@ -91,7 +91,7 @@ StepGradients backward_of(const at::Tensor& dh, const at::Tensor& dc, const Step
                              const c10::List<bool>& flags) {
                            const OptionalTensor none;
                            return backward<T>({none, dh_n, dc_n, none}, {x, h0, c0, weights, none, none},
-                                              {cells, cells, gates}, flags);
+                                              {cells, cells, gates}, flags, /*bf16_requested=*/false);
                          });
   }
   const StepInputs in = contiguous(given);

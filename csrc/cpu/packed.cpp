@@ -63,7 +63,8 @@ bool is_valid(const PackedHeader& h) {
       fits = (stored && is_bf16) || (form == Frozen::bfloat16 && is_float);
       break;
     case PackedLayout::bf16_tiles:
-      fits = stored && is_bf16 && !h.proj() && h.width == bf16::kBlock && h.H > 0 && h.I > 0;
+      fits = ((stored && is_bf16) || (form == Frozen::bfloat16 && is_float)) && !h.proj() &&
+             h.width == bf16::kBlock && h.H > 0 && h.I > 0;
       break;
     case PackedLayout::int8_blocks:
       fits = form == Frozen::int8 && is_float && std::max({h.I, h.H, h.P}) <= int8::kMaxDepth;

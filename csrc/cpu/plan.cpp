@@ -100,16 +100,28 @@ int64_t chunk_steps_bf16(const LayerShape& s) {
 // Packing the weights takes what the products of a few rows save by it.
 bool uses_bf16_products(const LayerShape& s, const Machine& machine) {
   if (s.frozen != Frozen::no) return frozen_engine(s, machine) == EngineKind::bf16_products;
+  if (s.dtype == Dtype::float32 && s.bf16_requested) return bf16_refusal(s, machine) == Bf16Refusal::none;
   return s.dtype == Dtype::bfloat16 && machine.bf16_kernels && s.given_rows > kUnpackedMaxRows && !s.proj() &&
          s.H > 0 && s.I > 0 && !s.masked && !s.norm;
 }
 
+Bf16Refusal bf16_refusal(const LayerShape& s, const Machine& machine) {
+  if (s.dtype != Dtype::float32 || !s.bf16_requested) return Bf16Refusal::none;
+  if (s.frozen != Frozen::no)
+    return frozen_engine(s, machine) == EngineKind::bf16_products ? Bf16Refusal::none : Bf16Refusal::frozen;
+  if (!machine.bf16_kernels) return Bf16Refusal::no_kernels;
+  if (s.proj()) return Bf16Refusal::projection;
+  if (s.masked || s.norm) return Bf16Refusal::options;
+  if (s.N < kFloat32ToBf16MinRows) return Bf16Refusal::few_rows;
+  return s.H < kFloat32ToBf16MinUnits || s.I == 0 ? Bf16Refusal::small : Bf16Refusal::none;
+}
+
 EngineKind frozen_engine(const LayerShape& s, const Machine& machine) {
   if (s.frozen == Frozen::int8) return EngineKind::int8_products;
-  if (s.frozen == Frozen::bfloat16) return EngineKind::bf16_panels;
-  if (s.dtype != Dtype::bfloat16) return EngineKind::float_panels;
-  return machine.bf16_kernels && !s.proj() && s.H > 0 && s.I > 0 ? EngineKind::bf16_products
-                                                                 : EngineKind::bf16_panels;
+  if (s.frozen == Frozen::stored && s.dtype != Dtype::bfloat16) return EngineKind::float_panels;
+  const int64_t min_units = s.dtype == Dtype::bfloat16 ? 1 : kFloat32ToBf16MinUnits;
+  return machine.bf16_kernels && !s.proj() && s.H >= min_units && s.I > 0 ? EngineKind::bf16_products
+                                                                          : EngineKind::bf16_panels;
 }
 
 Loop forward_loop(const LayerShape& s, const Machine& machine) {
@@ -128,6 +140,7 @@ Loop backward_loop(const LayerShape& s, const Machine& machine) {
 
 ForwardPlan plan_forward(const LayerShape& s, const Machine& machine) {
   ForwardPlan p;
+  p.bf16_refusal = bf16_refusal(s, machine);
   p.partition = choose_partition(forward_loop(s, machine), machine);
   const auto alternates = [&](double bytes) { return s.T > 1 && !stays_in_l2(bytes, machine.l2_bytes); };
   if (uses_bf16_products(s, machine)) {
@@ -168,6 +181,7 @@ BackwardPlan plan_backward(const LayerShape& s, const Machine& machine) {
     p.engine = EngineKind::bf16_products;
     p.alternate_block_order = alternates(8.0 * s.H * largest_share(s.H, bf16::kUnits, p.partition.shares()));
     p.chunk_steps = chunk_steps_bf16(s);
+    if (s.dtype == Dtype::float32) p.dx = p.dw_ih.gemm = p.dw_hh.gemm = Gemm::bf16;
     p.dw_ih.at_once = p.chunk_steps == s.T;
     p.dw_hh.at_once = p.chunk_steps == s.T && !s.dense_with_h0;
     return p;

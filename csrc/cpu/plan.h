@@ -32,7 +32,7 @@ struct Machine {
   int threads;           // available to this call
   int64_t l2_bytes;      // of one core
   int64_t vector_bytes;  // of the float kernels' instruction set
-  bool bf16_kernels;     // cpu/bf16.h has kernels for this CPU
+  bool bf16_kernels;     // cpu/bf16.h has kernels for this CPU, which are faster than those of float32
   const CostFigures* figures = &kCostFigures;
   std::optional<PartitionChoice> forced =
       {};  // the only candidate; `python -m benchmarks calibrate` times each
@@ -51,8 +51,9 @@ struct LayerShape {
   bool dense_with_h0 =
       false;  // neither lengths nor resets, and an initial state: dW_hh is the sum of two products
   Frozen frozen = Frozen::no;
-  bool masked = false;  // by recurrent dropout or zoneout
-  bool norm = false;    // layer normalization
+  bool masked = false;          // by recurrent dropout or zoneout
+  bool norm = false;            // layer normalization
+  bool bf16_requested = false;  // float32: torch's flag asks for bfloat16 products (docs/numerics.md)
 
   bool proj() const { return P != H; }
   int64_t real_bytes() const { return dtype == Dtype::float64 ? 8 : 4; }  // of sums and states
@@ -97,17 +98,22 @@ enum class EngineKind {
   int8_products,  // engine_int8.h
 };
 
+// Why a float32 layer's products are not bfloat16 although requested. none: they are, or are not requested.
+enum class Bf16Refusal { none, no_kernels, frozen, projection, options, few_rows, small };
+
 enum class WeightMode { prepacked, pack_on_use, unpacked };
 
 struct ForwardPlan {
   EngineKind engine = EngineKind::float_panels;
+  Bf16Refusal bf16_refusal = Bf16Refusal::none;
   ThreadPartition partition;
   WeightMode w_ih = WeightMode::prepacked, w_hh = WeightMode::prepacked, w_hr = WeightMode::prepacked;
   int64_t hoisted_steps = 0;           // of x W_ih^T made at once, at full steps; 0: it is made step by step
   bool alternate_block_order = false;  // odd steps read the blocks of W_hh from last to first
 };
 
-enum class Gemm { small, skinny, blas };  // gemm.h on one thread, on all threads by columns, or the BLAS
+// gemm.h on one thread, on all threads by columns, the BLAS, or bf16_gemm.h on all threads
+enum class Gemm { small, skinny, blas, bf16 };
 
 struct WgradPlan {
   bool at_once = false;     // one product; otherwise a sum over chunks
@@ -148,6 +154,7 @@ CellPlan plan_cell(Dtype dtype, int64_t B, int64_t I, int64_t H, const Machine& 
 
 // Returns true if the kernels of cpu/bf16.h run a layer.
 bool uses_bf16_products(const LayerShape& s, const Machine& machine);
+Bf16Refusal bf16_refusal(const LayerShape& s, const Machine& machine);
 // Of a frozen layer, whatever the sizes of a call: the packed weights must fit all.
 EngineKind frozen_engine(const LayerShape& s, const Machine& machine);
 

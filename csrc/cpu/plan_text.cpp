@@ -36,11 +36,32 @@ std::string in_words(const char* weight, WeightMode mode) {
                                                                   : " unpacked");
 }
 
+const char* by(Gemm gemm) { return gemm == Gemm::blas ? " by BLAS" : " by microkernels"; }
+
 std::string in_words(const char* product, const WgradPlan& p) {
   std::string text = product;
   if (p.transposed) text += " transposed";
   if (p.float64) text += " summed in float64";
-  return text + (p.gemm == Gemm::blas ? " by BLAS" : " by microkernels");
+  return text + by(p.gemm);
+}
+
+const char* in_words(Bf16Refusal refusal) {
+  switch (refusal) {
+    case Bf16Refusal::no_kernels:
+      return "this CPU has no bfloat16 instructions that are faster than those of float32";
+    case Bf16Refusal::frozen:
+      return "frozen weights are multiplied as they were packed";
+    case Bf16Refusal::projection:
+      return "the bfloat16 kernels do not support projections";
+    case Bf16Refusal::options:
+      return "the bfloat16 kernels support neither masks nor layer normalization";
+    case Bf16Refusal::few_rows:
+      return "rounding takes longer than the products of so few rows save";
+    case Bf16Refusal::small:
+      return "rounding takes longer than the products of so few units save";
+    default:
+      return "";
+  }
 }
 
 void add_engine(EngineKind engine, std::vector<std::string>& parts) {
@@ -94,6 +115,9 @@ std::string reason(const ThreadPartition& p) {
 std::string describe(const ForwardPlan& plan, const LayerShape& s) {
   std::vector<std::string> parts = {in_words(plan.partition)};
   add_engine(plan.engine, parts);
+  if (plan.bf16_refusal != Bf16Refusal::none)
+    parts.push_back("bfloat16 products requested but not used (" + std::string(in_words(plan.bf16_refusal)) +
+                    ")");
   if (s.frozen != Frozen::no) {
     parts.push_back("weights packed when frozen");
   } else {
@@ -116,7 +140,7 @@ std::string describe(const BackwardPlan& plan, const LayerShape& s) {
   add_norm(s, parts);
   parts.push_back(plan.chunk_steps >= s.T ? "all steps in one chunk"
                                           : "chunks of " + counted(plan.chunk_steps, "step"));
-  parts.push_back(plan.dx == Gemm::blas ? "dx by BLAS" : "dx by microkernels");
+  parts.push_back("dx" + std::string(by(plan.dx)));
   parts.push_back(in_words("dW_ih", plan.dw_ih));
   parts.push_back(in_words("dW_hh", plan.dw_hh));
   if (s.proj()) parts.push_back(in_words("dW_hr", plan.dw_hr));

@@ -23,7 +23,7 @@ inline Machine this_machine() {
   return {at::in_parallel_region() ? 1 : at::get_num_threads(),
           l2_bytes(),
           kernels<float>().width * static_cast<int64_t>(sizeof(float)),
-          bf16::kernels() != nullptr,
+          bf16::kernels<float>() != nullptr,
           &kCostFigures,
           forced_partition,
           int8::kernels().layout.width};

@@ -136,13 +136,17 @@ def cpu_plan(
     found = {"threads": torch.get_num_threads(), **extension.cpu_machine(), **machine}
     dtype = str(torch.float32 if call.dtype == torch.float16 else call.dtype).removeprefix("torch.")
     H, P, D = call.shape.H, call.shape.P, call.shape.D
+    mkldnn = torch.backends.mkldnn
+    flag = mkldnn.rnn.fp32_precision  # type: ignore[attr-defined]
+    bf16_requested = call.dtype == torch.float32 and mkldnn.enabled and flag == "bf16"
     if cell and frozen == "no" and call.dtype in (torch.float32, torch.float64):
         found.pop("bf16_kernels")
         return extension.cpu_cell_plan(dtype, B, call.I, H, **found)
     return extension.cpu_plan(
         dtype, T, B, call.I, H, P, D,
         lengths=None if lengths is None else list(lengths), packed=packed, resets=call.reset_mask, h0=h0,
-        frozen=frozen, norm=call.shape.norm, **found,
+        frozen=frozen, masked=call.recurrent_mask or call.zoneout_h or call.zoneout_c, norm=call.shape.norm,
+        bf16_requested=bf16_requested, **found,
     )  # fmt: skip
 
 

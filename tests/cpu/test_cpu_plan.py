@@ -22,7 +22,7 @@ AVX512, AVX2 = MACHINES.values()
 DTYPES = (torch.float32, torch.float64, torch.bfloat16)
 FORMS = ("stored", "bfloat16", "int8")
 # What weights a frozen layer has; stored ones of bfloat16 are multiplied where there are kernels.
-ENGINES = {"bfloat16": ("bf16_panels",), "int8": ("int8_products",)}
+ENGINES = {"bfloat16": ("bf16_panels", "bf16_products"), "int8": ("int8_products",)}
 
 
 def test_plans_of_the_benchmark_suites():

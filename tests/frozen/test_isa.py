@@ -109,16 +109,19 @@ CASES = [
         Case(T=3, B=17, I=8, H=65, cells=True),
         Case(T=7, B=5, I=9, H=31, cells=True),
         Case(T=9, B=7, I=20, H=33, proj=17, bidirectional=True, hx="tuple", cells=True),
+        Case(T=9, B=20, I=70, H=40, lengths=tuple(k % 10 for k in range(20)), bidirectional=True, cells=True),
         Case(T=7, B=4, I=5, H=18, lengths=(3, 7, 0, 1), resets=((2, 0), (0, 1)), bidirectional=True, cells=True),
     )
 ]
 KWARGS: dict[str, Any] = {"num_layers": 2, "bidirectional": True, "proj_size": 7}
+# Layers of bfloat16 weights that the kernels of bfloat16 products read in tiles, where a CPU has them.
+IN_TILES: dict[str, Any] = {"bidirectional": True}
 
 
-def module(form: str) -> nn.Module:
+def module(form: str, H: int = 21, kwargs: dict[str, Any] = KWARGS) -> nn.Module:
     dtype, weights = FORMS[form]
     generator = torch.Generator().manual_seed(0)
-    lstm = fastlstm.LSTM(9, 21, **KWARGS, dtype=dtype)
+    lstm = fastlstm.LSTM(9, H, **kwargs, dtype=dtype)
     for weight in lstm.parameters():
         weight.data = torch.rand(weight.shape, generator=generator, dtype=torch.float64).sub(0.5).to(dtype)
     return fastlstm.freeze(lstm, weights)
@@ -128,15 +131,19 @@ def made_here(path: str, export: bool) -> None:
     """Write what the tests compare; runs in the process of a level."""
     torch.set_num_threads(1)
     modules = {form: module(form) for form in FORMS}
+    in_tiles = module("bfloat16 weights", 40, IN_TILES)
     torch.save(
         {
             "level": torch.backends.cpu.get_cpu_capability(),
             "isa": native.extension.int8_isa(),
+            "bf16_kernels": native.extension.cpu_machine()["bf16_kernels"],
             "sums": run_products(),
             "results": [run_frozen(case, form) for form, case in CASES],
             "states": {form: m.state_dict() for form, m in modules.items()},
             "packed": {form: list(m.buffers()) for form, m in modules.items()},
             "modules": modules,
+            "in tiles": in_tiles,
+            "in tiles packed": in_tiles.packed_l0,
         },
         path,
     )
@@ -220,8 +227,9 @@ def test_a_wrong_product_is_found():
 @pytest.mark.parametrize("level", LEVELS)
 def test_results_are_right_at_each_level(level, at_level):
     """By the rule of each form; int8 step by step."""
-    for (form, case), results in zip(CASES, at_level(level)[0]["results"], strict=True):
-        check_frozen(case, form, results)
+    made, _ = at_level(level)
+    for (form, case), results in zip(CASES, made["results"], strict=True):
+        check_frozen(case, form, results, bf16_kernels=made["bf16_kernels"])
 
 
 @has_levels
@@ -265,6 +273,25 @@ def test_bytes_packed_for_another_level(form, at_level):
         for name, value in module(form).state_dict().items():
             assert torch.equal(state[name], value), (level, name)
     assert others > 0, "no level packs otherwise: the test shows nothing"
+
+
+@has_levels
+def test_bfloat16_weights_packed_in_tiles(at_level):
+    """Portable like the others: state, pickles and bytes of a CPU that multiplies bfloat16 run here."""
+    made, _ = at_level(LEVELS[-1])
+    if not made["bf16_kernels"]:
+        pytest.skip("this CPU has no AVX512_BF16")
+    here, there = module("bfloat16 weights", 40, IN_TILES), made["in tiles"]
+    x = torch.randn(5, 3, 9)
+    expected = here(x)[0]
+    assert torch.equal(there(x)[0], expected)
+    for name, value in here.state_dict().items():
+        assert torch.equal(there.state_dict()[name], value), name
+    packed = made["in tiles packed"]
+    kernels = native.extension.cpu_machine()["bf16_kernels"]
+    assert native.extension.packed_is_native(packed) == kernels
+    here._buffers["packed_l0"] = packed
+    assert torch.equal(here(x)[0], expected)
 
 
 @has_levels

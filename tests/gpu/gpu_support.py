@@ -61,7 +61,7 @@ class Arithmetic:
         tf32 = self.dtype == torch.float32 and "tf32" in flags.get(backend, (self.rnn,))
         if backend == "reference" and not tf32:
             return accuracy.Precision.per_op(self.dtype)
-        return accuracy.Precision.of(self.dtype, tf32)
+        return accuracy.Precision.of(self.dtype, "tf32" if tf32 else "ieee")
 
     @contextmanager
     def flags(self) -> Iterator[None]:

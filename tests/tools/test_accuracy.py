@@ -107,7 +107,7 @@ def test_bounds_follow_dtype_and_scale(scale):
     assert allowed[1] / allowed[0] == pytest.approx(2.0**29, rel=0.5)
     halves = [bound(lambda: a @ b, Precision.of(dtype)) for dtype in (torch.float16, torch.bfloat16)]
     assert halves[1] / halves[0] == pytest.approx(8, rel=0.5) or scale < 1e-7  # subnormal in float16
-    tf32 = bound(lambda: a @ b, Precision.of(torch.float32, tf32=True)) / scale
+    tf32 = bound(lambda: a @ b, Precision.of(torch.float32, "tf32")) / scale
     assert 1000 < tf32 / allowed[1] < 8192  # 13 bits less, of the operands only
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
+import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 for package in ("rich", "matplotlib", "numpy"):
@@ -27,8 +28,8 @@ SCALING = sweeps.SCALING_T + sweeps.SCALING_PACKED
 
 @pytest.mark.parametrize(
     "cases",
-    [CPU, QUICK, sweeps.grid(), sweeps.random_cases(), sweeps.FEW_ROWS, SCALING, gpu.cases()],
-    ids=["cpu", "quick", "grid", "random", "few_rows", "scaling", "gpu"],
+    [CPU, QUICK, sweeps.grid(), sweeps.random_cases(), sweeps.bf16_products(), sweeps.FEW_ROWS, SCALING, gpu.cases()],
+    ids=["cpu", "quick", "grid", "random", "bf16_products", "few_rows", "scaling", "gpu"],
 )
 def test_case_names_are_unique_within_a_suite(cases):
     assert len({case.name for case in cases}) == len(cases)
@@ -83,6 +84,20 @@ def test_random_cases_are_deterministic_and_cover_every_kind():
     }
     for kind, is_kind in kinds.items():
         assert 1 < sum(map(bool, map(is_kind, cases))) < len(cases), kind
+
+
+def test_bf16_products_are_measured_beside_float32():
+    cases = sweeps.bf16_products()
+    for plain, flagged in zip(cases[::2], cases[1::2], strict=True):
+        assert plain == replace(flagged, dtype="float32")
+        assert flagged.dtype == "bf16_products"
+        assert plain.H >= 64
+    assert {Case(100, 16, 1024, 1024), Case(100, 32, 256, 256, proj=64), Case(50, 16, 128, 128)} <= set(cases[::2])
+    rnn = torch.backends.mkldnn.rnn
+    for case, setting in zip(cases, ("ieee", "bf16"), strict=False):
+        with suites.suite_of("bf16_products").precision(case):
+            assert rnn.fp32_precision == setting
+    assert rnn.fp32_precision == "none"
 
 
 @pytest.mark.parametrize("ragged", RAGGED)

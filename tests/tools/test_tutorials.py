@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from fastlstm.backends import native
 from fastlstm.tutorials import __main__ as command
 from fastlstm.tutorials import common, regularized
 from fastlstm.tutorials.common import Check, Trajectory, compare_trajectories, implementation
@@ -15,6 +16,8 @@ from fastlstm.tutorials.gates_from_scratch import scratch_difference
 from fastlstm.tutorials.gradient_regression import GradientRegression
 from fastlstm.tutorials.sine import fit_sine
 from fastlstm.tutorials.time_sequence import StackedCells, WholeSequence, shape_exercise, sine_waves
+
+from ..cpu.test_bf16_products import run_on_avx512_bf16
 
 IMPLS = ("fastlstm", "torch")
 MISSING = common.missing_packages(list(command.TUTORIALS.values()))
@@ -36,6 +39,30 @@ def test_quick_form_meets_its_bar(trained):
     assert checks
     missed = [str(check) for check in checks if not check.passed]
     assert not missed, missed
+
+
+@pytest.mark.skipif(native.extension is None, reason=native.load_error)
+def test_quick_forms_meet_their_bars_with_bfloat16_products():
+    """The models that are large enough for torch's flag to apply; prints their losses beside float32's."""
+    print(
+        run_on_avx512_bf16("""
+from collections import defaultdict
+from fastlstm.tutorials.__main__ import TUTORIALS
+from fastlstm.tutorials.common import implementation
+torch.set_num_threads(1)
+for name in ("gradient_regression", "daily_series", "char_model"):
+    losses = {}
+    for precision in ("none", "bf16"):
+        rnn.fp32_precision = precision
+        task, history = TUTORIALS[name](quick=True), defaultdict(list)
+        model = task.build(implementation("fastlstm"))
+        losses[precision] = list(task.train(model, history))[-1]
+        missed = [str(check) for check in task.checks(model, history) if not check.passed]
+        assert not missed, (name, precision, missed)
+    print(name, losses)
+    assert losses["none"] != losses["bf16"], name
+""")
+    )
 
 
 def test_number_of_updates_stays_within_the_bound_of_the_progress_bar(trained):
