@@ -50,7 +50,7 @@ selection+=" and not rounded_once and not beyond and not large_case and not fewe
 selection+=" and not T140 and not T160"
 # A report goes to the file descriptor, hence --capture=sys, and ends its process: the first one ends the run.
 "$python" -m pytest -p no:cacheprovider --capture=sys --max-worker-restart=0 \
-    tests/ops/test_{ops,parity,ragged}.py tests/cpu/test_{activations,bfloat16,blocks,chunks,threads}.py \
+    tests/ops/test_{ops,parity,ragged}.py tests/cpu/test_{activations,bfloat16,blocks,chunks,norm,threads}.py \
     tests/module/test_cell.py tests/frozen/test_{int8,errors}.py \
     -k "$selection" "$@" 2>stderr.txt && exit
 # What was found and where, without the interpreter's own frames; last, where a log that is cut keeps it.

@@ -140,7 +140,7 @@ def cpu_plan(
     return extension.cpu_plan(
         dtype, T, B, call.I, H, P, D,
         lengths=None if lengths is None else list(lengths), packed=packed, resets=call.reset_mask, h0=h0,
-        frozen=frozen, norm=call.shape.norm, **found,
+        frozen=frozen, masked=call.recurrent_mask or call.zoneout_h or call.zoneout_c, norm=call.shape.norm, **found,
     )  # fmt: skip
 
 
