@@ -47,7 +47,7 @@ export OMP_WAIT_POLICY=passive # the workers share the cores, so a thread that s
 # (tests/cpu/test_partitions.py).
 selection="not eager and not triton and not reference and not opcheck and not three_to_eight and not 2048"
 selection+=" and not rounded_once and not beyond and not large_case and not fewer_threads"
-selection+=" and not T140 and not T160"
+selection+=" and not T140 and not T160 and not instruction_set"
 # A report goes to the file descriptor, hence --capture=sys, and ends its process: the first one ends the run.
 "$python" -m pytest -p no:cacheprovider --capture=sys --max-worker-restart=0 \
     tests/ops/test_{ops,parity,ragged}.py tests/cpu/test_{activations,bfloat16,blocks,chunks,norm,threads}.py \
