@@ -47,10 +47,12 @@ export OMP_WAIT_POLICY=passive # the workers share the cores, so a thread that s
 # (tests/cpu/test_partitions.py).
 selection="not eager and not triton and not reference and not opcheck and not three_to_eight and not 2048"
 selection+=" and not rounded_once and not beyond and not large_case and not fewer_threads"
-selection+=" and not T140 and not T160 and not 10_000"
+selection+=" and not T140 and not T160 and not 10_000 and not instruction_set"
+selection+=" and not gradcheck and not of_gradients and not random_configurations"
 # A report goes to the file descriptor, hence --capture=sys, and ends its process: the first one ends the run.
 "$python" -m pytest -p no:cacheprovider --capture=sys --max-worker-restart=0 \
-    tests/ops/test_{ops,parity,ragged}.py tests/cpu/test_{activations,bf16_products,bfloat16,blocks,chunks,threads}.py \
+    tests/ops/test_{ops,parity,ragged,variants}.py \
+    tests/cpu/test_{activations,bf16_products,bfloat16,blocks,chunks,norm,threads}.py \
     tests/module/test_cell.py tests/frozen/test_{int8,errors}.py \
     -k "$selection" "$@" 2>stderr.txt && exit
 # What was found and where, without the interpreter's own frames; last, where a log that is cut keeps it.
