@@ -25,7 +25,8 @@ from benchmarks.load import wait_for_idle
 from benchmarks.measure import Plan
 from benchmarks.results import Row
 from fastlstm import accuracy, reference
-from fastlstm.masks import Masks, zoneout_pair
+from fastlstm.masks import Masks
+from fastlstm.module_state import Variant
 from fastlstm.ops.schema import LayerInputs
 
 PLAN = Plan(budget=4.0, min_rounds=7, patience=20.0)
@@ -63,7 +64,8 @@ class Loop(nn.Module):
         super().__init__()
         for name, weight in lstm.named_parameters():
             self.register_parameter(name.removesuffix("_l0"), nn.Parameter(weight.detach().clone()))
-        self.p, self.zoneout, self.norm = lstm.recurrent_dropout, zoneout_pair(lstm.zoneout), lstm.layer_norm
+        variant = lstm._variant or Variant()
+        self.p, self.zoneout, self.norm = variant
         self.step = torch.compile(self._step, dynamic=False) if compiled else self._step
 
     def draw(self, x: Tensor) -> Drawn:
@@ -131,12 +133,12 @@ def given_masks(drawn: Drawn) -> Iterator[None]:
     def place(self: Masks, inputs: LayerInputs) -> LayerInputs:
         return masked_inputs(inputs, drawn)
 
-    drawn_by_random = Masks.drawn
-    Masks.drawn = place  # type: ignore[method-assign]
+    drawn_by_random = Masks.draw
+    Masks.draw = place  # type: ignore[method-assign]
     try:
         yield
     finally:
-        Masks.drawn = drawn_by_random  # type: ignore[method-assign]
+        Masks.draw = drawn_by_random  # type: ignore[method-assign]
 
 
 def build(case: VariantCase, device: str) -> tuple[dict[str, Step], dict[str, Step], Step]:

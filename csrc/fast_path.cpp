@@ -217,7 +217,7 @@ PyObject* lstm(PyObject*, PyObject* const* args, Py_ssize_t count) {
   const auto [h0, c0] = tensor.states(args[3]);
   Attributes module(args[0]);
   const Stack s = stack_of(module, packed);
-  if (!module.complete() || !tensor.plain) return none();
+  if (!module.is_none(keys().variant) || !tensor.plain) return none();
   Tensors weights;
   if (args[1] == Py_None) {
     if (!recorded_weights(module, tensor, weights)) return not_recorded();
@@ -313,6 +313,7 @@ PyObject* lstm_cell(PyObject*, PyObject* const* args, Py_ssize_t count) {
   if (!tensor.plain || !in.x.device().is_cpu()) return none();
   std::tie(in.h0, in.c0) = tensor.states(args[3]);
   Attributes module(args[0]);
+  if (!module.is_none(keys().variant)) return none();
   std::array<PyObject*, 4> weights;
   if (args[1] == Py_None) {
     const Parameters parameters(module);

@@ -52,7 +52,8 @@ struct Keys {
            *hidden_size = intern("hidden_size"), *proj_size = intern("proj_size"),
            *buffers = intern("_buffers"), *batch_first = intern("batch_first"),
            *training = intern("training"), *dropout = intern("dropout"), *weight_ih = intern("weight_ih"),
-           *weight_hh = intern("weight_hh"), *bias_ih = intern("bias_ih"), *bias_hh = intern("bias_hh");
+           *weight_hh = intern("weight_hh"), *bias_ih = intern("bias_ih"), *bias_hh = intern("bias_hh"),
+           *variant = intern("_variant");
 };
 inline const Keys& keys() {
   static const Keys k;
@@ -83,6 +84,7 @@ class __attribute__((visibility("hidden"))) Attributes {
     check(value != nullptr);
     return py::reinterpret_steal<py::object>(value);
   }
+  bool is_none(PyObject* name) { return (*this)[name].ptr() == Py_None; }
   bool flag(PyObject* name) {
     const py::object value = (*this)[name];
     const int is_true = complete_ ? PyObject_IsTrue(value.ptr()) : 0;

@@ -8,8 +8,7 @@ from torch import Tensor, nn
 
 from . import dispatch, functional
 from .functional import States
-from .masks import zoneout_pair
-from .module_state import OPTIONS, add_layer_norm, is_plain, mark_as_leaf, reset_layer_norm, with_float_matrices
+from .module_state import Variant, add_layer_norm, mark_as_leaf, reset_layer_norm, with_float_matrices
 
 # patch_torch() may put fastlstm's class in its place later.
 TorchLSTMCell = nn.LSTMCell
@@ -24,7 +23,7 @@ class LSTMCell(nn.RNNCellBase):
         bias: whether there are `bias_ih` and `bias_hh`.
         device: of the parameters.
         dtype: of the parameters.
-        zoneout: as LSTM's; a mask of its own at each call. For recurrent dropout multiply h by one mask at all calls of
+        zoneout: as LSTM's, with a new mask per call. For recurrent dropout multiply h by one mask at all calls of
             a sequence.
         layer_norm: as LSTM's.
 
@@ -41,15 +40,8 @@ class LSTMCell(nn.RNNCellBase):
         torch.Size([3, 16])
     """
 
-    zoneout: float | tuple[float, float] = 0  # an integer, as in modules.py
-    layer_norm: bool = False
+    _variant: Variant | None = None  # as in modules.py
     _is_frozen = False  # True for frozen.FrozenLSTMCell; read from the type
-    _is_plain = True  # as in modules.py
-
-    def __init_subclass__(cls, **kwargs: Any) -> None:
-        super().__init_subclass__(**kwargs)
-        if any(name in cls.__dict__ for name in OPTIONS):
-            cls._is_plain = is_plain(cls)
 
     def __init__(
         self,
@@ -62,30 +54,24 @@ class LSTMCell(nn.RNNCellBase):
         zoneout: float | tuple[float, float] = 0.0,
         layer_norm: bool = False,
     ) -> None:
-        zoneout_pair(zoneout)
+        variant = Variant.of(zoneout=zoneout, layer_norm=layer_norm)
         super().__init__(input_size, hidden_size, bias, num_chunks=4, device=device, dtype=dtype)
-        if zoneout_pair(zoneout) != (0, 0):
-            self.zoneout = tuple(zoneout) if isinstance(zoneout, list) else zoneout
-        if layer_norm:
-            self.layer_norm = True
-            add_layer_norm(self, hidden_size)
-            reset_layer_norm(self)
+        if variant is not None:
+            self._variant = variant
+            if variant.layer_norm:
+                add_layer_norm(self, hidden_size)
+                reset_layer_norm(self)
         if type(self) is LSTMCell:
             mark_as_leaf(self)
 
     def extra_repr(self) -> str:
-        own = ("zoneout", "layer_norm")
-        return super().extra_repr() + "".join(f", {name}={value}" for name in own if (value := getattr(self, name)))
+        own = self._variant.used() if self._variant else {}
+        return super().extra_repr() + "".join(f", {name}={value}" for name, value in own.items())
 
     def reset_parameters(self) -> None:
         """Draw the initial values of torch.nn.LSTMCell; those of layer normalization are 1 and 0."""
         super().reset_parameters()
         reset_layer_norm(self)
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        super().__setattr__(name, value)
-        if name in OPTIONS:
-            self.__dict__["_is_plain"] = is_plain(self)
 
     def __getstate__(self) -> dict[str, Any]:
         state = self.__dict__.copy()
@@ -110,9 +96,13 @@ class LSTMCell(nn.RNNCellBase):
         )
 
     def _norm_weights(self) -> list[Tensor]:
-        """Layer normalization's six, or none."""
+        """Return layer normalization's six, or none."""
         kinds = [(kind, of) for of in ("ih", "hh", "c") for kind in ("weight", "bias")]
-        return [getattr(self, f"{kind}_ln_{of}") for kind, of in kinds] if self.layer_norm else []
+        return (
+            [getattr(self, f"{kind}_ln_{of}") for kind, of in kinds]
+            if self._variant and self._variant.layer_norm
+            else []
+        )
 
     def forward(self, input: Tensor, hx: States | None = None) -> States:
         """Run one step.
@@ -132,12 +122,9 @@ class LSTMCell(nn.RNNCellBase):
             >>> c.shape
             torch.Size([16])
         """
-        if not self._is_plain:
-            weights = self._current_weights()
-        else:
-            result, weights = dispatch.cell_fast_path(self, input, hx)
-            if result is not None:
-                return result
+        result, weights = dispatch.cell_fast_path(self, input, hx)
+        if result is not None:
+            return result
         if input.dim() not in (1, 2):
             raise ValueError(f"LSTMCell: Expected input to be 1D or 2D, got {input.dim()}D instead")
         if hx is not None:
@@ -158,7 +145,7 @@ class LSTMCell(nn.RNNCellBase):
 
     def _step(self, input: Tensor, hx: States | None, weights: tuple[Any, ...]) -> States:
         """functional.lstm_cell with the module's weights and options."""
-        if self._is_plain:
+        if self._variant is None:
             return functional.lstm_cell(input, hx, *weights)
-        norm = self._norm_weights() or None
-        return functional.lstm_cell(input, hx, *weights, layer_norm=norm, zoneout=self.zoneout, training=self.training)
+        norm, zoneout = self._norm_weights() or None, self._variant.zoneout
+        return functional.lstm_cell(input, hx, *weights, layer_norm=norm, zoneout=zoneout, training=self.training)

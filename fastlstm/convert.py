@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from .cell import LSTMCell, TorchLSTMCell
-from .module_state import mark_as_leaf, variant
+from .module_state import mark_as_leaf
 from .modules import LSTM, TorchLSTM
 
 Module = TypeVar("Module", bound=nn.Module)
@@ -88,11 +88,14 @@ def _check_may_be_torch(module: nn.Module) -> None:
     for name, child in module.named_modules():
         if not isinstance(child, (LSTM, LSTMCell)):
             continue
-        where = name or "the module itself"
-        if type(child)._is_frozen:
+        cls, where = type(child), name or "the module itself"
+        if cls._is_frozen:
             raise ValueError(f"{where} is frozen: call fastlstm.thaw(model) before convert")
-        if variant(child):
-            raise ValueError(f"{where} has {variant(child)}, which torch.nn.{type(child).__name__} cannot compute")
+        if parametrize.is_parametrized(child):
+            cls = cls.__bases__[0]
+        if cls in _TO_TORCH and child._variant:  # other subclasses are not converted
+            names = ", ".join(child._variant.used())
+            raise ValueError(f"{where} has {names}, which torch.nn.{cls.__name__} cannot compute")
 
 
 class _ClassByName:

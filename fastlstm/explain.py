@@ -98,9 +98,8 @@ def explain(
     data = input.data if isinstance(input, PackedSequence) else input
     T, B = _sizes(module, input)
     known = _lengths(input, lengths, T, B)
-    masks = None
-    if not type(module)._is_frozen:
-        masks = Masks.of(getattr(module, "recurrent_dropout", 0.0), module.zoneout, module.training)
+    variant = None if type(module)._is_frozen else module._variant
+    masks = Masks.of(variant.recurrent_dropout, variant.zoneout, module.training) if variant else None
     call = dispatch.describe(
         data, weights, data if packed or lengths is not None else None, reset_mask,
         *(data if used else None for used in (masks.used if masks else ())),

@@ -13,7 +13,7 @@ from torch.nn.utils import parametrize
 from .backends import native
 from .cell import LSTMCell, TorchLSTMCell
 from .frozen import Frozen, FrozenLSTM, FrozenLSTMCell, as_float, in_form, pack
-from .module_state import mark_as_leaf, variant
+from .module_state import mark_as_leaf
 from .modules import LSTM, TorchLSTM
 
 Module = TypeVar("Module", bound=nn.Module)
@@ -118,9 +118,10 @@ def _names(layer: Any) -> list[list[str]]:
 
 
 def _check_may_freeze(name: str, layer: nn.Module, form: str) -> None:
-    beyond = [own for own in ("zoneout", "layer_norm") if own in variant(layer)]
-    if beyond:
-        raise ValueError(f"{name} has {', '.join(beyond)}, which a frozen layer does not compute")
+    used = layer._variant.used() if isinstance(layer, (LSTM, LSTMCell)) and layer._variant else {}
+    unsupported = ", ".join(own for own in used if own != "recurrent_dropout")  # which does nothing in evaluation
+    if unsupported:
+        raise ValueError(f"{name} has {unsupported}, which a frozen layer does not compute")
     computed = set(layer.parametrizations) if parametrize.is_parametrized(layer) else set()  # type: ignore[arg-type]
     weights = [own for names in _names(layer) for own in names]
     others = computed - set(weights)

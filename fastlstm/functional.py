@@ -38,8 +38,8 @@ def lstm(
     return_cell_states: bool = False,
     recompute: bool | int = False,
     layout: PackedLayout | None = None,
-    recurrent_dropout: float = 0.0,
-    zoneout: float | Sequence[float] = 0.0,
+    recurrent_dropout: float = 0,  # not 0.0: torch.compile(dynamic=True) makes a float an input of the graph
+    zoneout: float | Sequence[float] = 0,
     layer_norm: bool = False,
 ) -> tuple[Tensor, ...]:
     """Run a stack of LSTM layers over a padded batch. Source of the equations: the documentation of torch.nn.LSTM.
@@ -111,7 +111,7 @@ def lstm(
         own = weights if num_layers == 1 else weights[k * n : (k + 1) * n]
         keep_cells = return_cell_states and k == num_layers - 1
         inputs = LayerInputs(x, h0, c0, own, *options)
-        return layer(inputs if masks is None else masks.drawn(inputs), keep_cells, interval)
+        return layer(inputs if masks is None else masks.draw(inputs), keep_cells, interval)
 
     how = (one, num_layers, bidirectional, dropout if training else 0.0, layout)
     if autocast:
@@ -199,7 +199,7 @@ def lstm_cell(
     bias_hh: Tensor | None = None,
     *,
     layer_norm: Sequence[Tensor] | None = None,
-    zoneout: float | Sequence[float] = 0.0,
+    zoneout: float | Sequence[float] = 0,
     training: bool = True,
 ) -> States:
     """Run one step. Source of the equations: the documentation of torch.nn.LSTMCell.
@@ -250,7 +250,7 @@ def _cell(input: Tensor, hx: States | None, weights: list[Tensor], masks: Masks 
     check_cell(input, hx, weights[0].shape[1], weights[1].shape[1])
     h0, c0 = (None, None) if hx is None else (hx[0].unsqueeze(0), hx[1].unsqueeze(0))
     inputs = LayerInputs(input.unsqueeze(0), h0, c0, weights)
-    _, h, c, _ = layer(inputs if masks is None else masks.drawn(inputs), False)
+    _, h, c, _ = layer(inputs if masks is None else masks.draw(inputs), False)
     return h.squeeze(0), c.squeeze(0)
 
 

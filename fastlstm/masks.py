@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numbers
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -14,16 +15,14 @@ from .ops.schema import LayerInputs, LayerShape
 
 
 def check_probability(name: str, p: float) -> float:
-    """p as a float; raises ValueError or TypeError, in the words of torch.nn.LSTM about its dropout."""
-    if isinstance(p, bool) or not isinstance(p, (int, float)):
-        raise TypeError(f"{name} should be a number in range [0, 1], got {type(p).__name__}")
-    if not 0 <= p <= 1:
-        raise ValueError(f"{name} should be a number in range [0, 1] representing a probability, got {p}")
-    return float(p)
+    """Return p as a float; raise ValueError, as torch.nn.LSTM does about its dropout, unless it is a probability."""
+    if isinstance(p, bool) or not isinstance(p, numbers.Number) or not 0 <= p <= 1:  # type: ignore[operator]
+        raise ValueError(f"{name} should be a number in range [0, 1] representing a probability, got {p!r}")
+    return float(p)  # type: ignore[arg-type]
 
 
 def zoneout_pair(zoneout: float | Sequence[float]) -> tuple[float, float]:
-    """(z_h, z_c) of a number that is both, or of a pair."""
+    """Return (z_h, z_c) of a number that is both, or of a pair."""
     if not isinstance(zoneout, (tuple, list)):
         both = check_probability("zoneout", zoneout)  # type: ignore[arg-type]
         return both, both
@@ -33,9 +32,10 @@ def zoneout_pair(zoneout: float | Sequence[float]) -> tuple[float, float]:
 
 
 def flags(sizes: Sequence[int], p: float, device: torch.device) -> Tensor:
-    """A tensor of bool, each True with probability p, from torch's generator of the device."""
-    if device.type == "cpu" and native.extension is not None and not transform_active():
-        seed = torch.randint(-(2**63), 2**63 - 1, (1,))
+    """Return a bool tensor, each element True with probability p, from torch's generator of the device."""
+    plain = not (transform_active() or torch.jit.is_tracing())  # vmap and a trace have a rule for torch's ops alone
+    if device.type == "cpu" and native.extension is not None and plain:
+        seed = torch.randint(-(2**63), 2**63 - 1, (1,), device="cpu")
         return torch.ops.fastlstm.random_flags.default(seed, list(sizes), p)
     return torch.rand(sizes, device=device) < p
 
@@ -56,8 +56,9 @@ class Masks:
 
     @classmethod
     def of(cls, recurrent_dropout: float, zoneout: float | Sequence[float], training: bool) -> Masks | None:
-        """None if they change nothing."""
-        dropped = check_probability("recurrent_dropout", recurrent_dropout) if training else 0.0
+        """Return None if they change nothing."""
+        p = check_probability("recurrent_dropout", recurrent_dropout)
+        dropped = p if training else 0.0
         pair = zoneout_pair(zoneout)
         return cls(dropped, pair, training) if dropped or any(pair) else None
 
@@ -66,8 +67,8 @@ class Masks:
         """Which of recurrent_mask, zoneout_h and zoneout_c are given to a layer."""
         return self.recurrent_dropout > 0, self.zoneout[0] > 0, self.zoneout[1] > 0
 
-    def drawn(self, inputs: LayerInputs) -> LayerInputs:
-        """`inputs` with the masks of one layer."""
+    def draw(self, inputs: LayerInputs) -> LayerInputs:
+        """Return `inputs` with the masks of one layer."""
         shape, (T, B) = LayerShape.of(inputs.weights), inputs.x.shape[:2]
         sizes_h, sizes_c = (shape.D, T, B, shape.P), (shape.D, T, B, shape.H)
         z_h, z_c = self.zoneout

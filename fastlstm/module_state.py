@@ -5,10 +5,13 @@ Their place in torch.fx's graphs, state_dicts of frozen layers, the parameters o
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+
+from .masks import check_probability, zoneout_pair
 
 
 def mark_as_leaf(module: nn.Module) -> None:
@@ -57,14 +60,30 @@ def reset_layer_norm(module: nn.Module) -> None:
             nn.init.constant_(parameter, 1.0 if name.startswith("weight") else 0.0)
 
 
-OPTIONS = ("recompute", "recurrent_dropout", "zoneout", "layer_norm")
+class Variant(NamedTuple):
+    """The constructor arguments beyond torch's, validated. A module without them has None in its place.
 
+    Attributes:
+        recurrent_dropout: p.
+        zoneout: (z_h, z_c).
+        layer_norm: whether it is used.
+    """
 
-def is_plain(module: Any) -> bool:
-    """Whether `module`, or a class, uses none of `OPTIONS`, which the extension's whole calls do not compute."""
-    return getattr(module, "recompute", False) is False and not variant(module)
+    recurrent_dropout: float = 0.0
+    zoneout: tuple[float, float] = (0.0, 0.0)
+    layer_norm: bool = False
 
+    @classmethod
+    def of(
+        cls, recurrent_dropout: float = 0.0, zoneout: float | Sequence[float] = 0.0, layer_norm: bool = False
+    ) -> Variant | None:
+        """Return None if no argument is used; raise ValueError for an invalid one."""
+        p = check_probability("recurrent_dropout", recurrent_dropout)
+        found = cls(p, zoneout_pair(zoneout), bool(layer_norm))
+        return found if found != cls() else None
 
-def variant(module: Any) -> str:
-    """The constructor arguments beyond torch's that change what `module` computes; "" if none does."""
-    return ", ".join(name for name in OPTIONS[1:] if getattr(module, name, False) not in (0, (0, 0)))
+    def used(self) -> dict[str, Any]:
+        """Return the arguments that are used, as a caller would write them."""
+        z_h, z_c = self.zoneout
+        values = (self.recurrent_dropout, z_h if z_h == z_c else self.zoneout, self.layer_norm)
+        return {name: value for name, value in zip(self._fields, values, strict=True) if value}

@@ -19,8 +19,7 @@ from torch.nn.utils.rnn import PackedSequence
 from . import dispatch, functional
 from .cell import LSTMCell as LSTMCell  # pickles of earlier versions name it here
 from .functional import States
-from .masks import check_probability, zoneout_pair
-from .module_state import OPTIONS, add_layer_norm, is_plain, mark_as_leaf, reset_layer_norm, with_float_matrices
+from .module_state import Variant, add_layer_norm, mark_as_leaf, reset_layer_norm, with_float_matrices
 from .ragged import PackedLayout
 
 # patch_torch() may put fastlstm's class in its place later.
@@ -48,9 +47,10 @@ class LSTM(nn.RNNBase):
         device: of the parameters.
         dtype: of the parameters: float64, float32, bfloat16 or float16.
         recurrent_dropout: probability that an element of h is zeroed, in training, where it enters the recurrent
-            product: one mask for each sequence, layer and direction (Gal and Ghahramani 2016).
-        zoneout: probability that an element of h and of c keeps its value of the step before, in training; their
-            expectation in evaluation (Krueger et al. 2017). A pair (z_h, z_c) sets them apart.
+            product: one mask for each sequence, layer and direction (Gal and Ghahramani 2016). Fixed from here on,
+            as are zoneout and layer_norm.
+        zoneout: probability that an element of h and of c keeps its value of the previous step, in training; their
+            expectation in evaluation (Krueger et al. 2017). A pair (z_h, z_c) sets them separately.
         layer_norm: whether W_ih x, W_hh h and c are normalized (Ba et al. 2016). functional.lstm has the equations of
             all three.
 
@@ -75,19 +75,10 @@ class LSTM(nn.RNNBase):
         (torch.Size([5, 3, 16]), torch.Size([2, 3, 16]))
     """
 
-    # Of the class, so that converted modules and those unpickled from earlier versions have them. Integers, since
-    # torch.compile(dynamic=True) makes floats inputs of the graph, and then compiles again.
+    # Of the class, so that converted modules and those unpickled from earlier versions have them.
     recompute: bool | int = False
-    recurrent_dropout: float = 0
-    zoneout: float | tuple[float, float] = 0
-    layer_norm: bool = False
+    _variant: Variant | None = None  # private, since a subclass may have a zoneout or a layer_norm of its own
     _is_frozen = False  # True for frozen.FrozenLSTM; read from the type, as instances are the user's
-    _is_plain = True  # False where one of the four above is used: one question in a tiny call in place of four
-
-    def __init_subclass__(cls, **kwargs: Any) -> None:
-        super().__init_subclass__(**kwargs)
-        if any(name in cls.__dict__ for name in OPTIONS):  # defaults of a subclass
-            cls._is_plain = is_plain(cls)
 
     def __init__(
         self,
@@ -97,16 +88,12 @@ class LSTM(nn.RNNBase):
         layer_norm: bool = False,
         **kwargs: Any,
     ) -> None:
-        check_probability("recurrent_dropout", recurrent_dropout)
-        zoneout_pair(zoneout)
+        variant = Variant.of(recurrent_dropout, zoneout, layer_norm)
         super().__init__("LSTM", *args, **kwargs)
-        if recurrent_dropout:
-            self.recurrent_dropout = recurrent_dropout
-        if zoneout_pair(zoneout) != (0, 0):
-            self.zoneout = tuple(zoneout) if isinstance(zoneout, list) else zoneout
-        if layer_norm:
-            self.layer_norm = True
-            self._add_layer_norm()
+        if variant is not None:
+            self._variant = variant
+            if variant.layer_norm:
+                self._add_layer_norm()
         if type(self) is LSTM:
             mark_as_leaf(self)
 
@@ -123,11 +110,6 @@ class LSTM(nn.RNNBase):
         """Draw the initial values of torch.nn.LSTM; those of layer normalization are 1 and 0."""
         super().reset_parameters()
         reset_layer_norm(self)
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        super().__setattr__(name, value)
-        if name in OPTIONS:
-            self.__dict__["_is_plain"] = is_plain(self)
 
     def __getstate__(self) -> dict[str, Any]:
         state = super().__getstate__()
@@ -158,8 +140,9 @@ class LSTM(nn.RNNBase):
     permute_hidden: Any = TorchLSTM.permute_hidden
 
     def extra_repr(self) -> str:
-        own = ("recompute", "recurrent_dropout", "zoneout", "layer_norm")
-        return super().extra_repr() + "".join(f", {name}={value}" for name in own if (value := getattr(self, name)))
+        own = {"recompute": self.recompute} if self.recompute else {}
+        own |= self._variant.used() if self._variant else {}
+        return super().extra_repr() + "".join(f", {name}={value}" for name, value in own.items())
 
     def flatten_parameters(self) -> None:
         """Do nothing: weights are read in place at every call. nn.LSTM compacts them for cuDNN here."""
@@ -245,7 +228,7 @@ class LSTM(nn.RNNBase):
         """
         if isinstance(input, PackedSequence):
             return self._forward_packed(input, hx, return_cell_states, lengths=lengths, reset_mask=reset_mask)
-        if lengths is None and reset_mask is None and not return_cell_states and self._is_plain:
+        if lengths is None and reset_mask is None and not return_cell_states and self.recompute is False:
             result, weights = dispatch.lstm_fast_path(self, input, hx)
             if result is not None:
                 return result
@@ -277,10 +260,10 @@ class LSTM(nn.RNNBase):
         self, input: Tensor, hx: States | None, weights: list[Tensor], batch_first: bool, **options: Any
     ) -> tuple[Tensor, ...]:
         """functional.lstm with the module's attributes, on checked arguments."""
+        variant = self._variant._asdict() if self._variant else {}
         return functional.lstm(
             input, hx, weights, self.bias, self.num_layers, self.dropout, self.training, self.bidirectional,
-            batch_first, recompute=self.recompute, recurrent_dropout=self.recurrent_dropout, zoneout=self.zoneout,
-            layer_norm=self.layer_norm, **options,
+            batch_first, recompute=self.recompute, **variant, **options,
         )  # fmt: skip
 
     @staticmethod
@@ -328,7 +311,7 @@ class LSTM(nn.RNNBase):
         if hx is not None:
             hx = self._packed_states(hx, data, batch_sizes, sorted_indices)
         result = None
-        if return_cell_states or not self._is_plain:
+        if return_cell_states or self.recompute is not False:
             weights = self._current_weights()
         else:
             result, weights = dispatch.lstm_fast_path(self, data, hx, batch_sizes)

@@ -24,7 +24,9 @@ class Steps:
         T, lengths, reset_mask, reverse = inputs.x.shape[0], inputs.lengths, inputs.reset_mask, d == 1
         of_d = [None if mask is None else mask[d] for mask in inputs.masks]
         dtype = compute_dtype(inputs.x.dtype)
-        self.mask, self.share_h, self.share_c = (None if mask is None else mask.to(dtype) for mask in of_d)
+        self.mask, self.share_h, self.share_c = (
+            mask if mask is None or mask.dtype == torch.bool else mask.to(dtype) for mask in of_d
+        )
         self.reverse = reverse
         self.order = list(reversed(range(T))) if reverse else list(range(T))
         self.valid: Tensor | None = None  # the row has this step
@@ -90,7 +92,10 @@ def norms_of(w: DirectionWeights, dtype: torch.dtype) -> tuple[Norm, Norm, Norm]
 
 def zoned(share: Tensor | None, before: Tensor, after: Tensor) -> Tensor:
     """The state of which `share` is kept as it was before the step."""
-    return after if share is None else torch.lerp(after, before, share)
+    if share is None:
+        return after
+    # Flags choose, so that what they leave out may be NaN.
+    return torch.where(share, before, after) if share.dtype == torch.bool else torch.lerp(after, before, share)
 
 
 def initial_state(x: Tensor, state: Tensor | None, d: int, features: int, dtype: torch.dtype) -> Tensor:
