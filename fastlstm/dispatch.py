@@ -19,8 +19,13 @@ from .backends import BACKENDS, native
 from .ops import flops
 from .ops import frozen as _frozen  # noqa: F401 - defines its op
 from .ops import recompute as _recompute  # noqa: F401 - defines its ops
+from .ops.check import check
 from .ops.modes import forward_ad_active, recording, transform_active
-from .ops.schema import LayerCall, LayerInputs, arguments, check
+from .ops.schema import (
+    LayerCall,
+    LayerInputs,
+    arguments,
+)
 
 NAMES = ("auto", *BACKENDS, "reference")
 flops.register(tuple(BACKENDS))

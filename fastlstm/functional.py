@@ -15,8 +15,12 @@ from torch._subclasses.functional_tensor import FunctionalTensor
 
 from .dispatch import layer
 from .masks import Masks
+from .ops.check import check_range
 from .ops.recompute import INTERVAL
-from .ops.schema import NORM_WEIGHTS, LayerInputs, check_range
+from .ops.schema import (
+    NORM_WEIGHTS,
+    LayerInputs,
+)
 from .ragged import PackedLayout
 
 States = tuple[Tensor, Tensor]
@@ -73,9 +77,9 @@ def lstm(
         recurrent_dropout: probability p in [0, 1] that an element of h_{t-1} is zeroed, in training, where it enters
             the recurrent product; the others are multiplied by 1/(1-p). One mask [P] for each sequence and direction,
             the same in all of its steps (Gal and Ghahramani 2016): a reset begins a sequence.
-        zoneout: probability z in [0, 1], or a pair (z_h, z_c), that an element of h (c) keeps its value of the step
-            before, in training, one mask per element and step. In evaluation h_t = z h_{t-1} + (1-z) h'_t, likewise c
-            (Krueger et al. 2017). h'_t is computed from c before its zoneout.
+        zoneout: probability z in [0, 1], or a pair (z_h, z_c), that an element of h (c) keeps its value of the
+            previous step, in training, one mask per element and step. In evaluation h_t = z h_{t-1} + (1-z) h'_t, and
+            c_t = z c_{t-1} + (1-z) c'_t (Krueger et al. 2017). h'_t is computed from c'_t.
         layer_norm: whether W_ih x, W_hh h and, where h is computed from it, c are normalized (Ba et al. 2016), each row
             over its 4H (H) elements: the pre-activations are LN(W_ih x) + LN(W_hh h) + bias_ih + bias_hh, and
             h_t = o * tanh(LN(c_t)), with LN(v) = (v - mean) / sqrt(variance + 1e-5) * weight_ln + bias_ln.

@@ -114,7 +114,7 @@ struct ForwardStep {
     return state * load_mask<T>(a.masks.recurrent, next_t, a.rows.batch_row_at(r), p, n);
   }
 
-  // h after the zoneout of these features; the state before the step is y's of the step before, or h0.
+  // h after the zoneout of these features; the previous state is y of the previous step, or h0.
   FASTLSTM_INLINE Vec<T> zoned_h(Vec<T> h, int64_t r, int64_t p, int n) const {
     if (!masked || !a.masks.zoneout_h) return h;
     const int64_t before = a.reverse ? t + 1 : t - 1;

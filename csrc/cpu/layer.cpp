@@ -1,6 +1,5 @@
 // The native ops on CPU tensors: a layer and its backward by dtype, native_gates, grouped_products,
-// random_flags. In one
-// file, because torch's headers are most of what is compiled.
+// random_flags. In one file, because torch's headers are most of what is compiled.
 #include <ATen/Parallel.h>
 #include <ATen/ops/zeros.h>
 #include <torch/library.h>

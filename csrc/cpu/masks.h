@@ -74,7 +74,7 @@ at::Tensor zoned_output_again(const LayerSizes& s, const Ragged& ragged, const L
   for (int64_t d = 0; d < D; ++d) {
     const Rows rows = ragged.rows(d);
     const RowMasks<R> masks = all_masks.of(d);
-    // The state of the step before in `states`, or the first, or null for zeros.
+    // The state of the previous step in `states`, or the first, or null for zeros.
     const auto before = [&](const at::Tensor& states, const OptionalTensor& first, int64_t n, int64_t t,
                             int64_t r) -> const T* {
       const int64_t last = d == 1 ? t + 1 : t - 1;

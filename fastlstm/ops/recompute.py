@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from . import saved
+from .check import check, check_gradients, check_range, check_tensor
 from .register import LIBRARY, differentiable, differentiable_backward, needs_differentiable_backward, without_autocast
 from .schema import (
     GRADIENTS,
@@ -28,10 +29,6 @@ from .schema import (
     arguments,
     backward_outputs,
     bundled,
-    check,
-    check_gradients,
-    check_range,
-    check_tensor,
     wanted_gradients,
 )
 

@@ -17,6 +17,7 @@ from torch import Tensor
 from .. import reference
 from ..ragged import PackedLayout
 from . import saved
+from .check import check, check_backward, check_range
 from .modes import forward_ad_active
 from .schema import (
     BACKWARD,
@@ -30,9 +31,6 @@ from .schema import (
     arguments,
     backward_outputs,
     bundled,
-    check,
-    check_backward,
-    check_range,
     forward_outputs,
     wanted_gradients,
 )
