@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 # ruff: noqa: F811 - fixtures of another file are arguments here
-
 import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
