@@ -113,12 +113,13 @@ FASTLSTM_INLINE Vec<T> load_flags(const uint8_t* p, int n) {
     p = part;
   }
 #if defined(__x86_64__) && FASTLSTM_VECTOR_BYTES == 64
+  // maskz, because GCC 12 warns of the undefined register that the plain intrinsics begin with.
   if constexpr (W == 16)
-    return (Vec<T>)_mm512_cvtepi32_ps(
-        _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+    return (Vec<T>)_mm512_maskz_cvtepi32_ps(
+        0xffff, _mm512_maskz_cvtepu8_epi32(0xffff, _mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
   else
-    return (Vec<T>)_mm512_cvtepi32_pd(
-        _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
+    return (Vec<T>)_mm512_maskz_cvtepi32_pd(
+        0xff, _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
 #elif defined(__x86_64__) && FASTLSTM_VECTOR_BYTES == 32
   if constexpr (W == 8) {
     return (Vec<T>)_mm256_cvtepi32_ps(
