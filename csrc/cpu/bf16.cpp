@@ -24,7 +24,7 @@ namespace {
 enum class Isa { none, avx512_bf16, amx };
 
 #if defined(FASTLSTM_BF16_KERNELS)
-// Whether the CPU has AMX for bfloat16 and the system gives this process its registers.
+// Returns true if the CPU has AMX for bfloat16 and the system grants this process its registers.
 bool amx_granted() {
 #if defined(__linux__)
   unsigned a, b, c, d;
@@ -40,9 +40,8 @@ bool amx_granted() {
 #endif
 }
 
-// Whether AVX512_BF16's instruction multiplies no faster than two FMAs, which take a widened operand each: on
-// a Sapphire Rapids it takes 2 cycles for 32 products, where an FMA takes half of one for 16. Zen 4 and 5
-// begin one in each cycle.
+// Returns true if AVX512_BF16's instruction is no faster than two FMAs of widened operands: on Sapphire
+// Rapids it takes 2 cycles for 32 products, an FMA half a cycle for 16. Zen 4 and 5 start one per cycle.
 bool dot_products_are_slow() {
   unsigned a, b, c, d;
   return __get_cpuid(0, &a, &b, &c, &d) && b == signature_INTEL_ebx;

@@ -7,7 +7,7 @@
 
 #include "cpu/sequence.h"
 
-// Whether the compiler knows the instructions.
+// Defined if the compiler supports the instructions.
 #if defined(__x86_64__) && (defined(__clang__) || __GNUC__ >= 11)
 #define FASTLSTM_BF16_KERNELS 1
 #endif
@@ -46,8 +46,8 @@ struct ForwardArgs {
   const Bf16* w_hh;   // pack_gates of weight_hh
   T* gates;           // [N, 4H]  out: the activated gates as they are saved, or null
   // [2, factor_rows(B), row_stride(H)]  h as a factor, and the state where T is Bf16; sorted rows, zeros in
-  // the padding; see cpu/sequence.h. Tiles read rows behind a member's last, which others may be writing, and
-  // drop what they make of them.
+  // the padding; see cpu/sequence.h. Tiles read up to 15 rows past the last; the results are discarded. Other
+  // members may be writing these rows.
   Bf16* h;
   T* h_state;  // [2, B, H]  state where T is float, likewise in two slots; otherwise null
   float* c;    // [B, H]  state
@@ -107,7 +107,7 @@ struct Kernels {
   void (*gemm)(const GemmArgs&);
 };
 
-// Whether the CPU has AVX512_BF16 and ATEN_CPU_CAPABILITY allows AVX-512.
+// Returns true if the CPU has AVX512_BF16 and ATEN_CPU_CAPABILITY allows AVX-512.
 bool has_instructions();
 
 // The best that CPU and system have for T = float or Bf16, or null where the kernels of cpu/forward.h, which

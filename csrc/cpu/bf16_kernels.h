@@ -87,7 +87,7 @@ void forward(const ForwardArgs<T>& a, const Member& me) {
           const int64_t r1 = std::min(g1, r0 + 2 * kTileRows);
           float* pre = buffers[buffer ^= 1];
           const auto between = [&] { pending.next(); };
-          // Rows behind the last are computed and not read.
+          // Tiles read up to 15 rows past the last; the results are discarded.
           gate_products(a, r1 - r0, x + (r0 - g0) * ldx, h_in + r0 * ldh, u0, pre, between);
           pending.finish();
           pending.r = r0;

@@ -24,8 +24,8 @@
 //   gradient_stride(P)               of a row of dh
 //   select_steps(d, span, dx)        the chunk of steps that run() takes
 //   dgates(d), dhh(d)                of the chunk's rows: gradients of W_ih x and of W_hh h, which differ
-//   with
-//                                    layer normalization only
+//   only
+//                                    with layer normalization
 //   dr(d), hidden(d)                 with projection those of h, and h before the projection
 //   input_gradient(d, n, dx)         dx (+)= dgates W_ih
 //   bias_gradient(d, n, accumulate, db), finish_bias(d, db)   after each chunk, and after the last

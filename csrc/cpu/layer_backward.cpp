@@ -43,15 +43,19 @@ LayerGradients backward_with(const ResultGradients& grads, const LayerInputs& in
   const auto none = [&] { return new_empty({0}, in.x); };
 
   const LayerMasks<T> masks(in);
-  const bool needs_y = lacks_output(saved.y);
-  const at::Tensor y = E::operands(
-      !needs_y ? saved.y.contiguous()
-      : in.masked() || s.norm
-          ? zoned_output_again<T>(s, ragged, in, masks, saved, E::saved_block())
-          : output_again<Stored<T>, R>(s, ragged, weights, saved.cells, saved.reserve, E::saved_block()));
+  const bool need_hh = need(0, 1) || (D == 2 && need(1, 1));  // y and h0 are factors of dW_hh alone
+  const auto output = [&] {
+    return E::operands(
+        !lacks_output(saved.y) ? saved.y.contiguous()
+        : in.masked() || s.norm
+            ? zoned_output_again<T>(s, ragged, in, masks, saved, E::saved_block())
+            : output_again<Stored<T>, R>(s, ragged, weights, saved.cells, saved.reserve, E::saved_block()));
+  };
+  const at::Tensor y = need_hh ? output() : at::Tensor();
   const OptionalTensor dy = contiguous(grads.dy), dcells = contiguous(grads.dcells),
                        dh_n = contiguous(grads.dh_n), dc_n = contiguous(grads.dc_n), c0 = contiguous(in.c0),
-                       h0 = in.h0 ? OptionalTensor(E::operands(in.h0->contiguous())) : std::nullopt;
+                       h0 =
+                           need_hh && in.h0 ? OptionalTensor(E::operands(in.h0->contiguous())) : std::nullopt;
   std::vector<Rows> rows;
   for (int64_t d = 0; d < D; ++d) rows.push_back(ragged.rows(d));
   typename E::Backward engine(in, s, plan, need_dx, need_hr);

@@ -107,13 +107,15 @@ bool uses_bf16_products(const LayerShape& s, const Machine& machine) {
 
 Bf16Refusal bf16_refusal(const LayerShape& s, const Machine& machine) {
   if (s.dtype != Dtype::float32 || !s.bf16_requested) return Bf16Refusal::none;
-  if (s.frozen != Frozen::no)
-    return frozen_engine(s, machine) == EngineKind::bf16_products ? Bf16Refusal::none : Bf16Refusal::frozen;
+  if (s.frozen == Frozen::stored || s.frozen == Frozen::int8) return Bf16Refusal::frozen;
   if (!machine.bf16_kernels) return Bf16Refusal::no_kernels;
   if (s.proj()) return Bf16Refusal::projection;
   if (s.masked || s.norm) return Bf16Refusal::options;
-  if (s.N < kFloat32ToBf16MinRows) return Bf16Refusal::few_rows;
-  return s.H < kFloat32ToBf16MinUnits || s.I == 0 ? Bf16Refusal::small : Bf16Refusal::none;
+  if (s.I == 0) return Bf16Refusal::no_features;
+  if (s.H < kFloat32ToBf16MinUnits) return Bf16Refusal::few_units;
+  if (s.frozen == Frozen::bfloat16) return Bf16Refusal::none;  // frozen_engine depends on no other size
+  if (s.T == 1) return Bf16Refusal::one_step;
+  return s.N < kFloat32ToBf16MinRows ? Bf16Refusal::few_rows : Bf16Refusal::none;
 }
 
 EngineKind frozen_engine(const LayerShape& s, const Machine& machine) {

@@ -32,7 +32,7 @@ struct Machine {
   int threads;           // available to this call
   int64_t l2_bytes;      // of one core
   int64_t vector_bytes;  // of the float kernels' instruction set
-  bool bf16_kernels;     // cpu/bf16.h has kernels for this CPU, which are faster than those of float32
+  bool bf16_kernels;     // bf16::kernels of cpu/bf16.h is not null
   const CostFigures* figures = &kCostFigures;
   std::optional<PartitionChoice> forced =
       {};  // the only candidate; `python -m benchmarks calibrate` times each
@@ -99,7 +99,19 @@ enum class EngineKind {
 };
 
 // Why a float32 layer's products are not bfloat16 although requested. none: they are, or are not requested.
-enum class Bf16Refusal { none, no_kernels, frozen, projection, options, few_rows, small };
+// one_step: an LSTMCell runs as a layer of one step under compile, vmap and autocast, and does not follow the
+// flag.
+enum class Bf16Refusal {
+  none,
+  no_kernels,
+  frozen,
+  projection,
+  options,
+  no_features,
+  few_units,
+  one_step,
+  few_rows
+};
 
 enum class WeightMode { prepacked, pack_on_use, unpacked };
 

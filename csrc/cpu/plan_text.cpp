@@ -55,9 +55,13 @@ const char* in_words(Bf16Refusal refusal) {
       return "the bfloat16 kernels do not support projections";
     case Bf16Refusal::options:
       return "the bfloat16 kernels support neither masks nor layer normalization";
+    case Bf16Refusal::no_features:
+      return "the bfloat16 kernels require at least one input feature";
+    case Bf16Refusal::one_step:
+      return "a single step has float32 products, as LSTMCell has";
     case Bf16Refusal::few_rows:
       return "rounding takes longer than the products of so few rows save";
-    case Bf16Refusal::small:
+    case Bf16Refusal::few_units:
       return "rounding takes longer than the products of so few units save";
     default:
       return "";

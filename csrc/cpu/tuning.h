@@ -147,6 +147,7 @@ inline constexpr int64_t kRowBlockRows = 96;
 // times of both on one Intel core (AVX512_BF16 at half of FMA's rate), their products' share scaled to the
 // rates of Zen 4. Predicted speedup of a training step, T = 50, B = 32, I = H: 0.76 at 16 units, 1.5 at 32; H
 // = 64, T x B: 0.92 at 10 rows, 0.97 to 1.1 at 16, 1.3 at 32 (docs/cpu-kernels.md). 2026-11-30, no CSV.
+// kFloat32ToBf16MinUnits also decides for float32 layers frozen in bfloat16, requested or not.
 inline constexpr int64_t kFloat32ToBf16MinUnits = 32;
 inline constexpr int64_t kFloat32ToBf16MinRows = 32;
 // Rows of a step whose x the bfloat16 kernels copy into scratch at once. Fitted, 2026-11-27.
