@@ -49,6 +49,7 @@ selection="not eager and not triton and not reference and not opcheck and not th
 selection+=" and not rounded_once and not beyond and not large_case and not fewer_threads"
 selection+=" and not T140 and not T160 and not 10_000 and not instruction_set"
 selection+=" and not gradcheck and not of_gradients and not random_configurations"
+selection+=" and not test_recompute and not test_each_gradient_alone and not test_output_changed"
 # A report goes to the file descriptor, hence --capture=sys, and ends its process: the first one ends the run.
 "$python" -m pytest -p no:cacheprovider --capture=sys --max-worker-restart=0 \
     tests/ops/test_{ops,parity,ragged,variants}.py \
