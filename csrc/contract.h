@@ -289,7 +289,7 @@ struct LayerSizes {
 // The weights of direction d.
 struct DirectionWeights {
   at::Tensor ih, hh, bias_ih, bias_hh, hr;    // undefined where absent
-  std::array<at::Tensor, kNormWeights> norm;  // likewise
+  std::array<at::Tensor, kNormWeights> norm;  // undefined without layer normalization
 
   DirectionWeights() = default;
   DirectionWeights(const LayerSizes& s, at::TensorList weights, int64_t d) {

@@ -133,7 +133,7 @@ def layer(
         reset_mask: [T, B] bool, or None.
         recurrent_mask: [D, T, B, P], or None.
         zoneout_h: [D, T, B, P], bool or numbers, or None.
-        zoneout_c: [D, T, B, H], likewise.
+        zoneout_c: [D, T, B, H], bool or numbers, or None.
         known: the pre-activations [D, T, B, 4H] and cells of an earlier run on the same arguments. The results then
             follow from these, so that an argument whose value no required gradient reads may have any value.
 

@@ -247,7 +247,7 @@ class LayerCall:
         shape: the other sizes, from the weights.
         lengths: whether lengths are given.
         reset_mask: whether a reset_mask is given.
-        recurrent_mask, zoneout_h, zoneout_c: likewise.
+        recurrent_mask, zoneout_h, zoneout_c: whether this mask is given.
     """
 
     device: torch.device
