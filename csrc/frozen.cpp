@@ -96,7 +96,7 @@ void define_frozen(py::module_& m) {
         const int64_t K = view.header().I, W = view.header().width, H = view.header().H;
         const int8::Weight all = view.int8_weight(PackedWeight::ih, 0);
         at::Tensor sums = at::empty({4 * H}, at::kInt), scale = at::empty({1}, at::kFloat);
-        std::vector<uint8_t> scratch(2 * (K + 64));
+        std::vector<uint8_t> scratch(int8::sums_scratch(K));
         std::vector<int32_t> block(4 * W);
         for (int64_t u0 = 0; u0 < H; u0 += W) {
           const int64_t b = u0 / W;

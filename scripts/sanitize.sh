@@ -24,8 +24,8 @@ compiler=${CXX:-c++}
 isa=$("$python" -c "import torch; print(torch.backends.cpu.get_cpu_capability())")
 case $isa in
 AVX512) idle='*/isa_baseline.cpp*|*/isa_avx2.cpp*|*/int8_avx2.cpp*|*/int8_avx_vnni.cpp*' ;;
-AVX2) idle='*/isa_baseline.cpp*|*/isa_avx512*.cpp*|*/bf16_*.cpp*|*/int8_avx512.cpp*' ;;
-*) idle='*/isa_avx*.cpp*|*/bf16_*.cpp*|*/int8_avx*.cpp*' ;;
+AVX2) idle='*/isa_baseline.cpp*|*/isa_avx512*.cpp*|*/bf16_*.cpp*|*/int8_avx512.cpp*|*/int8_amx.cpp*' ;;
+*) idle='*/isa_avx*.cpp*|*/bf16_*.cpp*|*/int8_a*.cpp*' ;;
 esac
 cat >"c++-$isa" <<END
 #!/bin/sh

@@ -4,12 +4,10 @@
 #include <cstdlib>
 #include <cstring>
 
+#include "cpu/amx.h"
+
 #if defined(FASTLSTM_BF16_KERNELS)
 #include <cpuid.h>
-#if defined(__linux__)
-#include <sys/syscall.h>
-#include <unistd.h>
-#endif
 #endif
 
 namespace fastlstm::bf16 {
@@ -24,22 +22,6 @@ namespace {
 enum class Isa { none, avx512_bf16, amx };
 
 #if defined(FASTLSTM_BF16_KERNELS)
-// Returns true if the CPU has AMX for bfloat16 and the system grants this process its registers.
-bool amx_granted() {
-#if defined(__linux__)
-  unsigned a, b, c, d;
-  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || !(d >> 22 & 1) || !(d >> 24 & 1))  // bf16, tile
-    return false;
-  unsigned low, high;
-  asm volatile("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
-  if ((low >> 17 & 3) != 3) return false;                     // the system saves tile configuration and data
-  constexpr int kRequestPermission = 0x1023, kTileData = 18;  // arch_prctl(ARCH_REQ_XCOMP_PERM)
-  return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
-#else
-  return false;
-#endif
-}
-
 // Returns true if AVX512_BF16's instruction is no faster than two FMAs of widened operands: on Sapphire
 // Rapids it takes 2 cycles for 32 products, an FMA half a cycle for 16. Zen 4 and 5 start one per cycle.
 bool dot_products_are_slow() {
@@ -55,7 +37,7 @@ bool look_for_instructions() {
 Isa choose() {
   if (!has_instructions()) return Isa::none;
   if (std::getenv("ATEN_CPU_CAPABILITY")) return Isa::avx512_bf16;
-  if (amx_granted()) return Isa::amx;
+  if (amx_granted(AmxProducts::bf16)) return Isa::amx;
   return dot_products_are_slow() ? Isa::none : Isa::avx512_bf16;
 }
 #else

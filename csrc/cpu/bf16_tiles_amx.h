@@ -1,27 +1,10 @@
 // Products in AMX tiles, for the loops of cpu/bf16_kernels.h.
 #pragma once
 
+#include "cpu/amx_tiles.h"
 #include "cpu/bf16_numbers.h"
 
 namespace fastlstm::FASTLSTM_ISA {
-
-struct alignas(64) TileConfig {
-  uint8_t palette = 1, start_row = 0, reserved[14] = {};
-  uint16_t bytes[16] = {};
-  uint8_t rows[16] = {};
-  constexpr TileConfig() {
-    for (int i = 0; i < 8; ++i) bytes[i] = 64, rows[i] = kTileRows;
-  }
-};
-
-// A thread's tile registers, all of full size, for as long as this lives.
-struct ProductScope {
-  ProductScope() {
-    static constexpr TileConfig config;
-    _tile_loadconfig(&config);
-  }
-  ~ProductScope() { _tile_release(); }
-};
 
 // Tiles 0 to 3, [2 row tiles][2], += a [32, 32 depth] times packed [depth][2] tiles.
 // Two row tiles share every load of a weight. Prefetching weights from the L2 gained nothing.
@@ -60,14 +43,6 @@ FASTLSTM_INLINE void multiply_one(int64_t depth, const Bf16* a, int64_t lda, con
     _tile_dpbf16ps(3, 4, 6);
     between();
   }
-}
-
-FASTLSTM_INLINE void clear_tiles() {
-  asm volatile("" ::: "memory");  // what tiles load must be stored by now, which GCC's intrinsics do not say
-  _tile_zero(0);
-  _tile_zero(1);
-  _tile_zero(2);
-  _tile_zero(3);
 }
 
 // What multiply_two made to out [32, 32] with a row stride of 64.

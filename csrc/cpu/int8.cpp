@@ -1,6 +1,8 @@
 // The kernels of cpu/int8.h for what every CPU of the target architecture has, and the choice at run time.
 #include "cpu/int8.h"
 
+#include "cpu/amx.h"
+
 #if defined(FASTLSTM_VNNI_KERNELS)
 #include <cpuid.h>
 #endif
@@ -16,6 +18,7 @@
 
 namespace fastlstm::int8 {
 
+const Kernels& amx_kernels();
 const Kernels& avx512_kernels();
 const Kernels& avx_vnni_kernels();
 const Kernels& avx2_kernels();
@@ -35,7 +38,8 @@ bool has_avx_vnni() {
 
 const Kernels& choose() {
 #if defined(FASTLSTM_VNNI_KERNELS)
-  if (std::strcmp(isa_name(), "avx512") == 0 && has_avx512_vnni()) return avx512_kernels();
+  if (std::strcmp(isa_name(), "avx512") == 0 && has_avx512_vnni())
+    return amx_granted(AmxProducts::int8) ? amx_kernels() : avx512_kernels();
   if (std::strcmp(isa_name(), "baseline") != 0 && has_avx_vnni()) return avx_vnni_kernels();
 #endif
 #if defined(__x86_64__)

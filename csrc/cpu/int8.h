@@ -46,13 +46,15 @@ struct ForwardArgs {
   uint8_t* scratch;  // per member, forward_scratch(B, I, H, P) bytes
 };
 
+inline int64_t sums_scratch(int64_t K) { return 16 * (K + 128); }
+
 struct Kernels {
   const char* name;
   Layout layout;
   int64_t (*forward_scratch)(int64_t B, int64_t I, int64_t H, int64_t P);
   void (*forward)(const ForwardArgs&, const Member&);
-  // The sums of a row x [K] with one block of weights, [4 width], and the row's scale; for tests. scratch: 2
-  // (K + 64) bytes.
+  // The sums of a row x [K] with one block of weights, [4 width], and the row's scale; for tests. scratch:
+  // sums_scratch(K) bytes.
   void (*block_sums)(int64_t K, const float* x, const Weight& weight, uint8_t* scratch, int32_t* sums,
                      float* scale);
 };

@@ -1,101 +1,15 @@
-// Forward of a frozen int8 layer on the products of cpu/int8_numbers.h. Included by cpu/int8_*.cpp.
+// Forward of a frozen int8 layer on the products of cpu/int8_products.h or cpu/int8_tiles_amx.h. Included by
+// cpu/int8_*.cpp.
 #pragma once
 
 #include "cpu/forward.h"
-#include "cpu/int8_numbers.h"
-
-namespace fastlstm::FASTLSTM_ISA {
-
-using int8::Weight;
-
-constexpr int64_t kInt8Block = 4 * kLanes;  // rows of a block of weights
-// Rows of a tile: with four vectors of weights and one factor, their sums fill the registers.
-#if FASTLSTM_VECTOR_BYTES == 64
-constexpr int kInt8TileRows = 6;
+#if defined(FASTLSTM_INT8_AMX)
+#include "cpu/int8_tiles_amx.h"
 #else
-constexpr int kInt8TileRows = 2;
+#include "cpu/int8_products.h"
 #endif
 
-// Quantized rows, one after the other.
-struct FactorRows {
-  Factor* q;
-  Quantization* of_row;
-  int64_t K;
-
-  int64_t stride() const { return factor_stride(K); }
-  FactorRows from(int64_t row) const { return {q + row * stride(), of_row + row, K}; }
-  void quantize(int64_t row, const float* v) const { of_row[row] = quantize_row(v, K, q + row * stride()); }
-};
-
-// sums[m][v] of M rows with the four vectors of a block. Few rows keep two sums each, since one waits for the
-// latency of its instruction.
-template <int M>
-FASTLSTM_INLINE void tile_sums(const FactorRows& a, const int8_t* block, const int32_t* offset,
-                               Ints (&sums)[M][4]) {
-  constexpr int64_t kStep = kInt8Block * kGroup;
-  constexpr int kParts = M <= 2 && FASTLSTM_VECTOR_BYTES == 64 ? 2 : 1;
-  const int64_t n = int8::groups(a.K, kGroup), stride = a.stride();
-  Ints acc[kParts][M][4] = {};
-  const auto step = [&](int64_t g, int part) __attribute__((always_inline)) {
-    WeightVector w[4];
-#pragma GCC unroll 4
-    for (int v = 0; v < 4; ++v) w[v] = load_weights(block + g * kStep + v * kLanes * kGroup);
-#pragma GCC unroll 8
-    for (int m = 0; m < M; ++m) {
-      const Ints factors = broadcast(a.q + m * stride + g * kGroup);
-#pragma GCC unroll 4
-      for (int v = 0; v < 4; ++v) acc[part][m][v] = dot(acc[part][m][v], factors, w[v]);
-    }
-  };
-  int64_t g = 0;
-  if constexpr (kParts == 2)
-    for (; g + 1 < n; g += 2) step(g, 0), step(g + 1, 1);
-  for (; g < n; ++g) step(g, 0);
-#pragma GCC unroll 8
-  for (int m = 0; m < M; ++m)
-#pragma GCC unroll 4
-    for (int v = 0; v < 4; ++v) {
-      Ints sum = acc[0][m][v];
-      if constexpr (kParts == 2) sum += acc[1][m][v];
-      Ints row_sums;
-      std::memcpy(&row_sums, offset + v * kLanes, sizeof(row_sums));
-      sums[m][v] = sum - a.of_row[m].zero * row_sums;
-    }
-}
-
-// out [rows][4][kLanes] (+)= the products of M rows with a block.
-template <int M>
-__attribute__((noinline)) void tile_products(const FactorRows& a, const Weight& w, float* out, bool add) {
-  Ints sums[M][4];
-  tile_sums<M>(a, w.packed, w.offset, sums);
-#pragma GCC unroll 8
-  for (int m = 0; m < M; ++m)
-#pragma GCC unroll 4
-    for (int v = 0; v < 4; ++v) {
-      float* to = out + m * kInt8Block + v * kLanes;
-      const Vec<float> sum = to_float(sums[m][v]), scale = load(w.scale + v * kLanes) * a.of_row[m].scale;
-      store(to, add ? multiply_add(sum, scale, load(to)) : sum * scale);
-    }
-}
-template <int M = kInt8TileRows>
-FASTLSTM_INLINE void products_of(int rows, const FactorRows& a, const Weight& w, float* out, bool add) {
-  if constexpr (M > 0) {
-    if (rows == M) return tile_products<M>(a, w, out, add);
-    products_of<M - 1>(rows, a, w, out, add);
-  }
-}
-
-FASTLSTM_INLINE Weight block_of(const Weight& w, int64_t K, int64_t block) {
-  return {w.packed + block * int8::block_size(K, {kLanes, kGroup}), w.scale + block * kInt8Block,
-          w.offset + block * kInt8Block};
-}
-
-FASTLSTM_INLINE void block_products(int64_t rows, const FactorRows& a, const Weight& w, float* out,
-                                    bool add) {
-  for_row_tiles(rows, kInt8TileRows, [&](int64_t first, int n) {
-    products_of(n, a.from(first), w, out + first * kInt8Block, add);
-  });
-}
+namespace fastlstm::FASTLSTM_ISA {
 
 // A member's scratch: quantized rows of x, of h or, with projection, of h before it, and pre-activations or
 // projected rows.
@@ -107,9 +21,9 @@ struct Int8Scratch {
   Int8Scratch(int64_t B, int64_t I, int64_t H, int64_t P) : ahead(std::max(B, kInt8HoistRows)) {
     const int64_t state = factor_stride(std::max(H, P)), units = (H + kLanes - 1) / kLanes * kLanes;
     x = 0;
-    x_scale = up(x + ahead * factor_stride(I) * static_cast<int64_t>(sizeof(Factor)));
+    x_scale = up(x + (ahead + kInt8SpareRows) * factor_stride(I) * static_cast<int64_t>(sizeof(Factor)));
     h = up(x_scale + ahead * static_cast<int64_t>(sizeof(Quantization)));
-    h_scale = up(h + B * state * static_cast<int64_t>(sizeof(Factor)));
+    h_scale = up(h + (B + kInt8SpareRows) * state * static_cast<int64_t>(sizeof(Factor)));
     pre = up(h_scale + B * static_cast<int64_t>(sizeof(Quantization)));
     size = up(pre + std::max(kInt8HoistRows * 4 * units, kRowBlockRows * kInt8Block) * 4);
   }
@@ -133,6 +47,7 @@ class Int8TimeLoop {
 
   void run() {
     const int64_t steps = a_.rows.T;
+    const ProductScope scope((me_.row_end - me_.row_begin) * steps >= kInt8AmxMinRows);
     for (int64_t s = 0; s < steps; ++s) {
       if (s == end_s_) take_x(s);
       step(s);
@@ -231,11 +146,11 @@ class Int8TimeLoop {
     for (int64_t r = 0; r < rows; ++r) hidden_.quantize(r, a_.hidden + (begin + r) * a_.H);
     const int64_t first = me_.barrier ? me_.feature_begin : 0, end = me_.barrier ? me_.feature_end : a_.P;
     // hoisted pre-activations of later steps lie in pre_
-    alignas(64) float out[kInt8TileRows * kInt8Block];
+    alignas(64) float out[kInt8ProductRows * kInt8Block];
     for (int64_t p0 = first / kInt8Block * kInt8Block; p0 < end; p0 += kInt8Block)
-      for_row_tiles(rows, kInt8TileRows, [&](int64_t r0, int n) {
-        products_of(n, hidden_.from(r0), block_of(args_.hr, a_.H, p0 / kInt8Block), out, false);
-        for (int m = 0; m < n; ++m) {
+      for_product_rows(rows, [&](int64_t r0, int64_t n) {
+        block_products(n, hidden_.from(r0), block_of(args_.hr, a_.H, p0 / kInt8Block), out, false);
+        for (int64_t m = 0; m < n; ++m) {
           const int64_t r = begin + r0 + m;
           float* y = a_.y + a_.rows.row_at(t, r) * a_.y_stride;
           float* h = a_.h[(s + 1) % 2] + r * a_.P;
@@ -268,8 +183,9 @@ inline void block_sums(int64_t K, const float* x, const Weight& weight, uint8_t*
   const FactorRows row{reinterpret_cast<Factor*>(scratch), &quantization, K};
   row.quantize(0, x);
   *scale = quantization.scale;
-  Ints of_row[1][4];
-  tile_sums<1>(row, weight.packed, weight.offset, of_row);
+  Ints of_row[4];
+  const ProductScope scope(true);
+  row_sums(row, weight, of_row);
   std::memcpy(sums, of_row, sizeof(of_row));
 }
 

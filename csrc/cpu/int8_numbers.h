@@ -1,5 +1,5 @@
 // Vectors of int8 products of one instruction set, and rows quantized for them. Included by
-// cpu/int8_kernels.h, inside the target region of its includer.
+// cpu/int8_products.h, inside the target region of its includer.
 //
 //   Factor      element of a quantized row: uint8_t holding q with VNNI, whose instruction takes one unsigned
 //               operand, otherwise int16_t holding q - zero
@@ -57,6 +57,11 @@ FASTLSTM_INLINE Ints dot(Ints sum, Ints factors, WeightVector weights) {
 #endif
 #endif
 
+FASTLSTM_INLINE Ints load_ints(const int32_t* p) {
+  Ints v;
+  std::memcpy(&v, p, sizeof(v));
+  return v;
+}
 // kGroup factors in every lane.
 FASTLSTM_INLINE Ints broadcast(const Factor* p) {
   static_assert(kGroup * sizeof(Factor) == 4);
@@ -108,8 +113,13 @@ FASTLSTM_INLINE Ints to_nearest(Vec<float> v) {
 #endif
 }
 
-// Elements of a quantized row of depth K: whole vectors, of a multiple of kGroup.
+// Elements of a quantized row of depth K: whole vectors, of a multiple of kGroup. With AMX an odd multiple of
+// a tile's 64 bytes, so that 16 rows fall into different sets of the L1.
+#if defined(FASTLSTM_INT8_AMX)
+inline int64_t factor_stride(int64_t K) { return (K + 63) / 64 * 64 | 64; }
+#else
 inline int64_t factor_stride(int64_t K) { return (K + kLanes - 1) / kLanes * kLanes; }
+#endif
 
 struct Min {
   template <class V>

@@ -77,7 +77,8 @@ struct CostFigures {
 
   // The figures of the int8 kernels (cpu/int8.h); the rate is that of a lane of 32 bits. Fitted to one thread
   // of an Intel Xeon with AVX512_VNNI at 2.3 GHz: T = 100, B = 16, I = H = 512 takes 14.6 ms; B = 32, I = H =
-  // 128 2.5 ms; T = 50, B = 1, I = H = 512 0.68 ms; I = 80, H = 1024 5.2 ms. 2026-11-30, no CSV.
+  // 128 2.5 ms; T = 50, B = 1, I = H = 512 0.68 ms; I = 80, H = 1024 5.2 ms. 2026-11-30, no CSV. Products in
+  // AMX tiles have the same figures: their speed is not measured.
   double int8_vector_macs_per_us = 16500;
   double int8_gate_cost_macs = 150;
   double int8_l2_read_rows = 1.6;
@@ -165,6 +166,10 @@ inline constexpr int64_t kHoistTileRows = 96;
 // Measured, 2026-11-30, one thread, no CSV: T = 50, B = 1, I = H = 512 takes 0.74 ms at 8 rows, 0.68 at 48,
 // 0.65 at 96; T = 200, B = 1, I = H = 64 0.085, 0.086 and 0.089.
 inline constexpr int64_t kInt8HoistRows = 48;
+// The AMX kernels of int8 multiply fewer rows than this by AVX512_VNNI. Estimated, not measured: four tile
+// products take 64 cycles for any number of rows up to 16, the same products by AVX512_VNNI 32 cycles per
+// row, and sums of tiles pass through memory.
+inline constexpr int64_t kInt8AmxMinRows = 5;
 // Up to this length of its rows, packing a weight prefetches the next rows: too short for the hardware's
 // prefetching. Fitted.
 inline constexpr int64_t kPackPrefetchMaxBytes = 512;

@@ -26,7 +26,7 @@ def test_amx_kernels_on_emulated_tiles(tmp_path):
         pytest.skip("requires a C++ compiler")
     if "avx512_bf16" not in cpuinfo("flags"):
         pytest.skip("requires a CPU with avx512_bf16")
-    sources = [HOST / "bf16_kernels.cpp", HOST / "amx_emulated.cpp", ROOT / "csrc" / "cpu" / "bf16_avx512.cpp"]
+    sources = [HOST / "bf16_kernels.cpp", HOST / "bf16_amx_emulated.cpp", ROOT / "csrc" / "cpu" / "bf16_avx512.cpp"]
     silent = ["-Wno-maybe-uninitialized"]  # GCC 12's own header of intrinsics
     program = tmp_path / "bf16_kernels"
     command = [compiler, *FLAGS, *silent, *AVX512, f"-I{ROOT / 'csrc'}", *map(str, sources), "-o", str(program)]
