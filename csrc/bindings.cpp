@@ -107,7 +107,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("devices", &fastlstm::devices, "Device types the extension was built for.");
   m.def("isa", &fastlstm::isa_name, "The instruction set the CPU kernels run on: baseline, avx2 or avx512.");
   m.def("bfloat16_isa", &fastlstm::bfloat16_isa_name,
-        "The instructions bfloat16 layers without projection multiply with, beyond a few rows of all steps: "
+        "The instructions bfloat16 layers multiply with, beyond a few rows of all steps: "
         "amx or "
         "avx512_bf16. Otherwise isa(), whose kernels compute in float32.");
   m.def("layer", &fastlstm::layer, "Calls the op fastlstm::native_layer, or None.");

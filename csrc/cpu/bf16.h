@@ -1,8 +1,8 @@
 // bfloat16 kernels for CPUs that multiply bfloat16: products of bfloat16 summed in float32, in AMX tiles or
 // by AVX512_BF16. c, dc, dh and pre-activations are float32. T is the type of x, weights and results: Bf16,
-// or float, of which only the factors of products are rounded. One direction of one layer without projection
-// over the whole sequence; no torch here. Names and the order of rows as in cpu/sequence.h; `padded` is a
-// multiple of kTileDepth.
+// or float, of which only the factors of products are rounded. One direction of one layer over the whole
+// sequence; no torch here. Names and the order of rows as in cpu/sequence.h; `padded` is a multiple of
+// kTileDepth.
 #pragma once
 
 #include "cpu/sequence.h"
@@ -38,21 +38,23 @@ inline int64_t factor_rows(int64_t B) { return B + kTileRows; }
 template <class T>
 struct ForwardArgs {
   Rows rows;
-  int64_t I, H;
+  int64_t I, H, P;
   bool reverse;
   const T* x;         // the caller's rows, likewise y, cells and their gradients
   const float* bias;  // [4H]  bias_ih + bias_hh
   const Bf16* w_ih;   // pack_gates of weight_ih
   const Bf16* w_hh;   // pack_gates of weight_hh
+  const Bf16* w_hr;   // pack_rows of weight_hr, or null
   T* gates;           // [N, 4H]  out: the activated gates as they are saved, or null
-  // [2, factor_rows(B), row_stride(H)]  h as a factor, and the state where T is Bf16; sorted rows, zeros in
+  // [2, factor_rows(B), row_stride(P)]  h as a factor, and the state where T is Bf16; sorted rows, zeros in
   // the padding; see cpu/sequence.h. Tiles read up to 15 rows past the last; the results are discarded. Other
   // members may be writing these rows.
   Bf16* h;
-  T* h_state;  // [2, B, H]  state where T is float, likewise in two slots; otherwise null
-  float* c;    // [B, H]  state
-  T* y;        // out
-  T* cells;    // out, or null
+  T* h_state;    // [2, B, P]  state where T is float, likewise in two slots; otherwise null
+  Bf16* hidden;  // [factor_rows(B), row_stride(H)]  with w_hr: h before its projection, as a factor
+  float* c;      // [B, H]  state
+  T* y;          // out
+  T* cells;      // out, or null
   int64_t y_stride, cells_stride;
   Bf16* scratch;  // per member, forward_scratch(I) elements
 };
@@ -60,7 +62,7 @@ struct ForwardArgs {
 template <class T>
 struct BackwardArgs {
   Rows rows;
-  int64_t H;
+  int64_t H, P;
   bool reverse;
   int64_t first, steps;  // which steps of the direction's own order this call runs, last to first
   int64_t base;          // packed row that row 0 of dgates is
@@ -71,8 +73,12 @@ struct BackwardArgs {
   const T* dcells;  // or null
   int64_t cells_stride, dy_stride, dcells_stride;
   const Bf16* w_hh;  // pack_columns of weight_hh
+  const Bf16* w_hr;  // pack_columns of weight_hr, or null
   Bf16* dgates;      // [. + 16, row_stride(4H)]  out for these steps; zeros in columns [4H, padded(4H))
-  float* dh;         // [B, padded H]  in: of h_n, out: of h0; sorted rows
+  Bf16* dr;          // [. + 16, row_stride(P)]  with w_hr, out: gradients of h; zeros in [P, padded(P))
+  Bf16* hidden;      // [., H]  with w_hr, out: h before its projection; or null
+  float* dh;         // [B, padded P]  in: of h_n, out: of h0; sorted rows
+  float* dhidden;    // [B, padded H]  with w_hr: of h before its projection, of one step
   float* dc;         // [B, H]  in: of c_n, out: of c0
   float* db;         // [members, 4H]  sums of dgates over the rows of each member, added to
 };
@@ -99,6 +105,9 @@ struct Kernels {
   const char* name;
   // Units [begin, end) of a weight [4H, K]; begin is a multiple of kBlock.
   void (*pack_gates)(const T* weight, int64_t H, int64_t K, int64_t begin, int64_t end, Bf16* packed);
+  // Columns [begin, end) of B = weight^T, laid out as by pack_columns; begin is a multiple of kUnits.
+  // weight: row-major [N, K].
+  void (*pack_rows)(const T* weight, int64_t N, int64_t K, int64_t begin, int64_t end, Bf16* packed);
   // Columns [begin, end) of a row-major B [K, N] with row stride ldb; begin is a multiple of kUnits.
   void (*pack_columns)(const T* b, int64_t K, int64_t N, int64_t ldb, int64_t begin, int64_t end,
                        Bf16* packed);

@@ -6,11 +6,54 @@
 
 namespace fastlstm::FASTLSTM_ISA {
 
+// Rows [begin, end) of a left operand of depth K times columns [first, last) of packed weights, 32 or 64 at a
+// time, from the last to the first if `reversed`.
+struct ColumnProducts {
+  int64_t K;
+  const Bf16* a;  // row 0
+  int64_t lda;
+  const Bf16* packed;
+  int64_t begin, end, first, last;
+  bool reversed = false;
+
+  // store(r0, r1, n0, width, out): rows [r0, r1) of `width` columns from n0 on are in out [.][64];
+  // done(n0, n1): so are all rows of columns [n0, n1). between: of column_products.
+  template <class Between, class Store, class Done>
+  FASTLSTM_INLINE void run(Between&& between, Store&& store, Done&& done) const {
+    alignas(64) float out[2 * kTileRows * 64];
+    const int64_t next = padded(K) * kUnits;  // from the weights of 32 columns to the next
+    const int64_t step = (wide_columns(end - begin) ? 2 : 1) * kUnits;
+    const int64_t parts = (last - first + step - 1) / step;
+    for (int64_t k = 0; k < parts; ++k) {
+      const int64_t n0 = first + (reversed ? parts - 1 - k : k) * step;
+      const bool wide = step > kUnits && n0 + kUnits < last;
+      for (int64_t r0 = begin; r0 < end; r0 += 2 * kTileRows) {
+        const int64_t r1 = std::min(end, r0 + 2 * kTileRows);
+        column_products(r1 - r0, K, a + r0 * lda, lda, packed + n0 / kUnits * next, next, wide, out, between);
+        store(r0, r1, n0, (wide ? 2 : 1) * kUnits, out);
+      }
+      done(n0, std::min(last, n0 + step));
+    }
+  }
+};
+
+// h for features [p0, p0 + n) of sorted row r at step t, to y and to the state that the next step reads.
+template <class T>
+FASTLSTM_INLINE void store_h(const ForwardArgs<T>& a, int64_t t, int64_t next_t, int64_t r, int64_t p0, int n,
+                             V h, int64_t slot) {
+  put(a.y + a.rows.row_at(t, r) * a.y_stride + p0, h, n);
+  const bool cleared =
+      a.rows.fresh && next_t >= 0 && r < a.rows.count_at(next_t) && a.rows.fresh_at(next_t, r);
+  const V h_next = cleared ? V{} : h;
+  put(a.h + (slot * bf16::factor_rows(a.rows.B) + r) * row_stride(a.P) + p0, h_next, n);
+  if constexpr (!std::is_same_v<T, Bf16>) put(a.h_state + (slot * a.rows.B + r) * a.P + p0, h_next, n);
+}
+
 // The cell for units [u0, u0 + n) of sorted row r at step t, from the products pre [4][16].
 template <class T>
 FASTLSTM_INLINE void forward_cell(const ForwardArgs<T>& a, int64_t t, int64_t next_t, int64_t r, int64_t u0,
                                   int n, const V* bias, const float* pre, int64_t slot) {
-  const int64_t H = a.H, row = a.rows.row_at(t, r);
+  const int64_t H = a.H;
   const Gates<V> gate = activate<FastActivation>(Gates<V>{
       load(pre) + bias[0], load(pre + 16) + bias[1], load(pre + 32) + bias[2], load(pre + 48) + bias[3]});
   float* c = a.c + r * H + u0;
@@ -25,13 +68,27 @@ FASTLSTM_INLINE void forward_cell(const ForwardArgs<T>& a, int64_t t, int64_t ne
     put(saved + 3 * n, gate.o, n);
   }
   store_part(c, c_next, n);
-  if (a.cells) put(a.cells + row * a.cells_stride + u0, c_next, n);
-  put(a.y + row * a.y_stride + u0, h, n);
-  const bool cleared =
-      a.rows.fresh && next_t >= 0 && r < a.rows.count_at(next_t) && a.rows.fresh_at(next_t, r);
-  const V h_next = cleared ? V{} : h;
-  put(a.h + (slot * bf16::factor_rows(a.rows.B) + r) * row_stride(H) + u0, h_next, n);
-  if constexpr (!std::is_same_v<T, Bf16>) put(a.h_state + (slot * a.rows.B + r) * H + u0, h_next, n);
+  if (a.cells) put(a.cells + a.rows.row_at(t, r) * a.cells_stride + u0, c_next, n);
+  if (a.w_hr)
+    put(a.hidden + r * row_stride(H) + u0, h, n);
+  else
+    store_h(a, t, next_t, r, u0, n, h, slot);
+}
+
+// h = hidden W_hr^T of rows [begin, end) and the member's features.
+template <class T>
+void project(const ForwardArgs<T>& a, const Member& me, int64_t t, int64_t next_t, int64_t slot,
+             int64_t begin, int64_t end) {
+  const int64_t last = me.feature_end;
+  ColumnProducts{a.H, a.hidden, row_stride(a.H), a.w_hr, begin, end, me.feature_begin, last}.run(
+      [] {},
+      [&](int64_t r0, int64_t r1, int64_t n0, int64_t width, const float* out) {
+        for (int64_t r = r0; r < r1; ++r, out += 64)
+          for (int64_t j = 0; j < std::min(width, last - n0); j += 16)
+            store_h(a, t, next_t, r, n0 + j, static_cast<int>(std::min<int64_t>(16, last - n0 - j)),
+                    load(out + j), slot);
+      },
+      [](int64_t, int64_t) {});
 }
 
 // Rows [r, end) of units [u0, u0 + n) whose products are made and whose cells are not.
@@ -64,7 +121,8 @@ struct PendingCells {
 template <class T>
 void forward(const ForwardArgs<T>& a, const Member& me) {
   const ProductScope scope;
-  const int64_t steps = a.rows.T, B = a.rows.B, H = a.H, I = a.I, ldx = row_stride(I), ldh = row_stride(H);
+  const int64_t steps = a.rows.T, B = a.rows.B, H = a.H, I = a.I, P = a.P, ldx = row_stride(I),
+                ldh = row_stride(P);
   Bf16* x = a.scratch + me.index * bf16::forward_scratch(I);
   std::fill_n(x, bf16::forward_scratch(I), Bf16(0));  // the padding of a row is multiplied by zeros
   const int64_t blocks = (me.unit_end - me.unit_begin + kBlock - 1) / kBlock;
@@ -77,7 +135,7 @@ void forward(const ForwardArgs<T>& a, const Member& me) {
     const Bf16* h_in = a.h + (s % 2) * bf16::factor_rows(B) * ldh;
     PendingCells<T> pending{a, t, next_t, (s + 1) % 2};
     const bool reverse_blocks =
-        s % 2 == 1 && alternate_block_order(8.0 * (I + H) * (me.unit_end - me.unit_begin));
+        s % 2 == 1 && alternate_block_order(8.0 * (I + P) * (me.unit_end - me.unit_begin));
     for (int64_t g0 = me.row_begin; g0 < end; g0 += kBf16RowBlockRows) {
       const int64_t g1 = std::min(end, g0 + kBf16RowBlockRows);
       for (int64_t r = g0; r < g1; ++r) round_row(a.x + a.rows.row_at(t, r) * I, I, x + (r - g0) * ldx);
@@ -99,9 +157,17 @@ void forward(const ForwardArgs<T>& a, const Member& me) {
           pending.pre = pre;
         }
       }
+      if (a.w_hr && !me.barrier) {
+        pending.finish();
+        project(a, me, t, next_t, pending.slot, g0, g1);
+      }
     }
     pending.finish();
     if (me.barrier) me.barrier->wait();
+    if (a.w_hr && me.barrier) {
+      project(a, me, t, next_t, pending.slot, me.row_begin, end);
+      me.barrier->wait();
+    }
   }
 }
 
@@ -117,8 +183,8 @@ FASTLSTM_INLINE void backward_cell(const BackwardArgs<T>& a, int64_t t, int64_t 
     constexpr int64_t kLine = 64 / sizeof(T);
     for (int64_t k = 0; k < 4 * kBlock; k += kLine) __builtin_prefetch(next + k);
   }
-  V dh = load_part(a.dh + r * padded(H) + u0, n);
-  if (a.dy) dh += get(a.dy + row * a.dy_stride + u0, n);
+  V dh = load_part((a.w_hr ? a.dhidden : a.dh) + r * padded(H) + u0, n);
+  if (a.dy && !a.w_hr) dh += get(a.dy + row * a.dy_stride + u0, n);
   V dc = load_part(a.dc + r * H + u0, n);
   if (a.dcells) dc += get(a.dcells + row * a.dcells_stride + u0, n);
   const bool fresh = a.rows.fresh_at(t, r);
@@ -139,6 +205,7 @@ FASTLSTM_INLINE void backward_cell(const BackwardArgs<T>& a, int64_t t, int64_t 
   put(out + 2 * H, d.g, n);
   put(out + 3 * H, d.o, n);
   store_part(a.dc + r * H + u0, fresh ? V{} : dc, n);
+  if (a.hidden) put(a.hidden + (packed_row - a.base) * H + u0, gate.o * tanh_c, n);
 }
 
 // The rows of some units of one step whose dh is made and whose cells are not.
@@ -179,51 +246,77 @@ struct PendingGradients {
   }
 };
 
+// With projection: the gradients of h for the member's features of rows [begin, end) at step t.
+template <class T>
+void projected_gradients(const BackwardArgs<T>& a, const Member& me, int64_t t, int64_t begin, int64_t end) {
+  for (int64_t r = begin; r < end; ++r) {
+    Bf16* dr = a.dr + (a.rows.offset_at(t) + r - a.base) * row_stride(a.P);
+    const T* dy = a.dy ? a.dy + a.rows.row_at(t, r) * a.dy_stride : nullptr;
+    for (int64_t p = me.feature_begin; p < me.feature_end; p += 16) {
+      const int n = static_cast<int>(std::min<int64_t>(16, me.feature_end - p));
+      V dh = load_part(a.dh + r * padded(a.P) + p, n);
+      if (dy) dh += get(dy + p, n);
+      put(dr + p, dh, n);
+    }
+  }
+}
+
 template <class T>
 void backward(const BackwardArgs<T>& a, const Member& me) {
   const ProductScope scope;
-  const int64_t H = a.H, ld = padded(H), ldg = row_stride(4 * H);
-  const int64_t next = padded(4 * H) * kUnits;  // from the weights of 32 columns to the next
-  alignas(64) float dh[2 * kTileRows * 64];
+  const int64_t H = a.H, P = a.P, ldg = row_stride(4 * H), r_begin = me.row_begin;
   const auto rows_at = [&](int64_t t) { return std::min(me.row_end, a.rows.count_at(t)); };
-  // The cells of a step run between the products of the one after it, as soon as those have made their dh.
   PendingGradients<T> pending{a, a.db + me.index * 4 * H};
+  const auto between = [&] { pending.next(); };
   pending.at_step(a.first + a.steps - 1);
-  pending.set(me.unit_begin, me.unit_end, me.row_begin, rows_at(pending.t));
-  pending.finish();
+  if (!a.w_hr) {
+    pending.set(me.unit_begin, me.unit_end, r_begin, rows_at(pending.t));
+    pending.finish();
+  }
   for (int64_t s = a.first + a.steps - 1; s >= a.first; --s) {
-    if (me.barrier) me.barrier->wait();
-    const int64_t t = pending.t, end = rows_at(t), rows = end - me.row_begin;
-    if (s > a.first) pending.at_step(s - 1);
-    const int64_t pending_end = s > a.first ? rows_at(pending.t) : 0;
-    const Bf16* dgates = a.dgates + (a.rows.offset_at(t) - a.base) * ldg;
-    const int64_t step = (wide_columns(rows) ? 2 : 1) * kUnits, units = me.unit_end - me.unit_begin;
-    const int64_t parts = (units + step - 1) / step;
-    const bool reverse_blocks = s % 2 == 1 && alternate_block_order(8.0 * H * units);
-    for (int64_t k = 0; k < parts; ++k) {
-      const int64_t n0 = me.unit_begin + (reverse_blocks ? parts - 1 - k : k) * step;
-      const bool wide = step > kUnits && n0 + kUnits < me.unit_end;
-      const int64_t n1 = std::min(me.unit_end, n0 + step);
-      const Bf16* w = a.w_hh + n0 / kUnits * next;
-      for (int64_t r0 = me.row_begin; r0 < end; r0 += 2 * kTileRows) {
-        const int64_t r1 = std::min(end, r0 + 2 * kTileRows);
-        column_products(r1 - r0, 4 * H, dgates + r0 * ldg, ldg, w, next, wide, dh, [&] { pending.next(); });
-        for (int64_t r = r0; r < r1; ++r) {
-          const bool fresh = a.rows.fresh_at(t, r);
-          const float* from = dh + (r - r0) * 64;
-          float* to = a.dh + r * ld + n0;
-          for (int64_t j = 0; j < (wide ? 64 : 32); j += 16) store(to + j, fresh ? V{} : load(from + j));
-        }
-      }
+    const int64_t t = pending.t, end = rows_at(t), offset = a.rows.offset_at(t) - a.base;
+    if (a.w_hr) {
+      projected_gradients(a, me, t, r_begin, end);
+      if (me.barrier) me.barrier->wait();
+      // The cells of some units run between the products that make dhidden of the next units.
+      const int64_t ldr = row_stride(P), ld = padded(H);
+      ColumnProducts{P, a.dr + offset * ldr, ldr, a.w_hr, r_begin, end, me.unit_begin, me.unit_end}.run(
+          between,
+          [&](int64_t r0, int64_t r1, int64_t n0, int64_t width, const float* out) {
+            for (int64_t r = r0; r < r1; ++r, out += 64) std::copy_n(out, width, a.dhidden + r * ld + n0);
+          },
+          [&](int64_t n0, int64_t n1) {
+            pending.finish();
+            pending.set(n0, n1, r_begin, end);
+          });
       pending.finish();
-      pending.set(n0, n1, me.row_begin, pending_end);
     }
+    if (me.barrier) me.barrier->wait();
+    if (s > a.first) pending.at_step(s - 1);
+    // Without projection the cells of a step run between the products of the one after it, as soon as those
+    // have made their dh.
+    const int64_t pending_end = s > a.first && !a.w_hr ? rows_at(pending.t) : 0;
+    const int64_t n_begin = me.feature_begin, n_end = me.feature_end, ld = padded(P);
+    const bool reversed = s % 2 == 1 && alternate_block_order(8.0 * H * (n_end - n_begin));
+    ColumnProducts{4 * H, a.dgates + offset * ldg, ldg, a.w_hh, r_begin, end, n_begin, n_end, reversed}.run(
+        between,
+        [&](int64_t r0, int64_t r1, int64_t n0, int64_t width, const float* out) {
+          for (int64_t r = r0; r < r1; ++r, out += 64) {
+            const bool fresh = a.rows.fresh_at(t, r);
+            float* to = a.dh + r * ld + n0;
+            for (int64_t j = 0; j < width; j += 16) store(to + j, fresh ? V{} : load(out + j));
+          }
+        },
+        [&](int64_t n0, int64_t n1) {
+          pending.finish();
+          pending.set(n0, n1, r_begin, pending_end);
+        });
     pending.finish();
   }
 }
 
 template <class T>
-inline constexpr bf16::Kernels<T> kTable = {FASTLSTM_BF16_NAME, pack_gates<T>, pack_columns<T>,
+inline constexpr bf16::Kernels<T> kTable = {FASTLSTM_BF16_NAME, pack_gates<T>, pack_rows<T>, pack_columns<T>,
                                             forward<T>,         backward<T>,   gemm};
 
 }  // namespace fastlstm::FASTLSTM_ISA

@@ -59,6 +59,15 @@ FASTLSTM_INLINE void round_row(const float* from, int64_t n, Bf16* to) {
   }
 }
 
+// A tile whose columns are rows of a matrix of row stride ld: of `rows` rows n numbers each, the rest zero.
+template <class T>
+FASTLSTM_INLINE void pack_tile(const T* from, int64_t ld, int64_t rows, int64_t n, Bf16* to) {
+  V lanes[16];  // of 16 pairs each
+  for (int64_t j = 0; j < 16; ++j) lanes[j] = j < rows ? (V)factors32(from + j * ld, n) : V{};
+  transpose<float>(lanes);
+  for (int64_t j = 0; j < 16; ++j) _mm512_storeu_si512(to + j * 32, (__m512i)lanes[j]);
+}
+
 // A block of 16 units: [gates i, f | g, o][depth][2] tiles.
 template <class T>
 void pack_gates(const T* weight, int64_t H, int64_t K, int64_t begin, int64_t end, Bf16* packed) {
@@ -66,17 +75,20 @@ void pack_gates(const T* weight, int64_t H, int64_t K, int64_t begin, int64_t en
   for (int64_t u0 = begin; u0 < end; u0 += kBlock)
     for (int64_t gate = 0; gate < 4; ++gate) {
       Bf16* to = packed + (u0 / kBlock * 4 + gate / 2 * 2) * depth * kTile + gate % 2 * kTile;
-      for (int64_t k = 0; k < depth; ++k, to += 2 * kTile) {
-        const int64_t n = std::min(kTileDepth, K - k * kTileDepth);
-        V rows[16];  // of 16 pairs each
-        for (int64_t j = 0; j < 16; ++j) {
-          const T* from = weight + (gate * H + u0 + j) * K + k * kTileDepth;
-          rows[j] = u0 + j < H ? (V)factors32(from, n) : V{};
-        }
-        transpose<float>(rows);
-        for (int64_t j = 0; j < 16; ++j) _mm512_storeu_si512(to + j * 32, (__m512i)rows[j]);
-      }
+      for (int64_t k = 0; k < padded(K); k += kTileDepth, to += 2 * kTile)
+        pack_tile(weight + (gate * H + u0) * K + k, K, H - u0, std::min(kTileDepth, K - k), to);
     }
+}
+
+// 32 rows of a weight [N, K] as columns: [depth][2] tiles.
+template <class T>
+void pack_rows(const T* weight, int64_t N, int64_t K, int64_t begin, int64_t end, Bf16* packed) {
+  for (int64_t n0 = begin; n0 < end; n0 += kUnits) {
+    Bf16* to = packed + n0 * padded(K);
+    for (int64_t k = 0; k < padded(K); k += kTileDepth)
+      for (int64_t n = n0; n < n0 + kUnits; n += 16, to += kTile)
+        pack_tile(weight + n * K + k, K, N - n, std::min(kTileDepth, K - k), to);
+  }
 }
 
 // 32 columns: [depth][2] tiles.

@@ -65,8 +65,8 @@ FASTLSTM_INLINE void store_one(float* out) {
 template <class T, class F>
 FASTLSTM_INLINE void gate_products(const ForwardArgs<T>& a, int64_t rows, const Bf16* x, const Bf16* h,
                                    int64_t u0, float* pre, F&& between) {
-  const int64_t ldx = row_stride(a.I), ldh = row_stride(a.H);
-  const int64_t dx = padded(a.I) / kTileDepth, dh = padded(a.H) / kTileDepth;
+  const int64_t ldx = row_stride(a.I), ldh = row_stride(a.P);
+  const int64_t dx = padded(a.I) / kTileDepth, dh = padded(a.P) / kTileDepth;
   // From the weights of i, f to those of g, o.
   const int64_t next_ih = dx * 2 * kTile, next_hh = dh * 2 * kTile;
   const Bf16* w_ih = a.w_ih + u0 / kBlock * 2 * next_ih;

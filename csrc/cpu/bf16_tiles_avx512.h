@@ -100,10 +100,10 @@ inline void sum_of_products(int64_t rows, const Operands& first, const Operands&
 template <class T, class F>
 FASTLSTM_INLINE void gate_products(const ForwardArgs<T>& a, int64_t rows, const Bf16* x, const Bf16* h,
                                    int64_t u0, float* pre, F&&) {
-  const int64_t dx = padded(a.I) / kTileDepth, dh = padded(a.H) / kTileDepth;
+  const int64_t dx = padded(a.I) / kTileDepth, dh = padded(a.P) / kTileDepth;
   const int64_t next_ih = dx * 2 * kTile, next_hh = dh * 2 * kTile;
   sum_of_products(rows, {dx, x, row_stride(a.I), a.w_ih + u0 / kBlock * 2 * next_ih, next_ih},
-                  {dh, h, row_stride(a.H), a.w_hh + u0 / kBlock * 2 * next_hh, next_hh}, true, pre);
+                  {dh, h, row_stride(a.P), a.w_hh + u0 / kBlock * 2 * next_hh, next_hh}, true, pre);
 }
 
 // Whether column_products takes 64 columns of `rows` rows at once, and not 32.

@@ -315,14 +315,18 @@ Loop float_backward_loop(const LayerShape& s, bool pack_hh, int64_t chunk_steps)
 
 Loop bf16_forward_loop(const LayerShape& s) {
   Loop loop{s, s.P, s.I};
-  loop.packed = s.I + s.P, loop.exchanged = s.H, loop.products = Products::bf16;
+  loop.packed = s.I + s.P, loop.products = Products::bf16;
+  loop.exchanged = s.proj() ? s.H + s.P : s.H, loop.barriers = s.proj() ? 2 : 1;
+  if (s.proj()) loop.projection = s.P / 4.0;
   return loop;
 }
 
 Loop bf16_backward_loop(const LayerShape& s, int64_t chunk_steps) {
   Loop loop{s, s.P};
   loop.regions = static_cast<int>(ceil_div(s.T, chunk_steps));
-  loop.packed = s.P, loop.exchanged = 4 * s.H, loop.products = Products::bf16;
+  loop.packed = s.P, loop.products = Products::bf16;
+  loop.exchanged = s.proj() ? 4 * s.H + s.P : 4 * s.H, loop.barriers = s.proj() ? 2 : 1;
+  if (s.proj()) loop.projection = s.P / 4.0;
   return loop;
 }
 

@@ -5,7 +5,7 @@
 // An Engine E names
 //   Number           of x, weights and results: float, double or Bf16; sums and c are Real<Number>
 //   State            of h between the steps of forward
-//   Operand          element type of the GEMM operands after backward's loop (y, x, dgates)
+//   Operand          element type of the GEMM operands after backward's loop (y, x, dgates, dr, hidden)
 //   InputGradient    of dx, as the products add it up
 //   unit_block()     units are split among threads in multiples of this
 //   saved_block()    units of a block of the saved gates (cpu/sequence.h)
@@ -26,7 +26,7 @@
 //   dgates(d), dhh(d)                of the chunk's rows: gradients of W_ih x and of W_hh h, which differ
 //   only
 //                                    with layer normalization
-//   dr(d), hidden(d)                 with projection those of h, and h before the projection
+//   dr(d), hidden(d)                 of the same rows, with projection: gradients of h, and h before it
 //   input_gradient(d, n, dx)         dx (+)= dgates W_ih
 //   bias_gradient(d, n, accumulate, db), finish_bias(d, db)   after each chunk, and after the last
 //   norm_gradient(d, k, dw)          after the last: of the k-th weight of layer normalization

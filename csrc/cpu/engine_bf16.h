@@ -1,11 +1,20 @@
-// The Engine of the kernels of cpu/bf16.h, on AMX or AVX512_BF16: layers without projection of T = Bf16, or
-// of float, of which only the factors of products are rounded.
+// The Engine of the kernels of cpu/bf16.h, on AMX or AVX512_BF16: layers of T = Bf16, or of float, of which
+// only the factors of products are rounded.
 #pragma once
 
 #include "cpu/bf16_product.h"
 #include "cpu/engine.h"
 
 namespace fastlstm {
+
+// Zeros in columns [n, padded(n)) of a left operand, which tiles read.
+inline void clear_padding(int threads, Bf16* factor, int64_t rows, int64_t n) {
+  const int64_t stride = bf16::row_stride(n), padding = bf16::padded(n) - n;
+  if (padding > 0)
+    for_blocks(threads, rows, 1, padding, [&](int64_t begin, int64_t end) {
+      for (int64_t r = begin; r < end; ++r) std::fill_n(factor + r * stride + n, padding, Bf16(0));
+    });
+}
 
 template <class T>
 class Bf16Forward {
@@ -17,26 +26,35 @@ class Bf16Forward {
       : s_(s), plan_(plan), packed_(packed), x_(in.x.contiguous()) {}
 
   // Where T is Bf16, the state is the factor that tiles read.
-  static int64_t state_stride(int64_t H) { return kIsFloat ? H : bf16::row_stride(H); }
+  static int64_t state_stride(int64_t P) { return kIsFloat ? P : bf16::row_stride(P); }
   static int64_t state_rows(int64_t B) { return kIsFloat ? B : bf16::factor_rows(B); }
 
   void reserve(Workspace& space) {
     for (int64_t d = 0; !packed_ && d < s_.D; ++d) {
       ih_offset_[d] = space.take<Bf16>(bf16::packed_gates_size(s_.H, s_.I));
-      hh_offset_[d] = space.take<Bf16>(bf16::packed_gates_size(s_.H, s_.H));
+      hh_offset_[d] = space.take<Bf16>(bf16::packed_gates_size(s_.H, s_.P));
+      hr_offset_[d] = space.take<Bf16>(s_.proj() ? bf16::packed_columns_size(s_.H, s_.P) : 0);
     }
+    for (int64_t d = 0; s_.proj() && d < s_.D; ++d)
+      hidden_offset_[d] = space.take<Bf16>(bf16::factor_rows(s_.B) * bf16::row_stride(s_.H));
     for (int64_t d = 0; kIsFloat && d < s_.D; ++d) factor_offset_[d] = space.take<Bf16>(2 * factor_slot());
     scratch_offset_ = space.take<Bf16>(plan_.partition.threads() * bf16::forward_scratch(s_.I));
   }
 
   void prepare(const Workspace& space, int64_t d, const DirectionWeights& w, const ForwardBuffers<T, T>& b) {
-    Bf16 *ih, *hh;
+    Bf16 *ih, *hh, *hr = nullptr, *hidden = nullptr;
     if (packed_) {
       ih = packed_->weight<Bf16>(PackedWeight::ih, d), hh = packed_->weight<Bf16>(PackedWeight::hh, d);
+      if (s_.proj()) hr = packed_->weight<Bf16>(PackedWeight::hr, d);
     } else {
       ih = space.at<Bf16>(ih_offset_[d]), hh = space.at<Bf16>(hh_offset_[d]);
       pack_gates(w.ih.contiguous(), ih);
       pack_gates(w.hh.contiguous(), hh);
+      if (s_.proj()) pack_rows(w.hr.contiguous(), hr = space.at<Bf16>(hr_offset_[d]));
+    }
+    if (s_.proj()) {
+      hidden = space.at<Bf16>(hidden_offset_[d]);
+      clear_padding(plan_.partition.threads(), hidden, bf16::factor_rows(s_.B), s_.H);
     }
     Bf16* factors;
     if constexpr (kIsFloat)
@@ -46,14 +64,17 @@ class Bf16Forward {
     args_[d] = {b.rows,
                 s_.I,
                 s_.H,
+                s_.P,
                 b.reverse,
                 data_of<T>(x_),
                 b.bias,
                 ih,
                 hh,
+                hr,
                 b.gates,
                 factors,
                 kIsFloat ? b.h : nullptr,
+                hidden,
                 b.c,
                 b.y,
                 b.cells,
@@ -72,11 +93,17 @@ class Bf16Forward {
                  kernel_.pack_gates(data_of<T>(weight), s_.H, K, begin, end, packed);
                });
   }
-  int64_t factor_slot() const { return bf16::factor_rows(s_.B) * bf16::row_stride(s_.H); }
-  // The state [B, H] that enters the first step into both slots of factors, whose padding is zero.
+  void pack_rows(const at::Tensor& weight, Bf16* packed) const {
+    const int64_t N = weight.size(0), K = weight.size(1);
+    for_blocks(plan_.partition.threads(), N, bf16::kUnits, K * bf16::kUnits, [&](int64_t begin, int64_t end) {
+      kernel_.pack_rows(data_of<T>(weight), N, K, begin, end, packed);
+    });
+  }
+  int64_t factor_slot() const { return bf16::factor_rows(s_.B) * bf16::row_stride(s_.P); }
+  // The state [B, P] that enters the first step into both slots of factors, whose padding is zero.
   void round_state(const float* h, Bf16* factors) const {
     std::fill_n(factors, factor_slot(), Bf16(0));
-    for (int64_t r = 0; r < s_.B; ++r) copy_numbers(h + r * s_.H, s_.H, factors + r * bf16::row_stride(s_.H));
+    for (int64_t r = 0; r < s_.B; ++r) copy_numbers(h + r * s_.P, s_.P, factors + r * bf16::row_stride(s_.P));
     std::copy_n(factors, factor_slot(), factors + factor_slot());
   }
 
@@ -85,7 +112,7 @@ class Bf16Forward {
   const ForwardPlan& plan_;
   const PackedView* packed_;
   const at::Tensor x_;  // the caller's rows
-  PerDirection ih_offset_, hh_offset_, factor_offset_;
+  PerDirection ih_offset_, hh_offset_, hr_offset_, hidden_offset_, factor_offset_;
   int64_t scratch_offset_ = 0;
   bf16::ForwardArgs<T> args_[2];
 };
@@ -95,19 +122,25 @@ class Bf16Backward {
   static constexpr bool kIsFloat = std::is_same_v<T, float>;
 
  public:
+  // need_hr[d]: true if dW_hr of direction d is needed.
   Bf16Backward(const LayerInputs& in, const LayerSizes& s, const BackwardPlan& plan, bool need_dx,
-               const bool (&)[2])
-      : s_(s), plan_(plan) {
+               const bool (&need_hr)[2])
+      : s_(s), plan_(plan), need_hr_{need_hr[0], need_hr[1]} {
     for (int64_t d = 0; need_dx && d < s.D; ++d) w_ih_[d] = in.weights[d * s.per_direction].contiguous();
   }
 
-  static int64_t gradient_stride(int64_t H) { return bf16::padded(H); }
+  static int64_t gradient_stride(int64_t P) { return bf16::padded(P); }
 
   void reserve(Workspace& space) {
     for (int64_t d = 0; d < s_.D; ++d) {
-      packed_offset_[d] = space.take<Bf16>(bf16::packed_columns_size(G_, s_.H));
+      packed_offset_[d] = space.take<Bf16>(bf16::packed_columns_size(G_, s_.P));
       if (packs_ih(d)) packed_ih_offset_[d] = space.take<Bf16>(bf16::packed_columns_size(G_, s_.I));
       db_offset_[d] = space.take<float>(plan_.partition.threads() * G_);
+      if (!s_.proj()) continue;
+      packed_hr_offset_[d] = space.take<Bf16>(bf16::packed_columns_size(s_.P, s_.H));
+      dr_offset_[d] = space.take<Bf16>(chunk_rows() * bf16::row_stride(s_.P));
+      hidden_offset_[d] = space.take<Bf16>(need_hr_[d] ? plan_.chunk_steps * s_.B * s_.H : 0);
+      dhidden_offset_[d] = space.take<float>(s_.B * bf16::padded(s_.H));
     }
   }
 
@@ -115,30 +148,47 @@ class Bf16Backward {
     const at::Tensor w_hh = w.hh.contiguous();
     Bf16* packed = space.at<Bf16>(packed_offset_[d]);
     // A block of its own, which is cached between calls up to a limit per block.
-    dgates_[d] = new_workspace(dgates_rows() * stride_ * static_cast<int64_t>(sizeof(Bf16)));
+    dgates_[d] = new_workspace(chunk_rows() * stride_ * static_cast<int64_t>(sizeof(Bf16)));
     Bf16* dgates = reinterpret_cast<Bf16*>(dgates_[d].mutable_data_ptr<uint8_t>());
     const int threads = plan_.partition.threads();
-    pack_bf16_columns(threads, data_of<T>(w_hh), G_, s_.H, s_.H, packed);
+    pack_bf16_columns(threads, data_of<T>(w_hh), G_, s_.P, s_.P, packed);
     if (packs_ih(d)) {
       packed_ih_[d] = space.at<Bf16>(packed_ih_offset_[d]);
       pack_bf16_columns(threads, data_of<T>(w_ih_[d]), G_, s_.I, s_.I, packed_ih_[d]);
     }
-    const int64_t padding = bf16::padded(G_) - G_;  // which tiles read
-    if (padding > 0)
-      for_blocks(threads, dgates_rows(), 1, padding, [&](int64_t begin, int64_t end) {
-        for (int64_t r = begin; r < end; ++r) std::fill_n(dgates + r * stride_ + G_, padding, Bf16(0));
-      });
+    clear_padding(threads, dgates, chunk_rows(), G_);
+    Bf16 *packed_hr = nullptr, *dr = nullptr;
+    if (s_.proj()) {
+      const at::Tensor w_hr = w.hr.contiguous();
+      packed_hr = space.at<Bf16>(packed_hr_offset_[d]), dr = space.at<Bf16>(dr_offset_[d]);
+      pack_bf16_columns(threads, data_of<T>(w_hr), s_.P, s_.H, s_.H, packed_hr);
+      clear_padding(threads, dr, chunk_rows(), s_.P);
+    }
     float* db = space.at<float>(db_offset_[d]);
     std::fill_n(db, threads * G_, 0.0f);
-    args_[d] = {b.rows,      s_.H,
-                b.reverse,   0,
-                0,           0,
-                b.gates,     b.cells,
-                b.c0,        b.dy,
-                b.dcells,    b.cells_stride,
-                b.dy_stride, b.dcells_stride,
-                packed,      dgates,
-                b.dh,        b.dc,
+    args_[d] = {b.rows,
+                s_.H,
+                s_.P,
+                b.reverse,
+                0,
+                0,
+                0,
+                b.gates,
+                b.cells,
+                b.c0,
+                b.dy,
+                b.dcells,
+                b.cells_stride,
+                b.dy_stride,
+                b.dcells_stride,
+                packed,
+                packed_hr,
+                dgates,
+                dr,
+                need_hr_[d] ? space.at<Bf16>(hidden_offset_[d]) : nullptr,
+                b.dh,
+                s_.proj() ? space.at<float>(dhidden_offset_[d]) : nullptr,
+                b.dc,
                 db};
   }
 
@@ -151,8 +201,8 @@ class Bf16Backward {
   MatrixView<Bf16> dgates(int64_t d) const { return {args_[d].dgates, stride_}; }
   MatrixView<Bf16> dhh(int64_t d) const { return dgates(d); }
   void norm_gradient(int64_t, int64_t, float*) const {}  // the float kernels run layer normalization
-  const Bf16* dr(int64_t) const { return nullptr; }      // no projection
-  const Bf16* hidden(int64_t) const { return nullptr; }
+  MatrixView<Bf16> dr(int64_t d) const { return {args_[d].dr, bf16::row_stride(s_.P)}; }
+  MatrixView<Bf16> hidden(int64_t d) const { return {args_[d].hidden, s_.H}; }
 
   void input_gradient(int64_t d, int64_t n, T* dx) const {
     if constexpr (kIsFloat) {
@@ -177,14 +227,16 @@ class Bf16Backward {
   }
 
  private:
-  int64_t dgates_rows() const { return bf16::factor_rows(plan_.chunk_steps * s_.B); }
+  int64_t chunk_rows() const { return bf16::factor_rows(plan_.chunk_steps * s_.B); }
   bool packs_ih(int64_t d) const { return kIsFloat && w_ih_[d].defined(); }
 
   const bf16::Kernels<T>& kernel_ = *bf16::kernels<T>();
   const LayerSizes& s_;
   const BackwardPlan& plan_;
+  const bool need_hr_[2];
   const int64_t G_ = 4 * s_.H, stride_ = bf16::row_stride(G_);
-  PerDirection packed_offset_, packed_ih_offset_, db_offset_;
+  PerDirection packed_offset_, packed_ih_offset_, packed_hr_offset_, db_offset_, dr_offset_, hidden_offset_,
+      dhidden_offset_;
   Bf16* packed_ih_[2] = {nullptr, nullptr};  // pack_columns of weight_ih, where T is float and dx is needed
   at::Tensor w_ih_[2], dgates_[2];
   bf16::BackwardArgs<T> args_[2];

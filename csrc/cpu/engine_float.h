@@ -238,8 +238,8 @@ class FloatBackward {
 
   MatrixView<R> dgates(int64_t d) const { return {args_[d].dgates, 4 * s_.H}; }
   MatrixView<R> dhh(int64_t d) const { return s_.norm ? MatrixView<R>{args_[d].dhh, 4 * s_.H} : dgates(d); }
-  const R* dr(int64_t d) const { return args_[d].dr; }
-  const R* hidden(int64_t d) const { return args_[d].hidden; }
+  MatrixView<R> dr(int64_t d) const { return {args_[d].dr, s_.P}; }
+  MatrixView<R> hidden(int64_t d) const { return {args_[d].hidden, s_.H}; }
 
   void input_gradient(int64_t d, int64_t n, R* dx) const {
     const int64_t G = 4 * s_.H;

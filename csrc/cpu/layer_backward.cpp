@@ -130,7 +130,7 @@ LayerGradients backward_with(const ResultGradients& grads, const LayerInputs& in
       else if (dw_hh[d])
         dw_hh[d]->add(n, dhh, {data_of<Operand>(states[d]) + span.begin * P, P}, add);
       if (db[d].defined()) engine.bias_gradient(d, n, add, db[d].template mutable_data_ptr<R>());
-      if (dw_hr[d]) dw_hr[d]->add(n, {engine.dr(d), P}, {engine.hidden(d), H}, add);
+      if (dw_hr[d]) dw_hr[d]->add(n, engine.dr(d), engine.hidden(d), add);
     }
   }
   for (int64_t d = 0; d < D; ++d) {

@@ -63,8 +63,8 @@ bool is_valid(const PackedHeader& h) {
       fits = (stored && is_bf16) || (form == Frozen::bfloat16 && is_float);
       break;
     case PackedLayout::bf16_tiles:
-      fits = ((stored && is_bf16) || (form == Frozen::bfloat16 && is_float)) && !h.proj() &&
-             h.width == bf16::kBlock && h.H > 0 && h.I > 0;
+      fits = ((stored && is_bf16) || (form == Frozen::bfloat16 && is_float)) && h.width == bf16::kBlock &&
+             h.H > 0 && h.I > 0;
       break;
     case PackedLayout::int8_blocks:
       fits = form == Frozen::int8 && is_float && std::max({h.I, h.H, h.P}) <= int8::kMaxDepth;
@@ -99,7 +99,8 @@ int64_t PackedView::elements(PackedWeight w) const {
     case PackedLayout::bf16_panels:
       return w == PackedWeight::hr ? round_up(rows, 2 * W) * K : round_up(header_.H, W) * 4 * K;
     case PackedLayout::bf16_tiles:
-      return bf16::packed_gates_size(header_.H, K);
+      return w == PackedWeight::hr ? bf16::packed_columns_size(K, rows)
+                                   : bf16::packed_gates_size(header_.H, K);
     default: {
       const int64_t blocks = (w == PackedWeight::hr ? round_up(rows, 4 * W) / 4 : round_up(header_.H, W)) / W;
       return blocks * int8::block_size(K, {W, header_.group});
@@ -125,9 +126,12 @@ int64_t PackedView::position(PackedWeight w, int64_t r, int64_t k) const {
     }
     case PackedLayout::bf16_tiles: {
       constexpr int64_t kTile = bf16::kTileRows * bf16::kTileDepth;
-      const int64_t depth = bf16::padded(K) / bf16::kTileDepth, block = u / bf16::kBlock;
-      return ((block * 4 + gate / 2 * 2) * depth + gate % 2 + k / bf16::kTileDepth * 2) * kTile +
-             k % bf16::kTileDepth / 2 * 2 * bf16::kBlock + u % bf16::kBlock * 2 + k % 2;
+      const int64_t depth = bf16::padded(K) / bf16::kTileDepth, n = w == PackedWeight::hr ? r : u,
+                    block = n / bf16::kBlock;
+      const int64_t panel = w == PackedWeight::hr ? block / 2 * 2 : block * 4 + gate / 2 * 2,
+                    half = w == PackedWeight::hr ? block % 2 : gate % 2;
+      return (panel * depth + half + k / bf16::kTileDepth * 2) * kTile +
+             k % bf16::kTileDepth / 2 * 2 * bf16::kBlock + n % bf16::kBlock * 2 + k % 2;
     }
     default: {
       const int64_t G = header_.group, at = row_position(w, r), block = at / (4 * W), lane = at % (4 * W);

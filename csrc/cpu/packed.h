@@ -16,7 +16,7 @@ namespace fastlstm {
 enum class PackedLayout : int64_t {
   panels,       // cpu/pack_forward.h, of Real<T>; weight_hr as columns (Kernels::pack_columns)
   bf16_panels,  // the same with panels of PanelBf16
-  bf16_tiles,   // cpu/bf16.h, pack_gates
+  bf16_tiles,   // cpu/bf16.h, pack_gates; weight_hr by pack_rows
   int8_blocks,  // cpu/int8.h
 };
 

@@ -89,6 +89,11 @@ int64_t chunk_steps(const LayerShape& s) {
   return std::clamp<int64_t>(rows / std::max<int64_t>(1, s.B), 1, s.T);
 }
 
+// Of float32 layers.
+bool has_units_for_bf16(const LayerShape& s) {
+  return s.H >= kFloat32ToBf16MinUnits && s.P >= kFloat32ToBf16MinFeatures;
+}
+
 int64_t chunk_steps_bf16(const LayerShape& s) {
   const int64_t B = std::max<int64_t>(1, s.B);
   return std::min(s.T,
@@ -101,18 +106,17 @@ int64_t chunk_steps_bf16(const LayerShape& s) {
 bool uses_bf16_products(const LayerShape& s, const Machine& machine) {
   if (s.frozen != Frozen::no) return frozen_engine(s, machine) == EngineKind::bf16_products;
   if (s.dtype == Dtype::float32 && s.bf16_requested) return bf16_refusal(s, machine) == Bf16Refusal::none;
-  return s.dtype == Dtype::bfloat16 && machine.bf16_kernels && s.given_rows > kUnpackedMaxRows && !s.proj() &&
-         s.H > 0 && s.I > 0 && !s.masked && !s.norm;
+  return s.dtype == Dtype::bfloat16 && machine.bf16_kernels && s.given_rows > kUnpackedMaxRows && s.H > 0 &&
+         s.I > 0 && !s.masked && !s.norm;
 }
 
 Bf16Refusal bf16_refusal(const LayerShape& s, const Machine& machine) {
   if (s.dtype != Dtype::float32 || !s.bf16_requested) return Bf16Refusal::none;
   if (s.frozen == Frozen::stored || s.frozen == Frozen::int8) return Bf16Refusal::frozen;
   if (!machine.bf16_kernels) return Bf16Refusal::no_kernels;
-  if (s.proj()) return Bf16Refusal::projection;
   if (s.masked || s.norm) return Bf16Refusal::options;
   if (s.I == 0) return Bf16Refusal::no_features;
-  if (s.H < kFloat32ToBf16MinUnits) return Bf16Refusal::few_units;
+  if (!has_units_for_bf16(s)) return Bf16Refusal::few_units;
   if (s.frozen == Frozen::bfloat16) return Bf16Refusal::none;  // frozen_engine depends on no other size
   if (s.T == 1) return Bf16Refusal::one_step;
   return s.N < kFloat32ToBf16MinRows ? Bf16Refusal::few_rows : Bf16Refusal::none;
@@ -121,9 +125,8 @@ Bf16Refusal bf16_refusal(const LayerShape& s, const Machine& machine) {
 EngineKind frozen_engine(const LayerShape& s, const Machine& machine) {
   if (s.frozen == Frozen::int8) return EngineKind::int8_products;
   if (s.frozen == Frozen::stored && s.dtype != Dtype::bfloat16) return EngineKind::float_panels;
-  const int64_t min_units = s.dtype == Dtype::bfloat16 ? 1 : kFloat32ToBf16MinUnits;
-  return machine.bf16_kernels && !s.proj() && s.H >= min_units && s.I > 0 ? EngineKind::bf16_products
-                                                                          : EngineKind::bf16_panels;
+  const bool has_units = s.dtype == Dtype::bfloat16 ? s.H > 0 : has_units_for_bf16(s);
+  return machine.bf16_kernels && has_units && s.I > 0 ? EngineKind::bf16_products : EngineKind::bf16_panels;
 }
 
 Loop forward_loop(const LayerShape& s, const Machine& machine) {
@@ -148,7 +151,7 @@ ForwardPlan plan_forward(const LayerShape& s, const Machine& machine) {
   if (uses_bf16_products(s, machine)) {
     p.engine = EngineKind::bf16_products;
     const int64_t units = largest_share(s.H, bf16::kUnits, p.partition.shares());
-    p.alternate_block_order = alternates(8.0 * (s.I + s.H) * units);
+    p.alternate_block_order = alternates(8.0 * (s.I + s.P) * units);
     return p;
   }
   p.w_ih = w_ih_mode(s), p.w_hh = w_hh_mode(s);
@@ -181,10 +184,10 @@ BackwardPlan plan_backward(const LayerShape& s, const Machine& machine) {
   const auto alternates = [&](double bytes) { return s.T > 1 && !stays_in_l2(bytes, machine.l2_bytes); };
   if (uses_bf16_products(s, machine)) {
     p.engine = EngineKind::bf16_products;
-    p.alternate_block_order = alternates(8.0 * s.H * largest_share(s.H, bf16::kUnits, p.partition.shares()));
+    p.alternate_block_order = alternates(8.0 * s.H * largest_share(s.P, bf16::kUnits, p.partition.shares()));
     p.chunk_steps = chunk_steps_bf16(s);
-    if (s.dtype == Dtype::float32) p.dx = p.dw_ih.gemm = p.dw_hh.gemm = Gemm::bf16;
-    p.dw_ih.at_once = p.chunk_steps == s.T;
+    if (s.dtype == Dtype::float32) p.dx = p.dw_ih.gemm = p.dw_hh.gemm = p.dw_hr.gemm = Gemm::bf16;
+    p.dw_ih.at_once = p.dw_hr.at_once = p.chunk_steps == s.T;
     p.dw_hh.at_once = p.chunk_steps == s.T && !s.dense_with_h0;
     return p;
   }

@@ -101,17 +101,7 @@ enum class EngineKind {
 // Why a float32 layer's products are not bfloat16 although requested. none: they are, or are not requested.
 // one_step: an LSTMCell runs as a layer of one step under compile, vmap and autocast, and does not follow the
 // flag.
-enum class Bf16Refusal {
-  none,
-  no_kernels,
-  frozen,
-  projection,
-  options,
-  no_features,
-  few_units,
-  one_step,
-  few_rows
-};
+enum class Bf16Refusal { none, no_kernels, frozen, options, no_features, few_units, one_step, few_rows };
 
 enum class WeightMode { prepacked, pack_on_use, unpacked };
 

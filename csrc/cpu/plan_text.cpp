@@ -51,8 +51,6 @@ const char* in_words(Bf16Refusal refusal) {
       return "this CPU has no bfloat16 instructions that are faster than those of float32";
     case Bf16Refusal::frozen:
       return "frozen weights are multiplied as they were packed";
-    case Bf16Refusal::projection:
-      return "the bfloat16 kernels do not support projections";
     case Bf16Refusal::options:
       return "the bfloat16 kernels support neither masks nor layer normalization";
     case Bf16Refusal::no_features:
@@ -62,7 +60,7 @@ const char* in_words(Bf16Refusal refusal) {
     case Bf16Refusal::few_rows:
       return "rounding takes longer than the products of so few rows save";
     case Bf16Refusal::few_units:
-      return "rounding takes longer than the products of so few units save";
+      return "rounding takes longer than the products of so few units or features of h save";
     default:
       return "";
   }

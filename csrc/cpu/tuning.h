@@ -143,13 +143,15 @@ inline constexpr int64_t kHhPackMaxBytes = 1 << 22;
 // Rows of a step whose pre-activations are in scratch while the weights of one block of units are read. With
 // projection, up to this many rows of a single step pack weights on use. Fitted, 2026-11-22.
 inline constexpr int64_t kRowBlockRows = 96;
-// float32 layers of fewer units, or fewer rows of all steps, are multiplied in float32 even if bfloat16
-// products are requested: rounding factors takes longer than the products save. Estimated, not measured:
-// times of both on one Intel core (AVX512_BF16 at half of FMA's rate), their products' share scaled to the
-// rates of Zen 4. Predicted speedup of a training step, T = 50, B = 32, I = H: 0.76 at 16 units, 1.5 at 32; H
-// = 64, T x B: 0.92 at 10 rows, 0.97 to 1.1 at 16, 1.3 at 32 (docs/cpu-kernels.md). 2026-11-30, no CSV.
-// kFloat32ToBf16MinUnits also decides for float32 layers frozen in bfloat16, requested or not.
+// float32 layers of fewer units, features of h or rows of all steps are multiplied in float32 even if
+// bfloat16 products are requested: rounding factors takes longer than the products save. Estimated, not
+// measured: times of both on one Intel core (AVX512_BF16 at half of FMA's rate), their products' share scaled
+// to the rates of Zen 4. Predicted speedup of a training step, T = 50, B = 32, I = H: 0.76 at 16 units, 1.5
+// at 32; H = 64, T x B: 0.92 at 10 rows, 0.97 to 1.1 at 16, 1.3 at 32 (docs/cpu-kernels.md); with projection
+// to 8 and 16 features 0.89 and 1.06 at 32 units, 1.16 and 1.24 at 64. 2026-11-30, no CSV. MinUnits and
+// MinFeatures also decide for float32 layers frozen in bfloat16, requested or not.
 inline constexpr int64_t kFloat32ToBf16MinUnits = 32;
+inline constexpr int64_t kFloat32ToBf16MinFeatures = 16;
 inline constexpr int64_t kFloat32ToBf16MinRows = 32;
 // Rows of a step whose x the bfloat16 kernels copy into scratch at once. Fitted, 2026-11-27.
 inline constexpr int64_t kBf16RowBlockRows = 128;

@@ -29,8 +29,8 @@ from .plans import MACHINES, plan_of
 
 FACTORS = Precision.of(torch.float32, "bf16")
 WITH_KERNELS, WITHOUT = MACHINES.values()
-# From 2 steps, 32 units and 32 rows on. Around tiles of 16 rows, 32 inputs, 16 and 32 units; groups of 128 rows; in
-# weight gradients blocks of 1024 terms, 128 rows and 64 columns; chunks of a quarter of the steps.
+# From 2 steps, 32 units, 16 features of h and 32 rows on. Around tiles of 16 rows, 32 inputs, 16 and 32 units; groups
+# of 128 rows; in weight gradients blocks of 1024 terms, 128 rows and 64 columns; chunks of a quarter of the steps.
 CASES = (
     Case(T=2, B=33, I=1, H=32),
     Case(T=40, B=1, I=33, H=65, hx="tuple"),
@@ -53,6 +53,13 @@ CASES = (
     ),
     Case(T=12, B=3, I=3, H=80, x_grad=False, hx="tuple", hx_grad=False),
     Case(T=12, B=3, I=5, H=64, hx="tuple", used=("h_n",)),
+    # With projection: around 32 and 64 features.
+    Case(T=2, B=33, I=1, H=32, proj=16),
+    Case(T=4, B=17, I=33, H=97, proj=33, hx="tuple", bidirectional=True, frozen=("weight_hr_l0",)),
+    Case(T=5, B=33, I=65, H=127, proj=64, hx="tuple", strided=("x", "weights", "grads")),
+    Case(T=33, B=32, I=20, H=64, proj=40, hx="tuple"),  # the last chunk is one step
+    Case(T=40, B=12, I=128, H=256, proj=96, hx="tuple"),  # threads split units and features
+    Case(T=9, B=20, I=5, H=67, proj=34, lengths=tuple(k % 10 for k in range(20)), resets=((2, 3), (4, 17)), layers=2),
 )
 
 BEGIN = """
@@ -214,8 +221,8 @@ calls = {
     "float64": (fastlstm.LSTM(70, 64).double(), x.double()),
     "float16": (fastlstm.LSTM(70, 64).half(), x.half()),
     "bfloat16": (fastlstm.LSTM(70, 64).bfloat16(), x.bfloat16()),
-    "projection": (fastlstm.LSTM(70, 64, proj_size=32), x),
     "small": (fastlstm.LSTM(70, 31), x),
+    "small projection": (fastlstm.LSTM(70, 64, proj_size=15), x),
     "few rows": (fastlstm.LSTM(70, 64), x[:2, :2]),
     "one step": (fastlstm.LSTM(70, 64), x.reshape(1, 36, 70)),
     "LSTMCell": (cell, steps),
@@ -274,8 +281,8 @@ def test_results_are_bitwise_deterministic():
 torch.manual_seed(0)
 rnn.fp32_precision = "bf16"
 torch.set_num_threads(2)
-for T, B, I, H in ((40, 24, 64, 256), (40, 96, 64, 64)):
-    lstm, x = fastlstm.LSTM(I, H), torch.randn(T, B, I, requires_grad=True)
+for T, B, I, H, P in ((40, 24, 64, 256, 0), (40, 96, 64, 64, 0), (40, 24, 64, 256, 96)):
+    lstm, x = fastlstm.LSTM(I, H, proj_size=P), torch.randn(T, B, I, requires_grad=True)
     def call():
         y = lstm(x)[0]
         return [y, *torch.autograd.grad(y.pow(2).sum(), [x, *lstm.parameters()])]
@@ -289,9 +296,9 @@ for T, B, I, H in ((40, 24, 64, 256), (40, 96, 64, 64)):
     ("case", "machine", "reason"),
     [
         (Case(T=11, B=3, H=32), WITHOUT, "no bfloat16 instructions that are faster"),
-        (Case(T=11, B=3, H=32, proj=8), WITH_KERNELS, "do not support projections"),
         (Case(T=11, B=3, H=32, lengths=(11, 11, 9)), WITH_KERNELS, "of so few rows"),
         (Case(T=11, B=3, H=31), WITH_KERNELS, "of so few units"),
+        (Case(T=11, B=3, H=32, proj=15), WITH_KERNELS, "or features of h save"),
         (Case(T=11, B=3, H=32, I=0), WITH_KERNELS, "at least one input feature"),
         (Case(T=1, B=33, I=1, H=32), WITH_KERNELS, "a single step has float32 products"),
     ],
@@ -307,12 +314,14 @@ def test_reason_of_float32_products(case, machine, reason):
     assert "requested" not in unchanged["forward"]["text"]
 
 
-def test_plan_of_bf16_products():
+@pytest.mark.parametrize("proj", [0, 16])
+def test_plan_of_bf16_products(proj):
     with flags():
-        plan = plan_of(Case(T=8, B=4, I=64, H=32), 1, **WITH_KERNELS)
+        plan = plan_of(Case(T=8, B=4, I=64, H=32, proj=proj), 1, **WITH_KERNELS)
     assert plan["forward"]["engine"] == plan["backward"]["engine"] == "bf16_products"
     backward = plan["backward"]
-    assert [backward["dx"], backward["dw_ih"]["gemm"], backward["dw_hh"]["gemm"]] == ["bf16"] * 3
+    products = [backward["dx"], *(backward[w]["gemm"] for w in ("dw_ih", "dw_hh", "dw_hr") if w in backward)]
+    assert products == ["bf16"] * (4 if proj else 3)
     assert "products of bfloat16" in plan["forward"]["text"]
     assert "requested" not in plan["forward"]["text"]
 
@@ -322,9 +331,10 @@ def test_plan_of_frozen_bfloat16_weights(rnn):
     """Their products are bfloat16 where these are faster, whatever the flag says and however few rows there are."""
     reasons = [
         (Case(T=1, B=1, H=32), WITH_KERNELS, None),
+        (Case(T=1, B=1, H=32, proj=16), WITH_KERNELS, None),
         (Case(T=20, B=12, H=31), WITH_KERNELS, "of so few units"),
+        (Case(T=20, B=12, H=64, proj=15), WITH_KERNELS, "of so few units"),
         (Case(T=20, B=12, H=64, I=0), WITH_KERNELS, "at least one input feature"),
-        (Case(T=20, B=12, H=64, proj=8), WITH_KERNELS, "do not support projections"),
         (Case(T=20, B=12, H=64), WITHOUT, "no bfloat16 instructions that are faster"),
     ]
     for case, machine, reason in reasons:

@@ -116,7 +116,7 @@ CASES = [
 ]
 KWARGS: dict[str, Any] = {"num_layers": 2, "bidirectional": True, "proj_size": 7}
 # Layers of bfloat16 weights that the kernels of bfloat16 products read in tiles, where a CPU has them.
-IN_TILES: dict[str, Any] = {"bidirectional": True}
+IN_TILES: dict[str, Any] = {"bidirectional": True, "proj_size": 19}
 
 
 def module(form: str, H: int = 21, kwargs: dict[str, Any] = KWARGS) -> nn.Module:

@@ -66,45 +66,90 @@ void compare(const char* what, const std::vector<T>& a, const std::vector<T>& b,
 }
 
 struct Sizes {
-  int64_t T, B, I, H;
+  int64_t T, B, I, H, P = 0;  // P: with projection
 };
 
 template <class T>
 struct Results {
   std::vector<T> y, cells, gates, h_state;
   std::vector<float> c, dh, dc, db;
-  std::vector<Bf16> dgates;
+  std::vector<Bf16> dgates, dr, hidden;
 };
 
 template <class T>
 Results<T> run(const bf::Kernels<T>& kernel, const Sizes& s, bool reverse) {
   std::mt19937 generator(1);
-  const int64_t N = s.T * s.B, G = 4 * s.H;
-  const auto w_ih = random<T>(G * s.I, generator), w_hh = random<T>(G * s.H, generator),
-             x = random<T>(N * s.I, generator), dy = random<T>(N * s.H, generator);
+  const int64_t N = s.T * s.B, G = 4 * s.H, P = s.P ? s.P : s.H;
+  const auto w_ih = random<T>(G * s.I, generator), w_hh = random<T>(G * P, generator),
+             w_hr = random<T>(s.P * s.H, generator), x = random<T>(N * s.I, generator),
+             dy = random<T>(N * P, generator);
   const auto bias = random<float>(G, generator);
-  std::vector<Bf16> packed_ih(bf::packed_gates_size(s.H, s.I)), packed_hh(bf::packed_gates_size(s.H, s.H));
+  std::vector<Bf16> packed_ih(bf::packed_gates_size(s.H, s.I)), packed_hh(bf::packed_gates_size(s.H, P)),
+      packed_hr(bf::packed_columns_size(s.H, s.P));
   kernel.pack_gates(w_ih.data(), s.H, s.I, 0, s.H, packed_ih.data());
-  kernel.pack_gates(w_hh.data(), s.H, s.H, 0, s.H, packed_hh.data());
+  kernel.pack_gates(w_hh.data(), s.H, P, 0, s.H, packed_hh.data());
+  kernel.pack_rows(w_hr.data(), s.P, s.H, 0, s.P, packed_hr.data());
   const Rows rows{s.T, s.B, N, nullptr, nullptr, nullptr, nullptr, false};
-  const Member me{0, s.B, 0, s.H, 0, s.H, 0, nullptr};
+  const Member me{0, s.B, 0, s.H, 0, P, 0, nullptr};
   Results<T> out;
-  out.y.resize(N * s.H), out.cells.resize(N * s.H), out.gates.resize(N * G), out.c.resize(s.B * s.H);
-  out.h_state.resize(2 * s.B * s.H);
-  std::vector<Bf16> h(2 * bf::factor_rows(s.B) * bf::row_stride(s.H)), scratch(bf::forward_scratch(s.I));
-  kernel.forward({rows, s.I, s.H, reverse, x.data(), bias.data(), packed_ih.data(), packed_hh.data(),
-                  out.gates.data(), h.data(), sizeof(T) == 4 ? out.h_state.data() : nullptr, out.c.data(),
-                  out.y.data(), out.cells.data(), s.H, s.H, scratch.data()},
+  out.y.resize(N * P), out.cells.resize(N * s.H), out.gates.resize(N * G), out.c.resize(s.B * s.H);
+  out.h_state.resize(2 * s.B * P);
+  std::vector<Bf16> h(2 * bf::factor_rows(s.B) * bf::row_stride(P)), scratch(bf::forward_scratch(s.I)),
+      hidden(bf::factor_rows(s.B) * bf::row_stride(s.H));
+  kernel.forward({rows,
+                  s.I,
+                  s.H,
+                  P,
+                  reverse,
+                  x.data(),
+                  bias.data(),
+                  packed_ih.data(),
+                  packed_hh.data(),
+                  s.P ? packed_hr.data() : nullptr,
+                  out.gates.data(),
+                  h.data(),
+                  sizeof(T) == 4 ? out.h_state.data() : nullptr,
+                  hidden.data(),
+                  out.c.data(),
+                  out.y.data(),
+                  out.cells.data(),
+                  P,
+                  s.H,
+                  scratch.data()},
                  me);
-  std::vector<Bf16> columns(bf::packed_columns_size(G, s.H));
-  kernel.pack_columns(w_hh.data(), G, s.H, s.H, 0, s.H, columns.data());
+  std::vector<Bf16> columns(bf::packed_columns_size(G, P)), columns_hr(bf::packed_columns_size(s.P, s.H));
+  kernel.pack_columns(w_hh.data(), G, P, P, 0, P, columns.data());
+  kernel.pack_columns(w_hr.data(), s.P, s.H, s.H, 0, s.H, columns_hr.data());
   const std::vector<float> c0(s.B * s.H);
-  out.dh.resize(s.B * bf::padded(s.H)), out.dc.resize(s.B * s.H), out.db.resize(G);
+  out.dh.resize(s.B * bf::padded(P)), out.dc.resize(s.B * s.H), out.db.resize(G);
   out.dgates.resize(bf::factor_rows(N) * bf::row_stride(G));
-  kernel.backward(
-      {rows, s.H, reverse, 0, s.T, 0, out.gates.data(), out.cells.data(), c0.data(), dy.data(), nullptr, s.H,
-       s.H, s.H, columns.data(), out.dgates.data(), out.dh.data(), out.dc.data(), out.db.data()},
-      me);
+  if (s.P) out.dr.resize(bf::factor_rows(N) * bf::row_stride(P)), out.hidden.resize(N * s.H);
+  std::vector<float> dhidden(s.B * bf::padded(s.H));
+  kernel.backward({rows,
+                   s.H,
+                   P,
+                   reverse,
+                   0,
+                   s.T,
+                   0,
+                   out.gates.data(),
+                   out.cells.data(),
+                   c0.data(),
+                   dy.data(),
+                   nullptr,
+                   s.H,
+                   P,
+                   s.H,
+                   columns.data(),
+                   s.P ? columns_hr.data() : nullptr,
+                   out.dgates.data(),
+                   out.dr.data(),
+                   s.P ? out.hidden.data() : nullptr,
+                   out.dh.data(),
+                   dhidden.data(),
+                   out.dc.data(),
+                   out.db.data()},
+                  me);
   return out;
 }
 
@@ -119,6 +164,8 @@ void layer(const Sizes& s, bool reverse) {
   compare("h_state", a.h_state, b.h_state, allowed);
   compare("c", a.c, b.c, allowed);
   compare("dgates", a.dgates, b.dgates, 2e-2f);
+  compare("dr", a.dr, b.dr, 2e-2f);
+  compare("hidden", a.hidden, b.hidden, 2e-2f);
   compare("dh", a.dh, b.dh, 2e-2f);
   compare("dc", a.dc, b.dc, 2e-2f);
   compare("db", a.db, b.db, 2e-2f);
@@ -159,8 +206,14 @@ void gemm(int64_t m, int64_t n, int64_t k, bool transposed, bool add) {
 }  // namespace
 
 int main() {
-  for (const Sizes& s :
-       {Sizes{3, 1, 5, 32}, {5, 17, 33, 47}, {4, 33, 64, 97}, {2, 150, 7, 64}, {3, 40, 31, 129}})
+  for (const Sizes& s : {Sizes{3, 1, 5, 32},
+                         {5, 17, 33, 47},
+                         {4, 33, 64, 97},
+                         {2, 150, 7, 64},
+                         {3, 40, 31, 129},
+                         {3, 10, 31, 129, 100},
+                         {4, 17, 9, 47, 33},
+                         {3, 40, 31, 64, 7}})
     for (const bool reverse : {false, true}) layer<float>(s, reverse), layer<Bf16>(s, reverse);
   for (const bool transposed : {false, true})
     for (const bool add : {false, true})
