@@ -38,7 +38,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         default="cpu",
         help="cpu by default; models: public models before and after fastlstm.convert, whose packages "
         "pip install 'fastlstm[models]' installs; inference: fixed weights on a CPU, beside ONNX Runtime, OpenVINO and "
-        "torch.ao, which --impl does not select",
+        "torch.ao, which --impl does not select; xla: nn.LSTM and fastlstm beside a loop compiled by XLA, which "
+        "pip install 'fastlstm[xla]' installs",
     )
     parser.add_argument(
         "--impl",
@@ -147,7 +148,7 @@ def main(arguments: list[str] | None = None) -> int:
     if options.threads:
         torch.set_num_threads(options.threads)
     try:
-        measured = implementations.select(options.impl, device)
+        measured = implementations.select(options.impl or suites.IMPLEMENTATIONS_OF.get(options.suite, []), device)
     except ValueError as error:
         say(f"[red]{escape(str(error))}[/]")
         return 2

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from torch import nn
 
 import fastlstm
-from benchmarks import baselines
+from benchmarks import baselines, xla
 from benchmarks.cases import Case
 from benchmarks.data import Inputs
 from benchmarks.graphs import GraphProgram
@@ -94,6 +94,7 @@ IMPLEMENTATIONS: dict[str, Implementation] = {
     "steps": _stepwise(_fastlstm("native")),
     "steps_graph": _in_graphs(_stepwise(_fastlstm("native")), default=False),
     "compile": Implementation(baselines.compiled_loop, refuses=baselines.compiled_loop_refuses),
+    "xla": Implementation(xla.XlaProgram, xla.missing, xla.refuses),
     "haste": Implementation(baselines.haste, _needs("haste_pytorch"), baselines.haste_refuses, default=True),
     "flashrnn": Implementation(baselines.flashrnn, _needs("flashrnn"), baselines.flashrnn_refuses, default=True),
 }

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Set
 from dataclasses import replace
 
-from benchmarks import calls, features, gpu, sweeps, variants
+from benchmarks import calls, features, gpu, sweeps, variants, xla
 from benchmarks.cases import CPU, QUICK, Case
 from benchmarks.implementations import Implementation
 from benchmarks.inference import suite as inference
@@ -20,8 +20,9 @@ Report = Callable[[str, list[Row]], None]
 
 NAMES = (
     "cpu", "gpu", "gpu_points", "quick", "grid", "random", "bf16_products", "few_rows", "scaling", "tutorials",
-    "features", "calls", "models", "inference", "frozen_accuracy", "variants", "gpu_variants",
+    "features", "calls", "models", "inference", "frozen_accuracy", "variants", "gpu_variants", "xla",
 )  # fmt: skip
+IMPLEMENTATIONS_OF = {"xla": ["fastlstm", "xla"]}  # measured if --impl is not given, instead of the defaults
 
 
 def suite_of(name: str) -> Suite:
@@ -45,6 +46,8 @@ def suite_of(name: str) -> Suite:
             precision=sweeps.products,
             isolated=True,
         )
+    if name == "xla":
+        return Suite(name, xla.CASES, isolated=True)
     if name == "scaling":
         return Suite("scaling", sweeps.SCALING_T + sweeps.SCALING_PACKED, gate_flops=2e10, isolated=True)
     if name in ("gpu", "gpu_points"):

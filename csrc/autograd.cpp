@@ -164,14 +164,6 @@ LayerResults layer(const at::Tensor& x, const OptionalTensor& h0, const Optional
 // LSTMCell's call in one piece: its checks, its autograd node and cpu/one_step.h. Through the layer's op a
 // small cell would spend most of its time in views, their autograd nodes and dispatching.
 
-// Returns true if t has no dispatch of its own: subclasses, wrappers of transforms, lazy negation, other
-// layouts.
-bool is_plain_tensor(const at::Tensor& t) {
-  static const c10::DispatchKeySet keys = at::empty({0}).key_set();
-  const c10::DispatchKeySet autograd = c10::autograd_dispatch_keyset_with_ADInplaceOrView;
-  return (t.key_set() | autograd) == (keys | autograd);
-}
-
 // Whether cpu/one_step.h can read the tensors as they lie: plain, of one type and of the sizes of a cell.
 bool fits(const StepInputs& in) {
   const at::ScalarType type = in.x.scalar_type();
@@ -285,6 +277,12 @@ class CellFunction : public torch::autograd::Function<CellFunction> {
 }  // namespace
 
 TORCH_LIBRARY_IMPL(fastlstm, Autograd, m) { m.impl("native_layer", layer); }
+
+bool is_plain_tensor(const at::Tensor& t) {
+  static const c10::DispatchKeySet keys = at::empty({0}).key_set();
+  const c10::DispatchKeySet autograd = c10::autograd_dispatch_keyset_with_ADInplaceOrView;
+  return (t.key_set() | autograd) == (keys | autograd);
+}
 
 bool dispatch_mode_active() {
   constexpr c10::DispatchKeySet keys{c10::DispatchKey::Python, c10::DispatchKey::Tracer};

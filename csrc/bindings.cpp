@@ -13,9 +13,10 @@
 
 namespace fastlstm {
 
-void define_cpu_plan(py::module_& m);   // python_plan.cpp
-void define_fast_path(py::module_& m);  // fast_path.cpp
-void define_frozen(py::module_& m);     // frozen.cpp
+void define_cpu_plan(py::module_& m);     // python_plan.cpp
+void define_fast_path(py::module_& m);    // fast_path.cpp
+void define_frozen(py::module_& m);       // frozen.cpp
+void define_frozen_path(py::module_& m);  // frozen_path.cpp
 
 namespace {
 
@@ -114,6 +115,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   fastlstm::define_fast_path(m);
   fastlstm::define_cpu_plan(m);
   fastlstm::define_frozen(m);
+  fastlstm::define_frozen_path(m);
   m.def("persistent_plan", &fastlstm::persistent_plan,
         "How the persistent CUDA kernels lay out a layer, or why not.");
   m.def("persistent_enabled", [] { return fastlstm::cuda::persistent_enabled.load(); });

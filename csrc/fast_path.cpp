@@ -27,8 +27,6 @@
 namespace fastlstm {
 namespace {
 
-using Tensors = c10::SmallVector<at::Tensor, 8>;
-
 // LSTM's weights where its attributes are still the parameters that it recorded, the common case of
 // LSTM._current_weights. Returns false if that method must find them.
 bool recorded_weights(Attributes& module, Plain& tensor, Tensors& weights) {
@@ -234,24 +232,6 @@ PyObject* lstm(PyObject*, PyObject* const* args, Py_ssize_t count) {
   }
   return as_result(std::move(results));
   END_HANDLE_TH_ERRORS
-}
-
-// The packed layers of a frozen module, its buffers packed_l0, packed_l1, ...; none where one is missing or
-// not on CPU.
-Tensors packed_layers(Attributes& module, int64_t layers, Plain& tensor) {
-  static std::vector<PyObject*> names;  // interned and never freed, as Keys; guarded by the GIL
-  while (static_cast<int64_t>(names.size()) < layers)
-    names.push_back(Keys::intern(("packed_l" + std::to_string(names.size())).c_str()));
-  const py::object buffers = module[keys().buffers];
-  Tensors packed;
-  if (!module.complete() || !PyDict_CheckExact(buffers.ptr())) return packed;
-  for (int64_t k = 0; k < layers; ++k) {
-    PyObject* value = PyDict_GetItemWithError(buffers.ptr(), names[k]);
-    const at::Tensor layer = value ? tensor(value) : at::Tensor();
-    if (!layer.defined() || !layer.is_cpu()) return {};
-    packed.push_back(layer);
-  }
-  return packed;
 }
 
 // (module, input, hx, batch_sizes) of a FrozenLSTM -> (output, (h_n, c_n)) or None.

@@ -21,11 +21,8 @@ FrozenResults layer(const at::Tensor& x, const OptionalTensor& h0, const Optiona
   if (!is_native(header))
     return layer(x, h0, c0, packed_here(packed), sizes, lengths, reset_mask, keep_cells);
   const LayerInputs in{x, h0, c0, {}, lengths, reset_mask};
-  auto [y, h_n, c_n, cells, reserve] =
-      header.scalar_type() == at::kFloat    ? forward_frozen<float>(in, view, keep_cells)
-      : header.scalar_type() == at::kDouble ? forward_frozen<double>(in, view, keep_cells)
-                                            : forward_frozen<Bf16>(in, view, keep_cells);
-  return {y, h_n, c_n, cells};
+  auto [y, h_n, c_n, cells, reserve] = run_frozen(in, view, keep_cells, {});
+  return {y, h_n, c_n, keep_cells ? cells : new_empty({0}, x)};
 }
 
 // Results that depend on a tensor that requires a gradient may be used; to ask for the gradient raises.
@@ -64,6 +61,18 @@ FrozenResults layer_autograd(const at::Tensor& x, const OptionalTensor& h0, cons
 }
 
 }  // namespace
+
+LayerResults run_frozen(const LayerInputs& in, const PackedView& packed, bool keep_cells,
+                        const GivenResults& given) {
+  switch (packed.header().scalar_type()) {
+    case at::kFloat:
+      return forward_frozen<float>(in, packed, keep_cells, given);
+    case at::kDouble:
+      return forward_frozen<double>(in, packed, keep_cells, given);
+    default:
+      return forward_frozen<Bf16>(in, packed, keep_cells, given);
+  }
+}
 
 const c10::TypedOperatorHandle<FrozenForward>& frozen_op() {
   static const auto op =

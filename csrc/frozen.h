@@ -4,6 +4,7 @@
 #include <ATen/core/dispatch/Dispatcher.h>
 
 #include "contract.h"
+#include "cpu/layer.h"
 
 namespace fastlstm {
 
@@ -15,5 +16,9 @@ using FrozenForward = FrozenResults(const at::Tensor& x, const OptionalTensor& h
                                     bool keep_cells);
 
 const c10::TypedOperatorHandle<FrozenForward>& frozen_op();
+
+// The layer below the dispatcher, for weights packed for this machine's kernels.
+LayerResults run_frozen(const LayerInputs& in, const PackedView& packed, bool keep_cells,
+                        const GivenResults& given);
 
 }  // namespace fastlstm

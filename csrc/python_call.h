@@ -3,12 +3,17 @@
 
 #include <ATen/PythonTorchFunctionTLS.h>
 #include <ATen/autocast_mode.h>
+#include <c10/util/SmallVector.h>
 #include <torch/csrc/autograd/python_variable.h>
 #include <torch/csrc/utils/pybind.h>
 
+#include <string>
 #include <utility>
+#include <vector>
 
 namespace fastlstm {
+
+using Tensors = c10::SmallVector<at::Tensor, 8>;
 
 // Returns true if autocast, a transform of torch.func or a __torch_function__ mode is active.
 inline bool interposed() {
@@ -140,6 +145,24 @@ class __attribute__((visibility("hidden"))) Parameters {
   py::object attributes_, parameters_;
   bool readable_;
 };
+
+// The packed layers of a frozen module, its buffers packed_l0, packed_l1, ...; none where one is missing or
+// not on CPU.
+inline Tensors packed_layers(Attributes& module, int64_t layers, Plain& tensor) {
+  static std::vector<PyObject*> names;  // interned and never freed, as Keys; guarded by the GIL
+  while (static_cast<int64_t>(names.size()) < layers)
+    names.push_back(Keys::intern(("packed_l" + std::to_string(names.size())).c_str()));
+  const py::object buffers = module[keys().buffers];
+  Tensors packed;
+  if (!module.complete() || !PyDict_CheckExact(buffers.ptr())) return packed;
+  for (int64_t k = 0; k < layers; ++k) {
+    PyObject* value = PyDict_GetItemWithError(buffers.ptr(), names[k]);
+    const at::Tensor layer = value ? tensor(value) : at::Tensor();
+    if (!layer.defined() || !layer.is_cpu()) return {};
+    packed.push_back(layer);
+  }
+  return packed;
+}
 
 inline py::object wrap(at::Tensor t) {
   return py::reinterpret_steal<py::object>(THPVariable_Wrap(std::move(t)));

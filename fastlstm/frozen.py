@@ -9,14 +9,17 @@ from __future__ import annotations
 
 import copy
 import copyreg
+from collections.abc import Sequence
 from multiprocessing.reduction import ForkingPickler
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch._C._functorch import get_unwrapped, is_functorch_wrapped_tensor, is_gradtrackingtensor
+from torch.nn.utils.rnn import PackedSequence
 
 from . import dispatch, functional
+from . import out as given_out
 from .backends import native
 from .cell import LSTMCell
 from .functional import States
@@ -285,6 +288,52 @@ class FrozenLSTM(Frozen, LSTM):
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, form={self.form}"
 
+    def forward(  # type: ignore[override]
+        self,
+        input: Tensor | PackedSequence,
+        hx: States | None = None,
+        *,
+        lengths: Tensor | Sequence[int] | None = None,
+        reset_mask: Tensor | None = None,
+        return_cell_states: bool = False,
+        out: tuple[Tensor, States] | None = None,
+    ) -> tuple[Any, ...]:
+        """Run the layers; arguments and results as LSTM's.
+
+        Args:
+            out: (output, (h_n, c_n)), tensors that the results are written into and that are returned: contiguous, of
+                the layer's dtype, of the results' sizes. h_n may be hx[0] itself, and c_n hx[1]: a state that is
+                updated in place. They share no other memory with each other, the input, the states or the weights.
+                They, and all inputs, have no gradient. Not under torch.compile, torch.export, torch.jit.trace and
+                torch.func, nor with a PackedSequence.
+
+        Raises:
+            TypeError, ValueError, RuntimeError: what LSTM raises; for an `out` that does not fit, before anything is
+                written.
+
+        Example:
+            >>> lstm = fastlstm.freeze(fastlstm.LSTM(8, 16))
+            >>> output, state = torch.empty(1, 1, 16), (torch.zeros(1, 1, 16), torch.zeros(1, 1, 16))
+            >>> for x in torch.randn(5, 1, 1, 8):
+            ...     _ = lstm(x, state, out=(output, state))  # the state is updated in place
+            >>> torch.equal(output, state[0])
+            True
+        """
+        if lengths is None and reset_mask is None and not return_cell_states and dispatch._extension_may_run():
+            result = native.extension.frozen_lstm_call(self, input, hx, out)  # type: ignore[union-attr]
+            if result is not None:
+                return result
+        if out is not None:
+            given_out.check_sequence(self, out, input, hx)
+        results = super().forward(
+            input, hx, lengths=lengths, reset_mask=reset_mask, return_cell_states=return_cell_states
+        )
+        if out is None:
+            return results
+        for given, result in zip((out[0], *out[1]), (results[0], *results[1]), strict=True):
+            given.copy_(result)
+        return (*out, *results[2:])
+
     # What torch's checks of the input read of the weights.
     def _init_flat_weights(self) -> None:
         self._flat_weights = [torch.empty(0, dtype=self.dtype)]
@@ -333,6 +382,30 @@ class FrozenLSTMCell(Frozen, LSTMCell):
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, form={self.form}"
+
+    def forward(self, input: Tensor, hx: States | None = None, *, out: States | None = None) -> States:
+        """Run one step, as LSTMCell.
+
+        Args:
+            out: (h, c), tensors that the new state is written into and that are returned, by the rules of FrozenLSTM;
+                `hx` itself for a state that is updated in place.
+
+        Example:
+            >>> cell = fastlstm.freeze(fastlstm.LSTMCell(8, 16))
+            >>> state = torch.zeros(3, 16), torch.zeros(3, 16)
+            >>> cell(torch.randn(3, 8), state, out=state) is state
+            True
+        """
+        if dispatch._extension_may_run():
+            result = native.extension.frozen_cell_call(self, input, hx, out)  # type: ignore[union-attr]
+            if result is not None:
+                return result
+        if out is None:
+            return super().forward(input, hx)
+        given_out.check_step(self, out, input, hx)
+        for given, result in zip(out, super().forward(input, hx), strict=True):
+            given.copy_(result)
+        return out
 
     def _current_weights(self) -> tuple[Any, ...]:
         return ()

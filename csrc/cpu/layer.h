@@ -22,9 +22,17 @@ namespace fastlstm {
 // bf16_requested: LayerShape's.
 template <class T>
 LayerResults forward(const LayerInputs& in, bool keep_cells, bool keep_reserve, bool bf16_requested);
-// The same with weights packed before the call; without a reserve.
+// Tensors that a layer writes its results into, contiguous and of the results' sizes; new ones where
+// undefined. h_n may be h0 and c_n may be c0, because states are read before results are written; no other
+// overlap, but y may be h_n if D = 1 and T = 1.
+struct GivenResults {
+  at::Tensor y, h_n, c_n;
+};
+// The same with weights packed before the call; without a reserve. cells is undefined unless kept. given:
+// without lengths, since rows past a length would keep what is there.
 template <class T>
-LayerResults forward_frozen(const LayerInputs& in, const PackedView& packed, bool keep_cells);
+LayerResults forward_frozen(const LayerInputs& in, const PackedView& packed, bool keep_cells,
+                            const GivenResults& given);
 template <class T>
 LayerGradients backward(const ResultGradients& grads, const LayerInputs& in, const SavedResults& saved,
                         const c10::List<bool>& needs, bool bf16_requested);
@@ -124,7 +132,7 @@ class Workspace {
     if (thread_block_) thread_block_->in_use = false;
   }
   void allocate() {
-    thread_block_ = bytes_ <= kThreadWorkspaceMaxBytes ? take_thread_block() : nullptr;
+    thread_block_ = bytes_ <= kThreadWorkspaceMaxBytes ? take_thread_block(bytes_) : nullptr;
     if (!thread_block_) buffer_ = new_workspace(bytes_);
     data_ = thread_block_ ? thread_block_->data() : buffer_.mutable_data_ptr<uint8_t>();
   }

@@ -8,7 +8,7 @@ namespace {
 template <class E>
 LayerResults forward_with(const LayerInputs& in, const LayerSizes& s, const Ragged& ragged,
                           const ForwardPlan& plan, const PackedView* packed, bool keep_cells,
-                          bool keep_reserve) {
+                          bool keep_reserve, const GivenResults& given = {}) {
   using T = typename E::Number;
   using R = Real<T>;
   using State = typename E::State;
@@ -20,8 +20,10 @@ LayerResults forward_with(const LayerInputs& in, const LayerSizes& s, const Ragg
   const auto per_step = [&](int64_t n) {
     return ragged.padded() ? new_zeros(s.per_row(D * n), in.x) : empty(s.per_row(D * n));
   };
-  const at::Tensor y = per_step(P), h_n = empty({D, B, P}), c_n = empty({D, B, H});
-  const at::Tensor cells = keep_cells ? per_step(H) : empty({0});
+  const at::Tensor y = given.y.defined() ? given.y : per_step(P),
+                   h_n = given.h_n.defined() ? given.h_n : empty({D, B, P}),
+                   c_n = given.c_n.defined() ? given.c_n : empty({D, B, H});
+  const at::Tensor cells = keep_cells ? per_step(H) : packed ? at::Tensor() : empty({0});
   const at::Tensor reserve = keep_reserve ? empty(s.reserve()) : packed ? at::Tensor() : empty({0});
   if (s.rows() == 0) return {y, h_n, c_n, cells, reserve};
   // A padded batch fills its first N rows only; the rest must not differ from run to run.
@@ -112,22 +114,25 @@ LayerResults forward(const LayerInputs& in, bool keep_cells, bool keep_reserve, 
 }
 
 template <class T>
-LayerResults forward_frozen(const LayerInputs& in, const PackedView& packed, bool keep_cells) {
+LayerResults forward_frozen(const LayerInputs& in, const PackedView& packed, bool keep_cells,
+                            const GivenResults& given) {
   const LayerSizes s(in, packed.header().known());
   const Ragged ragged(s, in.lengths, in.reset_mask);
   LayerShape shape = layer_shape<T>(s, ragged, in.h0);
   shape.frozen = static_cast<Frozen>(packed.header().frozen);
   const ForwardPlan plan = plan_forward(shape, this_machine());
   return with_forward_engine<T>(plan.engine, [&](auto engine) {
-    return forward_with<decltype(engine)>(in, s, ragged, plan, &packed, keep_cells, /*keep_reserve=*/false);
+    return forward_with<decltype(engine)>(in, s, ragged, plan, &packed, keep_cells, /*keep_reserve=*/false,
+                                          given);
   });
 }
 
 template LayerResults forward<float>(const LayerInputs&, bool, bool, bool);
 template LayerResults forward<double>(const LayerInputs&, bool, bool, bool);
 template LayerResults forward<Bf16>(const LayerInputs&, bool, bool, bool);
-template LayerResults forward_frozen<float>(const LayerInputs&, const PackedView&, bool);
-template LayerResults forward_frozen<double>(const LayerInputs&, const PackedView&, bool);
-template LayerResults forward_frozen<Bf16>(const LayerInputs&, const PackedView&, bool);
+template LayerResults forward_frozen<float>(const LayerInputs&, const PackedView&, bool, const GivenResults&);
+template LayerResults forward_frozen<double>(const LayerInputs&, const PackedView&, bool,
+                                             const GivenResults&);
+template LayerResults forward_frozen<Bf16>(const LayerInputs&, const PackedView&, bool, const GivenResults&);
 
 }  // namespace fastlstm

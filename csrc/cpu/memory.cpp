@@ -169,19 +169,30 @@ at::Tensor new_workspace(int64_t bytes) {
   return allocate({bytes}, at::kByte);
 }
 
-uint8_t* ThreadBlock::data() {
-  constexpr size_t kLine = 64;
-  if (!memory_) memory_ = std::make_unique<uint8_t[]>(kThreadWorkspaceMaxBytes + kLine);
+namespace {
+constexpr size_t kLine = 64;
+}  // namespace
+
+void ThreadBlock::grow(size_t bytes) {
+  if (bytes <= bytes_ && memory_) return;
+  memory_.reset();  // what it held is not needed
+  bytes_ = 0;
+  memory_ = std::make_unique<uint8_t[]>(bytes + kLine);
+  bytes_ = bytes;
+}
+
+uint8_t* ThreadBlock::data() const {
   const auto address = reinterpret_cast<uintptr_t>(memory_.get());
   return memory_.get() + (kLine - address % kLine) % kLine;
 }
 
-ThreadBlock* take_thread_block() {
+ThreadBlock* take_thread_block([[maybe_unused]] int64_t bytes) {
 #if defined(__SANITIZE_ADDRESS__)
   return nullptr;
 #else
   thread_local ThreadBlock block;
   if (block.in_use || filled_by_torch()) return nullptr;
+  block.grow(bytes);
   block.in_use = true;
   return &block;
 #endif

@@ -19,17 +19,21 @@ at::Tensor new_zeros(at::IntArrayRef sizes, const at::Tensor& like);
 // page that it must look up takes as long as the products of a few rows with what stands there.
 at::Tensor new_workspace(int64_t bytes);
 
-// Memory of kThreadWorkspaceMaxBytes that a thread keeps for its small workspaces.
+// Memory that a thread keeps for its small workspaces: as much as the largest of them, at most
+// kThreadWorkspaceMaxBytes.
 class ThreadBlock {
  public:
-  uint8_t* data();
+  void grow(size_t bytes);
+  uint8_t* data() const;
   bool in_use = false;
 
  private:
   std::unique_ptr<uint8_t[]> memory_;
+  size_t bytes_ = 0;
 };
-// This thread's, now in use; null where it is in use already, AddressSanitizer watches the bounds of each
-// workspace, or torch fills what is allocated, to show what is read before it is written.
-ThreadBlock* take_thread_block();
+// This thread's, now in use, of at least this many bytes; null where it is in use already, AddressSanitizer
+// watches the bounds of each workspace, or torch fills what is allocated, to show what is read before it is
+// written.
+ThreadBlock* take_thread_block(int64_t bytes);
 
 }  // namespace fastlstm

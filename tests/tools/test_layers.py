@@ -21,7 +21,7 @@ LAYERS = (
     ("transforms",),
     ("dispatch",),
     ("masks", "module_state", "functional"),
-    ("cell", "modules", "convert", "explain", "frozen", "freeze"),
+    ("cell", "modules", "convert", "explain", "out", "frozen", "freeze"),
     ("__init__", "__main__"),
     ("tutorials",),
 )

@@ -38,8 +38,8 @@ PLACES = (
     ("fastlstm/backends/triton", ["triton"]),
     ("fastlstm", []),
     ("benchmarks/models", ["benchmarks", "models"]),
-    ("benchmarks", ["benchmarks"]),
-    ("tests", ["test", "integrations", "triton"]),
+    ("benchmarks", ["benchmarks", "xla"]),
+    ("tests", ["test", "integrations", "triton", "xla"]),
     ("scripts", []),
     ("docs", []),
 )
@@ -90,7 +90,7 @@ def test_every_import_is_declared(folder, extras):
         assert names - modules - BY_HAND == set(), path.relative_to(ROOT)
 
 
-@pytest.mark.parametrize("extra", [None, "triton", "tutorials", "benchmarks", "models", "test", "integrations"])
+@pytest.mark.parametrize("extra", [None, "triton", "tutorials", "benchmarks", "models", "test", "integrations", "xla"])
 def test_every_dependency_is_imported(extra):
     folders = [folder for folder, extras in PLACES if (extra in extras if extra else folder == "fastlstm")]
     used = set().union(*(names for folder in folders for names in imports_of(folder).values()))
