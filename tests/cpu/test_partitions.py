@@ -21,10 +21,10 @@ pytestmark = pytest.mark.toolchain
 BEST = {"AVX2": "avx2", "AVX512": "avx512"}.get(torch.backends.cpu.get_cpu_capability())
 
 
-def compile_partitions(folder: Path, isa: str, *flags: str) -> Path:
+def compile_partitions(folder: Path, isa: str) -> Path:
     sources = [ROOT / "csrc" / "cpu" / f"isa_{isa}.cpp", ROOT / "tests" / "cpu" / "cpu_host" / "partitions.cpp"]
     # A null or misaligned pointer traps.
-    flags = (*flags, "-fsanitize=null,alignment", "-fsanitize-undefined-trap-on-error")
+    flags = ("-fsanitize=null,alignment", "-fsanitize-undefined-trap-on-error")
     flags = (*flags, f"-I{ROOT / 'csrc'}", f"-DFASTLSTM_HOST_ISA={isa}", "-DFASTLSTM_TABLES(f)=f(float, float)")
     return compile_program(sources, folder / isa, "-ffp-contract=fast", "-fno-math-errno", *flags)
 
@@ -60,6 +60,7 @@ def test_missing_barrier_is_reported_as_a_race(baseline):
     assert ran.returncode != 0
 
 
+SEQUENCE = (ROOT / "csrc" / "cpu" / "sequence.h").read_text()
 # Of Barrier::wait: what each thread wrote before it, what the last to arrive publishes, and what the others read.
 WEAKER = (
     ("fetch_add(1, std::memory_order_acq_rel)", "fetch_add(1, std::memory_order_relaxed)"),
@@ -68,13 +69,22 @@ WEAKER = (
 )
 
 
+def compile_barrier(folder: Path, sequence: str) -> Path:
+    """tests/cpu/cpu_host/barrier.cpp with `sequence` as cpu/sequence.h."""
+    (folder / "cpu").mkdir()
+    (folder / "cpu" / "sequence.h").write_text(sequence)
+    source = ROOT / "tests" / "cpu" / "cpu_host" / "barrier.cpp"
+    return compile_program([source], folder / "barrier", f"-I{folder}", f"-I{ROOT / 'csrc'}")
+
+
+def test_barrier_orders_what_threads_write(tmp_path):
+    ran = run_program(compile_barrier(tmp_path, SEQUENCE), 3, **FIRST_REPORT_ENDS)
+    assert ran.returncode == 0, ran.stderr
+
+
 @pytest.mark.parametrize(("order", "weaker"), WEAKER, ids=["arrival", "release", "acquire"])
 def test_weaker_memory_order_in_the_barrier_is_reported_as_a_race(order, weaker, tmp_path):
-    text = (ROOT / "csrc" / "cpu" / "sequence.h").read_text()
-    assert text.count(order) == 1
-    (tmp_path / "cpu").mkdir()
-    (tmp_path / "cpu" / "sequence.h").write_text(text.replace(order, weaker))
-    program = compile_partitions(tmp_path, "baseline", f"-I{tmp_path}", "-O0")  # ends at the first report
-    ran = run_program(program, 2, **FIRST_REPORT_ENDS)
+    assert SEQUENCE.count(order) == 1
+    ran = run_program(compile_barrier(tmp_path, SEQUENCE.replace(order, weaker)), 3, **FIRST_REPORT_ENDS)
     assert REPORT in ran.stderr
     assert ran.returncode != 0

@@ -7,6 +7,7 @@ tests/gpu/cuda_host replaces the rest. The GPU suite is tests/gpu/test_gpu_*.py.
 
 from __future__ import annotations
 
+import os
 import random
 import shutil
 import subprocess
@@ -16,6 +17,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from filelock import FileLock
 from torch.utils.cpp_extension import include_paths, library_paths
 
 import fastlstm
@@ -58,25 +60,42 @@ def cuda_headers() -> str:
 
 @pytest.fixture(scope="module")
 def compiled(tmp_path_factory: pytest.TempPathFactory) -> None:
-    """The op fastlstm::cuda_host_layer, compiled once for all modules that import this fixture."""
+    """The op fastlstm::cuda_host_layer, compiled once for all modules that import this fixture, and for all workers."""
     if LIBRARIES:
         return
     if reason := unavailable_reason():
         pytest.skip(reason)
-    built, sources = tmp_path_factory.mktemp(NAME), ROOT / "tests" / "gpu" / "cuda_host"
+    folder = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:  # the run's folder has one for each worker
+        folder = folder.parent
+    with FileLock(folder / f"{NAME}.lock"):
+        if not (folder / NAME / "cuda_host.so").exists():
+            compile_host(folder / NAME)
+    register_host(folder / NAME / "cuda_host.so")
+
+
+def compile_host(built: Path) -> None:
+    """Compile the backend to built/cuda_host.so."""
+    built.mkdir(exist_ok=True)
+    sources = ROOT / "tests" / "gpu" / "cuda_host"
     command = ["g++", "-std=c++20", "-fPIC", "-Wall", "-Werror", "-Wno-unknown-pragmas"]
     command += [f"-DFASTLSTM_CUDA_CHUNK_BYTES={CHUNK_BYTES}", f"-I{sources}", f"-I{ROOT / 'csrc'}"]
     command += [f"-isystem{folder}" for folder in (*include_paths(), cuda_headers())]
     # In kernels a misaligned vector access aborts, as it would on the device. Torch's headers take twice as long to
     # compile with that check, and the kernels 39 s at -O1 instead of 21 s.
     aligned = ("-fsanitize=alignment", "-fsanitize-undefined-trap-on-error")
-    for name, *options in (("kernels", "-Og", *aligned), ("host", "-O0")):
-        output = str(built / f"{name}.o")
-        subprocess.run([*command, *options, "-c", str(sources / f"{name}.cpp"), "-o", output], check=True)
+    objects = {built / "kernels.o": ("-Og", *aligned), built / "host.o": ("-O0",)}
+    running = [
+        subprocess.Popen([*command, *options, "-c", str(sources / f"{path.stem}.cpp"), "-o", str(path)])
+        for path, options in objects.items()
+    ]
+    assert not any([process.wait() for process in running])
     libraries = [f"-L{folder}" for folder in library_paths()] + ["-ltorch_cpu", "-lc10"]
-    objects = [str(built / "kernels.o"), str(built / "host.o")]
-    subprocess.run(["g++", "-shared", *objects, "-o", str(built / "cuda_host.so"), *libraries], check=True)
+    subprocess.run(["g++", "-shared", *map(str, objects), "-o", str(built / "cuda_host.so"), *libraries], check=True)
 
+
+def register_host(path: Path) -> None:
+    """Define the ops of the library at `path` and of the backend."""
     library = torch.library.Library("fastlstm_cuda_host", "DEF")
     library.define("native_layer" + schema.FORWARD)
     library.define("native_layer_backward" + schema.BACKWARD)
@@ -84,7 +103,7 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> None:
     library.define("persistent(bool enabled, str tier) -> ()")
     library.define("launches_left(int n) -> ()")
     library.define("occupancy_queries() -> int")
-    torch.ops.load_library(str(built / "cuda_host.so"))
+    torch.ops.load_library(str(path))
     torch.ops.fastlstm_cuda_host.persistent(False, "")
     ops = torch.ops.fastlstm_cuda_host
     register.define(
