@@ -9,6 +9,9 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 NATIVE := setup.py pyproject.toml $(wildcard csrc/*.* csrc/*/*.*)
 
+# Compiled Python is kept: pytest rewrites the tests' assertions, which takes 3 s for each worker.
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: env demo test test-gpu-code fuzz packages sanitize lint docs format bench dist clean
 
 env: $(READY)

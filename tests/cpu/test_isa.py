@@ -38,7 +38,12 @@ CASES = [
         *(OPTIONS[name] for name in CHOSEN_OPTIONS),
         *(Case(*size, hx="tuple") for size in ((1, 1, 1, 1), (1, 9, 5, 33), (3, 17, 8, 65), (7, 5, 9, 31))),
         Case(T=5, B=3, H=183),
-        *(Case(T=T, B=B, H=H) for T, B in SHAPES for H in (1, 2, 6, 7, 12, 29)),
+        # Half and whole vectors and panels, with and without a rest, of each width.
+        *(
+            Case(T=T, B=B, H=H)
+            for T, B in SHAPES
+            for H in ((1, 2, 6, 7, 12, 29) if dtype == torch.float32 else (1, 6, 29))
+        ),
     )
 ] + [replace(case, dtype=torch.bfloat16) for case in BFLOAT16_CASES]
 

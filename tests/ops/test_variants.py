@@ -171,7 +171,8 @@ def test_gradcheck(name, backend):
             return reference.layer(*own)
         return getattr(torch.ops.fastlstm, f"{backend}_layer").default(*arguments(own, True, False))[:4]
 
-    assert torch.autograd.gradcheck(layer, leaves)
+    # Autograd itself differentiates the reference's operations, so a random direction is enough there.
+    assert torch.autograd.gradcheck(layer, leaves, fast_mode=backend == "reference")
 
 
 @pytest.mark.parametrize("name", ["recurrent mask, ragged", "zoneout, ragged", "norm, ragged, no bias", "all"])
