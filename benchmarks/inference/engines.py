@@ -13,6 +13,7 @@ import itertools
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 import numpy as np
@@ -68,16 +69,30 @@ class ModuleCall:
         return output, h_n, c_n
 
 
-class ModuleLayer:
-    """A module of torch's kind."""
+class WritingCall:
+    """A call of a frozen module that writes into tensors made beforehand (`out`); carried states in place."""
 
-    def __init__(self, module: nn.Module, weight_bytes: int | None = None) -> None:
-        self.module = module.eval()
+    def __init__(self, module: nn.Module, x: Tensor, hx: States | None, carry: bool) -> None:
+        output, (h_n, c_n) = module(x, hx)
+        if carry:
+            hx = h_n, c_n = tuple(t.clone() for t in hx)
+        self.run = partial(module, x, hx, out=(output, (h_n, c_n)))
+        self._outputs = (output, h_n, c_n)
+
+    def outputs(self) -> Outputs:
+        return self._outputs
+
+
+class ModuleLayer:
+    """A module of torch's kind; `out`: its calls write into given tensors."""
+
+    def __init__(self, module: nn.Module, weight_bytes: int | None = None, out: bool = False) -> None:
+        self.module, self.out = module.eval(), out
         tensors = itertools.chain(module.parameters(), module.buffers())
         self.weight_bytes = sum(t.nbytes for t in tensors) if weight_bytes is None else weight_bytes
 
     def bind(self, x: Tensor, hx: States | None, carry: bool = False) -> Call:
-        return ModuleCall(self.module, x, hx, carry)
+        return (WritingCall if self.out else ModuleCall)(self.module, x, hx, carry)
 
 
 class BufferCall:
@@ -195,8 +210,8 @@ def _fastlstm(case: Case, weights: dict[str, Tensor], threads: int) -> Layer:
 
 
 def _frozen(dtype: torch.dtype | None) -> Callable[..., Layer]:
-    def build(case: Case, weights: dict[str, Tensor], threads: int) -> Layer:
-        return ModuleLayer(fastlstm.freeze(_lstm(case, weights, fastlstm.LSTM), weights=dtype))
+    def build(case: Case, weights: dict[str, Tensor], threads: int, out: bool) -> Layer:
+        return ModuleLayer(fastlstm.freeze(_lstm(case, weights, fastlstm.LSTM), weights=dtype), out=out)
 
     return build
 
@@ -246,14 +261,16 @@ SPIN_US = 2000
 # of a Xeon with AVX-512). With little work per call it may be slower.
 SPINNING: tuple[Setting, ...] = ({"spinning": True}, {"spinning": False})
 PER_CHANNEL: tuple[Setting, ...] = tuple({**s, "per_channel": c} for s in SPINNING for c in (True, False))
+# Into given tensors, as the runtimes' calls, or into new ones.
+OUT: tuple[Setting, ...] = ({"out": True}, {"out": False})
 KERNELS: tuple[Setting, ...] = tuple({"kernels": name} for name in ("x86", "onednn"))
 
 ENGINES: dict[str, Engine] = {
     "nn": Engine("nn.LSTM", "float32", _nn),
     "fastlstm": Engine("fastlstm.LSTM", "float32", _fastlstm, ours=True),
-    "frozen": Engine("frozen", "float32", _frozen(None), ours=True),
-    "frozen_bf16": Engine("frozen bfloat16", "bfloat16", _frozen(torch.bfloat16), ours=True),
-    "frozen_int8": Engine("frozen int8", "int8", _frozen(torch.int8), ours=True),
+    "frozen": Engine("frozen", "float32", _frozen(None), OUT, ours=True),
+    "frozen_bf16": Engine("frozen bfloat16", "bfloat16", _frozen(torch.bfloat16), OUT, ours=True),
+    "frozen_int8": Engine("frozen int8", "int8", _frozen(torch.int8), OUT, ours=True),
     "ort": Engine("ONNX Runtime", "float32", OnnxRuntimeLayer, SPINNING, ("onnxruntime", "onnx")),
     "openvino": Engine("OpenVINO", "float32", OpenVinoLayer, packages=("openvino", "onnx")),
     "ort_int8": Engine("ONNX Runtime int8", "int8", OnnxRuntimeLayer, PER_CHANNEL, ("onnxruntime", "onnx")),

@@ -103,12 +103,12 @@ def test_int8_bound_is_relative_to_the_result():
 def two_engines(monkeypatch) -> None:
     """nn.LSTM under three names: as itself, as ours and wrong, and as another runtime."""
 
-    def wrong(case, weights, threads):
+    def wrong(case, weights, threads, out):
         return ENGINES["nn"].build(case, {name: 1.01 * w for name, w in weights.items()}, threads, {})
 
     chosen = {"nn": ENGINES["nn"]}
-    chosen["frozen"] = replace(ENGINES["frozen"], build_with=ENGINES["fastlstm"].build_with)
-    chosen["frozen_bf16"] = replace(ENGINES["frozen_bf16"], build_with=lambda *_: 1 / 0)
+    chosen["frozen"] = replace(ENGINES["frozen"], build_with=ENGINES["fastlstm"].build_with, settings=({},))
+    chosen["frozen_bf16"] = replace(ENGINES["frozen_bf16"], build_with=lambda *_, **__: 1 / 0)
     chosen["frozen_int8"] = replace(ENGINES["frozen_int8"], weights="float32", build_with=wrong)
     chosen["ort"] = replace(ENGINES["ort"], build_with=lambda *given, **_: ENGINES["nn"].build(*given, {}), packages=())
     monkeypatch.setattr(suite, "installed", lambda: chosen)
