@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -50,11 +51,14 @@ def refuses(case: Case) -> str | None:
 
 
 def limit_threads() -> None:
-    """Give XLA's pool torch's number of threads; RuntimeError if it was made with another."""
+    """Give XLA's pool torch's number of threads; RuntimeError if it may have been made with another."""
     threads = str(torch.get_num_threads())
-    before = os.environ.setdefault("PJRT_NPROC", threads)
-    if before != threads:
+    before = os.environ.get("PJRT_NPROC")
+    if before is None and "jax" in sys.modules:
+        raise RuntimeError(f"XLA's pool may exist: set PJRT_NPROC={threads} before jax is imported")
+    if before not in (None, threads):
         raise RuntimeError(f"XLA's pool has PJRT_NPROC={before} threads in this process, torch has {threads}")
+    os.environ["PJRT_NPROC"] = threads
 
 
 def lstm(weights: dict[str, Any], x: Any, h0: Any, c0: Any, layers: int, directions: int) -> tuple[Any, Any, Any]:

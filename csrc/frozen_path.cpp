@@ -79,9 +79,9 @@ struct FrozenCall {
     const PackedHeader& h = header();
     const auto n = static_cast<int64_t>(layers.size());
     for (int64_t k = 0; k < n; ++k) {
-      const PackedHeader& own = layers[k].header();
-      if (!is_native(own) || own.dtype != h.dtype || own.H != h.H || own.P != h.P || own.D != h.D ||
-          (k > 0 && own.I != h.D * h.P))
+      const PackedHeader& layer = layers[k].header();
+      if (!is_native(layer) || layer.dtype != h.dtype || layer.H != h.H || layer.P != h.P || layer.D != h.D ||
+          (k > 0 && layer.I != h.D * h.P))
         return false;
     }
     const auto state_fits = [&](const at::Tensor& t, int64_t features) {
@@ -92,7 +92,8 @@ struct FrozenCall {
            h0.defined() == c0.defined() && (!h0.defined() || (state_fits(h0, h.P) && state_fits(c0, h.H)));
   }
 
-  // The same of given results: y, h_n and c_n.
+  // Returns true if run() may write into the given y, h_n and c_n: sizes and types fit, and they overlap
+  // nothing but the states that they replace.
   bool given_fit(const Tensors& packed) const {
     const PackedHeader& h = header();
     const auto n = static_cast<int64_t>(layers.size());
@@ -131,16 +132,16 @@ struct FrozenCall {
     if (n > 1 && !h_n.defined()) h_n = new_empty({n * h.D, B, h.P}, x), c_n = new_empty({n * h.D, B, h.H}, x);
     at::Tensor input = x;
     for (int64_t k = 0; k < n; ++k) {
-      const auto own = [&](const at::Tensor& t) {
+      const auto of_layer = [&](const at::Tensor& t) {
         return !t.defined() || n == 1 ? t : states_from(t, k * h.D, h.D);
       };
-      GivenResults given{at::Tensor(), own(h_n), own(c_n)};
+      GivenResults given{at::Tensor(), of_layer(h_n), of_layer(c_n)};
       if (k + 1 == n)
         given.y = y;
       else if (one_step)
         given.y = given.h_n;
-      const OptionalTensor h_in = h0.defined() ? OptionalTensor(own(h0)) : OptionalTensor(),
-                           c_in = c0.defined() ? OptionalTensor(own(c0)) : OptionalTensor();
+      const OptionalTensor h_in = h0.defined() ? OptionalTensor(of_layer(h0)) : OptionalTensor(),
+                           c_in = c0.defined() ? OptionalTensor(of_layer(c0)) : OptionalTensor();
       auto [output, h_out, c_out, cells, reserve] =
           run_frozen({input, h_in, c_in, {}, kNoTensor, kNoTensor}, layers[k], /*keep_cells=*/false, given);
       input = std::move(output);
@@ -179,7 +180,7 @@ std::array<at::Tensor, N> tensors_of(PyObject* tuple, Plain& tensor) {
 // Counts the writes of a call for autograd, as an in-place op does.
 void bump_version(const at::Tensor& t) { t.unsafeGetTensorImpl()->bump_version(); }
 
-PyObject* same(PyObject* object) {
+PyObject* new_reference(PyObject* object) {
   Py_INCREF(object);
   return object;
 }
@@ -220,7 +221,7 @@ PyObject* frozen_lstm_call(PyObject*, PyObject* const* args, Py_ssize_t count) {
       return none();
     for (const at::Tensor& t : {given.y, given.h_n, given.c_n}) bump_version(t);
     run(call);
-    return same(out);
+    return new_reference(out);
   }
   at::Tensor y;
   if (batch_first && in_order) {
@@ -268,7 +269,7 @@ PyObject* frozen_cell_call(PyObject*, PyObject* const* args, Py_ssize_t count) {
     for (const at::Tensor& t : results) bump_version(t);
   }
   run(call);
-  if (out != Py_None) return same(out);
+  if (out != Py_None) return new_reference(out);
   return py::make_tuple(wrap(std::move(results[0])), wrap(std::move(results[1]))).release().ptr();
   END_HANDLE_TH_ERRORS
 }
@@ -280,7 +281,9 @@ PyMethodDef methods[] = {
      "Run a call of a FrozenLSTM below the dispatcher: (module, input, hx, out) -> (output, (h_n, c_n)), or "
      "None if another path must run it."},
     {"frozen_cell_call", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(frozen_cell_call)),
-     METH_FASTCALL, "The same of a FrozenLSTMCell: (module, input, hx, out) -> (h, c)."}};
+     METH_FASTCALL,
+     "Run a call of a FrozenLSTMCell below the dispatcher: (module, input, hx, out) -> (h, c), or None if "
+     "another path must run it."}};
 
 }  // namespace
 

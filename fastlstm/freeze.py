@@ -12,9 +12,10 @@ from torch.nn.utils import parametrize
 
 from .backends import native
 from .cell import LSTMCell, TorchLSTMCell
-from .frozen import Frozen, FrozenLSTM, FrozenLSTMCell, as_float, in_form, pack
+from .frozen import Frozen, FrozenLSTM, FrozenLSTMCell
 from .module_state import mark_as_leaf
 from .modules import LSTM, TorchLSTM
+from .portable import as_float, in_form, pack
 
 Module = TypeVar("Module", bound=nn.Module)
 

@@ -11,7 +11,7 @@ import copy
 import copyreg
 from collections.abc import Sequence
 from multiprocessing.reduction import ForkingPickler
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -25,50 +25,7 @@ from .cell import LSTMCell
 from .functional import States
 from .module_state import mark_as_leaf
 from .modules import LSTM
-
-
-class Portable(NamedTuple):
-    """A layer's weights as no machine's kernels read them, in the order of ops/schema.py.
-
-    Attributes:
-        weights: matrices of the module's dtype, bfloat16 or int8; biases of the module's dtype.
-        scales: of int8 matrices, one [rows] float32 for each: a row is its integers times its scale.
-    """
-
-    weights: list[Tensor]
-    scales: list[Tensor]
-
-
-def quantized(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """(integers in [-127, 127] as int8 [rows, K], scales [rows] float32) of a matrix, symmetric, by row."""
-    scale = weight.abs().amax(1).float() / 127 if weight.shape[1] else weight.new_zeros(len(weight)).float()
-    rows = weight.float() / scale.where(scale != 0, 1)[:, None]
-    return rows.round().clamp(-127, 127).to(torch.int8), scale  # clamp: a denormal scale is far from weight / 127
-
-
-def _is_int8(value: Any) -> bool:
-    """Return True for an int8 matrix of a state_dict."""
-    return isinstance(value, Tensor) and value.dtype == torch.int8 and value.dim() == 2
-
-
-def in_form(weights: list[Tensor], form: str) -> Portable:
-    """Float weights as the form has them."""
-    if form == "stored":
-        return Portable([w.detach() for w in weights], [])
-    if form == "bfloat16":
-        return Portable([w.detach().bfloat16() if w.dim() == 2 else w.detach() for w in weights], [])
-    pairs = [quantized(w.detach()) if w.dim() == 2 else (w.detach(), None) for w in weights]
-    return Portable([w for w, _ in pairs], [scale for _, scale in pairs if scale is not None])
-
-
-def as_float(portable: Portable, dtype: torch.dtype) -> list[Tensor]:
-    """The weights of a trainable module."""
-    scales = iter(portable.scales)
-    return [w.to(dtype) * next(scales)[:, None] if w.dtype == torch.int8 else w.to(dtype) for w in portable.weights]
-
-
-def pack(dtype: torch.dtype, form: str, portable: Portable) -> Tensor:
-    return native.extension.pack_layer(dtype, form, *portable)  # type: ignore[union-attr]
+from .portable import Portable, as_float, in_form, is_int8, pack
 
 
 def _has_func_grad(t: Any) -> bool:
@@ -166,7 +123,7 @@ class Frozen(nn.Module):
         )
         given = {key[len(prefix) :]: value for key, value in state_dict.items() if key.startswith(prefix)}
         known = {name for names in self._layer_names for name in names}
-        known |= {f"{name}_scale" for name in known if _is_int8(given.get(name))}
+        known |= {f"{name}_scale" for name in known if is_int8(given.get(name))}
         unexpected_keys += [key for key in others if key[len(prefix) :] not in known]
         for k, names in enumerate(self._layer_names):
             weights, scales = self._portable(k)
@@ -198,7 +155,7 @@ class Frozen(nn.Module):
                 f"the shape in current model is {now.shape}."
             )
         weight = weight.detach().cpu()
-        if not _is_int8(weight):
+        if not is_int8(weight):
             (taken,), scales = in_form([weight.to(self.dtype)], self.form)
             return taken, scales[0] if scales else None
         if self.form != "int8":
@@ -304,8 +261,8 @@ class FrozenLSTM(Frozen, LSTM):
             out: (output, (h_n, c_n)), tensors that the results are written into and that are returned: contiguous, of
                 the layer's dtype, of the results' sizes. h_n may be hx[0] itself, and c_n hx[1]: a state that is
                 updated in place. They share no other memory with each other, the input, the states or the weights.
-                They, and all inputs, have no gradient. Not under torch.compile, torch.export, torch.jit.trace and
-                torch.func, nor with a PackedSequence.
+                They, and all inputs, have no gradient. Not inside a graph (torch.compile with fullgraph=True,
+                torch.export, torch.jit.trace), under torch.func, nor with a PackedSequence.
 
         Raises:
             TypeError, ValueError, RuntimeError: what LSTM raises; for an `out` that does not fit, before anything is
@@ -319,20 +276,23 @@ class FrozenLSTM(Frozen, LSTM):
             >>> torch.equal(output, state[0])
             True
         """
-        if lengths is None and reset_mask is None and not return_cell_states and dispatch._extension_may_run():
-            result = native.extension.frozen_lstm_call(self, input, hx, out)  # type: ignore[union-attr]
-            if result is not None:
-                return result
+        plain = lengths is None and reset_mask is None and not return_cell_states and dispatch._extension_may_run()
+        results = native.extension.frozen_lstm_call(self, input, hx, out) if plain else None  # type: ignore[union-attr]
+        if results is not None:
+            return results
         if out is not None:
             given_out.check_sequence(self, out, input, hx)
-        results = super().forward(
-            input, hx, lengths=lengths, reset_mask=reset_mask, return_cell_states=return_cell_states
-        )
+            if plain:
+                results = native.extension.frozen_lstm_call(self, input, hx, None)  # type: ignore[union-attr]
+        if results is None:
+            results = super().forward(
+                input, hx, lengths=lengths, reset_mask=reset_mask, return_cell_states=return_cell_states
+            )
         if out is None:
             return results
         for given, result in zip((out[0], *out[1]), (results[0], *results[1]), strict=True):
             given.copy_(result)
-        return (*out, *results[2:])
+        return (*out, *results[2:]) if results[2:] else out
 
     # What torch's checks of the input read of the weights.
     def _init_flat_weights(self) -> None:
@@ -396,10 +356,10 @@ class FrozenLSTMCell(Frozen, LSTMCell):
             >>> cell(torch.randn(3, 8), state, out=state) is state
             True
         """
-        if dispatch._extension_may_run():
-            result = native.extension.frozen_cell_call(self, input, hx, out)  # type: ignore[union-attr]
-            if result is not None:
-                return result
+        plain = dispatch._extension_may_run()
+        results = native.extension.frozen_cell_call(self, input, hx, out) if plain else None  # type: ignore[union-attr]
+        if results is not None:
+            return results
         if out is None:
             return super().forward(input, hx)
         given_out.check_step(self, out, input, hx)

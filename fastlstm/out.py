@@ -21,9 +21,9 @@ def check_sequence(module: Any, out: Any, input: Any, hx: Any) -> None:
     """Raise unless a call of a FrozenLSTM may write into `out`, (output, (h_n, c_n))."""
     if isinstance(input, PackedSequence):
         raise ValueError(f"out must be None with a PackedSequence, got {type(out).__name__}")
-    if not (isinstance(out, tuple) and len(out) == 2 and isinstance(out[1], tuple) and len(out[1]) == 2):
-        raise TypeError(f"out must be a tuple (output, (h_n, c_n)), got {type(out).__name__}")
-    if not isinstance(input, Tensor):
+    _check_pair("out", out, "(output, (h_n, c_n))")
+    _check_pair("out[1]", out[1], "(h_n, c_n)")
+    if not isinstance(input, Tensor) or input.dim() not in (2, 3):
         return  # to the error of every call
     rows = list(input.shape[:-1])
     B = [] if len(rows) == 1 else rows[:1] if module.batch_first else rows[1:]
@@ -35,12 +35,18 @@ def check_sequence(module: Any, out: Any, input: Any, hx: Any) -> None:
 
 def check_step(module: Any, out: Any, input: Any, hx: Any) -> None:
     """Raise unless a call of a FrozenLSTMCell may write into `out`, (h, c)."""
-    if not (isinstance(out, tuple) and len(out) == 2):
-        raise TypeError(f"out must be a tuple (h, c), got {type(out).__name__}")
-    if not isinstance(input, Tensor):
+    _check_pair("out", out, "(h, c)")
+    if not isinstance(input, Tensor) or input.dim() not in (1, 2):
         return
     sizes = [*input.shape[:-1], module.hidden_size]
     _check(module, {"out[0]": (out[0], sizes), "out[1]": (out[1], sizes)}, input, hx)
+
+
+def _check_pair(name: str, value: Any, expected: str) -> None:
+    if not isinstance(value, tuple):
+        raise TypeError(f"{name} must be a tuple {expected}, got {type(value).__name__}")
+    if len(value) != 2:
+        raise TypeError(f"{name} must be a tuple {expected}, got a tuple of {len(value)}")
 
 
 def _check(module: Any, results: dict[str, tuple[Any, list[int]]], input: Any, hx: Any) -> None:
@@ -48,10 +54,11 @@ def _check(module: Any, results: dict[str, tuple[Any, list[int]]], input: Any, h
     states = tuple(hx) if isinstance(hx, (tuple, list)) else ()
     _check_may_write((input, *states))
     replaced = {f"hx[{k}]": t for k, t in enumerate(states)}
+    packed = {name: t for name, t in module._buffers.items() if name.startswith("packed_l")}
     _check_results(
         results,
         module.dtype,
-        {"input": input, **replaced, **module._buffers},
+        {"input": input, **replaced, **packed},
         dict(zip(list(results)[-2:], replaced, strict=False)),
     )
 
@@ -99,7 +106,10 @@ def _check_results(
             if _overlap(spans[name], spans[other]):
                 raise ValueError(f"{name} must share no memory with {other}")
         for other, t in inputs.items():
-            if not (isinstance(t, Tensor) and t.device.type == "cpu" and _overlap(spans[name], span := _span(t))):
+            if not (isinstance(t, Tensor) and t.device.type == "cpu" and t.layout == torch.strided):
+                continue
+            span = _span(t)
+            if not _overlap(spans[name], span):
                 continue
             if same.get(name) != other:
                 raise ValueError(f"{name} must share no memory with {other}")

@@ -17,6 +17,7 @@ from .runners import require
 
 # Small shapes are slower with threads, tenfold under background load. tests/cpu/test_threads.py tests more threads.
 torch.set_num_threads(1)
+COARSE = os.environ.get("FASTLSTM_COARSE_BOUNDS") == "1"
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -26,8 +27,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     if config.getoption("--steps"):
         native.set_persistent(False)
-    if os.environ.get("FASTLSTM_COARSE_BOUNDS"):
+    if COARSE:
         accuracy.Bounds._from = coarse_bounds
+
+
+def pytest_report_header() -> str | None:
+    return "coarse bounds of errors (FASTLSTM_COARSE_BOUNDS=1)" if COARSE else None
 
 
 def coarse_bounds(bounds: accuracy.Bounds, samples: int) -> dict[str, float]:

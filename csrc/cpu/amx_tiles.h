@@ -19,17 +19,17 @@ struct alignas(64) TileConfig {
 // A thread's tile registers, all of full size, for as long as this lives; none if not `used`.
 class ProductScope {
  public:
-  explicit ProductScope(bool used = true) : used_(used) {
+  explicit ProductScope(bool configures_tiles = true) : configures_tiles_(configures_tiles) {
     static constexpr TileConfig config;
-    if (used_) _tile_loadconfig(&config);
+    if (configures_tiles_) _tile_loadconfig(&config);
   }
   ~ProductScope() {
-    if (used_) _tile_release();
+    if (configures_tiles_) _tile_release();
   }
   ProductScope(const ProductScope&) = delete;
 
  private:
-  const bool used_;
+  const bool configures_tiles_;
 };
 
 // Tiles 0 to 3, the sums. What tiles load must be stored by now, which GCC's intrinsics do not say.

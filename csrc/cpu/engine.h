@@ -26,7 +26,7 @@
 //   dgates(d), dhh(d)                of the chunk's rows: gradients of W_ih x and of W_hh h, which differ
 //   only
 //                                    with layer normalization
-//   dr(d), hidden(d)                 of the same rows, with projection: gradients of h, and h before it
+//   dr(d), hidden(d)                 of the same rows, with projection: gradients of h; h before projection
 //   input_gradient(d, n, dx)         dx (+)= dgates W_ih
 //   bias_gradient(d, n, accumulate, db), finish_bias(d, db)   after each chunk, and after the last
 //   norm_gradient(d, k, dw)          after the last: of the k-th weight of layer normalization

@@ -55,8 +55,8 @@ Isa chosen() {
 
 int64_t l2_bytes() {
 #ifdef _SC_LEVEL2_CACHE_SIZE
-  static const int64_t told = sysconf(_SC_LEVEL2_CACHE_SIZE);
-  if (told > 0) return told;
+  static const int64_t bytes = sysconf(_SC_LEVEL2_CACHE_SIZE);
+  if (bytes > 0) return bytes;
 #endif
   return 1 << 20;
 }

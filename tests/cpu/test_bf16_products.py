@@ -130,7 +130,9 @@ def test_parity(case, threads):
     try:
         with flags():
             if plan_of(case)["forward"]["engine"] != "bf16_products":
-                pytest.skip("this CPU has no faster kernels: float32's run")
+                if case is not CASES[3]:
+                    pytest.skip("this CPU has no faster kernels: float32's run, as one case shows")
+                return check(case, "native")
             check(case, "native", FACTORS)
     finally:
         torch.set_num_threads(before)

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 import fastlstm
-from fastlstm.frozen import quantized
+from fastlstm.portable import quantized
 
 from ..cases import Case, Tensors
 from ..runners import Results, call_module

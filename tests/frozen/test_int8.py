@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import fastlstm
 from fastlstm.backends import native
-from fastlstm.frozen import Portable, quantized
+from fastlstm.portable import Portable, quantized
 
 from ..cases import Case, tensors
 from ..runners import call_module

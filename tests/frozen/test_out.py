@@ -157,7 +157,8 @@ def wrong_results(x: Tensor, h: Tensor, c: Tensor, y: Tensor) -> dict[str, tuple
     part = memory[:16].view(1, 2, 8)
     return {
         "a list": (TypeError, r"out must be a tuple \(output, \(h_n, c_n\)\), got list", [y, (h, c)]),
-        "three": (TypeError, "out must be a tuple", (y, h, c)),
+        "three": (TypeError, r"out must be a tuple \(output, \(h_n, c_n\)\), got a tuple of 3", (y, h, c)),
+        "a list of states": (TypeError, r"out\[1\] must be a tuple \(h_n, c_n\), got list", (y, [h, c])),
         "no tensor": (TypeError, r"out\[1\]\[0\] must be a torch.Tensor, got NoneType", (y, (None, c))),
         "sizes": (ValueError, r"out\[0\] must be \[2, 2, 8\], got \[1, 2, 8\]", (y[:1], (h, c))),
         "dtype": (ValueError, r"out\[1\]\[1\] must be torch.float32 on cpu, got torch.float64", (y, (h, c.double()))),
@@ -177,6 +178,22 @@ def wrong_results(x: Tensor, h: Tensor, c: Tensor, y: Tensor) -> dict[str, tuple
     }
 
 
+def test_state_may_be_a_buffer_of_the_module():
+    """The extension writes into it, and so does a call that is copied from."""
+    module, x, y = lstm(H=8), torch.randn(1, 2, 8), torch.zeros(1, 2, 8)
+    for name in ("h", "c"):
+        module.register_buffer(name, torch.zeros(1, 2, 8), persistent=False)
+    with torch.no_grad():
+        expected = module(x, (module.h, module.c))
+        out = (y, (module.h, module.c))
+        for options in ({}, {"lengths": [1, 1]}):
+            module.h.zero_(), module.c.zero_()
+            assert module(x, out[1], **options, out=out) is out
+            assert torch.equal(y, expected[0])
+            assert torch.equal(module.h, expected[1][0])
+            assert torch.equal(module.c, expected[1][1])
+
+
 def inference_tensor(*sizes: int) -> Tensor:
     with torch.inference_mode():
         return torch.zeros(sizes)
@@ -194,6 +211,11 @@ def test_refused_results():
     weights = module.packed_l0[128:].view(torch.float32)[:32].view(2, 2, 8)
     with pytest.raises(ValueError, match=r"out\[0\] must share no memory with packed_l0"):
         module(x, (h, c), out=(weights, (h, c)))
+    for wrong in (x[0, 0], x[None]):  # the error of any call
+        with pytest.raises(ValueError, match="Expected input to be 2D or 3D"):
+            module(wrong, (h, c), out=(y, (h, c)))
+    with pytest.raises(ValueError, match=r"out\[1\]\[0\] must be \[1, 2, 8\]"):
+        module(x.to_sparse(), (h, c), out=(y, (h[:, :1], c)))
     for wrong in (None, 5):  # the error of any call
         with pytest.raises(AttributeError):
             module(wrong, (h, c), out=(y, (h, c)))

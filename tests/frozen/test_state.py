@@ -12,7 +12,7 @@ from torch import nn
 
 import fastlstm
 from fastlstm.backends import native
-from fastlstm.frozen import quantized
+from fastlstm.portable import quantized
 
 from ..module_pairs import naming
 from .forms import FORMS, NO_EXTENSION

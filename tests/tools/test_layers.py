@@ -21,7 +21,7 @@ LAYERS = (
     ("transforms",),
     ("dispatch",),
     ("masks", "module_state", "functional"),
-    ("cell", "modules", "convert", "explain", "out", "frozen", "freeze"),
+    ("cell", "modules", "convert", "explain", "portable", "out", "frozen", "freeze"),
     ("__init__", "__main__"),
     ("tutorials",),
 )
