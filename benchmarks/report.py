@@ -3,8 +3,8 @@
 Prints the Markdown tables of the CSVs (by default all under benchmarks/results) and draws a PNG next to each. With
 --readme it writes each table between FILE's markers <!-- benchmarks:NAME --> and <!-- /benchmarks:NAME -->. NAME is the
 CSV's path below benchmarks/results without ".csv" (elsewhere its file name), or a suite for all its CSVs. The
-marker `headline` gets the table and figure of benchmarks/headline.py. README.md, docs/benchmarks.md and
-docs/deploying.md have markers.
+marker `headline` gets the table and figure of benchmarks/headline.py. README.md, docs/benchmarks.md, docs/deploying.md
+and docs/numerics.md have markers.
 """
 
 from __future__ import annotations

@@ -1,9 +1,10 @@
-"""python -m benchmarks --suite products_error: emulated TF32, rows, refusal, tables, plot."""
+"""python -m benchmarks --suite products_error: emulated TF32, rows, refusal, tables, plot; figures of the docs."""
 
 # ruff: noqa: E402 - the imports below need packages that not every installation has
 
 from __future__ import annotations
 
+import math
 import os
 import subprocess
 import sys
@@ -25,6 +26,7 @@ from fastlstm.backends import native
 from ..machine import cpuinfo
 from .fresh import ROOT
 
+COMMITTED = results.RESULTS / "intel-r-xeon-r-processor-avx512-1-threads" / "products_error.csv"
 TINY = Case(T=3, B=4, I=5, H=8)
 needs_native = pytest.mark.skipif(native.extension is None, reason="needs the extension")
 
@@ -194,3 +196,39 @@ def test_plot_leaves_out_what_was_not_measured(tmp_path):
     rows = [row_of("over T", "ieee", tensor, 0, rms_error=1e-7, rms_predicted=2e-7) for tensor in TENSORS]
     assert plot.draw(rows, tmp_path / "some.png").read_bytes().startswith(b"\x89PNG")
     assert plot.draw([row_of("over T", "bf16", "output", 0)], tmp_path / "none.png") is None
+
+
+def test_figures_of_the_docs_are_those_of_the_csv():
+    """docs/numerics.md, the text below the tables; tests/tools/test_docs.py compares the tables."""
+    rows = results.read(COMMITTED)
+    assert {row.case for row in rows} == {products_error.case_name(*case) for _, *case in products_error.chosen()}
+    assert {row.status for row in rows} == {"ok"}
+    assert not any("dirty" in row.commit for row in rows)
+
+    def medians(sweep: str, products: str, tensor: str) -> list[float]:
+        of_sweep = [row for row in rows if row.kind == sweep]
+        keys = [{sweep[-1]: size, "products": products, "tensor": tensor} for size in products_error.sizes(rows, sweep)]
+        return [products_error.median_error(of_sweep, "rms_error", **key) for key in keys]
+
+    over_all = {
+        (products, tensor): [error for sweep in SWEEPS for error in medians(sweep, products, tensor)]
+        for products in ("tf32", "bf16")
+        for tensor in TENSORS
+    }
+    differ = max(max(errors) / min(errors) for errors in over_all.values()) - 1
+    over_h, over_t = medians("over H", "ieee", "output"), medians("over T", "ieee", "d_weight_hh")
+    shares = [row.rms_error / row.rms_predicted for row in rows if row.products != "ieee"]
+    largest = max(row.error / row.error_allowed for row in rows)
+    page = " ".join((ROOT / "docs" / "numerics.md").read_text().split())
+    for text in (
+        f"differ by at most {100 * differ:.0f} % over all sizes",
+        f"the output's {over_h[-1] / over_h[0]:.1f}x from H = 32 to 1024",
+        f"the gradient's {over_t[-1] / over_t[0]:.1f}x from T = 10 to 3000",
+        f"sqrt(3 / (8 ln 2)) = {math.sqrt(3 / (8 * math.log(2))):.2f} of that",
+        f"TF32 and bfloat16 have {min(shares):.2f} to {max(shares):.2f} of the predicted error",
+        f"The largest error of any result is {largest:.0%} of its bound".replace("%", " %"),
+    ):
+        assert text in page, text
+    for tensor in TENSORS:
+        pairs = zip(over_all["bf16", tensor], over_all["tf32", tensor], strict=True)
+        assert all(7.5 < bf16 / tf32 < 8.5 for bf16, tf32 in pairs)
