@@ -21,7 +21,7 @@ from benchmarks.console import escape, printer, progress
 from benchmarks.inference import engines
 from benchmarks.inference.report import speedup_summary
 from benchmarks.load import MAX_BACKGROUND_LOAD
-from benchmarks.results import AccuracyRow, InferenceRow, ModelRow, Row
+from benchmarks.results import AccuracyRow, ErrorRow, InferenceRow, ModelRow, Row
 from benchmarks.run import failures, silence
 from benchmarks.tables import geometric_mean
 from fastlstm.backends import native
@@ -94,6 +94,8 @@ def line(row: Row) -> str:
         text += f"  LSTMs take {row.lstm_share:.0%}"
     if isinstance(row, AccuracyRow) and row.value is not None:
         text += f"  {row.weights:<10}{row.measure} {row.value:.5g}"
+    if isinstance(row, ErrorRow) and row.rms_error is not None:
+        text += f"  {row.products:<6}{row.tensor:<13}RMS error {row.rms_error:.2e}, max error {row.max_error:.2e}"
     if isinstance(row, InferenceRow):
         if row.p50_us is not None:
             text += f"{row.p50_us:10.2f} us  (99 %: {row.p99_us:.1f}, 99.9 %: {row.p999_us:.1f})"

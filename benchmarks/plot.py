@@ -1,4 +1,7 @@
-"""The plot of a CSV: ratios nn.LSTM / fastlstm on a log scale with the line of equal speed. `draw`."""
+"""The plot of a CSV: `draw`.
+
+Ratios nn.LSTM / fastlstm on a log scale with the line of equal speed; of the suite products_error, errors over sizes.
+"""
 
 from __future__ import annotations
 
@@ -12,11 +15,13 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
 from benchmarks.inference.report import speedups
-from benchmarks.results import BASELINES, Row
+from benchmarks.products_error import PRODUCTS, SWEEPS, TENSORS, median_error, sizes
+from benchmarks.results import BASELINES, ErrorRow, Row
 
 COLOURS = {"train": "#1f5fa8", "forward": "#e08214"}
 LABELS = {"train": "training step", "forward": "forward, no_grad"}
 SERIES_COLOURS = ("#1f5fa8", "#4d9221", "#e08214")  # of series that are not modes
+PRODUCT_COLOURS = ("#1f5fa8", "#4d9221", "#e08214")  # of PRODUCTS
 # Up to this many cases are named; more are a scatter plot over their flops.
 NAMED_CASES = 45
 BANDS = ((1, 16), (17, 64), (65, 256), (257, 1024), (1025, 1 << 30))  # of H, one colour each
@@ -24,7 +29,9 @@ TICKS = (0.1, 0.2, 0.5, 1, 2, 3, 5, 8, 12, 20, 40, 80, 160)
 
 
 def draw(rows: list[Row], path: Path) -> Path | None:
-    """Write the PNG; return None if no row has both a time and a ratio."""
+    """Write the PNG; return None if no row has what it shows: a time and a ratio, or an error."""
+    if rows and rows[0].suite == "products_error":
+        return _errors([row for row in rows if isinstance(row, ErrorRow)], path)
     if rows and rows[0].suite == "inference":
         series, what = speedups(rows), "time of the fastest other runtime / time of fastlstm"
         if not series:
@@ -48,10 +55,63 @@ def draw(rows: list[Row], path: Path) -> Path | None:
 
 
 def _save(figure: plt.Figure, one: Row, what: str, path: Path) -> Path:
-    figure.suptitle(f"Speedup, {what}: {one.device}, {one.threads} threads, torch {one.torch}", fontsize=11)
+    return _write(figure, f"Speedup, {what}: {one.device}, {one.threads} threads, torch {one.torch}", path)
+
+
+def _write(figure: plt.Figure, title: str, path: Path) -> Path:
+    figure.suptitle(title, fontsize=11)
     figure.savefig(path, dpi=130, metadata={"Software": None})
     plt.close(figure)
     return path
+
+
+def _errors(rows: list[ErrorRow], path: Path) -> Path | None:
+    """RMS errors over H and over T: a colour per precision, a line per result, crosses for predictions."""
+    rows = [row for row in rows if row.rms_error is not None]
+    if not rows:
+        return None
+    sweeps = [sweep for sweep in SWEEPS if any(row.kind == sweep for row in rows)]
+    figure, panels = plt.subplots(1, len(sweeps), figsize=(11, 4.8), sharey=True, squeeze=False, layout="constrained")
+    for axes, sweep in zip(panels[0], sweeps, strict=True):
+        of_sweep = [row for row in rows if row.kind == sweep]
+        for colour, products in zip(PRODUCT_COLOURS, PRODUCTS, strict=True):
+            for (line, marker, cross), tensor in zip((("-", "o", "x"), ("--", "s", "+")), TENSORS, strict=True):
+                at = sizes([row for row in of_sweep if row.products == products], sweep)
+                if not at:  # these products are not available
+                    continue
+                key = {"products": products, "tensor": tensor}
+                measured, predicted = (
+                    [median_error(of_sweep, column, **key, **{sweep[-1]: size}) for size in at]
+                    for column in ("rms_error", "rms_predicted")
+                )
+                style = {"color": colour, "marker": marker, "markersize": 5, "linestyle": line, "linewidth": 1.5}
+                filled = colour if tensor == "output" else "white"
+                axes.plot(at, measured, label=f"{PRODUCTS[products]}, {TENSORS[tensor]}", mfc=filled, **style)
+                axes.plot(at, predicted, cross, color=colour, markersize=6, zorder=3)
+        _size_axis(axes, of_sweep, sweep)
+    first = panels[0][0]
+    first.set_yscale("log")
+    first.set_ylabel("RMS error / RMS of the float64 result")
+    for cross, text in (("x", "output"), ("+", "gradient")):
+        first.plot([], [], cross, color="0.3", label=f"prediction of the accuracy rule, {text}")
+    handles, labels = first.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=4, fontsize=9, frameon=False)
+    one = rows[0]
+    return _write(figure, f"Error of a float32 layer by its products: {one.device}, torch {one.torch}", path)
+
+
+def _size_axis(axes: Axes, rows: list[ErrorRow], sweep: str) -> None:
+    """A log axis of H or T with a tick per size; the title has the other sizes."""
+    name, one = sweep[-1], rows[0]
+    axes.set_xscale("log")
+    axes.xaxis.set_major_locator(FixedLocator(sizes(rows, sweep)))
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda tick, _: f"{tick:g}"))
+    axes.set_xlabel("H (units)" if name == "H" else "T (steps)")
+    fixed = f"T = {one.T}, B = {one.B}, I = H" if name == "H" else f"H = I = {one.H}, B = {one.B}"
+    axes.set_title(f"{sweep}: {fixed}", fontsize=10)
+    axes.grid(color="0.88")
+    axes.set_axisbelow(True)
 
 
 def _named(series: dict[str, dict[str, float]], cases: list[str], label: str = "") -> plt.Figure:

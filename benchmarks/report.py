@@ -3,8 +3,8 @@
 Prints the Markdown tables of the CSVs (by default all under benchmarks/results) and draws a PNG next to each. With
 --readme it writes each table between FILE's markers <!-- benchmarks:NAME --> and <!-- /benchmarks:NAME -->. NAME is the
 CSV's path below benchmarks/results without ".csv" (elsewhere its file name), or a suite for all its CSVs. The
-marker `headline` gets the table and figure of benchmarks/headline.py. README.md, docs/benchmarks.md and
-docs/deploying.md have markers.
+marker `headline` gets the table and figure of benchmarks/headline.py. README.md, docs/benchmarks.md, docs/deploying.md
+and docs/numerics.md have markers.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from benchmarks import headline, results
+from benchmarks import headline, products_error, results
 from benchmarks.inference import report as inference
-from benchmarks.results import BASELINES, AccuracyRow, ModelRow, Row
+from benchmarks.results import BASELINES, AccuracyRow, ErrorRow, ModelRow, Row
 from benchmarks.tables import geometric_mean, is_busy, ms, number, table
 
 HEADINGS = {
@@ -39,6 +39,7 @@ def markdown(rows: list[Row]) -> str:
         "models": _models,
         "inference": inference.tables,
         "frozen_accuracy": _frozen_accuracy,
+        "products_error": products_error.tables,
         "variants": _variants,
         "gpu_variants": _variants,
     }.get(rows[0].suite, _tables)
@@ -52,7 +53,7 @@ def _provenance(rows: list[Row]) -> str:
     words += [f"driver {one.driver}"] if one.driver else []
     words += [f"commit {one.commit}", one.date[:10]]
     text = f"{', '.join(words)}."
-    if isinstance(one, AccuracyRow):
+    if isinstance(one, (AccuracyRow, ErrorRow)):
         return text
     text += " Medians of interleaved runs in one process."
     if any(is_busy(row) for row in rows):
@@ -299,11 +300,17 @@ def sections(files: Iterable[Path], document: Path) -> dict[str, str]:
         rows = results.read(file)
         if rows:
             image, text = file.with_suffix(".png"), markdown(rows)
-            over = "the fastest other runtime" if rows[0].suite == "inference" else "nn.LSTM"
-            alt = f"Speedup of fastlstm over {over}, suite {rows[0].suite}, {rows[0].device}"
-            by_marker[marker_of(file)] = f"{text}\n\n{link(document, image, alt)}" if image.exists() else text
+            by_marker[marker_of(file)] = f"{text}\n\n{link(document, image, _alt(rows[0]))}" if image.exists() else text
             suites.setdefault(rows[0].suite, []).append(by_marker[marker_of(file)])
     return {suite: "\n\n".join(texts) for suite, texts in suites.items()} | by_marker
+
+
+def _alt(row: Row) -> str:
+    """The text for a reader who does not see the plot of a CSV."""
+    if row.suite == "products_error":
+        return f"RMS error of a float32 layer over H and over T by the precision of its products, {row.device}"
+    over = "the fastest other runtime" if row.suite == "inference" else "nn.LSTM"
+    return f"Speedup of fastlstm over {over}, suite {row.suite}, {row.device}"
 
 
 def headline_section(document: Path) -> str:

@@ -92,6 +92,21 @@ class AccuracyRow(Row):
 
 
 @dataclass
+class ErrorRow(Row):
+    """A row of the suite products_error: the error of one result of a float32 layer against float64.
+
+    `kind` is the sweep, `error` and `error_allowed` belong to `tensor`, `impl` "emulated" means that no kernel ran.
+    """
+
+    seed: int | None = None  # of the weights, the input and the gradient of the output
+    products: str = ""  # precision of the factors by torch's names: ieee, tf32, bf16
+    tensor: str = ""  # output or d_weight_hh
+    rms_error: float | None = None  # relative to the RMS of the float64 result
+    rms_predicted: float | None = None  # the same of the accuracy rule's perturbed evaluations
+    max_error: float | None = None  # `error` relative to the largest value of the float64 result
+
+
+@dataclass
 class InferenceRow(Row):
     """A row of the suite inference: a layer with fixed weights in one engine; mode forward, or steps with its state.
 
@@ -117,7 +132,12 @@ class InferenceRow(Row):
 
 COLUMNS = [field.name for field in fields(Row)]
 # Suites whose rows have more columns.
-SUITE_ROWS: dict[str, type[Row]] = {"models": ModelRow, "inference": InferenceRow, "frozen_accuracy": AccuracyRow}
+SUITE_ROWS: dict[str, type[Row]] = {
+    "models": ModelRow,
+    "inference": InferenceRow,
+    "frozen_accuracy": AccuracyRow,
+    "products_error": ErrorRow,
+}
 
 
 def row_type(suite: str) -> type[Row]:

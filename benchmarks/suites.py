@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Set
 from dataclasses import replace
 
-from benchmarks import calls, features, gpu, sweeps, variants, xla
+from benchmarks import calls, features, gpu, products_error, sweeps, variants, xla
 from benchmarks.cases import CPU, QUICK, Case
 from benchmarks.implementations import Implementation
 from benchmarks.inference import suite as inference
@@ -20,7 +20,8 @@ Report = Callable[[str, list[Row]], None]
 
 NAMES = (
     "cpu", "gpu", "gpu_points", "quick", "grid", "random", "bf16_products", "few_rows", "scaling", "tutorials",
-    "features", "calls", "models", "inference", "frozen_accuracy", "variants", "gpu_variants", "xla",
+    "features", "calls", "models", "inference", "frozen_accuracy", "products_error", "variants",
+    "gpu_variants", "xla",
 )  # fmt: skip
 IMPLEMENTATIONS_OF = {"xla": ["fastlstm", "xla"]}  # measured if --impl is not given, instead of the defaults
 
@@ -85,6 +86,8 @@ def size_of(name: str, matching: str = "", done: Set[str] = frozenset(), dtype: 
         from benchmarks import frozen_accuracy
 
         return len(frozen_accuracy.chosen(matching, done))
+    if name == "products_error":
+        return len(products_error.chosen(matching, done))
     return len(_select(suite_of(name).cases, matching, done, dtype)) + len(_memory_cases(name, matching, done, dtype))
 
 
@@ -124,6 +127,8 @@ def rows_of(
         from benchmarks import frozen_accuracy
 
         return list(frozen_accuracy.accuracy_rows(matching, report, done, until))
+    if name == "products_error":
+        return list(products_error.error_rows(matching, report, done, until))
     suite = suite_of(name)
     suite.cases, suite.wait = _select(suite.cases, matching, done, dtype), wait
     if budget is not None:

@@ -95,7 +95,7 @@ def test_every_public_name_has_an_example():
             assert ">>> " in thing.__doc__, thing
 
 
-@pytest.mark.parametrize("name", ["README.md", "docs/benchmarks.md", "docs/deploying.md"])
+@pytest.mark.parametrize("name", ["README.md", "docs/benchmarks.md", "docs/deploying.md", "docs/numerics.md"])
 def test_tables_match_the_csvs(name):
     """`python -m benchmarks.report --readme FILE` writes them."""
     page = ROOT / name
