@@ -45,11 +45,9 @@ LayerGradients backward_with(const ResultGradients& grads, const LayerInputs& in
   const LayerMasks<T> masks(in);
   const bool need_hh = need(0, 1) || (D == 2 && need(1, 1));  // y and h0 are factors of dW_hh alone
   const auto output = [&] {
-    return E::operands(
-        !lacks_output(saved.y) ? saved.y.contiguous()
-        : in.masked() || s.norm
-            ? zoned_output_again<T>(s, ragged, in, masks, saved, E::saved_block())
-            : output_again<Stored<T>, R>(s, ragged, weights, saved.cells, saved.reserve, E::saved_block()));
+    const auto again = in.masked() || s.norm ? output_again<T, R> : output_again<T, Stored<T>>;
+    return E::operands(lacks_output(saved.y) ? again(s, ragged, in, masks, saved, E::saved_block())
+                                             : saved.y.contiguous());
   };
   const at::Tensor y = need_hh ? output() : at::Tensor();
   const OptionalTensor dy = contiguous(grads.dy), dcells = contiguous(grads.dcells),
