@@ -2,6 +2,7 @@
 // arithmetic in Real<T>, panels of S.
 #pragma once
 
+#include "cell.h"
 #include "cpu/engine.h"
 #include "cpu/weight_gradient.h"
 
@@ -272,11 +273,10 @@ class FloatBackward {
   }
   // Of the k-th weight of layer normalization, in the order of the contract.
   void norm_gradient(int64_t d, int64_t k, R* dw) const {
-    const int64_t H = s_.H, offset[kNormWeights] = {4 * H, 0, 8 * H, 0, 12 * H, 13 * H};
-    const int64_t n = k < 4 ? 4 * H : H, members = plan_.partition.threads();
+    const int64_t H = s_.H, n = k < 4 ? 4 * H : H, members = plan_.partition.threads();
     std::fill_n(dw, n, R(0));
     for (int64_t m = 0; m < members; ++m) {
-      const R* sums = args_[d].norm_sums + m * kernel_.norm_sums(H) + offset[k];
+      const R* sums = args_[d].norm_sums + m * kernel_.norm_sums(H) + NormTerms::of_weight(k) * H;
       for (int64_t j = 0; j < n; ++j) dw[j] += sums[j];
     }
   }

@@ -164,9 +164,8 @@ struct BackwardArgs {
   NormWeights<Real<T>> norm = {};
   const T *saved_ih = nullptr, *saved_hh = nullptr;  // [N, 4H]  as forward saved them
   Real<T>* dhh = nullptr;                            // [., 4H]  out, gradients of W_hh h, as dgates
-  // Per member, norm_sums(H) elements: sums over its rows, that this call adds to. First those of the
-  // gradients of the biases of W_ih x and W_hh h, one for both, [4H], of the gains of W_ih x and of W_hh h
-  // [4H], of gain and bias of c [H].
+  // Per member, norm_sums(H) elements: sums over its rows of the terms of NormTerms (cell.h), to which this
+  // call adds.
   Real<T>* norm_sums = nullptr;
 };
 

@@ -162,7 +162,8 @@ std::pair<at::Tensor, at::Tensor> Pass<T>::run(const at::Tensor& dx, std::vector
   PersistentPass<T> persistent(l, Phase::backward, gemm.tf32(), stream);
   const at::Tensor dgates = at::empty({D, slots, B, 4 * H}, l.options);
   const at::Tensor dgates_x = l.norm ? at::empty_like(dgates) : dgates;
-  const at::Tensor norm_terms = l.norm ? at::empty({D, slots, B, 14 * H}, l.sum_options) : at::Tensor();
+  const at::Tensor norm_terms =
+      l.norm ? at::empty({D, slots, B, NormTerms::kSize * H}, l.sum_options) : at::Tensor();
   const at::Tensor dc = at::empty({D, B, H}, l.sum_options);
   at::Tensor dh, dh_all, dhidden, dhidden_all, dprojected, hidden, carry, w_hh, w_hr;
   if (l.T > 1 || need_dh0) {
@@ -344,7 +345,7 @@ LayerGradients layer_backward(const OptionalTensor& dy, const OptionalTensor& dh
     if (need(d, 1)) sums[d].hh = GradientSum(l, {4 * H, P}, several || l.h0.defined());
     bool vectors = false;
     for (int64_t k = 2; k < l.per_direction - l.proj(); ++k) vectors |= need(d, k);
-    if (vectors) sums[d].vectors = GradientSum(l, {(l.norm ? 14 : 4) * H}, true);
+    if (vectors) sums[d].vectors = GradientSum(l, {(l.norm ? NormTerms::kSize : 4) * H}, true);
     if (l.proj() && need(d, hr)) sums[d].hr = GradientSum(l, {P, H}, several);
   }
   at::Tensor dx, dh0, dc0;
@@ -372,10 +373,9 @@ LayerGradients layer_backward(const OptionalTensor& dy, const OptionalTensor& dh
         if (need(d, k)) dw[k] = found.narrow(0, begin * H, n * H).clone();
       };
       if (l.norm) {
-        const int64_t k = l.first_norm();
-        for (const int64_t bias : {k + 1, k + 3}) give(bias, 0, 4);
-        for (int64_t bias = 2; bias < k; ++bias) give(bias, 0, 4);
-        give(k, 4, 4), give(k + 2, 8, 4), give(k + 4, 13, 1), give(k + 5, 12, 1);
+        for (int64_t bias = 2; bias < l.first_norm(); ++bias) give(bias, NormTerms::kBiases, 4);
+        for (int64_t k = 0; k < kNormWeights; ++k)
+          give(l.first_norm() + k, NormTerms::of_weight(k), k < 4 ? 4 : 1);
       } else {
         if (need(d, 2)) dw[2] = found;
         if (need(d, 3)) dw[3] = need(d, 2) ? found.clone() : found;
