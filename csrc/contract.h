@@ -174,7 +174,6 @@ struct LayerSizes {
   void check_backward(const at::Tensor& x, const ResultGradients& grads, const SavedResults& saved,
                       const c10::List<bool>& needs) const {
     const at::ScalarType dtype = x.scalar_type();
-    const size_t flags = 3 + D * per_direction;
     ArgumentCheck check(x);
     check.expect(saved.reserve.numel() == D * rows() * reserved(),
                  "reserve must be kept by forward for a backward");
@@ -185,12 +184,21 @@ struct LayerSizes {
     check.expect_like("dh_n", grads.dh_n, {D, B, P}, dtype);
     check.expect_like("dc_n", grads.dc_n, {D, B, H}, dtype);
     check.expect_like("dcells", grads.dcells, per_row(D * H), dtype);
-    check.expect(needs.size() == flags, "needs must have ", flags, " flags, got ", needs.size());
+    const size_t flags = needs_flags();
+    check.expect(needs.size() == flags || needs.size() == flags + 1, "needs must have ", flags,
+                 " flags, got ", needs.size());
     check.raise();
   }
+  // Returns true if backward gives the gradient of W_ih x [., D*4H] in place of dx: a flag of `needs` after
+  // those of the inputs.
+  bool wants_dgates(const c10::List<bool>& needs) const {
+    return needs.size() > needs_flags() && needs[needs_flags()];
+  }
+  int64_t dx_features(const c10::List<bool>& needs) const { return wants_dgates(needs) ? D * 4 * H : I; }
 
  private:
   LayerSizes() = default;
+  size_t needs_flags() const { return 3 + D * per_direction; }  // of x, h0, c0 and the weights
 
   void read(const LayerInputs& in, ArgumentCheck& check) {
     const auto& x = in.x;

@@ -60,6 +60,7 @@ struct DirectionSums {
 struct BackwardInputs {
   at::Tensor dy, dh_n, dc_n, dcells;  // undefined for zeros
   at::Tensor x, y, cells, reserve;
+  bool wants_dgates;  // as dx
 };
 
 // Consecutive steps of one direction, and their gradients.
@@ -118,8 +119,11 @@ void add_chunk(const Layer& l, const Gemm& gemm, const BackwardInputs& inputs, c
                const at::Tensor& dx, bool add_dx, DirectionSums& sums, cudaStream_t stream) {
   const int64_t rows = chunk.count * l.B;
   if (dx.defined()) {
-    at::Tensor part = dx.narrow(0, chunk.begin, chunk.count).view({rows, l.I});
-    gemm(part, chunk.dgates_x, l.weights[chunk.d].ih, add_dx);
+    at::Tensor part = dx.narrow(0, chunk.begin, chunk.count).view({rows, dx.size(2)});
+    if (inputs.wants_dgates)
+      part.narrow(1, chunk.d * 4 * l.H, 4 * l.H).copy_(chunk.dgates_x);
+    else
+      gemm(part, chunk.dgates_x, l.weights[chunk.d].ih, add_dx);
   }
   const at::Tensor dgates_t = chunk.dgates.t();
   if (sums.ih.needed()) {
@@ -323,7 +327,7 @@ LayerGradients layer_backward(const OptionalTensor& dy, const OptionalTensor& dh
   l.check_backward(x, {dy, dh_n, dc_n, dcells}, {y, cells, reserve}, needs);
   const auto dense = [](const at::Tensor& t) { return t.defined() ? t.contiguous() : t; };
   bool reads_x = false;  // if false, x may be an expanded tensor of stride 0
-  for (size_t k = 3; k < needs.size(); k += l.per_direction) reads_x |= needs[k];
+  for (int64_t d = 0; d < l.D; ++d) reads_x |= needs[3 + d * l.per_direction];
   BackwardInputs inputs = {unit_stride(dy),
                            dense(unit_stride(dh_n)),
                            dense(unit_stride(dc_n)),
@@ -331,7 +335,8 @@ LayerGradients layer_backward(const OptionalTensor& dy, const OptionalTensor& dh
                            reads_x && l.lengths.defined() && x.stride(2) != 1 ? x.contiguous() : x,
                            dense(y),
                            dense(cells),
-                           dense(reserve)};
+                           dense(reserve),
+                           l.wants_dgates(needs)};
 
   const int64_t step_bytes = std::max<int64_t>(1, l.D * B * 4 * H * static_cast<int64_t>(x.element_size()));
   const int64_t slots = std::clamp<int64_t>(
@@ -349,7 +354,7 @@ LayerGradients layer_backward(const OptionalTensor& dy, const OptionalTensor& dh
     if (l.proj() && need(d, hr)) sums[d].hr = GradientSum(l, {P, H}, several);
   }
   at::Tensor dx, dh0, dc0;
-  if (needs[0]) dx = at::empty(x.sizes(), l.options);
+  if (needs[0]) dx = at::empty(l.per_row(l.dx_features(needs)), l.options);
   if (B > 0) {
     for_dtype(l.dtype, [&](auto* type) {
       using Type = std::remove_pointer_t<decltype(type)>;

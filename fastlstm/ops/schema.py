@@ -48,7 +48,8 @@ are LN(W_ih x) + LN(W_hh h) + the biases, and h_t = o * tanh(LN(c_t)). LN(v) = (
 + bias over the elements of a row.
 
 Backward takes the gradients of y, h_n, c_n and cells (None is zero), forward's arguments and results, and `needs`,
-one flag for each of x, h0, c0 and the weights. It returns their gradients, [0] where not needed. y may be [0] if its
+one flag for each of x, h0, c0 and the weights. It returns their gradients, [0] where not needed. One more flag, if
+True, wants the gradient of W_ih x [T, B, D*4H] in place of x's: its product with W_ih is x's. y may be [0] if its
 caller has changed it: h is then recomputed from o and c.
 
 Example:
@@ -307,6 +308,11 @@ def forward_outputs(
     )
 
 
+def wants_dgates(inputs: LayerInputs, needs: Sequence[bool]) -> bool:
+    """Return True if backward gives the gradient of W_ih x [T, B, D*4H] in place of dx: the flag after the inputs'."""
+    return any(needs[3 + len(inputs.weights) :])
+
+
 def backward_outputs(inputs: LayerInputs, needs: list[bool]) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
     """Uninitialised gradients of the contract's shapes, [0] where not needed: the fake kernel of backward."""
     x, s, B = inputs.x, LayerShape.of(inputs.weights), inputs.B
@@ -315,7 +321,7 @@ def backward_outputs(inputs: LayerInputs, needs: list[bool]) -> tuple[Tensor, Te
         return x.new_empty(shape if needs[i] else (0,))
 
     return (
-        wanted(0, x.shape),
+        wanted(0, (*x.shape[:-1], s.D * 4 * s.H) if wants_dgates(inputs, needs) else x.shape),
         wanted(1, (s.D, B, s.P)),
         wanted(2, (s.D, B, s.H)),
         [wanted(3 + k, w.shape) for k, w in enumerate(inputs.weights)],
