@@ -116,7 +116,7 @@ class StoredWeights {
     const at::TensorList own = weights_.slice(k * n_, n_);
     if (!LayerSizes::fit({x, h0, c0, own, known, no_resets})) return {};
     auto [y, h_n, c_n, cells, reserve] =
-        op.call(x, h0, c0, own, lengths, no_resets, /*keep_cells=*/false, /*keep_reserve=*/false, {}, {}, {});
+        call(op, {x, h0, c0, own, lengths, no_resets}, /*keep_cells=*/false, /*keep_reserve=*/false);
     return OneLayer{std::move(y), std::move(h_n), std::move(c_n)};
   }
 

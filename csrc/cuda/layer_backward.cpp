@@ -312,30 +312,25 @@ at::Tensor recompute_output(const Layer& l, const at::Tensor& cells, const at::T
 
 }  // namespace
 
-LayerGradients layer_backward(const OptionalTensor& dy, const OptionalTensor& dh_n,
-                              const OptionalTensor& dc_n, const OptionalTensor& dcells, const at::Tensor& x,
-                              const OptionalTensor& h0, const OptionalTensor& c0, at::TensorList weights,
-                              const OptionalTensor& lengths, const OptionalTensor& reset_mask,
-                              const at::Tensor& y, const at::Tensor& cells, const at::Tensor& reserve,
-                              c10::List<bool> needs, const OptionalTensor& recurrent_mask,
-                              const OptionalTensor& zoneout_h, const OptionalTensor& zoneout_c) {
+LayerGradients layer_backward(const ResultGradients& grads, const LayerInputs& in, const SavedResults& saved,
+                              const c10::List<bool>& needs) {
   const at::AutoDispatchBelowADInplaceOrView below_autograd;
+  const at::Tensor& x = in.x;
   const DeviceGuard device(x);
-  const LayerInputs in{x, h0, c0, weights, lengths, reset_mask, recurrent_mask, zoneout_h, zoneout_c};
   const Layer l(in);
   const int64_t T = l.T, B = l.B, H = l.H, P = l.P;
-  l.check_backward(x, {dy, dh_n, dc_n, dcells}, {y, cells, reserve}, needs);
+  l.check_backward(x, grads, saved, needs);
   const auto dense = [](const at::Tensor& t) { return t.defined() ? t.contiguous() : t; };
   bool reads_x = false;  // if false, x may be an expanded tensor of stride 0
   for (int64_t d = 0; d < l.D; ++d) reads_x |= needs[3 + d * l.per_direction];
-  BackwardInputs inputs = {unit_stride(dy),
-                           dense(unit_stride(dh_n)),
-                           dense(unit_stride(dc_n)),
-                           unit_stride(dcells),
+  BackwardInputs inputs = {unit_stride(grads.dy),
+                           dense(unit_stride(grads.dh_n)),
+                           dense(unit_stride(grads.dc_n)),
+                           unit_stride(grads.dcells),
                            reads_x && l.lengths.defined() && x.stride(2) != 1 ? x.contiguous() : x,
-                           dense(y),
-                           dense(cells),
-                           dense(reserve),
+                           dense(saved.y),
+                           dense(saved.cells),
+                           dense(saved.reserve),
                            l.wants_dgates(needs)};
 
   const int64_t step_bytes = std::max<int64_t>(1, l.D * B * 4 * H * static_cast<int64_t>(x.element_size()));
@@ -358,7 +353,7 @@ LayerGradients layer_backward(const OptionalTensor& dy, const OptionalTensor& dh
   if (B > 0) {
     for_dtype(l.dtype, [&](auto* type) {
       using Type = std::remove_pointer_t<decltype(type)>;
-      if (lacks_output(y))
+      if (lacks_output(saved.y))
         inputs.y = recompute_output<Type>(l, inputs.cells, inputs.reserve, device.stream());
       std::tie(dh0, dc0) = Pass<Type>{l, inputs, slots, needs[1], device.stream()}.run(dx, sums);
     });
@@ -366,7 +361,7 @@ LayerGradients layer_backward(const OptionalTensor& dy, const OptionalTensor& dh
     dh0 = at::empty({l.D, B, P}, l.options), dc0 = at::empty({l.D, B, H}, l.options);
   }
 
-  std::vector<at::Tensor> dweights(weights.size());
+  std::vector<at::Tensor> dweights(in.weights.size());
   for (int64_t d = 0; d < l.D; ++d) {
     at::Tensor* const dw = &dweights[d * l.per_direction];
     if (sums[d].ih.needed()) dw[0] = sums[d].ih.result();

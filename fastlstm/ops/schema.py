@@ -73,7 +73,9 @@ from torch import Tensor
 # LayerInputs. The masks stand after an op's other arguments, where they may have defaults: traces and exported programs
 # saved before there were masks still load.
 INPUTS = "Tensor x, Tensor? h0, Tensor? c0, Tensor[] weights, Tensor? lengths, Tensor? reset_mask"
-MASKS = "Tensor? recurrent_mask=None, Tensor? zoneout_h=None, Tensor? zoneout_c=None"
+# Each mask's features, and whether it may be bool.
+MASK_KINDS = {"recurrent_mask": ("P", False), "zoneout_h": ("P", True), "zoneout_c": ("H", True)}
+MASKS = ", ".join(f"Tensor? {name}=None" for name in MASK_KINDS)
 GRADIENTS = "Tensor? dy, Tensor? dh_n, Tensor? dc_n, Tensor? dcells"  # OutputGradients
 FORWARD = (
     f"({INPUTS}, bool keep_cells, bool keep_reserve, {MASKS}) "
@@ -123,7 +125,7 @@ class LayerInputs(NamedTuple):
 
     @property
     def masks(self) -> tuple[Any, ...]:
-        """recurrent_mask, zoneout_h and zoneout_c: those with a dimension of directions."""
+        """Those of MASK_KINDS, which have a dimension of directions."""
         return self[_BEFORE_MASKS:]
 
     @property
@@ -150,7 +152,7 @@ class LayerInputs(NamedTuple):
 
 
 # The dimension of each that counts the B rows; a weight has none.
-BATCH_DIMS: Any = LayerInputs._make([1, 1, 1, [], 0, 1, 2, 2, 2])
+BATCH_DIMS: Any = LayerInputs._make([1, 1, 1, [], 0, 1, *[2] * len(MASK_KINDS)])
 _BEFORE_MASKS = INPUTS.count(",") + 1
 
 
@@ -260,6 +262,10 @@ class LayerCall:
     recurrent_mask: bool = False
     zoneout_h: bool = False
     zoneout_c: bool = False
+
+    @property
+    def masked(self) -> bool:
+        return self.recurrent_mask or self.zoneout_h or self.zoneout_c
 
     @property
     def variant(self) -> str:
