@@ -24,15 +24,10 @@ const c10::TypedOperatorHandle<F> find(const char* name) {
   return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<F>();
 }
 
-LayerResults below_autograd(const at::Tensor& x, const OptionalTensor& h0, const OptionalTensor& c0,
-                            at::TensorList weights, const OptionalTensor& lengths,
-                            const OptionalTensor& reset_mask, bool keep_cells, bool keep_reserve,
-                            const OptionalTensor& recurrent_mask, const OptionalTensor& zoneout_h,
-                            const OptionalTensor& zoneout_c) {
+LayerResults below_autograd(const LayerInputs& in, bool keep_cells, bool keep_reserve) {
   static const auto op = find<LayerForward>("fastlstm::native_layer");
   at::AutoDispatchBelowADInplaceOrView guard;
-  return op.call(x, h0, c0, weights, lengths, reset_mask, keep_cells, keep_reserve, recurrent_mask, zoneout_h,
-                 zoneout_c);
+  return call(op, in, keep_cells, keep_reserve);
 }
 
 OptionalTensor optional(const at::Tensor& t) { return t.defined() ? OptionalTensor(t) : std::nullopt; }
@@ -48,22 +43,19 @@ bool needs_differentiable_backward(const variable_list& grads) {
 
 class LayerFunction : public torch::autograd::Function<LayerFunction> {
  public:
+  // The differentiable arguments that `in` holds, which the base class looks for.
   static variable_list forward(AutogradContext* ctx, const at::Tensor& x, const OptionalTensor& h0,
-                               const OptionalTensor& c0, at::TensorList weights,
-                               const OptionalTensor& lengths, const OptionalTensor& reset_mask,
-                               const OptionalTensor& recurrent_mask, const OptionalTensor& zoneout_h,
-                               const OptionalTensor& zoneout_c, bool keep_cells, LayerResults* results) {
-    *results = below_autograd(x, h0, c0, weights, lengths, reset_mask, keep_cells, /*keep_reserve=*/true,
-                              recurrent_mask, zoneout_h, zoneout_c);
+                               const OptionalTensor& c0, at::TensorList weights, const LayerInputs* in,
+                               bool keep_cells, LayerResults* results) {
+    *results = below_autograd(*in, keep_cells, /*keep_reserve=*/true);
     const auto& [y, h_n, c_n, cells, reserve] = *results;
     variable_list saved = {x, h0.value_or(at::Tensor()), c0.value_or(at::Tensor())};
-    saved.reserve(11 + weights.size());
+    saved.reserve(3 + weights.size() + LayerInputs::kOptions + 3);
     saved.insert(saved.end(), weights.begin(), weights.end());
     // A graph that holds this node's ops cannot ask for versions when it runs: its backward finds h again.
     const bool traced = x.key_set().has(c10::DispatchKey::Python);
-    if (!traced) set_unread_aside(ctx, saved, read(saved, zoneout_c.has_value()));
-    for (const OptionalTensor* option : {&lengths, &reset_mask, &recurrent_mask, &zoneout_h, &zoneout_c})
-      saved.push_back(option->value_or(at::Tensor()));
+    if (!traced) set_unread_aside(ctx, saved, read(saved, in->zoneout_c.has_value()));
+    for (const OptionalTensor* option : in->options()) saved.push_back(option->value_or(at::Tensor()));
     saved.push_back(traced ? at::Tensor() : save_output(ctx, y));
     saved.push_back(cells);
     saved.push_back(reserve);
@@ -81,16 +73,17 @@ class LayerFunction : public torch::autograd::Function<LayerFunction> {
     const OptionalTensor dy = optional(grads[0]), dh_n = optional(grads[1]), dc_n = optional(grads[2]),
                          dcells = grads.size() > 3 ? optional(grads[3]) : std::nullopt;
     const Arguments unread = restore_unread(ctx, saved);
-    const size_t n = saved.size() - 8;
+    const size_t n = saved.size() - LayerInputs::kOptions - 3;
     const bool by_formula = needs_differentiable_backward(grads);
     if (by_formula) connect_unread(saved, n, unread);
     const at::Tensor x = saved[0];
     const OptionalTensor h0 = optional(saved[1]), c0 = optional(saved[2]);
     const at::TensorList weights = at::TensorList(saved).slice(3, n - 3);
-    const OptionalTensor lengths = optional(saved[n]), reset_mask = optional(saved[n + 1]),
-                         recurrent_mask = optional(saved[n + 2]), zoneout_h = optional(saved[n + 3]),
-                         zoneout_c = optional(saved[n + 4]);
-    const at::Tensor &y_kept = saved[n + 5], &cells = saved[n + 6], &reserve = saved[n + 7];
+    LayerInputs::Options options;
+    for (size_t k = 0; k < options.size(); ++k) options[k] = optional(saved[n + k]);
+    const LayerInputs in = LayerInputs::with_options(x, h0, c0, weights, options);
+    const at::Tensor *const results = &saved[n + options.size()], &y_kept = results[0], &cells = results[1],
+                            &reserve = results[2];
     // Edges exist for the tensors that were given only.
     size_t edge = 0;
     c10::List<bool> needs;
@@ -106,19 +99,16 @@ class LayerFunction : public torch::autograd::Function<LayerFunction> {
     if (by_formula) {
       static const auto op = find<DifferentiableBackward>("fastlstm::differentiable_backward");
       // With layer normalization it computes all again, from the inputs alone.
-      const OptionalTensor gates =
-          LayerSizes::has_norm(weights)
-              ? OptionalTensor()
-              : saved_gates(reserve, x, weights, lengths, recurrent_mask || zoneout_h || zoneout_c);
-      found = op.call(dy, dh_n, dc_n, dcells, x, h0, c0, weights, lengths, reset_mask, gates, cells, needs,
-                      recurrent_mask, zoneout_h, zoneout_c);
+      const OptionalTensor gates = LayerSizes::has_norm(weights)
+                                       ? OptionalTensor()
+                                       : saved_gates(reserve, x, weights, in.lengths, in.masked());
+      found = call(op, {dy, dh_n, dc_n, dcells}, in, gates, cells, needs);
     } else {
       static const auto op = find<LayerBackward>("fastlstm::native_layer_backward");
       at::AutoDispatchBelowADInplaceOrView guard;
       const bool lacks_y = !y_kept.defined() || output_changed(ctx);
       const at::Tensor y = lacks_y ? at::empty({0}, x.options()) : y_kept;
-      found = op.call(dy, dh_n, dc_n, dcells, x, h0, c0, weights, lengths, reset_mask, y, cells, reserve,
-                      needs, recurrent_mask, zoneout_h, zoneout_c);
+      found = call(op, {dy, dh_n, dc_n, dcells}, in, y, cells, reserve, needs);
     }
     auto& [dx, dh0, dc0, dweights] = found;
     // One gradient for each tensor of forward's arguments, an absent optional included, and each other
@@ -126,7 +116,7 @@ class LayerFunction : public torch::autograd::Function<LayerFunction> {
     variable_list out = {needs[0] ? dx : at::Tensor(), needs[1] ? dh0 : at::Tensor(),
                          needs[2] ? dc0 : at::Tensor()};
     for (size_t k = 0; k < weights.size(); ++k) out.push_back(needs[3 + k] ? dweights[k] : at::Tensor());
-    out.resize(out.size() + 7);  // lengths, reset_mask and the masks, keep_cells, results
+    out.resize(out.size() + 3);  // in, keep_cells, results
     return out;
   }
 
@@ -142,21 +132,15 @@ class LayerFunction : public torch::autograd::Function<LayerFunction> {
   }
 };
 
-LayerResults layer(const at::Tensor& x, const OptionalTensor& h0, const OptionalTensor& c0,
-                   at::TensorList weights, const OptionalTensor& lengths, const OptionalTensor& reset_mask,
-                   bool keep_cells, bool keep_reserve, const OptionalTensor& recurrent_mask,
-                   const OptionalTensor& zoneout_h, const OptionalTensor& zoneout_c) {
+LayerResults layer(const LayerInputs& in, bool keep_cells, bool keep_reserve) {
   // What is recorded of a call must not depend on the grad mode of the moment: keep_reserve is the caller's
   // own wish, and a call that is differentiated keeps one whatever it says.
   const auto requires_grad = [](const OptionalTensor& t) { return t && t->requires_grad(); };
-  bool differentiable = x.requires_grad() || requires_grad(h0) || requires_grad(c0);
-  for (const at::Tensor& w : weights) differentiable |= w.requires_grad();
-  if (!differentiable || !at::GradMode::is_enabled())
-    return below_autograd(x, h0, c0, weights, lengths, reset_mask, keep_cells, keep_reserve, recurrent_mask,
-                          zoneout_h, zoneout_c);
+  bool differentiable = in.x.requires_grad() || requires_grad(in.h0) || requires_grad(in.c0);
+  for (const at::Tensor& w : in.weights) differentiable |= w.requires_grad();
+  if (!differentiable || !at::GradMode::is_enabled()) return below_autograd(in, keep_cells, keep_reserve);
   LayerResults results;
-  variable_list out = LayerFunction::apply(x, h0, c0, weights, lengths, reset_mask, recurrent_mask, zoneout_h,
-                                           zoneout_c, keep_cells, &results);
+  variable_list out = LayerFunction::apply(in.x, in.h0, in.c0, in.weights, &in, keep_cells, &results);
   auto& [y, h_n, c_n, cells, reserve] = results;
   return {out[0], out[1], out[2], keep_cells ? out[3] : cells, reserve};
 }
@@ -202,8 +186,9 @@ StepGradients differentiable(const at::Tensor& dh, const at::Tensor& dc, const S
                            const OptionalTensor& h0, const OptionalTensor& c0, at::TensorList weights,
                            const c10::List<bool>& flags) {
                          const at::Tensor gates = saved_gates(gates_of(reserve, in), x, weights, {}, false);
-                         return op.call({}, dh_n, dc_n, {}, x, h0, c0, weights, {}, {}, gates,
-                                        cells_of(reserve, in), flags, {}, {}, {});
+                         return call(op, {kNoTensor, dh_n, dc_n, kNoTensor},
+                                     {x, h0, c0, weights, kNoTensor, kNoTensor}, gates, cells_of(reserve, in),
+                                     flags);
                        });
 }
 
@@ -217,8 +202,9 @@ StepGradients by_op(const at::Tensor& dh, const at::Tensor& dc, const StepInputs
                        [&](const OptionalTensor& dh_n, const OptionalTensor& dc_n, const at::Tensor& x,
                            const OptionalTensor& h0, const OptionalTensor& c0, at::TensorList weights,
                            const c10::List<bool>& flags) {
-                         return op.call({}, dh_n, dc_n, {}, x, h0, c0, weights, {}, {},
-                                        at::empty({0}, x.options()), cells, gates, flags, {}, {}, {});
+                         return call(op, {kNoTensor, dh_n, dc_n, kNoTensor},
+                                     {x, h0, c0, weights, kNoTensor, kNoTensor}, at::empty({0}, x.options()),
+                                     cells, gates, flags);
                        });
 }
 
@@ -276,7 +262,7 @@ class CellFunction : public torch::autograd::Function<CellFunction> {
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(fastlstm, Autograd, m) { m.impl("native_layer", layer); }
+TORCH_LIBRARY_IMPL(fastlstm, Autograd, m) { m.impl("native_layer", forward_kernel<layer>); }
 
 bool is_plain_tensor(const at::Tensor& t) {
   static const c10::DispatchKeySet keys = at::empty({0}).key_set();

@@ -62,15 +62,15 @@ std::optional<LayerResults> layer(const at::Tensor& x, const OptionalTensor& h0,
                                   const OptionalTensor& reset_mask, const OptionalTensor& recurrent_mask,
                                   const OptionalTensor& zoneout_h, const OptionalTensor& zoneout_c,
                                   bool keep_cells) {
-  if (x.dim() != 3 || symbolic(x) || symbolic(h0) || symbolic(c0) || symbolic(lengths) ||
-      symbolic(reset_mask) || symbolic(recurrent_mask) || symbolic(zoneout_h) || symbolic(zoneout_c) ||
-      std::any_of(weights.begin(), weights.end(), symbolic) ||
-      !LayerSizes::fit({x, h0, c0, weights, lengths, reset_mask, recurrent_mask, zoneout_h, zoneout_c}))
+  const LayerInputs in{x, h0, c0, weights, lengths, reset_mask, recurrent_mask, zoneout_h, zoneout_c};
+  const auto options = in.options();
+  if (x.dim() != 3 || symbolic(x) || symbolic(h0) || symbolic(c0) ||
+      std::any_of(options.begin(), options.end(), [](const OptionalTensor* t) { return symbolic(*t); }) ||
+      std::any_of(weights.begin(), weights.end(), symbolic) || !LayerSizes::fit(in))
     return {};
   const auto& op = forward_op();
   py::gil_scoped_release release;
-  return op.call(x, h0, c0, weights, lengths, reset_mask, keep_cells, /*keep_reserve=*/false, recurrent_mask,
-                 zoneout_h, zoneout_c);
+  return call(op, in, keep_cells, /*keep_reserve=*/false);
 }
 
 // The plan of csrc/cuda/plan.h: (reason there is none or "", the layout's numbers by name, the variant and

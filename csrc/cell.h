@@ -49,6 +49,18 @@ struct Moments {
   FASTLSTM_HD V gradient(V g, V s, V mean_g, V mean_gs) const { return scale * (g - mean_g - s * mean_gs); }
 };
 
+// The terms of the gradients of a direction's layer normalization, [14H], of which the weights' gradients are
+// the sums over all rows: where each begins, in units of H. Those of the biases are gradients of the
+// pre-activations: one for the biases of W_ih x, of W_hh h and of the gates.
+struct NormTerms {
+  static constexpr int kBiases = 0, kGainX = 4, kGainH = 8, kGainC = 12, kBiasC = 13, kSize = 14;
+  // Of the k-th weight in the order of the contract (fastlstm/ops/schema.py).
+  static constexpr int of_weight(int64_t k) {
+    constexpr int begin[] = {kGainX, kBiases, kGainH, kBiases, kGainC, kBiasC};
+    return begin[k];
+  }
+};
+
 // All of a step's backward that does not depend on dh and dc.
 template <class V>
 struct CellDerivatives {

@@ -10,19 +10,30 @@
 #include <optional>
 #include <string>
 #include <tuple>
+#include <utility>
 #include <vector>
 
 namespace fastlstm {
 
 using OptionalTensor = std::optional<at::Tensor>;
 
+// Signatures of ops over a layer's inputs, with other arguments in the place that fastlstm/ops/schema.py has
+// for them; the same after the gradients of the results.
+using Input = const at::Tensor&;
+using Option = const OptionalTensor&;
+template <class Result, class... Others>
+using OverInputs = Result(Input x, Option h0, Option c0, at::TensorList weights, Option lengths,
+                          Option reset_mask, Others..., Option recurrent_mask, Option zoneout_h,
+                          Option zoneout_c);
+template <class Result, class... Others>
+using OverGradients = Result(Option dy, Option dh_n, Option dc_n, Option dcells, Input x, Option h0,
+                             Option c0, at::TensorList weights, Option lengths, Option reset_mask, Others...,
+                             Option recurrent_mask, Option zoneout_h, Option zoneout_c);
+
 // y, h_n, c_n, cells, reserve
 using LayerResults = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
-using LayerForward = LayerResults(const at::Tensor& x, const OptionalTensor& h0, const OptionalTensor& c0,
-                                  at::TensorList weights, const OptionalTensor& lengths,
-                                  const OptionalTensor& reset_mask, bool keep_cells, bool keep_reserve,
-                                  const OptionalTensor& recurrent_mask, const OptionalTensor& zoneout_h,
-                                  const OptionalTensor& zoneout_c);
+// keep_cells, keep_reserve
+using LayerForward = OverInputs<LayerResults, bool, bool>;
 
 // Whether a y that backward was given is none: [0], where its caller has changed it since forward. h is then
 // found again from o and c.
@@ -30,22 +41,12 @@ inline bool lacks_output(const at::Tensor& y) { return y.dim() == 1 && y.size(0)
 
 // dx, dh0, dc0, dweights
 using LayerGradients = std::tuple<at::Tensor, at::Tensor, at::Tensor, std::vector<at::Tensor>>;
-using LayerBackward = LayerGradients(const OptionalTensor& dy, const OptionalTensor& dh_n,
-                                     const OptionalTensor& dc_n, const OptionalTensor& dcells,
-                                     const at::Tensor& x, const OptionalTensor& h0, const OptionalTensor& c0,
-                                     at::TensorList weights, const OptionalTensor& lengths,
-                                     const OptionalTensor& reset_mask, const at::Tensor& y,
-                                     const at::Tensor& cells, const at::Tensor& reserve,
-                                     c10::List<bool> needs, const OptionalTensor& recurrent_mask,
-                                     const OptionalTensor& zoneout_h, const OptionalTensor& zoneout_c);
+// y, cells, reserve, needs
+using LayerBackward = OverGradients<LayerGradients, Input, Input, Input, c10::List<bool>>;
 
-// dx, dh0, dc0, dweights as differentiable functions (fastlstm/ops/register.py); gates: of saved_gates
-using DifferentiableBackward = LayerGradients(
-    const OptionalTensor& dy, const OptionalTensor& dh_n, const OptionalTensor& dc_n,
-    const OptionalTensor& dcells, const at::Tensor& x, const OptionalTensor& h0, const OptionalTensor& c0,
-    at::TensorList weights, const OptionalTensor& lengths, const OptionalTensor& reset_mask,
-    const OptionalTensor& gates, const OptionalTensor& cells, c10::List<bool> needs,
-    const OptionalTensor& recurrent_mask, const OptionalTensor& zoneout_h, const OptionalTensor& zoneout_c);
+// dx, dh0, dc0, dweights as differentiable functions (fastlstm/ops/register.py), from gates (of saved_gates),
+// cells, needs
+using DifferentiableBackward = OverGradients<LayerGradients, Option, Option, c10::List<bool>>;
 
 // The activated gates [D, T, B, 4H] (packed rows: [D, N, 4H]) in the order i, f, g, o, from a reserve.
 // masked: the layer had masks.
@@ -63,6 +64,17 @@ struct LayerInputs {
   const OptionalTensor &recurrent_mask = kNoTensor, &zoneout_h = kNoTensor, &zoneout_c = kNoTensor;
 
   bool masked() const { return recurrent_mask || zoneout_h || zoneout_c; }
+
+  // The options of a call: tensors without gradient.
+  static constexpr size_t kOptions = 5;
+  using Options = std::array<OptionalTensor, kOptions>;
+  std::array<const OptionalTensor*, kOptions> options() const {
+    return {&lengths, &reset_mask, &recurrent_mask, &zoneout_h, &zoneout_c};
+  }
+  static LayerInputs with_options(const at::Tensor& x, const OptionalTensor& h0, const OptionalTensor& c0,
+                                  at::TensorList weights, const Options& o) {
+    return {x, h0, c0, weights, o[0], o[1], o[2], o[3], o[4]};
+  }
 };
 // Gradients of a layer's results, each absent where it is zero.
 struct ResultGradients {
@@ -72,6 +84,37 @@ struct ResultGradients {
 struct SavedResults {
   const at::Tensor &y, &cells, &reserve;
 };
+
+// Calls an op over inputs, or over gradients and inputs.
+template <class Op, class... Others>
+auto call(const Op& op, const LayerInputs& in, Others&&... others) {
+  return op.call(in.x, in.h0, in.c0, in.weights, in.lengths, in.reset_mask, std::forward<Others>(others)...,
+                 in.recurrent_mask, in.zoneout_h, in.zoneout_c);
+}
+template <class Op, class... Others>
+auto call(const Op& op, const ResultGradients& grads, const LayerInputs& in, Others&&... others) {
+  return op.call(grads.dy, grads.dh_n, grads.dc_n, grads.dcells, in.x, in.h0, in.c0, in.weights, in.lengths,
+                 in.reset_mask, std::forward<Others>(others)..., in.recurrent_mask, in.zoneout_h,
+                 in.zoneout_c);
+}
+// f as a kernel of the forward op, and of the backward op.
+template <LayerResults (*f)(const LayerInputs&, bool keep_cells, bool keep_reserve)>
+LayerResults forward_kernel(Input x, Option h0, Option c0, at::TensorList weights, Option lengths,
+                            Option reset_mask, bool keep_cells, bool keep_reserve, Option recurrent_mask,
+                            Option zoneout_h, Option zoneout_c) {
+  return f({x, h0, c0, weights, lengths, reset_mask, recurrent_mask, zoneout_h, zoneout_c}, keep_cells,
+           keep_reserve);
+}
+template <LayerGradients (*f)(const ResultGradients&, const LayerInputs&, const SavedResults&,
+                              const c10::List<bool>& needs)>
+LayerGradients backward_kernel(Option dy, Option dh_n, Option dc_n, Option dcells, Input x, Option h0,
+                               Option c0, at::TensorList weights, Option lengths, Option reset_mask, Input y,
+                               Input cells, Input reserve, c10::List<bool> needs, Option recurrent_mask,
+                               Option zoneout_h, Option zoneout_c) {
+  return f({dy, dh_n, dc_n, dcells},
+           {x, h0, c0, weights, lengths, reset_mask, recurrent_mask, zoneout_h, zoneout_c},
+           {y, cells, reserve}, needs);
+}
 
 // Collects the first expectation that a layer's arguments do not meet.
 class ArgumentCheck {
@@ -174,7 +217,6 @@ struct LayerSizes {
   void check_backward(const at::Tensor& x, const ResultGradients& grads, const SavedResults& saved,
                       const c10::List<bool>& needs) const {
     const at::ScalarType dtype = x.scalar_type();
-    const size_t flags = 3 + D * per_direction;
     ArgumentCheck check(x);
     check.expect(saved.reserve.numel() == D * rows() * reserved(),
                  "reserve must be kept by forward for a backward");
@@ -185,12 +227,21 @@ struct LayerSizes {
     check.expect_like("dh_n", grads.dh_n, {D, B, P}, dtype);
     check.expect_like("dc_n", grads.dc_n, {D, B, H}, dtype);
     check.expect_like("dcells", grads.dcells, per_row(D * H), dtype);
-    check.expect(needs.size() == flags, "needs must have ", flags, " flags, got ", needs.size());
+    const size_t flags = needs_flags();
+    check.expect(needs.size() == flags || needs.size() == flags + 1, "needs must have ", flags,
+                 " flags, got ", needs.size());
     check.raise();
   }
+  // Returns true if backward gives the gradient of W_ih x [., D*4H] in place of dx: a flag of `needs` after
+  // those of the inputs.
+  bool wants_dgates(const c10::List<bool>& needs) const {
+    return needs.size() > needs_flags() && needs[needs_flags()];
+  }
+  int64_t dx_features(const c10::List<bool>& needs) const { return wants_dgates(needs) ? D * 4 * H : I; }
 
  private:
   LayerSizes() = default;
+  size_t needs_flags() const { return 3 + D * per_direction; }  // of x, h0, c0 and the weights
 
   void read(const LayerInputs& in, ArgumentCheck& check) {
     const auto& x = in.x;

@@ -116,7 +116,7 @@ class StoredWeights {
     const at::TensorList own = weights_.slice(k * n_, n_);
     if (!LayerSizes::fit({x, h0, c0, own, known, no_resets})) return {};
     auto [y, h_n, c_n, cells, reserve] =
-        op.call(x, h0, c0, own, lengths, no_resets, /*keep_cells=*/false, /*keep_reserve=*/false, {}, {}, {});
+        call(op, {x, h0, c0, own, lengths, no_resets}, /*keep_cells=*/false, /*keep_reserve=*/false);
     return OneLayer{std::move(y), std::move(h_n), std::move(c_n)};
   }
 
@@ -195,18 +195,12 @@ std::optional<StackResults> run_stack(const Stack& s, const at::Tensor& input, c
                       s.layers == 1 ? std::move(c_n[0]) : at::cat(c_n)};
 }
 
-PyObject* as_result(std::optional<StackResults>&& results) {
-  if (!results) return none();
-  return py::make_tuple(wrap(std::move(results->output)),
-                        py::make_tuple(wrap(std::move(results->h_n)), wrap(std::move(results->c_n))))
-      .release()
-      .ptr();
-}
-
-// (module, weights, input, hx, batch_sizes) -> (output, (h_n, c_n)), None or NotImplemented.
-PyObject* lstm(PyObject*, PyObject* const* args, Py_ssize_t count) {
-  HANDLE_TH_ERRORS
-  TORCH_CHECK(count == 5, "lstm takes 5 arguments, got ", count);
+// (module, weights, input, hx, batch_sizes) -> (output, (h_n, c_n)), None or NotImplemented. Weights:
+// StoredWeights or PackedWeights, of what read(module, stack, tensor, weights) finds, which returns null, or
+// the result of a call that must not run here.
+template <class Weights, class Read>
+PyObject* run_lstm(PyObject* const* args, Py_ssize_t count, Read&& read) {
+  TORCH_CHECK(count == 5, "expected 5 arguments, got ", count);
   Plain tensor;
   const at::Tensor input = tensor(args[2]);
   if (!tensor.plain || !input.device().is_cpu()) return none();  // before all weights are looked at
@@ -214,58 +208,56 @@ PyObject* lstm(PyObject*, PyObject* const* args, Py_ssize_t count) {
   const at::Tensor batch_sizes = packed ? tensor(args[4]) : at::Tensor();
   const auto [h0, c0] = tensor.states(args[3]);
   Attributes module(args[0]);
-  const Stack s = stack_of(module, packed);
-  if (!module.is_none(keys().variant) || !tensor.plain) return none();
+  Stack s = stack_of(module, packed);
   Tensors weights;
-  if (args[1] == Py_None) {
-    if (!recorded_weights(module, tensor, weights)) return not_recorded();
-  } else {
-    if (!PyList_Check(args[1])) return none();
-    for (Py_ssize_t k = 0; k < PyList_GET_SIZE(args[1]); ++k)
-      weights.push_back(tensor(PyList_GET_ITEM(args[1], k)));
-  }
-  if (!tensor.plain) return none();
-  std::optional<StackResults> results;
-  {
-    py::gil_scoped_release release;
-    results = run_stack(s, input, h0, c0, StoredWeights(s, weights), batch_sizes);
-  }
-  return as_result(std::move(results));
-  END_HANDLE_TH_ERRORS
-}
-
-// (module, input, hx, batch_sizes) of a FrozenLSTM -> (output, (h_n, c_n)) or None.
-PyObject* frozen_lstm(PyObject*, PyObject* const* args, Py_ssize_t count) {
-  HANDLE_TH_ERRORS
-  TORCH_CHECK(count == 4, "frozen_lstm takes 4 arguments, got ", count);
-  Plain tensor;
-  const at::Tensor input = tensor(args[1]);
-  if (!tensor.plain || !input.device().is_cpu()) return none();
-  const bool packed_rows = args[3] != Py_None;
-  const at::Tensor batch_sizes = packed_rows ? tensor(args[3]) : at::Tensor();
-  const auto [h0, c0] = tensor.states(args[2]);
-  Attributes module(args[0]);
-  Stack s = stack_of(module, packed_rows);
-  s.dropout = 0;
-  const Tensors packed = packed_layers(module, s.layers, tensor);
+  if (PyObject* refusal = read(module, s, tensor, weights)) return refusal;
   if (!module.complete() || !tensor.plain) return none();
   std::optional<StackResults> results;
   {
     py::gil_scoped_release release;
-    results = run_stack(s, input, h0, c0, PackedWeights(s, packed), batch_sizes);
+    results = run_stack(s, input, h0, c0, Weights(s, weights), batch_sizes);
   }
-  return as_result(std::move(results));
+  if (!results) return none();
+  return py::make_tuple(wrap(std::move(results->output)),
+                        py::make_tuple(wrap(std::move(results->h_n)), wrap(std::move(results->c_n))))
+      .release()
+      .ptr();
+}
+
+PyObject* lstm(PyObject*, PyObject* const* args, Py_ssize_t count) {
+  HANDLE_TH_ERRORS
+  return run_lstm<StoredWeights>(
+      args, count, [&](Attributes& module, Stack&, Plain& tensor, Tensors& weights) -> PyObject* {
+        if (!module.is_none(keys().variant) || !tensor.plain) return none();
+        if (args[1] == Py_None) return recorded_weights(module, tensor, weights) ? nullptr : not_recorded();
+        if (!PyList_Check(args[1])) return none();
+        for (Py_ssize_t k = 0; k < PyList_GET_SIZE(args[1]); ++k)
+          weights.push_back(tensor(PyList_GET_ITEM(args[1], k)));
+        return nullptr;
+      });
   END_HANDLE_TH_ERRORS
 }
 
-// (module, input, hx) of a FrozenLSTMCell -> (h, c) or None.
-PyObject* frozen_cell(PyObject*, PyObject* const* args, Py_ssize_t count) {
+// Of a FrozenLSTM; the weights argument is not read.
+PyObject* frozen_lstm(PyObject*, PyObject* const* args, Py_ssize_t count) {
   HANDLE_TH_ERRORS
-  TORCH_CHECK(count == 3, "frozen_cell takes 3 arguments, got ", count);
+  return run_lstm<PackedWeights>(
+      args, count, [](Attributes& module, Stack& s, Plain& tensor, Tensors& weights) -> PyObject* {
+        s.dropout = 0;
+        weights = packed_layers(module, s.layers, tensor);
+        return nullptr;
+      });
+  END_HANDLE_TH_ERRORS
+}
+
+// (module, weights, input, hx) of a FrozenLSTMCell -> (h, c) or None; the weights argument is not read.
+PyObject* frozen_lstm_cell(PyObject*, PyObject* const* args, Py_ssize_t count) {
+  HANDLE_TH_ERRORS
+  TORCH_CHECK(count == 4, "expected 4 arguments, got ", count);
   Plain tensor;
-  const at::Tensor input = tensor(args[1]);
+  const at::Tensor input = tensor(args[2]);
   if (!tensor.plain || !input.device().is_cpu() || input.dim() != 2) return none();
-  const auto [h0, c0] = tensor.states(args[2]);
+  const auto [h0, c0] = tensor.states(args[3]);
   if (h0.defined() && (h0.dim() != 2 || c0.dim() != 2)) return none();
   Attributes module(args[0]);
   Stack s;
@@ -286,7 +278,7 @@ PyObject* frozen_cell(PyObject*, PyObject* const* args, Py_ssize_t count) {
 // (module, weights, input, hx) -> (h, c), None or NotImplemented.
 PyObject* lstm_cell(PyObject*, PyObject* const* args, Py_ssize_t count) {
   HANDLE_TH_ERRORS
-  TORCH_CHECK(count == 4, "lstm_cell takes 4 arguments, got ", count);
+  TORCH_CHECK(count == 4, "expected 4 arguments, got ", count);
   Plain tensor;
   StepInputs in;
   in.x = tensor(args[2]);
@@ -326,9 +318,9 @@ PyMethodDef methods[] = {
     {"lstm_cell", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(lstm_cell)), METH_FASTCALL,
      "Run a whole LSTMCell call: (module, weights, input, hx) -> (h, c), None or NotImplemented as lstm()."},
     {"frozen_lstm", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(frozen_lstm)), METH_FASTCALL,
-     "The same of a FrozenLSTM: (module, input, hx, batch_sizes)."},
-    {"frozen_cell", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(frozen_cell)), METH_FASTCALL,
-     "The same of a FrozenLSTMCell: (module, input, hx)."}};
+     "lstm() of a FrozenLSTM, which ignores the weights argument."},
+    {"frozen_lstm_cell", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(frozen_lstm_cell)),
+     METH_FASTCALL, "lstm_cell() of a FrozenLSTMCell, which ignores the weights argument."}};
 
 }  // namespace
 

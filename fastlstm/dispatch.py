@@ -190,43 +190,21 @@ def _any_length(x: Tensor) -> bool:
     return recording() or isinstance(x.shape[0], torch.SymInt)
 
 
-def lstm_fast_path(
-    module: Any, input: Tensor, hx: tuple[Tensor, Tensor] | None, batch_sizes: Tensor | None = None
-) -> tuple[Any, Any]:
-    """Run a whole LSTM call in the extension: ((output, (h_n, c_n)), None), or (None, weights) if it may not.
+def fast_path(module: Any, call: str, frozen_call: str, *args: Any) -> tuple[Any, Any]:
+    """Run a whole call of LSTM or LSTMCell in the extension: (its result, None), or (None, weights) if it may not.
 
     For plain CPU tensors without lengths, resets, autocast, a transform or a tangent: a tiny call would spend most of
     its time in Python otherwise. Results and errors are those of functional.lstm and `layer`, which handle everything
-    else, with the weights of this call, read once. With the batch_sizes of a PackedSequence, input is its data and the
-    first result the output's: the rows stay packed.
+    else, with the weights of this call, read once. args: input, hx and of LSTM batch_sizes, None or those of a
+    PackedSequence: input is then its data and the first result the output's, and the rows stay packed.
     """
     result = weights = None
     if _extension_may_run():
-        extension: Any = native.extension
-        if type(module)._is_frozen:
-            result = extension.frozen_lstm(module, input, hx, batch_sizes)
-        else:
-            result = extension.lstm(module, None, input, hx, batch_sizes)
+        run = getattr(native.extension, frozen_call if type(module)._is_frozen else call)
+        result = run(module, None, *args)
         if result is NotImplemented:  # the recorded weights are stale
             weights = module._current_weights()
-            result = extension.lstm(module, weights, input, hx, batch_sizes)
-    if result is None and weights is None:
-        weights = module._current_weights()
-    return result, weights
-
-
-def cell_fast_path(module: Any, input: Tensor, hx: tuple[Tensor, Tensor] | None) -> tuple[Any, Any]:
-    """Run a whole LSTMCell call in the extension: ((h, c), None), or (None, weights) if it may not."""
-    result = weights = None
-    if _extension_may_run():
-        extension: Any = native.extension
-        if type(module)._is_frozen:
-            result = extension.frozen_cell(module, input, hx)
-        else:
-            result = extension.lstm_cell(module, None, input, hx)
-        if result is NotImplemented:
-            weights = module._current_weights()
-            result = extension.lstm_cell(module, weights, input, hx)
+            result = run(module, weights, *args)
     if result is None and weights is None:
         weights = module._current_weights()
     return result, weights

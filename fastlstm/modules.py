@@ -229,7 +229,7 @@ class LSTM(nn.RNNBase):
         if isinstance(input, PackedSequence):
             return self._forward_packed(input, hx, return_cell_states, lengths=lengths, reset_mask=reset_mask)
         if lengths is None and reset_mask is None and not return_cell_states and self.recompute is False:
-            result, weights = dispatch.lstm_fast_path(self, input, hx)
+            result, weights = dispatch.fast_path(self, "lstm", "frozen_lstm", input, hx, None)
             if result is not None:
                 return result
         else:
@@ -314,7 +314,7 @@ class LSTM(nn.RNNBase):
         if return_cell_states or self.recompute is not False:
             weights = self._current_weights()
         else:
-            result, weights = dispatch.lstm_fast_path(self, data, hx, batch_sizes)
+            result, weights = dispatch.fast_path(self, "lstm", "frozen_lstm", data, hx, batch_sizes)
         if result is not None:
             rows, states = [result[0]], result[1]
         else:

@@ -184,14 +184,9 @@ class _Backward(torch.autograd.Function):
             none = reserve if call.backend == "eager" else reserve.new_empty(0)
             dx, dh0, dc0, dw = eager.backward(grads, inputs, y, cells, none, list(needs), groups)
         else:
-            # The op's dx is dgates W_ih, and it reads neither x nor W_ih for anything else: the identity gives dgates.
-            swapped, n, width = list(w), shape.per_direction, shape.D * 4 * shape.H
-            swapped[::n] = torch.eye(width, dtype=x.dtype, device=x.device).chunk(shape.D)
-            like_x = x.new_empty(1, 1, 1).expand(*x.shape[:2], width)
-            only_rows = [True, *needs[1:3], *[False] * len(w)]
-            with_identity = inputs._replace(x=like_x, weights=swapped)
-            dgates, dh0, dc0, _ = op(*grads, *arguments(with_identity, y, cells, reserve, only_rows))
-            dx = dgates @ torch.cat(w[::n]) if needs[0] else x.new_empty(0)
+            only_rows = [True, *needs[1:3], *[False] * len(w), True]  # dgates in place of dx
+            dgates, dh0, dc0, _ = op(*grads, *arguments(inputs, y, cells, reserve, only_rows))
+            dx = dgates @ torch.cat(w[:: shape.per_direction]) if needs[0] else x.new_empty(0)
             dw = eager.weight_gradients_of_groups(dgates, inputs, y, needs, groups)
         return (dx, dh0, dc0, *dw)
 

@@ -14,7 +14,7 @@ int64_t backward_scratch(int64_t H, int64_t P) {
              : kRowBlockRows * padded_columns<T>(H);  // gradients of h before the projection, for a row group
 }
 
-// c [H] that entered a row's step: of the step before, or c0; neither where it began with zeros.
+// c [H] that entered a row's step: of the previous step, or c0; neither where it began with zeros.
 template <class T>
 struct EnteringCell {
   const T* cells;
@@ -113,8 +113,6 @@ struct BackwardStep {
   const BackwardArgs<T, S>& a;
   const Member& me;
   int64_t s, t;    // in the direction's order, in time
-  int64_t before;  // the step whose state entered this one, or -1
-  int64_t held;    // rows that have it; the others began here
   int64_t offset;  // of the step's rows in dgates, dr and hidden
   int64_t rows;    // of the member
 
@@ -123,8 +121,6 @@ struct BackwardStep {
         me(me),
         s(s),
         t(a.reverse ? a.rows.T - 1 - s : s),
-        before(s == 0 ? -1 : (a.reverse ? t + 1 : t - 1)),
-        held(before < 0 ? 0 : a.rows.count_at(before)),
         offset(a.rows.offset_at(t) - a.base),
         rows(std::max<int64_t>(0, std::min(me.row_end, a.rows.count_at(t)) - me.row_begin)) {}
 
@@ -156,10 +152,11 @@ struct BackwardStep {
   // dhidden: of rows from r0 on, with projection.
   CellRow<T, S> cell(int64_t r, int64_t r0, const Real<T>* dhidden) const {
     const int64_t row = a.rows.row_at(t, r);
+    const int64_t previous = a.rows.previous_row(a.reverse, t, r);
     EnteringCell<T> c_enter = {};
-    if (!a.rows.fresh_at(t, r) && r < held)
-      c_enter.cells = a.cells + a.rows.row_at(before, r) * a.cells_stride;
-    else if (!a.rows.fresh_at(t, r))
+    if (previous >= 0)
+      c_enter.cells = a.cells + previous * a.cells_stride;
+    else if (previous == Rows::kInitialState)
       c_enter.c0 = a.c0 + r * a.H;
     return {a,
             t,

@@ -40,7 +40,7 @@ struct ForwardArgs {
   Rows rows;
   int64_t I, H, P;
   bool reverse;
-  const T* x;         // the caller's rows, likewise y, cells and their gradients
+  const T* x;         // the caller's rows, as y, cells and their gradients are
   const float* bias;  // [4H]  bias_ih + bias_hh
   const Bf16* w_ih;   // pack_gates of weight_ih
   const Bf16* w_hh;   // pack_gates of weight_hh
@@ -50,7 +50,7 @@ struct ForwardArgs {
   // the padding; see cpu/sequence.h. Tiles read up to 15 rows past the last; the results are discarded. Other
   // members may be writing these rows.
   Bf16* h;
-  T* h_state;    // [2, B, P]  state where T is float, likewise in two slots; otherwise null
+  T* h_state;    // [2, B, P]  state where T is float, in two slots as h; otherwise null
   Bf16* hidden;  // [factor_rows(B), row_stride(H)]  with w_hr: h before its projection, as a factor
   float* c;      // [B, H]  state
   T* y;          // out

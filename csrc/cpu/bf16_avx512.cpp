@@ -1,32 +1,18 @@
-// The kernels of cpu/bf16.h by AVX512_BF16. Only what stands inside the target region may use it; see
-// isa_avx512.cpp.
+// The kernels of cpu/bf16.h by AVX512_BF16.
 #include "cpu/bf16.h"
 
 #if defined(FASTLSTM_BF16_KERNELS)
-#include <algorithm>
-#include <cstring>
-#include <limits>
-#include <utility>
+#include "cpu/target.h"
 
 #define FASTLSTM_ISA avx512_bf16
 #define FASTLSTM_VECTOR_BYTES 64
 #define FASTLSTM_BF16_NAME "avx512_bf16"
-#if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,fma"))), \
-                             apply_to = function)
-#else
-#pragma GCC push_options
-#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,fma")
-#endif
+FASTLSTM_BEGIN_TARGET("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,fma")
 #include "cpu/bf16_tiles_avx512.h"
 // after the products
 #include "cpu/bf16_gemm.h"
 #include "cpu/bf16_kernels.h"
-#if defined(__clang__)
-#pragma clang attribute pop
-#else
-#pragma GCC pop_options
-#endif
+FASTLSTM_END_TARGET
 
 namespace fastlstm::bf16 {
 template <class T>

@@ -173,13 +173,14 @@ void forward(const ForwardArgs<T>& a, const Member& me) {
 
 // The cell's gradients for units [u0, u0 + n) of sorted row r at step t.
 template <class T>
-FASTLSTM_INLINE void backward_cell(const BackwardArgs<T>& a, int64_t t, int64_t r, int64_t before,
-                                   int64_t held, int64_t u0, int n, float* db) {
+FASTLSTM_INLINE void backward_cell(const BackwardArgs<T>& a, int64_t t, int64_t r, int64_t u0, int n,
+                                   float* db) {
   const int64_t H = a.H, row = a.rows.row_at(t, r);
   const int64_t packed_row = a.rows.offset_at(t) + r;
   const T* g = a.gates + packed_row * 4 * H + 4 * u0;
-  if (r < held) {  // what the next step reads: too little at a time for the hardware to foresee
-    const T* next = a.gates + (a.rows.offset_at(before) + r) * 4 * H + 4 * u0;
+  const int64_t previous = a.rows.previous_row(a.reverse, t, r);
+  if (previous >= 0) {  // what is read after this step: too little at a time for the hardware to foresee
+    const T* next = a.gates + (a.rows.offset_at(Rows::step_before(a.reverse, t)) + r) * 4 * H + 4 * u0;
     constexpr int64_t kLine = 64 / sizeof(T);
     for (int64_t k = 0; k < 4 * kBlock; k += kLine) __builtin_prefetch(next + k);
   }
@@ -187,10 +188,10 @@ FASTLSTM_INLINE void backward_cell(const BackwardArgs<T>& a, int64_t t, int64_t 
   if (a.dy && !a.w_hr) dh += get(a.dy + row * a.dy_stride + u0, n);
   V dc = load_part(a.dc + r * H + u0, n);
   if (a.dcells) dc += get(a.dcells + row * a.dcells_stride + u0, n);
-  const bool fresh = a.rows.fresh_at(t, r);
-  const V c_prev = fresh      ? V{}
-                   : r < held ? get(a.cells + a.rows.row_at(before, r) * a.cells_stride + u0, n)
-                              : load_part(a.c0 + r * H + u0, n);
+  const bool fresh = previous == Rows::kZeroState;
+  const V c_prev = fresh           ? V{}
+                   : previous >= 0 ? get(a.cells + previous * a.cells_stride + u0, n)
+                                   : load_part(a.c0 + r * H + u0, n);
   const V tanh_c = FastActivation::tanh(get(a.cells + row * a.cells_stride + u0, n));
   const Gates<V> gate = {get(g, n), get(g + n, n), get(g + 2 * n, n), get(g + 3 * n, n)};
   const Gates<V> d = cell_backward(gate, c_prev, tanh_c, dh, dc);
@@ -213,15 +214,11 @@ template <class T>
 struct PendingGradients {
   const BackwardArgs<T>& a;
   float* db;
-  int64_t t = 0, before = -1, held = 0;  // the step, the one before it, rows that has
+  int64_t t = 0;
   int64_t unit_begin = 0, unit_end = 0;
   int64_t r = 0, end = 0, u0 = 0;  // the next cell is of row r < end and unit u0
 
-  void at_step(int64_t s) {
-    t = a.reverse ? a.rows.T - 1 - s : s;
-    before = s == 0 ? -1 : (a.reverse ? t + 1 : t - 1);
-    held = before < 0 ? 0 : a.rows.count_at(before);
-  }
+  void at_step(int64_t s) { t = a.reverse ? a.rows.T - 1 - s : s; }
   void set(int64_t first_unit, int64_t last_unit, int64_t first_row, int64_t last_row) {
     u0 = unit_begin = first_unit;
     unit_end = last_unit;
@@ -230,9 +227,9 @@ struct PendingGradients {
   }
   __attribute__((noinline)) void one() {
     if (u0 + kBlock <= unit_end)
-      backward_cell(a, t, r, before, held, u0, kBlock, db);
+      backward_cell(a, t, r, u0, kBlock, db);
     else
-      backward_cell(a, t, r, before, held, u0, static_cast<int>(unit_end - u0), db);
+      backward_cell(a, t, r, u0, static_cast<int>(unit_end - u0), db);
     u0 += kBlock;
     if (u0 < unit_end) return;
     u0 = unit_begin;

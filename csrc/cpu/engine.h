@@ -22,10 +22,10 @@
 //   state_stride(P), state_rows(B)   of a slot of h: stride of a row and number of rows
 // Backward(in, sizes, plan, need_dx, need_hr) also has
 //   gradient_stride(P)               of a row of dh
-//   select_steps(d, span, dx)        the chunk of steps that run() takes
+//   select_steps(d, span, dgates)    the chunk of steps that run() takes; dgates [., 4H]: where those of the
+//                                    span may be stored, or null
 //   dgates(d), dhh(d)                of the chunk's rows: gradients of W_ih x and of W_hh h, which differ
-//   only
-//                                    with layer normalization
+//                                    with layer normalization only
 //   dr(d), hidden(d)                 of the same rows, with projection: gradients of h; h before projection
 //   input_gradient(d, n, dx)         dx (+)= dgates W_ih
 //   bias_gradient(d, n, accumulate, db), finish_bias(d, db)   after each chunk, and after the last

@@ -2,6 +2,7 @@
 // arithmetic in Real<T>, panels of S.
 #pragma once
 
+#include "cell.h"
 #include "cpu/engine.h"
 #include "cpu/weight_gradient.h"
 
@@ -149,10 +150,7 @@ class FloatBackward {
         need_hr_{need_hr[0], need_hr[1]},
         packed_hh_size_(plan.pack_hh ? kernel_.columns_packed_size(4 * s.H, s.P) : 0),
         copy_is_packed_(plan.partition.copies > 1 ? s.D * plan.partition.copies : 0) {
-    for (int64_t d = 0; need_dx && d < s.D; ++d) {
-      w_ih_[d] = in.weights[d * s.per_direction].contiguous();
-      identity_[d] = is_identity(w_ih_[d], d);
-    }
+    for (int64_t d = 0; need_dx && d < s.D; ++d) w_ih_[d] = in.weights[d * s.per_direction].contiguous();
   }
 
   static int64_t gradient_stride(int64_t P) { return kernels<T, S>().padded_columns(P); }
@@ -214,10 +212,9 @@ class FloatBackward {
                  [&](int64_t begin, int64_t end) { pack(args_[d], begin, end); });
   }
 
-  // dgates are written to dx, of the span's first row, if W_ih is the identity and D = 1.
-  void select_steps(int64_t d, const Span& span, R* dx) {
+  void select_steps(int64_t d, const Span& span, R* dgates) {
     args_[d].first = span.first, args_[d].steps = span.steps, args_[d].base = span.begin;
-    if (identity_[d] && s_.D == 1) args_[d].dgates = dx;
+    if (dgates) args_[d].dgates = dgates;
   }
 
   void run(int64_t d, const Member& me) {
@@ -243,13 +240,8 @@ class FloatBackward {
 
   void input_gradient(int64_t d, int64_t n, R* dx) const {
     const int64_t G = 4 * s_.H;
-    const R* dgates = args_[d].dgates;
-    if (!identity_[d]) {
-      multiply<R, T>({n, s_.I, G, dgates, G, false, data_of<T>(w_ih_[d]), s_.I, s_.D > 1, dx, s_.I, nullptr});
-    } else if (s_.D == 2) {  // with one direction dgates is dx
-      for (int64_t r = 0; r < n; ++r)
-        for (int64_t k = 0; k < G; ++k) dx[r * s_.I + d * G + k] += dgates[r * G + k];
-    }
+    multiply<R, T>(
+        {n, s_.I, G, args_[d].dgates, G, false, data_of<T>(w_ih_[d]), s_.I, s_.D > 1, dx, s_.I, nullptr});
   }
 
   void bias_gradient(int64_t d, int64_t n, bool accumulate, R* db) const {
@@ -272,27 +264,15 @@ class FloatBackward {
   }
   // Of the k-th weight of layer normalization, in the order of the contract.
   void norm_gradient(int64_t d, int64_t k, R* dw) const {
-    const int64_t H = s_.H, offset[kNormWeights] = {4 * H, 0, 8 * H, 0, 12 * H, 13 * H};
-    const int64_t n = k < 4 ? 4 * H : H, members = plan_.partition.threads();
+    const int64_t H = s_.H, n = k < 4 ? 4 * H : H, members = plan_.partition.threads();
     std::fill_n(dw, n, R(0));
     for (int64_t m = 0; m < members; ++m) {
-      const R* sums = args_[d].norm_sums + m * kernel_.norm_sums(H) + offset[k];
+      const R* sums = args_[d].norm_sums + m * kernel_.norm_sums(H) + NormTerms::of_weight(k) * H;
       for (int64_t j = 0; j < n; ++j) dw[j] += sums[j];
     }
   }
 
  private:
-  // Returns true if w [4H, D * 4H] is direction d's part of an identity. fastlstm/transforms.py passes one to
-  // get dgates as dx; no GEMM is needed then.
-  bool is_identity(const at::Tensor& w, int64_t d) const {
-    const int64_t G = 4 * s_.H;
-    if (s_.I != s_.D * G) return false;
-    const Stored<T>* row = w.const_data_ptr<Stored<T>>();
-    for (int64_t r = 0; r < G; ++r, row += s_.I)
-      for (int64_t c = 0; c < s_.I; ++c)
-        if (row[c] != Stored<T>(c == d * G + r)) return false;
-    return true;
-  }
   void pack(const BackwardArgs<T, S>& a, int64_t begin, int64_t end) const {
     kernel_.pack_columns(a.w_hh, 4 * s_.H, s_.P, 1, begin, end, a.packed);
   }
@@ -303,7 +283,6 @@ class FloatBackward {
   const bool need_hr_[2];
   const int64_t packed_hh_size_;
   std::vector<char> copy_is_packed_;  // per direction and copy
-  bool identity_[2] = {false, false};
   PerDirection packed_hh_offset_, hr_offset_, dgates_offset_, dr_offset_, hidden_offset_, dhh_offset_,
       sums_offset_;
   int64_t scratch_offset_ = 0;

@@ -114,14 +114,13 @@ struct ForwardStep {
     return state * load_mask<T>(a.masks.recurrent, next_t, a.rows.batch_row_at(r), p, n);
   }
 
-  // h after the zoneout of these features; the previous state is y of the previous step, or h0.
+  // h after the zoneout of these features.
   FASTLSTM_INLINE Vec<T> zoned_h(Vec<T> h, int64_t r, int64_t p, int n) const {
     if (!masked || !a.masks.zoneout_h) return h;
-    const int64_t before = a.reverse ? t + 1 : t - 1;
-    const bool held = before >= 0 && before < a.rows.T && r < a.rows.count_at(before);
-    const Vec<T> h_prev = a.rows.fresh_at(t, r) ? Vec<T>{}
-                          : held ? load_part(a.y + a.rows.row_at(before, r) * a.y_stride + p, n)
-                                 : load_part(a.h0 + r * a.P + p, n);
+    const int64_t previous = a.rows.previous_row(a.reverse, t, r);
+    const Vec<T> h_prev = previous == Rows::kZeroState      ? Vec<T>{}
+                          : previous == Rows::kInitialState ? load_part(a.h0 + r * a.P + p, n)
+                                                            : load_part(a.y + previous * a.y_stride + p, n);
     const Vec<T> share = load_mask<T>(a.masks.zoneout_h, t, a.rows.batch_row_at(r), p, n);
     return zoned<T>(a.masks.zoneout_h, share, h_prev, h);
   }

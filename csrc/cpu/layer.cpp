@@ -14,11 +14,9 @@ namespace fastlstm {
 namespace {
 
 // float16 runs in float32, c and h included, and is rounded once, on the way out.
-OptionalTensor to_float(const OptionalTensor& t) { return t ? OptionalTensor(t->to(at::kFloat)) : t; }
-
-// The share of a zoneout, flags or numbers.
-OptionalTensor share_to_float(const OptionalTensor& t) {
-  return t && t->scalar_type() != at::kBool ? to_float(t) : t;
+// Flags and integers stay as they are.
+OptionalTensor to_float(const OptionalTensor& t) {
+  return t && t->is_floating_point() ? OptionalTensor(t->to(at::kFloat)) : t;
 }
 
 std::vector<at::Tensor> to(at::TensorList tensors, at::ScalarType dtype) {
@@ -26,6 +24,24 @@ std::vector<at::Tensor> to(at::TensorList tensors, at::ScalarType dtype) {
   for (const at::Tensor& t : tensors) out.push_back(t.to(dtype));
   return out;
 }
+
+class FloatInputs {
+ public:
+  explicit FloatInputs(const LayerInputs& in)
+      : x_(in.x.to(at::kFloat)),
+        h0_(to_float(in.h0)),
+        c0_(to_float(in.c0)),
+        weights_(to(in.weights, at::kFloat)) {
+    for (size_t k = 0; k < options_.size(); ++k) options_[k] = to_float(*in.options()[k]);
+  }
+  LayerInputs inputs() const { return LayerInputs::with_options(x_, h0_, c0_, weights_, options_); }
+
+ private:
+  at::Tensor x_;
+  OptionalTensor h0_, c0_;
+  std::vector<at::Tensor> weights_;
+  LayerInputs::Options options_;
+};
 
 // Returns true if products of float32 may round their factors to bfloat16: where nn.LSTM's may, which runs on
 // oneDNN (docs/numerics.md). Read at every call, of backward too, where there are kernels for it.
@@ -51,45 +67,28 @@ auto for_dtype(const at::Tensor& x, F&& f) {
   }
 }
 
-LayerResults layer(const at::Tensor& x, const OptionalTensor& h0, const OptionalTensor& c0,
-                   at::TensorList weights, const OptionalTensor& lengths, const OptionalTensor& reset_mask,
-                   bool keep_cells, bool keep_reserve, const OptionalTensor& recurrent_mask,
-                   const OptionalTensor& zoneout_h, const OptionalTensor& zoneout_c) {
-  const LayerInputs in{x, h0, c0, weights, lengths, reset_mask, recurrent_mask, zoneout_h, zoneout_c};
-  if (x.scalar_type() != at::kHalf)
-    return for_dtype(
-        x, [&](auto t) { return forward<decltype(t)>(in, keep_cells, keep_reserve, bf16_requested(x)); });
+LayerResults layer(const LayerInputs& in, bool keep_cells, bool keep_reserve) {
+  if (in.x.scalar_type() != at::kHalf)
+    return for_dtype(in.x, [&](auto t) {
+      return forward<decltype(t)>(in, keep_cells, keep_reserve, bf16_requested(in.x));
+    });
   const LayerSizes checked(in);  // before all become float32
-  const std::vector<at::Tensor> wide = to(weights, at::kFloat);
-  const OptionalTensor masks[] = {to_float(recurrent_mask), share_to_float(zoneout_h),
-                                  share_to_float(zoneout_c)};
-  auto [y, h_n, c_n, cells, reserve] = forward<float>(
-      {x.to(at::kFloat), to_float(h0), to_float(c0), wide, lengths, reset_mask, masks[0], masks[1], masks[2]},
-      keep_cells, keep_reserve, /*bf16_requested=*/false);
+  auto [y, h_n, c_n, cells, reserve] =
+      forward<float>(FloatInputs(in).inputs(), keep_cells, keep_reserve, /*bf16_requested=*/false);
   return {y.to(at::kHalf), h_n.to(at::kHalf), c_n.to(at::kHalf), cells.to(at::kHalf), reserve.to(at::kHalf)};
 }
 
-LayerGradients layer_backward(const OptionalTensor& dy, const OptionalTensor& dh_n,
-                              const OptionalTensor& dc_n, const OptionalTensor& dcells, const at::Tensor& x,
-                              const OptionalTensor& h0, const OptionalTensor& c0, at::TensorList weights,
-                              const OptionalTensor& lengths, const OptionalTensor& reset_mask,
-                              const at::Tensor& y, const at::Tensor& cells, const at::Tensor& reserve,
-                              c10::List<bool> needs, const OptionalTensor& recurrent_mask,
-                              const OptionalTensor& zoneout_h, const OptionalTensor& zoneout_c) {
-  const ResultGradients grads{dy, dh_n, dc_n, dcells};
-  const LayerInputs in{x, h0, c0, weights, lengths, reset_mask, recurrent_mask, zoneout_h, zoneout_c};
-  const SavedResults saved{y, cells, reserve};
-  if (x.scalar_type() != at::kHalf)
+LayerGradients layer_backward(const ResultGradients& grads, const LayerInputs& in, const SavedResults& saved,
+                              const c10::List<bool>& needs) {
+  if (in.x.scalar_type() != at::kHalf)
     return for_dtype(
-        x, [&](auto t) { return backward<decltype(t)>(grads, in, saved, needs, bf16_requested(x)); });
-  LayerSizes(in).check_backward(x, grads, saved, needs);
-  const std::vector<at::Tensor> wide = to(weights, at::kFloat);
-  const OptionalTensor masks[] = {to_float(recurrent_mask), share_to_float(zoneout_h),
-                                  share_to_float(zoneout_c)};
+        in.x, [&](auto t) { return backward<decltype(t)>(grads, in, saved, needs, bf16_requested(in.x)); });
+  LayerSizes(in).check_backward(in.x, grads, saved, needs);
   auto [dx, dh0, dc0, dweights] = backward<float>(
-      {to_float(dy), to_float(dh_n), to_float(dc_n), to_float(dcells)},
-      {x.to(at::kFloat), to_float(h0), to_float(c0), wide, lengths, reset_mask, masks[0], masks[1], masks[2]},
-      {y.to(at::kFloat), cells.to(at::kFloat), reserve.to(at::kFloat)}, needs, /*bf16_requested=*/false);
+      {to_float(grads.dy), to_float(grads.dh_n), to_float(grads.dc_n), to_float(grads.dcells)},
+      FloatInputs(in).inputs(),
+      {saved.y.to(at::kFloat), saved.cells.to(at::kFloat), saved.reserve.to(at::kFloat)}, needs,
+      /*bf16_requested=*/false);
   return {dx.to(at::kHalf), dh0.to(at::kHalf), dc0.to(at::kHalf), to(dweights, at::kHalf)};
 }
 
@@ -207,8 +206,8 @@ at::Tensor random_flags(const at::Tensor& seed, c10::SymIntArrayRef size, double
 }  // namespace
 
 TORCH_LIBRARY_IMPL(fastlstm, CPU, m) {
-  m.impl("native_layer", layer);
-  m.impl("native_layer_backward", layer_backward);
+  m.impl("native_layer", forward_kernel<layer>);
+  m.impl("native_layer_backward", backward_kernel<layer_backward>);
   m.impl("native_gates", gates);
   m.impl("grouped_products", grouped_products);
   m.impl("random_flags", random_flags);

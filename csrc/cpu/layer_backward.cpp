@@ -25,6 +25,15 @@ void recurrent_gradient(const Span& span, MatrixView<Operand> dgates, const Oper
   if (from_h0) dw.add(s.B, dgates.from(reverse ? others : 0), {h0 + d * s.B * s.P, s.P}, add || others > 0);
 }
 
+// A chunk's dgates [n, G] as a direction's columns of dx, whose rows have this stride, unless they lie there.
+template <class Operand, class InputGradient>
+void store_dgates(MatrixView<Operand> dgates, int64_t n, int64_t G, InputGradient* dx, int64_t stride) {
+  if (static_cast<const void*>(dgates.data) == dx) return;
+  at::parallel_for(0, n, kRowCopyTaskMinRows, [&](int64_t begin, int64_t end) {
+    for (int64_t r = begin; r < end; ++r) copy_numbers(dgates.data + r * dgates.stride, G, dx + r * stride);
+  });
+}
+
 template <class E>
 LayerGradients backward_with(const ResultGradients& grads, const LayerInputs& in, const LayerSizes& s,
                              const Ragged& ragged, const SavedResults& saved, const c10::List<bool>& needs,
@@ -37,7 +46,8 @@ LayerGradients backward_with(const ResultGradients& grads, const LayerInputs& in
   const at::TensorList weights = in.weights;
   const auto need = [&](int64_t d, int64_t k) { return needs[3 + d * s.per_direction + k]; };
   const int64_t hr = s.per_direction - 1;  // weight_hr among a direction's weights
-  const bool need_dx = needs[0];
+  const bool need_dx = needs[0], wants_dgates = s.wants_dgates(needs);
+  const int64_t dx_features = s.dx_features(needs);
   const bool need_hr[2] = {s.proj() && need(0, hr), s.proj() && D == 2 && need(1, hr)};
   const bool need_ih = need(0, 0) || (D == 2 && need(1, 0));
   const auto none = [&] { return new_empty({0}, in.x); };
@@ -45,11 +55,9 @@ LayerGradients backward_with(const ResultGradients& grads, const LayerInputs& in
   const LayerMasks<T> masks(in);
   const bool need_hh = need(0, 1) || (D == 2 && need(1, 1));  // y and h0 are factors of dW_hh alone
   const auto output = [&] {
-    return E::operands(
-        !lacks_output(saved.y) ? saved.y.contiguous()
-        : in.masked() || s.norm
-            ? zoned_output_again<T>(s, ragged, in, masks, saved, E::saved_block())
-            : output_again<Stored<T>, R>(s, ragged, weights, saved.cells, saved.reserve, E::saved_block()));
+    const auto again = in.masked() || s.norm ? output_again<T, R> : output_again<T, Stored<T>>;
+    return E::operands(lacks_output(saved.y) ? again(s, ragged, in, masks, saved, E::saved_block())
+                                             : saved.y.contiguous());
   };
   const at::Tensor y = need_hh ? output() : at::Tensor();
   const OptionalTensor dy = contiguous(grads.dy), dcells = contiguous(grads.dcells),
@@ -58,7 +66,7 @@ LayerGradients backward_with(const ResultGradients& grads, const LayerInputs& in
                            need_hh && in.h0 ? OptionalTensor(E::operands(in.h0->contiguous())) : std::nullopt;
   std::vector<Rows> rows;
   for (int64_t d = 0; d < D; ++d) rows.push_back(ragged.rows(d));
-  typename E::Backward engine(in, s, plan, need_dx, need_hr);
+  typename E::Backward engine(in, s, plan, need_dx && !wants_dgates, need_hr);
   const int64_t ld = E::Backward::gradient_stride(P);
   Workspace space;
   PerDirection dh_offset, dc_offset, c0_offset, kept_offset;
@@ -101,7 +109,7 @@ LayerGradients backward_with(const ResultGradients& grads, const LayerInputs& in
   }
   const at::Tensor x = need_ih ? E::operands(packed_input<Stored<T>>(in.x, s, ragged)) : at::Tensor();
   // Both directions add to dx, each from its own end.
-  const at::DimVector dx_sizes = ragged.padded() ? at::DimVector{N, s.I} : at::DimVector(in.x.sizes());
+  const at::DimVector dx_sizes = ragged.padded() ? at::DimVector{N, dx_features} : s.per_row(dx_features);
   const at::Tensor like = E::input_gradient_like(in.x), dx_rows = !need_dx ? none()
                                                                   : D == 1 ? new_empty(dx_sizes, like)
                                                                            : new_zeros(dx_sizes, like);
@@ -110,11 +118,11 @@ LayerGradients backward_with(const ResultGradients& grads, const LayerInputs& in
     const int64_t first = std::max<int64_t>(0, end - chunk);
     const bool add = end < s.T;
     const auto dx_of = [&](const Span& span) {
-      return need_dx ? writable<InputGradient>(dx_rows) + span.begin * s.I : nullptr;
+      return need_dx ? writable<InputGradient>(dx_rows) + span.begin * dx_features : nullptr;
     };
     for (int64_t d = 0; d < D; ++d) {
       const Span span(s, ragged, d, first, end - first);
-      engine.select_steps(d, span, dx_of(span));
+      engine.select_steps(d, span, wants_dgates && D == 1 ? dx_of(span) : nullptr);
     }
     run_partition(plan.partition, rows, H, P, E::unit_block(),
                   [&](int64_t d, const Member& me) { engine.run(d, me); });
@@ -122,7 +130,10 @@ LayerGradients backward_with(const ResultGradients& grads, const LayerInputs& in
       const Span span(s, ragged, d, first, end - first);
       const int64_t n = span.rows();
       const MatrixView<Operand> dgates = engine.dgates(d), dhh = engine.dhh(d);
-      if (need_dx && n > 0) engine.input_gradient(d, n, dx_of(span));
+      if (need_dx && wants_dgates)
+        store_dgates(dgates, n, 4 * H, dx_of(span) + d * 4 * H, dx_features);
+      else if (need_dx && n > 0)
+        engine.input_gradient(d, n, dx_of(span));
       if (dw_ih[d]) dw_ih[d]->add(n, dgates, {data_of<Operand>(x) + span.begin * s.I, s.I}, add);
       if (dw_hh[d] && y_enters)
         recurrent_gradient<Operand>(span, dhh, data_of<Operand>(y), h0 ? data_of<Operand>(*h0) : nullptr, s,
@@ -153,11 +164,11 @@ LayerGradients backward_with(const ResultGradients& grads, const LayerInputs& in
 
   at::Tensor dx = dx_rows;
   if (need_dx && ragged.padded()) {
-    dx = new_zeros(in.x.sizes(), in.x);
+    dx = new_zeros(s.per_row(dx_features), in.x);
     const InputGradient* from = data_of<InputGradient>(dx_rows);
     T* to = writable<T>(dx);
     ragged.for_each_row([&](int64_t packed_row, int64_t row, int64_t, int64_t) {
-      copy_numbers(from + packed_row * s.I, s.I, to + row * s.I);
+      copy_numbers(from + packed_row * dx_features, dx_features, to + row * dx_features);
     });
   } else if (need_dx && !std::is_same_v<T, InputGradient>) {
     dx = from_real<T>(dx_rows);
@@ -187,7 +198,8 @@ LayerGradients backward(const ResultGradients& grads, const LayerInputs& in, con
     };
     std::vector<at::Tensor> dweights;
     for (size_t k = 0; k < in.weights.size(); ++k) dweights.push_back(zeros(3 + k, in.weights[k].sizes()));
-    return {zeros(0, in.x.sizes()), zeros(1, {s.D, s.B, s.P}), zeros(2, {s.D, s.B, s.H}), dweights};
+    return {zeros(0, s.per_row(s.dx_features(needs))), zeros(1, {s.D, s.B, s.P}), zeros(2, {s.D, s.B, s.H}),
+            dweights};
   }
   const Ragged ragged(s, in.lengths, in.reset_mask);
   const BackwardPlan plan =

@@ -15,7 +15,7 @@ struct NormBackwardScratch {
   NormBackwardScratch(int64_t H, int64_t P)
       : dgates(4 * H),
         sums(dgates + 4 * H),
-        hidden(sums + 14 * H),
+        hidden(sums + NormTerms::kSize * H),
         size(hidden + backward_scratch<T>(H, P)) {}
 };
 template <class T>
@@ -24,19 +24,19 @@ int64_t norm_backward_scratch(int64_t H, int64_t P) {
 }
 template <class T>
 int64_t norm_sums(int64_t H) {
-  return 14 * H;
+  return NormTerms::kSize * H;
 }
 
-// Sums of gradients, [14H] as BackwardArgs::norm_sums has them.
+// Sums of the terms of NormTerms.
 template <class R>
 struct NormSums {
   R *bias, *gain_ih, *gain_hh, *gain_c, *bias_c;
   NormSums(R* sums, int64_t H)
-      : bias(sums),
-        gain_ih(sums + 4 * H),
-        gain_hh(sums + 8 * H),
-        gain_c(sums + 12 * H),
-        bias_c(sums + 13 * H) {}
+      : bias(sums + NormTerms::kBiases * H),
+        gain_ih(sums + NormTerms::kGainX * H),
+        gain_hh(sums + NormTerms::kGainH * H),
+        gain_c(sums + NormTerms::kGainC * H),
+        bias_c(sums + NormTerms::kBiasC * H) {}
 };
 template <class T>
 FASTLSTM_INLINE void add_first(Real<T>* sum, Vec<T> v, int n) {

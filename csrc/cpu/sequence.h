@@ -3,7 +3,7 @@
 //
 // Rows. Ragged batches are run as PackedSequence stores them: rows sorted by falling length, step t holding
 // the first count[t] of them at packed rows offset[t] ... of every [N, .] array. A dense batch has count B
-// and offset t * B. x, y and cells, and their gradients, hold the caller's rows, padded or packed likewise.
+// and offset t * B. x, y and cells, and their gradients, hold the caller's rows, padded or packed as x is.
 // Sizes: T steps, B rows, N = sum of lengths, H units, P features of h (H without
 // projection). Gates i, f, g, o.
 //
@@ -54,6 +54,17 @@ struct Rows {
   // The caller's row that is step t of sorted row r.
   int64_t row_at(int64_t t, int64_t r) const { return (packed ? offset_at(t) : t * B) + batch_row_at(r); }
   bool fresh_at(int64_t t, int64_t r) const { return fresh && fresh[offset_at(t) + r]; }
+
+  // The step before t in a direction's order; -1 or T before its first.
+  static int64_t step_before(bool reverse, int64_t t) { return reverse ? t + 1 : t - 1; }
+  // Where the state that enters step t of sorted row r comes from: the caller's row of the previous step, or
+  // one of these two.
+  static constexpr int64_t kInitialState = -1, kZeroState = -2;
+  int64_t previous_row(bool reverse, int64_t t, int64_t r) const {
+    if (fresh_at(t, r)) return kZeroState;
+    const int64_t before = step_before(reverse, t);
+    return before >= 0 && before < T && r < count_at(before) ? row_at(before, r) : kInitialState;
+  }
 };
 
 // The number of rows of a row's own step, in the mean over all rows: above N / T where rows end one by one.
@@ -115,7 +126,7 @@ struct ForwardArgs {
   const Real<T>* c0;  // [B, H]  c that enters the first step, sorted; rows that begin later find it in `c`
   Real<T>* c;         // [B, H]     state
   T* y;               // out, the caller's row at y + row * y_stride
-  T* cells;           // likewise with cells_stride, or null
+  T* cells;           // out, the caller's row at cells + row * cells_stride, or null
   int64_t y_stride, cells_stride;
   Real<T>* scratch;  // per member, forward_scratch(N, I, H, P) elements
   RowMasks<Real<T>> masks = {};
@@ -133,18 +144,18 @@ struct BackwardArgs {
   int64_t first, steps;  // which steps of the direction's own order this call runs, last to first
   int64_t base;          // packed row that row 0 of dgates, dr and hidden is
   const T* gates;        // [N, 4H]  activated, as forward saved them
-  const T* cells;        // c of the caller's rows, likewise
+  const T* cells;        // c of the caller's rows, as forward stored it
   const Real<T>* c0;     // [B, H] sorted rows
-  const T* dy;           // likewise or null
-  const T* dcells;       // likewise or null
+  const T* dy;           // the caller's rows, or null
+  const T* dcells;       // the caller's rows, or null
   int64_t cells_stride, dy_stride, dcells_stride;
   const T* w_hh;     // [4H, P]
   S* packed;         // pack_columns of w_hh, or null: run from w_hh itself
   const S* w_hr;     // pack_columns of weight_hr [P, H], or null without projection
   Real<T>* dgates;   // [., 4H]  out for these steps, gradients of the pre-activations; with layer
                      // normalization of W_ih x
-  Real<T>* dr;       // [., P]   likewise with projection, gradients of h in full
-  Real<T>* hidden;   // [., H]   likewise, h before the projection, or null
+  Real<T>* dr;       // [., P]   with projection, out for these steps: gradients of h in full
+  Real<T>* hidden;   // [., H]   with projection, out for these steps: h before it; or null
   Real<T>* dh;       // [B, padded P]  in: of h_n, out: of h0; sorted rows
   Real<T>* dc;       // [B, H]         in: of c_n, out: of c0
   Real<T>* scratch;  // per member, backward_scratch(H, P) elements
@@ -153,9 +164,8 @@ struct BackwardArgs {
   NormWeights<Real<T>> norm = {};
   const T *saved_ih = nullptr, *saved_hh = nullptr;  // [N, 4H]  as forward saved them
   Real<T>* dhh = nullptr;                            // [., 4H]  out, gradients of W_hh h, as dgates
-  // Per member, norm_sums(H) elements: sums over its rows, that this call adds to. First those of the
-  // gradients of the biases of W_ih x and W_hh h, one for both, [4H], of the gains of W_ih x and of W_hh h
-  // [4H], of gain and bias of c [H].
+  // Per member, norm_sums(H) elements: sums over its rows of the terms of NormTerms (cell.h), to which this
+  // call adds.
   Real<T>* norm_sums = nullptr;
 };
 
@@ -192,9 +202,10 @@ class Barrier {
 // projection twice; otherwise barrier is null.
 struct Member {
   int64_t row_begin, row_end;
-  int64_t unit_begin, unit_end;        // multiples of unit_block, or H at the end
-  int64_t feature_begin, feature_end;  // likewise of P; without projection the same
-  int index;                           // which scratch is mine
+  int64_t unit_begin, unit_end;  // multiples of unit_block, or H at the end
+  int64_t feature_begin,
+      feature_end;  // multiples of unit_block, or P at the end; without projection the units
+  int index;        // which scratch is mine
   Barrier* barrier;
 };
 

@@ -10,7 +10,14 @@
 #include <utility>
 
 #if defined(__x86_64__)
+// Intrinsics whose pass-through register is undefined read it in GCC 12's headers (gcc.gnu.org/PR105593).
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wuninitialized"
+#if !defined(__clang__)
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#endif
 #include <immintrin.h>
+#pragma GCC diagnostic pop
 #endif
 
 #include "cell.h"

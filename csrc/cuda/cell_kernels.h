@@ -143,8 +143,7 @@ struct BackwardStep {
   // With layer normalization:
   NormWeights<T> norm[2];
   T* dgates_x;         // [D, slots, B, 4H]   out: gradients of x W_ih^T
-  Acc<T>* norm_terms;  // [D, slots, B, 14H]  out: terms of the gradients of biases, gain_x, gain_h, bias_c,
-                       // gain_c
+  Acc<T>* norm_terms;  // [D, slots, B, 14H]  out: NormTerms (cell.h)
 };
 template <class T>
 cudaError_t launch_cell_step_bwd(const BackwardStep<T>& step, cudaStream_t stream);

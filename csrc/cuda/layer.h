@@ -78,7 +78,8 @@ void for_dtype(at::ScalarType dtype, F&& f) {
   }
 }
 
-LayerForward layer_forward;
-LayerBackward layer_backward;
+LayerResults layer_forward(const LayerInputs& in, bool keep_cells, bool keep_reserve);
+LayerGradients layer_backward(const ResultGradients& grads, const LayerInputs& in, const SavedResults& saved,
+                              const c10::List<bool>& needs);
 
 }  // namespace fastlstm::cuda

@@ -60,6 +60,7 @@ struct DirectionSums {
 struct BackwardInputs {
   at::Tensor dy, dh_n, dc_n, dcells;  // undefined for zeros
   at::Tensor x, y, cells, reserve;
+  bool wants_dgates;  // as dx
 };
 
 // Consecutive steps of one direction, and their gradients.
@@ -118,8 +119,11 @@ void add_chunk(const Layer& l, const Gemm& gemm, const BackwardInputs& inputs, c
                const at::Tensor& dx, bool add_dx, DirectionSums& sums, cudaStream_t stream) {
   const int64_t rows = chunk.count * l.B;
   if (dx.defined()) {
-    at::Tensor part = dx.narrow(0, chunk.begin, chunk.count).view({rows, l.I});
-    gemm(part, chunk.dgates_x, l.weights[chunk.d].ih, add_dx);
+    at::Tensor part = dx.narrow(0, chunk.begin, chunk.count).view({rows, dx.size(2)});
+    if (inputs.wants_dgates)
+      part.narrow(1, chunk.d * 4 * l.H, 4 * l.H).copy_(chunk.dgates_x);
+    else
+      gemm(part, chunk.dgates_x, l.weights[chunk.d].ih, add_dx);
   }
   const at::Tensor dgates_t = chunk.dgates.t();
   if (sums.ih.needed()) {
@@ -162,7 +166,8 @@ std::pair<at::Tensor, at::Tensor> Pass<T>::run(const at::Tensor& dx, std::vector
   PersistentPass<T> persistent(l, Phase::backward, gemm.tf32(), stream);
   const at::Tensor dgates = at::empty({D, slots, B, 4 * H}, l.options);
   const at::Tensor dgates_x = l.norm ? at::empty_like(dgates) : dgates;
-  const at::Tensor norm_terms = l.norm ? at::empty({D, slots, B, 14 * H}, l.sum_options) : at::Tensor();
+  const at::Tensor norm_terms =
+      l.norm ? at::empty({D, slots, B, NormTerms::kSize * H}, l.sum_options) : at::Tensor();
   const at::Tensor dc = at::empty({D, B, H}, l.sum_options);
   at::Tensor dh, dh_all, dhidden, dhidden_all, dprojected, hidden, carry, w_hh, w_hr;
   if (l.T > 1 || need_dh0) {
@@ -307,30 +312,26 @@ at::Tensor recompute_output(const Layer& l, const at::Tensor& cells, const at::T
 
 }  // namespace
 
-LayerGradients layer_backward(const OptionalTensor& dy, const OptionalTensor& dh_n,
-                              const OptionalTensor& dc_n, const OptionalTensor& dcells, const at::Tensor& x,
-                              const OptionalTensor& h0, const OptionalTensor& c0, at::TensorList weights,
-                              const OptionalTensor& lengths, const OptionalTensor& reset_mask,
-                              const at::Tensor& y, const at::Tensor& cells, const at::Tensor& reserve,
-                              c10::List<bool> needs, const OptionalTensor& recurrent_mask,
-                              const OptionalTensor& zoneout_h, const OptionalTensor& zoneout_c) {
+LayerGradients layer_backward(const ResultGradients& grads, const LayerInputs& in, const SavedResults& saved,
+                              const c10::List<bool>& needs) {
   const at::AutoDispatchBelowADInplaceOrView below_autograd;
+  const at::Tensor& x = in.x;
   const DeviceGuard device(x);
-  const LayerInputs in{x, h0, c0, weights, lengths, reset_mask, recurrent_mask, zoneout_h, zoneout_c};
   const Layer l(in);
   const int64_t T = l.T, B = l.B, H = l.H, P = l.P;
-  l.check_backward(x, {dy, dh_n, dc_n, dcells}, {y, cells, reserve}, needs);
+  l.check_backward(x, grads, saved, needs);
   const auto dense = [](const at::Tensor& t) { return t.defined() ? t.contiguous() : t; };
   bool reads_x = false;  // if false, x may be an expanded tensor of stride 0
-  for (size_t k = 3; k < needs.size(); k += l.per_direction) reads_x |= needs[k];
-  BackwardInputs inputs = {unit_stride(dy),
-                           dense(unit_stride(dh_n)),
-                           dense(unit_stride(dc_n)),
-                           unit_stride(dcells),
+  for (int64_t d = 0; d < l.D; ++d) reads_x |= needs[3 + d * l.per_direction];
+  BackwardInputs inputs = {unit_stride(grads.dy),
+                           dense(unit_stride(grads.dh_n)),
+                           dense(unit_stride(grads.dc_n)),
+                           unit_stride(grads.dcells),
                            reads_x && l.lengths.defined() && x.stride(2) != 1 ? x.contiguous() : x,
-                           dense(y),
-                           dense(cells),
-                           dense(reserve)};
+                           dense(saved.y),
+                           dense(saved.cells),
+                           dense(saved.reserve),
+                           l.wants_dgates(needs)};
 
   const int64_t step_bytes = std::max<int64_t>(1, l.D * B * 4 * H * static_cast<int64_t>(x.element_size()));
   const int64_t slots = std::clamp<int64_t>(
@@ -344,15 +345,15 @@ LayerGradients layer_backward(const OptionalTensor& dy, const OptionalTensor& dh
     if (need(d, 1)) sums[d].hh = GradientSum(l, {4 * H, P}, several || l.h0.defined());
     bool vectors = false;
     for (int64_t k = 2; k < l.per_direction - l.proj(); ++k) vectors |= need(d, k);
-    if (vectors) sums[d].vectors = GradientSum(l, {(l.norm ? 14 : 4) * H}, true);
+    if (vectors) sums[d].vectors = GradientSum(l, {(l.norm ? NormTerms::kSize : 4) * H}, true);
     if (l.proj() && need(d, hr)) sums[d].hr = GradientSum(l, {P, H}, several);
   }
   at::Tensor dx, dh0, dc0;
-  if (needs[0]) dx = at::empty(x.sizes(), l.options);
+  if (needs[0]) dx = at::empty(l.per_row(l.dx_features(needs)), l.options);
   if (B > 0) {
     for_dtype(l.dtype, [&](auto* type) {
       using Type = std::remove_pointer_t<decltype(type)>;
-      if (lacks_output(y))
+      if (lacks_output(saved.y))
         inputs.y = recompute_output<Type>(l, inputs.cells, inputs.reserve, device.stream());
       std::tie(dh0, dc0) = Pass<Type>{l, inputs, slots, needs[1], device.stream()}.run(dx, sums);
     });
@@ -360,7 +361,7 @@ LayerGradients layer_backward(const OptionalTensor& dy, const OptionalTensor& dh
     dh0 = at::empty({l.D, B, P}, l.options), dc0 = at::empty({l.D, B, H}, l.options);
   }
 
-  std::vector<at::Tensor> dweights(weights.size());
+  std::vector<at::Tensor> dweights(in.weights.size());
   for (int64_t d = 0; d < l.D; ++d) {
     at::Tensor* const dw = &dweights[d * l.per_direction];
     if (sums[d].ih.needed()) dw[0] = sums[d].ih.result();
@@ -372,10 +373,9 @@ LayerGradients layer_backward(const OptionalTensor& dy, const OptionalTensor& dh
         if (need(d, k)) dw[k] = found.narrow(0, begin * H, n * H).clone();
       };
       if (l.norm) {
-        const int64_t k = l.first_norm();
-        for (const int64_t bias : {k + 1, k + 3}) give(bias, 0, 4);
-        for (int64_t bias = 2; bias < k; ++bias) give(bias, 0, 4);
-        give(k, 4, 4), give(k + 2, 8, 4), give(k + 4, 13, 1), give(k + 5, 12, 1);
+        for (int64_t bias = 2; bias < l.first_norm(); ++bias) give(bias, NormTerms::kBiases, 4);
+        for (int64_t k = 0; k < kNormWeights; ++k)
+          give(l.first_norm() + k, NormTerms::of_weight(k), k < 4 ? 4 : 1);
       } else {
         if (need(d, 2)) dw[2] = found;
         if (need(d, 3)) dw[3] = need(d, 2) ? found.clone() : found;

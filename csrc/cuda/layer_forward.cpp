@@ -141,14 +141,9 @@ void run(const Layer& l, const at::Tensor& x, const at::Tensor& y, const at::Ten
 
 }  // namespace
 
-LayerResults layer_forward(const at::Tensor& x, const OptionalTensor& h0, const OptionalTensor& c0,
-                           at::TensorList weights, const OptionalTensor& lengths,
-                           const OptionalTensor& reset_mask, bool keep_cells, bool keep_reserve,
-                           const OptionalTensor& recurrent_mask, const OptionalTensor& zoneout_h,
-                           const OptionalTensor& zoneout_c) {
+LayerResults layer_forward(const LayerInputs& in, bool keep_cells, bool keep_reserve) {
   const at::AutoDispatchBelowADInplaceOrView below_autograd;
-  const DeviceGuard device(x);
-  const LayerInputs in{x, h0, c0, weights, lengths, reset_mask, recurrent_mask, zoneout_h, zoneout_c};
+  const DeviceGuard device(in.x);
   const Layer l(in);
   const at::Tensor y = at::empty({l.T, l.B, l.D * l.P}, l.options);
   const at::Tensor h_n = at::empty({l.D, l.B, l.P}, l.options), c_n = at::empty({l.D, l.B, l.H}, l.options);
@@ -157,7 +152,7 @@ LayerResults layer_forward(const at::Tensor& x, const OptionalTensor& h0, const 
   if (keep_reserve) reserve = at::empty(l.reserve(), l.options);
   if (l.B > 0) {
     for_dtype(l.dtype, [&](auto* type) {
-      run<std::remove_pointer_t<decltype(type)>>(l, x, y, h_n, c_n, cells, reserve, device.stream());
+      run<std::remove_pointer_t<decltype(type)>>(l, in.x, y, h_n, c_n, cells, reserve, device.stream());
     });
   }
   const auto or_none = [&](const at::Tensor& t) { return t.defined() ? t : at::empty({0}, l.options); };

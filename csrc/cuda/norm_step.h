@@ -138,7 +138,7 @@ FASTLSTM_HD void norm_backward_row(const BackwardStep<T>& s, int d, int64_t b, c
   const StepCoord m = {s.t[d], s.slot[d], s.first, false};
   const NormWeights<T>& w = s.norm[d];
   const int64_t B = s.steps.B, H = s.H, row = (d * s.slots + m.slot) * B + b;
-  A* const terms = s.norm_terms + row * 14 * H;
+  A* const terms = s.norm_terms + row * NormTerms::kSize * H;
   T *const of_x = s.dgates_x + row * 4 * H, *const of_h = s.dgates + row * 4 * H;
   const auto input = [&](int64_t j) { return backward_input<T, V>(s, m, d, b, j); };
   if (!has_step(s.steps, m.t, b)) {
@@ -147,7 +147,7 @@ FASTLSTM_HD void norm_backward_row(const BackwardStep<T>& s, int d, int64_t b, c
       backward_dh<T, V>(s, m, d, b, j, in.dy);  // carries it past the step
       store_state_gradient<T, V>(s, m, d, b, j, in);
 #pragma unroll
-      for (int g = 0; g < 14; ++g) store<V>(terms + g * H + j, zeros<A, V>());
+      for (int g = 0; g < NormTerms::kSize; ++g) store<V>(terms + g * H + j, zeros<A, V>());
 #pragma unroll
       for (int g = 0; g < 4; ++g) {
         store<V>(of_x + g * H + j, zeros<A, V>());
@@ -179,15 +179,15 @@ FASTLSTM_HD void norm_backward_row(const BackwardStep<T>& s, int d, int64_t b, c
       c_means[1] += by_standard.v[k] * gain.v[k];
     }
     store<V>(terms + j, dh);
-    store<V>(terms + 12 * H + j, dnormalized);
-    store<V>(terms + 13 * H + j, by_standard);
+    store<V>(terms + NormTerms::kBiasC * H + j, dnormalized);
+    store<V>(terms + NormTerms::kGainC * H + j, by_standard);
   });
   sum_over_row(c_means);
 
   A means[4] = {0, 0, 0, 0};  // of the gradients of W_ih x and W_hh h, each also times its standard form
   thread.for_features<V>(H, [&](int64_t j) {
     BackwardInput<A, V> in = input(j);
-    const VecN<A, V> dh = load<V>(terms + j), dnormalized = load<V>(terms + 12 * H + j),
+    const VecN<A, V> dh = load<V>(terms + j), dnormalized = load<V>(terms + NormTerms::kBiasC * H + j),
                      gain = load<V>(w.gain_c + j);
     VecN<A, V> normalized = in.c;
     normalize<T, V>(normalized, c, w.gain_c + j, w.bias_c + j);
@@ -213,9 +213,9 @@ FASTLSTM_HD void norm_backward_row(const BackwardStep<T>& s, int d, int64_t b, c
         means[0] += in.a[g].v[k] * gain_x.v[k], means[1] += by_x.v[k] * gain_x.v[k];
         means[2] += in.a[g].v[k] * gain_h.v[k], means[3] += by_h.v[k] * gain_h.v[k];
       }
-      store<V>(terms + at, in.a[g]);
-      store<V>(terms + 4 * H + at, by_x);
-      store<V>(terms + 8 * H + at, by_h);
+      store<V>(terms + NormTerms::kBiases * H + at, in.a[g]);
+      store<V>(terms + NormTerms::kGainX * H + at, by_x);
+      store<V>(terms + NormTerms::kGainH * H + at, by_h);
     }
   });
   sum_over_row(means);
@@ -226,7 +226,7 @@ FASTLSTM_HD void norm_backward_row(const BackwardStep<T>& s, int d, int64_t b, c
 #pragma unroll
     for (int g = 0; g < 4; ++g) {
       const int64_t at = g * H + j;
-      const VecN<A, V> da = load<V>(terms + at), gain_x = load<V>(w.gain_x + at),
+      const VecN<A, V> da = load<V>(terms + NormTerms::kBiases * H + at), gain_x = load<V>(w.gain_x + at),
                        gain_h = load<V>(w.gain_h + at);
       VecN<A, V> dx = load<V>(saved_x + at), dh = load<V>(saved_h + at);
 #pragma unroll

@@ -16,6 +16,6 @@ at::Tensor gates(const at::Tensor& reserve, const at::Tensor&, at::TensorList,
 
 TORCH_LIBRARY_IMPL(fastlstm, CUDA, m) {
   m.impl("native_gates", gates);
-  m.impl("native_layer", fastlstm::cuda::layer_forward);
-  m.impl("native_layer_backward", fastlstm::cuda::layer_backward);
+  m.impl("native_layer", fastlstm::forward_kernel<fastlstm::cuda::layer_forward>);
+  m.impl("native_layer_backward", fastlstm::backward_kernel<fastlstm::cuda::layer_backward>);
 }

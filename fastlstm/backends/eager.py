@@ -19,7 +19,15 @@ import torch
 from torch import Tensor
 
 from ..ops import register
-from ..ops.schema import DirectionWeights, LayerCall, LayerInputs, LayerShape, lacks_output, split_weights
+from ..ops.schema import (
+    DirectionWeights,
+    LayerCall,
+    LayerInputs,
+    LayerShape,
+    lacks_output,
+    split_weights,
+    wants_dgates,
+)
 from ..ops.steps import (
     Norm,
     Steps,
@@ -159,7 +167,7 @@ def backward(grads, inputs, y, cells, reserve, needs, groups=0):
             dinput = norms[0].backward(dgates, standard, scale)
             norm_parts = [(dgates, standard), (dgates, hh[1]), (cell.dnormalized, cell.standard)]
         if needs[0]:
-            dx.append(dinput @ w.ih.to(dtype))
+            dx.append(dinput if wants_dgates(inputs, needs) else dinput @ w.ih.to(dtype))
         dh0.append(dh)
         dc0.append(dc)
         need = needs[3 + d * shape.per_direction :]
@@ -171,11 +179,15 @@ def backward(grads, inputs, y, cells, reserve, needs, groups=0):
         if dr is not None:
             dweights.append(_products(dr, cell.hidden, groups) if need[shape.per_direction - 1] else x.new_empty(0))
     return (
-        sum(dx[1:], dx[0]).view_as(x).to(x.dtype) if needs[0] else x.new_empty(0),
+        _input_gradient(dx, wants_dgates(inputs, needs)).to(x.dtype) if needs[0] else x.new_empty(0),
         torch.stack(dh0).to(x.dtype) if needs[1] else x.new_empty(0),
         torch.stack(dc0).to(x.dtype) if needs[2] else x.new_empty(0),
         [g.to(x.dtype) for g in dweights],
     )
+
+
+def _input_gradient(of_directions: list[Tensor], side_by_side: bool) -> Tensor:
+    return torch.cat(of_directions, -1) if side_by_side else sum(of_directions[1:], of_directions[0])
 
 
 def _weight_gradients(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .schema import LayerInputs, LayerShape, OutputGradients, lacks_output, split_weights
+from .schema import MASK_KINDS, LayerInputs, LayerShape, OutputGradients, lacks_output, split_weights
 
 # Of a direction's layer normalization, in the order of the weights.
 _NORM_NAMES = [
@@ -50,14 +50,10 @@ def check(inputs: LayerInputs, may_be_packed: bool = False) -> None:
     check_tensor("c0", "[D, B, H]", c0, (D, B, H), x.dtype, x.device)
     check_tensor("lengths", "[B]", lengths, (B,), torch.int64, x.device)
     check_tensor("reset_mask", "[T, B]", inputs.reset_mask, x.shape[:-1], torch.bool, x.device)
-    steps = (D, *x.shape[:-1])
-    check_tensor("recurrent_mask", "[D, T, B, P]", inputs.recurrent_mask, (*steps, P), x.dtype, x.device)
-    for name, sizes, share, n in (
-        ("zoneout_h", "[D, T, B, P]", inputs.zoneout_h, P),
-        ("zoneout_c", "[D, T, B, H]", inputs.zoneout_c, H),
-    ):
-        dtype = torch.bool if share is not None and share.dtype == torch.bool else x.dtype
-        check_tensor(name, sizes, share, (*steps, n), dtype, x.device)
+    for mask, (name, (features_of, may_be_bool)) in zip(inputs.masks, MASK_KINDS.items(), strict=True):
+        dtype = torch.bool if may_be_bool and mask is not None and mask.dtype == torch.bool else x.dtype
+        expected = (D, *x.shape[:-1], P if features_of == "P" else H)
+        check_tensor(name, f"[D, T, B, {features_of}]", mask, expected, dtype, x.device)
 
 
 def check_range(lengths: Tensor | None, T: int) -> None:
@@ -88,7 +84,7 @@ def check_backward(
     if not lacks_output(y):
         check_tensor("y", "[T, B, D*P]", y, (*rows, s.D * s.P), x.dtype, x.device)
     check_tensor("cells", "[T, B, D*H]", cells, (*rows, s.D * s.H), x.dtype, x.device)
-    check_gradients(grads, inputs, needs)
+    check_gradients(grads, inputs, needs[:-1] if len(needs) == 4 + len(inputs.weights) else needs)  # wants_dgates
 
 
 def check_gradients(grads: OutputGradients, inputs: LayerInputs, needs: list[bool]) -> None:

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
 
-from .schema import LayerInputs, LayerShape, bundled
+from .schema import LayerInputs, LayerShape, bundled, wants_dgates
 
 _COUNTER = "torch.utils.flop_counter"
 
@@ -54,23 +54,12 @@ def _backward(inputs: LayerInputs, needs: Sequence[bool]) -> int:
     flops = 0
     for d in range(s.D):
         need = needs[3 + d * s.per_direction : 3 + (d + 1) * s.per_direction]
-        dx = needs[0] and not _is_identity(inputs.weights[d * s.per_direction], s, d)
+        dx = needs[0] and not wants_dgates(inputs, needs)
         flops += 2 * N * 4 * s.H * I * (dx + need[0])
         flops += 2 * 4 * s.H * s.P * (N * need[1] + (N if needs[1] else N - first))
         if s.proj:
             flops += 2 * N * s.H * s.P * (1 + need[-1])
     return flops
-
-
-def _is_identity(w_ih: Tensor, shape: LayerShape, d: int) -> bool:
-    """Return True if weight_ih is direction d's part of an identity [D * 4H, D * 4H].
-
-    fastlstm/transforms.py asks for the gradients of the gates with it, and no product is made.
-    """
-    if w_ih.shape != (4 * shape.H, shape.D * 4 * shape.H) or isinstance(w_ih, (FakeTensor, FunctionalTensor)):
-        return False
-    part = torch.eye(w_ih.shape[1], dtype=w_ih.dtype, device=w_ih.device).chunk(shape.D)[d]
-    return torch.equal(w_ih, part)
 
 
 def recomputed_layer(*args: Any, out_val: Any = None) -> int:

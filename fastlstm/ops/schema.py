@@ -48,7 +48,8 @@ are LN(W_ih x) + LN(W_hh h) + the biases, and h_t = o * tanh(LN(c_t)). LN(v) = (
 + bias over the elements of a row.
 
 Backward takes the gradients of y, h_n, c_n and cells (None is zero), forward's arguments and results, and `needs`,
-one flag for each of x, h0, c0 and the weights. It returns their gradients, [0] where not needed. y may be [0] if its
+one flag for each of x, h0, c0 and the weights. It returns their gradients, [0] where not needed. One more flag, if
+True, wants the gradient of W_ih x [T, B, D*4H] in place of x's: its product with W_ih is x's. y may be [0] if its
 caller has changed it: h is then recomputed from o and c.
 
 Example:
@@ -72,7 +73,9 @@ from torch import Tensor
 # LayerInputs. The masks stand after an op's other arguments, where they may have defaults: traces and exported programs
 # saved before there were masks still load.
 INPUTS = "Tensor x, Tensor? h0, Tensor? c0, Tensor[] weights, Tensor? lengths, Tensor? reset_mask"
-MASKS = "Tensor? recurrent_mask=None, Tensor? zoneout_h=None, Tensor? zoneout_c=None"
+# Each mask's features, and whether it may be bool.
+MASK_KINDS = {"recurrent_mask": ("P", False), "zoneout_h": ("P", True), "zoneout_c": ("H", True)}
+MASKS = ", ".join(f"Tensor? {name}=None" for name in MASK_KINDS)
 GRADIENTS = "Tensor? dy, Tensor? dh_n, Tensor? dc_n, Tensor? dcells"  # OutputGradients
 FORWARD = (
     f"({INPUTS}, bool keep_cells, bool keep_reserve, {MASKS}) "
@@ -122,7 +125,7 @@ class LayerInputs(NamedTuple):
 
     @property
     def masks(self) -> tuple[Any, ...]:
-        """recurrent_mask, zoneout_h and zoneout_c: those with a dimension of directions."""
+        """Those of MASK_KINDS, which have a dimension of directions."""
         return self[_BEFORE_MASKS:]
 
     @property
@@ -149,7 +152,7 @@ class LayerInputs(NamedTuple):
 
 
 # The dimension of each that counts the B rows; a weight has none.
-BATCH_DIMS: Any = LayerInputs._make([1, 1, 1, [], 0, 1, 2, 2, 2])
+BATCH_DIMS: Any = LayerInputs._make([1, 1, 1, [], 0, 1, *[2] * len(MASK_KINDS)])
 _BEFORE_MASKS = INPUTS.count(",") + 1
 
 
@@ -261,6 +264,10 @@ class LayerCall:
     zoneout_c: bool = False
 
     @property
+    def masked(self) -> bool:
+        return self.recurrent_mask or self.zoneout_h or self.zoneout_c
+
+    @property
     def variant(self) -> str:
         """What the layer computes beyond nn.LSTM's equations, by the names of LSTM's arguments; "" if nothing."""
         used = (self.recurrent_mask, self.zoneout_h or self.zoneout_c, self.shape.norm)
@@ -307,6 +314,11 @@ def forward_outputs(
     )
 
 
+def wants_dgates(inputs: LayerInputs, needs: Sequence[bool]) -> bool:
+    """Return True if backward gives the gradient of W_ih x [T, B, D*4H] in place of dx: the flag after the inputs'."""
+    return any(needs[3 + len(inputs.weights) :])
+
+
 def backward_outputs(inputs: LayerInputs, needs: list[bool]) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
     """Uninitialised gradients of the contract's shapes, [0] where not needed: the fake kernel of backward."""
     x, s, B = inputs.x, LayerShape.of(inputs.weights), inputs.B
@@ -315,7 +327,7 @@ def backward_outputs(inputs: LayerInputs, needs: list[bool]) -> tuple[Tensor, Te
         return x.new_empty(shape if needs[i] else (0,))
 
     return (
-        wanted(0, x.shape),
+        wanted(0, (*x.shape[:-1], s.D * 4 * s.H) if wants_dgates(inputs, needs) else x.shape),
         wanted(1, (s.D, B, s.P)),
         wanted(2, (s.D, B, s.H)),
         [wanted(3 + k, w.shape) for k, w in enumerate(inputs.weights)],

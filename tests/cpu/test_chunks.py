@@ -122,46 +122,22 @@ def test_many_short_rows_and_a_longer_one(rows, options, recompute, backend):
         torch.testing.assert_close(ours, correct, rtol=1e-9, atol=1e-10)
 
 
-@pytest.mark.parametrize("directions", [(0,), (1,), (0, 1)], ids=str)
-@pytest.mark.parametrize(("T", "B"), [(4, 3), (160, 128)])
-@pytest.mark.parametrize("backend", ["native"], indirect=True)
-def test_identity_weight(T, B, directions, backend):
-    """For one direction or both: the native backward has a special case for it, which transforms.py uses."""
-    torch.manual_seed(0)
-    H = 4
-    lstm = fastlstm.LSTM(8 * H, H, bidirectional=True, dtype=torch.float64)
-    with torch.no_grad():
-        for d in directions:
-            weight = lstm.weight_ih_l0_reverse if d else lstm.weight_ih_l0
-            weight.copy_(torch.eye(8 * H)[d * 4 * H : (d + 1) * 4 * H])
-    x = torch.randn(T, B, 8 * H, dtype=torch.float64, requires_grad=True)
-
-    def gradients(name):
-        with fastlstm.use_backend(name):
-            return torch.autograd.grad(lstm(x)[0].pow(2).sum(), [x, *lstm.parameters()])
-
-    for ours, correct in zip(gradients(backend), gradients("eager"), strict=True):
-        torch.testing.assert_close(ours, correct, rtol=1e-9, atol=1e-9)
-
-
 @pytest.mark.parametrize("masks", ["plain", "lengths", "lengths and resets"])
 @pytest.mark.parametrize("backend", ["native"], indirect=True)
-def test_identity_weight_over_several_chunks(masks, backend):
-    """For one direction: dgates are then stored in dx, from which weight gradients are computed."""
+def test_dgates_in_place_of_dx_over_several_chunks(masks, backend):
+    """They are then stored in dx, from which weight gradients are computed."""
     torch.manual_seed(0)
-    T, B, H = 90, 60, 66
-    assert plan_of(Case(T=T, B=B, I=4 * H, H=H, dtype=torch.float64))["backward"]["chunk_steps"] < T / 2
-    lstm = fastlstm.LSTM(4 * H, H, dtype=torch.float64)
-    with torch.no_grad():
-        lstm.weight_ih_l0.copy_(torch.eye(4 * H))
-    x = torch.randn(T, B, 4 * H, dtype=torch.float64, requires_grad=True)
+    T, B, I, H = 90, 60, 3, 66  # noqa: E741
+    case = Case(T=T, B=B, I=I, H=H, dtype=torch.float64)
+    assert plan_of(case)["backward"]["chunk_steps"] < T / 2
     lengths = torch.randint(0, T + 1, (B,)) if "lengths" in masks else None
     resets = torch.rand(T, B) < 0.02 if "resets" in masks else None
-
-    def gradients(name):
-        with fastlstm.use_backend(name):
-            y = lstm(x, lengths=lengths, reset_mask=resets)[0]
-            return torch.autograd.grad(y.pow(2).sum(), [x, *lstm.parameters()])
-
-    for ours, correct in zip(gradients(backend), gradients("eager"), strict=True):
-        torch.testing.assert_close(ours, correct, rtol=1e-9, atol=1e-9)
+    x, weights = torch.randn(T, B, I, dtype=torch.float64), [w.detach() for w in tensors(case).weights.values()]
+    ops = torch.ops.fastlstm
+    y, _, _, cells, reserve = ops.native_layer(x, None, None, weights, lengths, resets, True, True)
+    grads, needs = [torch.randn_like(y), None, None, None], [True, False, False, *[True] * len(weights)]
+    saved = (x, None, None, weights, lengths, resets, y, cells, reserve)
+    dx, _, _, dw = ops.native_layer_backward(*grads, *saved, needs)
+    dgates, _, _, same_dw = ops.native_layer_backward(*grads, *saved, [*needs, True])
+    torch.testing.assert_close(dgates @ weights[0], dx)
+    torch.testing.assert_close(same_dw, dw, rtol=0, atol=0)

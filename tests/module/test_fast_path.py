@@ -37,13 +37,13 @@ def interposed(x):
 
 def lstm_takes_it(lstm: fastlstm.LSTM, *arguments: Any) -> bool:
     """Returns true if the extension runs the call; otherwise dispatch gives the weights for the general path."""
-    result, weights = dispatch.lstm_fast_path(lstm, *arguments)
+    result, weights = dispatch.fast_path(lstm, "lstm", "frozen_lstm", *arguments, None)
     assert result is not None or weights is not None
     return result is not None
 
 
 def cell_takes_it(cell: fastlstm.LSTMCell, *arguments: Any) -> bool:
-    result, weights = dispatch.cell_fast_path(cell, *arguments)
+    result, weights = dispatch.fast_path(cell, "lstm_cell", "frozen_lstm_cell", *arguments)
     assert result is not None or weights is not None
     return result is not None
 

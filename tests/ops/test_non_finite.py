@@ -39,6 +39,21 @@ def results(lstm: nn.Module, x: Tensor, hx: tuple[Tensor, Tensor]) -> dict[str, 
 
 
 @pytest.mark.parametrize("backend", ["native", "eager"], indirect=True)
+@pytest.mark.parametrize("value", [INF, float("nan")])
+def test_identity_as_input_weight(backend, value):
+    """Its zeros are multiplied as any other weight's: 0 * inf and 0 * NaN are NaN."""
+    theirs, ours = nn.LSTM(20, 5), fastlstm.LSTM(20, 5)
+    with torch.no_grad():
+        theirs.weight_ih_l0.copy_(torch.eye(20))
+    ours.load_state_dict(theirs.state_dict())
+    dy = torch.ones(3, 2, 5)
+    dy[2, 0, 1] = value
+    x = torch.randn(3, 2, 20, requires_grad=True)
+    expected, dx = (torch.autograd.grad(module(x)[0], x, dy)[0] for module in (theirs, ours))
+    assert torch.equal(kinds(dx), kinds(expected))
+
+
+@pytest.mark.parametrize("backend", ["native", "eager"], indirect=True)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_non_finite_number_reaches_the_same_results_as_in_nn_lstm(backend, shape, dtype):

@@ -194,6 +194,26 @@ def test_backward_follows_the_contract(case, op_backend, poisoned_empty):
                     assert result.shape == (0,), which
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_gradients_of_the_gates_in_place_of_dx(case, dtype, op_backend, poisoned_empty):
+    """One more flag of `needs`: what is left to do for dx is the product with W_ih; the rest does not change."""
+    case = case.to(dtype)
+    require(op_backend, case)
+    forward, backward = ops(op_backend)
+    args = backward_arguments(forward, forward_arguments(case, dtype))
+    dx, *others = backward(*args)
+    assert torch.equal(backward(*args[:-1], [*args[-1], False])[0], dx)
+    dgates, *same = backward(*args[:-1], [*args[-1], True])
+    torch.testing.assert_close(flat(same), flat(others), rtol=0, atol=0)
+    weights = args[7]
+    shape = LayerShape.of(weights)
+    assert dgates.shape == (*dx.shape[:-1], shape.D * 4 * shape.H)
+    product = dgates.double() @ torch.cat(weights[:: shape.per_direction]).double()
+    eps = torch.finfo(dtype).eps  # dx is rounded once, dgates in 16 bits as well
+    torch.testing.assert_close(dx.double(), product, rtol=8 * eps, atol=8 * eps)
+
+
 @pytest.mark.parametrize("form", ["transposed", "sliced", "expanded"])
 def test_arriving_gradients_of_any_strides(form, op_backend):
     case = ALL_OPTIONS

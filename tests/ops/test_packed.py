@@ -149,10 +149,10 @@ def test_batch_sizes_must_sum_to_the_rows(batch_sizes):
     """The extension leaves them to Python, and no kernel runs."""
     lstm = fastlstm.LSTM(3, 4)
     rows = torch.zeros(5, 3)
-    assert dispatch.lstm_fast_path(lstm, rows, None, torch.tensor([3, 2]))[0] is not None
+    assert dispatch.fast_path(lstm, "lstm", "frozen_lstm", rows, None, torch.tensor([3, 2]))[0] is not None
     for sizes in (torch.tensor(batch_sizes), torch.tensor([3, 2], dtype=torch.int32), torch.tensor([3, 9, 2])[::2]):
         sizes = sizes.long() if sizes.numel() == 0 else sizes
-        assert dispatch.lstm_fast_path(lstm, rows, None, sizes)[0] is None
+        assert dispatch.fast_path(lstm, "lstm", "frozen_lstm", rows, None, sizes)[0] is None
 
 
 @pytest.mark.parametrize("states", [False, True])

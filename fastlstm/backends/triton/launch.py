@@ -17,6 +17,7 @@ from ...ops.schema import (
     forward_outputs,
     lacks_output,
     split_weights,
+    wants_dgates,
 )
 from ...ops.steps import output_again
 from . import resident, tiled
@@ -114,7 +115,10 @@ def _weight_gradients(dx, dweights, dgates, inputs, y, needs) -> None:
         need, dw = needs[3 + d * n :], dweights[d * n : (d + 1) * n]
         if needs[0]:
             flat = dx.flatten(0, 1)
-            _multiply(flat, rows, w.ih, flat if d else None)
+            if wants_dgates(inputs, needs):
+                flat.unflatten(1, (s.D, -1))[:, d] = rows
+            else:
+                _multiply(flat, rows, w.ih, flat if d else None)
         if need[0]:
             # Padding may hold NaN, and 0 * NaN is NaN.
             valid_x = x if valid is None else x.masked_fill(~valid[..., None], 0)

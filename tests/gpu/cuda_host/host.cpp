@@ -47,7 +47,7 @@ TORCH_LIBRARY_IMPL(fastlstm_cuda_host, CompositeExplicitAutograd, m) {
 }
 
 TORCH_LIBRARY_IMPL(fastlstm_cuda_host, CPU, m) {
-  m.impl("native_layer", fastlstm::cuda::layer_forward);
-  m.impl("native_layer_backward", fastlstm::cuda::layer_backward);
+  m.impl("native_layer", fastlstm::forward_kernel<fastlstm::cuda::layer_forward>);
+  m.impl("native_layer_backward", fastlstm::backward_kernel<fastlstm::cuda::layer_backward>);
   m.impl("multiply", fastlstm::cuda::multiply);
 }
