@@ -17,7 +17,7 @@ cd "$tree"
 flags="-fsanitize=address,undefined -fno-sanitize=vptr,null,alignment -fno-sanitize-recover=undefined"
 flags+=" -fno-omit-frame-pointer"
 
-# The compiler, with -O1 for the kernels that run here and -O0 for everything else: -O3 on top of the checks compiles for
+# The compiler, with -Og for the kernels that run here and -O0 for everything else: -O3 on top of the checks compiles for
 # minutes. Kernels of other instruction sets do not run, so they are compiled without the checks. The name has the
 # instruction set, so that ninja compiles again when it changes.
 compiler=${CXX:-c++}
@@ -31,7 +31,7 @@ cat >"c++-$isa" <<END
 #!/bin/sh
 case "\$*" in
 $idle) exec $compiler "\$@" -O0 -fno-sanitize=all ;;
-*/isa_*.cpp*|*/bf16_*.cpp*|*/int8*.cpp*) exec $compiler "\$@" -O1 ;;
+*/isa_*.cpp*|*/bf16_*.cpp*|*/int8*.cpp*) exec $compiler "\$@" -Og ;;
 *) exec $compiler "\$@" -O0 ;;
 esac
 END
