@@ -18,7 +18,7 @@ namespace fastlstm {
 using OptionalTensor = std::optional<at::Tensor>;
 
 // Signatures of ops over a layer's inputs, with other arguments in the place that fastlstm/ops/schema.py has
-// for them; the same after the gradients of the results.
+// for them: OverInputs of forward's, OverGradients of backward's, which begin with the results' gradients.
 using Input = const at::Tensor&;
 using Option = const OptionalTensor&;
 template <class Result, class... Others>
@@ -228,8 +228,8 @@ struct LayerSizes {
     check.expect_like("dc_n", grads.dc_n, {D, B, H}, dtype);
     check.expect_like("dcells", grads.dcells, per_row(D * H), dtype);
     const size_t flags = needs_flags();
-    check.expect(needs.size() == flags || needs.size() == flags + 1, "needs must have ", flags,
-                 " flags, got ", needs.size());
+    check.expect(needs.size() == flags || needs.size() == flags + 1, "needs must have ", flags, " or ",
+                 flags + 1, " flags, got ", needs.size());
     check.raise();
   }
   // Returns true if backward gives the gradient of W_ih x [., D*4H] in place of dx: a flag of `needs` after

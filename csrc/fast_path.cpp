@@ -195,12 +195,12 @@ std::optional<StackResults> run_stack(const Stack& s, const at::Tensor& input, c
                       s.layers == 1 ? std::move(c_n[0]) : at::cat(c_n)};
 }
 
-// (module, weights, input, hx, batch_sizes) -> (output, (h_n, c_n)), None or NotImplemented. Weights:
-// StoredWeights or PackedWeights, of what read(module, stack, tensor, weights) finds, which returns null, or
-// the result of a call that must not run here.
+// (module, weights, input, hx, batch_sizes) -> (output, (h_n, c_n)), None or NotImplemented. Weights is
+// StoredWeights or PackedWeights. read(module, stack, tensor, weights) fills weights and returns null, or
+// returns the result of a call that must not run here.
 template <class Weights, class Read>
 PyObject* run_lstm(PyObject* const* args, Py_ssize_t count, Read&& read) {
-  TORCH_CHECK(count == 5, "expected 5 arguments, got ", count);
+  TORCH_CHECK(count == 5, "a call of LSTM has 5 arguments, got ", count);
   Plain tensor;
   const at::Tensor input = tensor(args[2]);
   if (!tensor.plain || !input.device().is_cpu()) return none();  // before all weights are looked at
@@ -253,7 +253,7 @@ PyObject* frozen_lstm(PyObject*, PyObject* const* args, Py_ssize_t count) {
 // (module, weights, input, hx) of a FrozenLSTMCell -> (h, c) or None; the weights argument is not read.
 PyObject* frozen_lstm_cell(PyObject*, PyObject* const* args, Py_ssize_t count) {
   HANDLE_TH_ERRORS
-  TORCH_CHECK(count == 4, "expected 4 arguments, got ", count);
+  TORCH_CHECK(count == 4, "a call of LSTMCell has 4 arguments, got ", count);
   Plain tensor;
   const at::Tensor input = tensor(args[2]);
   if (!tensor.plain || !input.device().is_cpu() || input.dim() != 2) return none();
@@ -278,7 +278,7 @@ PyObject* frozen_lstm_cell(PyObject*, PyObject* const* args, Py_ssize_t count) {
 // (module, weights, input, hx) -> (h, c), None or NotImplemented.
 PyObject* lstm_cell(PyObject*, PyObject* const* args, Py_ssize_t count) {
   HANDLE_TH_ERRORS
-  TORCH_CHECK(count == 4, "expected 4 arguments, got ", count);
+  TORCH_CHECK(count == 4, "a call of LSTMCell has 4 arguments, got ", count);
   Plain tensor;
   StepInputs in;
   in.x = tensor(args[2]);

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -50,6 +51,12 @@ def backend(request: pytest.FixtureRequest) -> Iterator[str]:
     require(request.param, Case())
     with fastlstm.use_backend(request.param):
         yield request.param
+
+
+@pytest.fixture
+def inductor_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A cache of its own: the key lacks ATEN_CPU_CAPABILITY, so kernels of different levels would mix (torch 2.13)."""
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
 
 
 @pytest.fixture

@@ -48,7 +48,7 @@ at::Tensor entering_states(const at::Tensor& y, const OptionalTensor& h0, const 
   return states;
 }
 
-// y again from what else forward saved: h = o * tanh(c), c before its zoneout and normalized, and its
+// Recomputes y from what else forward saved: h = o * tanh(c), c before its zoneout and normalized, and its
 // projection; then the zoneout of h, step by step. The caller's rows past a length are zero. T: Number; Kept:
 // what h is rounded to before its projection and zoneout, Stored<T> or Real<T>; `block`: the units of a block
 // of the saved gates (cpu/sequence.h).
@@ -72,13 +72,13 @@ at::Tensor output_again(const LayerSizes& s, const Ragged& ragged, const LayerIn
     const RowMasks<R> masks = all_masks.of(d);
     const DirectionWeights w(s, in.weights, d);
     const LayerNorm<T> norm = s.norm ? LayerNorm<T>(w) : LayerNorm<T>();
-    const bool apart = s.proj() || !kInPlace;
-    at::Tensor hidden = apart ? per_row({rows_stored, H}, kInPlace ? in.x : real_like<T>(in.x)) : y;
+    const bool has_own_buffer = s.proj() || !kInPlace;
+    at::Tensor hidden = has_own_buffer ? per_row({rows_stored, H}, kInPlace ? in.x : real_like<T>(in.x)) : y;
     const S *cells = saved.cells.const_data_ptr<S>() + d * H, *first_c = initial(c0, d, H);
     const S* gates = saved.reserve.const_data_ptr<S>() + d * rows_stored * s.reserved();
     S* const out = y.mutable_data_ptr<S>() + d * P;
-    Kept* h = hidden.mutable_data_ptr<Kept>() + (apart ? 0 : d * P);
-    int64_t ld = apart ? H : D * P;
+    Kept* h = hidden.mutable_data_ptr<Kept>() + (has_own_buffer ? 0 : d * P);
+    int64_t ld = has_own_buffer ? H : D * P;
     ragged.for_each_row([&](int64_t packed_row, int64_t row, int64_t t, int64_t r) {
       thread_local std::vector<R> c;
       c.resize(H);

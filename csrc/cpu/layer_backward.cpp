@@ -25,7 +25,8 @@ void recurrent_gradient(const Span& span, MatrixView<Operand> dgates, const Oper
   if (from_h0) dw.add(s.B, dgates.from(reverse ? others : 0), {h0 + d * s.B * s.P, s.P}, add || others > 0);
 }
 
-// A chunk's dgates [n, G] as a direction's columns of dx, whose rows have this stride, unless they lie there.
+// A chunk's dgates [n, G] as a direction's columns of dx, whose rows have this stride, unless they are stored
+// there already.
 template <class Operand, class InputGradient>
 void store_dgates(MatrixView<Operand> dgates, int64_t n, int64_t G, InputGradient* dx, int64_t stride) {
   if (static_cast<const void*>(dgates.data) == dx) return;

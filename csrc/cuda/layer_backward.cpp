@@ -321,7 +321,7 @@ LayerGradients layer_backward(const ResultGradients& grads, const LayerInputs& i
   const int64_t T = l.T, B = l.B, H = l.H, P = l.P;
   l.check_backward(x, grads, saved, needs);
   const auto dense = [](const at::Tensor& t) { return t.defined() ? t.contiguous() : t; };
-  bool reads_x = false;  // if false, x may be an expanded tensor of stride 0
+  bool reads_x = false;
   for (int64_t d = 0; d < l.D; ++d) reads_x |= needs[3 + d * l.per_direction];
   BackwardInputs inputs = {unit_stride(grads.dy),
                            dense(unit_stride(grads.dh_n)),

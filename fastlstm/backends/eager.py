@@ -186,8 +186,8 @@ def backward(grads, inputs, y, cells, reserve, needs, groups=0):
     )
 
 
-def _input_gradient(of_directions: list[Tensor], side_by_side: bool) -> Tensor:
-    return torch.cat(of_directions, -1) if side_by_side else sum(of_directions[1:], of_directions[0])
+def _input_gradient(of_directions: list[Tensor], concatenate: bool) -> Tensor:
+    return torch.cat(of_directions, -1) if concatenate else sum(of_directions[1:], of_directions[0])
 
 
 def _weight_gradients(
@@ -205,16 +205,15 @@ def _weight_gradients(
     `dinput` are those of W_ih x. `entered` are those of W_hh h, for the steps that h_enter, the states before them, is
     of.
     """
-    empty = x.new_empty(0)
     found = [
-        _products(dinput, x, groups) if need[0] else empty,
-        _products(entered, h_enter, groups) if need[1] else empty,
+        _products(dinput, x, groups) if need[0] else x.new_empty(0),
+        _products(entered, h_enter, groups) if need[1] else x.new_empty(0),
     ]
     if bias and (need[2] or need[3]):
         db = _sums(dgates, groups)
         # The two bias gradients are equal but must not be one tensor.
-        return [*found, db if need[2] else empty, db.clone() if need[3] else empty]
-    return [*found, empty, empty] if bias else found
+        return [*found, db if need[2] else x.new_empty(0), db.clone() if need[3] else x.new_empty(0)]
+    return [*found, x.new_empty(0), x.new_empty(0)] if bias else found
 
 
 def weight_gradients_of_groups(dgates, inputs, y, needs, groups):

@@ -97,7 +97,8 @@ def check_gradients(grads: OutputGradients, inputs: LayerInputs, needs: list[boo
     check_tensor("dc_n", "[D, B, H]", dc_n, (s.D, B, s.H), x.dtype, x.device)
     check_tensor("dcells", "[T, B, D*H]", dcells, (*rows, s.D * s.H), x.dtype, x.device)
     if len(needs) != 3 + len(inputs.weights):
-        raise RuntimeError(f"needs must have {3 + len(inputs.weights)} flags, got {len(needs)}")
+        n = 3 + len(inputs.weights)
+        raise RuntimeError(f"needs must have {n} or {n + 1} flags, got {len(needs)}")
 
 
 def check_tensor(

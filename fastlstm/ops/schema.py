@@ -48,9 +48,9 @@ are LN(W_ih x) + LN(W_hh h) + the biases, and h_t = o * tanh(LN(c_t)). LN(v) = (
 + bias over the elements of a row.
 
 Backward takes the gradients of y, h_n, c_n and cells (None is zero), forward's arguments and results, and `needs`,
-one flag for each of x, h0, c0 and the weights. It returns their gradients, [0] where not needed. One more flag, if
-True, wants the gradient of W_ih x [T, B, D*4H] in place of x's: its product with W_ih is x's. y may be [0] if its
-caller has changed it: h is then recomputed from o and c.
+one flag for each of x, h0, c0 and the weights. It returns their gradients, [0] where not needed. An optional last
+flag, if True, requests the gradient of W_ih x [T, B, D*4H] in place of x's: its product with W_ih is x's. y may be [0]
+if its caller has changed it: h is then recomputed from o and c.
 
 Example:
     >>> import torch, fastlstm

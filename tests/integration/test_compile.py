@@ -86,9 +86,7 @@ def test_one_graph_with_every_argument(kwargs, call):
     torch.testing.assert_close(loss_and_gradients(compiled, model, X, **call), expected)
 
 
-def test_inductor(tmp_path, monkeypatch):
-    # Inductor's cache key lacks ATEN_CPU_CAPABILITY, so kernels of different levels would mix (torch 2.13).
-    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+def test_inductor(inductor_cache):
     if not (shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")):
         pytest.skip("inductor needs a C++ compiler")
     model = Model()

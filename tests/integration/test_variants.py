@@ -48,7 +48,7 @@ def test_compile_without_a_break(kwargs):
     torch.testing.assert_close(*grads)
 
 
-def test_inductor():
+def test_inductor(inductor_cache):
     lstm, x = lstm_of(**VARIANTS["all"]), torch.randn(6, 3, 4)
     compiled = torch.compile(lstm, fullgraph=True)
     compiled(x)[0].sum().backward()
