@@ -11,6 +11,7 @@
 #include <thread>
 #include <utility>
 
+#if !defined(FASTLSTM_BEGIN_TARGET)  // tests that emulate instructions define both
 #define FASTLSTM_PRAGMA(text) _Pragma(#text)
 #if defined(__clang__)
 #define FASTLSTM_BEGIN_TARGET(features) \
@@ -19,4 +20,5 @@
 #else
 #define FASTLSTM_BEGIN_TARGET(features) _Pragma("GCC push_options") FASTLSTM_PRAGMA(GCC target(features))
 #define FASTLSTM_END_TARGET _Pragma("GCC pop_options")
+#endif
 #endif

@@ -10,13 +10,26 @@ from pathlib import Path
 
 import pytest
 
+from ..machine import cpuinfo
+
 ROOT = Path(__file__).parents[2]
+HOST = ROOT / "tests" / "cpu" / "cpu_host"
 SOURCES = [
-    ROOT / "tests" / "cpu" / "cpu_host" / "main.cpp",
+    HOST / "main.cpp",
     *sorted((ROOT / "csrc" / "cpu").glob("isa*.cpp")),
     *sorted((ROOT / "csrc" / "cpu").glob("bf16*.cpp")),
 ]
 FLAGS = ["-std=c++20", "-O2", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math", "-Wall", "-Werror"]
+
+
+def avx512_flags(*extensions: str) -> list[str]:
+    """The compiler's flags for AVX-512 and extensions such as "bf16", emulated on AVX2 where this CPU lacks one."""
+    present = cpuinfo("flags")
+    if {"avx512f", "avx512bw", "avx512dq", "avx512vl", *(f"avx512_{name}" for name in extensions)} <= present:
+        return [f"-mavx512{name}" for name in ("f", "bw", "dq", "vl", *extensions)] + ["-mfma"]
+    if not {"avx2", "fma"} <= present:
+        pytest.skip("requires a CPU with AVX2")
+    return ["-mavx2", "-mfma", "-Wno-psabi", "-include", str(HOST / "emulated_avx512.h")]
 
 
 def test_sources_include_no_torch_header():

@@ -104,7 +104,9 @@ def test_non_finite_reference_requires_equal_results():
 def test_bounds_follow_dtype_and_scale(scale):
     a, b = normal(8, 16) * scale, normal(16, 8, seed=1)
     allowed = [bound(lambda: a @ b, Precision.of(dtype)) / scale for dtype in (torch.float64, torch.float32)]
-    assert allowed[1] / allowed[0] == pytest.approx(2.0**29, rel=0.5)
+    # In float64 the truth errs as well, which the bound doubles, and so does each evaluation that it is taken from: up
+    # to sqrt(6), by how the BLAS of this CPU adds.
+    assert 2.0**29 / 6**0.5 / 1.3 < allowed[1] / allowed[0] < 2.0**29
     halves = [bound(lambda: a @ b, Precision.of(dtype)) for dtype in (torch.float16, torch.bfloat16)]
     assert halves[1] / halves[0] == pytest.approx(8, rel=0.5) or scale < 1e-7  # subnormal in float16
     tf32 = bound(lambda: a @ b, Precision.of(torch.float32, "tf32")) / scale

@@ -12,6 +12,7 @@
 
 #if defined(FASTLSTM_AVX_VNNI_AS_AVX512)
 #include <immintrin.h>
+#undef _mm256_dpbusd_avx_epi32
 #define _mm256_dpbusd_avx_epi32 _mm256_dpbusd_epi32
 #endif
 #if defined(FASTLSTM_EMULATED_TILES)

@@ -1,0 +1,29 @@
+#!/usr/bin/env bash
+# Builds the extension in build/emulate with the AVX-512 kernels on emulated instructions, which it then chooses on any
+# x86-64 CPU with AVX2, and runs the tests of bfloat16 and int8 on it. usage: scripts/emulate_avx512.sh PYTHON [more
+# pytest arguments]. Seconds here are minutes of the real instructions.
+set -euo pipefail
+python=$(realpath -s "$1")
+shift
+cd "$(dirname "$0")/.."
+tree=build/emulate
+mkdir -p "$tree"
+cp -r setup.py pyproject.toml README.md LICENSE csrc fastlstm tests benchmarks "$tree"/
+rm -f "$tree"/fastlstm/*.so
+cd "$tree"
+
+compiler=${CXX:-c++}
+host="$PWD/tests/cpu/cpu_host"
+emulated="-include $host/emulated_avx512.h -include $host/emulated_tiles.h -Wno-psabi"
+cat >c++-emulate <<END
+#!/bin/sh
+case "\$*" in
+*/isa*.cpp*|*/bf16*.cpp*|*/int8*.cpp*) exec $compiler "\$@" -O1 $emulated ;;
+*) exec $compiler "\$@" -O0 ;;
+esac
+END
+chmod +x c++-emulate
+CXX="$PWD/c++-emulate" FASTLSTM_BUILD=cpu "$python" setup.py -q build_ext --inplace
+
+export OMP_WAIT_POLICY=passive # the workers share the cores
+"$python" -m pytest -p no:cacheprovider tests/cpu/test_{bf16_products,bfloat16,isa}.py tests/frozen/test_int8.py "$@"
