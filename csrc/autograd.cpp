@@ -99,9 +99,8 @@ class LayerFunction : public torch::autograd::Function<LayerFunction> {
     if (by_formula) {
       static const auto op = find<DifferentiableBackward>("fastlstm::differentiable_backward");
       // With layer normalization it computes all again, from the inputs alone.
-      const OptionalTensor gates = LayerSizes::has_norm(weights)
-                                       ? OptionalTensor()
-                                       : saved_gates(reserve, x, weights, in.lengths, in.masked());
+      const OptionalTensor gates =
+          LayerSizes::has_norm(weights) ? OptionalTensor() : saved_gates(reserve, x, weights, in.lengths);
       found = call(op, {dy, dh_n, dc_n, dcells}, in, gates, cells, needs);
     } else {
       static const auto op = find<LayerBackward>("fastlstm::native_layer_backward");
@@ -185,7 +184,7 @@ StepGradients differentiable(const at::Tensor& dh, const at::Tensor& dc, const S
                        [&](const OptionalTensor& dh_n, const OptionalTensor& dc_n, const at::Tensor& x,
                            const OptionalTensor& h0, const OptionalTensor& c0, at::TensorList weights,
                            const c10::List<bool>& flags) {
-                         const at::Tensor gates = saved_gates(gates_of(reserve, in), x, weights, {}, false);
+                         const at::Tensor gates = saved_gates(gates_of(reserve, in), x, weights, {});
                          return call(op, {kNoTensor, dh_n, dc_n, kNoTensor},
                                      {x, h0, c0, weights, kNoTensor, kNoTensor}, gates, cells_of(reserve, in),
                                      flags);

@@ -49,9 +49,8 @@ using LayerBackward = OverGradients<LayerGradients, Input, Input, Input, c10::Li
 using DifferentiableBackward = OverGradients<LayerGradients, Option, Option, c10::List<bool>>;
 
 // The activated gates [D, T, B, 4H] (packed rows: [D, N, 4H]) in the order i, f, g, o, from a reserve.
-// masked: the layer had masks.
 using SavedGates = at::Tensor(const at::Tensor& reserve, const at::Tensor& x, at::TensorList weights,
-                              const OptionalTensor& lengths, bool masked);
+                              const OptionalTensor& lengths);
 
 inline const OptionalTensor kNoTensor;
 

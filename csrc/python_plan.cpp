@@ -96,7 +96,7 @@ py::dict dict_of(const BackwardPlan& p, const LayerShape& s) {
 // packed: the rows of x past the lengths are absent.
 LayerShape shape_of(const std::string& dtype, int64_t T, int64_t B, int64_t I, int64_t H, int64_t P,
                     int64_t D, const std::optional<std::vector<int64_t>>& lengths, bool packed, bool resets,
-                    bool h0, const std::string& frozen, bool masked, bool norm, bool bf16_requested) {
+                    bool h0, const std::string& frozen, bool norm, bool bf16_requested) {
   TORCH_CHECK(T > 0 && B > 0, "T and B must be at least 1");
   Rows rows{T, B, T * B, nullptr, nullptr, nullptr, nullptr, packed};
   std::vector<int64_t> count;
@@ -120,7 +120,6 @@ LayerShape shape_of(const std::string& dtype, int64_t T, int64_t B, int64_t I, i
           D,
           h0 && !rows.count && !resets,
           frozen_named(frozen),
-          masked,
           norm,
           bf16_requested};
 }
@@ -186,11 +185,10 @@ Machine machine_of(int threads, int64_t l2_bytes, int64_t vector_bytes, bool bf1
 
 py::dict cpu_plan(const std::string& dtype, int64_t T, int64_t B, int64_t I, int64_t H, int64_t P, int64_t D,
                   const std::optional<std::vector<int64_t>>& lengths, bool packed, bool resets, bool h0,
-                  const std::string& frozen, bool masked, bool norm, bool bf16_requested, int threads,
-                  int64_t l2_bytes, int64_t vector_bytes, bool bf16_kernels,
-                  const std::map<std::string, double>& figures) {
+                  const std::string& frozen, bool norm, bool bf16_requested, int threads, int64_t l2_bytes,
+                  int64_t vector_bytes, bool bf16_kernels, const std::map<std::string, double>& figures) {
   const LayerShape s =
-      shape_of(dtype, T, B, I, H, P, D, lengths, packed, resets, h0, frozen, masked, norm, bf16_requested);
+      shape_of(dtype, T, B, I, H, P, D, lengths, packed, resets, h0, frozen, norm, bf16_requested);
   const CostFigures of_machine = figures_of(figures);
   Machine machine = machine_of(threads, l2_bytes, vector_bytes, bf16_kernels);
   machine.figures = &of_machine;
@@ -203,11 +201,11 @@ py::dict cpu_plan(const std::string& dtype, int64_t T, int64_t B, int64_t I, int
 // The partitions that cpu_plan chooses from, as (members, row groups, split, concurrent, predicted us).
 py::dict cpu_plan_candidates(const std::string& dtype, int64_t T, int64_t B, int64_t I, int64_t H, int64_t P,
                              int64_t D, const std::optional<std::vector<int64_t>>& lengths, bool packed,
-                             bool resets, bool h0, const std::string& frozen, bool masked, bool norm,
-                             bool bf16_requested, int threads, int64_t l2_bytes, int64_t vector_bytes,
-                             bool bf16_kernels, const std::map<std::string, double>& figures) {
+                             bool resets, bool h0, const std::string& frozen, bool norm, bool bf16_requested,
+                             int threads, int64_t l2_bytes, int64_t vector_bytes, bool bf16_kernels,
+                             const std::map<std::string, double>& figures) {
   const LayerShape s =
-      shape_of(dtype, T, B, I, H, P, D, lengths, packed, resets, h0, frozen, masked, norm, bf16_requested);
+      shape_of(dtype, T, B, I, H, P, D, lengths, packed, resets, h0, frozen, norm, bf16_requested);
   const CostFigures of_machine = figures_of(figures);
   Machine machine = machine_of(threads, l2_bytes, vector_bytes, bf16_kernels);
   machine.figures = &of_machine;
@@ -280,8 +278,8 @@ void define_cpu_plan(py::module_& m) {
   const auto def = [&](const char* name, auto f, const char* doc) {
     m.def(name, f, arg("dtype"), arg("T"), arg("B"), arg("I"), arg("H"), arg("P"), arg("D"), py::kw_only(),
           arg("lengths") = py::none(), arg("packed") = false, arg("resets") = false, arg("h0") = false,
-          arg("frozen") = "no", arg("masked") = false, arg("norm") = false, arg("bf16_requested") = false,
-          arg("threads"), arg("l2_bytes"), arg("vector_bytes"), arg("bf16_kernels"),
+          arg("frozen") = "no", arg("norm") = false, arg("bf16_requested") = false, arg("threads"),
+          arg("l2_bytes"), arg("vector_bytes"), arg("bf16_kernels"),
           arg("figures") = std::map<std::string, double>(), doc);
   };
   def("cpu_plan", &cpu_plan, "What the CPU code decides about a layer's call, as cpu/plan.h has it.");

@@ -114,11 +114,11 @@ inline void connect_unread(torch::autograd::variable_list& inputs, size_t n, Arg
 
 // The gates for the formula; by an op, which a trace can record.
 inline at::Tensor saved_gates(const at::Tensor& reserve, const at::Tensor& x, at::TensorList weights,
-                              const OptionalTensor& lengths, bool masked) {
+                              const OptionalTensor& lengths) {
   static const auto op =
       c10::Dispatcher::singleton().findSchemaOrThrow("fastlstm::native_gates", "").typed<SavedGates>();
   at::AutoDispatchBelowADInplaceOrView guard;
-  return op.call(reserve, x, weights, lengths, masked);
+  return op.call(reserve, x, weights, lengths);
 }
 
 // What save_for_backward is given of y, an output: an alias, so that changing y in place is no error. A

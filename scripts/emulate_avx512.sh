@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Builds the extension in build/emulate with the AVX-512 kernels on emulated instructions, which it then chooses on any
-# x86-64 CPU with AVX2, and runs the tests of bfloat16 and int8 on it. usage: scripts/emulate_avx512.sh PYTHON [more
+# x86-64 CPU with AVX2, and runs the tests of bfloat16, masks and int8 on it. usage: scripts/emulate_avx512.sh PYTHON [more
 # pytest arguments]. Seconds here are minutes of the real instructions.
 set -euo pipefail
 python=$(realpath -s "$1")
@@ -25,5 +25,9 @@ END
 chmod +x c++-emulate
 CXX="$PWD/c++-emulate" FASTLSTM_BUILD=cpu "$python" setup.py -q build_ext --inplace
 
+"$python" -c "import fastlstm; isa = fastlstm._C.bfloat16_isa(); assert isa in ('avx512_bf16', 'amx'), isa"
 export OMP_WAIT_POLICY=passive # the workers share the cores
-"$python" -m pytest -p no:cacheprovider tests/cpu/test_{bf16_products,bfloat16,isa}.py tests/frozen/test_int8.py "$@"
+# Without what asks torch or the CPU itself for its instructions.
+"$python" -m pytest -p no:cacheprovider tests/cpu/test_{bf16_products,bf16_variants,bfloat16}.py \
+    tests/ops/test_variants.py tests/frozen/test_int8.py \
+    -k "not depends_on_the_cpu and not eager and not reference and not triton and not float64" "$@"

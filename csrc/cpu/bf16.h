@@ -57,6 +57,8 @@ struct ForwardArgs {
   T* cells;      // out, or null
   int64_t y_stride, cells_stride;
   Bf16* scratch;  // per member, forward_scratch(I) elements
+  RowMasks<float> masks = {};
+  const float* h0 = nullptr;  // [B, P]  h that enters the first step, sorted; with a zoneout of h only
 };
 
 template <class T>
@@ -81,6 +83,8 @@ struct BackwardArgs {
   float* dhidden;    // [B, padded H]  with w_hr: of h before its projection, of one step
   float* dc;         // [B, H]  in: of c_n, out: of c0
   float* db;         // [members, 4H]  sums of dgates over the rows of each member, added to
+  RowMasks<float> masks = {};
+  float* kept_h = nullptr;  // [B, padded P]  what a zoneout of h adds to the gradient of the state before
 };
 
 // C [m, n] (+)= A [m, k] B [k, n] on one thread, summed in float32, kGemmDepth terms at a time.

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "cpu/bf16_numbers.h"
+#include "cpu/mask_vectors.h"
 
 namespace fastlstm::FASTLSTM_ISA {
 
@@ -37,14 +38,28 @@ struct ColumnProducts {
   }
 };
 
+// h of these features after its zoneout.
+template <class T>
+FASTLSTM_INLINE V zoned_h(const ForwardArgs<T>& a, int64_t t, int64_t r, int64_t p0, int n, V h) {
+  const int64_t previous = a.rows.previous_row(a.reverse, t, r);
+  const V h_prev = previous == Rows::kZeroState      ? V{}
+                   : previous == Rows::kInitialState ? load_part(a.h0 + r * a.P + p0, n)
+                                                     : get(a.y + previous * a.y_stride + p0, n);
+  const V share = load_mask<float>(a.masks.zoneout_h, t, a.rows.batch_row_at(r), p0, n);
+  return zoned<float>(a.masks.zoneout_h, share, h_prev, h);
+}
+
 // h for features [p0, p0 + n) of sorted row r at step t, to y and to the state that the next step reads.
 template <class T>
 FASTLSTM_INLINE void store_h(const ForwardArgs<T>& a, int64_t t, int64_t next_t, int64_t r, int64_t p0, int n,
                              V h, int64_t slot) {
+  if (a.masks.zoneout_h) h = zoned_h(a, t, r, p0, n, h);
   put(a.y + a.rows.row_at(t, r) * a.y_stride + p0, h, n);
   const bool cleared =
       a.rows.fresh && next_t >= 0 && r < a.rows.count_at(next_t) && a.rows.fresh_at(next_t, r);
-  const V h_next = cleared ? V{} : h;
+  V h_next = cleared ? V{} : rounded<T>(h);
+  if (a.masks.recurrent && next_t >= 0 && !cleared)
+    h_next *= load_mask<float>(a.masks.recurrent, next_t, a.rows.batch_row_at(r), p0, n);
   put(a.h + (slot * bf16::factor_rows(a.rows.B) + r) * row_stride(a.P) + p0, h_next, n);
   if constexpr (!std::is_same_v<T, Bf16>) put(a.h_state + (slot * a.rows.B + r) * a.P + p0, h_next, n);
 }
@@ -60,6 +75,11 @@ FASTLSTM_INLINE void forward_cell(const ForwardArgs<T>& a, int64_t t, int64_t ne
   const V c_prev = a.rows.fresh_at(t, r) ? V{} : load_part(c, n);
   const V c_next = next_c(gate, c_prev);
   const V h = gate.o * FastActivation::tanh(c_next);
+  V state = c_next;
+  if (a.masks.zoneout_c)
+    state =
+        zoned<float>(a.masks.zoneout_c, load_mask<float>(a.masks.zoneout_c, t, a.rows.batch_row_at(r), u0, n),
+                     c_prev, c_next);
   if (a.gates) {
     T* saved = a.gates + (a.rows.offset_at(t) + r) * 4 * H + 4 * u0;
     put(saved, gate.i, n);
@@ -67,8 +87,8 @@ FASTLSTM_INLINE void forward_cell(const ForwardArgs<T>& a, int64_t t, int64_t ne
     put(saved + 2 * n, gate.g, n);
     put(saved + 3 * n, gate.o, n);
   }
-  store_part(c, c_next, n);
-  if (a.cells) put(a.cells + a.rows.row_at(t, r) * a.cells_stride + u0, c_next, n);
+  store_part(c, state, n);
+  if (a.cells) put(a.cells + a.rows.row_at(t, r) * a.cells_stride + u0, state, n);
   if (a.w_hr)
     put(a.hidden + r * row_stride(H) + u0, h, n);
   else
@@ -171,6 +191,23 @@ void forward(const ForwardArgs<T>& a, const Member& me) {
   }
 }
 
+// The part of dh, the gradient of h_t's features [p0, p0 + n), that a zoneout passes to h_{t-1}; kept for it.
+template <class T>
+FASTLSTM_INLINE V keep_gradient(const BackwardArgs<T>& a, int64_t t, int64_t r, int64_t p0, int n, V dh) {
+  const V kept = dh * load_mask<float>(a.masks.zoneout_h, t, a.rows.batch_row_at(r), p0, n);
+  store_part(a.kept_h + r * padded(a.P) + p0, kept, n);
+  return kept;
+}
+
+// dh: the gradient of the masked state that entered step t's product, features [p0, p0 + n). Returns that of
+// h_{t-1}, with what the zoneout passes to it.
+template <class T>
+FASTLSTM_INLINE V masked_gradient(const BackwardArgs<T>& a, int64_t t, int64_t r, int64_t p0, int n, V dh) {
+  if (a.masks.recurrent) dh *= load_mask<float>(a.masks.recurrent, t, a.rows.batch_row_at(r), p0, n);
+  if (a.masks.zoneout_h) dh += load_part(a.kept_h + r * padded(a.P) + p0, n);
+  return dh;
+}
+
 // The cell's gradients for units [u0, u0 + n) of sorted row r at step t.
 template <class T>
 FASTLSTM_INLINE void backward_cell(const BackwardArgs<T>& a, int64_t t, int64_t r, int64_t u0, int n,
@@ -186,14 +223,21 @@ FASTLSTM_INLINE void backward_cell(const BackwardArgs<T>& a, int64_t t, int64_t 
   }
   V dh = load_part((a.w_hr ? a.dhidden : a.dh) + r * padded(H) + u0, n);
   if (a.dy && !a.w_hr) dh += get(a.dy + row * a.dy_stride + u0, n);
-  V dc = load_part(a.dc + r * H + u0, n);
+  if (a.masks.zoneout_h && !a.w_hr) dh -= keep_gradient(a, t, r, u0, n, dh);
+  V dc = load_part(a.dc + r * H + u0, n), kept_c = {};
   if (a.dcells) dc += get(a.dcells + row * a.dcells_stride + u0, n);
+  if (a.masks.zoneout_c) {
+    kept_c = dc * load_mask<float>(a.masks.zoneout_c, t, a.rows.batch_row_at(r), u0, n);
+    dc -= kept_c;
+  }
   const bool fresh = previous == Rows::kZeroState;
   const V c_prev = fresh           ? V{}
                    : previous >= 0 ? get(a.cells + previous * a.cells_stride + u0, n)
                                    : load_part(a.c0 + r * H + u0, n);
-  const V tanh_c = FastActivation::tanh(get(a.cells + row * a.cells_stride + u0, n));
   const Gates<V> gate = {get(g, n), get(g + n, n), get(g + 2 * n, n), get(g + 3 * n, n)};
+  // h was computed from c before its zoneout.
+  const V c = a.masks.zoneout_c ? next_c(gate, c_prev) : get(a.cells + row * a.cells_stride + u0, n);
+  const V tanh_c = FastActivation::tanh(c);
   const Gates<V> d = cell_backward(gate, c_prev, tanh_c, dh, dc);
   const auto sum = [&](float* to, V v) { store_part(to, load_part(to, n) + v, n); };
   sum(db + u0, d.i);
@@ -205,7 +249,7 @@ FASTLSTM_INLINE void backward_cell(const BackwardArgs<T>& a, int64_t t, int64_t 
   put(out + H, d.f, n);
   put(out + 2 * H, d.g, n);
   put(out + 3 * H, d.o, n);
-  store_part(a.dc + r * H + u0, fresh ? V{} : dc, n);
+  store_part(a.dc + r * H + u0, fresh ? V{} : dc + kept_c, n);
   if (a.hidden) put(a.hidden + (packed_row - a.base) * H + u0, gate.o * tanh_c, n);
 }
 
@@ -253,6 +297,7 @@ void projected_gradients(const BackwardArgs<T>& a, const Member& me, int64_t t, 
       const int n = static_cast<int>(std::min<int64_t>(16, me.feature_end - p));
       V dh = load_part(a.dh + r * padded(a.P) + p, n);
       if (dy) dh += get(dy + p, n);
+      if (a.masks.zoneout_h) dh -= keep_gradient(a, t, r, p, n, dh);
       put(dr + p, dh, n);
     }
   }
@@ -262,6 +307,7 @@ template <class T>
 void backward(const BackwardArgs<T>& a, const Member& me) {
   const ProductScope scope;
   const int64_t H = a.H, P = a.P, ldg = row_stride(4 * H), r_begin = me.row_begin;
+  const bool masked = a.masks.recurrent || a.masks.zoneout_h;
   const auto rows_at = [&](int64_t t) { return std::min(me.row_end, a.rows.count_at(t)); };
   PendingGradients<T> pending{a, a.db + me.index * 4 * H};
   const auto between = [&] { pending.next(); };
@@ -301,7 +347,13 @@ void backward(const BackwardArgs<T>& a, const Member& me) {
           for (int64_t r = r0; r < r1; ++r, out += 64) {
             const bool fresh = a.rows.fresh_at(t, r);
             float* to = a.dh + r * ld + n0;
-            for (int64_t j = 0; j < width; j += 16) store(to + j, fresh ? V{} : load(out + j));
+            if (masked)
+              for (int64_t j = 0; j < std::min(width, P - n0); j += 16) {
+                const int n = static_cast<int>(std::min<int64_t>(16, P - n0 - j));
+                store_part(to + j, fresh ? V{} : masked_gradient(a, t, r, n0 + j, n, load(out + j)), n);
+              }
+            else
+              for (int64_t j = 0; j < width; j += 16) store(to + j, fresh ? V{} : load(out + j));
           }
         },
         [&](int64_t n0, int64_t n1) {

@@ -22,6 +22,7 @@ using bf16::padded;
 using bf16::row_stride;
 
 using V = Vec<float>;
+static_assert(kWidth<float> == kBlock);            // blocks of the saved gates are those of the float kernels
 constexpr int64_t kTile = kTileRows * kTileDepth;  // elements of a packed tile
 
 FASTLSTM_INLINE V widen(__m256i x) { return (V)_mm512_slli_epi32(_mm512_cvtepu16_epi32(x), 16); }

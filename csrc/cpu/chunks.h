@@ -50,8 +50,9 @@ at::Tensor entering_states(const at::Tensor& y, const OptionalTensor& h0, const 
 
 // Recomputes y from what else forward saved: h = o * tanh(c), c before its zoneout and normalized, and its
 // projection; then the zoneout of h, step by step. The caller's rows past a length are zero. T: Number; Kept:
-// what h is rounded to before its projection and zoneout, Stored<T> or Real<T>; `block`: the units of a block
-// of the saved gates (cpu/sequence.h).
+// what h is rounded to before its projection and zoneout, Stored<T> or Real<T>, as in the float kernels
+// (those of bfloat16 products round h before its projection as a factor); `block`: the units of a block of
+// the saved gates (cpu/sequence.h).
 template <class T, class Kept>
 at::Tensor output_again(const LayerSizes& s, const Ragged& ragged, const LayerInputs& in,
                         const LayerMasks<T>& all_masks, const SavedResults& saved, int64_t block) {

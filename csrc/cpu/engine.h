@@ -54,8 +54,8 @@ struct ForwardBuffers {
   Real<T>* c;           // [B, H]
   T *y, *cells;         // the caller's rows, with these strides; cells may be null
   int64_t y_stride, cells_stride;
-  RowMasks<Real<T>> masks;  // of the float kernels only: a plan with masks has no other
-  const Real<T>* h0;        // [B, P], with a zoneout of h
+  RowMasks<Real<T>> masks;
+  const Real<T>* h0;  // [B, P], with a zoneout of h
 };
 
 template <class T>

@@ -80,7 +80,9 @@ class Bf16Forward {
                 b.cells,
                 b.y_stride,
                 b.cells_stride,
-                space.at<Bf16>(scratch_offset_)};
+                space.at<Bf16>(scratch_offset_),
+                b.masks,
+                b.h0};
   }
 
   void run(int64_t d, const Member& me) const { kernel_.forward(args_[d], me); }
@@ -189,7 +191,9 @@ class Bf16Backward {
                 b.dh,
                 s_.proj() ? space.at<float>(dhidden_offset_[d]) : nullptr,
                 b.dc,
-                db};
+                db,
+                b.masks,
+                b.kept_h};
   }
 
   void select_steps(int64_t d, const Span& span, T*) {

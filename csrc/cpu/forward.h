@@ -5,6 +5,7 @@
 #include "cpu/direct.h"
 #include "cpu/gemm.h"
 #include "cpu/hoist.h"
+#include "cpu/mask_vectors.h"
 #include "cpu/pack_forward.h"
 #include "cpu/sequence.h"
 
@@ -37,19 +38,6 @@ FASTLSTM_INLINE const Real<T>* factor_rows(const Real<T>* v, int64_t rows, int64
   if constexpr (!Factors<T>::split) return v;
   split_rows<T>(v, rows, K, to);
   return to;
-}
-
-// Elements [k, k + n), n <= W, of a mask in the row that is step t of the caller's row b.
-template <class T>
-FASTLSTM_INLINE Vec<T> load_mask(const RowMask<Real<T>>& m, int64_t t, int64_t b, int64_t k, int n) {
-  const int64_t at = t * m.step_stride + b * m.row_stride + k;
-  return m.flags ? load_flags<T>(m.flags + at, n) : load_part(m.numbers + at, n);
-}
-// The state of which a zoneout's share is kept as it was before the step.
-template <class T>
-FASTLSTM_INLINE Vec<T> zoned(const RowMask<Real<T>>& m, Vec<T> share, Vec<T> before, Vec<T> after) {
-  // Flags choose, so that what they leave out may be NaN.
-  return m.flags ? (share != 0 ? before : after) : fastlstm::zoned(share, before, after);
 }
 
 template <class T>

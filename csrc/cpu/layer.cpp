@@ -6,7 +6,7 @@
 
 #include <cmath>
 
-#include "cpu/engines.h"
+#include "cpu/layer.h"
 #include "cpu/memory.h"
 #include "cpu/product.h"
 
@@ -94,14 +94,6 @@ LayerGradients layer_backward(const ResultGradients& grads, const LayerInputs& i
 
 // native_gates: the activated gates of a reserve in the order of nn.LSTM.
 
-// The units of a block of the reserve (cpu/sequence.h), by the Engine that wrote it.
-int64_t block_of(const LayerSizes& s, const Ragged& ragged, at::ScalarType dtype, bool masked) {
-  if (dtype == at::kDouble) return kernels<double>().width;
-  if (dtype != at::kBFloat16) return kernels<float>().width;
-  const ForwardPlan plan = plan_forward(layer_shape<Bf16>(s, ragged, {}, masked), this_machine());
-  return with_engine<Bf16>(plan.engine, [](auto engine) { return decltype(engine)::saved_block(); });
-}
-
 // T: any type of the size of a gate.
 template <class T>
 void unblock(const LayerSizes& s, const Ragged& ragged, const at::Tensor& reserve, int64_t block,
@@ -121,7 +113,7 @@ void unblock(const LayerSizes& s, const Ragged& ragged, const at::Tensor& reserv
 }
 
 at::Tensor gates(const at::Tensor& reserve_in, const at::Tensor& x, at::TensorList weights,
-                 const OptionalTensor& lengths, bool masked) {
+                 const OptionalTensor& lengths) {
   const OptionalTensor none;
   const LayerSizes s({x, none, none, weights, lengths, none});
   const at::Tensor reserve = reserve_in.contiguous();
@@ -129,7 +121,8 @@ at::Tensor gates(const at::Tensor& reserve_in, const at::Tensor& x, at::TensorLi
               x.scalar_type(), " ", s.reserve(), ", got ", reserve.scalar_type(), " ", reserve.sizes());
   const Ragged ragged(s, lengths, none);
   const at::Tensor out = at::zeros(s.reserve(), reserve.options());  // past a length as well
-  const int64_t block = block_of(s, ragged, x.scalar_type(), masked);
+  // The units of a block of the reserve (cpu/sequence.h), whichever Engine of the dtype wrote it.
+  const int64_t block = x.scalar_type() == at::kDouble ? kernels<double>().width : kernels<float>().width;
   switch (reserve.element_size()) {
     case 2:
       unblock<uint16_t>(s, ragged, reserve, block, out);
@@ -142,6 +135,7 @@ at::Tensor gates(const at::Tensor& reserve_in, const at::Tensor& x, at::TensorLi
   }
   return out;
 }
+static_assert(std::is_same_v<decltype(gates), SavedGates>);
 
 // grouped_products: weight gradients of many groups of rows at once (fastlstm/ops/register.py).
 

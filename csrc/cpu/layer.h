@@ -40,7 +40,7 @@ LayerGradients backward(const ResultGradients& grads, const LayerInputs& in, con
 // What plans are made from, for a layer of numbers stored as T.
 template <class T>
 LayerShape layer_shape(const LayerSizes& s, const Ragged& ragged, const OptionalTensor& h0,
-                       bool masked = false, bool bf16_requested = false) {
+                       bool bf16_requested = false) {
   const Dtype dtype = std::is_same_v<T, double> ? Dtype::float64
                       : std::is_same_v<T, Bf16> ? Dtype::bfloat16
                                                 : Dtype::float32;
@@ -56,7 +56,6 @@ LayerShape layer_shape(const LayerSizes& s, const Ragged& ragged, const Optional
           s.D,
           h0 && ragged.plain(),
           Frozen::no,
-          masked,
           s.norm,
           bf16_requested};
 }

@@ -54,17 +54,21 @@ LayerGradients backward_with(const ResultGradients& grads, const LayerInputs& in
   const auto none = [&] { return new_empty({0}, in.x); };
 
   const LayerMasks<T> masks(in);
-  const bool need_hh = need(0, 1) || (D == 2 && need(1, 1));  // y and h0 are factors of dW_hh alone
+  const bool need_hh = need(0, 1) || (D == 2 && need(1, 1));   // y and h0 are factors of dW_hh alone
+  const bool y_enters = ragged.plain() && !in.recurrent_mask;  // h enters the steps as y and h0 hold it
+  // Otherwise the states that enter are copied in the wider type: forward masked h before it rounded a
+  // factor.
+  constexpr bool kRoundsStates = std::is_same_v<Operand, Bf16> && !std::is_same_v<T, Bf16>;
+  const auto as_states = [&](const at::Tensor& h) { return kRoundsStates && !y_enters ? h : E::operands(h); };
   const auto output = [&] {
     const auto again = in.masked() || s.norm ? output_again<T, R> : output_again<T, Stored<T>>;
-    return E::operands(lacks_output(saved.y) ? again(s, ragged, in, masks, saved, E::saved_block())
-                                             : saved.y.contiguous());
+    return as_states(lacks_output(saved.y) ? again(s, ragged, in, masks, saved, E::saved_block())
+                                           : saved.y.contiguous());
   };
   const at::Tensor y = need_hh ? output() : at::Tensor();
   const OptionalTensor dy = contiguous(grads.dy), dcells = contiguous(grads.dcells),
                        dh_n = contiguous(grads.dh_n), dc_n = contiguous(grads.dc_n), c0 = contiguous(in.c0),
-                       h0 =
-                           need_hh && in.h0 ? OptionalTensor(E::operands(in.h0->contiguous())) : std::nullopt;
+                       h0 = need_hh && in.h0 ? OptionalTensor(as_states(in.h0->contiguous())) : std::nullopt;
   std::vector<Rows> rows;
   for (int64_t d = 0; d < D; ++d) rows.push_back(ragged.rows(d));
   typename E::Backward engine(in, s, plan, need_dx && !wants_dgates, need_hr);
@@ -94,7 +98,6 @@ LayerGradients backward_with(const ResultGradients& grads, const LayerInputs& in
   std::vector<at::Tensor> dweights;
   for (size_t k = 0; k < weights.size(); ++k)
     dweights.push_back(needs[3 + k] ? new_empty(weights[k].sizes(), in.x) : none());
-  const bool y_enters = ragged.plain() && !in.recurrent_mask;  // h enters the steps as y and h0 hold it
   using WeightGradient = std::optional<typename E::WeightGradient>;
   WeightGradient dw_ih[2], dw_hh[2], dw_hr[2];
   at::Tensor db[2], states[2];  // of both biases in R; h that enters each step [N, P], if not read from y
@@ -105,8 +108,11 @@ LayerGradients backward_with(const ResultGradients& grads, const LayerInputs& in
     if (need_hr[d]) dw_hr[d].emplace(dw[hr], plan.dw_hr);
     if (s.bias && (need(d, 2) || need(d, 3)))
       db[d] = std::is_same_v<T, R> ? dw[need(d, 2) ? 2 : 3] : new_empty({4 * H}, real_like<T>(in.x));
-    if (need(d, 1) && !y_enters)
-      states[d] = entering_states<Stored<Operand>>(y, h0, s, ragged, d, masks.of(d).recurrent);
+    if (need(d, 1) && !y_enters) {
+      using Entering = Stored<std::conditional_t<kRoundsStates, T, Operand>>;
+      states[d] = entering_states<Entering>(y, h0, s, ragged, d, masks.of(d).recurrent);
+      if constexpr (kRoundsStates) states[d] = E::operands(states[d]);
+    }
   }
   const at::Tensor x = need_ih ? E::operands(packed_input<Stored<T>>(in.x, s, ragged)) : at::Tensor();
   // Both directions add to dx, each from its own end.
@@ -203,8 +209,7 @@ LayerGradients backward(const ResultGradients& grads, const LayerInputs& in, con
             dweights};
   }
   const Ragged ragged(s, in.lengths, in.reset_mask);
-  const BackwardPlan plan =
-      plan_backward(layer_shape<T>(s, ragged, in.h0, in.masked(), bf16_requested), this_machine());
+  const BackwardPlan plan = plan_backward(layer_shape<T>(s, ragged, in.h0, bf16_requested), this_machine());
   return with_engine<T>(plan.engine, [&](auto engine) {
     return backward_with<decltype(engine)>(grads, in, s, ragged, saved, needs, plan);
   });

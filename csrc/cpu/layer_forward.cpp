@@ -59,12 +59,10 @@ LayerResults forward_with(const LayerInputs& in, const LayerSizes& s, const Ragg
     const RowMasks<R> masks = all_masks.of(d);
     R* first_h = space.at<R>(h0_offset[d]);
     if (masks.zoneout_h) gather_state<T>(h0, d, rows[d], P, first_h, P);
-    if constexpr (std::is_same_v<State, R>)
-      if (masks.recurrent)
-        for (int64_t r = 0; r < B; ++r)  // for the row's first step
-          if (ragged.length(r) > 0)
-            mask_state(masks.recurrent, d == 1 ? ragged.length(r) - 1 : 0, rows[d].batch_row_at(r), P,
-                       h + r * ld);
+    for (int64_t r = 0; masks.recurrent && r < B; ++r)  // for the row's first step
+      if (ragged.length(r) > 0)
+        mask_state(masks.recurrent, d == 1 ? ragged.length(r) - 1 : 0, rows[d].batch_row_at(r), P,
+                   reinterpret_cast<Stored<State>*>(h + r * ld));
     if (rows[d].fresh) {  // steps clear the state for the next; the first has none before it
       const int64_t t = d == 1 ? s.T - 1 : 0;
       for (int64_t r = 0; r < rows[d].count_at(t); ++r)
@@ -106,8 +104,7 @@ template <class T>
 LayerResults forward(const LayerInputs& in, bool keep_cells, bool keep_reserve, bool bf16_requested) {
   const LayerSizes s(in);
   const Ragged ragged(s, in.lengths, in.reset_mask);
-  const ForwardPlan plan =
-      plan_forward(layer_shape<T>(s, ragged, in.h0, in.masked(), bf16_requested), this_machine());
+  const ForwardPlan plan = plan_forward(layer_shape<T>(s, ragged, in.h0, bf16_requested), this_machine());
   return with_engine<T>(plan.engine, [&](auto engine) {
     return forward_with<decltype(engine)>(in, s, ragged, plan, nullptr, keep_cells, keep_reserve);
   });

@@ -107,14 +107,14 @@ bool uses_bf16_products(const LayerShape& s, const Machine& machine) {
   if (s.frozen != Frozen::no) return frozen_engine(s, machine) == EngineKind::bf16_products;
   if (s.dtype == Dtype::float32 && s.bf16_requested) return bf16_refusal(s, machine) == Bf16Refusal::none;
   return s.dtype == Dtype::bfloat16 && machine.bf16_kernels && s.given_rows > kUnpackedMaxRows && s.H > 0 &&
-         s.I > 0 && !s.masked && !s.norm;
+         s.I > 0 && !s.norm;
 }
 
 Bf16Refusal bf16_refusal(const LayerShape& s, const Machine& machine) {
   if (s.dtype != Dtype::float32 || !s.bf16_requested) return Bf16Refusal::none;
   if (s.frozen == Frozen::stored || s.frozen == Frozen::int8) return Bf16Refusal::frozen;
   if (!machine.bf16_kernels) return Bf16Refusal::no_kernels;
-  if (s.masked || s.norm) return Bf16Refusal::options;
+  if (s.norm) return Bf16Refusal::layer_norm;
   if (s.I == 0) return Bf16Refusal::no_features;
   if (!has_units_for_bf16(s)) return Bf16Refusal::few_units;
   if (s.frozen == Frozen::bfloat16) return Bf16Refusal::none;  // frozen_engine depends on no other size

@@ -51,7 +51,6 @@ struct LayerShape {
   bool dense_with_h0 =
       false;  // neither lengths nor resets, and an initial state: dW_hh is the sum of two products
   Frozen frozen = Frozen::no;
-  bool masked = false;          // by recurrent dropout or zoneout
   bool norm = false;            // layer normalization
   bool bf16_requested = false;  // float32: torch's flag asks for bfloat16 products (docs/numerics.md)
 
@@ -101,7 +100,7 @@ enum class EngineKind {
 // Why a float32 layer's products are not bfloat16 although requested. none: they are, or are not requested.
 // one_step: an LSTMCell runs as a layer of one step under compile, vmap and autocast, and does not follow the
 // flag.
-enum class Bf16Refusal { none, no_kernels, frozen, options, no_features, few_units, one_step, few_rows };
+enum class Bf16Refusal { none, no_kernels, frozen, layer_norm, no_features, few_units, one_step, few_rows };
 
 enum class WeightMode { prepacked, pack_on_use, unpacked };
 

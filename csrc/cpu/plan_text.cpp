@@ -51,8 +51,8 @@ const char* in_words(Bf16Refusal refusal) {
       return "this CPU has no bfloat16 instructions that are faster than those of float32";
     case Bf16Refusal::frozen:
       return "frozen weights are multiplied as they were packed";
-    case Bf16Refusal::options:
-      return "the bfloat16 kernels support neither masks nor layer normalization";
+    case Bf16Refusal::layer_norm:
+      return "the bfloat16 kernels do not support layer normalization";
     case Bf16Refusal::no_features:
       return "the bfloat16 kernels require at least one input feature";
     case Bf16Refusal::one_step:

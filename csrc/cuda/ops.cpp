@@ -8,9 +8,10 @@ namespace {
 
 // A reserve of the CUDA kernels has the gates in nn.LSTM's order; past a length it is uninitialized.
 at::Tensor gates(const at::Tensor& reserve, const at::Tensor&, at::TensorList,
-                 const fastlstm::OptionalTensor&, bool) {
+                 const fastlstm::OptionalTensor&) {
   return reserve.clone();
 }
+static_assert(std::is_same_v<decltype(gates), fastlstm::SavedGates>);
 
 }  // namespace
 

@@ -145,8 +145,7 @@ def cpu_plan(
     return extension.cpu_plan(
         dtype, T, B, call.I, H, P, D,
         lengths=None if lengths is None else list(lengths), packed=packed, resets=call.reset_mask, h0=h0,
-        frozen=frozen, masked=call.masked, norm=call.shape.norm,
-        bf16_requested=bf16_requested, **found,
+        frozen=frozen, norm=call.shape.norm, bf16_requested=bf16_requested, **found,
     )  # fmt: skip
 
 

@@ -39,11 +39,11 @@ LIBRARY = torch.library.Library("fastlstm", "DEF")
 
 # The native backend's activated gates [D, T, B, 4H], i f g o, from its reserve, for `differentiable_backward`.
 LIBRARY.define(
-    "native_gates(Tensor reserve, Tensor x, Tensor[] weights, Tensor? lengths, bool masked=False) -> Tensor",
+    "native_gates(Tensor reserve, Tensor x, Tensor[] weights, Tensor? lengths) -> Tensor",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 torch.library.register_fake(
-    "fastlstm::native_gates", lambda reserve, x, weights, lengths, masked=False: torch.empty_like(reserve), lib=LIBRARY
+    "fastlstm::native_gates", lambda reserve, x, weights, lengths: torch.empty_like(reserve), lib=LIBRARY
 )
 
 Gradients = tuple["Tensor | None", "Tensor | None", "Tensor | None", "list[Tensor | None]"]

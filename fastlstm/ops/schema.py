@@ -264,10 +264,6 @@ class LayerCall:
     zoneout_c: bool = False
 
     @property
-    def masked(self) -> bool:
-        return self.recurrent_mask or self.zoneout_h or self.zoneout_c
-
-    @property
     def variant(self) -> str:
         """What the layer computes beyond nn.LSTM's equations, by the names of LSTM's arguments; "" if nothing."""
         used = (self.recurrent_mask, self.zoneout_h or self.zoneout_c, self.shape.norm)

@@ -56,7 +56,7 @@ def test_identity_as_input_weight(backend, value):
 
 
 def keep_from_zero(modules: Iterable[nn.Module], c0: Tensor) -> None:
-    """Give c, and so h without a projection, the same sign in all steps, by the unit: at a zero, whose product with inf
+    """Give c, and so h without a projection, the same sign in all steps, per unit: at a zero, whose product with inf
     is NaN, or a change of sign rounding decides what follows."""
     signs = torch.ones(c0.shape[-1])
     signs[::2] = -1

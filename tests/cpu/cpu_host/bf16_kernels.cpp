@@ -67,6 +67,25 @@ void compare(const char* what, const std::vector<T>& a, const std::vector<T>& b,
 
 struct Sizes {
   int64_t T, B, I, H, P = 0;  // P: with projection
+  bool masked = false;        // recurrent dropout and zoneout
+};
+
+// Numbers for h as it enters a step's product, flags and numbers for zoneouts.
+struct Masks {
+  std::vector<float> recurrent, share;
+  std::vector<uint8_t> flags;
+  Masks(const Sizes& s, int64_t P, std::mt19937& generator)
+      : recurrent(s.T * s.B * P), share(s.T * s.B * s.H), flags(s.T * s.B * P) {
+    std::uniform_real_distribution<float> uniform(0, 1);
+    for (float& x : recurrent) x = uniform(generator) < 0.25f ? 0.0f : 4.0f / 3;
+    for (float& x : share) x = uniform(generator);
+    for (uint8_t& x : flags) x = uniform(generator) < 0.3f;
+  }
+  RowMasks<float> rows(const Sizes& s, int64_t P) const {
+    return {{nullptr, recurrent.data(), s.B * P, P},
+            {flags.data(), nullptr, s.B * P, P},
+            {nullptr, share.data(), s.B * s.H, s.H}};
+  }
 };
 
 template <class T>
@@ -89,6 +108,9 @@ Results<T> run(const bf::Kernels<T>& kernel, const Sizes& s, bool reverse) {
   kernel.pack_gates(w_ih.data(), s.H, s.I, 0, s.H, packed_ih.data());
   kernel.pack_gates(w_hh.data(), s.H, P, 0, s.H, packed_hh.data());
   kernel.pack_rows(w_hr.data(), s.P, s.H, 0, s.P, packed_hr.data());
+  const Masks numbers(s, P, generator);
+  const RowMasks<float> masks = s.masked ? numbers.rows(s, P) : RowMasks<float>();
+  const std::vector<float> h0(s.B * P), c0(s.B * s.H);
   const Rows rows{s.T, s.B, N, nullptr, nullptr, nullptr, nullptr, false};
   const Member me{0, s.B, 0, s.H, 0, P, 0, nullptr};
   Results<T> out;
@@ -115,12 +137,14 @@ Results<T> run(const bf::Kernels<T>& kernel, const Sizes& s, bool reverse) {
                   out.cells.data(),
                   P,
                   s.H,
-                  scratch.data()},
+                  scratch.data(),
+                  masks,
+                  h0.data()},
                  me);
   std::vector<Bf16> columns(bf::packed_columns_size(G, P)), columns_hr(bf::packed_columns_size(s.P, s.H));
   kernel.pack_columns(w_hh.data(), G, P, P, 0, P, columns.data());
   kernel.pack_columns(w_hr.data(), s.P, s.H, s.H, 0, s.H, columns_hr.data());
-  const std::vector<float> c0(s.B * s.H);
+  std::vector<float> kept_h(s.B * bf::padded(P));
   out.dh.resize(s.B * bf::padded(P)), out.dc.resize(s.B * s.H), out.db.resize(G);
   out.dgates.resize(bf::factor_rows(N) * bf::row_stride(G));
   if (s.P) out.dr.resize(bf::factor_rows(N) * bf::row_stride(P)), out.hidden.resize(N * s.H);
@@ -148,7 +172,9 @@ Results<T> run(const bf::Kernels<T>& kernel, const Sizes& s, bool reverse) {
                    out.dh.data(),
                    dhidden.data(),
                    out.dc.data(),
-                   out.db.data()},
+                   out.db.data(),
+                   masks,
+                   kept_h.data()},
                   me);
   return out;
 }
@@ -213,7 +239,9 @@ int main() {
                          {3, 40, 31, 129},
                          {3, 10, 31, 129, 100},
                          {4, 17, 9, 47, 33},
-                         {3, 40, 31, 64, 7}})
+                         {3, 40, 31, 64, 7},
+                         {5, 17, 33, 47, 0, true},
+                         {4, 33, 9, 97, 33, true}})
     for (const bool reverse : {false, true}) layer<float>(s, reverse), layer<Bf16>(s, reverse);
   for (const bool transposed : {false, true})
     for (const bool add : {false, true})

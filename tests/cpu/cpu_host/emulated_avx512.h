@@ -183,6 +183,8 @@ inline int all_features(unsigned* a, unsigned* b, unsigned* c, unsigned* d) {
 FASTLSTM_END_TARGET
 
 // clang-format off
+#define __builtin_cpu_supports(feature) 1
+#define __get_cpuid_count(leaf, subleaf, a, b, c, d) emulated::all_features(a, b, c, d)
 #undef _mm512_slli_epi32
 #undef _mm512_cmp_ps_mask
 #undef _mm256_dpbusd_epi32
