@@ -152,8 +152,9 @@ def test_invalid_batch_sizes(sizes, hx, backend):
     """nn.LSTM's error depends on hx: a TypeError, or a RuntimeError from its internals."""
     with pytest.raises(RuntimeError, match=r"batch_sizes must be int64 \[T\], got torch\."):
         fastlstm.LSTM(3, 4)(sequence(ROWS, sizes), hx)
-    with pytest.raises((RuntimeError, TypeError)):
-        nn.LSTM(3, 4)(sequence(ROWS, sizes), hx)
+    if sizes.dim() == 1:  # with hx torch 2.11 computes something from 2-D sizes
+        with pytest.raises((RuntimeError, TypeError)):
+            nn.LSTM(3, 4)(sequence(ROWS, sizes), hx)
 
 
 @pytest.mark.parametrize("kwargs", [{"proj_size": 2}, {"bidirectional": True, "num_layers": 2}], ids=str)
