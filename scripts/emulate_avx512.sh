@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Builds the extension in build/emulate with the AVX-512 kernels on emulated instructions, which it then chooses on any
-# x86-64 CPU with AVX2, and runs the tests of bfloat16, masks and int8 on it. usage: scripts/emulate_avx512.sh PYTHON [more
-# pytest arguments]. Seconds here are minutes of the real instructions.
+# x86-64 CPU with AVX2, and runs the tests of bfloat16, masks and int8 on it. Far slower than the instructions: for small
+# cases alone. usage: scripts/emulate_avx512.sh PYTHON [more pytest arguments]
 set -euo pipefail
 python=$(realpath -s "$1")
 shift
