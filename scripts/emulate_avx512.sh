@@ -27,7 +27,7 @@ CXX="$PWD/c++-emulate" FASTLSTM_BUILD=cpu "$python" setup.py -q build_ext --inpl
 
 "$python" -c "import fastlstm; isa = fastlstm._C.bfloat16_isa(); assert isa in ('avx512_bf16', 'amx'), isa"
 export OMP_WAIT_POLICY=passive # the workers share the cores
-# Without what asks torch or the CPU itself for its instructions.
+# Without a test that asks the CPU itself for its instructions, and without what runs on other kernels.
 "$python" -m pytest -p no:cacheprovider tests/cpu/test_{bf16_products,bf16_variants,bfloat16}.py \
     tests/ops/test_variants.py tests/frozen/test_int8.py \
     -k "not depends_on_the_cpu and not eager and not reference and not triton and not float64" "$@"

@@ -57,9 +57,9 @@ FASTLSTM_INLINE void store_h(const ForwardArgs<T>& a, int64_t t, int64_t next_t,
   put(a.y + a.rows.row_at(t, r) * a.y_stride + p0, h, n);
   const bool cleared =
       a.rows.fresh && next_t >= 0 && r < a.rows.count_at(next_t) && a.rows.fresh_at(next_t, r);
-  V h_next = cleared ? V{} : rounded<T>(h);
+  V h_next = cleared ? V{} : h;
   if (a.masks.recurrent && next_t >= 0 && !cleared)
-    h_next *= load_mask<float>(a.masks.recurrent, next_t, a.rows.batch_row_at(r), p0, n);
+    h_next = rounded<T>(h) * load_mask<float>(a.masks.recurrent, next_t, a.rows.batch_row_at(r), p0, n);
   put(a.h + (slot * bf16::factor_rows(a.rows.B) + r) * row_stride(a.P) + p0, h_next, n);
   if constexpr (!std::is_same_v<T, Bf16>) put(a.h_state + (slot * a.rows.B + r) * a.P + p0, h_next, n);
 }

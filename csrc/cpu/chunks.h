@@ -51,15 +51,14 @@ at::Tensor entering_states(const at::Tensor& y, const OptionalTensor& h0, const 
 // Recomputes y from what else forward saved: h = o * tanh(c), c before its zoneout and normalized, and its
 // projection; then the zoneout of h, step by step. The caller's rows past a length are zero. T: Number; Kept:
 // what h is rounded to before its projection and zoneout, Stored<T> or Real<T>, as in the float kernels
-// (those of bfloat16 products round h before its projection as a factor); `block`: the units of a block of
-// the saved gates (cpu/sequence.h).
+// (those of bfloat16 products round h before its projection as a factor).
 template <class T, class Kept>
 at::Tensor output_again(const LayerSizes& s, const Ragged& ragged, const LayerInputs& in,
-                        const LayerMasks<T>& all_masks, const SavedResults& saved, int64_t block) {
+                        const LayerMasks<T>& all_masks, const SavedResults& saved) {
   using R = Real<T>;
   using S = Stored<T>;
   constexpr bool kInPlace = std::is_same_v<Kept, S>;  // in y
-  const int64_t H = s.H, P = s.P, D = s.D, rows_stored = s.rows();
+  const int64_t H = s.H, P = s.P, D = s.D, rows_stored = s.rows(), block = saved_block<T>();
   const auto per_row = [&](at::IntArrayRef sizes, const at::Tensor& like) {
     return ragged.padded() ? new_zeros(sizes, like) : new_empty(sizes, like);
   };

@@ -8,7 +8,6 @@
 //   Operand          element type of the GEMM operands after backward's loop (y, x, dgates, dr, hidden)
 //   InputGradient    of dx, as the products add it up
 //   unit_block()     units are split among threads in multiples of this
-//   saved_block()    units of a block of the saved gates (cpu/sequence.h)
 //   operands(t)      t, stored as Number, as a tensor of Operand
 //   input_gradient_like(x)   a tensor of the dtype of InputGradient
 //   Forward, Backward, WeightGradient; Forward is all that inference requires.

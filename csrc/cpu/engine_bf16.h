@@ -306,9 +306,6 @@ struct Bf16Engine {
   using WeightGradient = Bf16WeightGradient<T>;
 
   static int64_t unit_block() { return bf16::kUnits; }
-  // With AVX-512, which the kernels require, also that of the float kernels: the flag may change between
-  // forward and backward of a float32 layer.
-  static int64_t saved_block() { return bf16::kBlock; }
   static at::Tensor operands(const at::Tensor& t) {
     if constexpr (std::is_same_v<T, Bf16>) return t;
     return from_real<Bf16>(t);

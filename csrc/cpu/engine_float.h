@@ -302,7 +302,6 @@ struct FloatEngine {
   using WeightGradient = FloatWeightGradient<T>;
 
   static int64_t unit_block() { return kernels<T, S>().unit_block; }
-  static int64_t saved_block() { return kernels<T, S>().width; }
   static at::Tensor operands(const at::Tensor& t) { return to_real<T>(t); }
   static at::Tensor input_gradient_like(const at::Tensor& x) { return real_like<T>(x); }
 };

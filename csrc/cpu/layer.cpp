@@ -121,8 +121,7 @@ at::Tensor gates(const at::Tensor& reserve_in, const at::Tensor& x, at::TensorLi
               x.scalar_type(), " ", s.reserve(), ", got ", reserve.scalar_type(), " ", reserve.sizes());
   const Ragged ragged(s, lengths, none);
   const at::Tensor out = at::zeros(s.reserve(), reserve.options());  // past a length as well
-  // The units of a block of the reserve (cpu/sequence.h), whichever Engine of the dtype wrote it.
-  const int64_t block = x.scalar_type() == at::kDouble ? kernels<double>().width : kernels<float>().width;
+  const int64_t block = x.scalar_type() == at::kDouble ? saved_block<double>() : saved_block<float>();
   switch (reserve.element_size()) {
     case 2:
       unblock<uint16_t>(s, ragged, reserve, block, out);

@@ -71,6 +71,12 @@ template <class T>
 T* writable(const at::Tensor& t) {
   return reinterpret_cast<T*>(t.mutable_data_ptr<Stored<T>>());
 }
+// The units of a block of the saved gates (cpu/sequence.h): a vector of Real<T>, whichever Engine wrote them,
+// since torch's flag may change between forward and backward (cpu/bf16_numbers.h asserts it).
+template <class T>
+int64_t saved_block() {
+  return kernels<Real<T>>().width;
+}
 // n numbers stored as From into numbers stored as To.
 template <class From, class To>
 void copy_numbers(const From* from, int64_t n, To* to) {

@@ -62,8 +62,7 @@ LayerGradients backward_with(const ResultGradients& grads, const LayerInputs& in
   const auto as_states = [&](const at::Tensor& h) { return kRoundsStates && !y_enters ? h : E::operands(h); };
   const auto output = [&] {
     const auto again = in.masked() || s.norm ? output_again<T, R> : output_again<T, Stored<T>>;
-    return as_states(lacks_output(saved.y) ? again(s, ragged, in, masks, saved, E::saved_block())
-                                           : saved.y.contiguous());
+    return as_states(lacks_output(saved.y) ? again(s, ragged, in, masks, saved) : saved.y.contiguous());
   };
   const at::Tensor y = need_hh ? output() : at::Tensor();
   const OptionalTensor dy = contiguous(grads.dy), dcells = contiguous(grads.dcells),

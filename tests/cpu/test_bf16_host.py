@@ -24,16 +24,8 @@ def test_amx_kernels_on_emulated_tiles(tmp_path):
     sources = [HOST / "bf16_kernels.cpp", HOST / "bf16_amx_emulated.cpp", ROOT / "csrc" / "cpu" / "bf16_avx512.cpp"]
     silent = ["-Wno-maybe-uninitialized"]  # GCC 12's own header of intrinsics
     program = tmp_path / "bf16_kernels"
-    command = [
-        compiler,
-        *FLAGS,
-        *silent,
-        *avx512_flags("bf16"),
-        f"-I{ROOT / 'csrc'}",
-        *map(str, sources),
-        "-o",
-        str(program),
-    ]
+    flags = [*FLAGS, *silent, *avx512_flags("bf16"), f"-I{ROOT / 'csrc'}"]
+    command = [compiler, *flags, *map(str, sources), "-o", str(program)]
     compiled = subprocess.run(command, capture_output=True, text=True)
     assert compiled.returncode == 0, compiled.stderr
     ran = subprocess.run([str(program)], capture_output=True, text=True)
