@@ -53,6 +53,14 @@ Isa chosen() {
 
 }  // namespace
 
+bool is_amd_with_avx2() {
+#if defined(__x86_64__)
+  return chosen() == Isa::kAvx2 && __builtin_cpu_is("amd");
+#else
+  return false;
+#endif
+}
+
 int64_t l2_bytes() {
 #ifdef _SC_LEVEL2_CACHE_SIZE
   static const int64_t bytes = sysconf(_SC_LEVEL2_CACHE_SIZE);

@@ -67,19 +67,23 @@ bool packs_hh_for_backward(const LayerShape& s, int shares, const Machine& machi
 // ---- Products after the loop.
 
 // dW [m, n] over N rows, in chunks of at most `rows`.
-WgradPlan plan_wgrad(int64_t m, int64_t n, int64_t rows, bool at_once, const LayerShape& s) {
+WgradPlan plan_wgrad(int64_t m, int64_t n, int64_t rows, bool at_once, const LayerShape& s,
+                     const Machine& machine) {
   WgradPlan p;
   p.at_once = at_once;
   // In bfloat16 a single product is made in blocks of dW, rounded while a cache holds them.
-  if (!(at_once && s.dtype == Dtype::bfloat16)) {
+  const bool in_blocks = at_once && s.dtype == Dtype::bfloat16;
+  if (!in_blocks) {
     const bool narrow =
         std::any_of(std::begin(kTransposedWgrad), std::end(kTransposedWgrad),
                     [&](const auto& limit) { return n <= limit.max_columns && s.N >= limit.min_rows; });
     p.transposed = narrow && m * n * rows > kSmallGemmMaxMacs;
     p.float64 = s.real_bytes() == 4 && s.N > kFloat32WgradMaxRows;
   }
-  p.gemm = gemm_kind(p.transposed ? n : m, p.transposed ? m : n,
-                     p.float64 ? std::min(rows, kFloat64WgradBlockRows) : rows, true, false);
+  if (p.transposed) std::swap(m, n);
+  const int64_t depth = p.float64 ? std::min(rows, kFloat64WgradBlockRows) : rows;
+  const bool align = !in_blocks && aligns_rows(m, n, depth, s.real_bytes(), machine);
+  p.gemm = gemm_kind(m, n, depth, true, false, align);
   return p;
 }
 
@@ -199,10 +203,10 @@ BackwardPlan plan_backward(const LayerShape& s, const Machine& machine) {
   p.chunk_steps = chunk_steps(s);
   const int64_t rows = std::min(s.N, p.chunk_steps * s.B);
   const bool one_chunk = p.chunk_steps >= s.T;
-  p.dx = gemm_kind(rows, s.I, 4 * s.H, false, bf16);
-  p.dw_ih = plan_wgrad(4 * s.H, s.I, rows, one_chunk, s);
-  p.dw_hh = plan_wgrad(4 * s.H, s.P, rows, one_chunk && !s.dense_with_h0, s);
-  p.dw_hr = plan_wgrad(s.P, s.H, rows, one_chunk, s);
+  p.dx = gemm_kind(rows, s.I, 4 * s.H, false, bf16, aligns_rows(rows, s.I, 4 * s.H, s.real_bytes(), machine));
+  p.dw_ih = plan_wgrad(4 * s.H, s.I, rows, one_chunk, s, machine);
+  p.dw_hh = plan_wgrad(4 * s.H, s.P, rows, one_chunk && !s.dense_with_h0, s, machine);
+  p.dw_hr = plan_wgrad(s.P, s.H, rows, one_chunk, s, machine);
   return p;
 }
 

@@ -38,6 +38,7 @@ struct Machine {
       {};  // the only candidate; `python -m benchmarks calibrate` times each
   int64_t int8_width =
       0;  // of a vector of the kernels of cpu/int8.h, in elements; 0: that of the float kernels
+  bool unaligned_blas_is_slow = false;  // of this CPU's BLAS: see kAlignedGemm
 };
 
 // A layer's call. Sizes as in cpu/sequence.h.
@@ -113,8 +114,9 @@ struct ForwardPlan {
   bool alternate_block_order = false;  // odd steps read the blocks of W_hh from last to first
 };
 
-// gemm.h on one thread, on all threads by columns, the BLAS, or bf16_gemm.h on all threads
-enum class Gemm { small, skinny, blas, bf16 };
+// gemm.h on one thread, on all threads by columns, the BLAS, the BLAS with aligned rows of C that are copied,
+// or bf16_gemm.h on all threads
+enum class Gemm { small, skinny, blas, aligned_blas, bf16 };
 
 struct WgradPlan {
   bool at_once = false;     // one product; otherwise a sum over chunks
@@ -178,11 +180,18 @@ inline bool hoists_input_projection(int64_t T, bool ih_prepacked, int64_t rows) 
 // Rows of x W_ih^T that are made at once. N: rows of all steps.
 inline int64_t hoist_rows(int64_t N) { return N <= kHoistAllMaxRows ? N : kHoistTileRows; }
 
-// How C [m, n] = A [m, k] B [k, n] is made. widened: B is bfloat16 and A is not.
-inline Gemm gemm_kind(int64_t m, int64_t n, int64_t k, bool transposed_a, bool widened) {
+// Returns true if the BLAS is to write C [m, n] = A [m, k] B [k, n] into aligned rows first.
+inline bool aligns_rows(int64_t m, int64_t n, int64_t k, int64_t real_bytes, const Machine& machine) {
+  return machine.unaligned_blas_is_slow && real_bytes == 4 && n % kAlignedGemmColumns != 0 &&
+         std::any_of(std::begin(kAlignedGemm), std::end(kAlignedGemm), [&](const auto& limit) {
+           return m >= limit.min_rows && n >= limit.min_columns && k >= limit.min_depth;
+         });
+}
+// How C [m, n] = A [m, k] B [k, n] is made. widened: B is bfloat16 and A is not. align: aligns_rows.
+inline Gemm gemm_kind(int64_t m, int64_t n, int64_t k, bool transposed_a, bool widened, bool align) {
   if (m * n * k <= kSmallGemmMaxMacs && k <= kSmallGemmMaxDepth) return Gemm::small;
   if (!transposed_a && m <= (widened ? kWidenedGemmMaxRows : kSkinnyGemmMaxRows)) return Gemm::skinny;
-  return Gemm::blas;
+  return align ? Gemm::aligned_blas : Gemm::blas;
 }
 
 }  // namespace fastlstm

@@ -36,7 +36,11 @@ std::string in_words(const char* weight, WeightMode mode) {
                                                                   : " unpacked");
 }
 
-const char* by(Gemm gemm) { return gemm == Gemm::blas ? " by BLAS" : " by microkernels"; }
+const char* by(Gemm gemm) {
+  return gemm == Gemm::blas           ? " by BLAS"
+         : gemm == Gemm::aligned_blas ? " by BLAS into aligned rows"
+                                      : " by microkernels";
+}
 
 std::string in_words(const char* product, const WgradPlan& p) {
   std::string text = product;

@@ -18,6 +18,16 @@ namespace fastlstm {
 // The thread partition of every call, while calibration or a test sets one and no other thread calls.
 inline std::optional<PartitionChoice> forced_partition;
 
+// Whether torch multiplies by MKL (layer.cpp).
+bool blas_is_mkl();
+// While a test sets it and no other thread calls.
+inline std::optional<bool> forced_unaligned_blas_is_slow;
+
+// MKL chooses its kernels by the CPU's maker, and has none for AMD's CPUs that is fast at any alignment.
+inline bool unaligned_blas_is_slow() {
+  return forced_unaligned_blas_is_slow.value_or(is_amd_with_avx2() && blas_is_mkl());
+}
+
 // What a call on this thread may use.
 inline Machine this_machine() {
   return {at::in_parallel_region() ? 1 : at::get_num_threads(),
@@ -26,7 +36,8 @@ inline Machine this_machine() {
           bf16::kernels<float>() != nullptr,
           &kCostFigures,
           forced_partition,
-          int8::kernels().layout.width};
+          int8::kernels().layout.width,
+          unaligned_blas_is_slow()};
 }
 
 // Runs body(direction, member) for every member of a partition, each on a thread of its own.

@@ -129,7 +129,8 @@ def cpu_plan(
         h0: an initial state is given.
         cell: LSTMCell makes the call.
         frozen: the form of weights packed before the call, "stored", "bfloat16" or "int8"; there is no backward then.
-        machine: threads, l2_bytes, vector_bytes or bf16_kernels that differ from what a call would find here.
+        machine: threads, l2_bytes, vector_bytes, bf16_kernels or unaligned_blas_is_slow that differ from what a call
+            would find here.
     """
     if extension is None or call.device.type != "cpu" or T < 1 or B < 1:
         return {}
@@ -140,7 +141,7 @@ def cpu_plan(
     flag = mkldnn.rnn.fp32_precision  # type: ignore[attr-defined]
     bf16_requested = call.dtype == torch.float32 and mkldnn.enabled and flag == "bf16"
     if cell and frozen == "no" and call.dtype in (torch.float32, torch.float64):
-        found.pop("bf16_kernels")
+        del found["bf16_kernels"], found["unaligned_blas_is_slow"]
         return extension.cpu_cell_plan(dtype, B, call.I, H, **found)
     return extension.cpu_plan(
         dtype, T, B, call.I, H, P, D,

@@ -98,6 +98,34 @@ def test_weight_gradients_of_many_rows(case, backend):
     check(case, backend, replace(Precision.of(torch.float32), max_running_sum=4096))
 
 
+@pytest.fixture
+def slow_unaligned_blas():
+    """Plan for a BLAS that is slow at unaligned results, whatever this machine's is."""
+    if native.extension is None:
+        pytest.skip(native.load_error)
+    native.extension.force_unaligned_blas_is_slow(True)
+    yield
+    native.extension.force_unaligned_blas_is_slow(None)
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(T=80, B=20, I=301, H=300),  # two chunks: the second adds to dW
+        Case(T=14, B=20, I=300, H=301, bidirectional=True, hx="tuple"),  # dx is the sum of two products
+        Case(T=15, B=20, I=257, H=302, proj=260),
+        Case(T=80, B=20, I=299, H=300, dtype=torch.bfloat16),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("backend", ["native"], indirect=True)
+def test_aligned_results_of_blas(case, backend, slow_unaligned_blas):
+    plan = plan_of(case, vector_bytes=32, bf16_kernels=False)["backward"]
+    assert plan["dx"] == plan["dw_ih"]["gemm"] == "aligned_blas", plan["text"]
+    assert "aligned_blas" in (plan["dw_hh"]["gemm"], plan.get("dw_hr", {}).get("gemm")), plan["text"]
+    check(case, backend)
+
+
 @pytest.mark.parametrize(
     "options", [{}, {"bidirectional": True}, {"proj_size": 3}, {"bidirectional": True, "proj_size": 3}], ids=str
 )

@@ -195,6 +195,32 @@ def test_three_threads_run_directions_sequentially():
     assert (plan["threads"], plan["members"], plan["concurrent"]) == (3, 3, False)
 
 
+def test_unaligned_results_of_a_slow_blas_are_aligned():
+    """Of float32 products of many columns, rows and terms, on a machine whose BLAS is slow at them."""
+
+    def kinds(slow=True, **case):
+        plan = plan_of(
+            Case(**{"T": 32, "B": 32, "I": 650, "H": 650, **case}), 2, **{**AVX2, "unaligned_blas_is_slow": slow}
+        )
+        backward = plan["backward"]
+        return [backward["dx"], backward["dw_ih"]["gemm"], backward["dw_hh"]["gemm"]], backward["text"]
+
+    products, text = kinds()
+    assert products == ["aligned_blas"] * 3
+    assert "dx by BLAS into aligned rows, dW_ih by BLAS into aligned rows, dW_hh by BLAS into aligned rows" in text
+    products, text = kinds(slow=False)
+    assert products == ["blas"] * 3
+    assert "aligned" not in text
+    assert kinds(dtype=torch.float64)[0] == ["blas"] * 3
+    # In float32 arithmetic; dW at once is computed in blocks of rows.
+    assert kinds(dtype=torch.bfloat16)[0] == ["aligned_blas", "blas", "blas"]
+    assert kinds(dtype=torch.bfloat16, T=64)[0] == ["aligned_blas"] * 3
+    assert kinds(I=648)[0] == ["blas", "blas", "aligned_blas"]
+    assert kinds(I=250)[0] == ["blas", "blas", "aligned_blas"]
+    assert kinds(T=1)[0] == ["blas", "aligned_blas", "aligned_blas"]  # dx of 32 rows
+    assert kinds(T=1, H=450)[0] == ["blas", "aligned_blas", "blas"]
+
+
 def test_wrong_dtype_is_refused():
     with pytest.raises(RuntimeError, match="dtype must be float32, float64 or bfloat16, got int8"):
         native.extension.cpu_plan("int8", 1, 1, 1, 1, 1, 1, threads=1, **AVX512)
