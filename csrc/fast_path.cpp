@@ -250,31 +250,6 @@ PyObject* frozen_lstm(PyObject*, PyObject* const* args, Py_ssize_t count) {
   END_HANDLE_TH_ERRORS
 }
 
-// (module, weights, input, hx) of a FrozenLSTMCell -> (h, c) or None; the weights argument is not read.
-PyObject* frozen_lstm_cell(PyObject*, PyObject* const* args, Py_ssize_t count) {
-  HANDLE_TH_ERRORS
-  TORCH_CHECK(count == 4, "a call of LSTMCell has 4 arguments, got ", count);
-  Plain tensor;
-  const at::Tensor input = tensor(args[2]);
-  if (!tensor.plain || !input.device().is_cpu() || input.dim() != 2) return none();
-  const auto [h0, c0] = tensor.states(args[3]);
-  if (h0.defined() && (h0.dim() != 2 || c0.dim() != 2)) return none();
-  Attributes module(args[0]);
-  Stack s;
-  s.layers = 1, s.I = module.size(keys().input_size), s.H = s.P = module.size(keys().hidden_size);
-  const Tensors packed = packed_layers(module, s.layers, tensor);
-  if (!module.complete() || !tensor.plain) return none();
-  std::optional<StackResults> results;
-  {
-    py::gil_scoped_release release;
-    const auto with_step = [](const at::Tensor& t) { return t.defined() ? t.unsqueeze(0) : t; };
-    results = run_stack(s, with_step(input), with_step(h0), with_step(c0), PackedWeights(s, packed), {});
-  }
-  if (!results) return none();
-  return py::make_tuple(wrap(results->h_n.squeeze(0)), wrap(results->c_n.squeeze(0))).release().ptr();
-  END_HANDLE_TH_ERRORS
-}
-
 // (module, weights, input, hx) -> (h, c), None or NotImplemented.
 PyObject* lstm_cell(PyObject*, PyObject* const* args, Py_ssize_t count) {
   HANDLE_TH_ERRORS
@@ -318,9 +293,7 @@ PyMethodDef methods[] = {
     {"lstm_cell", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(lstm_cell)), METH_FASTCALL,
      "Run a whole LSTMCell call: (module, weights, input, hx) -> (h, c), None or NotImplemented as lstm()."},
     {"frozen_lstm", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(frozen_lstm)), METH_FASTCALL,
-     "lstm() of a FrozenLSTM, which ignores the weights argument."},
-    {"frozen_lstm_cell", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(frozen_lstm_cell)),
-     METH_FASTCALL, "lstm_cell() of a FrozenLSTMCell, which ignores the weights argument."}};
+     "lstm() of a FrozenLSTM, which ignores the weights argument."}};
 
 }  // namespace
 

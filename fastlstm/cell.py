@@ -122,7 +122,7 @@ class LSTMCell(nn.RNNCellBase):
             >>> c.shape
             torch.Size([16])
         """
-        result, weights = dispatch.fast_path(self, "lstm_cell", "frozen_lstm_cell", input, hx)
+        result, weights = dispatch.fast_path(self, "lstm_cell", None, input, hx)
         if result is not None:
             return result
         if input.dim() not in (1, 2):

@@ -190,17 +190,19 @@ def _any_length(x: Tensor) -> bool:
     return recording() or isinstance(x.shape[0], torch.SymInt)
 
 
-def fast_path(module: Any, call: str, frozen_call: str, *args: Any) -> tuple[Any, Any]:
+def fast_path(module: Any, call: str, frozen_call: str | None, *args: Any) -> tuple[Any, Any]:
     """Run a whole call of LSTM or LSTMCell in the extension: (its result, None), or (None, weights) if it may not.
 
     For plain CPU tensors without lengths, resets, autocast, a transform or a tangent: a tiny call would spend most of
     its time in Python otherwise. Results and errors are those of functional.lstm and `layer`, which handle everything
-    else, with the weights of this call, read once. args: input, hx and of LSTM batch_sizes, None or those of a
-    PackedSequence: input is then its data and the first result the output's, and the rows stay packed.
+    else, with the weights of this call, read once. frozen_call: the same for a frozen module; None if the extension has
+    refused it before. args: input, hx and of LSTM batch_sizes, None or those of a PackedSequence: input is then its
+    data and the first result the output's, and the rows stay packed.
     """
     result = weights = None
-    if _extension_may_run():
-        run = getattr(native.extension, frozen_call if type(module)._is_frozen else call)
+    name = frozen_call if type(module)._is_frozen else call
+    if name is not None and _extension_may_run():
+        run = getattr(native.extension, name)
         result = run(module, None, *args)
         if result is NotImplemented:  # the recorded weights are stale
             weights = module._current_weights()

@@ -43,7 +43,7 @@ def lstm_takes_it(lstm: fastlstm.LSTM, *arguments: Any) -> bool:
 
 
 def cell_takes_it(cell: fastlstm.LSTMCell, *arguments: Any) -> bool:
-    result, weights = dispatch.fast_path(cell, "lstm_cell", "frozen_lstm_cell", *arguments)
+    result, weights = dispatch.fast_path(cell, "lstm_cell", None, *arguments)
     assert result is not None or weights is not None
     return result is not None
 
