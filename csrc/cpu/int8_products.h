@@ -10,12 +10,11 @@ namespace fastlstm::FASTLSTM_ISA {
 using int8::Weight;
 
 constexpr int64_t kInt8Block = 4 * kLanes;  // rows of a block of weights
-// Rows of a tile: with four vectors of weights and one factor, their sums fill the registers.
-#if FASTLSTM_VECTOR_BYTES == 64
+// A tile is up to 6 rows times vectors of a block: all four where their sums fit the registers, otherwise two
+// at a time.
 constexpr int kInt8TileRows = 6;
-#else
-constexpr int kInt8TileRows = 2;
-#endif
+template <int M>
+constexpr int kInt8TileVectors = FASTLSTM_VECTOR_BYTES == 64 || M <= 2 ? 4 : 2;
 
 // Quantized rows, one after the other.
 struct FactorRows {
@@ -39,24 +38,24 @@ FASTLSTM_INLINE void put_scaled(Ints sum, const Quantization& row, const float* 
   store(out, add ? multiply_add(product, scale, load(out)) : product * scale);
 }
 
-// sums[m][v] of M rows with the four vectors of a block. Few rows keep two sums each, since one waits for the
+// sums[m][v] of M rows with V vectors of a block. Few rows keep two sums each, since one waits for the
 // latency of its instruction.
-template <int M>
-FASTLSTM_INLINE void tile_sums(const FactorRows& a, const int8_t* block, const int32_t* offset,
-                               Ints (&sums)[M][4]) {
+template <int M, int V>
+FASTLSTM_INLINE void tile_sums(const FactorRows& a, const int8_t* vectors, const int32_t* offset,
+                               Ints (&sums)[M][V]) {
   constexpr int64_t kStep = kInt8Block * kGroup;
   constexpr int kParts = M <= 2 && FASTLSTM_VECTOR_BYTES == 64 ? 2 : 1;
   const int64_t n = int8::groups(a.K, kGroup), stride = a.stride();
-  Ints acc[kParts][M][4] = {};
+  Ints acc[kParts][M][V] = {};
   const auto step = [&](int64_t g, int part) __attribute__((always_inline)) {
-    WeightVector w[4];
+    WeightVector w[V];
 #pragma GCC unroll 4
-    for (int v = 0; v < 4; ++v) w[v] = load_weights(block + g * kStep + v * kLanes * kGroup);
+    for (int v = 0; v < V; ++v) w[v] = load_weights(vectors + g * kStep + v * kLanes * kGroup);
 #pragma GCC unroll 8
     for (int m = 0; m < M; ++m) {
       const Ints factors = broadcast(a.q + m * stride + g * kGroup);
 #pragma GCC unroll 4
-      for (int v = 0; v < 4; ++v) acc[part][m][v] = dot(acc[part][m][v], factors, w[v]);
+      for (int v = 0; v < V; ++v) acc[part][m][v] = dot(acc[part][m][v], factors, w[v]);
     }
   };
   int64_t g = 0;
@@ -66,7 +65,7 @@ FASTLSTM_INLINE void tile_sums(const FactorRows& a, const int8_t* block, const i
 #pragma GCC unroll 8
   for (int m = 0; m < M; ++m)
 #pragma GCC unroll 4
-    for (int v = 0; v < 4; ++v) {
+    for (int v = 0; v < V; ++v) {
       Ints sum = acc[0][m][v];
       if constexpr (kParts == 2) sum += acc[1][m][v];
       sums[m][v] = without_zero(sum, a.of_row[m], offset + v * kLanes);
@@ -76,14 +75,18 @@ FASTLSTM_INLINE void tile_sums(const FactorRows& a, const int8_t* block, const i
 // out [rows][4][kLanes] (+)= the products of M rows with a block.
 template <int M>
 __attribute__((noinline)) void tile_products(const FactorRows& a, const Weight& w, float* out, bool add) {
-  Ints sums[M][4];
-  tile_sums<M>(a, w.packed, w.offset, sums);
+  constexpr int V = kInt8TileVectors<M>;
+  for (int64_t v0 = 0; v0 < 4 * kLanes; v0 += V * kLanes) {
+    Ints sums[M][V];
+    tile_sums<M, V>(a, w.packed + v0 * kGroup, w.offset + v0, sums);
 #pragma GCC unroll 8
-  for (int m = 0; m < M; ++m)
+    for (int m = 0; m < M; ++m)
 #pragma GCC unroll 4
-    for (int v = 0; v < 4; ++v) {
-      put_scaled(sums[m][v], a.of_row[m], w.scale + v * kLanes, out + m * kInt8Block + v * kLanes, add);
-    }
+      for (int v = 0; v < V; ++v) {
+        const int64_t at = v0 + v * kLanes;
+        put_scaled(sums[m][v], a.of_row[m], w.scale + at, out + m * kInt8Block + at, add);
+      }
+  }
 }
 template <int M = kInt8TileRows>
 FASTLSTM_INLINE void products_of(int rows, const FactorRows& a, const Weight& w, float* out, bool add) {
@@ -123,7 +126,7 @@ FASTLSTM_INLINE void block_products(int64_t rows, const FactorRows& a, const Wei
 }
 FASTLSTM_INLINE void row_sums(const FactorRows& a, const Weight& w, Ints (&row)[4]) {
   Ints sums[1][4];
-  tile_sums<1>(a, w.packed, w.offset, sums);
+  tile_sums<1, 4>(a, w.packed, w.offset, sums);
   std::memcpy(row, sums, sizeof(row));
 }
 #endif
