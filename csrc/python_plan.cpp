@@ -40,11 +40,19 @@ const char* name_of(EngineKind engine) {
                                                : "int8_products";
 }
 const char* name_of(Gemm gemm) {
-  return gemm == Gemm::small    ? "small"
-         : gemm == Gemm::skinny ? "skinny"
-         : gemm == Gemm::blas   ? "blas"
-         : gemm == Gemm::bf16   ? "bf16"
-                                : "aligned_blas";
+  switch (gemm) {
+    case Gemm::small:
+      return "small";
+    case Gemm::skinny:
+      return "skinny";
+    case Gemm::blas:
+      return "blas";
+    case Gemm::aligned_blas:
+      return "aligned_blas";
+    case Gemm::bf16:
+      return "bf16";
+  }
+  return "";
 }
 
 const char* split_of(const ThreadPartition& p) {
@@ -179,22 +187,27 @@ CostFigures figures_of(const std::map<std::string, double>& given) {
 }
 
 Machine machine_of(int threads, int64_t l2_bytes, int64_t vector_bytes, bool bf16_kernels,
-                   bool unaligned_blas_is_slow, const CostFigures& figures) {
+                   bool blas_is_slow_at_unaligned_rows, const CostFigures& figures) {
   TORCH_CHECK(threads > 0 && vector_bytes >= 16,
               "threads must be at least 1, and vectors of 16 bytes or more");
-  return {threads, l2_bytes, vector_bytes, bf16_kernels, &figures, {}, 0, unaligned_blas_is_slow};
+  return {.threads = threads,
+          .l2_bytes = l2_bytes,
+          .vector_bytes = vector_bytes,
+          .bf16_kernels = bf16_kernels,
+          .figures = &figures,
+          .blas_is_slow_at_unaligned_rows = blas_is_slow_at_unaligned_rows};
 }
 
 py::dict cpu_plan(const std::string& dtype, int64_t T, int64_t B, int64_t I, int64_t H, int64_t P, int64_t D,
                   const std::optional<std::vector<int64_t>>& lengths, bool packed, bool resets, bool h0,
                   const std::string& frozen, bool norm, bool bf16_requested, int threads, int64_t l2_bytes,
-                  int64_t vector_bytes, bool bf16_kernels, bool unaligned_blas_is_slow,
+                  int64_t vector_bytes, bool bf16_kernels, bool blas_is_slow_at_unaligned_rows,
                   const std::map<std::string, double>& figures) {
   const LayerShape s =
       shape_of(dtype, T, B, I, H, P, D, lengths, packed, resets, h0, frozen, norm, bf16_requested);
   const CostFigures of_machine = figures_of(figures);
   const Machine machine =
-      machine_of(threads, l2_bytes, vector_bytes, bf16_kernels, unaligned_blas_is_slow, of_machine);
+      machine_of(threads, l2_bytes, vector_bytes, bf16_kernels, blas_is_slow_at_unaligned_rows, of_machine);
   py::dict d;
   d["forward"] = dict_of(plan_forward(s, machine), s);
   if (s.frozen == Frozen::no) d["backward"] = dict_of(plan_backward(s, machine), s);
@@ -206,12 +219,13 @@ py::dict cpu_plan_candidates(const std::string& dtype, int64_t T, int64_t B, int
                              int64_t D, const std::optional<std::vector<int64_t>>& lengths, bool packed,
                              bool resets, bool h0, const std::string& frozen, bool norm, bool bf16_requested,
                              int threads, int64_t l2_bytes, int64_t vector_bytes, bool bf16_kernels,
-                             bool unaligned_blas_is_slow, const std::map<std::string, double>& figures) {
+                             bool blas_is_slow_at_unaligned_rows,
+                             const std::map<std::string, double>& figures) {
   const LayerShape s =
       shape_of(dtype, T, B, I, H, P, D, lengths, packed, resets, h0, frozen, norm, bf16_requested);
   const CostFigures of_machine = figures_of(figures);
   const Machine machine =
-      machine_of(threads, l2_bytes, vector_bytes, bf16_kernels, unaligned_blas_is_slow, of_machine);
+      machine_of(threads, l2_bytes, vector_bytes, bf16_kernels, blas_is_slow_at_unaligned_rows, of_machine);
   const auto list = [&](const Loop& loop) {
     py::list all;
     for (const ThreadPartition& p : partition_candidates(loop, machine))
@@ -248,7 +262,9 @@ void force_cpu_partition(int members, int row_groups, const std::string& split, 
   forced_partition = PartitionChoice{members, row_groups, split == "units" || split == "grid", concurrent};
 }
 
-void force_unaligned_blas_is_slow(std::optional<bool> slow) { forced_unaligned_blas_is_slow = slow; }
+void force_blas_is_slow_at_unaligned_rows(std::optional<bool> slow) {
+  forced_blas_is_slow_at_unaligned_rows = slow;
+}
 
 double team_us(int threads, int barriers, int repeats) {
   TORCH_CHECK(threads > 0 && barriers >= 0 && repeats > 0, "threads and repeats must be at least 1");
@@ -273,7 +289,7 @@ py::dict cpu_machine() {
   d["l2_bytes"] = l2_bytes();
   d["vector_bytes"] = kernels<float>().width * static_cast<int64_t>(sizeof(float));
   d["bf16_kernels"] = bf16::kernels<float>() != nullptr;
-  d["unaligned_blas_is_slow"] = unaligned_blas_is_slow();
+  d["blas_is_slow_at_unaligned_rows"] = blas_is_slow_at_unaligned_rows();
   return d;
 }
 
@@ -285,7 +301,7 @@ void define_cpu_plan(py::module_& m) {
     m.def(name, f, arg("dtype"), arg("T"), arg("B"), arg("I"), arg("H"), arg("P"), arg("D"), py::kw_only(),
           arg("lengths") = py::none(), arg("packed") = false, arg("resets") = false, arg("h0") = false,
           arg("frozen") = "no", arg("norm") = false, arg("bf16_requested") = false, arg("threads"),
-          arg("l2_bytes"), arg("vector_bytes"), arg("bf16_kernels"), arg("unaligned_blas_is_slow"),
+          arg("l2_bytes"), arg("vector_bytes"), arg("bf16_kernels"), arg("blas_is_slow_at_unaligned_rows"),
           arg("figures") = std::map<std::string, double>(), doc);
   };
   def("cpu_plan", &cpu_plan, "What the CPU code decides about a layer's call, as cpu/plan.h has it.");
@@ -301,7 +317,7 @@ void define_cpu_plan(py::module_& m) {
         "Divides every later call's layers in this way, whatever is predicted; members=0 ends it. For "
         "benchmarks and tests, while no other thread calls.");
   m.def(
-      "force_unaligned_blas_is_slow", &force_unaligned_blas_is_slow, arg("slow"),
+      "force_blas_is_slow_at_unaligned_rows", &force_blas_is_slow_at_unaligned_rows, arg("slow"),
       "Sets what later calls assume of the BLAS; None: what is known of this machine's. For tests, while no "
       "other thread calls.");
   m.def("team_us", &team_us, arg("threads"), arg("barriers"), arg("repeats"),

@@ -309,8 +309,7 @@ Loop float_backward_loop(const LayerShape& s, bool pack_hh, int64_t chunk_steps)
   loop.exchanged = s.proj() ? 4 * s.H + s.P : 4 * s.H, loop.barriers = s.proj() ? 2 : 1;
   if (s.proj()) loop.projection = s.P / 4.0;
   const int64_t rows = std::min(s.N, chunk_steps * s.B);
-  if (gemm_kind(4 * s.H, std::max(s.I, s.P), rows, true, false, false) == Gemm::small)
-    loop.handed_over = 4 * s.H;
+  if (gemm_kind(4 * s.H, std::max(s.I, s.P), rows, true, false) == Gemm::small) loop.handed_over = 4 * s.H;
   return loop;
 }
 

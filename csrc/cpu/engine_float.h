@@ -240,8 +240,19 @@ class FloatBackward {
 
   void input_gradient(int64_t d, int64_t n, R* dx) const {
     const int64_t G = 4 * s_.H;
-    multiply<R, T>(
-        {n, s_.I, G, args_[d].dgates, G, false, data_of<T>(w_ih_[d]), s_.I, s_.D > 1, dx, s_.I, nullptr});
+    const auto product = [&](R* out, int64_t stride, bool add) {
+      multiply<R, T>(
+          {n, s_.I, G, args_[d].dgates, G, false, data_of<T>(w_ih_[d]), s_.I, add, out, stride, nullptr});
+    };
+    const bool add = s_.D > 1;
+    if (plan_.dx != Gemm::aligned_blas) return product(dx, s_.I, add);
+    const at::Tensor aligned = new_aligned(n, s_.I, real_like<T>(w_ih_[d]));
+    product(aligned.mutable_data_ptr<R>(), aligned.stride(0), false);
+    at::Tensor out = matrix_tensor(dx, n, s_.I, s_.I, 1);
+    if (add)
+      out.add_(aligned);
+    else
+      out.copy_(aligned);
   }
 
   void bias_gradient(int64_t d, int64_t n, bool accumulate, R* db) const {

@@ -55,7 +55,8 @@ Isa chosen() {
 
 bool is_amd_with_avx2() {
 #if defined(__x86_64__)
-  return chosen() == Isa::kAvx2 && __builtin_cpu_is("amd");
+  __builtin_cpu_init();
+  return __builtin_cpu_is("amd") && __builtin_cpu_supports("avx2") && !__builtin_cpu_supports("avx512f");
 #else
   return false;
 #endif

@@ -1,6 +1,5 @@
 // The native ops on CPU tensors: a layer and its backward by dtype, native_gates, grouped_products,
 // random_flags. In one file, because torch's headers are most of what is compiled.
-#include <ATen/Context.h>
 #include <ATen/Parallel.h>
 #include <ATen/ops/zeros.h>
 #include <torch/library.h>
@@ -198,8 +197,6 @@ at::Tensor random_flags(const at::Tensor& seed, c10::SymIntArrayRef size, double
 }
 
 }  // namespace
-
-bool blas_is_mkl() { return at::hasMKL(); }
 
 TORCH_LIBRARY_IMPL(fastlstm, CPU, m) {
   m.impl("native_layer", forward_kernel<layer>);

@@ -66,6 +66,18 @@ bool packs_hh_for_backward(const LayerShape& s, int shares, const Machine& machi
 
 // ---- Products after the loop.
 
+// kind of a product C [m, n] over depth k, or the BLAS into aligned rows.
+Gemm with_aligned_rows(Gemm kind, int64_t m, int64_t n, int64_t k, const LayerShape& s,
+                       const Machine& machine) {
+  const bool aligned = n * s.real_bytes() % kBlasRowAlignBytes == 0;
+  if (kind != Gemm::blas || aligned || s.real_bytes() != 4 || !machine.blas_is_slow_at_unaligned_rows)
+    return kind;
+  const bool pays = std::any_of(std::begin(kAlignedGemm), std::end(kAlignedGemm), [&](const auto& limit) {
+    return m >= limit.min_m && n >= limit.min_n && k >= limit.min_k;
+  });
+  return pays ? Gemm::aligned_blas : kind;
+}
+
 // dW [m, n] over N rows, in chunks of at most `rows`.
 WgradPlan plan_wgrad(int64_t m, int64_t n, int64_t rows, bool at_once, const LayerShape& s,
                      const Machine& machine) {
@@ -82,8 +94,8 @@ WgradPlan plan_wgrad(int64_t m, int64_t n, int64_t rows, bool at_once, const Lay
   }
   if (p.transposed) std::swap(m, n);
   const int64_t depth = p.float64 ? std::min(rows, kFloat64WgradBlockRows) : rows;
-  const bool align = !in_blocks && aligns_rows(m, n, depth, s.real_bytes(), machine);
-  p.gemm = gemm_kind(m, n, depth, true, false, align);
+  p.gemm = gemm_kind(m, n, depth, true, false);
+  if (!in_blocks) p.gemm = with_aligned_rows(p.gemm, m, n, depth, s, machine);
   return p;
 }
 
@@ -203,7 +215,7 @@ BackwardPlan plan_backward(const LayerShape& s, const Machine& machine) {
   p.chunk_steps = chunk_steps(s);
   const int64_t rows = std::min(s.N, p.chunk_steps * s.B);
   const bool one_chunk = p.chunk_steps >= s.T;
-  p.dx = gemm_kind(rows, s.I, 4 * s.H, false, bf16, aligns_rows(rows, s.I, 4 * s.H, s.real_bytes(), machine));
+  p.dx = with_aligned_rows(gemm_kind(rows, s.I, 4 * s.H, false, bf16), rows, s.I, 4 * s.H, s, machine);
   p.dw_ih = plan_wgrad(4 * s.H, s.I, rows, one_chunk, s, machine);
   p.dw_hh = plan_wgrad(4 * s.H, s.P, rows, one_chunk && !s.dense_with_h0, s, machine);
   p.dw_hr = plan_wgrad(s.P, s.H, rows, one_chunk, s, machine);

@@ -38,7 +38,7 @@ struct Machine {
       {};  // the only candidate; `python -m benchmarks calibrate` times each
   int64_t int8_width =
       0;  // of a vector of the kernels of cpu/int8.h, in elements; 0: that of the float kernels
-  bool unaligned_blas_is_slow = false;  // of this CPU's BLAS: see kAlignedGemm
+  bool blas_is_slow_at_unaligned_rows = false;  // of float32 results (kAlignedGemm)
 };
 
 // A layer's call. Sizes as in cpu/sequence.h.
@@ -114,9 +114,13 @@ struct ForwardPlan {
   bool alternate_block_order = false;  // odd steps read the blocks of W_hh from last to first
 };
 
-// gemm.h on one thread, on all threads by columns, the BLAS, the BLAS with aligned rows of C that are copied,
-// or bf16_gemm.h on all threads
-enum class Gemm { small, skinny, blas, aligned_blas, bf16 };
+enum class Gemm {
+  small,         // gemm.h on one thread
+  skinny,        // gemm.h on all threads, by columns
+  blas,          // the BLAS behind ATen
+  aligned_blas,  // the same into a temporary with aligned rows, which is then copied or added to C
+  bf16           // bf16_gemm.h on all threads
+};
 
 struct WgradPlan {
   bool at_once = false;     // one product; otherwise a sum over chunks
@@ -180,18 +184,11 @@ inline bool hoists_input_projection(int64_t T, bool ih_prepacked, int64_t rows) 
 // Rows of x W_ih^T that are made at once. N: rows of all steps.
 inline int64_t hoist_rows(int64_t N) { return N <= kHoistAllMaxRows ? N : kHoistTileRows; }
 
-// Returns true if the BLAS is to write C [m, n] = A [m, k] B [k, n] into aligned rows first.
-inline bool aligns_rows(int64_t m, int64_t n, int64_t k, int64_t real_bytes, const Machine& machine) {
-  return machine.unaligned_blas_is_slow && real_bytes == 4 && n % kAlignedGemmColumns != 0 &&
-         std::any_of(std::begin(kAlignedGemm), std::end(kAlignedGemm), [&](const auto& limit) {
-           return m >= limit.min_rows && n >= limit.min_columns && k >= limit.min_depth;
-         });
-}
-// How C [m, n] = A [m, k] B [k, n] is made. widened: B is bfloat16 and A is not. align: aligns_rows.
-inline Gemm gemm_kind(int64_t m, int64_t n, int64_t k, bool transposed_a, bool widened, bool align) {
+// How C [m, n] = A [m, k] B [k, n] is made. widened: B is bfloat16 and A is not.
+inline Gemm gemm_kind(int64_t m, int64_t n, int64_t k, bool transposed_a, bool widened) {
   if (m * n * k <= kSmallGemmMaxMacs && k <= kSmallGemmMaxDepth) return Gemm::small;
   if (!transposed_a && m <= (widened ? kWidenedGemmMaxRows : kSkinnyGemmMaxRows)) return Gemm::skinny;
-  return align ? Gemm::aligned_blas : Gemm::blas;
+  return Gemm::blas;
 }
 
 }  // namespace fastlstm

@@ -37,9 +37,17 @@ std::string in_words(const char* weight, WeightMode mode) {
 }
 
 const char* by(Gemm gemm) {
-  return gemm == Gemm::blas           ? " by BLAS"
-         : gemm == Gemm::aligned_blas ? " by BLAS into aligned rows"
-                                      : " by microkernels";
+  switch (gemm) {
+    case Gemm::blas:
+      return " by BLAS";
+    case Gemm::aligned_blas:
+      return " by BLAS into aligned rows";
+    case Gemm::small:
+    case Gemm::skinny:
+    case Gemm::bf16:
+      return " by microkernels";
+  }
+  return "";
 }
 
 std::string in_words(const char* product, const WgradPlan& p) {

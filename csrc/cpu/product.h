@@ -10,8 +10,15 @@
 #include <vector>
 
 #include "cpu/layer.h"
+#include "cpu/memory.h"
 
 namespace fastlstm {
+
+// [m, n] of like's dtype for Gemm::aligned_blas: rows begin at multiples of kBlasRowAlignBytes.
+inline at::Tensor new_aligned(int64_t m, int64_t n, const at::Tensor& like) {
+  const int64_t stride = round_up(n, kBlasRowAlignBytes / like.element_size());
+  return new_empty({m, stride}, like).narrow(/*dim=*/1, /*start=*/0, n);
+}
 
 // On the calling thread; p.scratch is found here.
 template <class T, class B>
@@ -33,8 +40,7 @@ at::Tensor matrix_tensor(const E* data, int64_t rows, int64_t columns, int64_t r
 
 template <class T, class B = T>
 void multiply(const Product<T, B>& p) {
-  const Gemm kind = gemm_kind(p.m, p.n, p.k, p.transposed_a, !std::is_same_v<T, B>,
-                              aligns_rows(p.m, p.n, p.k, sizeof(T), this_machine()));
+  const Gemm kind = gemm_kind(p.m, p.n, p.k, p.transposed_a, !std::is_same_v<T, B>);
   if (kind == Gemm::small) return multiply_in_tiles(p);
   if (kind == Gemm::skinny) {
     constexpr int64_t kColumns = kSkinnyGemmTaskColumns;
@@ -50,16 +56,6 @@ void multiply(const Product<T, B>& p) {
   const at::Tensor a =
       p.transposed_a ? matrix_tensor(p.a, p.m, p.k, 1, p.lda) : matrix_tensor(p.a, p.m, p.k, p.lda, 1);
   const at::Tensor b = to_real<B>(matrix_tensor(p.b, p.k, p.n, p.ldb, 1));
-  if (kind == Gemm::aligned_blas) {
-    at::Tensor product =
-        new_empty({p.m, round_up(p.n, kAlignedGemmColumns)}, out).narrow(/*dim=*/1, /*start=*/0, p.n);
-    at::mm_out(product, a, b);
-    if (p.add)
-      out.add_(product);
-    else
-      out.copy_(product);
-    return;
-  }
   if (p.add)
     at::addmm_out(out, out, a, b);
   else

@@ -1,6 +1,7 @@
 // Running a layer on the threads of its plan (cpu/plan.h), and the machine that plans are made for.
 #pragma once
 
+#include <ATen/Context.h>
 #include <ATen/Parallel.h>
 #if defined(_OPENMP)
 #include <omp.h>
@@ -18,14 +19,14 @@ namespace fastlstm {
 // The thread partition of every call, while calibration or a test sets one and no other thread calls.
 inline std::optional<PartitionChoice> forced_partition;
 
-// Whether torch multiplies by MKL (layer.cpp).
-bool blas_is_mkl();
-// While a test sets it and no other thread calls.
-inline std::optional<bool> forced_unaligned_blas_is_slow;
+// Overrides the detection. Set by tests only, while no other thread calls.
+inline std::optional<bool> forced_blas_is_slow_at_unaligned_rows;
 
-// MKL chooses its kernels by the CPU's maker, and has none for AMD's CPUs that is fast at any alignment.
-inline bool unaligned_blas_is_slow() {
-  return forced_unaligned_blas_is_slow.value_or(is_amd_with_avx2() && blas_is_mkl());
+// MKL chooses kernels by CPU vendor. Those for AMD CPUs with AVX2 are slow if rows of C are not 32-byte
+// aligned.
+inline bool blas_is_slow_at_unaligned_rows() {
+  static const bool detected = at::hasMKL() && is_amd_with_avx2();
+  return forced_blas_is_slow_at_unaligned_rows.value_or(detected);
 }
 
 // What a call on this thread may use.
@@ -37,7 +38,7 @@ inline Machine this_machine() {
           &kCostFigures,
           forced_partition,
           int8::kernels().layout.width,
-          unaligned_blas_is_slow()};
+          blas_is_slow_at_unaligned_rows()};
 }
 
 // Runs body(direction, member) for every member of a partition, each on a thread of its own.

@@ -271,7 +271,7 @@ struct Kernels {
 // by side where they fit fewer than four vectors (cpu/pack_forward.h).
 inline int64_t gate_gap(int64_t H, int64_t u0, int64_t W) { return H - u0 <= 3 * W / 4 ? H - u0 : W; }
 
-// Returns true on a CPU of AMD that is not known to have, or allowed to use, more than AVX2.
+// Returns true on an AMD CPU with AVX2 and without AVX-512, whatever ATEN_CPU_CAPABILITY allows.
 bool is_amd_with_avx2();
 // Of one core's L2 cache; 1 MiB where the system does not tell.
 int64_t l2_bytes();

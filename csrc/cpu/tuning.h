@@ -229,18 +229,18 @@ inline constexpr int64_t kSkinnyGemmMaxRows = 12;
 // Up to this many rows they compute a product whose B is bfloat16, widened as it is read; a BLAS needs a
 // float32 copy. Fitted, 2026-11-29.
 inline constexpr int64_t kWidenedGemmMaxRows = 96;
-// Where the BLAS is slow at float32 results whose rows begin at no multiple of 32 bytes (kAlignedGemmColumns
-// elements), it writes results of at least min_rows, min_columns and min_depth into aligned rows, and these
-// are copied. Recorded: MKL on two AMD cores with AVX2, by columns: dW 1.0x to 1.1x at 302, 1.1x to 1.5x at
-// 650, 1.2x to 1.5x at 1150; dx 1.0x to 1.2x, 0.93x to 1.0x below 256 rows; float64 0.9x to 1.0x
-// (docs/cpu-kernels.md). Fitted, 2026-11-30.
-struct AlignedGemm {
-  int64_t min_rows, min_columns, min_depth;
-};
-inline constexpr AlignedGemm kAlignedGemm[] = {{256, 256, 256}, {256, 600, 32}};
-inline constexpr int64_t kAlignedGemmColumns = 8;
 // Columns of a skinny product per task of a thread.
 inline constexpr int64_t kSkinnyGemmTaskColumns = 64;
+
+// If the BLAS is slow at float32 results C [m, n] whose rows do not begin at multiples of this many bytes
+// (Machine::blas_is_slow_at_unaligned_rows), it computes products of these sizes, over depth k, into a
+// temporary with aligned rows. Recorded: docs/cpu-kernels.md. Fitted, on two cores of an AMD EPYC (Zen
+// 3), 2026-11-30, no CSV.
+inline constexpr int64_t kBlasRowAlignBytes = 32;
+struct AlignedGemm {
+  int64_t min_m, min_n, min_k;
+};
+inline constexpr AlignedGemm kAlignedGemm[] = {{256, 256, 256}, {256, 600, 32}};
 
 // ---- LSTMCell (one_step.cpp).
 

@@ -17,8 +17,11 @@ class FloatWeightGradient {
  public:
   FloatWeightGradient(const at::Tensor& dw, const WgradPlan& plan)
       : dw_(dw), sum_(dw), in_blocks_(kNarrow && plan.at_once), transposed_(plan.transposed) {
-    if (kNarrow && !in_blocks_) sum_ = new_empty(dw.sizes(), real_like<T>(dw));
-    if (transposed_) sum_ = new_empty({dw.size(1), dw.size(0)}, sum_);
+    const int64_t m = dw.size(transposed_), n = dw.size(!transposed_);
+    if (plan.gemm == Gemm::aligned_blas)
+      sum_ = new_aligned(m, n, real_like<T>(dw));
+    else if (transposed_ || (kNarrow && !in_blocks_))
+      sum_ = new_empty({m, n}, real_like<T>(dw));
     if (plan.float64) total_ = at::zeros_like(sum_, at::kDouble);
   }
 
@@ -27,17 +30,18 @@ class FloatWeightGradient {
       if (in_blocks_) return multiply_in_blocks(rows, dgates, states);
     const int64_t m = dw_.size(0), n = dw_.size(1), block = total_.defined() ? kFloat64WgradBlockRows : rows;
     R* out = sum_.mutable_data_ptr<R>();
-    if (rows == 0 && !accumulate) std::fill_n(out, m * n, R(0));
+    const int64_t stride = sum_.stride(0);
+    if (rows == 0 && !accumulate) sum_.zero_();
     for (int64_t r = 0; r < rows; r += block) {
       const int64_t depth = std::min(block, rows - r);
       const MatrixView<R> left = dgates.from(r), right = states.from(r);
       const bool onto = accumulate && !total_.defined();
       if (transposed_)
-        multiply<R>(
-            {n, m, depth, right.data, right.stride, true, left.data, left.stride, onto, out, m, nullptr});
+        multiply<R>({n, m, depth, right.data, right.stride, true, left.data, left.stride, onto, out, stride,
+                     nullptr});
       else
-        multiply<R>(
-            {m, n, depth, left.data, left.stride, true, right.data, right.stride, onto, out, n, nullptr});
+        multiply<R>({m, n, depth, left.data, left.stride, true, right.data, right.stride, onto, out, stride,
+                     nullptr});
       if (total_.defined()) total_.add_(sum_);
     }
   }
@@ -46,7 +50,7 @@ class FloatWeightGradient {
     const at::Tensor& sum = total_.defined() ? total_ : sum_;
     if (sum.is_same(dw_)) return;
     const at::Tensor dw = transposed_ ? sum.t() : sum;
-    dw_.copy_(kNarrow ? dw.contiguous() : dw);  // a copy that transposes and rounds is slow
+    dw_.copy_(kNarrow && transposed_ ? dw.contiguous() : dw);  // a copy that transposes and rounds is slow
   }
 
  private:

@@ -129,8 +129,7 @@ def cpu_plan(
         h0: an initial state is given.
         cell: LSTMCell makes the call.
         frozen: the form of weights packed before the call, "stored", "bfloat16" or "int8"; there is no backward then.
-        machine: threads, l2_bytes, vector_bytes, bf16_kernels or unaligned_blas_is_slow that differ from what a call
-            would find here.
+        machine: threads, and names of `cpu_machine()`, that differ from what a call would find here.
     """
     if extension is None or call.device.type != "cpu" or T < 1 or B < 1:
         return {}
@@ -141,8 +140,8 @@ def cpu_plan(
     flag = mkldnn.rnn.fp32_precision  # type: ignore[attr-defined]
     bf16_requested = call.dtype == torch.float32 and mkldnn.enabled and flag == "bf16"
     if cell and frozen == "no" and call.dtype in (torch.float32, torch.float64):
-        del found["bf16_kernels"], found["unaligned_blas_is_slow"]
-        return extension.cpu_cell_plan(dtype, B, call.I, H, **found)
+        machine = {name: found[name] for name in ("threads", "l2_bytes", "vector_bytes")}
+        return extension.cpu_cell_plan(dtype, B, call.I, H, **machine)
     return extension.cpu_plan(
         dtype, T, B, call.I, H, P, D,
         lengths=None if lengths is None else list(lengths), packed=packed, resets=call.reset_mask, h0=h0,

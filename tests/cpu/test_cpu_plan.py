@@ -14,6 +14,7 @@ import fastlstm
 from fastlstm.backends import native
 
 from ..cases import Case
+from ..machine import cpuinfo
 from .plans import COLUMNS, MACHINES, candidates_of, golden_rows, plan_of, read_golden
 
 pytestmark = pytest.mark.skipif(native.extension is None, reason=native.load_error)
@@ -196,14 +197,12 @@ def test_three_threads_run_directions_sequentially():
 
 
 def test_unaligned_results_of_a_slow_blas_are_aligned():
-    """Of float32 products of many columns, rows and terms, on a machine whose BLAS is slow at them."""
+    """Of large float32 products, on a machine whose BLAS is slow at unaligned rows."""
 
     def kinds(slow=True, **case):
-        plan = plan_of(
-            Case(**{"T": 32, "B": 32, "I": 650, "H": 650, **case}), 2, **{**AVX2, "unaligned_blas_is_slow": slow}
-        )
-        backward = plan["backward"]
-        return [backward["dx"], backward["dw_ih"]["gemm"], backward["dw_hh"]["gemm"]], backward["text"]
+        machine = {**AVX2, "blas_is_slow_at_unaligned_rows": slow}
+        plan = plan_of(Case(**{"T": 32, "B": 32, "I": 650, "H": 650, "hx": "tuple", **case}), 2, **machine)["backward"]
+        return [plan["dx"], plan["dw_ih"]["gemm"], plan["dw_hh"]["gemm"]], plan["text"]
 
     products, text = kinds()
     assert products == ["aligned_blas"] * 3
@@ -212,13 +211,20 @@ def test_unaligned_results_of_a_slow_blas_are_aligned():
     assert products == ["blas"] * 3
     assert "aligned" not in text
     assert kinds(dtype=torch.float64)[0] == ["blas"] * 3
-    # In float32 arithmetic; dW at once is computed in blocks of rows.
-    assert kinds(dtype=torch.bfloat16)[0] == ["aligned_blas", "blas", "blas"]
+    # In float32 arithmetic; a single product is computed in blocks of rows of dW.
+    assert kinds(dtype=torch.bfloat16, hx="none")[0] == ["aligned_blas", "blas", "blas"]
     assert kinds(dtype=torch.bfloat16, T=64)[0] == ["aligned_blas"] * 3
     assert kinds(I=648)[0] == ["blas", "blas", "aligned_blas"]
     assert kinds(I=250)[0] == ["blas", "blas", "aligned_blas"]
     assert kinds(T=1)[0] == ["blas", "aligned_blas", "aligned_blas"]  # dx of 32 rows
     assert kinds(T=1, H=450)[0] == ["blas", "aligned_blas", "blas"]
+
+
+def test_blas_of_this_machine():
+    flags = cpuinfo("flags")
+    slow = "AuthenticAMD" in cpuinfo("vendor_id") and "avx2" in flags and "avx512f" not in flags
+    found = native.extension.cpu_machine()["blas_is_slow_at_unaligned_rows"]
+    assert found == (slow and torch.backends.mkl.is_available())
 
 
 def test_wrong_dtype_is_refused():
