@@ -319,6 +319,25 @@ def test_grid_and_scaling_reports_summarize(tmp_path):
     assert "µs per step" in text
 
 
+def test_bf16_products_report_compares_with_float32_of_the_same_run():
+    rows = []
+    for H, times in ((512, (8.0, 2.0)), (256, (4.0, 2.0)), (64, (1.0, 1.25))):
+        for dtype, ms in zip(("float32", "bf16_products"), times, strict=True):
+            case = replace(CPU_CASE, T=50, B=16, I=H, H=H, L=1, dtype=dtype)
+            about = {"suite": "bf16_products", "case": case.name, "mode": "train", "dtype": dtype, "B": 16, "H": H}
+            rows.append(Row(impl="nn", p50_ms=10.0, ratio=1.0, **about))
+            rows.append(Row(impl="fastlstm", p50_ms=ms, ratio=10.0 / ms, **about))
+    text = report.markdown(rows)
+    heading = "Training step (forward and backward)"
+    assert f"| {heading}, H ≥ 256 and B ≥ 16 | 2 | 2.83x | 2.00x | 5.00x | 5.00x |" in text
+    assert f"| {heading}, the others | 1 | 0.80x | 0.80x | 8.00x | 8.00x |" in text
+    assert "Wrong or failed results of fastlstm: 0." in text
+    assert text.index("H=64 bf16_products, train | 1 | 1.25 | 0.80x | 8.00x") < text.index("H=256 bf16_products, train")
+    rows[-1].status, rows[-1].p50_ms, rows[-1].ratio = "WRONG: output error 1", None, None
+    assert "Wrong or failed results of fastlstm: 1." in report.markdown(rows)
+    assert "the others" not in report.markdown(rows)
+
+
 def test_peak_memory_ratio_is_to_nn_lstm(monkeypatch):
     monkeypatch.setattr(memory, "peak_mib", lambda impl, case, device: {"nn": 200.0, "fastlstm": 100.0}[impl])
     nn_row, row = memory.peak_rows("scaling", CPU_CASE, ["nn", "fastlstm"])
