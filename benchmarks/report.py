@@ -154,34 +154,45 @@ def _summary(rows: list[Row]) -> list[str]:
 
 
 def _bf16_products(rows: list[Row]) -> list[str]:
-    """Two tables: ratios of float32's times to those with bfloat16 products, and the lowest of them."""
+    """Two tables: ratios of float32's times to those with bfloat16 products, and the lowest of them.
+
+    A single step keeps float32 products (csrc/cpu/plan.h), so that cases of T = 1 have a line of their own.
+    """
     measured = {(row.case, row.mode, row.impl): row for row in rows if row.status == "ok" and row.p50_ms}
-    found: list[tuple[float, Row, Row]] = []  # the ratio to fastlstm's own float32, and both rows
+    compared: list[tuple[float, Row, Row]] = []  # the ratio to fastlstm's own float32, and both rows
     for row in rows:
         plain = measured.get((row.case.removesuffix(" bf16_products"), row.mode, "fastlstm"))
         if row.impl == "fastlstm" and row.dtype == "bf16_products" and plain and row.p50_ms and row.status == "ok":
-            found.append(((plain.p50_ms or 0) / row.p50_ms, plain, row))
+            compared.append(((plain.p50_ms or 0) / row.p50_ms, plain, row))
     groups: dict[str, Callable[[Row], bool]] = {
-        "H ≥ 256 and B ≥ 16": lambda row: row.H >= 256 and row.B >= 16,
-        "the others": lambda row: not (row.H >= 256 and row.B >= 16),
+        "H ≥ 256 and B ≥ 16": lambda row: row.T > 1 and row.H >= 256 and row.B >= 16,
+        "smaller": lambda row: row.T > 1 and not (row.H >= 256 and row.B >= 16),
+        "T = 1, float32 products": lambda row: row.T == 1,
     }
     lines = []
     for mode in dict.fromkeys(row.mode for row in rows):
         for name, belongs in groups.items():
-            group = [(ratio, row.ratio) for ratio, _, row in found if row.mode == mode and belongs(row)]
+            group = [(ratio, row.ratio) for ratio, _, row in compared if row.mode == mode and belongs(row)]
             if group:
                 own, nn = [ratio for ratio, _ in group], [ratio for _, ratio in group if ratio]
                 figures = [f"{figure:.2f}x" for ratios in (own, nn) for figure in (geometric_mean(ratios), min(ratios))]
                 lines.append([f"{HEADINGS[mode]}, {name}", str(len(group)), *figures])
     worst = [
-        [f"{row.case}, {row.mode}", ms(plain), ms(row), f"{ratio:.2f}x", _ratio(row)]
-        for ratio, plain, row in sorted(found, key=lambda entry: entry[0])[:WORST]
+        [
+            f"{row.case}, {row.mode}",
+            ms(plain),
+            ms(row),
+            f"{ratio:.2f}x" + (" (busy)" if is_busy(plain) else ""),
+            _ratio(row),
+        ]
+        for ratio, plain, row in sorted(compared, key=lambda entry: entry[0])[:WORST]
     ]
     wrong = sum(row.status != "ok" for row in rows if row.impl == "fastlstm")
     over = ["over fastlstm in float32", "min", "over nn.LSTM with the flag", "min"]
     return [
         table([f"{rows[0].suite}, geometric means", "cases", *over], lines),
-        f"Wrong or failed results of fastlstm: {wrong}. The {len(worst)} lowest ratios to its float32:",
+        f"Wrong or failed results of fastlstm: {wrong}. The {len(worst)} lowest ratios to its float32, which "
+        "was measured next to it and not in turn with it:",
         table(["case", "float32 ms", "bfloat16 products ms", *over[::2]], worst),
     ]
 

@@ -195,9 +195,9 @@ def fast_path(module: Any, call: str, frozen_call: str | None, *args: Any) -> tu
 
     For plain CPU tensors without lengths, resets, autocast, a transform or a tangent: a tiny call would spend most of
     its time in Python otherwise. Results and errors are those of functional.lstm and `layer`, which handle everything
-    else, with the weights of this call, read once. frozen_call: the same for a frozen module; None if the extension has
-    refused it before. args: input, hx and of LSTM batch_sizes, None or those of a PackedSequence: input is then its
-    data and the first result the output's, and the rows stay packed.
+    else, with the weights of this call, read once. call, frozen_call: names of the extension's functions, the second of
+    frozen modules; None if their forward has asked the extension already. args: input, hx and of LSTM batch_sizes, None
+    or those of a PackedSequence: input is then its data and the first result the output's, and the rows stay packed.
     """
     result = weights = None
     name = frozen_call if type(module)._is_frozen else call

@@ -10,8 +10,8 @@ namespace fastlstm::FASTLSTM_ISA {
 using int8::Weight;
 
 constexpr int64_t kInt8Block = 4 * kLanes;  // rows of a block of weights
-// A tile is up to 6 rows times vectors of a block: all four where their sums fit the registers, otherwise two
-// at a time.
+// A register tile: up to 6 rows x 4 vectors with AVX-512 and up to 2 rows, otherwise up to 6 x 2, twice per
+// block.
 constexpr int kInt8TileRows = 6;
 template <int M>
 constexpr int kInt8TileVectors = FASTLSTM_VECTOR_BYTES == 64 || M <= 2 ? 4 : 2;

@@ -122,6 +122,7 @@ enum class Gemm {
   bf16           // bf16_gemm.h on all threads
 };
 
+// A product's kind is that of a chunk of all its rows.
 struct WgradPlan {
   bool at_once = false;     // one product; otherwise a sum over chunks
   bool transposed = false;  // made as its transpose

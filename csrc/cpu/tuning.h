@@ -234,8 +234,8 @@ inline constexpr int64_t kSkinnyGemmTaskColumns = 64;
 
 // If the BLAS is slow at float32 results C [m, n] whose rows do not begin at multiples of this many bytes
 // (Machine::blas_is_slow_at_unaligned_rows), it computes products of these sizes, over depth k, into a
-// temporary with aligned rows. Recorded: docs/cpu-kernels.md. Fitted, on two cores of an AMD EPYC (Zen
-// 3), 2026-11-30, no CSV.
+// temporary with aligned rows. Recorded: docs/cpu-kernels.md. Fitted, 2026-11-30, on two
+// cores of an AMD EPYC (Zen 3), no CSV.
 inline constexpr int64_t kBlasRowAlignBytes = 32;
 struct AlignedGemm {
   int64_t min_m, min_n, min_k;

@@ -47,7 +47,7 @@ class FloatWeightGradient {
   }
 
   void finish() {
-    const at::Tensor& sum = total_.defined() ? total_ : sum_;
+    const at::Tensor sum = total_.defined() ? std::move(total_) : std::move(sum_);  // released here
     if (sum.is_same(dw_)) return;
     const at::Tensor dw = transposed_ ? sum.t() : sum;
     dw_.copy_(kNarrow && transposed_ ? dw.contiguous() : dw);  // a copy that transposes and rounds is slow

@@ -271,3 +271,20 @@ def test_extension_writes():
     out = (torch.empty(1, 1, 8), state)
     assert native.extension.frozen_lstm_call(module, x, state, out) is out
     assert native.extension.frozen_lstm_call(module, x, state, (out[0], (x, state[1]))) is None
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_extension_runs_plain_cell_calls(form):
+    """What it refuses the general path runs, with the same numbers."""
+    dtype, weights = FORMS[form]
+    cell = fastlstm.freeze(fastlstm.LSTMCell(5, 8, dtype=dtype), weights)
+    run, x = native.extension.frozen_cell_call, torch.randn(3, 5, dtype=dtype)
+    h, c = run(cell, x, None, None)
+    refused = {"gradient": x.clone().requires_grad_(), "unbatched": x[0], "no rows": x[:0]}
+    for name, given in refused.items():
+        assert run(cell, given, None, None) is None, name
+        rows = {"unbatched": 0, "no rows": slice(0)}.get(name, slice(None))
+        if name == "gradient" and weights is not None:
+            continue
+        for ours, correct in zip(cell(given), (h[rows], c[rows]), strict=True):
+            torch.testing.assert_close(ours, correct, msg=lambda text, name=name: f"{name}: {text}")

@@ -138,7 +138,7 @@ int main() {
   for (int64_t K : {1, 2, 3, 4, 15, 16, 17, 63, 64, 65, 127, 128, 129, 500, 4099})
     for (bool extreme : {false, true}) check_sums(K, extreme, random);
   for (int64_t K : {1, 63, 64, 65, 129, 192, 300})
-    for (int64_t rows : {1, 4, 5, 6, 15, 16, 17, 20, 21, 31, 32, 33, 37, 65}) {
+    for (int64_t rows : {1, 2, 3, 4, 5, 6, 7, 8, 15, 16, 17, 20, 21, 31, 32, 33, 37, 65}) {
       check_products(rows, K, false, random);
       check_products(rows, K, true, random);
     }
