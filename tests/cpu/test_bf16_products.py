@@ -27,7 +27,7 @@ from ..runners import check, check_elsewhere, require
 from .plans import MACHINES, plan_of
 
 FACTORS = Precision.of(torch.float32, "bf16")
-WITH_KERNELS, WITHOUT = MACHINES.values()
+WITH_KERNELS, WITHOUT = MACHINES["AVX-512, L2 2 MiB"], MACHINES["AVX2, L2 1 MiB"]
 # From 2 steps, 32 units, 16 features of h and 32 rows on. Around tiles of 16 rows, 32 inputs, 16 and 32 units; groups
 # of 128 rows; in weight gradients blocks of 1024 terms, 128 rows and 64 columns; chunks of a quarter of the steps.
 CASES = (
