@@ -318,8 +318,7 @@ void define_cpu_plan(py::module_& m) {
         "benchmarks and tests, while no other thread calls.");
   m.def("force_blas_is_slow_at_unaligned_rows", &force_blas_is_slow_at_unaligned_rows, arg("slow"),
         "Overrides whether the BLAS is slow at unaligned rows; None restores the detection. For tests, while "
-        "no "
-        "other thread calls.");
+        "no other thread calls.");
   m.def("team_us", &team_us, arg("threads"), arg("barriers"), arg("repeats"),
         "Median time in microseconds of an empty partition whose threads meet at `barriers` barriers.");
   m.def("cpu_machine", &cpu_machine, "This machine as plans see it, without its threads.");
