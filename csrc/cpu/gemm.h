@@ -17,22 +17,28 @@ namespace fastlstm::FASTLSTM_ISA {
 // AVX-512 and on aarch64).
 // Up to kWideRows rows take two panels at once, 4 columns of B: else each multiply-add waits for the one
 // before.
+//
+// kUnroll steps of depth pass between two branches. With one step, a tile of 6 rows has 12 multiply-adds to
+// 14 other instructions. On a core of its own these cost nothing; a second hardware thread of the core needs
+// their slots. Measured, docs/cpu-kernels.md. Not measured with AVX-512, whose tile has 24 multiply-adds to
+// 23 others.
 #if FASTLSTM_VECTOR_BYTES == 64 || defined(__aarch64__)
-constexpr int kTileRows = 12, kWideRows = 6;
+constexpr int kTileRows = 12, kWideRows = 6, kUnroll = 1;
 #else
-constexpr int kTileRows = 6, kWideRows = 2;
+constexpr int kTileRows = 6, kWideRows = 2, kUnroll = 4;
 #endif
 template <class T>
 constexpr int kPanel = 2 * kWidth<T>;
 
-// What a tile fetches into the L2 while it computes: `step` elements further at every k. The first tile of a
-// panel reads it at 32 GB/s a core, which an L3 does not give on demand, and hardware prefetching stops at
-// every page.
-template <class S>
-struct Ahead {
-  const S* from;
-  int64_t step;
-};
+// While a tile computes with a panel, it fetches cache lines of what is read next into the L2, `lines` per
+// kUnroll steps: the first tile of a panel reads it at 32 GB/s a core, which an L3 does not give on demand,
+// and hardware prefetching stops at every page. A tile that is the only one of its panel fetches all lines,
+// else the first two fetch one half each.
+template <class T, class S>
+constexpr int kPanelLines = std::max<int>(1, kUnroll* kPanel<T> * sizeof(S) / 64);
+template <class T, class S>
+constexpr int kHalfPanelLines = (kPanelLines<T, S> + 1) / 2;
+constexpr int kNotPacked = -1;  // lines of a B that is not a packed panel
 
 // The columns of a row of B, two vectors a panel.
 template <class T, int NV, class S>
@@ -46,6 +52,19 @@ FASTLSTM_INLINE void load_columns(const S* b, int64_t next_panel, Vec<T> (&colum
       columns[n] = load(b + n / 2 * next_panel + n % 2 * kWidth<T>);
     }
   }
+}
+// sum + a b. As an instruction: among unrolled steps GCC moves sums between registers, and some to memory.
+template <class T>
+FASTLSTM_INLINE Vec<T> plus_product(Vec<T> sum, T a, Vec<T> b) {
+#if defined(__x86_64__) && FASTLSTM_VECTOR_BYTES == 32
+  if constexpr (sizeof(T) == 4)
+    asm("vfmadd231ps %2, %1, %0" : "+x"(sum) : "x"(_mm256_set1_ps(a)), "x"(b));
+  else
+    asm("vfmadd231pd %2, %1, %0" : "+x"(sum) : "x"(_mm256_set1_pd(a)), "x"(b));
+  return sum;
+#else
+  return sum + a * b;
+#endif
 }
 // A row of a panel.
 template <class S>
@@ -67,40 +86,52 @@ constexpr int64_t kDepth = 16384 / (2 * FASTLSTM_VECTOR_BYTES);
 // c[m][n] (+)= sum over k of a[m][k] b[k][n], for M rows and NV vectors of columns, row strides lda, ldb,
 // ldc. With transposed_a, a is given as a[k][m]. Columns of b come two vectors a panel, panels `next_panel`
 // elements apart.
+// Unless lines is kNotPacked, b is one packed panel, and cache lines from `ahead` on are fetched.
 // A function of its own for every shape: inlined beside the others it would have its pointers spilled.
-template <class T, int M, int NV, bool transposed_a = false, bool fetch = false, class S = T>
+template <class T, int M, int NV, bool transposed_a = false, int lines = kNotPacked, class S = T>
 __attribute__((noinline)) void tile(int64_t K, const T* a, int64_t lda, const S* b, int64_t ldb, T* c,
                                     int64_t ldc, bool add, int64_t next_panel = kPanel<T>,
-                                    Ahead<S> ahead = {nullptr, 0}) {
+                                    const S* ahead = nullptr) {
   constexpr int W = kWidth<T>;
+  constexpr int64_t kLine = 64 / sizeof(S);
   // A pointer to every third row, the two after it by lda and 2 lda: one a row would not fit the registers.
   constexpr int kBases = transposed_a ? 1 : (M + 2) / 3;
+  const int64_t next_row = lines == kNotPacked ? ldb : kPanel<T>;  // a constant where it can be
   int64_t k = 0;
   do {
-    const int64_t end = std::min(K, k + kDepth);
+    const int64_t depth = std::min(K - k, kDepth);
     const T* base[kBases];
 #pragma GCC unroll 8
     for (int g = 0; g < kBases; ++g) base[g] = a + (transposed_a ? k * lda : 3 * g * lda + k);
-    const S* from = ahead.from + k * ahead.step;
     const S* bk = b + k * ldb;
     Vec<T> acc[M][NV] = {};
-    for (; k < end; ++k, bk += ldb) {
-      Vec<T> columns[NV];
-      if constexpr (fetch) {
-        __builtin_prefetch(from, 0, 2);
-        if constexpr (kPanel<T> * sizeof(S) > 64) __builtin_prefetch(from + ahead.step / 2, 0, 2);
-        from += ahead.step;
+    const auto add_steps = [&](auto steps) __attribute__((always_inline)) {
+      constexpr int kSteps = decltype(steps)::value;
+      if constexpr (lines > 0 && kSteps == kUnroll) {
+#pragma GCC unroll 4
+        for (int q = 0; q < lines; ++q) __builtin_prefetch(ahead + q * kLine, 0, 2);
+        ahead += lines * kLine;
       }
-      load_columns<T>(bk, next_panel, columns);
+#pragma GCC unroll 4
+      for (int q = 0; q < kSteps; ++q, bk += next_row) {
+        Vec<T> columns[NV];
+        load_columns<T>(bk, next_panel, columns);
 #pragma GCC unroll 16
-      for (int m = 0; m < M; ++m) {
-        const T am = transposed_a ? base[0][m] : base[m / 3][m % 3 * lda];
+        for (int m = 0; m < M; ++m) {
+          const T am = transposed_a ? base[0][m] : base[m / 3][m % 3 * lda + q];
 #pragma GCC unroll 8
-        for (int n = 0; n < NV; ++n) acc[m][n] += am * columns[n];
+          for (int n = 0; n < NV; ++n) acc[m][n] = plus_product<T>(acc[m][n], am, columns[n]);
+        }
+        if constexpr (transposed_a) base[0] += lda;
       }
+      if constexpr (!transposed_a) {
 #pragma GCC unroll 8
-      for (int g = 0; g < kBases; ++g) base[g] += transposed_a ? lda : 1;
-    }
+        for (int g = 0; g < kBases; ++g) base[g] += kSteps;
+      }
+    };
+    for (int64_t left = depth / kUnroll; left > 0; --left) add_steps(std::integral_constant<int, kUnroll>());
+    if constexpr (kUnroll > 1)
+      for (int64_t left = depth % kUnroll; left > 0; --left) add_steps(std::integral_constant<int, 1>());
 #pragma GCC unroll 16
     for (int m = 0; m < M; ++m)
 #pragma GCC unroll 8
@@ -109,6 +140,7 @@ __attribute__((noinline)) void tile(int64_t K, const T* a, int64_t lda, const S*
         store(out, add ? load(out) + acc[m][n] : acc[m][n]);
       }
     add = true;
+    k += depth;
   } while (k < K);
 }
 
@@ -130,14 +162,14 @@ FASTLSTM_INLINE void wide_product(int64_t rows, int64_t K, const T* a, int64_t l
   tile_rows<T, 4, false, kWideRows>(static_cast<int>(rows), K, a, lda, panels, W2, c, ldc, add, K * W2);
 }
 
-// The same on a packed panel, fetching what comes after it.
-template <class T, int M = kTileRows, class S = T>
+// The same on a packed panel for M or fewer rows, but at least `least`, fetching from `ahead` on.
+template <int lines, class T, int least = 1, int M = kTileRows, class S = T>
 FASTLSTM_INLINE void panel_rows(int rows, int64_t K, const T* a, int64_t lda, const S* panel, T* c,
-                                int64_t ldc, bool add, Ahead<S> ahead) {
-  if constexpr (M > 0) {
+                                int64_t ldc, bool add, const S* ahead) {
+  if constexpr (M >= least) {
     if (rows == M)
-      return tile<T, M, 2, false, true>(K, a, lda, panel, kPanel<T>, c, ldc, add, kPanel<T>, ahead);
-    panel_rows<T, M - 1>(rows, K, a, lda, panel, c, ldc, add, ahead);
+      return tile<T, M, 2, false, lines>(K, a, lda, panel, kPanel<T>, c, ldc, add, kPanel<T>, ahead);
+    panel_rows<lines, T, least, M - 1>(rows, K, a, lda, panel, c, ldc, add, ahead);
   }
 }
 
@@ -162,16 +194,22 @@ template <class T, class S>
 FASTLSTM_INLINE void panel_product(int64_t rows, int64_t K, const T* a, int64_t lda, const S* panel, T* c,
                                    int64_t ldc, bool add = false, const S* next = nullptr) {
   constexpr int64_t W2 = kPanel<T>;
-  const int64_t tiles = (rows + kTileRows - 1) / kTileRows;
-  const int64_t step = (W2 + tiles - 1) / tiles;
   int64_t k = 0;
   do {  // once even for K = 0, whose product is zero
     const int64_t pass = std::min(kDepth, K - k);
     const S* b = panel + k * W2;
-    Ahead<S> ahead = {next && k + pass == K ? next : b + pass * W2, step};
+    const S* ahead = next && k + pass == K ? next : b + pass * W2;
     for_row_tiles(rows, kTileRows, [&](int64_t m, int M) {
-      panel_rows<T>(M, pass, a + m * lda + k, lda, b, c + m * ldc, ldc, add || k > 0, ahead);
-      ahead.from += pass * step;
+      constexpr int kLeast = kTileRows / 2, kHalf = kHalfPanelLines<T, S>;  // of several tiles
+      const T* own = a + m * lda + k;
+      T* out = c + m * ldc;
+      if (M == rows)
+        panel_rows<kPanelLines<T, S>, T>(M, pass, own, lda, b, out, ldc, add || k > 0, ahead);
+      else if (m <= kTileRows) {
+        panel_rows<kHalf, T, kLeast>(M, pass, own, lda, b, out, ldc, add || k > 0, ahead);
+        ahead += pass / 2 * W2;
+      } else
+        panel_rows<0, T, kLeast>(M, pass, own, lda, b, out, ldc, add || k > 0, ahead);
     });
     k += kDepth;
   } while (k < K);

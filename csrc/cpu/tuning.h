@@ -31,11 +31,11 @@ struct CostFigures {
   // 200, B = 8, H = 64 with 4 rows a thread takes 0.56 ms in forward and 1.8 in training, with half of the
   // units 0.98 and 3.4 (docs/cpu-kernels.md). 2026-11-28.
   double l2_read_rows = 4.5;
-  // Reading weights that an L2 does not hold: 4 bytes per multiply-add at 32 GB/s a core (gemm.h, Ahead).
-  // Prefetching hides a part of it that grows with the rows, and all of it from l3_hidden_min_rows on.
-  // Fitted: with 24 rows per thread split rows take no more time than split units. Recorded: T = 50, B = 16,
-  // I = 80, H = 800, P = 512, forward takes 29 ms with rows split and 18 with units split
-  // (docs/cpu-kernels.md). 2026-11-28.
+  // Reading weights that an L2 does not hold: 4 bytes per multiply-add at 32 GB/s a core (gemm.h,
+  // kPanelLines). Prefetching hides a part of it that grows with the rows, and all of it from
+  // l3_hidden_min_rows on. Fitted: with 24 rows per thread split rows take no more time than split units.
+  // Recorded: T = 50, B = 16, I = 80, H = 800, P = 512, forward takes 29 ms with rows split and 18 with units
+  // split (docs/cpu-kernels.md). 2026-11-28.
   double l3_read_rows = 10.5, l3_hidden_min_rows = 24;
   // Up to this many threads read from the L3, or pack weights, at full speed; more share the bandwidth. Not
   // measured.
