@@ -18,27 +18,28 @@ namespace fastlstm::FASTLSTM_ISA {
 // Up to kWideRows rows take two panels at once, 4 columns of B: else each multiply-add waits for the one
 // before.
 //
-// kUnroll steps of depth pass between two branches. With one step, a tile of 6 rows has 12 multiply-adds to
-// 14 other instructions. On a core of its own these cost nothing; a second hardware thread of the core needs
-// their slots. Measured, docs/cpu-kernels.md. Not measured with AVX-512, whose tile has 24 multiply-adds to
-// 23 others.
-#if FASTLSTM_VECTOR_BYTES == 64 || defined(__aarch64__)
+// The loop over k is unrolled by kUnroll. Without that, a tile of 6 rows has 12 multiply-adds to 14 other
+// instructions per k. On a core of its own these cost nothing; a second hardware thread of the core needs
+// their slots. Measured with AVX2 (docs/cpu-kernels.md), on aarch64 not. With AVX-512 the tile has 24
+// multiply-adds to 23 others; unrolling it was not measured.
+#if FASTLSTM_VECTOR_BYTES == 64
 constexpr int kTileRows = 12, kWideRows = 6, kUnroll = 1;
+#elif defined(__aarch64__)
+constexpr int kTileRows = 12, kWideRows = 6, kUnroll = 4;
 #else
 constexpr int kTileRows = 6, kWideRows = 2, kUnroll = 4;
 #endif
 template <class T>
 constexpr int kPanel = 2 * kWidth<T>;
 
-// While a tile computes with a panel, it fetches cache lines of what is read next into the L2, `lines` per
-// kUnroll steps: the first tile of a panel reads it at 32 GB/s a core, which an L3 does not give on demand,
-// and hardware prefetching stops at every page. A tile that is the only one of its panel fetches all lines,
-// else the first two fetch one half each.
+// While a tile computes with a panel, it prefetches what is read next into the L2, `lines` cache lines per
+// kUnroll values of k: the first tile of a panel reads it at 32 GB/s a core, which an L3 does not give on
+// demand, and hardware prefetching stops at every page. A panel's only tile prefetches all lines; of several
+// tiles the first two prefetch one half each, or the first a single line. The last K % kUnroll values of k
+// prefetch nothing.
 template <class T, class S>
-constexpr int kPanelLines = std::max<int>(1, kUnroll* kPanel<T> * sizeof(S) / 64);
-template <class T, class S>
-constexpr int kHalfPanelLines = (kPanelLines<T, S> + 1) / 2;
-constexpr int kNotPacked = -1;  // lines of a B that is not a packed panel
+constexpr int kPanelLines = kUnroll * kPanel<T> * sizeof(S) / 64;
+constexpr int kStrided = -1;  // in place of lines: rows of B are ldb apart, and nothing is prefetched
 
 // The columns of a row of B, two vectors a panel.
 template <class T, int NV, class S>
@@ -53,11 +54,14 @@ FASTLSTM_INLINE void load_columns(const S* b, int64_t next_panel, Vec<T> (&colum
     }
   }
 }
-// sum + a b. As an instruction: among unrolled steps GCC moves sums between registers, and some to memory.
-template <class T>
+// sum + a b, of a tile of M rows. Inline assembly, because GCC otherwise copies or spills accumulators of the
+// unrolled loop. A single row leaves b in memory.
+template <class T, int M>
 FASTLSTM_INLINE Vec<T> plus_product(Vec<T> sum, T a, Vec<T> b) {
 #if defined(__x86_64__) && FASTLSTM_VECTOR_BYTES == 32
-  if constexpr (sizeof(T) == 4)
+  if constexpr (M == 1)
+    return sum + a * b;
+  else if constexpr (sizeof(T) == 4)
     asm("vfmadd231ps %2, %1, %0" : "+x"(sum) : "x"(_mm256_set1_ps(a)), "x"(b));
   else
     asm("vfmadd231pd %2, %1, %0" : "+x"(sum) : "x"(_mm256_set1_pd(a)), "x"(b));
@@ -86,9 +90,9 @@ constexpr int64_t kDepth = 16384 / (2 * FASTLSTM_VECTOR_BYTES);
 // c[m][n] (+)= sum over k of a[m][k] b[k][n], for M rows and NV vectors of columns, row strides lda, ldb,
 // ldc. With transposed_a, a is given as a[k][m]. Columns of b come two vectors a panel, panels `next_panel`
 // elements apart.
-// Unless lines is kNotPacked, b is one packed panel, and cache lines from `ahead` on are fetched.
+// Unless lines is kStrided, b is one packed panel, and cache lines from `ahead` on are prefetched.
 // A function of its own for every shape: inlined beside the others it would have its pointers spilled.
-template <class T, int M, int NV, bool transposed_a = false, int lines = kNotPacked, class S = T>
+template <class T, int M, int NV, bool transposed_a = false, int lines = kStrided, class S = T>
 __attribute__((noinline)) void tile(int64_t K, const T* a, int64_t lda, const S* b, int64_t ldb, T* c,
                                     int64_t ldc, bool add, int64_t next_panel = kPanel<T>,
                                     const S* ahead = nullptr) {
@@ -96,7 +100,7 @@ __attribute__((noinline)) void tile(int64_t K, const T* a, int64_t lda, const S*
   constexpr int64_t kLine = 64 / sizeof(S);
   // A pointer to every third row, the two after it by lda and 2 lda: one a row would not fit the registers.
   constexpr int kBases = transposed_a ? 1 : (M + 2) / 3;
-  const int64_t next_row = lines == kNotPacked ? ldb : kPanel<T>;  // a constant where it can be
+  const int64_t next_row = lines == kStrided ? ldb : kPanel<T>;  // a constant where it can be
   int64_t k = 0;
   do {
     const int64_t depth = std::min(K - k, kDepth);
@@ -120,7 +124,7 @@ __attribute__((noinline)) void tile(int64_t K, const T* a, int64_t lda, const S*
         for (int m = 0; m < M; ++m) {
           const T am = transposed_a ? base[0][m] : base[m / 3][m % 3 * lda + q];
 #pragma GCC unroll 8
-          for (int n = 0; n < NV; ++n) acc[m][n] = plus_product<T>(acc[m][n], am, columns[n]);
+          for (int n = 0; n < NV; ++n) acc[m][n] = plus_product<T, M>(acc[m][n], am, columns[n]);
         }
         if constexpr (transposed_a) base[0] += lda;
       }
@@ -162,7 +166,7 @@ FASTLSTM_INLINE void wide_product(int64_t rows, int64_t K, const T* a, int64_t l
   tile_rows<T, 4, false, kWideRows>(static_cast<int>(rows), K, a, lda, panels, W2, c, ldc, add, K * W2);
 }
 
-// The same on a packed panel for M or fewer rows, but at least `least`, fetching from `ahead` on.
+// The same on a packed panel for M or fewer rows, but at least `least`, prefetching from `ahead` on.
 template <int lines, class T, int least = 1, int M = kTileRows, class S = T>
 FASTLSTM_INLINE void panel_rows(int rows, int64_t K, const T* a, int64_t lda, const S* panel, T* c,
                                 int64_t ldc, bool add, const S* ahead) {
@@ -200,16 +204,19 @@ FASTLSTM_INLINE void panel_product(int64_t rows, int64_t K, const T* a, int64_t 
     const S* b = panel + k * W2;
     const S* ahead = next && k + pass == K ? next : b + pass * W2;
     for_row_tiles(rows, kTileRows, [&](int64_t m, int M) {
-      constexpr int kLeast = kTileRows / 2, kHalf = kHalfPanelLines<T, S>;  // of several tiles
-      const T* own = a + m * lda + k;
+      constexpr int kLines = kPanelLines<T, S>, kFirst = (kLines + 1) / 2, kSecond = kLines / 2;
+      constexpr int kLeast = kTileRows / 2;  // rows of one of several tiles, which are near-equal
+      const T* a_rows = a + m * lda + k;
       T* out = c + m * ldc;
       if (M == rows)
-        panel_rows<kPanelLines<T, S>, T>(M, pass, own, lda, b, out, ldc, add || k > 0, ahead);
-      else if (m <= kTileRows) {
-        panel_rows<kHalf, T, kLeast>(M, pass, own, lda, b, out, ldc, add || k > 0, ahead);
-        ahead += pass / 2 * W2;
-      } else
-        panel_rows<0, T, kLeast>(M, pass, own, lda, b, out, ldc, add || k > 0, ahead);
+        panel_rows<kLines, T>(M, pass, a_rows, lda, b, out, ldc, add || k > 0, ahead);
+      else if (m == 0)
+        panel_rows<kFirst, T, kLeast>(M, pass, a_rows, lda, b, out, ldc, add || k > 0, ahead);
+      else if (m <= kTileRows)  // the second
+        panel_rows<kSecond, T, kLeast>(M, pass, a_rows, lda, b, out, ldc, add || k > 0,
+                                       ahead + pass / 2 * W2);
+      else
+        panel_rows<0, T, kLeast>(M, pass, a_rows, lda, b, out, ldc, add || k > 0, ahead);
     });
     k += kDepth;
   } while (k < K);
